@@ -1,0 +1,43 @@
+"""Co-supervised learning: many weak teachers, one strong student, no ground truth."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "teachers": ["Teacher", "TeacherHierarchy"],
+    "pool": ["PseudolabelPool"],
+    "labeling": ["build_pool"],
+    "collator": ["DataCollatorForCoSupervision"],
+    "config": ["CoSupervisedConfig"],
+    "students": ["load_student"],
+    "trainer": ["CoSupervisedTrainer"],
+    "metrics": ["performance_gap_recovered"],
+}
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+if TYPE_CHECKING:
+    from .collator import DataCollatorForCoSupervision
+    from .config import CoSupervisedConfig
+    from .labeling import build_pool
+    from .metrics import performance_gap_recovered
+    from .pool import PseudolabelPool
+    from .students import load_student
+    from .teachers import Teacher, TeacherHierarchy
+    from .trainer import CoSupervisedTrainer
+
+
+def __getattr__(name: str) -> Any:
+    # Importing the trainer takes seconds; a script that only opens a pool should not pay for it.
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

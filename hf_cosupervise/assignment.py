@@ -1,0 +1,240 @@
+"""The E-step: which teacher of a level speaks for which example.
+
+Every function answers with the position of a teacher *within its level*, or -1 where nobody of the level can speak;
+[`fall_back`] then takes what the level above said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+AGREEMENT_RULES = ("ce_teacher_student", "hard_loss", "kl_teacher_student", "kl_student_teacher")
+NOBODY = -1
+
+
+def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    """Choose the teacher whose scope holds the student's label.
+
+    Where scopes overlap, the first owner in the order of the hierarchy that answered; where no owner answered or the
+    label is unowned, nobody.
+
+    Args:
+        student_labels (`torch.LongTensor` of shape `(num_examples,)`):
+            The student's most probable label.
+        scope_mask (`torch.BoolTensor` of shape `(num_teachers, num_labels)`):
+            Labels that each teacher of the level was trained for.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
+
+    Source:
+        arXiv 2402.15505, released code; overlaps and missing answers are ours.
+
+    Examples:
+        >>> scopes = torch.tensor([[True, True, False], [False, True, True]])
+        >>> assign_by_scope(torch.tensor([0, 1, 2]), scopes, torch.ones(3, 2, dtype=torch.bool)).tolist()
+        [0, 0, 1]
+    """
+    return _first(scope_mask.T[student_labels] & answered)
+
+
+def agreement_scores(
+    student_log_probs: torch.Tensor, teacher_probs: torch.Tensor, rule: str, min_prob: float = 1e-6
+) -> torch.Tensor:
+    """Measure how far each teacher is from the student, lower is closer.
+
+    With student probabilities s and teacher probabilities g, both at least `min_prob` inside every logarithm:
+    `ce_teacher_student` is -sum_c g_c log s_c, `hard_loss` is -log s[argmax g], `kl_teacher_student` is
+    KL(g || s) and `kl_student_teacher` is KL(s || g).
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
+            Log-probabilities of the student.
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+            Soft outputs of the level's teachers, never hardened before (see Source).
+        rule (`str`):
+            One of `AGREEMENT_RULES`.
+        min_prob (`float`, *optional*, defaults to 1e-6):
+            Above 0; one-hot teachers would be infinitely far under KL(s || g) otherwise.
+
+    Returns:
+        `torch.Tensor` of shape `(num_examples, num_teachers)`.
+
+    Raises:
+        ValueError: If the rule is unknown or `min_prob` is not in (0, 1).
+
+    Source:
+        `kl_student_teacher` is arXiv 2510.21332's rule; the others are ours, measured in `recipes/README.md`.
+    """
+    if rule not in AGREEMENT_RULES:
+        raise ValueError(f"`rule` must be one of {list(AGREEMENT_RULES)}, got {rule!r}.")
+    if not 0 < min_prob < 1:
+        raise ValueError(f"`min_prob` must lie between 0 and 1, got {min_prob}.")
+    student = student_log_probs.exp().unsqueeze(1)
+    student_log = student.clamp(min=min_prob).log()
+    if rule == "hard_loss":
+        return -student_log.expand_as(teacher_probs).gather(2, _argmax(teacher_probs).unsqueeze(-1)).squeeze(-1)
+    if rule == "ce_teacher_student":
+        return -(teacher_probs * student_log).sum(dim=-1)
+    teacher_log = teacher_probs.clamp(min=min_prob).log()
+    if rule == "kl_teacher_student":
+        return (teacher_probs * (teacher_log - student_log)).sum(dim=-1)
+    return (student * (student_log - teacher_log)).sum(dim=-1)
+
+
+def assign_by_agreement(
+    student_log_probs: torch.Tensor,
+    teacher_probs: torch.Tensor,
+    answered: torch.Tensor,
+    rule: str = "ce_teacher_student",
+    min_prob: float = 1e-6,
+) -> torch.Tensor:
+    """Choose the teacher that is closest to the student, for teachers whose scope is not known.
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
+            Log-probabilities of the student.
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+            Soft outputs of the level's teachers.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+        rule (`str`, *optional*, defaults to `"ce_teacher_student"`):
+            See [`agreement_scores`].
+        min_prob (`float`, *optional*, defaults to 1e-6):
+            See [`agreement_scores`].
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
+
+    Examples:
+        >>> teachers = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
+        >>> assign_by_agreement(torch.tensor([[0.3, 0.7]]).log(), teachers, torch.ones(1, 2, dtype=torch.bool)).tolist()
+        [1]
+    """
+    scores = agreement_scores(student_log_probs, teacher_probs, rule, min_prob)
+    return _argmin_answered(scores, answered)
+
+
+def assign_by_domain(
+    example_domains: Sequence[str], teacher_domains: Sequence[Sequence[str] | None], answered: torch.Tensor
+) -> torch.Tensor:
+    """Choose the teacher that was trained for the example's domain, which the data tells.
+
+    Args:
+        example_domains (`Sequence[str]` of length `num_examples`):
+            Domain of each example.
+        teacher_domains (`Sequence[Sequence[str]]` of length `num_teachers`):
+            Domains that each teacher of the level was trained for; `None` means all of them.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level (the first of several owners), or -1.
+
+    Examples:
+        >>> assign_by_domain(["b", "a"], [["a"], ["b"]], torch.ones(2, 2, dtype=torch.bool)).tolist()
+        [1, 0]
+    """
+    names = sorted(set(example_domains))
+    positions = {name: position for position, name in enumerate(names)}
+    owned = torch.tensor(
+        [[domains is None or name in domains for domains in teacher_domains] for name in names], dtype=torch.bool
+    ).reshape(len(names), len(teacher_domains))
+    rows = torch.tensor([positions[name] for name in example_domains], dtype=torch.long)
+    return _first(owned[rows].to(answered.device) & answered)
+
+
+def oracle_assign_by_scope(
+    oracle_labels: torch.Tensor, scope_mask: torch.Tensor, answered: torch.Tensor
+) -> torch.Tensor:
+    """Choose the teacher whose scope holds the true label: an upper bound, for analysis only.
+
+    Args:
+        oracle_labels (`torch.LongTensor` of shape `(num_examples,)`):
+            Ground truth.
+        scope_mask (`torch.BoolTensor` of shape `(num_teachers, num_labels)`):
+            Labels that each teacher of the level was trained for.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
+    """
+    return assign_by_scope(oracle_labels, scope_mask, answered)
+
+
+def oracle_assign_by_domain(
+    oracle_domains: Sequence[str], teacher_domains: Sequence[Sequence[str] | None], answered: torch.Tensor
+) -> torch.Tensor:
+    """Choose the teacher of the true domain, which a user would not know: an upper bound, for analysis only.
+
+    Args:
+        oracle_domains (`Sequence[str]` of length `num_examples`):
+            True domain of each example.
+        teacher_domains (`Sequence[Sequence[str]]` of length `num_teachers`):
+            Domains that each teacher of the level was trained for.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
+    """
+    return assign_by_domain(oracle_domains, teacher_domains, answered)
+
+
+def oracle_assign_by_loss(
+    oracle_labels: torch.Tensor, teacher_probs: torch.Tensor, answered: torch.Tensor
+) -> torch.Tensor:
+    """Choose the teacher with the lowest loss on the true label: an upper bound, for analysis only.
+
+    Args:
+        oracle_labels (`torch.LongTensor` of shape `(num_examples,)`):
+            Ground truth.
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+            Soft outputs of the level's teachers.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
+    """
+    index = oracle_labels.view(-1, 1, 1).expand(-1, teacher_probs.shape[1], 1)
+    return _argmin_answered(-teacher_probs.gather(2, index).squeeze(-1), answered)
+
+
+def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """Where nobody of this level speaks, keep who spoke at the level above.
+
+    Args:
+        assigned (`torch.LongTensor` of shape `(num_examples,)`):
+            Who speaks at this level, numbered over the whole hierarchy, or -1.
+        previous (`torch.LongTensor` of shape `(num_examples,)`):
+            The same at the level above, itself after falling back; -1 where nobody has answered so far.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`.
+
+    Examples:
+        >>> fall_back(torch.tensor([2, -1, -1]), torch.tensor([0, 0, -1])).tolist()
+        [2, 0, -1]
+    """
+    return torch.where(assigned == NOBODY, previous, assigned)
+
+
+def _first(candidates: torch.Tensor) -> torch.Tensor:
+    """Position of the first True of each row, -1 where there is none."""
+    return torch.where(candidates.any(dim=1), _argmax(candidates.to(torch.uint8)), NOBODY)
+
+
+def _argmin_answered(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    scores = scores.masked_fill(~answered, torch.inf)
+    return torch.where(answered.any(dim=1), _argmax(-scores), NOBODY)
+
+
+def _argmax(values: torch.Tensor) -> torch.Tensor:
+    """Argmax over the last dimension with ties to the first, which torch promises on no device."""
+    return (values == values.amax(dim=-1, keepdim=True)).int().cumsum(dim=-1).eq(0).sum(dim=-1)

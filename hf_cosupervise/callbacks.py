@@ -1,0 +1,104 @@
+"""The story of the levels, told to trackers once and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+# They draw one bar per level, so they must hear of every beginning and end. By name: the notebook's needs IPython.
+_PER_LEVEL = {"ProgressCallback", "NotebookProgressCallback"}
+
+
+class LevelCallbackHandler(CallbackHandler):
+    """Tell callbacks of one training although the `Trainer` trains once per level.
+
+    Trackers open a run at `on_train_begin` and close it at `on_train_end`; both come once per call of `train()`.
+    Callbacks may have `on_level_begin(args, state, control, plan=…, **kwargs)` and
+    `on_level_end(args, state, control, plan=…, metrics=…, **kwargs)` of their own.
+
+    Args:
+        handler (`CallbackHandler`):
+            What the `Trainer` made; its callbacks are taken over.
+    """
+
+    def __init__(self, handler: CallbackHandler) -> None:
+        super().__init__(
+            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        )
+        self.eval_dataloader = handler.eval_dataloader
+        self.in_level = False
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Pass an event on to the callbacks that it concerns.
+
+        Args:
+            event (`str`):
+                Name of the method to call.
+            args (`TrainingArguments`):
+                Of the trainer.
+            state (`TrainerState`):
+                Of the trainer.
+            control (`TrainerControl`):
+                Of the trainer.
+            kwargs (`Any`):
+                Passed on.
+
+        Returns:
+            `TrainerControl`
+        """
+        everyone = self.callbacks
+        if event in ("on_train_begin", "on_train_end"):
+            self.callbacks = [cb for cb in everyone if _draws_bars(cb) == self.in_level]
+        elif event in ("on_level_begin", "on_level_end"):
+            self.callbacks = [cb for cb in everyone if hasattr(cb, event)]
+        try:
+            return super().call_event(event, args, state, control, **kwargs)
+        finally:
+            self.callbacks = everyone
+
+
+def _draws_bars(callback: TrainerCallback) -> bool:
+    return any(kind.__name__ in _PER_LEVEL for kind in type(callback).__mro__)
+
+
+class LevelHistory:
+    """Keep the numbers of every finished level in one JSON file.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file, made at the first record.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.records: list[dict[str, Any]] = []
+
+    def read(self) -> None:
+        """Read the records of an earlier run, none where there is no file."""
+        self.records = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+
+    def clear(self) -> None:
+        """Forget all records, on disk too."""
+        self.records = []
+        self.path.unlink(missing_ok=True)
+
+    def add(self, record: dict[str, Any], *, write: bool = True) -> None:
+        """Add the record of a finished level.
+
+        Args:
+            record (`dict[str, Any]`):
+                JSON values; `level` and `round` among them.
+            write (`bool`, *optional*, defaults to `True`):
+                Write the file too, whole or not at all. One process of several does.
+        """
+        self.records.append(record)
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self.records, indent=2) + "\n", encoding="utf-8")
+            os.replace(temporary, self.path)

@@ -1,0 +1,53 @@
+"""From examples to a batch: inputs by the student's processor, pseudolabels from the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .inputs import InputProcessor
+
+ROW = "cosupervise_row"
+
+
+@dataclass
+class DataCollatorForCoSupervision:
+    """Make a batch of model inputs and pseudolabels.
+
+    An example of the pool carries its row in `cosupervise_row` and gets `target_probs`; an example of an evaluation
+    set carries `labels` and keeps them; any other example gets inputs only.
+
+    Args:
+        processor (`InputProcessor`):
+            The student's tokenizer or image processor.
+        input_column (`str`):
+            The column that the student reads.
+        pseudolabels (`Callable`, *optional*):
+            From rows of the pool `(batch,)` to probabilities `(batch, num_labels)`; set by the trainer for each level.
+    """
+
+    processor: InputProcessor
+    input_column: str
+    pseudolabels: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate examples.
+
+        Args:
+            examples (`Sequence[dict[str, Any]]`):
+                Rows of a dataset.
+
+        Returns:
+            `dict[str, torch.Tensor]`: model inputs; `target_probs` `(batch, num_labels)` or `labels` `(batch,)`.
+        """
+        batch = self.processor([example[self.input_column] for example in examples])
+        if ROW in examples[0] and self.pseudolabels is not None:
+            rows = np.array([example[ROW] for example in examples])
+            batch["target_probs"] = torch.from_numpy(self.pseudolabels(rows))
+        elif "labels" in examples[0]:
+            batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=torch.long)
+        return batch

@@ -1,0 +1,149 @@
+"""What a user can choose about co-supervised training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional  # HfArgumentParser reads Optional
+
+import torch
+from transformers import TrainingArguments
+
+from .assignment import AGREEMENT_RULES
+from .consistency import SELECTION_RULES
+
+ASSIGNMENTS = (
+    "scope", "agreement", "metadata", "ensemble", "oracle_scope", "oracle_domain", "oracle_loss",
+)  # fmt: skip
+REJECTIONS = ("none", "top_k", "parent_topk", "parent_confident")
+STUDENT_TRAININGS = ("probe", "lora", "full")
+
+
+@dataclass
+class CoSupervisedConfig(TrainingArguments):
+    """Configure [`CoSupervisedTrainer`].
+
+    Defaults that differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-3, `num_train_epochs` 20 per
+    level, `per_device_train_batch_size` 100, cosine schedule, no clipping (`max_grad_norm` 0, which costs a small
+    probe many points), `save_strategy` "no" (each finished level is kept anyway), `remove_unused_columns` False.
+    `num_train_epochs` is divided by the keep rate of a level, so that the number of steps stays about constant;
+    `max_steps` above 0 is the number of steps of each level and switches that off.
+
+    Raises:
+        ValueError: If a field has a value that it does not know.
+    """
+
+    # Defaults of the parent that do not suit the method
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of each level."})
+    num_train_epochs: float = field(
+        default=20.0, metadata={"help": "Epochs per level over the whole pool; divided by the level's keep rate."}
+    )
+    per_device_train_batch_size: int = field(default=100, metadata={"help": "Batch size per device in training."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device without gradients."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of each level."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Largest norm of the gradient; 0 for no clipping."})
+    save_strategy: str = field(
+        default="no", metadata={"help": "When to save checkpoints within a level. Finished levels are always kept."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "The collator needs the raw columns, so this stays False."}
+    )
+    ddp_find_unused_parameters: Optional[bool] = field(
+        default=False, metadata={"help": "Search for parameters without gradient in each step; frozen ones need none."}
+    )
+
+    # The student
+    student_training: str = field(
+        default="probe",
+        metadata={"help": "What is trained: 'probe' (a head on the frozen backbone), 'lora' (adapters) or 'full'."},
+    )
+    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapters."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapters."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA adapters, 0 to 1."})
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of the modules that get adapters. Empty: every linear layer of the backbone."},
+    )
+    warm_start: bool = field(
+        default=False, metadata={"help": "Let each level go on from the student before, not from a fresh head."}
+    )
+
+    # Assignment: which teacher speaks for which example
+    assignment: list[str] = field(
+        default_factory=lambda: ["scope"],
+        metadata={
+            "help": "How a level chooses its teachers: scope, agreement, metadata, ensemble, or for analysis "
+            "oracle_scope, oracle_domain, oracle_loss. One for all levels, or one per level from the root."
+        },
+    )
+    agreement_rule: str = field(
+        default="ce_teacher_student", metadata={"help": f"Distance from teacher to student: one of {AGREEMENT_RULES}."}
+    )
+    agreement_min_prob: float = field(
+        default=1e-6, metadata={"help": "Lowest probability inside the logarithms of the agreement rules, 0 to 1."}
+    )
+    metadata_column: Optional[str] = field(
+        default=None, metadata={"help": "Column of the pool that tells each example's domain, for 'metadata'."}
+    )
+    rounds_per_level: int = field(
+        default=1, metadata={"help": "How often a level below the root assigns, rejects and trains, at least 1."}
+    )
+
+    # Rejection: which pseudolabels are trained on
+    rejection: list[str] = field(
+        default_factory=lambda: ["top_k"],
+        metadata={"help": "'none', or what an example must pass to be kept: top_k, parent_topk, parent_confident."},
+    )
+    rejection_k: Optional[int] = field(
+        default=None, metadata={"help": "k of top_k and parent_topk, below the number of labels. Default min(3, C-1)."}
+    )
+    rejection_rule: str = field(
+        default="loss_rank",
+        metadata={"help": "'loss_rank' keeps as many examples as agree, those of lowest loss; 'agreement_set' those."},
+    )
+
+    # Training
+    pseudolabels: str = field(default="soft", metadata={"help": "Train on 'soft' or 'hard' pseudolabels."})
+    fit_head_on_features: bool = field(
+        default=True,
+        metadata={"help": "Fit a linear head on features kept on disk, many times faster than the standard loop."},
+    )
+    features_dir: Optional[str] = field(
+        default=None, metadata={"help": "Where features are kept, to share them between runs. Default: in the run."}
+    )
+
+    def __post_init__(self) -> None:
+        # bf16 runs on CPU too, but the parent wants to be told that there is no accelerator to use.
+        if self.bf16 and not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        for name in ("assignment", "rejection", "lora_target_modules"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        for name, known in (
+            ("student_training", STUDENT_TRAININGS),
+            ("assignment", ASSIGNMENTS),
+            ("agreement_rule", AGREEMENT_RULES),
+            ("rejection", REJECTIONS),
+            ("rejection_rule", SELECTION_RULES),
+            ("pseudolabels", ("soft", "hard")),
+        ):
+            self._check_choice(name, known)
+        if not self.assignment or not self.rejection:
+            raise ValueError("`assignment` and `rejection` need at least one name each, got an empty list.")
+        if "none" in self.rejection and len(self.rejection) > 1:
+            raise ValueError(f"`rejection` 'none' stands alone, got {self.rejection}.")
+        if self.rounds_per_level < 1:
+            raise ValueError(f"`rounds_per_level` must be at least 1, got {self.rounds_per_level}.")
+        if not 0 < self.agreement_min_prob < 1:
+            raise ValueError(f"`agreement_min_prob` must lie between 0 and 1, got {self.agreement_min_prob}.")
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must stay False: the collator reads the raw columns.")
+
+    def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
+        value: Any = getattr(self, name)
+        for item in value if isinstance(value, list) else [value]:
+            if item not in known:
+                raise ValueError(f"`{name}` must be one of {list(known)}, got {item!r}.")

@@ -1,0 +1,329 @@
+"""Weak, student and ceiling on the same test set with the same recipe, beside what a user would try instead."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from .aggregation import majority_vote
+from .config import CoSupervisedConfig
+from .levels import LevelPlan
+from .metrics import accuracy, performance_gap_recovered
+from .pool import PseudolabelPool
+from .students import load_student
+from .teachers import Teacher, TeacherHierarchy
+from .trainer import RUN_DIR, CoSupervisedTrainer
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("generalist", "ensemble", "csl", "ceiling")
+OTHER_METHODS = ("majority_vote", "oracle_scope", "oracle_domain", "oracle_loss")
+
+
+def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
+    """Measure every teacher on labelled data.
+
+    Args:
+        test_pool (`PseudolabelPool`):
+            The teachers' answers on the test set, with `oracle_label`. No answer counts as wrong.
+
+    Returns:
+        `dict[str, float]`: accuracy by teacher name, 0 to 1.
+
+    Raises:
+        ValueError: If the pool has no ground truth.
+    """
+    labels = _oracle_labels(test_pool)
+    return {name: accuracy(test_pool.hard_labels(name), labels) for name in test_pool.hierarchy.names}
+
+
+def weak_accuracy(test_pool: PseudolabelPool) -> float:
+    """Measure the generalist: the root teacher, or the mean of the root level's probabilities where it has several.
+
+    Args:
+        test_pool (`PseudolabelPool`):
+            The teachers' answers on the test set, with `oracle_label`.
+
+    Returns:
+        `float`: 0 to 1.
+    """
+    root = test_pool.hierarchy.level_indices(0)
+    rows = np.arange(len(test_pool))
+    sources = np.full(len(rows), root[0] if len(root) == 1 else len(test_pool.hierarchy.teachers))
+    probs = test_pool.pseudolabels(sources, rows)
+    return accuracy(np.where(probs.any(axis=1), probs.argmax(axis=1), -1), _oracle_labels(test_pool))
+
+
+def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:
+    if (labels := pool.oracle_labels) is None:
+        raise ValueError("Measuring needs ground truth in the pool, got no `oracle_label`. Build it with `oracle_column`.")
+    return labels
+
+
+def method_pool(pool: PseudolabelPool, method: str) -> PseudolabelPool:
+    """Give the pool on which a method trains the student.
+
+    Args:
+        pool (`PseudolabelPool`):
+            All teachers; for `ceiling` and `oracle_…` with `oracle_label`.
+        method (`str`):
+            `generalist` keeps the root only, `ensemble` and `majority_vote` put all teachers at the root, `ceiling`
+            has the ground truth as its one teacher; `csl` and `oracle_…` keep the pool as it is.
+
+    Returns:
+        `PseudolabelPool`
+
+    Raises:
+        ValueError: If the method is not known, or needs ground truth that is not there.
+    """
+    hierarchy = pool.hierarchy
+    if method == "generalist":
+        return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.levels[0]))
+    if method == "ensemble":
+        return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers]))
+    if method == "majority_vote":
+        votes = torch.from_numpy(np.stack([pool.hard_labels(name) for name in hierarchy.names], axis=1))
+        return _single_teacher_pool(pool, "majority-vote", majority_vote(votes, hierarchy.num_labels).numpy())
+    if method == "ceiling":
+        return _single_teacher_pool(pool, "ground-truth", np.eye(hierarchy.num_labels, dtype=np.float32)[_oracle_labels(pool)])
+    if method == "csl" or method in OTHER_METHODS:
+        return pool
+    raise ValueError(f"`method` must be one of {[*METHODS, *OTHER_METHODS]}, got {method!r}.")
+
+
+def _single_teacher_pool(pool: PseudolabelPool, name: str, probs: np.ndarray) -> PseudolabelPool:
+    hierarchy = TeacherHierarchy(pool.labels, [Teacher(name, kind="column")])
+    return PseudolabelPool.from_predictions(hierarchy, pool.ids, {name: probs}, inputs=pool.inputs)
+
+
+def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> CoSupervisedConfig:
+    """Give the configuration with which a method trains: the same recipe, with its own assignment.
+
+    Where co-supervision goes on from level to level (`warm_start`), the methods of one level get as many steps as all
+    its levels together.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            The configuration of co-supervision.
+        method (`str`):
+            See [`method_pool`].
+        num_levels (`int`):
+            Levels of the full hierarchy.
+
+    Returns:
+        `CoSupervisedConfig`
+    """
+    args = copy.copy(args)
+    if method in ("csl", *OTHER_METHODS[1:]):
+        if method != "csl":
+            args.assignment = [args.assignment[0] if args.assignment == ["ensemble"] else method]
+        args.output_dir = args.output_dir if method == "csl" else _method_dir(args, method)
+        return args
+    args.output_dir = _method_dir(args, method)
+    args.assignment = ["ensemble"]
+    if args.warm_start:
+        scale = 1 + (num_levels - 1) * args.rounds_per_level
+        args.max_steps = args.max_steps * scale if args.max_steps > 0 else args.max_steps
+        args.num_train_epochs = args.num_train_epochs * scale
+    return args
+
+
+def _method_dir(args: CoSupervisedConfig, method: str) -> str:
+    return os.path.join(args.output_dir, RUN_DIR, "methods", method)
+
+
+def compare_methods(
+    student: str | PreTrainedModel,
+    args: CoSupervisedConfig,
+    pool: PseudolabelPool,
+    test_dataset: Dataset,
+    *,
+    weak: float,
+    methods: Sequence[str] = METHODS,
+    processing_class: Any = None,
+    extra_pools: Mapping[str, PseudolabelPool] | None = None,
+) -> tuple[dict[str, Any], CoSupervisedTrainer]:
+    """Train the student by several methods with one recipe and measure all of them on one test set.
+
+    The last checkpoint counts; the test set chooses nothing. Every method has the same optimizer, schedule, steps,
+    seed and fresh head.
+
+    Args:
+        student (`str` or `PreTrainedModel`):
+            Hub id or folder, or a model, of which every method gets a copy.
+        args (`CoSupervisedConfig`):
+            The recipe. Co-supervision writes to its `output_dir`, other methods below `_run/methods/`.
+        pool (`PseudolabelPool`):
+            All teachers' answers on the unlabelled data, with `oracle_label` for the ceiling.
+        test_dataset (`datasets.Dataset`):
+            Inputs with labels.
+        weak (`float`):
+            Accuracy of the generalist on the same test set, see [`weak_accuracy`].
+        methods (`Sequence[str]`, *optional*):
+            Which of `METHODS` and `OTHER_METHODS`. `csl` and `ceiling` must be among them.
+        processing_class (`Any`, *optional*):
+            The student's, where that is a model.
+        extra_pools (`Mapping[str, PseudolabelPool]`, *optional*):
+            Controls of one level, such as one teacher with all labels, by name.
+
+    Returns:
+        `tuple[dict[str, Any], CoSupervisedTrainer]`: `weak_accuracy`, `methods` (accuracy and PGR) and `levels` (of
+        co-supervision), all accuracies 0 to 1; and the trainer of co-supervision, with the final student.
+
+    Raises:
+        ValueError: If `csl` or `ceiling` is left out, or a method is not known.
+    """
+    if missing := {"csl", "ceiling"} - set(methods):
+        raise ValueError(f"`methods` must hold 'csl' and 'ceiling' to measure a gap, got {list(methods)} without {sorted(missing)}.")
+    pools = {method: method_pool(pool, method) for method in methods} | dict(extra_pools or {})
+    accuracies: dict[str, float] = {}
+    levels: list[dict[str, Any]] = []
+    main: CoSupervisedTrainer | None = None
+    for method, own_pool in pools.items():
+        own_args = method_arguments(args, method, pool.hierarchy.num_levels)
+        copied = copy.deepcopy(student) if isinstance(student, nn.Module) else student
+        trainer = CoSupervisedTrainer(copied, own_args, pool=own_pool, processing_class=processing_class)
+        trainer.train()
+        if method == "csl":
+            main, levels = trainer, _measure_levels(trainer, test_dataset)
+            accuracies[method] = levels[-1]["accuracy"]
+        else:
+            accuracies[method] = trainer.measure_accuracy(test_dataset)
+    ceiling = accuracies["ceiling"]
+    report = {
+        "weak_accuracy": weak,
+        "methods": {name: {"accuracy": value, "pgr": performance_gap_recovered(weak, value, ceiling)} for name, value in accuracies.items()},
+        "levels": [{**level, "pgr": performance_gap_recovered(weak, level["accuracy"], ceiling)} for level in levels],
+    }
+    return report, main  # type: ignore[return-value]
+
+
+def _measure_levels(trainer: CoSupervisedTrainer, test_dataset: Dataset) -> list[dict[str, Any]]:
+    """Measure the student of every level; the last one stays in the trainer."""
+    levels = []
+    for plan in trainer.plans:
+        trainer.load_level(plan.level)
+        levels.append({**_level_facts(trainer, plan), "accuracy": trainer.measure_accuracy(test_dataset)})
+    return levels
+
+
+def _level_facts(trainer: CoSupervisedTrainer, plan: LevelPlan) -> dict[str, Any]:
+    records = [record for record in trainer.history.records if record["level"] == plan.level]
+    names = trainer.pool.source_names
+    shares = {name: records[-1][f"assignment/{name}"] for name in names if f"assignment/{name}" in records[-1]}
+    facts = {"level": plan.level, "keep_rate": plan.keep_rate, "teachers": shares}
+    return facts | {
+        key.replace("/", "_"): value for key, value in records[-1].items()
+        if key in ("assignment/agreement", "consistency/top_k_agreement") or key.startswith("oracle_")
+    }  # fmt: skip
+
+
+def merge_reports(reports: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Put the reports of several seeds side by side: every number becomes a list over seeds.
+
+    Args:
+        reports (`Sequence[Mapping[str, Any]]`):
+            What [`compare_methods`] gave for each seed.
+        seeds (`Sequence[int]`):
+            The seeds.
+
+    Returns:
+        `dict[str, Any]`: `seeds` and the keys of one report.
+    """
+    return {"seeds": list(seeds), **_merge(list(reports))}
+
+
+def _merge(values: list[Any]) -> Any:
+    if all(isinstance(value, Mapping) for value in values):
+        keys = {key: None for value in values for key in value}  # in order of appearance
+        return {key: values[0][key] if key == "level" else _merge([value.get(key, 0.0) for value in values]) for key in keys}
+    if all(isinstance(value, list) for value in values):
+        return [_merge(list(items)) for items in zip(*values, strict=True)]
+    return values
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Give mean and standard deviation over seeds.
+
+    Args:
+        values (`Sequence[float]`):
+            One number per seed; NaN ones are left out.
+
+    Returns:
+        `tuple[float, float]`: mean, and sample standard deviation (0 for a single number, NaN for none).
+    """
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return math.nan, math.nan
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """Print a merged report as two tables: co-supervision by level, and all methods.
+
+    Args:
+        report (`Mapping[str, Any]`):
+            What [`merge_reports`] gave.
+
+    Returns:
+        `str`: accuracies, shares and PGR in percent, mean ± standard deviation where there are several seeds.
+    """
+    lines = [_row("level", "keep rate", "agreement", "accuracy", "PGR", "share per teacher")]
+    for level in report["levels"]:
+        shares = " ".join(f"{name} {100 * mean_and_spread(share)[0]:.0f}" for name, share in level["teachers"].items())
+        agreement = level.get("assignment_agreement")
+        cells = [_percent(level["keep_rate"]), _percent(agreement) if agreement else "-", _percent(level["accuracy"])]
+        lines.append(_row(str(level["level"]), *cells, _percent(level["pgr"]), shares))
+    lines += ["", _row("method", "accuracy", "PGR", "gain over generalist")]
+    lines.append(_row("weak teacher", _percent(report["weak_accuracy"]), _percent([0.0]), ""))
+    base = report["methods"].get("generalist", {}).get("pgr")
+    for name, numbers in report["methods"].items():
+        gain = _percent([own - other for own, other in zip(numbers["pgr"], base)]) if base and name != "generalist" else ""
+        lines.append(_row(name, _percent(numbers["accuracy"]), _percent(numbers["pgr"]), gain))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(first: str, *cells: str) -> str:
+    return f"{first:<16}" + "".join(f"{cell:<18}" for cell in cells[:-1]) + cells[-1]
+
+
+def _percent(values: Sequence[float]) -> str:
+    mean, spread = mean_and_spread(values)
+    return f"{100 * mean:.1f} ± {100 * spread:.1f}" if len(values) > 1 else f"{100 * mean:.1f}"
+
+
+def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a report as JSON, whole or not at all; NaN becomes null.
+
+    Args:
+        report (`Mapping[str, Any]`):
+            JSON values.
+        path (`str` or `os.PathLike`):
+            File to write.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(_without_nan(report), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,252 @@
+"""How a cell of a dataset becomes what a model reads, for teachers and students alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Image, Value
+from PIL import Image as PILImage
+
+LABEL_NAMES = ("label", "labels", "oracle_label")
+INPUT_NAMES = ("image", "img", "pixel_values", "text", "sentence")
+_CHUNK = 1000
+
+
+def find_input_column(dataset: Any, input_column: str | None = None) -> str:
+    """Find the column that models read.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Data with named columns.
+        input_column (`str`, *optional*):
+            Its name. By default the only image column, else the first of `image`, `img`, `pixel_values`, `text`,
+            `sentence` that is there.
+
+    Returns:
+        `str`
+
+    Raises:
+        ValueError: If the column does not exist, or none or several could be meant.
+    """
+    columns = list(dataset.column_names or (dataset.features or {}))
+    if input_column is not None:
+        if input_column not in columns:
+            raise ValueError(f"`input_column` must be one of {columns}, got {input_column!r}.")
+        return input_column
+    images = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Image)]
+    candidates = images or [name for name in INPUT_NAMES if name in columns][:1]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"The column that models read must be an image column or one of {list(INPUT_NAMES)}, got "
+            f"{candidates or 'none'} among {columns}. Name it with `input_column`."
+        )
+    return candidates[0]
+
+
+def is_text_column(dataset: Dataset, column: str) -> bool:
+    """Tell whether a column holds text.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            Name of a column.
+
+    Returns:
+        `bool`
+    """
+    feature = dataset.features[column]
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def find_label_column(dataset: Dataset) -> str:
+    """Find the column with the labels of an evaluation set.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+
+    Returns:
+        `str`: `label`, `labels` or `oracle_label`.
+
+    Raises:
+        ValueError: If none of them is there.
+    """
+    for name in LABEL_NAMES:
+        if name in dataset.column_names:
+            return name
+    raise ValueError(
+        f"An evaluation set needs labels in a column {list(LABEL_NAMES)}, got {dataset.column_names}. Rename the column."
+    )
+
+
+def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndarray:
+    """Read a label column as label ids of the task, by name where the data has names.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            A column of `ClassLabel`, of label names, or of label ids.
+        labels (`Sequence[str]`):
+            The task's label names.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, int64.
+
+    Raises:
+        ValueError: If a value is not a label of the task.
+    """
+    feature, values = dataset.features[column], list(dataset[column])
+    positions = {name: index for index, name in enumerate(labels)}
+    if isinstance(feature, ClassLabel):
+        values = [feature.names[value] if value is not None and value >= 0 else value for value in values]
+    ids = [positions.get(value, -1) if isinstance(value, str) else value for value in values]
+    wrong = [row for row, value in enumerate(ids) if not isinstance(value, int) or not 0 <= value < len(labels)]
+    if wrong:
+        raise ValueError(
+            f"Column `{column}` must hold labels of the task {list(labels)[:8]}, got {values[wrong[0]]!r} in row {wrong[0]} "
+            f"({len(wrong)} such rows)."
+        )
+    return np.asarray(ids, dtype=np.int64)
+
+
+def row_keys(dataset: Dataset, column: str) -> list[str]:
+    """Give each row a key that depends on its content only, so that it survives shuffling and selection.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            The column that models read.
+
+    Returns:
+        `list[str]`: 32 hexadecimal digits of blake2b over the raw cell; the second, third … row of the same content
+        gets `-1`, `-2` … appended.
+    """
+    seen: dict[str, int] = {}
+    keys = []
+    for digest in cell_digests(dataset, column):
+        count = seen[digest] = seen.get(digest, -1) + 1
+        keys.append(f"{digest}-{count}" if count else digest)
+    return keys
+
+
+def cell_digests(dataset: Dataset, column: str) -> list[str]:
+    """Hash the raw content of each cell; equal cells have equal digests.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            Name of a column.
+
+    Returns:
+        `list[str]`: 32 hexadecimal digits each.
+    """
+    table_view = dataset.select_columns([column]).with_format("arrow")
+    digests = []
+    for start in range(0, len(dataset), _CHUNK):
+        for cell in table_view[start : start + _CHUNK].column(column).to_pylist():
+            digests.append(hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest())
+    return digests
+
+
+def _cell_bytes(cell: Any) -> bytes:
+    if isinstance(cell, Mapping) and set(cell) == {"bytes", "path"}:  # an image, encoded or still a file
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    if isinstance(cell, str):
+        return cell.encode("utf-8")
+    if isinstance(cell, bytes):
+        return cell
+    return json.dumps(cell, sort_keys=True, default=str).encode("utf-8")
+
+
+def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
+    """Give an image cell as a PIL image of the wanted mode.
+
+    Args:
+        cell (`PIL.Image.Image`, `np.ndarray` or nested `list`):
+            A decoded image; arrays are uint8 of shape `(height, width)` or `(height, width, channels)`.
+        mode (`str`, *optional*):
+            PIL mode such as `"RGB"` or `"L"`. The image's own by default.
+
+    Returns:
+        `PIL.Image.Image`
+
+    Raises:
+        TypeError: If the cell is no image.
+    """
+    if not isinstance(cell, PILImage.Image):
+        array = np.asarray(cell)
+        if array.ndim not in (2, 3) or array.dtype.kind not in "iu":
+            raise TypeError(f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}.")
+        cell = PILImage.fromarray(array.astype(np.uint8))
+    return cell if mode is None or cell.mode == mode else cell.convert(mode)
+
+
+class InputProcessor:
+    """Turn a list of cells into the tensors of one batch, by a tokenizer or an image processor.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
+            What `AutoTokenizer` or `AutoImageProcessor` gives for the model.
+        config (`PreTrainedConfig`, *optional*):
+            The model's configuration, for the number of channels it reads (3 where it does not tell).
+
+    Raises:
+        TypeError: If `processing_class` can be called neither on text nor on images.
+    """
+
+    def __init__(self, processing_class: Any, config: Any = None) -> None:
+        if not callable(processing_class):
+            raise TypeError(
+                "`processing_class` must be a tokenizer or an image processor, got "
+                f"{type(processing_class).__name__}. Load it with `AutoTokenizer` or `AutoImageProcessor`."
+            )
+        self.processing_class = processing_class
+        self.is_text = hasattr(processing_class, "pad") and hasattr(processing_class, "vocab_size")
+        self.mode = "L" if _num_channels(config) == 1 else "RGB"
+        self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
+
+    def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Process cells.
+
+        Args:
+            cells (`Sequence`):
+                Texts, or images as [`to_pil`] takes them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: What the model's forward reads, first dimension `len(cells)`.
+        """
+        if self.is_text:
+            batch = self.processing_class(list(cells), padding=True, truncation=True, return_tensors="pt")
+        else:
+            batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
+        return {name: batch[name] for name in self.input_names if name in batch}
+
+    @property
+    def fingerprint(self) -> str:
+        """`str`: Hash of everything that decides what the model gets to see, 16 hexadecimal digits."""
+        processor = self.processing_class
+        if self.is_text:
+            backend = getattr(processor, "backend_tokenizer", None)
+            facts = [backend.to_str() if backend else str(sorted(processor.get_vocab().items())), processor.model_max_length]
+        else:
+            settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
+            facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]
+        text = json.dumps([type(processor).__name__, facts], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def _num_channels(config: Any) -> int:
+    pretrained_cfg = getattr(config, "pretrained_cfg", None)
+    if pretrained_cfg and pretrained_cfg.get("input_size"):
+        return int(pretrained_cfg["input_size"][0])
+    return int(getattr(config, "num_channels", None) or 3)

@@ -1,0 +1,304 @@
+"""What is decided before one level is trained: who speaks for which example, and which pseudolabels are kept.
+
+One pass over the student's predictions, a chunk at a time; only a few numbers per example are remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .assignment import (
+    NOBODY,
+    assign_by_agreement,
+    assign_by_domain,
+    assign_by_scope,
+    fall_back,
+    oracle_assign_by_domain,
+    oracle_assign_by_loss,
+    oracle_assign_by_scope,
+)
+from .config import CoSupervisedConfig
+from .consistency import default_top_k, in_top_k, parent_confident, parent_topk, pseudolabel_loss, select_consistent
+from .metrics import agreement, oracle_selection
+from .pool import ORACLE_DOMAIN, PseudolabelPool
+
+# Rows per chunk. Fixed, so that the same student gives the same numbers whatever the number of processes.
+CHUNK_ROWS = 1024
+
+StudentChunks = Iterable[tuple[slice, torch.Tensor]]
+
+
+@dataclass
+class LevelPlan:
+    """Say what one level (or one round of it) trains on.
+
+    Args:
+        level (`int`):
+            Level, from 0.
+        round (`int`):
+            Round within the level, from 0.
+        assigned_teacher (`np.ndarray` of shape `(num_examples,)`):
+            Who speaks for each example, a position in `pool.source_names`; -1 for nobody.
+        labels (`np.ndarray` of shape `(num_examples,)`):
+            Hard pseudolabels; -1 where there is none.
+        keep_mask (`np.ndarray` of shape `(num_examples,)`, bool):
+            What is trained on.
+        metrics (`dict[str, float]`):
+            Numbers for the log.
+    """
+
+    level: int
+    round: int
+    assigned_teacher: np.ndarray
+    labels: np.ndarray
+    keep_mask: np.ndarray
+    metrics: dict[str, float]
+
+    @property
+    def keep_rate(self) -> float:
+        """`float`: Kept share of the examples that have a pseudolabel, 0 to 1."""
+        return int(self.keep_mask.sum()) / max(int((self.labels >= 0).sum()), 1)
+
+
+@dataclass
+class _Row:
+    """The few numbers remembered per example."""
+
+    assigned: np.ndarray
+    labels: np.ndarray
+    losses: np.ndarray
+    in_student_top_k: np.ndarray
+    passes_parent: np.ndarray
+    student_labels: np.ndarray
+
+    @classmethod
+    def empty(cls, num_examples: int) -> _Row:
+        integers, flags = np.int32, np.int8
+        return cls(*(np.zeros(num_examples, dtype=kind) for kind in (integers, integers, np.float32, flags, flags, integers)))
+
+
+def plan_level(
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    previous: np.ndarray,
+    student_chunks: StudentChunks | None = None,
+    *,
+    round: int = 0,
+    sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> LevelPlan:
+    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level).
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        level (`int`):
+            Level, from 0.
+        args (`CoSupervisedConfig`):
+            Assignment and rejection.
+        previous (`np.ndarray` of shape `(num_examples,)`):
+            `assigned_teacher` of the level above; all -1 at the root.
+        student_chunks (`Iterable[tuple[slice, torch.Tensor]]`, *optional*):
+            Consecutive rows and the student's log-probabilities `(rows, num_labels)` on them; this process's share.
+            Not needed at the root, where there is no student to ask.
+        round (`int`, *optional*, defaults to 0):
+            Round within the level.
+        sum_over_processes (`Callable`, *optional*):
+            Adds an array up over all processes, each of which has filled its own rows only.
+
+    Returns:
+        `LevelPlan`
+
+    Raises:
+        ValueError: If no example is left to train on.
+
+    Source:
+        arXiv 2402.15505, released code; see [`assignment`] and [`consistency`] for what is ours.
+    """
+    rows = _Row.empty(len(pool))
+    for part, log_probs in student_chunks if student_chunks is not None else _root_chunks(len(pool)):
+        _plan_chunk(rows, pool, level, args, previous, part, log_probs)
+    rows = _Row(*(sum_over_processes(values) for values in vars(rows).values()))
+    has_label = rows.labels >= 0
+    if not has_label.any():
+        raise ValueError(f"No teacher up to level {level} answered any of the {len(pool)} examples. Check their labels.")
+    keep_mask = has_label & (rows.passes_parent > 0)
+    if level > 0 and "top_k" in args.rejection:
+        tensors = (torch.from_numpy(values) for values in (rows.losses, rows.in_student_top_k > 0, has_label))
+        keep_mask &= select_consistent(*tensors, rule=args.rejection_rule).numpy()
+    if not keep_mask.any():
+        raise ValueError(
+            f"Level {level} must keep at least one example, got none of {int(has_label.sum())}: student and teachers never "
+            f"agree under `rejection` {args.rejection}. Use 'none' or a larger `rejection_k`, or look at the teachers."
+        )
+    plan = LevelPlan(level, round, rows.assigned, rows.labels, keep_mask, {})
+    plan.metrics = _describe(pool, plan, rows, level > 0)
+    return plan
+
+
+def level_assignment(args: CoSupervisedConfig, level: int) -> str:
+    """Give the assignment of a level.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            `assignment` holds one name for all levels, or one per level.
+        level (`int`):
+            Level, from 0.
+
+    Returns:
+        `str`
+    """
+    return args.assignment[0] if len(args.assignment) == 1 else args.assignment[level]
+
+
+def _root_chunks(num_examples: int) -> Iterable[tuple[slice, None]]:
+    return ((slice(start, min(start + CHUNK_ROWS, num_examples)), None) for start in range(0, num_examples, CHUNK_ROWS))
+
+
+def _plan_chunk(
+    rows: _Row,
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    previous: np.ndarray,
+    part: slice,
+    log_probs: torch.Tensor | None,
+) -> None:
+    """Fill the remembered numbers of one chunk."""
+    parent = torch.from_numpy(np.asarray(previous[part], dtype=np.int64))
+    assigned = fall_back(_assign(pool, level, args, part, log_probs), parent)
+    positions = np.arange(part.start, part.stop)
+    probs = torch.from_numpy(pool.pseudolabels(assigned.numpy(), positions))
+    confidence, labels = probs.max(dim=1).values, torch.from_numpy(probs.numpy().argmax(axis=1))
+    has_label = assigned != NOBODY
+    rows.assigned[part] = assigned
+    rows.labels[part] = torch.where(has_label, labels, -1)
+    rows.passes_parent[part] = 1
+    if log_probs is None:
+        return
+    k = args.rejection_k or default_top_k(pool.hierarchy.num_labels)
+    rows.losses[part] = pseudolabel_loss(log_probs, labels)
+    rows.in_student_top_k[part] = in_top_k(log_probs, labels, k)
+    rows.student_labels[part] = log_probs.numpy().argmax(axis=1)  # numpy promises ties to the first
+    if {"parent_topk", "parent_confident"} & set(args.rejection):
+        parent_probs = torch.from_numpy(pool.pseudolabels(parent.numpy(), positions))
+        rows.passes_parent[part] = _passes_parent(args, k, labels, confidence, parent, parent_probs)
+
+
+def _passes_parent(
+    args: CoSupervisedConfig,
+    k: int,
+    labels: torch.Tensor,
+    confidence: torch.Tensor,
+    parent: torch.Tensor,
+    parent_probs: torch.Tensor,
+) -> torch.Tensor:
+    """Check local against global; where nobody above has answered there is nothing to contradict."""
+    passes = torch.ones_like(labels, dtype=torch.bool)
+    if "parent_topk" in args.rejection:
+        passes &= parent_topk(labels, parent_probs, k)
+    if "parent_confident" in args.rejection:
+        parent_labels = torch.from_numpy(parent_probs.numpy().argmax(axis=1))
+        passes &= parent_confident(labels, confidence, parent_labels, parent_probs.max(dim=1).values)
+    return passes | (parent == NOBODY)
+
+
+def _assign(
+    pool: PseudolabelPool, level: int, args: CoSupervisedConfig, part: slice, log_probs: torch.Tensor | None
+) -> torch.Tensor:
+    """Say who speaks, as positions in `pool.source_names`."""
+    hierarchy, method = pool.hierarchy, level_assignment(args, level)
+    indices = hierarchy.level_indices(level)
+    answered = torch.from_numpy(np.stack([pool.answered(hierarchy.names[index])[part] for index in indices], axis=1))
+    if method == "ensemble" and len(indices) > 1:
+        return torch.where(answered.any(dim=1), len(hierarchy.teachers) + level, NOBODY)
+    if level == 0 or len(indices) == 1 and method == "ensemble":
+        return torch.where(answered[:, 0], indices[0], NOBODY)
+    if log_probs is None:
+        raise ValueError(f"Level {level} is assigned by the student of the level above: give its `student_chunks`.")
+    inside = _assign_inside(pool, level, args, method, part, log_probs, answered)
+    return torch.where(inside == NOBODY, NOBODY, inside + indices[0])
+
+
+def _assign_inside(
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    method: str,
+    part: slice,
+    log_probs: torch.Tensor,
+    answered: torch.Tensor,
+) -> torch.Tensor:
+    hierarchy = pool.hierarchy
+    if method == "scope":
+        student_labels = torch.from_numpy(log_probs.numpy().argmax(axis=1))
+        return assign_by_scope(student_labels, hierarchy.scope_mask(level), answered)
+    if method == "agreement":
+        probs, _ = pool.decode_level(hierarchy.level_indices(level), part)
+        return assign_by_agreement(log_probs, probs, answered, args.agreement_rule, args.agreement_min_prob)
+    domains = [teacher.domains for teacher in hierarchy.levels[level]]
+    if method == "metadata":
+        return assign_by_domain(_texts(pool, str(args.metadata_column), part), domains, answered)
+    if method == "oracle_domain":
+        return oracle_assign_by_domain(_texts(pool, ORACLE_DOMAIN, part), domains, answered)
+    oracle_labels = torch.from_numpy(_oracle_labels(pool)[part])
+    if method == "oracle_scope":
+        return oracle_assign_by_scope(oracle_labels, hierarchy.scope_mask(level), answered)
+    probs, _ = pool.decode_level(hierarchy.level_indices(level), part)
+    return oracle_assign_by_loss(oracle_labels, probs, answered)
+
+
+def _texts(pool: PseudolabelPool, column: str, part: slice) -> list[str]:
+    return [str(value) for value in pool.column(column)[part]]
+
+
+def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:
+    labels = pool.oracle_labels
+    if labels is None:
+        raise ValueError("Oracle assignment needs `oracle_label` in the pool. Build it with `oracle_column`.")
+    return labels
+
+
+def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: _Row, has_student: bool) -> dict[str, float]:
+    """Sum a level up in numbers under stable keys."""
+    has_label = plan.labels >= 0
+    num_labelled = int(has_label.sum())
+    used = np.bincount(plan.assigned_teacher[has_label], minlength=len(pool.source_names))
+    level_names = [pool.hierarchy.names[index] for index in pool.hierarchy.level_indices(plan.level)]
+    metrics = {
+        f"assignment/{name}": count / num_labelled
+        for name, count in zip(pool.source_names, used.tolist())
+        if count or name in level_names and f"ensemble-{plan.level}" not in _spoke(pool, used)
+    }
+    metrics["consistency/keep_rate"] = plan.keep_rate
+    metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
+    if has_student:
+        metrics["assignment/agreement"] = agreement(rows.student_labels[has_label], plan.labels[has_label])
+        metrics["consistency/top_k_agreement"] = float((rows.in_student_top_k[has_label] > 0).mean())
+    return metrics | _describe_oracle(pool, plan)
+
+
+def _spoke(pool: PseudolabelPool, used: np.ndarray) -> set[str]:
+    return {name for name, count in zip(pool.source_names, used.tolist()) if count}
+
+
+def _describe_oracle(pool: PseudolabelPool, plan: LevelPlan) -> dict[str, float]:
+    """Numbers that need ground truth, where the pool has it; none of them flows back into training."""
+    oracle_labels = pool.oracle_labels
+    if oracle_labels is None:
+        return {}
+    metrics = {f"oracle_selection/{name}": value for name, value in
+               oracle_selection(plan.keep_mask, plan.labels, oracle_labels).items()}  # fmt: skip
+    has_label = plan.labels >= 0
+    metrics["oracle_pseudolabels/accuracy"] = agreement(plan.labels[has_label], oracle_labels[has_label])
+    scopes = pool.hierarchy.scope_mask(plan.level)
+    if len(scopes) > 1 and not scopes.all():
+        inside = plan.assigned_teacher - pool.hierarchy.level_indices(plan.level)[0]
+        own = (inside >= 0) & (inside < len(scopes))
+        if own.any():
+            metrics["oracle_assignment/accuracy"] = float(scopes.numpy()[inside[own], oracle_labels[own]].mean())
+    return metrics

@@ -1,0 +1,144 @@
+"""What a co-supervised student is measured by."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+
+def performance_gap_recovered(weak: float, student: float, ceiling: float) -> float:
+    """Measure the share of the gap between weak teacher and strong ceiling that the student recovers.
+
+    PGR = (student - weak) / (ceiling - weak). It is 0 for a student as good as the generalist, 1 for one as good as
+    a student trained with ground truth; it may be negative or above 1.
+
+    Args:
+        weak (`float`):
+            Accuracy of the generalist, 0 to 1.
+        student (`float`):
+            Accuracy of the co-supervised student on the same examples.
+        ceiling (`float`):
+            Accuracy of the same student trained with ground truth by the same recipe.
+
+    Returns:
+        `float`: The share; NaN, with a warning, where the ceiling is not above the generalist.
+
+    Source:
+        Burns et al., arXiv 2312.09390, section 3.
+
+    Examples:
+        >>> performance_gap_recovered(weak=0.5, student=0.75, ceiling=1.0)
+        0.5
+    """
+    if not ceiling > weak:
+        logger.warning(f"No gap to recover: `ceiling` ({ceiling:.3f}) must be greater than `weak` ({weak:.3f}).")
+        return math.nan
+    return (student - weak) / (ceiling - weak)
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Measure the share of predictions that equal the label.
+
+    Args:
+        predictions (`np.ndarray` of shape `(num_examples,)`):
+            Label ids; -1 (no answer) counts as wrong.
+        labels (`np.ndarray` of shape `(num_examples,)`):
+            Label ids, not negative.
+
+    Returns:
+        `float`: 0 to 1.
+
+    Raises:
+        ValueError: If there are no examples, or the shapes differ.
+
+    Examples:
+        >>> accuracy(np.array([0, 1, -1, 1]), np.array([0, 1, 1, 0]))
+        0.5
+    """
+    return agreement(predictions, labels)
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> float:
+    """Measure the share of examples on which two sets of labels are equal.
+
+    Args:
+        first (`np.ndarray` of shape `(num_examples,)`):
+            Label ids.
+        second (`np.ndarray` of shape `(num_examples,)`):
+            Label ids.
+
+    Returns:
+        `float`: 0 to 1.
+
+    Raises:
+        ValueError: If there are no examples, or the shapes differ.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    if first.shape != second.shape or first.ndim != 1 or first.size == 0:
+        raise ValueError(f"Two label arrays of one shape (num_examples,) are needed, got {first.shape} and {second.shape}.")
+    return float((first == second).mean())
+
+
+def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: np.ndarray) -> dict[str, float]:
+    """Measure how well rejection told right pseudolabels from wrong ones.
+
+    Args:
+        keep_mask (`np.ndarray` of shape `(num_examples,)`, bool):
+            What was kept.
+        labels (`np.ndarray` of shape `(num_examples,)`):
+            Hard pseudolabels; -1 where there is none, which counts neither way.
+        oracle_labels (`np.ndarray` of shape `(num_examples,)`):
+            Ground truth.
+
+    Returns:
+        `dict[str, float]`: `precision`, the share of right ones among the kept, and `recall`, the share of kept ones
+        among the right; NaN where there are none to count.
+
+    Examples:
+        >>> oracle_selection(np.array([True, True, False]), np.array([0, 1, 1]), np.array([0, 0, 1]))
+        {'precision': 0.5, 'recall': 0.5}
+    """
+    keep = np.asarray(keep_mask, dtype=bool) & (np.asarray(labels) >= 0)
+    right = np.asarray(labels) == np.asarray(oracle_labels)
+    hits = int((keep & right).sum())
+    return {
+        "precision": hits / int(keep.sum()) if keep.any() else math.nan,
+        "recall": hits / int(right.sum()) if right.any() else math.nan,
+    }
+
+
+def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+    """Measure how far confidence and accuracy lie apart, over equal-width bins of confidence.
+
+    Args:
+        probs (`np.ndarray` of shape `(num_examples, num_labels)`):
+            Rows sum to 1.
+        labels (`np.ndarray` of shape `(num_examples,)`):
+            Ground truth.
+        num_bins (`int`, *optional*, defaults to 15):
+            Number of bins, at least 1.
+
+    Returns:
+        `float`: 0 (calibrated) to 1.
+
+    Raises:
+        ValueError: If there are no examples, the shapes do not fit, or `num_bins` is less than 1.
+
+    Source:
+        Guo et al., arXiv 1706.04599, equation 3.
+    """
+    probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    if probs.ndim != 2 or labels.shape != probs.shape[:1] or labels.size == 0 or num_bins < 1:
+        raise ValueError(
+            "`probs` (num_examples, num_labels), `labels` (num_examples,) and `num_bins` >= 1 are needed, "
+            f"got {probs.shape}, {labels.shape} and {num_bins}."
+        )
+    confidence = probs.max(axis=1)
+    right = probs.argmax(axis=1) == labels
+    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
+    return float(np.abs(gaps).sum() / labels.size)

@@ -1,0 +1,510 @@
+"""The pool of pseudolabels: one plain dataset per teacher beside the inputs, joined on `id`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.arrow_writer import ArrowWriter
+
+from .aggregation import mean_probs
+from .sparse import check_top_k, decode_top_k, default_pool_k, encode_top_k
+from .teachers import TeacherHierarchy
+
+FORMAT_VERSION = 1
+ORACLE_LABEL = "oracle_label"
+ORACLE_DOMAIN = "oracle_domain"
+_HEADER = "pool.json"
+_CHUNK = 8192
+
+
+class PseudolabelPool:
+    """Hold what every teacher says about every example, as `datasets.Dataset`s that map files from disk.
+
+    Each teacher has a dataset of `id`, `label_ids` and `label_probs` (its most probable labels, float16, descending);
+    a row of zeros means that the teacher has no answer. `inputs` holds `id`, what the models read, and where they are
+    known `oracle_label` and `oracle_domain`, which nothing but `oracle_…` functions reads.
+
+    Args:
+        hierarchy (`TeacherHierarchy`):
+            The teachers, each of which has a dataset.
+        teachers (`Mapping[str, datasets.Dataset]`):
+            Dataset of each teacher by its name.
+        inputs (`datasets.Dataset`, *optional*):
+            `id` and the inputs. Without it, training needs a `train_dataset` with the same ids.
+        facts (`Mapping[str, Any]`, *optional*):
+            What is known about each teacher's run, JSON values by teacher name.
+
+    Raises:
+        ValueError: If a teacher of the hierarchy is missing, ids are repeated, missing or differ between datasets, or
+            a row of pseudolabels is not valid.
+    """
+
+    def __init__(
+        self,
+        hierarchy: TeacherHierarchy,
+        teachers: Mapping[str, Dataset],
+        inputs: Dataset | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.hierarchy = hierarchy
+        self.inputs = inputs
+        self.facts: dict[str, Any] = dict(facts or {})
+        self._check_teachers(teachers)
+        self.teachers = {name: teachers[name] for name in hierarchy.names}
+        self.ids = _read_ids(inputs if inputs is not None else self.teachers[hierarchy.names[0]], "the pool")
+        self._views = {name: self._open(name, dataset) for name, dataset in self.teachers.items()}
+
+    def _check_teachers(self, teachers: Mapping[str, Dataset]) -> None:
+        if missing := [name for name in self.hierarchy.names if name not in teachers]:
+            levels = sorted({self.hierarchy.teachers[self.hierarchy.index(name)].level for name in missing})
+            raise ValueError(
+                f"The pool must hold pseudolabels of every teacher of the hierarchy, got none of {missing} "
+                f"(level {levels}). Label the data with them by `build_pool`."
+            )
+        for name, dataset in teachers.items():
+            if lacking := [column for column in ("id", "label_ids", "label_probs") if column not in dataset.column_names]:
+                raise ValueError(f"Pseudolabels of '{name}' must have the columns id, label_ids and label_probs, got no {lacking}.")
+
+    def _open(self, name: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Map the two columns as arrays, in the order of the pool's ids."""
+        label_ids, label_probs = _matrix(dataset, "label_ids", name), _matrix(dataset, "label_probs", name)
+        for start in range(0, max(len(dataset), 1), _CHUNK):  # a chunk at a time: the check must not fill the memory
+            chunk = slice(start, start + _CHUNK)
+            check_top_k(label_ids[chunk], label_probs[chunk], self.hierarchy.num_labels, name)
+        ids = _read_ids(dataset, f"'{name}'")
+        if not np.array_equal(ids, self.ids):
+            rows = match_ids(ids, self.ids, f"Pseudolabels of '{name}'")
+            label_ids, label_probs = label_ids[rows], label_probs[rows]
+        return label_ids, label_probs
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        inputs = "none" if self.inputs is None else self.inputs.column_names
+        return f"PseudolabelPool({len(self)} examples, {self.hierarchy!r}, inputs: {inputs})"
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: The task's label names."""
+        return self.hierarchy.labels
+
+    @property
+    def oracle_labels(self) -> np.ndarray | None:
+        """`np.ndarray` of shape `(num_examples,)`: Ground truth where it was declared, for analysis only."""
+        if self.inputs is None or ORACLE_LABEL not in self.inputs.column_names:
+            return None
+        return np.asarray(self.inputs.with_format("numpy")[ORACLE_LABEL][:], dtype=np.int64)
+
+    def column(self, name: str) -> list[Any]:
+        """Give a metadata column of the inputs.
+
+        Args:
+            name (`str`):
+                Its name.
+
+        Returns:
+            `list`: One value per example.
+
+        Raises:
+            ValueError: If there is no such column.
+        """
+        columns = [] if self.inputs is None else self.inputs.column_names
+        if self.inputs is None or name not in columns:
+            raise ValueError(f"The pool's inputs must have a column {name!r}, got {columns}. Build the pool from data with it.")
+        return list(self.inputs[name])
+
+    def label_ids(self, name: str) -> np.ndarray:
+        """Give a teacher's most probable labels, as a view of the Arrow file.
+
+        Args:
+            name (`str`):
+                Name of a teacher.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples, k)`, read-only, most probable first.
+        """
+        return self._views[name][0]
+
+    def label_probs(self, name: str) -> np.ndarray:
+        """Give the probabilities of [`label_ids`], as a view of the Arrow file.
+
+        Args:
+            name (`str`):
+                Name of a teacher.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples, k)`, float16, read-only; all zero where there is no answer.
+        """
+        return self._views[name][1]
+
+    def answered(self, name: str) -> np.ndarray:
+        """Tell which examples a teacher answered.
+
+        Args:
+            name (`str`):
+                Name of a teacher.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples,)`, bool.
+        """
+        return self.label_probs(name)[:, 0] > 0
+
+    def hard_labels(self, name: str) -> np.ndarray:
+        """Give a teacher's most probable label of each example.
+
+        Args:
+            name (`str`):
+                Name of a teacher.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples,)`, int64; -1 where there is no answer.
+        """
+        return np.where(self.answered(name), self.label_ids(name)[:, 0].astype(np.int64), -1)
+
+    def decode(self, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:
+        """Give full probability vectors of a teacher.
+
+        Args:
+            name (`str`):
+                Name of a teacher.
+            rows (`np.ndarray` of int or `slice`, *optional*):
+                Which examples; all by default.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero without an answer.
+        """
+        rows = slice(None) if rows is None else rows
+        return decode_top_k(self.label_ids(name)[rows], self.label_probs(name)[rows], self.hierarchy.num_labels)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: Who can speak for an example: the teachers, then the ensemble of each level."""
+        return (*self.hierarchy.names, *(f"ensemble-{level}" for level in range(self.hierarchy.num_levels)))
+
+    def pseudolabels(self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False) -> np.ndarray:
+        """Give the pseudolabel of each example by whoever speaks for it.
+
+        Args:
+            sources (`np.ndarray` of shape `(num_rows,)`):
+                Positions in `source_names`, -1 for nobody.
+            rows (`np.ndarray` of shape `(num_rows,)`):
+                Which examples.
+            hard (`bool`, *optional*, defaults to `False`):
+                Give 1 to the most probable label (ties to the lowest) instead of probabilities.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero where nobody speaks.
+        """
+        names = self.hierarchy.names
+        probs = np.zeros((len(rows), self.hierarchy.num_labels), dtype=np.float32)
+        for source in np.unique(sources):
+            here = np.flatnonzero(sources == source)
+            if 0 <= source < len(names):
+                probs[here] = self.decode(names[source], rows[here])
+            elif source >= len(names):
+                level = self.hierarchy.level_indices(int(source) - len(names))
+                probs[here] = mean_probs(*self.decode_level(level, rows[here])).numpy()
+        if hard:
+            one_hot = np.zeros_like(probs)
+            one_hot[np.arange(len(rows)), probs.argmax(axis=1)] = 1.0
+            return one_hot * (probs.sum(axis=1, keepdims=True) > 0)
+        return probs
+
+    def decode_level(self, indices: Sequence[int], rows: np.ndarray | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give full probability vectors of several teachers.
+
+        Args:
+            indices (`Sequence[int]`):
+                Positions of the teachers in the hierarchy.
+            rows (`np.ndarray` of int or `slice`):
+                Which examples.
+
+        Returns:
+            `tuple[torch.Tensor, torch.BoolTensor]`: probabilities `(num_rows, num_teachers, num_labels)`, and who
+            answered `(num_rows, num_teachers)`.
+        """
+        names = [self.hierarchy.names[index] for index in indices]
+        probs = np.stack([self.decode(name, rows) for name in names], axis=1)
+        answered = np.stack([self.answered(name)[rows] for name in names], axis=1)
+        return torch.from_numpy(probs), torch.from_numpy(answered)
+
+    @classmethod
+    def from_predictions(
+        cls,
+        hierarchy: TeacherHierarchy,
+        ids: Sequence[Any] | np.ndarray,
+        predictions: Mapping[str, np.ndarray],
+        *,
+        inputs: Dataset | None = None,
+        pool_k: int | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> PseudolabelPool:
+        """Build a pool from probabilities that are already at hand.
+
+        Args:
+            hierarchy (`TeacherHierarchy`):
+                The teachers.
+            ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
+                Unique id of each example.
+            predictions (`Mapping[str, np.ndarray]`):
+                By teacher name, probabilities of shape `(num_examples, num_labels)`; a row of zeros is no answer.
+            inputs (`datasets.Dataset`, *optional*):
+                The inputs; an `id` column is added where there is none.
+            pool_k (`int`, *optional*):
+                How many labels to keep per row, 1 to `num_labels`. Defaults to `min(16, num_labels)`.
+            facts (`Mapping[str, Any]`, *optional*):
+                See [`PseudolabelPool`].
+
+        Returns:
+            `PseudolabelPool`
+
+        Raises:
+            ValueError: If shapes, ids or probabilities do not fit.
+        """
+        k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
+        teachers = {}
+        for name, probs in predictions.items():
+            if np.shape(probs) != (len(ids), hierarchy.num_labels):
+                raise ValueError(
+                    f"Predictions of '{name}' must have shape {(len(ids), hierarchy.num_labels)}, got {np.shape(probs)}."
+                )
+            teachers[name] = teacher_dataset(ids, *encode_top_k(probs, k))
+        if inputs is not None and "id" not in inputs.column_names:
+            inputs = inputs.add_column("id", list(ids))
+        return cls(hierarchy, teachers, inputs, facts)
+
+    def with_hierarchy(self, hierarchy: TeacherHierarchy) -> PseudolabelPool:
+        """Give the same pseudolabels under another hierarchy: fewer teachers, or other levels. Nothing is copied.
+
+        Args:
+            hierarchy (`TeacherHierarchy`):
+                Teachers of this pool, with the same labels.
+
+        Returns:
+            `PseudolabelPool`
+
+        Raises:
+            ValueError: If the labels differ or a teacher is not in the pool.
+        """
+        if hierarchy.labels != self.labels:
+            raise ValueError(f"Both hierarchies must have the labels {list(self.labels)}, got {list(hierarchy.labels)}.")
+        return PseudolabelPool(hierarchy, self.teachers, self.inputs, self.facts)
+
+    def select(self, rows: Sequence[int] | np.ndarray) -> PseudolabelPool:
+        """Give the pool of some of its examples.
+
+        Args:
+            rows (`Sequence[int]`):
+                Positions, in the order wanted.
+
+        Returns:
+            `PseudolabelPool`
+        """
+        teachers = {name: dataset.select(rows) for name, dataset in self.teachers.items()}
+        inputs = None if self.inputs is None else self.inputs.select(rows)
+        return PseudolabelPool(self.hierarchy, teachers, inputs, self.facts)
+
+    def to_dataset(self) -> Dataset:
+        """Give the wide view for looking at: inputs, and per teacher its most probable label and probability.
+
+        Returns:
+            `datasets.Dataset`: `id`, the inputs' columns, `<teacher>` (a label name, `None` without an answer) and
+            `<teacher>_prob`.
+        """
+        columns: dict[str, Any] = {} if self.inputs is not None else {"id": self.ids.tolist()}
+        for name in self.hierarchy.names:
+            columns[name] = [None if label < 0 else self.labels[label] for label in self.hard_labels(name)]
+            columns[f"{name}_prob"] = self.label_probs(name)[:, 0].astype(np.float32)
+        wide = Dataset.from_dict(columns)
+        return wide if self.inputs is None else concatenate_datasets([self.inputs, wide], axis=1)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the pool to a folder that does not exist yet, whole or not at all.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Folder to make: `pool.json`, `inputs/data.arrow`, `teachers/<name>/data.arrow`, a data-set card.
+
+        Raises:
+            FileExistsError: If there is something at that path already.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. Load it, or choose another folder.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            for name, dataset in self.teachers.items():
+                write_arrow(dataset, temporary / "teachers" / name / "data.arrow")
+            if self.inputs is not None:
+                write_arrow(self.inputs, temporary / "inputs" / "data.arrow")
+            (temporary / _HEADER).write_text(json.dumps(self._header(), indent=2) + "\n", encoding="utf-8")
+            os.chmod(temporary, 0o755)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "num_examples": len(self),
+            "has_inputs": self.inputs is not None,
+            "pool_k": {name: int(self.label_ids(name).shape[1]) for name in self.hierarchy.names},
+            "hierarchy": self.hierarchy.to_dict(),
+            "facts": self.facts,
+        }
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> PseudolabelPool:
+        """Open a pool that [`save`] wrote; files are mapped, not read.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Its folder.
+
+        Returns:
+            `PseudolabelPool`
+
+        Raises:
+            FileNotFoundError: If there is no pool in the folder, or a file of it is missing.
+            ValueError: If it was written by a newer version, or its content is not valid.
+        """
+        folder = Path(folder)
+        if not (folder / _HEADER).is_file():
+            raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{_HEADER}'. Make one with `build_pool`.")
+        header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
+        if header.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"Pool '{folder}' must have format version {FORMAT_VERSION}, got {header.get('format_version')}. "
+                "Update hf_cosupervise, or label the data again."
+            )
+        hierarchy = TeacherHierarchy.from_dict(header["hierarchy"])
+        teachers = {name: _read_arrow(folder / "teachers" / name / "data.arrow") for name in hierarchy.names}
+        inputs = _read_arrow(folder / "inputs" / "data.arrow") if header["has_inputs"] else None
+        pool = cls(hierarchy, teachers, inputs, header["facts"])
+        if len(pool) != header["num_examples"]:
+            raise ValueError(f"Pool '{folder}' must hold {header['num_examples']} examples, got {len(pool)}. Label the data again.")
+        return pool
+
+
+def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, label_probs: np.ndarray) -> Dataset:
+    """Wrap one teacher's pseudolabels as a dataset of fixed-size lists.
+
+    Args:
+        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
+            Id of each example.
+        label_ids (`np.ndarray` of shape `(num_examples, k)`):
+            Label ids.
+        label_probs (`np.ndarray` of shape `(num_examples, k)`, float16):
+            Their probabilities.
+
+    Returns:
+        `datasets.Dataset` of `id`, `label_ids` and `label_probs`, in one Arrow chunk.
+    """
+    k = label_ids.shape[1]
+    lists = [pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), k) for values in (label_ids, label_probs)]
+    features = Features(
+        {
+            "id": Value("string" if len(ids) and isinstance(ids[0], str) else "int64"),
+            "label_ids": List(Value(str(label_ids.dtype)), length=k),
+            "label_probs": List(Value("float16"), length=k),
+        }
+    )
+    id_array = pa.array(list(ids) if not isinstance(ids, np.ndarray) else ids.tolist(), type=features["id"].pa_type)
+    table = pa.table([id_array, *lists], names=list(features))
+    return Dataset(table.cast(features.arrow_schema))
+
+
+def write_arrow(dataset: Dataset, path: Path) -> None:
+    """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            What to write; images that are still files are read in.
+        path (`pathlib.Path`):
+            File to write; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
+    batch = len(dataset) if "label_ids" in dataset.column_names else 1000
+    with ArrowWriter(path=str(path), features=dataset.features, writer_batch_size=max(batch, 1), embed_local_files=True) as writer:
+        for start in range(0, len(dataset), max(batch, 1)):
+            writer.write_table(dataset.with_format("arrow")[start : start + batch])
+        writer.finalize()
+
+
+def match_ids(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
+    """Find the rows that hold the wanted ids.
+
+    Args:
+        ids (`np.ndarray` of shape `(num_rows,)`):
+            Unique ids.
+        wanted (`np.ndarray` of shape `(num_wanted,)`):
+            Unique ids, each of which must be there.
+        what (`str`):
+            Who is searched, for the error.
+
+    Returns:
+        `np.ndarray` of shape `(num_wanted,)`: `ids[rows] == wanted`.
+
+    Raises:
+        ValueError: If an id is missing.
+    """
+    positions = {value: row for row, value in enumerate(ids.tolist())}
+    rows = [positions.get(value, -1) for value in wanted.tolist()]
+    if missing := [value for value, row in zip(wanted.tolist(), rows) if row < 0]:
+        raise ValueError(
+            f"{what} must hold every id of the other side, got {len(missing)} missing of {len(wanted)} (such as "
+            f"{missing[0]!r}). Use the data that the pool was built from."
+        )
+    return np.asarray(rows, dtype=np.int64)
+
+
+def _read_ids(dataset: Dataset, what: str) -> np.ndarray:
+    if "id" not in dataset.column_names:
+        raise ValueError(f"Every dataset of a pool needs an `id` column, {what} got {dataset.column_names}.")
+    column = dataset.with_format("arrow")[:].column("id") if len(dataset) else pa.chunked_array([pa.array([], pa.int64())])
+    if column.null_count:
+        raise ValueError(f"Ids of {what} must not be missing, got {column.null_count} empty ones.")
+    ids = np.asarray(column.to_pylist())
+    if len(np.unique(ids)) != len(ids):
+        values, counts = np.unique(ids, return_counts=True)
+        raise ValueError(
+            f"Ids of {what} must be unique, got {values[counts > 1][0]!r} {counts.max()} times "
+            f"({int((counts > 1).sum())} repeated in all)."
+        )
+    return ids
+
+
+def _matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
+    """View a column of fixed-size lists as a matrix, without a copy where it is one chunk."""
+    feature = dataset.features[column]
+    if not isinstance(feature, List) or feature.length < 1:
+        raise ValueError(f"Column `{column}` of '{name}' must hold lists of one fixed length, got {feature}.")
+    chunks = dataset.data.column(column).chunks
+    if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
+        # Arrow leaves null rows out of the flat values, which would shift every later row.
+        raise ValueError(f"Column `{column}` of '{name}' must hold no nulls. A missing answer is a row of zeros.")
+    parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, feature.length) for chunk in chunks]
+    if not parts:
+        return np.zeros((0, feature.length), dtype=feature.feature.dtype)
+    matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    # A selection keeps the whole table and the positions wanted of it.
+    return matrix if dataset._indices is None else matrix[dataset._indices.column(0).to_numpy()]
+
+
+def _read_arrow(path: Path) -> Dataset:
+    if not path.is_file():
+        raise FileNotFoundError(f"The pool lacks '{path}'. Label the data again, or copy the whole folder.")
+    return Dataset.from_file(str(path))

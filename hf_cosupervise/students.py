@@ -1,0 +1,252 @@
+"""The student: loaded by id, made ready for probe, LoRA or full training, and put back as an ordinary model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_student(
+    model: str | os.PathLike[str], labels: Sequence[str], *, revision: str | None = None, seed: int = 42
+) -> tuple[PreTrainedModel, Any]:
+    """Load a pre-trained backbone with a fresh classification head for the task.
+
+    Args:
+        model (`str` or `os.PathLike`):
+            Hub id or folder of a transformers or timm image model, or a transformers text model. safetensors only,
+            and no code from the Hub is run.
+        labels (`Sequence[str]`):
+            The task's label names.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the fresh head.
+
+    Returns:
+        `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer.
+
+    Raises:
+        ValueError: If the model is neither an image nor a text model, or its backbone would be partly random.
+    """
+    path = str(model).removeprefix("hf-hub:").removeprefix("local-dir:")
+    id2label = dict(enumerate(labels))
+    label2id = {name: index for index, name in id2label.items()}
+    config = AutoConfig.from_pretrained(
+        path, revision=revision, trust_remote_code=False, num_labels=len(labels), id2label=id2label, label2id=label2id
+    )
+    config.num_labels, config.id2label, config.label2id = len(labels), id2label, label2id
+    is_timm = config.model_type == "timm_wrapper"
+    if is_timm:
+        # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
+        config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
+        config.label_names = list(labels)
+    auto_class, auto_processor = _auto_classes(config.model_type, path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student, loading = auto_class.from_pretrained(
+            path, revision=revision, config=config, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+        reset_head(student)
+    _check_backbone(student, loading, path)
+    student.float()
+    processor = auto_processor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    return student, processor
+
+
+def _auto_classes(model_type: str, path: str) -> tuple[Any, Any]:
+    if model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or model_type == "timm_wrapper":
+        return AutoModelForImageClassification, AutoImageProcessor
+    if model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return AutoModelForSequenceClassification, AutoTokenizer
+    raise ValueError(f"A student must be an image or text classification model, got '{model_type}' at '{path}'.")
+
+
+def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str) -> None:
+    head = {name for name, _ in head_parameters(student)}
+    lost = [str(key[0] if isinstance(key, tuple) else key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
+    # The classifier is meant to be new; anything else would be frozen at random values.
+    if random := sorted(name for name in lost if name not in head and not _belongs_to_head(name, head)):
+        raise ValueError(
+            f"Every weight of the student's backbone must be in the checkpoint, '{path}' lacks {random[:5]} "
+            f"({len(random)} in all). Use a checkpoint of this architecture."
+        )
+
+
+def _belongs_to_head(name: str, head: set[str]) -> bool:
+    return any(known.endswith(name) or name.endswith(known) for known in head)
+
+
+def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Find the parameters of a classifier that are not its backbone's.
+
+    Args:
+        model (`nn.Module`):
+            A classification model of transformers, or timm's in transformers' wrapper.
+
+    Returns:
+        `list[tuple[str, nn.Parameter]]`: full names and parameters.
+
+    Raises:
+        ValueError: If the model does not tell its backbone from its head.
+    """
+    if hasattr(model, "timm_model"):
+        classifier = model.timm_model.get_classifier()
+        own = {id(parameter) for parameter in classifier.parameters()}
+        return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not hasattr(model, prefix):
+        raise ValueError(
+            f"A student must be a model with a backbone and a classification head, got {type(model).__name__}. "
+            "Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
+        )
+    return [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(f"{prefix}.")]
+
+
+def linear_head(model: nn.Module) -> nn.Linear | None:
+    """Find the head of a classifier if it is one linear layer and nothing else.
+
+    Args:
+        model (`nn.Module`):
+            A classification model.
+
+    Returns:
+        `nn.Linear`, or `None` where the head has more parameters (RoBERTa, DistilBERT).
+    """
+    own = {id(parameter) for _, parameter in head_parameters(model)}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and {id(parameter) for parameter in module.parameters()} == own:
+            return module
+    return None
+
+
+def reset_head(model: nn.Module) -> None:
+    """Give every layer of the head fresh weights from torch's global generator.
+
+    Args:
+        model (`nn.Module`):
+            A classification model, changed in place.
+    """
+    own = {id(parameter) for _, parameter in head_parameters(model)}
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and all(id(parameter) in own for parameter in parameters) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+
+def prepare_student(model: PreTrainedModel, training: str, lora: LoraConfig | None = None) -> PreTrainedModel | PeftModel:
+    """Freeze what is not trained.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The student, changed in place.
+        training (`str`):
+            `"probe"` (only the head learns), `"lora"` (adapters and the head) or `"full"`.
+        lora (`LoraConfig`, *optional*):
+            Adapters for `"lora"`. Its `modules_to_save` is set to the head.
+
+    Returns:
+        `PreTrainedModel` or `PeftModel`: what the `Trainer` trains.
+    """
+    if training == "lora":
+        if isinstance(model, PeftModel):
+            return model
+        config = copy.deepcopy(lora) if lora is not None else LoraConfig()
+        heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)}
+        config.modules_to_save = sorted(heads)
+        if not config.target_modules:
+            config.target_modules = _backbone_linears(model, heads)
+        return get_peft_model(model, config)
+    if training == "probe":
+        own = {id(parameter) for _, parameter in head_parameters(model)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in own)
+        if linear_head(model) is None:
+            logger.warning(
+                f"The head of {type(model).__name__} is more than one linear layer and starts at random; it is trained "
+                "whole by the standard loop. `student_training='lora'` usually does better here."
+            )
+    return model
+
+
+def _backbone_linears(model: nn.Module, heads: set[str]) -> list[str]:
+    """Names of every linear layer outside the head, full so that the head is not meant by accident."""
+    return [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(name == head or name.startswith(f"{head}.") for head in heads)
+    ]  # fmt: skip
+
+
+def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_class: Any = None) -> None:
+    """Write the student as an ordinary model that loads without this package.
+
+    A LoRA student is merged, and its adapter is kept beside it in `adapter/`. Files are written to a temporary folder
+    and moved when all of them are whole; other files in `folder` stay.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The student.
+        folder (`str` or `os.PathLike`):
+            Where to write.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            Saved beside it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="_student-", dir=folder))
+    try:
+        plain = model
+        if isinstance(model, PeftModel):
+            model.save_pretrained(temporary / "adapter")
+            plain = copy.deepcopy(model).merge_and_unload()
+        plain.save_pretrained(temporary)  # type: ignore[operator]
+        if processing_class is not None:
+            processing_class.save_pretrained(temporary)
+        _fit_timm(temporary / "config.json")
+        _move_files(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fit_timm(config_path: Path) -> None:
+    """Make the configuration of a timm model readable by timm and by transformers' wrapper."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    if "architecture" not in config:
+        return
+    if isinstance(config.get("model_args"), dict):
+        config["model_args"].pop("num_classes", None)
+    config["num_classes"] = len(config.get("label_names") or []) or config.get("num_classes")
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)

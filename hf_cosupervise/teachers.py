@@ -1,0 +1,348 @@
+"""Teachers and their hierarchy: what is known about each weak classifier before any of them runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import yaml
+
+TEACHER_KINDS = ("auto", "transformers", "timm", "sklearn", "column")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TUPLE_FIELDS = ("scope", "domains", "trusted_types")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Describe one weak classifier: where it is, at which level it stands and what it is good at.
+
+    Args:
+        model (`str`):
+            Hub id, local folder or, for `kind="column"`, the name of the column that already holds the answers.
+        level (`int`, *optional*, defaults to 0):
+            Level in the hierarchy, 0 is the root.
+        name (`str`, *optional*):
+            Unique name in the hierarchy: letters, digits, `.`, `_` and `-`. Defaults to the last part of `model`.
+        kind (`str`, *optional*, defaults to `"auto"`):
+            One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"column"`.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        scope (`Sequence[str]`, *optional*):
+            Labels of the task it was trained for. `None` means all of them.
+        domains (`Sequence[str]`, *optional*):
+            Values of the metadata column it was trained for, for assignment by `metadata`.
+        label_map (`Mapping[str, str]`, *optional*):
+            From the teacher's label names to the task's, where the names differ.
+        trusted_types (`Sequence[str]`, *optional*):
+            Types in a scikit-learn file that skops does not trust by itself and that you do.
+
+    Raises:
+        ValueError: If the name, the kind, the level, the scope or the domains are not usable.
+        TypeError: If `scope`, `domains` or `trusted_types` is a single string instead of a list of them.
+
+    Examples:
+        >>> Teacher("org/cats-and-dogs", level=1, scope=["cat", "dog"]).name
+        'cats-and-dogs'
+    """
+
+    model: str
+    level: int = 0
+    name: str = ""
+    kind: str = "auto"
+    revision: str | None = None
+    scope: tuple[str, ...] | None = None
+    domains: tuple[str, ...] | None = None
+    label_map: Mapping[str, str] | None = field(default=None, hash=False)
+    trusted_types: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise ValueError(f"A teacher's `model` must be a Hub id, a folder or a column name, got {self.model!r}.")
+        if not self.name:
+            object.__setattr__(self, "name", self.model.rstrip("/").split("/")[-1])
+        if not isinstance(self.name, str) or not _NAME_PATTERN.fullmatch(self.name):
+            raise ValueError(
+                f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name`."
+            )
+        if self.kind not in TEACHER_KINDS:
+            raise ValueError(f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}.")
+        if isinstance(self.level, bool) or not isinstance(self.level, int) or self.level < 0:
+            raise ValueError(f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}.")
+        for key in _TUPLE_FIELDS:
+            object.__setattr__(self, key, self._as_names(key))
+        if self.label_map is not None:
+            object.__setattr__(self, "label_map", MappingProxyType({str(k): str(v) for k, v in self.label_map.items()}))
+
+    def _as_names(self, key: str) -> tuple[str, ...] | None:
+        value = getattr(self, key)
+        if value is None:
+            return None
+        if isinstance(value, str):
+            raise TypeError(f"`{key}` of teacher '{self.name}' must be a list of names, got the single string {value!r}.")
+        names = tuple(str(item) for item in value)
+        if not names and key != "trusted_types":
+            raise ValueError(f"`{key}` of teacher '{self.name}' is empty. Leave it out, or name at least one.")
+        if len(set(names)) != len(names):
+            raise ValueError(f"`{key}` of teacher '{self.name}' names something twice, got {list(names)}.")
+        return names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mappingproxy cannot be pickled or copied, so the record travels as its plain fields.
+        return _teacher_from_dict, (self.to_dict(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields that differ from their defaults, as plain JSON values.
+
+        Returns:
+            `dict[str, Any]`: `model`, `level` and `name` always, the rest where set.
+        """
+        facts: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("model", "level", "name") or value != item.default:
+                facts[item.name] = list(value) if isinstance(value, tuple) else value
+        if self.label_map is not None:
+            facts["label_map"] = dict(self.label_map)
+        return facts
+
+
+def _teacher_from_dict(facts: Mapping[str, Any]) -> Teacher:
+    known = {item.name for item in fields(Teacher)}
+    if unknown := sorted(set(facts) - known):
+        raise ValueError(f"A teacher has the fields {sorted(known)}, got unknown {unknown} in {dict(facts)}.")
+    if "model" not in facts:
+        raise ValueError(f"A teacher needs `model` (Hub id, folder or column name), got {dict(facts)}.")
+    return Teacher(**facts)
+
+
+class TeacherHierarchy:
+    """Hold the teachers of a task by level and check that they fit together.
+
+    Level 0 is the root (a generalist); deeper levels hold specialists.
+
+    Args:
+        labels (`Sequence[str]`):
+            The task's label names; the position of a name is its label id.
+        teachers (`Sequence[Teacher]`):
+            At least one. They are sorted by level; within a level the given order stays.
+
+    Raises:
+        ValueError: If labels or names are repeated, a level has no teacher, or a scope or label map names a label
+            that the task does not have.
+
+    Examples:
+        >>> hierarchy = TeacherHierarchy(["a", "b"], [Teacher("t/all"), Teacher("t/b", level=1, scope=["b"])])
+        >>> hierarchy.num_levels, hierarchy.names
+        (2, ('all', 'b'))
+        >>> hierarchy.scope_mask(1).tolist()
+        [[False, True]]
+    """
+
+    def __init__(self, labels: Sequence[str], teachers: Sequence[Teacher]) -> None:
+        self.labels = tuple(str(label) for label in labels)
+        self.teachers = tuple(sorted(teachers, key=lambda teacher: teacher.level))
+        self._check_names()
+        self._check_levels()
+        self._check_labels()
+
+    def _check_names(self) -> None:
+        if len(self.labels) < 2:
+            raise ValueError(f"A task needs at least two labels, got {list(self.labels)}.")
+        for what, names in (("Labels", self.labels), ("Teacher names", self.names)):
+            # Names become folders, and some file systems do not tell upper from lower case.
+            keys = [name.lower() for name in names] if what == "Teacher names" else list(names)
+            if repeated := sorted({name for name, key in zip(names, keys) if keys.count(key) > 1}):
+                raise ValueError(f"{what} must be unique, got {repeated} more than once. Rename them.")
+
+    def _check_levels(self) -> None:
+        if not self.teachers:
+            raise ValueError("A hierarchy needs at least one teacher, got none.")
+        found = {teacher.level for teacher in self.teachers}
+        if missing := sorted(set(range(max(found) + 1)) - found):
+            raise ValueError(
+                f"Every level from 0 to {max(found)} needs at least one teacher, got none at level {missing}. "
+                "Add teachers there or renumber the levels."
+            )
+
+    def _check_labels(self) -> None:
+        known = set(self.labels)
+        for teacher in self.teachers:
+            if unknown := sorted(set(teacher.scope or ()) - known):
+                raise ValueError(
+                    f"`scope` of teacher '{teacher.name}' must hold labels of the task, got unknown {unknown}. "
+                    f"The task has {list(self.labels)}."
+                )
+            if unknown := sorted(set((teacher.label_map or {}).values()) - known):
+                raise ValueError(
+                    f"`label_map` of teacher '{teacher.name}' must lead to labels of the task, got unknown {unknown}. "
+                    f"The task has {list(self.labels)}."
+                )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TeacherHierarchy):
+            return NotImplemented
+        return self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        sizes = "-".join(str(len(level)) for level in self.levels)
+        return f"TeacherHierarchy({sizes} teachers, {self.num_labels} labels)"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`tuple[str, ...]`: The teachers' names, in the order of `teachers`."""
+        return tuple(teacher.name for teacher in self.teachers)
+
+    @property
+    def num_labels(self) -> int:
+        """`int`: Number of labels of the task."""
+        return len(self.labels)
+
+    @property
+    def num_levels(self) -> int:
+        """`int`: Number of levels, at least 1."""
+        return self.teachers[-1].level + 1
+
+    @property
+    def levels(self) -> tuple[tuple[Teacher, ...], ...]:
+        """`tuple[tuple[Teacher, ...], ...]`: The teachers of each level, the root first."""
+        return tuple(tuple(self.teachers[i] for i in self.level_indices(level)) for level in range(self.num_levels))
+
+    def level_indices(self, level: int) -> range:
+        """Give the positions in `teachers` of one level's teachers.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+
+        Returns:
+            `range`: Positions in `teachers`.
+
+        Raises:
+            IndexError: If there is no such level.
+        """
+        if not 0 <= level < self.num_levels:
+            raise IndexError(f"`level` must lie in 0..{self.num_levels - 1}, got {level}.")
+        positions = [i for i, teacher in enumerate(self.teachers) if teacher.level == level]
+        return range(positions[0], positions[-1] + 1)
+
+    def index(self, name: str) -> int:
+        """Give the position in `teachers` of the teacher of that name.
+
+        Args:
+            name (`str`):
+                Name of a teacher.
+
+        Returns:
+            `int`: Position in `teachers`.
+
+        Raises:
+            KeyError: If no teacher has that name.
+        """
+        if name not in self.names:
+            raise KeyError(f"No teacher is called {name!r}. The hierarchy has {list(self.names)}.")
+        return self.names.index(name)
+
+    def scope_mask(self, level: int) -> torch.Tensor:
+        """Tell which labels each teacher of a level was trained for.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+
+        Returns:
+            `torch.BoolTensor` of shape `(num_teachers_of_level, num_labels)`.
+        """
+        rows = [[teacher.scope is None or label in teacher.scope for label in self.labels] for teacher in self.levels[level]]
+        return torch.tensor(rows, dtype=torch.bool)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the hierarchy as plain JSON values.
+
+        Returns:
+            `dict[str, Any]`: `labels` and `teachers`, what `from_dict` reads.
+        """
+        return {"labels": list(self.labels), "teachers": [teacher.to_dict() for teacher in self.teachers]}
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> TeacherHierarchy:
+        """Build a hierarchy from plain JSON values.
+
+        Args:
+            facts (`Mapping[str, Any]`):
+                `labels` and `teachers`, a list of fields of [`Teacher`].
+
+        Returns:
+            `TeacherHierarchy`
+
+        Raises:
+            ValueError: If a key is missing or unknown, or the teachers do not fit together.
+        """
+        if not isinstance(facts, Mapping) or set(facts) != {"labels", "teachers"}:
+            found = sorted(facts) if isinstance(facts, Mapping) else type(facts).__name__
+            raise ValueError(f"A hierarchy has exactly the keys ['labels', 'teachers'], got {found}.")
+        return cls(facts["labels"], [_teacher_from_dict(teacher) for teacher in facts["teachers"]])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the hierarchy to a `.json`, `.yaml` or `.yml` file, whole or not at all.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                File to write.
+
+        Raises:
+            ValueError: If the suffix is another one.
+        """
+        path = Path(path)
+        facts = self.to_dict()
+        text = json.dumps(facts, indent=2) if _is_json(path) else yaml.safe_dump(facts, sort_keys=False)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TeacherHierarchy:
+        """Read a hierarchy from a `.json`, `.yaml` or `.yml` file.
+
+        A relative `model` that is a folder beside the file is taken from there.
+
+        Args:
+            path (`str` or `os.PathLike`):
+                File to read.
+
+        Returns:
+            `TeacherHierarchy`
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If its content is not a hierarchy.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"No hierarchy file at '{path}'. Write one with `TeacherHierarchy.save`.")
+        text = path.read_text(encoding="utf-8")
+        try:
+            facts = json.loads(text) if _is_json(path) else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"'{path}' is not readable as {path.suffix[1:].upper()}: {error}") from error
+        hierarchy = cls.from_dict(facts)
+        return cls(hierarchy.labels, [_resolve(teacher, path.parent) for teacher in hierarchy.teachers])
+
+
+def _is_json(path: Path) -> bool:
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise ValueError(f"A hierarchy file must end in '.json', '.yaml' or '.yml', got '{path.name}'.")
+    return path.suffix == ".json"
+
+
+def _resolve(teacher: Teacher, folder: Path) -> Teacher:
+    beside = folder / teacher.model
+    return replace(teacher, model=str(beside)) if teacher.kind != "column" and beside.is_dir() else teacher

@@ -1,0 +1,817 @@
+"""Co-supervised training: down the hierarchy, level by level, with a `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer_utils import EvalPrediction, TrainOutput, speed_metrics
+
+from .callbacks import LevelCallbackHandler, LevelHistory
+from .collator import ROW, DataCollatorForCoSupervision
+from .config import CoSupervisedConfig
+from .consistency import check_top_k_value
+from .features import FeatureStore
+from .heads import fit_linear_head
+from .inputs import InputProcessor, find_input_column, find_label_column, read_labels, row_keys
+from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
+from .losses import soft_cross_entropy
+from .metrics import accuracy
+from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
+from .students import export_student, linear_head, load_student, prepare_student
+
+logger = logging.getLogger(__name__)
+
+RUN_DIR = "_run"
+# Pseudolabels of a level are decoded once where they fit in this many bytes, else batch by batch.
+_MAX_DECODED_BYTES = 2**30
+
+
+class CoSupervisedTrainer(Trainer):
+    """Train one student on the pseudolabels of a hierarchy of teachers, without ground truth.
+
+    `train()` goes down the levels. At each it asks the student so far which teacher to trust on each example
+    ([`prepare_level`]), rejects pseudolabels that student and teachers do not agree on, and trains on the rest
+    ([`train_level`]) with a new optimizer, schedule and shuffle order. What comes out is an ordinary model.
+
+    Args:
+        model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
+            The student: a Hub id or folder, which gets a fresh head, or a model whose head fits the pool's labels.
+        args (`CoSupervisedConfig`, *optional*):
+            What to do. Defaults write to `trainer_output`.
+        data_collator (`DataCollatorForCoSupervision`, *optional*):
+            Made from `processing_class` by default.
+        train_dataset (`datasets.Dataset`, *optional*):
+            The inputs, where the pool has none: matched by `id`, or by content where it has no such column.
+        eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
+            Inputs with a label column, for `evaluate`. Never used to choose anything by itself.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            The student's. Loaded with the student where that is an id.
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        input_column (`str`, *optional*):
+            The column that the student reads. Found by itself where only one can be meant.
+        peft_config (`peft.LoraConfig`, *optional*):
+            Adapters for `student_training="lora"`, instead of the `lora_…` fields.
+        kwargs (`Any`):
+            Passed on to [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If pool, data, student and configuration do not fit together.
+        TypeError: If `args` is not a [`CoSupervisedConfig`].
+
+    Source:
+        Liu and Alahi, arXiv 2402.15505.
+    """
+
+    _tag_names = ["co-supervised-learning", "weak-to-strong"]
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
+        args: CoSupervisedConfig | None = None,
+        data_collator: DataCollatorForCoSupervision | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        *,
+        pool: PseudolabelPool,
+        input_column: str | None = None,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = CoSupervisedConfig() if args is None else args
+        if not isinstance(args, CoSupervisedConfig):
+            raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")
+        if any(kwargs.get("optimizers") or ()):
+            raise ValueError("`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`.")
+        _check_levels(pool, args)
+        self.pool = pool
+        inputs = _match_inputs(pool, train_dataset, input_column)
+        self.input_column = find_input_column(inputs, input_column)
+        self._rows = inputs.add_column(ROW, np.arange(len(pool)))
+        if isinstance(model, (str, os.PathLike)):
+            model, loaded = load_student(model, pool.labels, seed=args.seed)
+            processing_class = loaded if processing_class is None else processing_class
+        _check_student(model, pool)
+        if processing_class is None:
+            raise ValueError("`processing_class` (the student's tokenizer or image processor) is needed beside a model object.")
+        self.processor = InputProcessor(processing_class, model.config)
+        student = prepare_student(model, args.student_training, peft_config or _lora_config(args))
+        if data_collator is None:
+            data_collator = DataCollatorForCoSupervision(self.processor, self.input_column)
+        kwargs.setdefault("compute_metrics", _accuracy_metrics)
+        super().__init__(
+            student, args, data_collator, self._rows, self._label(eval_dataset),
+            processing_class=processing_class, **kwargs,
+        )  # fmt: skip
+        # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self.callback_handler = LevelCallbackHandler(self.callback_handler)
+        self.history = LevelHistory(self.run_dir / "history.json")
+        self.plans: list[LevelPlan] = []
+        self._owns_run = False
+        self._fresh = {name: value.detach().cpu().clone() for name, value in self._trained_tensors().items()}
+        self._head = linear_head(model) if args.student_training == "probe" else None
+        self._stories: TrainerState | None = None
+        self._features: dict[int, torch.Tensor] = {}
+
+    # --- what is known of the run ------------------------------------------------------------------------------------
+
+    @property
+    def run_dir(self) -> Path:
+        """`pathlib.Path`: Levels, features, history and checkpoints, inside `output_dir` but not part of the model."""
+        return Path(self.args.output_dir) / RUN_DIR
+
+    def _trained_tensors(self) -> dict[str, torch.Tensor]:
+        """What training can change: parameters that learn, and buffers where the backbone is not frozen."""
+        model = self.accelerator.unwrap_model(self.model)
+        tensors: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return tensors if self.args.student_training == "probe" else tensors | dict(model.named_buffers())
+
+    def _restore(self, values: dict[str, torch.Tensor]) -> None:
+        tensors = self._trained_tensors()
+        # safetensors files may come from another device or, shared tensors aside, hold exactly these names.
+        with torch.no_grad():
+            for name, value in values.items():
+                tensors[name].copy_(value)
+
+    def load_level(self, level: int) -> None:
+        """Put the student as it was at the end of a level into `model`.
+
+        Args:
+            level (`int`):
+                A finished level, from 0.
+
+        Raises:
+            FileNotFoundError: If that level has not been finished in this output folder.
+        """
+        path = self._level_dir(level) / "student.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"No student of level {level} at '{path}'. Call `train()` first.")
+        self._restore(load_file(path))
+
+    def _level_dir(self, level: int) -> Path:
+        return self.run_dir / f"level-{level}"
+
+    # --- the algorithm -----------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Go down the hierarchy: assign, select, train, and on to the next level.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                True to go on after the last level that was finished in this `output_dir`.
+            trial (`Any`, *optional*):
+                Not supported.
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                Passed on to the evaluation within a level.
+
+        Returns:
+            `TrainOutput`: steps of all levels, mean loss over them, and metrics of the whole.
+
+        Raises:
+            FileExistsError: If `output_dir` holds another run.
+            ValueError: If a level keeps nothing to train on, or an argument is not supported.
+        """
+        if trial is not None or isinstance(resume_from_checkpoint, str):
+            raise ValueError("`train` takes `resume_from_checkpoint=True` or nothing: a run goes on after its last finished level.")
+        first = self._open_run(bool(resume_from_checkpoint))
+        started, outputs = time.time(), []
+        self.control = self.callback_handler.on_train_begin(self.args, self._story, self.control)
+        for level in range(first, self.pool.hierarchy.num_levels):
+            for round_ in range(self._num_rounds(level)):
+                plan = self.prepare_level(level, round_)
+                outputs.append(self.train_level(plan, ignore_keys_for_eval))
+            self._close_level(plan, outputs[-1])
+        return self._close_run(outputs, started)
+
+    def _num_rounds(self, level: int) -> int:
+        return self.args.rounds_per_level if level else 1  # the root has nothing to choose again
+
+    def prepare_level(self, level: int, round: int = 0) -> LevelPlan:
+        """Let the student so far choose a teacher for each example, and what to keep of it.
+
+        Args:
+            level (`int`):
+                Level, from 0. Below the root, `model` must be the student of the level above.
+            round (`int`, *optional*, defaults to 0):
+                Round within the level.
+
+        Returns:
+            `LevelPlan`
+
+        Raises:
+            ValueError: If nothing is left to train on.
+        """
+        previous = self.plans[level - 1].assigned_teacher if level else np.full(len(self.pool), -1)
+        if level == 0:
+            return plan_level(self.pool, level, self.args, previous, round=round)
+        return plan_level(
+            self.pool, level, self.args, previous, self.predict_log_probs(self._rows, share=True), round=round,
+            sum_over_processes=self._sum_over_processes,
+        )  # fmt: skip
+
+    def train_level(self, plan: LevelPlan, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
+        """Train the student on what a level kept.
+
+        Args:
+            plan (`LevelPlan`):
+                What [`prepare_level`] decided.
+            ignore_keys_for_eval (`list[str]`, *optional*):
+                Passed on to the evaluation within the level.
+
+        Returns:
+            `TrainOutput` of this level.
+        """
+        number = len(self.history.records)
+        kept = np.flatnonzero(plan.keep_mask)
+        self.train_dataset = self._rows.select(kept)
+        self.data_collator.pseudolabels = lambda rows: self.pool.pseudolabels(
+            plan.assigned_teacher[rows], rows, hard=self.args.pseudolabels == "hard"
+        )
+        if not self.args.warm_start:
+            self._restore(self._fresh)
+        with self._level_arguments(plan, number):
+            self._log_story({"level": plan.level, "round": plan.round, **plan.metrics})
+            self.callback_handler.call_event("on_level_begin", self.args, self._story, self.control, plan=plan)
+            if reason := self._why_not_on_features():
+                logger.info(f"Level {plan.level} is trained by the standard loop: {reason}.")
+                output = super().train(ignore_keys_for_eval=ignore_keys_for_eval)
+            else:
+                output = self._train_on_features(kept)
+        self._finish_level(plan, output)
+        return output
+
+    # --- one level ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _level_arguments(self, plan: LevelPlan, number: int) -> Iterator[None]:
+        """Set what differs from level to level: epochs, shuffle order, place of checkpoints, a new optimizer."""
+        output_dir, num_train_epochs = self.args.output_dir, self.args.num_train_epochs
+        level_dir = self._level_dir(plan.level)
+        self.optimizer = self.lr_scheduler = None
+        # `args.data_seed` is read once, when the Trainer is made, so the order of a level is set where it is used.
+        self.accelerator.dataloader_config.data_seed = self.args.data_seed + 1000 * number
+        if self.args.max_steps <= 0:
+            self.args.num_train_epochs = max(1, math.floor(num_train_epochs / plan.keep_rate))
+        self.args.output_dir = str(level_dir)
+        self.callback_handler.in_level = True
+        try:
+            yield
+        finally:
+            self.args.output_dir, self.args.num_train_epochs = output_dir, num_train_epochs
+            self.callback_handler.in_level = False
+
+    def _finish_level(self, plan: LevelPlan, output: TrainOutput) -> None:
+        """Count the level's steps, and tell the numbers to whoever listens."""
+        self._story.global_step += output.global_step
+        self._story.epoch = (self._story.epoch or 0.0) + (self.state.epoch or 0.0)
+        self._story.total_flos += self.state.total_flos
+        record = {
+            "level": plan.level, "round": plan.round, **plan.metrics, "num_steps": output.global_step,
+            "train_loss": output.training_loss, "train_runtime": output.metrics["train_runtime"],
+        }  # fmt: skip
+        self.state = self._story
+        self.history.add(record, write=self.args.should_save)
+        self.callback_handler.call_event(
+            "on_level_end", self.args, self._story, self.control, plan=plan, metrics=record
+        )
+
+    def _close_level(self, plan: LevelPlan, output: TrainOutput) -> None:
+        """Keep the level's student and what it was trained on, so that a run can go on from here."""
+        self.plans = [*self.plans[: plan.level], plan]
+        if self.args.should_save:
+            folder = self._level_dir(plan.level)
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(folder / "plan.npz", assigned_teacher=plan.assigned_teacher, labels=plan.labels, keep_mask=plan.keep_mask)
+            tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
+            save_file(tensors, folder / "student.tmp")
+            os.replace(folder / "student.tmp", folder / "student.safetensors")  # its presence says: level finished
+        self.accelerator.wait_for_everyone()
+
+    def _open_run(self, resume: bool) -> int:
+        """Begin a story, or go on with the one on disk. Gives the first level to train."""
+        found = self.history.path.is_file() or self._level_dir(0).is_dir()
+        if found and not resume and not self._owns_run:
+            raise FileExistsError(
+                f"`output_dir` must not hold another run, got one in '{self.run_dir}'. Choose another folder, delete "
+                "that one, or go on with `resume_from_checkpoint=True`."
+            )
+        self.accelerator.wait_for_everyone()
+        self._owns_run = True
+        self._stories = TrainerState(is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero())
+        self._restore(self._fresh)
+        self.plans = []
+        if resume:
+            return self._read_levels()
+        self.history.records = []
+        if self.args.should_save:
+            self.history.clear()
+        return 0
+
+    def _read_levels(self) -> int:
+        """Read the finished levels of this output folder back."""
+        self.history.read()
+        for level in range(self.pool.hierarchy.num_levels):
+            if not (self._level_dir(level) / "student.safetensors").is_file():
+                break
+            saved = np.load(self._level_dir(level) / "plan.npz", allow_pickle=False)
+            records = [record for record in self.history.records if record["level"] == level]
+            if len(saved["keep_mask"]) != len(self.pool) or not records:
+                raise ValueError(
+                    f"Level {level} in '{self.run_dir}' must be of this pool ({len(self.pool)} examples), got "
+                    f"{len(saved['keep_mask'])}. Resume with the data it was begun with."
+                )
+            self.plans.append(LevelPlan(level, records[-1]["round"], saved["assigned_teacher"], saved["labels"], saved["keep_mask"], {}))
+        if self.plans:
+            self.load_level(self.plans[-1].level)
+        self.history.records = [record for record in self.history.records if record["level"] < len(self.plans)]
+        self._story.global_step = sum(record["num_steps"] for record in self.history.records)
+        return len(self.plans)
+
+    def _close_run(self, outputs: list[TrainOutput], started: float) -> TrainOutput:
+        """Sum the levels up in one `TrainOutput`."""
+        steps = sum(output.global_step for output in outputs)
+        loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
+        metrics = speed_metrics("train", started, num_steps=steps)
+        metrics |= {"total_flos": self._story.total_flos, "train_loss": loss, "num_levels": float(len(self.plans))}
+        self.state = self._story
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self._story.global_step, loss, metrics)
+
+    # --- logging: one story over all levels --------------------------------------------------------------------------
+
+    @property
+    def _story(self) -> TrainerState:
+        if self._stories is None:
+            self._stories = TrainerState()
+        return self._stories
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log numbers on the story of all levels, where steps go on counting.
+
+        Args:
+            logs (`dict[str, float]`):
+                Numbers.
+            start_time (`float`, *optional*):
+                Start of training.
+        """
+        if not self.callback_handler.in_level:
+            super().log(logs, start_time)
+        elif "train_runtime" not in logs:  # a level's own summary is part of its record
+            self._log_story(logs, start_time)
+
+    def _log_story(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        level_state, before = self.state, (self._story.global_step, self._story.epoch)
+        running = level_state if level_state is not self._story else None
+        if running is not None:
+            self._story.global_step += running.global_step
+            self._story.epoch = (before[1] or 0.0) + (running.epoch or 0.0)
+        self.state = self._story
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.state = level_state
+            self._story.global_step, self._story.epoch = before
+
+    # --- the student -------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Compute the mean cross-entropy against pseudolabels, or against labels in evaluation.
+
+        Args:
+            model (`nn.Module`):
+                The student.
+            inputs (`dict[str, Any]`):
+                Model inputs, with `target_probs` or `labels`.
+            return_outputs (`bool`, *optional*, defaults to `False`):
+                Give the model's outputs too.
+            num_items_in_batch (`int`, *optional*):
+                Not used: the loss is a mean over the batch.
+
+        Returns:
+            `torch.Tensor` or `tuple[torch.Tensor, Any]`: the loss, and the outputs where asked for.
+        """
+        if self.args.student_training == "probe":
+            model.eval()  # a frozen backbone must not drift (BatchNorm) nor drop out
+        targets = inputs.pop("target_probs", None)
+        labels = inputs.pop("labels", None)
+        outputs = model(**inputs)
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func(outputs, labels if targets is None else targets, num_items_in_batch=None)
+        else:
+            if targets is None:
+                targets = nn.functional.one_hot(labels, outputs.logits.shape[-1])
+            loss = soft_cross_entropy(outputs.logits, self._smooth(targets.float(), training=self.is_in_train and model.training)).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def _smooth(self, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
+        share = self.args.label_smoothing_factor if training else 0.0
+        return targets * (1 - share) + share / targets.shape[-1] if share else targets
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Run one batch without gradients.
+
+        Args:
+            model (`nn.Module`):
+                The student.
+            inputs (`dict[str, Any]`):
+                Model inputs, with `labels` where they are known.
+            prediction_loss_only (`bool`):
+                Give the loss only.
+            ignore_keys (`list[str]`, *optional*):
+                Not used: only logits are given.
+
+        Returns:
+            `tuple`: loss, logits `(batch, num_labels)` and labels `(batch,)`, each `None` where not known or wanted.
+        """
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels", None)
+        targets = inputs.pop("target_probs", None)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits.float()
+        wanted = targets if labels is None else nn.functional.one_hot(labels, logits.shape[-1]).float()
+        loss = None if wanted is None else soft_cross_entropy(logits, wanted).mean()
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    @torch.no_grad()
+    def predict_log_probs(self, dataset: Dataset, *, share: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Stream the student's log-probabilities, a chunk of rows at a time.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Inputs.
+            share (`bool`, *optional*, defaults to `False`):
+                With several processes, give each its own chunks only.
+
+        Returns:
+            `Iterator[tuple[slice, torch.Tensor]]`: rows and log-probabilities `(rows, num_labels)`, float32 on CPU.
+        """
+        chunks = _student_chunks(len(dataset))
+        if share:
+            chunks = chunks[self.args.process_index :: self.args.world_size]
+        if self._head is not None:
+            features = self._features_of(dataset)
+            for chunk in chunks:
+                logits = self._head(features[chunk])
+                yield chunk, torch.log_softmax(logits.float(), dim=1).cpu()
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        for chunk in chunks:
+            rows = range(chunk.start, chunk.stop)
+            size = self.args.per_device_eval_batch_size
+            logits = [self._logits(model, dataset[list(rows[start : start + size])]) for start in range(0, len(rows), size)]
+            yield chunk, torch.log_softmax(torch.cat(logits), dim=1).cpu()
+
+    def _logits(self, model: nn.Module, examples: dict[str, list[Any]]) -> torch.Tensor:
+        inputs = self._prepare_inputs(self.processor(examples[self.input_column]))
+        with self.compute_loss_context_manager():
+            return model(**inputs).logits.float()
+
+    def predict_labels(self, dataset: Dataset) -> np.ndarray:
+        """Give the student's most probable label of each example.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Inputs; labels are not looked at.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples,)`, int64.
+        """
+        parts = [log_probs.numpy().argmax(axis=1) for _, log_probs in self.predict_log_probs(dataset)]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def measure_accuracy(self, dataset: Dataset) -> float:
+        """Measure the student's accuracy on labelled data.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Inputs with a label column.
+
+        Returns:
+            `float`: 0 to 1.
+
+        Raises:
+            ValueError: If the data has no labels of the task.
+        """
+        labels = read_labels(dataset, find_label_column(dataset), self.pool.labels)
+        return accuracy(self.predict_labels(dataset), labels)
+
+    # --- the fast way for a linear head on a frozen backbone ---------------------------------------------------------
+
+    def _why_not_on_features(self) -> str | None:
+        """Name what the fast loop cannot honour, None if there is nothing."""
+        args = self.args
+        reasons = {
+            "`fit_head_on_features` is off": not args.fit_head_on_features,
+            "the student is not a linear head on a frozen backbone": self._head is None,
+            "checkpoints within a level are asked for": args.save_strategy != "no",
+            "evaluation within a level is asked for": args.eval_strategy != "no",
+            "`compute_loss_func` is given": self.compute_loss_func is not None,
+            "the data collator is not ours": type(self.data_collator) is not DataCollatorForCoSupervision,
+            "FSDP or DeepSpeed is used": self.is_fsdp_enabled or self.is_deepspeed_enabled,
+            "a ReduceLROnPlateau or Greedy schedule is asked for": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+            "fp16 scales the loss": args.fp16,
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
+
+    def _features_of(self, dataset: Dataset) -> torch.Tensor:
+        """Give the head's inputs, in memory, on the student's device."""
+        if dataset is self._rows and 0 in self._features:
+            return self._features[0]
+        if self._head is None:
+            raise ValueError("Only a linear head on a frozen backbone has features.")
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        folder = Path(self.args.features_dir) if self.args.features_dir else self.run_dir / "features"
+        precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        store = FeatureStore(folder, model, self._head, self.processor, autocast=self.compute_loss_context_manager, precision=precision)
+        values = store.features(
+            dataset, self.input_column, batch_size=self.args.per_device_eval_batch_size,
+            shard=(self.args.process_index, self.args.world_size), wait=self.accelerator.wait_for_everyone,
+            disable_tqdm=bool(self.args.disable_tqdm) or not self.is_local_process_zero(),
+        )  # fmt: skip
+        features = torch.from_numpy(np.array(values)).to(self._head.weight.device)
+        if dataset is self._rows:
+            self._features[0] = features
+        return features
+
+    def _train_on_features(self, kept: np.ndarray) -> TrainOutput:
+        """Do what the standard loop does, on features: same order, optimizer, schedule, logs and callbacks."""
+        if self._head is None:
+            raise ValueError("Only a linear head on a frozen backbone has features.")
+        features, targets = self._features_of(self._rows), self._target_lookup(kept)
+        dataloader = self.get_train_dataloader()
+        per_epoch = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
+        max_steps = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
+        self.state = TrainerState(
+            is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero(),
+            max_steps=max_steps, num_train_epochs=math.ceil(max_steps / per_epoch), train_batch_size=self._train_batch_size,
+        )  # fmt: skip
+        self.state.compute_steps(self.args, max_steps)
+        self.create_optimizer_and_scheduler(max_steps)
+        self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        started, meter = time.time(), _LossMeter()
+        fit_linear_head(
+            self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter), self.optimizer,
+            self.lr_scheduler, max_grad_norm=self.args.max_grad_norm,
+            average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
+            on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
+        )  # fmt: skip
+        loss = meter.mean(self.accelerator.gather)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, loss, speed_metrics("train", started, num_steps=self.state.global_step))
+
+    def _head_steps(
+        self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter
+    ) -> Iterator[list[torch.Tensor]]:
+        """Give the rows of each step, in the order in which the standard loop would read them."""
+        accumulation = self.args.gradient_accumulation_steps
+        rows = torch.from_numpy(kept)
+        for epoch in range(self.state.num_train_epochs):
+            if hasattr(dataloader, "set_epoch"):
+                dataloader.set_epoch(epoch)
+            self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+            batches = [rows[batch] for batch in dataloader.batch_sampler]
+            for number in range(per_epoch):
+                self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+                meter.learning_rate = self._get_learning_rate()
+                yield batches[number * accumulation : (number + 1) * accumulation]
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    break
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+            self._log_head_step(meter)
+            if self.control.should_training_stop:
+                return
+
+    def _after_head_step(self, meter: _LossMeter, loss: torch.Tensor, norm: float | None, per_epoch: int) -> None:
+        meter.add(loss, norm)
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / per_epoch
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        self._log_head_step(meter)
+
+    def _log_head_step(self, meter: _LossMeter) -> None:
+        if self.control.should_log and meter.num_since:
+            self.log(meter.read(self.accelerator.gather))
+
+    def _target_lookup(self, kept: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Give pseudolabels by row: decoded once where they fit in memory, else batch by batch."""
+        device, num_labels = self.args.device, self.pool.hierarchy.num_labels
+        pseudolabels = self.data_collator.pseudolabels
+        if len(self.pool) * num_labels * 4 > _MAX_DECODED_BYTES:
+            return lambda rows: self._smooth(torch.from_numpy(pseudolabels(rows.cpu().numpy())).to(device), training=True)
+        table = np.zeros((len(self.pool), num_labels), dtype=np.float32)
+        table[kept] = pseudolabels(kept)
+        decoded = self._smooth(torch.from_numpy(table).to(device), training=True)
+        return lambda rows: decoded[rows]
+
+    # --- several processes -------------------------------------------------------------------------------------------
+
+    def _sum_over_processes(self, values: np.ndarray) -> np.ndarray:
+        if self.args.world_size == 1:
+            return values
+        total = self.accelerator.reduce(torch.from_numpy(values).to(self.args.device), reduction="sum")
+        return total.cpu().numpy().astype(values.dtype)
+
+    def _average_over_processes(self, gradient: torch.Tensor) -> None:
+        gradient.copy_(self.accelerator.reduce(gradient, reduction="mean"))
+
+    # --- evaluation and saving ---------------------------------------------------------------------------------------
+
+    def _label(self, dataset: Any) -> Any:
+        """Reduce an evaluation set to inputs and label ids of the task."""
+        if dataset is None or isinstance(dataset, str):
+            return dataset
+        if isinstance(dataset, dict):
+            return {name: self._label(part) for name, part in dataset.items()}
+        column = find_label_column(dataset)
+        labels = read_labels(dataset, column, self.pool.labels)
+        inputs = dataset.select_columns([find_input_column(dataset, self.input_column)])
+        return inputs.add_column("labels", labels)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the student on labelled data.
+
+        Args:
+            eval_dataset (`datasets.Dataset`, `dict[str, datasets.Dataset]` or `str`, *optional*):
+                Inputs with a label column. Defaults to the trainer's `eval_dataset`.
+            args (`Any`):
+                Passed on to [`~transformers.Trainer.evaluate`].
+            kwargs (`Any`):
+                Passed on to [`~transformers.Trainer.evaluate`].
+
+        Returns:
+            `dict[str, float]`: loss, accuracy (or what `compute_metrics` gives) and speed.
+
+        Raises:
+            ValueError: If the data has no labels of the task.
+        """
+        known = eval_dataset is self.eval_dataset or isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.column_names
+        return super().evaluate(eval_dataset if known else self._label(eval_dataset), *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student as an ordinary model: it loads with plain `Auto…` classes, timm students with timm too.
+
+        Args:
+            output_dir (`str`, *optional*):
+                Folder, `args.output_dir` by default. A LoRA student is merged; its adapter goes to `adapter/`.
+            _internal_call (`bool`, *optional*, defaults to `False`):
+                Set by the `Trainer` for its checkpoints, which stay as they are.
+        """
+        if _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call=_internal_call)
+            return
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            export_student(self.accelerator.unwrap_model(self.model), folder, self.processing_class)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+class _LossMeter:
+    """Mean loss since the last log and over all steps, summed on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.total, self.num_steps = 0.0, 0
+        self.since: torch.Tensor | float = 0.0
+        self.num_since = 0
+        self.norm: float | None = None
+        self.learning_rate = 0.0
+
+    def add(self, loss: torch.Tensor, norm: float | None) -> None:
+        self.since, self.num_since, self.norm = self.since + loss, self.num_since + 1, norm
+
+    def read(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Give the numbers of the `Trainer`'s own log, and begin anew."""
+        mean = float(gather(torch.as_tensor(self.since)).mean()) / max(self.num_since, 1)
+        self.total, self.num_steps = self.total + mean * self.num_since, self.num_steps + self.num_since
+        self.since, self.num_since = 0.0, 0
+        logs = {"loss": mean, "learning_rate": self.learning_rate}
+        return logs if self.norm is None else {**logs, "grad_norm": self.norm}
+
+    def mean(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        if self.num_since:
+            self.read(gather)
+        return self.total / max(self.num_steps, 1)
+
+
+def _student_chunks(num_examples: int) -> list[slice]:
+    return [slice(start, min(start + CHUNK_ROWS, num_examples)) for start in range(0, num_examples, CHUNK_ROWS)]
+
+
+def _accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": accuracy(prediction.predictions.argmax(axis=1), prediction.label_ids)}
+
+
+def _lora_config(args: CoSupervisedConfig) -> LoraConfig:
+    return LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
+        target_modules=list(args.lora_target_modules) or None,
+    )  # fmt: skip
+
+
+def _check_levels(pool: PseudolabelPool, args: CoSupervisedConfig) -> None:
+    """Refuse an assignment or rejection that cannot work on this pool, before any work starts."""
+    hierarchy = pool.hierarchy
+    if len(args.assignment) not in (1, hierarchy.num_levels):
+        raise ValueError(
+            f"`assignment` must hold one name, or one for each of the {hierarchy.num_levels} levels, got {args.assignment}."
+        )
+    if args.rejection_k is not None:
+        check_top_k_value(args.rejection_k, hierarchy.num_labels)
+    if len(hierarchy.levels[0]) > 1 and level_assignment(args, 0) != "ensemble":
+        raise ValueError(
+            f"A root level of several teachers ({[teacher.name for teacher in hierarchy.levels[0]]}) needs the assignment "
+            f"'ensemble', got {level_assignment(args, 0)!r}: there is no student yet to choose among them."
+        )
+    for level in range(1, hierarchy.num_levels):
+        _check_assignment(pool, args, level, level_assignment(args, level))
+
+
+def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: int, method: str) -> None:
+    teachers = pool.hierarchy.levels[level]
+    if method in ("scope", "oracle_scope") and len(teachers) > 1 and all(teacher.scope is None for teacher in teachers):
+        raise ValueError(
+            f"Assignment {method!r} at level {level} needs teachers with a `scope`, got none among "
+            f"{[teacher.name for teacher in teachers]}. Give them scopes, or use 'agreement'."
+        )
+    if method in ("metadata", "oracle_domain"):
+        column = ORACLE_DOMAIN if method == "oracle_domain" else args.metadata_column
+        if column is None:
+            raise ValueError(f"Assignment 'metadata' at level {level} needs `metadata_column`, got none. Name the column.")
+        pool.column(column)
+        if all(teacher.domains is None for teacher in teachers):
+            raise ValueError(f"Assignment {method!r} at level {level} needs teachers with `domains`, got none.")
+    if method in ("oracle_scope", "oracle_loss") and pool.oracle_labels is None:
+        raise ValueError(f"Assignment {method!r} needs `oracle_label` in the pool, got none. Build it with `oracle_column`.")
+
+
+def _match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | None) -> Dataset:
+    """Give the inputs alone, in the order of the pool; a label column stays behind."""
+    dataset = pool.inputs if train_dataset is None else train_dataset
+    if dataset is None:
+        raise ValueError("`train_dataset` is needed: the pool holds no inputs. Give the data that it was built from.")
+    column = find_input_column(dataset, input_column)
+    if train_dataset is not None:
+        ids = np.asarray(list(dataset["id"]) if "id" in dataset.column_names else row_keys(dataset, column))
+        if len(ids) != len(pool):
+            raise ValueError(
+                f"`train_dataset` and `pool` must hold the same examples, got {len(ids)} and {len(pool)}. "
+                "Use the data that the pool was built from, or `pool.select`."
+            )
+        rows = match_ids(ids, pool.ids, "`train_dataset`")
+        dataset = dataset if np.array_equal(rows, np.arange(len(rows))) else dataset.select(rows)
+    return dataset.select_columns([column])
+
+
+def _check_student(model: Any, pool: PseudolabelPool) -> None:
+    """See that the head fits the task, and name its labels."""
+    num_labels = int(model.config.num_labels)
+    if num_labels != pool.hierarchy.num_labels:
+        raise ValueError(
+            f"The student must have {pool.hierarchy.num_labels} labels like the pool, got {num_labels}. "
+            "Load it with `load_student(model, pool.labels)`."
+        )
+    names = [str(model.config.id2label[index]) for index in range(num_labels)]
+    generic = [f"LABEL_{index}" for index in range(num_labels)]
+    if names not in (generic, list(pool.labels)):
+        raise ValueError(
+            f"The student's labels must be those of the pool in the same order, {list(pool.labels)[:8]}, got {names[:8]}. "
+            "Load it with `load_student(model, pool.labels)`."
+        )
+    model.config.id2label = dict(enumerate(pool.labels))
+    model.config.label2id = {name: index for index, name in enumerate(pool.labels)}

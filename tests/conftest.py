@@ -1,0 +1,175 @@
+"""Tiny models and data, made in milliseconds and kept in one folder of the session: no test touches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+TINY_LABELS = ("ant", "bee", "cat", "dog")
+_WORDS = ("six", "legs", "hums", "stings", "purrs", "sleeps", "barks", "fetches", "the", "animal", "often")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes seconds, or needs a package with data or weights")
+
+
+@pytest.fixture(scope="session")
+def tiny_labels() -> tuple[str, ...]:
+    """Label names of every tiny model and dataset."""
+    return TINY_LABELS
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny models of this session are; each test that changes one copies it first."""
+    return tmp_path_factory.mktemp("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_image_dataset() -> Dataset:
+    """48 RGB images of 8 x 8, each label with its own colour, in a mixed order."""
+    rng = np.random.default_rng(0)
+    label_ids = rng.permutation(np.arange(48) % len(TINY_LABELS))
+    colours = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [160, 160, 40]])
+    pixels = np.clip(colours[label_ids][:, None, None] + rng.normal(0, 40, (48, 8, 8, 3)), 0, 255).astype(np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=list(TINY_LABELS))})
+    images = [PILImage.fromarray(image) for image in pixels]
+    return Dataset.from_dict({"image": images, "label": label_ids}, features=features)
+
+
+@pytest.fixture(scope="session")
+def tiny_text_dataset() -> Dataset:
+    """48 short texts, different from each other, each label with two words of its own."""
+    rng = np.random.default_rng(0)
+    label_ids = rng.permutation(np.arange(48) % len(TINY_LABELS))
+    texts = []
+    for row, label in enumerate(label_ids):
+        own = _WORDS[2 * label : 2 * label + 2]
+        texts.append(" ".join(["the", "animal", *rng.choice(own, 2), *["often"] * (row % 5), *rng.choice(_WORDS, 2)]))
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(TINY_LABELS))})
+    return Dataset.from_dict({"text": texts, "label": label_ids}, features=features)
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tiny_folder: Path) -> str:
+    """Folder of a ViT for 8 x 8 RGB images with its image processor."""
+    return save_tiny_vit(tiny_folder / "vit", TINY_LABELS)
+
+
+@pytest.fixture(scope="session")
+def tiny_timm(tiny_folder: Path) -> str:
+    """Folder of a timm ResNet for 16 x 16 RGB images, saved as timm does."""
+    return save_tiny_timm(tiny_folder / "timm", TINY_LABELS)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tiny_folder: Path) -> str:
+    """Folder of a BERT with a word-level tokenizer for the tiny texts."""
+    return save_tiny_bert(tiny_folder / "bert", TINY_LABELS)
+
+
+@pytest.fixture(scope="session")
+def tiny_sklearn(tiny_folder: Path, tiny_image_dataset: Dataset) -> str:
+    """Folder of a logistic regression on the pixels of the tiny images."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    from hf_cosupervise.labeling import save_sklearn_teacher
+
+    folder = tiny_folder / "sklearn"
+    pixels = np.stack([np.asarray(image).ravel() / 255 for image in tiny_image_dataset["image"]])
+    model = linear_model.LogisticRegression(max_iter=200).fit(pixels, tiny_image_dataset["label"])
+    save_sklearn_teacher(model, folder, {"kind": "pixels", "size": [8, 8], "mode": "RGB"}, TINY_LABELS)
+    return str(folder)
+
+
+def save_tiny_vit(folder: Path, labels: Sequence[str], seed: int = 0) -> str:
+    """Save a random ViT whose outputs differ clearly from row to row."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        initializer_range=0.5,  # the usual 0.02 makes every answer of so small a model nearly uniform
+        id2label=dict(enumerate(labels)),
+        label2id={label: position for position, label in enumerate(labels)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_tiny_timm(folder: Path, labels: Sequence[str], seed: int = 0) -> str:
+    """Save a random timm ResNet that both timm and transformers load."""
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", pretrained=False, num_classes=len(labels))
+        torch.nn.init.normal_(model.get_classifier().weight, std=1.0)
+    timm.models.save_for_hf(
+        model,
+        str(folder),
+        safe_serialization=True,
+        model_config={"label_names": list(labels)},
+        data_config={"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0},
+    )
+    # timm >= 1.0.31 writes num_classes here, and transformers 5 then gets it twice.
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config))
+    return str(folder)
+
+
+def save_tiny_bert(folder: Path, labels: Sequence[str], seed: int = 0) -> str:
+    """Save a random BERT and a tokenizer that knows the words of the tiny texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    specials = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    vocab = {word: position for position, word in enumerate((*specials, *_WORDS))}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=32,
+    )
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.5,
+        id2label=dict(enumerate(labels)),
+        label2id={label: position for position, label in enumerate(labels)},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

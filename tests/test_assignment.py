@@ -1,0 +1,240 @@
+"""Who speaks for which example: rows worked out by hand. Random cases are compared in `test_slow_method.py`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_cosupervise.assignment import (
+    AGREEMENT_RULES,
+    agreement_scores,
+    assign_by_agreement,
+    assign_by_domain,
+    assign_by_scope,
+    fall_back,
+    oracle_assign_by_domain,
+    oracle_assign_by_loss,
+    oracle_assign_by_scope,
+)
+
+YES = torch.ones(1, 1, dtype=torch.bool)
+
+
+def everyone(num_examples: int, num_teachers: int) -> torch.Tensor:
+    return YES.expand(num_examples, num_teachers)
+
+
+# ── scope ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# teacher 0 owns {0, 1}, teacher 1 owns {1, 2}; label 3 is owned by nobody
+SCOPES = torch.tensor([[True, True, False, False], [False, True, True, False]])
+
+
+@pytest.mark.parametrize("assign", [assign_by_scope, oracle_assign_by_scope])
+@pytest.mark.parametrize(
+    ("label", "answered", "expected"),
+    [
+        (0, [True, True], 0),
+        (1, [True, True], 0),  # both own it: the first
+        (1, [False, True], 1),  # both own it, the first has no answer
+        (2, [True, True], 1),
+        (2, [True, False], -1),  # the owner has no answer; the other one does not step in
+        (3, [True, True], -1),  # unowned
+        (0, [False, False], -1),
+    ],
+)
+def test_scope(assign, label, answered, expected):
+    found = assign(torch.tensor([label]), SCOPES, torch.tensor([answered]))
+    assert found.tolist() == [expected] and found.dtype == torch.long
+
+
+def test_scope_with_one_teacher_and_two_labels():
+    scope = torch.tensor([[False, True]])
+    assert assign_by_scope(torch.tensor([0, 1, 1]), scope, torch.tensor([[True], [True], [False]])).tolist() == [-1, 0, -1]
+
+
+# ── agreement ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scores_of(student: list[float], teachers: list[list[float]], rule: str, **options: float) -> list[float]:
+    log_probs = torch.tensor([student], dtype=torch.float64).log()
+    return agreement_scores(log_probs, torch.tensor([teachers], dtype=torch.float64), rule, **options)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        # s = (1/2, 1/4, 1/4), g = (1/4, 1/2, 1/4); in units of log 2, -log s = (1, 2, 2) and -log g = (2, 1, 2)
+        ("ce_teacher_student", 1 / 4 * 1 + 1 / 2 * 2 + 1 / 4 * 2),
+        ("hard_loss", 2),  # argmax g = 1
+        ("kl_teacher_student", 1 / 4 * (1 - 2) + 1 / 2 * (2 - 1) + 0),
+        ("kl_student_teacher", 1 / 2 * (2 - 1) + 1 / 4 * (1 - 2) + 0),
+    ],
+)
+def test_agreement_scores_by_hand(rule, expected):
+    found = scores_of([0.5, 0.25, 0.25], [[0.25, 0.5, 0.25]], rule)
+    assert found == pytest.approx([expected * math.log(2)], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        # s = (1, 0) and g = (0, 1): every log of 0 becomes log 1e-6 = -13.8155, every weight stays 0 or 1
+        ("ce_teacher_student", -math.log(1e-6)),
+        ("hard_loss", -math.log(1e-6)),
+        ("kl_teacher_student", -math.log(1e-6)),
+        ("kl_student_teacher", -math.log(1e-6)),
+    ],
+)
+def test_probabilities_are_clamped_inside_logarithms_only(rule, expected):
+    assert scores_of([1.0, 0.0], [[0.0, 1.0]], rule) == pytest.approx([expected], rel=1e-12)
+    assert scores_of([1.0, 0.0], [[0.0, 1.0]], rule, min_prob=1e-2) == pytest.approx([-math.log(1e-2)], rel=1e-12)
+    # a perfect match costs nothing, so no weight was lifted to min_prob
+    assert scores_of([1.0, 0.0], [[1.0, 0.0]], rule) == pytest.approx([0.0], abs=1e-15)
+
+
+def test_rules_disagree_where_they_should():
+    # s = (0.6, 0.3, 0.1). Teacher 0 = (0.6, 0.3, 0.1) is the student itself, teacher 1 = (1, 0, 0).
+    # CE: 0.898 against -log 0.6 = 0.511 -> teacher 1. Both KL: 0 against more than 0 -> teacher 0. hard: a tie -> teacher 0.
+    log_probs = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    teachers = torch.tensor([[[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]])
+    found = {rule: assign_by_agreement(log_probs, teachers, everyone(1, 2), rule).item() for rule in AGREEMENT_RULES}
+    assert found == {"ce_teacher_student": 1, "hard_loss": 0, "kl_teacher_student": 0, "kl_student_teacher": 0}
+
+
+def test_cross_entropy_is_the_default():
+    log_probs = torch.tensor([[0.6, 0.3, 0.1]]).log()
+    teachers = torch.tensor([[[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]])
+    assert assign_by_agreement(log_probs, teachers, everyone(1, 2)).tolist() == [1]
+
+
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_one_hot_teachers_do_not_all_go_to_teacher_0(rule):
+    # unclamped, KL(s || g) is infinite for both and argmin would answer 0 in every row
+    log_probs = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.7, 0.1]]).log()
+    teachers = torch.eye(3)[:2].expand(2, 2, 3)
+    assert assign_by_agreement(log_probs, teachers, everyone(2, 2), rule).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_agreement_ties_and_missing_answers(rule):
+    # three teachers with one and the same row; the first that answered wins. Uniform student and teachers.
+    log_probs = torch.full((4, 3), 1 / 3).log()
+    teachers = torch.full((4, 3, 3), 1 / 3)
+    answered = torch.tensor([[1, 1, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]]).bool()
+    teachers = teachers * answered.unsqueeze(-1)
+    # an all-zero row would score 0 under cross-entropy, better than any answer, if it were not left out
+    assert assign_by_agreement(log_probs, teachers, answered, rule).tolist() == [0, 1, 2, -1]
+
+
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_permuted_teachers_give_permuted_assignment(rule):
+    generator = torch.Generator().manual_seed(0)
+    log_probs = torch.randn(50, 5, generator=generator).log_softmax(-1)
+    teachers = torch.randn(50, 4, 5, generator=generator).softmax(-1)
+    answered = torch.rand(50, 4, generator=generator) < 0.5
+    order = torch.tensor([2, 0, 3, 1])
+    before = assign_by_agreement(log_probs, teachers, answered, rule)
+    after = assign_by_agreement(log_probs, teachers[:, order], answered[:, order], rule)
+    assert torch.where(after >= 0, order[after.clamp(min=0)], -1).tolist() == before.tolist()
+    assert before.unique().tolist() == [-1, 0, 1, 2, 3]
+
+
+def test_infinitely_unlikely_labels_stay_finite():
+    log_probs = torch.tensor([[0.0, -torch.inf]])
+    for rule in AGREEMENT_RULES:
+        assert torch.isfinite(agreement_scores(log_probs, torch.tensor([[[0.5, 0.5], [0.0, 1.0]]]), rule)).all()
+
+
+@pytest.mark.parametrize("rule", ["kl", "", "CE_TEACHER_STUDENT"])
+def test_unknown_rule(rule):
+    with pytest.raises(ValueError, match=rf"`rule`.*ce_teacher_student.*kl_student_teacher.*got '{rule}'"):
+        assign_by_agreement(torch.zeros(1, 2), torch.zeros(1, 1, 2), YES, rule)
+
+
+@pytest.mark.parametrize("min_prob", [0.0, -1e-6, 1.0])
+def test_bad_min_prob(min_prob):
+    with pytest.raises(ValueError, match=rf"`min_prob`.*got {min_prob}"):
+        agreement_scores(torch.zeros(1, 2), torch.zeros(1, 1, 2), "hard_loss", min_prob)
+
+
+# ── domain ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("assign", [assign_by_domain, oracle_assign_by_domain])
+@pytest.mark.parametrize(
+    ("domain", "answered", "expected"),
+    [
+        ("day", [True, True, True], 0),
+        ("dusk", [True, True, True], 0),  # owned by both 0 and 1
+        ("dusk", [False, True, True], 1),
+        ("night", [True, True, True], 1),
+        ("fog", [True, True, True], 2),  # nobody's own, but teacher 2 is made for every domain
+        ("fog", [True, True, False], -1),
+        ("day", [False, True, True], 2),
+    ],
+)
+def test_domain(assign, domain, answered, expected):
+    found = assign([domain], [["day", "dusk"], ("dusk", "night"), None], torch.tensor([answered]))
+    assert found.tolist() == [expected] and found.dtype == torch.long
+
+
+def test_domain_of_several_rows():
+    domains = ["night", "day", "night", "fog"]
+    assert assign_by_domain(domains, [["day"], ["night"]], everyone(4, 2)).tolist() == [1, 0, 1, -1]
+
+
+# ── the true label ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("gold", "answered", "expected"),
+    [
+        (0, [True, True, True], 1),  # 0.25, 0.5, 0.5: a tie between 1 and 2, the first
+        (0, [True, False, True], 2),
+        (1, [True, True, True], 0),  # 0.75, 0.5, 0.5
+        (1, [False, False, True], 2),
+        (1, [False, False, False], -1),
+    ],
+)
+def test_oracle_loss(gold, answered, expected):
+    teachers = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]]) * torch.tensor(answered).view(1, 3, 1)
+    assert oracle_assign_by_loss(torch.tensor([gold]), teachers, torch.tensor([answered])).tolist() == [expected]
+
+
+def test_oracle_loss_answers_even_at_probability_zero():
+    # the only one that answered gives the true label nothing; it still speaks
+    teachers = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+    assert oracle_assign_by_loss(torch.tensor([1]), teachers, torch.tensor([[False, True]])).tolist() == [1]
+
+
+# ── falling back ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_fall_back_through_two_levels():
+    # sources over the whole hierarchy: root 0, level 1 has 1 and 2, level 2 has 3 and 4
+    root = torch.tensor([0, 0, -1, -1, 0])
+    first = fall_back(torch.tensor([1, -1, 2, -1, -1]), root)
+    assert first.tolist() == [1, 0, 2, -1, 0]
+    second = fall_back(torch.tensor([-1, 4, -1, -1, -1]), first)
+    assert second.tolist() == [1, 4, 2, -1, 0]
+
+
+# ── no examples ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_no_examples():
+    labels, answered = torch.zeros(0, dtype=torch.long), torch.zeros(0, 2, dtype=torch.bool)
+    log_probs, teachers = torch.zeros(0, 4), torch.zeros(0, 2, 4)
+    results = [
+        assign_by_scope(labels, SCOPES, answered),
+        *(assign_by_agreement(log_probs, teachers, answered, rule) for rule in AGREEMENT_RULES),
+        assign_by_domain([], [["day"], None], answered),
+        oracle_assign_by_scope(labels, SCOPES, answered),
+        oracle_assign_by_domain([], [["day"], None], answered),
+        oracle_assign_by_loss(labels, teachers, answered),
+        fall_back(labels, labels),
+    ]
+    assert [(result.shape, result.dtype) for result in results] == [((0,), torch.long)] * len(results)

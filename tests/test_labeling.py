@@ -1,0 +1,598 @@
+"""Loading each kind of teacher, mapping its labels, and building a pool."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_tiny_bert, save_tiny_timm, save_tiny_vit
+from datasets import ClassLabel, Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
+
+from hf_cosupervise import labeling
+from hf_cosupervise.labeling import build_pool, load_teacher, save_sklearn_teacher
+from hf_cosupervise.pool import PseudolabelPool
+from hf_cosupervise.teachers import Teacher, TeacherHierarchy
+
+quiet_pool = partial(build_pool, disable_tqdm=True)
+
+
+def copy_model(folder: str, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target))
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def drop_tensors(folder: Path, part: str) -> Path:
+    path = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if part not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    return folder
+
+
+def column_hierarchy(labels: tuple[str, ...], column: str = "answer", **fields: Any) -> TeacherHierarchy:
+    return TeacherHierarchy(labels, [Teacher(column, kind="column", **fields)])
+
+
+# ── each kind gives what its own library gives ──────────────────────────────────────────────────────────────────────
+
+
+def test_transformers_image_teacher_equals_plain_transformers(
+    tiny_vit: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
+) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    teacher = load_teacher(Teacher(tiny_vit), tiny_labels, "cpu")
+    images = tiny_image_dataset["image"][:5]
+    pixel_values = AutoImageProcessor.from_pretrained(tiny_vit)(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        logits = AutoModelForImageClassification.from_pretrained(tiny_vit).eval()(pixel_values=pixel_values).logits
+
+    probs = teacher(images, {})
+
+    assert probs.dtype == np.float32
+    np.testing.assert_allclose(probs, logits.softmax(-1).numpy(), atol=1e-6)
+    assert teacher.facts["kind"] == "transformers" and teacher.facts["class"] == "ViTForImageClassification"
+    assert len(teacher.facts["preprocessing"]) == 16
+
+
+def test_transformers_text_teacher_equals_plain_transformers(
+    tiny_bert: str, tiny_labels: tuple[str, ...], tiny_text_dataset: Dataset
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    texts = tiny_text_dataset["text"][:5]
+    inputs = AutoTokenizer.from_pretrained(tiny_bert)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()(**inputs).logits
+
+    probs = load_teacher(Teacher(tiny_bert), tiny_labels, "cpu")(texts, {})
+
+    np.testing.assert_allclose(probs, logits.softmax(-1).numpy(), atol=1e-6)
+
+
+def test_a_text_longer_than_the_model_reads_is_cut(tiny_labels: tuple[str, ...], tiny_bert: str, tmp_path: Path) -> None:
+    folder = copy_model(tiny_bert, tmp_path / "bert")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("model_max_length")
+    path.write_text(json.dumps(settings))
+
+    probs = load_teacher(Teacher(str(folder)), tiny_labels, "cpu")(["often " * 100], {})
+
+    assert probs.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_timm_teacher_equals_plain_timm(
+    tiny_timm: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, prefix: str
+) -> None:
+    import timm
+
+    model = timm.create_model(f"local-dir:{tiny_timm}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
+    images = tiny_image_dataset["image"][:5]
+    with torch.no_grad():
+        expected = model(torch.stack([transform(image) for image in images])).softmax(-1).numpy()
+
+    teacher = load_teacher(Teacher(prefix + tiny_timm, name="t"), tiny_labels, "cpu")
+
+    np.testing.assert_allclose(teacher(images, {}), expected, atol=1e-6)
+    assert teacher.facts["kind"] == "timm"
+
+
+def test_timm_folder_loads_as_either_kind(
+    tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, tmp_path: Path
+) -> None:
+    folder = Path(save_tiny_timm(tmp_path / "timm", tiny_labels))
+    # As timm 1.0.31 writes it, which the wrapper of transformers cannot read by itself.
+    edit_config(folder, model_args={"num_classes": 4, "in_chans": 3})
+    images = tiny_image_dataset["image"][:5]
+
+    by_kind = [load_teacher(Teacher(str(folder), kind=kind), tiny_labels, "cpu") for kind in ("timm", "transformers")]
+
+    np.testing.assert_allclose(by_kind[0](images, {}), by_kind[1](images, {}), atol=1e-5)
+
+
+def test_sklearn_teacher_equals_predict_proba(
+    tiny_sklearn: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
+) -> None:
+    import skops.io
+
+    images = tiny_image_dataset["image"][:5]
+    pixels = np.stack([np.asarray(image).ravel() / 255 for image in images])
+    expected = skops.io.load(Path(tiny_sklearn) / "model.skops").predict_proba(pixels)
+
+    teacher = load_teacher(Teacher(tiny_sklearn), tiny_labels)
+
+    np.testing.assert_allclose(teacher(images, {}), expected, atol=1e-5)
+    assert teacher.facts["kind"] == "sklearn" and teacher.facts["class"] == "LogisticRegression"
+
+
+def test_sklearn_teacher_on_texts_with_label_names_as_classes(tmp_path: Path, tiny_text_dataset: Dataset) -> None:
+    pytest.importorskip("skops")
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+
+    texts = list(tiny_text_dataset["text"])
+    names = tiny_text_dataset.features["label"].int2str(list(tiny_text_dataset["label"]))
+    model = make_pipeline(CountVectorizer(), MultinomialNB()).fit(texts, names)
+    save_sklearn_teacher(model, tmp_path / "bayes", {"kind": "text"})
+
+    # The task knows one more label, and in another order.
+    probs = load_teacher(Teacher(str(tmp_path / "bayes")), ("dog", "emu", "cat", "bee", "ant"))(texts, {})
+
+    assert (probs[:, 1] == 0).all()
+    np.testing.assert_allclose(probs[:, [4, 3, 2, 0]], model.predict_proba(texts), atol=1e-6)
+
+
+def test_sklearn_teacher_on_vectors(tmp_path: Path) -> None:
+    pytest.importorskip("skops")
+    from sklearn.linear_model import LogisticRegression
+
+    vectors = [[0.0, 1.0], [1.0, 0.0], [0.5, 2.0]]
+    model = LogisticRegression().fit(vectors, [0, 1, 0])
+    save_sklearn_teacher(model, tmp_path / "lr", {"kind": "values"}, ["low", "high"])
+    dataset = Dataset.from_dict({"vector": vectors})
+
+    hierarchy = TeacherHierarchy(["high", "low"], [Teacher(str(tmp_path / "lr"))])
+    pool = quiet_pool(dataset, hierarchy, input_column="vector")
+
+    np.testing.assert_allclose(pool.decode("lr"), model.predict_proba(vectors)[:, ::-1], atol=1e-3)
+
+
+def test_images_are_resized_as_the_sklearn_teacher_declares(
+    tiny_sklearn: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
+) -> None:
+    image = tiny_image_dataset[0]["image"]
+    teacher = load_teacher(Teacher(tiny_sklearn), tiny_labels)
+
+    small, large = teacher([image], {}), teacher([image.resize((16, 16), 0)], {})
+
+    np.testing.assert_allclose(small, large, atol=0.05)
+
+
+# ── labels are mapped by name ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_labels_are_mapped_by_name_case_and_map(tmp_path: Path, tiny_image_dataset: Dataset) -> None:
+    save_tiny_vit(tmp_path / "plain", ("ant", "bee", "cat", "dog"))
+    save_tiny_vit(tmp_path / "other", ("Dog", "wasp", "ANT", "kitten"))
+    images = tiny_image_dataset["image"][:5]
+    labels = ("ant", "bee", "cat", "dog")
+    label_map = {"wasp": "bee", "kitten": "cat"}
+
+    plain = load_teacher(Teacher(str(tmp_path / "plain")), labels, "cpu")(images, {})
+    other = load_teacher(Teacher(str(tmp_path / "other"), label_map=label_map), labels, "cpu")(images, {})
+
+    # Both have the same weights, so only the meaning of the outputs differs.
+    np.testing.assert_array_equal(other, plain[:, [2, 1, 3, 0]])
+
+
+def test_probabilities_of_labels_mapped_to_one_add_up(
+    tiny_vit: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
+) -> None:
+    images = tiny_image_dataset["image"][:5]
+    label_map = {"ant": "insect", "bee": "insect", "cat": "pet", "dog": "pet"}
+
+    fine = load_teacher(Teacher(tiny_vit), tiny_labels, "cpu")(images, {})
+    coarse = load_teacher(Teacher(tiny_vit, label_map=label_map), ("insect", "plant", "pet"), "cpu")(images, {})
+
+    np.testing.assert_allclose(coarse[:, 0], fine[:, 0] + fine[:, 1], atol=1e-6)
+    np.testing.assert_allclose(coarse[:, 2], fine[:, 2] + fine[:, 3], atol=1e-6)
+    assert (coarse[:, 1] == 0).all()
+
+
+def test_teacher_labels_outside_the_task_are_listed(tiny_vit: str) -> None:
+    with pytest.raises(ValueError, match=r"must be labels of the task \['ant', 'cow'\], got \['bee', 'cat', 'dog'\]"):
+        load_teacher(Teacher(tiny_vit), ("ant", "cow"), "cpu")
+
+
+def test_placeholder_names_ask_for_a_label_map(tmp_path: Path, tiny_image_dataset: Dataset) -> None:
+    placeholders = tuple(f"LABEL_{position}" for position in range(3))
+    folder = save_tiny_vit(tmp_path / "vit", placeholders)
+    with pytest.raises(ValueError, match=r"got the placeholders \['LABEL_0', 'LABEL_1', 'LABEL_2'\].*label_map"):
+        load_teacher(Teacher(folder), ("a", "b", "c"), "cpu")
+
+    label_map = dict(zip(placeholders, "cab", strict=True))
+    probs = load_teacher(Teacher(folder, label_map=label_map), ("a", "b", "c"), "cpu")(tiny_image_dataset["image"][:2], {})
+    assert probs.shape == (2, 3)
+
+
+def test_label_map_must_start_from_the_teachers_labels(tiny_vit: str, tiny_labels: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must start from its own labels .*got \['ants'\]"):
+        load_teacher(Teacher(tiny_vit, label_map={"ants": "ant"}), tiny_labels, "cpu")
+
+
+# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["transformers", "timm"])
+def test_no_teacher_is_silently_random(
+    tiny_vit: str, tiny_timm: str, tiny_labels: tuple[str, ...], tmp_path: Path, kind: str
+) -> None:
+    folder = copy_model(tiny_vit if kind == "transformers" else tiny_timm, tmp_path / "headless")
+    drop_tensors(folder, "classifier" if kind == "transformers" else "fc.")
+    with pytest.raises(ValueError, match="never a silently random teacher"):
+        load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
+
+
+def test_a_bare_backbone_is_no_teacher(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    ViTModel(config).save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match="never a silently random teacher"):
+        load_teacher(Teacher(str(tmp_path / "backbone")), ("LABEL_0", "LABEL_1"), "cpu")
+
+
+def test_pickled_weights_are_refused(tiny_vit: str, tiny_timm: str, tiny_labels: tuple[str, ...], tmp_path: Path) -> None:
+    for name, source in (("vit", tiny_vit), ("timm", tiny_timm)):
+        folder = copy_model(source, tmp_path / name)
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(OSError, match="safetensors"):
+            load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
+
+
+def test_kind_that_shows_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"colour": "red"}')
+    with pytest.raises(ValueError, match=r"must show in its files.*got a 'config.json' with \['colour'\]"):
+        load_teacher(Teacher(str(tmp_path)), ("a", "b"))
+
+
+def test_missing_folder_and_missing_config(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="must be a folder, or a model on the Hub that can be reached"):
+        load_teacher(Teacher(str(tmp_path / "nowhere")), ("a", "b"))
+    with pytest.raises(FileNotFoundError, match="must have a 'config.json'"):
+        load_teacher(Teacher(str(tmp_path)), ("a", "b"))
+
+
+def test_regression_and_multi_label_models_are_refused(tmp_path: Path, tiny_vit: str, tiny_labels: tuple[str, ...]) -> None:
+    folder = save_tiny_bert(tmp_path / "score", ("score",))
+    with pytest.raises(ValueError, match="at least two labels, got 1"):
+        load_teacher(Teacher(folder), ("score", "other"), "cpu")
+    folder = edit_config(copy_model(tiny_vit, tmp_path / "multi"), problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="must choose one label per example"):
+        load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
+
+
+def test_timm_teacher_without_names_is_refused(tiny_timm: str, tiny_labels: tuple[str, ...], tmp_path: Path) -> None:
+    folder = edit_config(copy_model(tiny_timm, tmp_path / "nameless"), label_names=None)
+    with pytest.raises(ValueError, match="must tell the names of its 4 labels"):
+        load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
+
+
+def test_untrusted_sklearn_types_must_be_named(tmp_path: Path, tiny_image_dataset: Dataset) -> None:
+    pytest.importorskip("skops")
+    from sklearn.tree import DecisionTreeClassifier
+
+    labels = tiny_image_dataset.features["label"].names
+    pixels = np.stack([np.asarray(image).ravel() / 255 for image in tiny_image_dataset["image"]])
+    tree = DecisionTreeClassifier(max_depth=3, random_state=0).fit(pixels, tiny_image_dataset["label"])
+    save_sklearn_teacher(tree, tmp_path / "tree", {"kind": "pixels", "mode": "RGB"}, labels)
+
+    with pytest.raises(ValueError, match=r"got \['sklearn.tree._tree.Tree'\].*`trusted_types`"):
+        load_teacher(Teacher(str(tmp_path / "tree")), labels)
+    trusting = Teacher(str(tmp_path / "tree"), trusted_types=("sklearn.tree._tree.Tree", "something.else"))
+    probs = load_teacher(trusting, labels)(tiny_image_dataset["image"][:5], {})
+    np.testing.assert_allclose(probs, tree.predict_proba(pixels[:5]), atol=1e-6)
+
+
+def test_save_sklearn_teacher_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
+    pytest.importorskip("skops")
+    from sklearn.linear_model import LogisticRegression, RidgeClassifier
+
+    data = ([[0.0], [1.0]], [0, 5])
+    model = LogisticRegression().fit(*data)
+    with pytest.raises(TypeError, match="with `predict_proba`, got RidgeClassifier"):
+        save_sklearn_teacher(RidgeClassifier().fit(*data), tmp_path / "ridge", {"kind": "values"}, ["a", "b"])
+    with pytest.raises(TypeError, match="or fit it first"):
+        save_sklearn_teacher(LogisticRegression(), tmp_path / "unfitted", {"kind": "values"}, ["a", "b"])
+    with pytest.raises(ValueError, match=r"must be positions 0..1, got \[5\]"):
+        save_sklearn_teacher(model, tmp_path / "five", {"kind": "values"}, ["a", "b"])
+    with pytest.raises(ValueError, match=r"`kind` is one of \['pixels', 'values', 'text'\]"):
+        save_sklearn_teacher(model, tmp_path / "kind", {"kind": "audio"})
+    with pytest.raises(ValueError, match=r"got unknown \['sise'\]"):
+        save_sklearn_teacher(model, tmp_path / "key", {"kind": "pixels", "sise": [8, 8]})
+    with pytest.raises(ValueError, match=r"`size` of \[height, width\]"):
+        save_sklearn_teacher(model, tmp_path / "size", {"kind": "pixels", "size": [8]})
+    assert list(tmp_path.iterdir()) == []
+    save_sklearn_teacher(model, tmp_path / "good", {"kind": "values"})
+    with pytest.raises(FileExistsError, match="must not exist or be empty"):
+        save_sklearn_teacher(model, tmp_path / "good", {"kind": "values"})
+
+
+def test_a_missing_skops_names_its_pip_line(tiny_sklearn: str, tiny_labels: tuple[str, ...], monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "skops", None)
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    with pytest.raises(ImportError, match=r'pip install "hf_cosupervise\[sklearn\]"'):
+        load_teacher(Teacher(tiny_sklearn), tiny_labels)
+
+
+# ── answers in a column ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_column_answers_in_every_form() -> None:
+    labels = ("ant", "bee", "cat")
+    read = load_teacher(Teacher("answer", kind="column", label_map={"wasp": "bee"}), labels)
+
+    names = read([], {"answer": ["ant", "CAT", "wasp", None, ""]})
+    ids = read([], {"answer": [0, 2, 1, -1, None]})
+    vectors = read([], {"answer": [[1, 0, 0], [0, 0, 1.0], np.array([0, 1, 0]), [0, 0, 0], [None] * 3]})
+
+    expected = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=np.float32)
+    for probs in (names, ids, vectors):
+        np.testing.assert_array_equal(probs, expected)
+    np.testing.assert_allclose(read([], {"answer": [[0.25, 0.5, 0.25]]}), [[0.25, 0.5, 0.25]])
+
+
+@pytest.mark.parametrize("value", ["cow", 7, -2, 0.5, True, [0.5, 0.5], [0.5, 0.2, 0.1], [1.5, -0.5, 0.0], [1.0, None, 0.0]])
+def test_bad_answers_name_row_and_value(value: Any) -> None:
+    read = load_teacher(Teacher("answer", kind="column"), ("ant", "bee", "cat"))
+    with pytest.raises(ValueError) as error:
+        read([], {"answer": ["ant", value] if isinstance(value, str) else [0, value]}, first_row=40)
+    assert f"got {value!r} in row 41" in str(error.value)
+
+
+def test_class_label_answers_are_read_by_name(tiny_text_dataset: Dataset) -> None:
+    labels = ("dog", "cat", "bee", "ant")  # not the order of the column
+    pool = quiet_pool(tiny_text_dataset, column_hierarchy(labels, "label", name="crowd"))
+
+    names = tiny_text_dataset.features["label"].int2str(list(tiny_text_dataset["label"]))
+    assert [labels[label] for label in pool.hard_labels("crowd")] == names
+    # Old answers are pseudolabels now; nothing called `label` stays among the inputs.
+    assert pool.inputs is not None and set(pool.inputs.column_names) == {"text", "id"}
+
+
+def test_unanswered_rows_stay_unanswered(tiny_labels: tuple[str, ...]) -> None:
+    dataset = Dataset.from_dict({"id": [3, 1, 2], "answer": ["ant", None, "dog"]})
+    pool = quiet_pool(dataset, column_hierarchy(tiny_labels))
+    assert pool.answered("answer").tolist() == [True, False, True]
+    assert pool.hard_labels("answer").tolist() == [0, -1, 3]
+    assert pool.ids.tolist() == [3, 1, 2] and pool.inputs is None
+
+
+def test_a_bad_answer_is_found_far_down(tiny_labels: tuple[str, ...], monkeypatch: Any) -> None:
+    monkeypatch.setattr(labeling, "_CHUNK", 4)
+    dataset = Dataset.from_dict({"id": list(range(11)), "answer": ["ant"] * 10 + ["cow"]})
+    with pytest.raises(ValueError, match="got 'cow' in row 10"):
+        quiet_pool(dataset, column_hierarchy(tiny_labels))
+
+
+# ── the pool ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def hierarchy(tiny_vit: str, tiny_timm: str, tiny_sklearn: str, tiny_labels: tuple[str, ...]) -> TeacherHierarchy:
+    teachers = [
+        Teacher(tiny_vit, name="vit"),
+        Teacher(tiny_timm, level=1, name="timm", scope=("ant", "bee")),
+        Teacher(tiny_sklearn, level=1, name="sklearn"),
+    ]
+    return TeacherHierarchy(tiny_labels, teachers)
+
+
+def test_pool_holds_what_each_teacher_says(hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset) -> None:
+    pool = quiet_pool(tiny_image_dataset, hierarchy, oracle_column="label", batch_size=7, device="cpu")
+
+    images = tiny_image_dataset["image"][:]
+    for teacher in hierarchy.teachers:
+        expected = load_teacher(teacher, hierarchy.labels, "cpu")(images, {})
+        np.testing.assert_allclose(pool.decode(teacher.name), expected, atol=2e-3)
+    assert pool.oracle_labels is not None
+    assert pool.oracle_labels.tolist() == list(tiny_image_dataset["label"])
+    assert pool.inputs is not None and set(pool.inputs.column_names) == {"id", "image", "oracle_label"}
+    assert set(pool.facts) == {"vit", "timm", "sklearn"}
+    assert set(pool.facts["vit"]) == {"kind", "revision", "commit", "class", "preprocessing"}
+
+
+def test_batch_size_does_not_change_the_pool(hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset) -> None:
+    unlabelled = tiny_image_dataset.remove_columns("label")
+    one, other = (quiet_pool(unlabelled, hierarchy, batch_size=size) for size in (5, 64))
+    for name in hierarchy.names:
+        np.testing.assert_allclose(one.decode(name), other.decode(name), atol=2e-3)
+
+
+def test_ids_follow_the_content(hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset) -> None:
+    unlabelled = tiny_image_dataset.remove_columns("label")
+    order = np.random.default_rng(1).permutation(len(unlabelled))
+    pool, shuffled = quiet_pool(unlabelled, hierarchy), quiet_pool(unlabelled.select(order), hierarchy)
+    assert shuffled.ids.tolist() == pool.ids[order].tolist()
+
+
+def test_each_teacher_is_loaded_once_and_alone(
+    hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset, monkeypatch: Any
+) -> None:
+    import gc
+
+    real, seen = load_teacher, []
+
+    def counting(teacher: Teacher, *args: Any) -> Any:
+        gc.collect()
+        kinds = (labeling._TransformersTeacher, labeling._TimmTeacher, labeling._SklearnTeacher)
+        assert not any(isinstance(thing, kinds) for thing in gc.get_objects())
+        seen.append(teacher.name)
+        return real(teacher, *args)
+
+    monkeypatch.setattr(labeling, "load_teacher", counting)
+    quiet_pool(tiny_image_dataset.remove_columns("label"), hierarchy)
+    assert seen == ["vit", "timm", "sklearn"]
+
+
+def test_saved_pool_comes_back_from_its_folder(
+    hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pool"
+    pool = quiet_pool(tiny_image_dataset, hierarchy, oracle_column="label", output_dir=folder)
+    again = PseudolabelPool.load(folder)
+    assert pool.facts == again.facts and pool.ids.tolist() == again.ids.tolist()
+    assert again.inputs is not None and again.inputs[0]["image"].size == (8, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
+
+    with pytest.raises(FileExistsError, match="Load the pool with `PseudolabelPool.load`, or choose another folder"):
+        quiet_pool(tiny_image_dataset, hierarchy, oracle_column="label", output_dir=folder)
+
+
+@pytest.mark.parametrize("with_features", [True, False])
+def test_streamed_data_gives_the_same_pool(
+    hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset, with_features: bool
+) -> None:
+    from datasets import IterableDataset
+
+    unlabelled = tiny_image_dataset.remove_columns("label")
+    if with_features:
+        stream = unlabelled.to_iterable_dataset(num_shards=2)
+    else:
+        stream = IterableDataset.from_generator(lambda: iter(unlabelled))
+    pool, streamed = quiet_pool(unlabelled, hierarchy), quiet_pool(stream, hierarchy)
+    assert streamed.inputs is not None and streamed.inputs.features["image"] == unlabelled.features["image"]
+    for name in hierarchy.names:
+        np.testing.assert_array_equal(pool.label_probs(name), streamed.label_probs(name))
+
+
+def test_two_processes_give_the_pool_of_one(
+    hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset, tmp_path: Path
+) -> None:
+    from accelerate import debug_launcher
+
+    few = tiny_image_dataset.remove_columns("label").select(range(13))  # shares of 6 and 7
+    debug_launcher(_build_in_process, (few, hierarchy, tmp_path / "pool"), num_processes=2)
+
+    alone, together = quiet_pool(few, hierarchy, device="cpu"), PseudolabelPool.load(tmp_path / "pool")
+    assert alone.ids.tolist() == together.ids.tolist()
+    for name in hierarchy.names:
+        np.testing.assert_allclose(alone.decode(name), together.decode(name), atol=2e-3)
+
+
+def _build_in_process(dataset: Dataset, hierarchy: TeacherHierarchy, folder: Path) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    pool = quiet_pool(dataset, hierarchy, output_dir=folder, batch_size=4)
+    if len(pool) != len(dataset):
+        raise RuntimeError(f"This process got {len(pool)} of {len(dataset)} rows.")
+
+
+def test_undeclared_ground_truth_is_refused(hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match=r"no undeclared ground truth, got the columns \['label'\].*oracle_column='label'"):
+        quiet_pool(tiny_image_dataset, hierarchy)
+    for name in ("oracle_label", "Target", "anything"):  # the last one by its feature alone
+        with pytest.raises(ValueError, match=f"undeclared ground truth, got the columns \\['{name}'\\]"):
+            quiet_pool(tiny_image_dataset.rename_column("label", name), hierarchy)
+    numbers = tiny_image_dataset.remove_columns("label").add_column("gold", list(range(48)))
+    with pytest.raises(ValueError, match="undeclared ground truth"):
+        quiet_pool(numbers, hierarchy)
+
+
+def test_ground_truth_is_mapped_by_name(tiny_labels: tuple[str, ...]) -> None:
+    hierarchy = column_hierarchy(tiny_labels)
+    data = {"id": [0, 1, 2], "answer": ["ant"] * 3}
+    other_order = Dataset.from_dict(data | {"label": [0, 1, 2]}).cast_column("label", ClassLabel(names=["dog", "Ant", "bee"]))
+    for dataset in (
+        other_order,
+        Dataset.from_dict(data | {"label": ["dog", "ant", "bee"]}),
+        Dataset.from_dict(data | {"label": [3, 0, 1]}),
+    ):
+        pool = quiet_pool(dataset, hierarchy, oracle_column="label")
+        assert pool.oracle_labels is not None and pool.oracle_labels.tolist() == [3, 0, 1]
+
+    for wrong in (["dog", "cow", "bee"], [3, 4, 1], [3, None, 1], [3, -1, 1]):
+        with pytest.raises(ValueError, match="first in row 1"):
+            quiet_pool(Dataset.from_dict(data | {"label": wrong}), hierarchy, oracle_column="label")
+
+
+def test_ground_truth_is_no_teacher(tiny_text_dataset: Dataset, tiny_labels: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="Ground truth must reach no teacher"):
+        quiet_pool(tiny_text_dataset, column_hierarchy(tiny_labels, "label"), oracle_column="label")
+
+
+def test_oracle_domain_and_metadata_are_kept(tiny_labels: tuple[str, ...]) -> None:
+    data = {"text": ["a", "b"], "answer": ["ant", "bee"], "domain": [1, 0], "source": ["x", "y"]}
+    dataset = Dataset.from_dict(data).cast_column("domain", ClassLabel(names=["photo", "sketch"]))
+    pool = quiet_pool(dataset, column_hierarchy(tiny_labels), oracle_domain_column="domain")
+    assert pool.inputs is not None
+    assert list(pool.inputs["oracle_domain"]) == ["sketch", "photo"]
+    assert list(pool.inputs["source"]) == ["x", "y"]
+
+    light = quiet_pool(dataset, column_hierarchy(tiny_labels), oracle_domain_column="domain", keep_inputs=False)
+    assert light.inputs is not None and "text" not in light.inputs.column_names
+    assert list(light.inputs["oracle_domain"]) == ["sketch", "photo"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2, 2], "must be unique, got 2 2 times"),
+        (["a", None, "b"], "got None in row 1"),
+        ([1.5, 2.0, 3.0], "got 1.5 in row 0"),
+    ],
+)
+def test_unusable_ids_are_refused(ids: list[Any], message: str, tiny_labels: tuple[str, ...]) -> None:
+    dataset = Dataset.from_dict({"id": ids, "answer": ["ant"] * 3})
+    with pytest.raises(ValueError, match=message):
+        quiet_pool(dataset, column_hierarchy(tiny_labels))
+
+
+def test_unusable_data_is_refused(
+    hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset, tiny_text_dataset: Dataset, tiny_labels: tuple[str, ...]
+) -> None:
+    with pytest.raises(TypeError, match="Choose one split"):
+        quiet_pool(DatasetDict({"train": tiny_image_dataset}), hierarchy)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one example, got none"):
+        quiet_pool(tiny_image_dataset.select([]), hierarchy)
+    with pytest.raises(ValueError, match=r"`pool_k` must lie in 1..4"):
+        quiet_pool(tiny_image_dataset, hierarchy, pool_k=5)
+    with pytest.raises(ValueError, match="`oracle_column` must be a column of the data"):
+        quiet_pool(tiny_image_dataset, hierarchy, oracle_column="gold")
+    with pytest.raises(ValueError, match="`model` of teacher 'crowd' must be a column"):
+        quiet_pool(tiny_text_dataset, column_hierarchy(tiny_labels, "votes", name="crowd"))
+    with pytest.raises(TypeError, match="must be given images or vectors, got str"):
+        quiet_pool(tiny_text_dataset, hierarchy, oracle_column="label")
+    holes = Dataset.from_dict({"image": [tiny_image_dataset[0]["image"], None]}, features=tiny_image_dataset.remove_columns("label").features)
+    with pytest.raises(ValueError, match="got None in row 1"):
+        quiet_pool(holes.add_column("id", [0, 1]), hierarchy)
+
+
+def test_broken_probabilities_name_teacher_and_row(
+    tiny_vit: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, tmp_path: Path
+) -> None:
+    folder = copy_model(tiny_vit, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.bias"][1] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    hierarchy = TeacherHierarchy(tiny_labels, [Teacher(str(folder))])
+    with pytest.raises(ValueError, match=r"Probabilities of teacher 'broken' must be finite.* in row 0"):
+        quiet_pool(tiny_image_dataset, hierarchy, oracle_column="label")
