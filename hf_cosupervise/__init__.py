@@ -19,7 +19,18 @@ _EXPORTS = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = ["__version__", *sorted(_MODULE_OF)]
+__all__ = [
+    "CoSupervisedConfig",
+    "CoSupervisedTrainer",
+    "DataCollatorForCoSupervision",
+    "PseudolabelPool",
+    "Teacher",
+    "TeacherHierarchy",
+    "__version__",
+    "build_pool",
+    "load_student",
+    "performance_gap_recovered",
+]
 
 if TYPE_CHECKING:
     from .collator import DataCollatorForCoSupervision

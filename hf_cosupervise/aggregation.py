@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from .assignment import first_argmax
+
 
 def mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     """Average the probabilities of the teachers that answered.
@@ -46,5 +48,5 @@ def majority_vote(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     """
     votes = functional.one_hot(labels.clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
     counts = votes.sum(dim=1)
-    winner = functional.one_hot(counts.argmax(dim=-1), num_labels)
+    winner = functional.one_hot(first_argmax(counts), num_labels)
     return (winner * (counts.sum(dim=-1, keepdim=True) > 0)).float()

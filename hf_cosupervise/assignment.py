@@ -77,7 +77,7 @@ def agreement_scores(
     student = student_log_probs.exp().unsqueeze(1)
     student_log = student.clamp(min=min_prob).log()
     if rule == "hard_loss":
-        return -student_log.expand_as(teacher_probs).gather(2, _argmax(teacher_probs).unsqueeze(-1)).squeeze(-1)
+        return -student_log.expand_as(teacher_probs).gather(2, first_argmax(teacher_probs).unsqueeze(-1)).squeeze(-1)
     if rule == "ce_teacher_student":
         return -(teacher_probs * student_log).sum(dim=-1)
     teacher_log = teacher_probs.clamp(min=min_prob).log()
@@ -112,7 +112,8 @@ def assign_by_agreement(
 
     Examples:
         >>> teachers = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
-        >>> assign_by_agreement(torch.tensor([[0.3, 0.7]]).log(), teachers, torch.ones(1, 2, dtype=torch.bool)).tolist()
+        >>> student, answered = torch.tensor([[0.3, 0.7]]).log(), torch.ones(1, 2, dtype=torch.bool)
+        >>> assign_by_agreement(student, teachers, answered).tolist()
         [1]
     """
     scores = agreement_scores(student_log_probs, teacher_probs, rule, min_prob)
@@ -227,14 +228,22 @@ def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
 
 def _first(candidates: torch.Tensor) -> torch.Tensor:
     """Position of the first True of each row, -1 where there is none."""
-    return torch.where(candidates.any(dim=1), _argmax(candidates.to(torch.uint8)), NOBODY)
+    return torch.where(candidates.any(dim=1), first_argmax(candidates.to(torch.uint8)), NOBODY)
 
 
 def _argmin_answered(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     scores = scores.masked_fill(~answered, torch.inf)
-    return torch.where(answered.any(dim=1), _argmax(-scores), NOBODY)
+    return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)
 
 
-def _argmax(values: torch.Tensor) -> torch.Tensor:
-    """Argmax over the last dimension with ties to the first, which torch promises on no device."""
+def first_argmax(values: torch.Tensor) -> torch.Tensor:
+    """Find the largest value of the last dimension, ties to the first, which torch promises on no device.
+
+    Args:
+        values (`torch.Tensor` of shape `(..., num_values)`):
+            Anything that can be compared; no NaN.
+
+    Returns:
+        `torch.LongTensor` of shape `(...)`.
+    """
     return (values == values.amax(dim=-1, keepdim=True)).int().cumsum(dim=-1).eq(0).sum(dim=-1)

@@ -51,7 +51,7 @@ class LevelCallbackHandler(CallbackHandler):
         Returns:
             `TrainerControl`
         """
-        everyone = self.callbacks
+        everyone: list[TrainerCallback] = self.callbacks  # type: ignore[has-type]
         if event in ("on_train_begin", "on_train_end"):
             self.callbacks = [cb for cb in everyone if _draws_bars(cb) == self.in_level]
         elif event in ("on_level_begin", "on_level_end"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional  # HfArgumentParser reads Optional
+from typing import Any  # HfArgumentParser reads Optional
 
 import torch
 from transformers import TrainingArguments
@@ -47,7 +47,7 @@ class CoSupervisedConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "The collator needs the raw columns, so this stays False."}
     )
-    ddp_find_unused_parameters: Optional[bool] = field(
+    ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Search for parameters without gradient in each step; frozen ones need none."}
     )
 
@@ -81,7 +81,7 @@ class CoSupervisedConfig(TrainingArguments):
     agreement_min_prob: float = field(
         default=1e-6, metadata={"help": "Lowest probability inside the logarithms of the agreement rules, 0 to 1."}
     )
-    metadata_column: Optional[str] = field(
+    metadata_column: str | None = field(
         default=None, metadata={"help": "Column of the pool that tells each example's domain, for 'metadata'."}
     )
     rounds_per_level: int = field(
@@ -93,7 +93,7 @@ class CoSupervisedConfig(TrainingArguments):
         default_factory=lambda: ["top_k"],
         metadata={"help": "'none', or what an example must pass to be kept: top_k, parent_topk, parent_confident."},
     )
-    rejection_k: Optional[int] = field(
+    rejection_k: int | None = field(
         default=None, metadata={"help": "k of top_k and parent_topk, below the number of labels. Default min(3, C-1)."}
     )
     rejection_rule: str = field(
@@ -107,17 +107,18 @@ class CoSupervisedConfig(TrainingArguments):
         default=True,
         metadata={"help": "Fit a linear head on features kept on disk, many times faster than the standard loop."},
     )
-    features_dir: Optional[str] = field(
+    features_dir: str | None = field(
         default=None, metadata={"help": "Where features are kept, to share them between runs. Default: in the run."}
     )
 
     def __post_init__(self) -> None:
-        # bf16 runs on CPU too, but the parent wants to be told that there is no accelerator to use.
-        if self.bf16 and not torch.accelerator.is_available():
-            self.use_cpu = True
+        if not torch.accelerator.is_available():
+            # bf16 runs on CPU too, but the parent wants to be told; and pinned memory would only warn there.
+            self.use_cpu = self.use_cpu or self.bf16  # type: ignore[has-type]
+            self.dataloader_pin_memory = False
         super().__post_init__()
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
-        if self.data_seed is None:
+        if self.data_seed is None:  # type: ignore[has-type]
             self.data_seed = self.seed
         for name in ("assignment", "rejection", "lora_target_modules"):
             value = getattr(self, name)

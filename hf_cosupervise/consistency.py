@@ -105,7 +105,9 @@ def select_by_loss_rank(losses: torch.Tensor, num_keep: int, candidates: torch.T
         >>> select_by_loss_rank(torch.tensor([0.5, 0.1, 0.1, 0.1]), num_keep=2).tolist()
         [False, True, True, False]
     """
-    rows = torch.arange(losses.shape[0], device=losses.device) if candidates is None else candidates.nonzero().squeeze(1)
+    rows = (
+        torch.arange(losses.shape[0], device=losses.device) if candidates is None else candidates.nonzero().squeeze(1)
+    )
     if not 0 <= num_keep <= rows.numel():
         raise ValueError(f"`num_keep` must lie in 0..{rows.numel()} (the number of candidates), got {num_keep}.")
     keep_mask = torch.zeros(losses.shape[0], dtype=torch.bool, device=losses.device)

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PrinterCallback
 
 from .aggregation import majority_vote
 from .config import CoSupervisedConfig
 from .levels import LevelPlan
 from .metrics import accuracy, performance_gap_recovered
 from .pool import PseudolabelPool
-from .students import load_student
 from .teachers import Teacher, TeacherHierarchy
 from .trainer import RUN_DIR, CoSupervisedTrainer
 
@@ -70,7 +69,9 @@ def weak_accuracy(test_pool: PseudolabelPool) -> float:
 
 def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:
     if (labels := pool.oracle_labels) is None:
-        raise ValueError("Measuring needs ground truth in the pool, got no `oracle_label`. Build it with `oracle_column`.")
+        raise ValueError(
+            "Measuring needs ground truth in the pool, got no `oracle_label`. Build it with `oracle_column`."
+        )
     return labels
 
 
@@ -94,12 +95,16 @@ def method_pool(pool: PseudolabelPool, method: str) -> PseudolabelPool:
     if method == "generalist":
         return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.levels[0]))
     if method == "ensemble":
-        return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers]))
+        return pool.with_hierarchy(
+            TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers])
+        )
     if method == "majority_vote":
         votes = torch.from_numpy(np.stack([pool.hard_labels(name) for name in hierarchy.names], axis=1))
         return _single_teacher_pool(pool, "majority-vote", majority_vote(votes, hierarchy.num_labels).numpy())
     if method == "ceiling":
-        return _single_teacher_pool(pool, "ground-truth", np.eye(hierarchy.num_labels, dtype=np.float32)[_oracle_labels(pool)])
+        return _single_teacher_pool(
+            pool, "ground-truth", np.eye(hierarchy.num_labels, dtype=np.float32)[_oracle_labels(pool)]
+        )
     if method == "csl" or method in OTHER_METHODS:
         return pool
     raise ValueError(f"`method` must be one of {[*METHODS, *OTHER_METHODS]}, got {method!r}.")
@@ -156,6 +161,8 @@ def compare_methods(
     methods: Sequence[str] = METHODS,
     processing_class: Any = None,
     extra_pools: Mapping[str, PseudolabelPool] | None = None,
+    resume: bool = False,
+    on_trained: Callable[[str, CoSupervisedTrainer], None] = lambda method, trainer: None,
 ) -> tuple[dict[str, Any], CoSupervisedTrainer]:
     """Train the student by several methods with one recipe and measure all of them on one test set.
 
@@ -179,6 +186,10 @@ def compare_methods(
             The student's, where that is a model.
         extra_pools (`Mapping[str, PseudolabelPool]`, *optional*):
             Controls of one level, such as one teacher with all labels, by name.
+        resume (`bool`, *optional*, defaults to `False`):
+            Go on after the last finished level of each method, where an earlier run of the same recipe was cut off.
+        on_trained (`Callable`, *optional*):
+            Called with the name of each method and its trainer.
 
     Returns:
         `tuple[dict[str, Any], CoSupervisedTrainer]`: `weak_accuracy`, `methods` (accuracy and PGR) and `levels` (of
@@ -188,7 +199,9 @@ def compare_methods(
         ValueError: If `csl` or `ceiling` is left out, or a method is not known.
     """
     if missing := {"csl", "ceiling"} - set(methods):
-        raise ValueError(f"`methods` must hold 'csl' and 'ceiling' to measure a gap, got {list(methods)} without {sorted(missing)}.")
+        raise ValueError(
+            f"`methods` must hold 'csl' and 'ceiling' to measure a gap, got {list(methods)} without {sorted(missing)}."
+        )
     pools = {method: method_pool(pool, method) for method in methods} | dict(extra_pools or {})
     accuracies: dict[str, float] = {}
     levels: list[dict[str, Any]] = []
@@ -197,7 +210,9 @@ def compare_methods(
         own_args = method_arguments(args, method, pool.hierarchy.num_levels)
         copied = copy.deepcopy(student) if isinstance(student, nn.Module) else student
         trainer = CoSupervisedTrainer(copied, own_args, pool=own_pool, processing_class=processing_class)
-        trainer.train()
+        trainer.pop_callback(PrinterCallback)  # the report tells it better than a log of every method
+        trainer.train(resume_from_checkpoint=resume)
+        on_trained(method, trainer)
         if method == "csl":
             main, levels = trainer, _measure_levels(trainer, test_dataset)
             accuracies[method] = levels[-1]["accuracy"]
@@ -206,7 +221,10 @@ def compare_methods(
     ceiling = accuracies["ceiling"]
     report = {
         "weak_accuracy": weak,
-        "methods": {name: {"accuracy": value, "pgr": performance_gap_recovered(weak, value, ceiling)} for name, value in accuracies.items()},
+        "methods": {
+            name: {"accuracy": value, "pgr": performance_gap_recovered(weak, value, ceiling)}
+            for name, value in accuracies.items()
+        },
         "levels": [{**level, "pgr": performance_gap_recovered(weak, level["accuracy"], ceiling)} for level in levels],
     }
     return report, main  # type: ignore[return-value]
@@ -250,7 +268,10 @@ def merge_reports(reports: Sequence[Mapping[str, Any]], seeds: Sequence[int]) ->
 def _merge(values: list[Any]) -> Any:
     if all(isinstance(value, Mapping) for value in values):
         keys = {key: None for value in values for key in value}  # in order of appearance
-        return {key: values[0][key] if key == "level" else _merge([value.get(key, 0.0) for value in values]) for key in keys}
+        return {
+            key: values[0][key] if key == "level" else _merge([value.get(key, 0.0) for value in values])
+            for key in keys
+        }
     if all(isinstance(value, list) for value in values):
         return [_merge(list(items)) for items in zip(*values, strict=True)]
     return values
@@ -292,7 +313,11 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines.append(_row("weak teacher", _percent(report["weak_accuracy"]), _percent([0.0]), ""))
     base = report["methods"].get("generalist", {}).get("pgr")
     for name, numbers in report["methods"].items():
-        gain = _percent([own - other for own, other in zip(numbers["pgr"], base)]) if base and name != "generalist" else ""
+        gain = (
+            _percent([own - other for own, other in zip(numbers["pgr"], base)])
+            if base and name != "generalist"
+            else ""
+        )
         lines.append(_row(name, _percent(numbers["accuracy"]), _percent(numbers["pgr"]), gain))
     return "\n".join(line.rstrip() for line in lines)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+
 def fit_linear_head(
     head: nn.Linear,
     features: torch.Tensor,

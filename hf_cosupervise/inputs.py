@@ -82,7 +82,8 @@ def find_label_column(dataset: Dataset) -> str:
         if name in dataset.column_names:
             return name
     raise ValueError(
-        f"An evaluation set needs labels in a column {list(LABEL_NAMES)}, got {dataset.column_names}. Rename the column."
+        f"An evaluation set needs labels in a column {list(LABEL_NAMES)}, got {dataset.column_names}. "
+        "Rename the column that holds them."
     )
 
 
@@ -111,8 +112,8 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
     wrong = [row for row, value in enumerate(ids) if not isinstance(value, int) or not 0 <= value < len(labels)]
     if wrong:
         raise ValueError(
-            f"Column `{column}` must hold labels of the task {list(labels)[:8]}, got {values[wrong[0]]!r} in row {wrong[0]} "
-            f"({len(wrong)} such rows)."
+            f"Column `{column}` must hold labels of the task {list(labels)[:8]}, got {values[wrong[0]]!r} in row "
+            f"{wrong[0]} ({len(wrong)} such rows)."
         )
     return np.asarray(ids, dtype=np.int64)
 
@@ -186,7 +187,9 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
     if not isinstance(cell, PILImage.Image):
         array = np.asarray(cell)
         if array.ndim not in (2, 3) or array.dtype.kind not in "iu":
-            raise TypeError(f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}.")
+            raise TypeError(
+                f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}."
+            )
         cell = PILImage.fromarray(array.astype(np.uint8))
     return cell if mode is None or cell.mode == mode else cell.convert(mode)
 
@@ -213,6 +216,7 @@ class InputProcessor:
         self.processing_class = processing_class
         self.is_text = hasattr(processing_class, "pad") and hasattr(processing_class, "vocab_size")
         self.mode = "L" if _num_channels(config) == 1 else "RGB"
+        self.max_length = _max_length(processing_class, config) if self.is_text else None
         self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
 
     def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -226,7 +230,9 @@ class InputProcessor:
             `dict[str, torch.Tensor]`: What the model's forward reads, first dimension `len(cells)`.
         """
         if self.is_text:
-            batch = self.processing_class(list(cells), padding=True, truncation=True, return_tensors="pt")
+            batch = self.processing_class(
+                list(cells), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
         else:
             batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
         return {name: batch[name] for name in self.input_names if name in batch}
@@ -237,12 +243,22 @@ class InputProcessor:
         processor = self.processing_class
         if self.is_text:
             backend = getattr(processor, "backend_tokenizer", None)
-            facts = [backend.to_str() if backend else str(sorted(processor.get_vocab().items())), processor.model_max_length]
+            facts = [backend.to_str() if backend else str(sorted(processor.get_vocab().items())), self.max_length]
         else:
             settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
             facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]
         text = json.dumps([type(processor).__name__, facts], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def _max_length(tokenizer: Any, config: Any) -> int:
+    """Length to cut texts to: a tokenizer that knows no limit would let them index past the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        return tokenizer.model_max_length
+    # RoBERTa and its kin count positions from the padding id on.
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    return min(tokenizer.model_max_length, limit - offset)
 
 
 def _num_channels(config: Any) -> int:

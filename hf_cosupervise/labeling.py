@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -79,9 +78,7 @@ class TeacherModel(Protocol):
         ...
 
 
-def load_teacher(
-    teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None
-) -> TeacherModel:
+def load_teacher(teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None) -> TeacherModel:
     """Load one teacher, mapped by label names onto the labels of the task.
 
     A label of the task that the teacher does not know gets probability 0; several labels of the teacher that are
@@ -199,7 +196,8 @@ def build_pool(
         facts[teacher.name] = model.facts
         # One teacher at a time: the memory of this one must be free before the next one is loaded.
         del model, probs_of
-        _free_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         teachers[teacher.name] = teacher_dataset(ids, *_gather(encoded, num_processes))
 
     pool = PseudolabelPool(hierarchy, teachers, inputs, facts)
@@ -359,9 +357,10 @@ def _find_kind(source: _Source) -> str:
 
 
 def _default_device() -> torch.device:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return PartialState().device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process, if there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 # ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -459,8 +458,6 @@ class _TransformersTeacher:
         _check_head(name, own_labels)
         auto_processor = AutoTokenizer if is_text else AutoImageProcessor
         processing_class = auto_processor.from_pretrained(repo, revision=revision, trust_remote_code=False)
-        if is_text:
-            _limit_length(processing_class, config)
         self.positions = _label_positions(source.teacher, own_labels, labels)
         self.name, self.num_labels, self.device = name, len(labels), device
         self.processor = InputProcessor(processing_class, config)
@@ -621,15 +618,6 @@ def _check_no_missing(name: str, missing_keys: Iterable[str]) -> None:
             f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a checkpoint "
             f"without {_shorten(missing, 5)}. Train its classifier first, or name a checkpoint that has one."
         )
-
-
-def _limit_length(tokenizer: Any, config: Any) -> None:
-    """Give a tokenizer that knows no limit that of the model: longer texts would index past its positions."""
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit and tokenizer.model_max_length > limit:
-        # RoBERTa and its kin count positions from the padding id on.
-        offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-        tokenizer.model_max_length = limit - offset
 
 
 def _timm_labels(source: _Source) -> list[str]:
@@ -924,11 +912,12 @@ def _check_probs(probs: np.ndarray, name: str, first_row: int) -> None:
 
 def _process_shard() -> tuple[int, int]:
     """Number of this process and of all processes that label together."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Joins the others if nobody has yet. Not done in a single process, where it would fix the device for later.
-        state = PartialState()
-        return state.process_index, state.num_processes
-    return 0, 1
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        # Joins the others. Without `cpu`, accelerate takes a launch on a machine without GPU for single processes.
+        PartialState(cpu=not torch.cuda.is_available())
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _gather(encoded: list[tuple[np.ndarray, np.ndarray]], num_processes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -939,9 +928,3 @@ def _gather(encoded: list[tuple[np.ndarray, np.ndarray]], num_processes: int) ->
         torch.distributed.all_gather_object(shares, encoded)
     label_ids, label_probs = zip(*(batch for share in shares for batch in share), strict=True)
     return np.concatenate(label_ids), np.concatenate(label_probs)
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

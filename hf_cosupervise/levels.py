@@ -78,7 +78,9 @@ class _Row:
     @classmethod
     def empty(cls, num_examples: int) -> _Row:
         integers, flags = np.int32, np.int8
-        return cls(*(np.zeros(num_examples, dtype=kind) for kind in (integers, integers, np.float32, flags, flags, integers)))
+        return cls(
+            *(np.zeros(num_examples, dtype=kind) for kind in (integers, integers, np.float32, flags, flags, integers))
+        )
 
 
 def plan_level(
@@ -125,15 +127,17 @@ def plan_level(
     rows = _Row(*(sum_over_processes(values) for values in vars(rows).values()))
     has_label = rows.labels >= 0
     if not has_label.any():
-        raise ValueError(f"No teacher up to level {level} answered any of the {len(pool)} examples. Check their labels.")
+        raise ValueError(
+            f"No teacher up to level {level} answered any of the {len(pool)} examples. Check their labels."
+        )
     keep_mask = has_label & (rows.passes_parent > 0)
     if level > 0 and "top_k" in args.rejection:
-        tensors = (torch.from_numpy(values) for values in (rows.losses, rows.in_student_top_k > 0, has_label))
-        keep_mask &= select_consistent(*tensors, rule=args.rejection_rule).numpy()
+        losses, agrees = torch.from_numpy(rows.losses), torch.from_numpy(rows.in_student_top_k > 0)
+        keep_mask &= select_consistent(losses, agrees, torch.from_numpy(has_label), args.rejection_rule).numpy()
     if not keep_mask.any():
         raise ValueError(
-            f"Level {level} must keep at least one example, got none of {int(has_label.sum())}: student and teachers never "
-            f"agree under `rejection` {args.rejection}. Use 'none' or a larger `rejection_k`, or look at the teachers."
+            f"Level {level} must keep at least one example, got none of {int(has_label.sum())}: student and teachers "
+            f"never agree under `rejection` {args.rejection}. Use 'none', a larger `rejection_k`, or better teachers."
         )
     plan = LevelPlan(level, round, rows.assigned, rows.labels, keep_mask, {})
     plan.metrics = _describe(pool, plan, rows, level > 0)
@@ -156,7 +160,9 @@ def level_assignment(args: CoSupervisedConfig, level: int) -> str:
 
 
 def _root_chunks(num_examples: int) -> Iterable[tuple[slice, None]]:
-    return ((slice(start, min(start + CHUNK_ROWS, num_examples)), None) for start in range(0, num_examples, CHUNK_ROWS))
+    return (
+        (slice(start, min(start + CHUNK_ROWS, num_examples)), None) for start in range(0, num_examples, CHUNK_ROWS)
+    )
 
 
 def _plan_chunk(
@@ -169,6 +175,11 @@ def _plan_chunk(
     log_probs: torch.Tensor | None,
 ) -> None:
     """Fill the remembered numbers of one chunk."""
+    if log_probs is not None and torch.isnan(log_probs).any():
+        raise ValueError(
+            f"The student's predictions must be numbers, got NaN in rows {part.start}..{part.stop - 1} before level "
+            f"{level}: its training diverged. Lower `learning_rate`, or set `max_grad_norm`."
+        )
     parent = torch.from_numpy(np.asarray(previous[part], dtype=np.int64))
     assigned = fall_back(_assign(pool, level, args, part, log_probs), parent)
     positions = np.arange(part.start, part.stop)

@@ -28,7 +28,9 @@ def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torc
         [0.6931471824645996]
     """
     if logits.shape != target_probs.shape:
-        raise ValueError(f"`logits` and `target_probs` must have one shape, got {logits.shape} and {target_probs.shape}.")
+        raise ValueError(
+            f"`logits` and `target_probs` must have one shape, got {logits.shape} and {target_probs.shape}."
+        )
     return -(target_probs.float() * functional.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
 
 

@@ -79,7 +79,9 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     """
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
-        raise ValueError(f"Two label arrays of one shape (num_examples,) are needed, got {first.shape} and {second.shape}.")
+        raise ValueError(
+            f"Two label arrays of one shape (num_examples,) are needed, got {first.shape} and {second.shape}."
+        )
     return float((first == second).mean())
 
 
@@ -139,6 +141,6 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: 
         )
     confidence = probs.max(axis=1)
     right = probs.argmax(axis=1) == labels
-    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)  # closed on the right
     gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
     return float(np.abs(gaps).sum() / labels.size)

@@ -17,6 +17,8 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
 from .aggregation import mean_probs
+from .cards import pool_card, write_card
+from .inputs import read_labels
 from .sparse import check_top_k, decode_top_k, default_pool_k, encode_top_k
 from .teachers import TeacherHierarchy
 
@@ -62,7 +64,9 @@ class PseudolabelPool:
         self._check_teachers(teachers)
         self.teachers = {name: teachers[name] for name in hierarchy.names}
         self.ids = _read_ids(inputs if inputs is not None else self.teachers[hierarchy.names[0]], "the pool")
+        self._orders: dict[str, np.ndarray] = {}
         self._views = {name: self._open(name, dataset) for name, dataset in self.teachers.items()}
+        self._oracle_labels = _read_oracle_labels(inputs, hierarchy.labels)
 
     def _check_teachers(self, teachers: Mapping[str, Dataset]) -> None:
         if missing := [name for name in self.hierarchy.names if name not in teachers]:
@@ -72,8 +76,12 @@ class PseudolabelPool:
                 f"(level {levels}). Label the data with them by `build_pool`."
             )
         for name, dataset in teachers.items():
-            if lacking := [column for column in ("id", "label_ids", "label_probs") if column not in dataset.column_names]:
-                raise ValueError(f"Pseudolabels of '{name}' must have the columns id, label_ids and label_probs, got no {lacking}.")
+            if lacking := [
+                column for column in ("id", "label_ids", "label_probs") if column not in dataset.column_names
+            ]:
+                raise ValueError(
+                    f"Pseudolabels of '{name}' must have the columns id, label_ids and label_probs, got no {lacking}."
+                )
 
     def _open(self, name: str, dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
         """Map the two columns as arrays, in the order of the pool's ids."""
@@ -83,7 +91,7 @@ class PseudolabelPool:
             check_top_k(label_ids[chunk], label_probs[chunk], self.hierarchy.num_labels, name)
         ids = _read_ids(dataset, f"'{name}'")
         if not np.array_equal(ids, self.ids):
-            rows = match_ids(ids, self.ids, f"Pseudolabels of '{name}'")
+            rows = self._orders[name] = match_ids(ids, self.ids, f"Pseudolabels of '{name}'")
             label_ids, label_probs = label_ids[rows], label_probs[rows]
         return label_ids, label_probs
 
@@ -102,9 +110,7 @@ class PseudolabelPool:
     @property
     def oracle_labels(self) -> np.ndarray | None:
         """`np.ndarray` of shape `(num_examples,)`: Ground truth where it was declared, for analysis only."""
-        if self.inputs is None or ORACLE_LABEL not in self.inputs.column_names:
-            return None
-        return np.asarray(self.inputs.with_format("numpy")[ORACLE_LABEL][:], dtype=np.int64)
+        return self._oracle_labels
 
     def column(self, name: str) -> list[Any]:
         """Give a metadata column of the inputs.
@@ -121,7 +127,9 @@ class PseudolabelPool:
         """
         columns = [] if self.inputs is None else self.inputs.column_names
         if self.inputs is None or name not in columns:
-            raise ValueError(f"The pool's inputs must have a column {name!r}, got {columns}. Build the pool from data with it.")
+            raise ValueError(
+                f"The pool's inputs must have a column {name!r}, got {columns}. Build the pool from data with it."
+            )
         return list(self.inputs[name])
 
     def label_ids(self, name: str) -> np.ndarray:
@@ -277,7 +285,8 @@ class PseudolabelPool:
         for name, probs in predictions.items():
             if np.shape(probs) != (len(ids), hierarchy.num_labels):
                 raise ValueError(
-                    f"Predictions of '{name}' must have shape {(len(ids), hierarchy.num_labels)}, got {np.shape(probs)}."
+                    f"Predictions of '{name}' must have shape {(len(ids), hierarchy.num_labels)}, "
+                    f"got {np.shape(probs)}."
                 )
             teachers[name] = teacher_dataset(ids, *encode_top_k(probs, k))
         if inputs is not None and "id" not in inputs.column_names:
@@ -298,7 +307,9 @@ class PseudolabelPool:
             ValueError: If the labels differ or a teacher is not in the pool.
         """
         if hierarchy.labels != self.labels:
-            raise ValueError(f"Both hierarchies must have the labels {list(self.labels)}, got {list(hierarchy.labels)}.")
+            raise ValueError(
+                f"Both hierarchies must have the labels {list(self.labels)}, got {list(hierarchy.labels)}."
+            )
         return PseudolabelPool(hierarchy, self.teachers, self.inputs, self.facts)
 
     def select(self, rows: Sequence[int] | np.ndarray) -> PseudolabelPool:
@@ -311,7 +322,11 @@ class PseudolabelPool:
         Returns:
             `PseudolabelPool`
         """
-        teachers = {name: dataset.select(rows) for name, dataset in self.teachers.items()}
+        rows = np.asarray(rows, dtype=np.int64)
+        teachers = {
+            name: dataset.select(self._orders[name][rows] if name in self._orders else rows)
+            for name, dataset in self.teachers.items()
+        }
         inputs = None if self.inputs is None else self.inputs.select(rows)
         return PseudolabelPool(self.hierarchy, teachers, inputs, self.facts)
 
@@ -319,12 +334,12 @@ class PseudolabelPool:
         """Give the wide view for looking at: inputs, and per teacher its most probable label and probability.
 
         Returns:
-            `datasets.Dataset`: `id`, the inputs' columns, `<teacher>` (a label name, `None` without an answer) and
+            `datasets.Dataset`: `id`, the inputs' columns, `<teacher>_label` (a name, `None` without an answer) and
             `<teacher>_prob`.
         """
         columns: dict[str, Any] = {} if self.inputs is not None else {"id": self.ids.tolist()}
         for name in self.hierarchy.names:
-            columns[name] = [None if label < 0 else self.labels[label] for label in self.hard_labels(name)]
+            columns[f"{name}_label"] = [None if label < 0 else self.labels[label] for label in self.hard_labels(name)]
             columns[f"{name}_prob"] = self.label_probs(name)[:, 0].astype(np.float32)
         wide = Dataset.from_dict(columns)
         return wide if self.inputs is None else concatenate_datasets([self.inputs, wide], axis=1)
@@ -341,7 +356,9 @@ class PseudolabelPool:
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. Load it, or choose another folder.")
+            raise FileExistsError(
+                f"'{folder}' must not exist or be empty, got files there. Load it, or choose another folder."
+            )
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -349,6 +366,7 @@ class PseudolabelPool:
                 write_arrow(dataset, temporary / "teachers" / name / "data.arrow")
             if self.inputs is not None:
                 write_arrow(self.inputs, temporary / "inputs" / "data.arrow")
+            write_card(pool_card(self._card_facts()), temporary)
             (temporary / _HEADER).write_text(json.dumps(self._header(), indent=2) + "\n", encoding="utf-8")
             os.chmod(temporary, 0o755)
             os.replace(temporary, folder)
@@ -364,6 +382,23 @@ class PseudolabelPool:
             "hierarchy": self.hierarchy.to_dict(),
             "facts": self.facts,
         }
+
+    def _card_facts(self) -> dict[str, Any]:
+        teachers = [
+            {
+                "pool_k": int(self.label_ids(teacher.name).shape[1]),
+                "answered": float(self.answered(teacher.name).mean()) if len(self) else None,
+                **teacher.to_dict(),
+                **{
+                    key: value
+                    for key, value in self.facts.get(teacher.name, {}).items()
+                    if key in ("kind", "revision")
+                },
+            }
+            for teacher in self.hierarchy.teachers
+        ]
+        columns = None if self.inputs is None else self.inputs.column_names
+        return {"teachers": teachers, "labels": list(self.labels), "num_examples": len(self), "input_columns": columns}
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> PseudolabelPool:
@@ -394,7 +429,9 @@ class PseudolabelPool:
         inputs = _read_arrow(folder / "inputs" / "data.arrow") if header["has_inputs"] else None
         pool = cls(hierarchy, teachers, inputs, header["facts"])
         if len(pool) != header["num_examples"]:
-            raise ValueError(f"Pool '{folder}' must hold {header['num_examples']} examples, got {len(pool)}. Label the data again.")
+            raise ValueError(
+                f"Pool '{folder}' must hold {header['num_examples']} examples, got {len(pool)}. Label the data again."
+            )
         return pool
 
 
@@ -438,7 +475,9 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
     batch = len(dataset) if "label_ids" in dataset.column_names else 1000
-    with ArrowWriter(path=str(path), features=dataset.features, writer_batch_size=max(batch, 1), embed_local_files=True) as writer:
+    with ArrowWriter(
+        path=str(path), features=dataset.features, writer_batch_size=max(batch, 1), embed_local_files=True
+    ) as writer:
         for start in range(0, len(dataset), max(batch, 1)):
             writer.write_table(dataset.with_format("arrow")[start : start + batch])
         writer.finalize()
@@ -474,17 +513,26 @@ def match_ids(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
 def _read_ids(dataset: Dataset, what: str) -> np.ndarray:
     if "id" not in dataset.column_names:
         raise ValueError(f"Every dataset of a pool needs an `id` column, {what} got {dataset.column_names}.")
-    column = dataset.with_format("arrow")[:].column("id") if len(dataset) else pa.chunked_array([pa.array([], pa.int64())])
+    column = (
+        dataset.with_format("arrow")[:].column("id") if len(dataset) else pa.chunked_array([pa.array([], pa.int64())])
+    )
     if column.null_count:
         raise ValueError(f"Ids of {what} must not be missing, got {column.null_count} empty ones.")
     ids = np.asarray(column.to_pylist())
     if len(np.unique(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
+        first = int(np.flatnonzero(counts > 1)[0])
         raise ValueError(
-            f"Ids of {what} must be unique, got {values[counts > 1][0]!r} {counts.max()} times "
+            f"Ids of {what} must be unique, got {values[first].item()!r} {counts[first]} times "
             f"({int((counts > 1).sum())} repeated in all)."
         )
     return ids
+
+
+def _read_oracle_labels(inputs: Dataset | None, labels: Sequence[str]) -> np.ndarray | None:
+    if inputs is None or ORACLE_LABEL not in inputs.column_names:
+        return None
+    return read_labels(inputs, ORACLE_LABEL, labels)
 
 
 def _matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:

@@ -74,7 +74,8 @@ def encode_top_k(probs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     sums = probs.sum(axis=1)
     if (wrong := np.flatnonzero((sums < 1 - SUM_TOLERANCE) & (sums != 0))).size:
         raise ValueError(f"Rows of `probs` must sum to 1 or be all zero, got {sums[wrong[0]]:.4f} in row {wrong[0]}.")
-    rounded = probs.astype(np.float16)
+    # Scaled first, so that what is stored keeps within the tolerance whatever the rounding does.
+    rounded = np.divide(probs, sums[:, None], out=np.zeros_like(probs), where=sums[:, None] > 0).astype(np.float16)
     # A stable sort of the negated values puts the lowest label first among equals.
     order = np.argsort(-rounded, axis=1, kind="stable")[:, :k]
     label_probs = np.take_along_axis(rounded, order, axis=1)
@@ -108,8 +109,10 @@ def decode_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int
     probs = np.zeros((num_examples, num_labels), dtype=np.float32)
     if k < num_labels:
         rest = np.clip(1.0 - stored.sum(axis=1, keepdims=True), 0.0, None) / (num_labels - k)
-        # Rounding must not lift a label that was left out above one that was kept.
-        probs[:] = np.where(answered, np.minimum(rest, stored[:, -1:]) if k > 1 else rest, 0.0)
+        # A label that was left out never beats one that was kept, and never ties with the most probable one.
+        first, last = stored[:, :1], stored[:, -1:]
+        most = np.where(last < first, last, first * np.float32(1 - 2**-20))
+        probs[:] = np.where(answered, np.minimum(rest, most), 0.0)
     np.put_along_axis(probs, np.asarray(label_ids, dtype=np.int64), stored, axis=1)
     sums = probs.sum(axis=1, keepdims=True)
     return np.divide(probs, sums, out=np.zeros_like(probs), where=answered & (sums > 0))
@@ -141,12 +144,18 @@ def check_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int,
     if label_ids.size == 0:
         return
     if label_ids.min() < 0 or label_ids.max() >= num_labels:
-        raise ValueError(f"Label ids of '{name}' must lie in 0..{num_labels - 1}, got {label_ids.min()}..{label_ids.max()}.")
+        raise ValueError(
+            f"Label ids of '{name}' must lie in 0..{num_labels - 1}, got {label_ids.min()}..{label_ids.max()}."
+        )
     answered = label_probs[:, 0] > 0
     if (np.diff(label_probs.astype(np.float32), axis=1) > 0).any():
-        raise ValueError(f"Probabilities of '{name}' must stand in descending order in each row. Build it with `encode_top_k`.")
+        raise ValueError(
+            f"Probabilities of '{name}' must stand in descending order in each row. Build it with `encode_top_k`."
+        )
     if label_ids.shape[1] > 1 and (np.diff(np.sort(label_ids[answered].astype(np.int64), axis=1), axis=1) == 0).any():
-        raise ValueError(f"A row of '{name}' must name each label once, got a repeated label. Build it with `encode_top_k`.")
+        raise ValueError(
+            f"A row of '{name}' must name each label once, got a repeated label. Build it with `encode_top_k`."
+        )
 
 
 def _check_rows(probs: np.ndarray, name: str) -> None:

@@ -8,7 +8,8 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +68,28 @@ def load_student(
         config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
         config.label_names = list(labels)
     auto_class, auto_processor = _auto_classes(config.model_type, path)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _quiet_loading():
         torch.manual_seed(seed)
         student, loading = auto_class.from_pretrained(
             path, revision=revision, config=config, use_safetensors=True, trust_remote_code=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
         reset_head(student)
+        processor = auto_processor.from_pretrained(path, revision=revision, trust_remote_code=False)
     _check_backbone(student, loading, path)
     student.float()
-    processor = auto_processor.from_pretrained(path, revision=revision, trust_remote_code=False)
     return student, processor
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Keep transformers from reporting the head that is replaced on purpose; what matters is checked here."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def _auto_classes(model_type: str, path: str) -> tuple[Any, Any]:
@@ -89,7 +102,10 @@ def _auto_classes(model_type: str, path: str) -> tuple[Any, Any]:
 
 def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str) -> None:
     head = {name for name, _ in head_parameters(student)}
-    lost = [str(key[0] if isinstance(key, tuple) else key) for key in [*loading["missing_keys"], *loading["mismatched_keys"]]]
+    lost = [
+        str(key[0] if isinstance(key, tuple) else key)
+        for key in [*loading["missing_keys"], *loading["mismatched_keys"]]
+    ]
     # The classifier is meant to be new; anything else would be frozen at random values.
     if random := sorted(name for name in lost if name not in head and not _belongs_to_head(name, head)):
         raise ValueError(
@@ -116,7 +132,7 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         ValueError: If the model does not tell its backbone from its head.
     """
     if hasattr(model, "timm_model"):
-        classifier = model.timm_model.get_classifier()
+        classifier: nn.Module = model.timm_model.get_classifier()  # type: ignore[union-attr, operator]
         own = {id(parameter) for parameter in classifier.parameters()}
         return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
     prefix = getattr(model, "base_model_prefix", "")
@@ -155,11 +171,17 @@ def reset_head(model: nn.Module) -> None:
     own = {id(parameter) for _, parameter in head_parameters(model)}
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))
-        if parameters and all(id(parameter) in own for parameter in parameters) and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        if (
+            parameters
+            and all(id(parameter) in own for parameter in parameters)
+            and hasattr(module, "reset_parameters")
+        ):
+            module.reset_parameters()  # type: ignore[operator]
 
 
-def prepare_student(model: PreTrainedModel, training: str, lora: LoraConfig | None = None) -> PreTrainedModel | PeftModel:
+def prepare_student(
+    model: PreTrainedModel, training: str, lora: LoraConfig | None = None
+) -> PreTrainedModel | PeftModel:
     """Freeze what is not trained.
 
     Args:
@@ -180,7 +202,7 @@ def prepare_student(model: PreTrainedModel, training: str, lora: LoraConfig | No
         heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)}
         config.modules_to_save = sorted(heads)
         if not config.target_modules:
-            config.target_modules = _backbone_linears(model, heads)
+            config.target_modules = _backbone_layers(model, heads)
         return get_peft_model(model, config)
     if training == "probe":
         own = {id(parameter) for _, parameter in head_parameters(model)}
@@ -188,18 +210,20 @@ def prepare_student(model: PreTrainedModel, training: str, lora: LoraConfig | No
             parameter.requires_grad_(id(parameter) in own)
         if linear_head(model) is None:
             logger.warning(
-                f"The head of {type(model).__name__} is more than one linear layer and starts at random; it is trained "
-                "whole by the standard loop. `student_training='lora'` usually does better here."
+                f"The head of {type(model).__name__} is more than one linear layer and starts at random; it is "
+                "trained whole by the standard loop. `student_training='lora'` usually does better here."
             )
     return model
 
 
-def _backbone_linears(model: nn.Module, heads: set[str]) -> list[str]:
-    """Names of every linear layer outside the head, full so that the head is not meant by accident."""
-    return [
-        name for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not any(name == head or name.startswith(f"{head}.") for head in heads)
+def _backbone_layers(model: nn.Module, heads: set[str]) -> list[str]:
+    """Full names of every linear layer outside the head, or of every plain convolution where there is none."""
+    outside = [
+        (name, module) for name, module in model.named_modules()
+        if not any(name == head or name.startswith(f"{head}.") for head in heads)
     ]  # fmt: skip
+    linears = [name for name, module in outside if isinstance(module, nn.Linear)]
+    return linears or [name for name, module in outside if isinstance(module, nn.Conv2d) and module.groups == 1]
 
 
 def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_class: Any = None) -> None:
@@ -222,10 +246,11 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
     try:
         plain = model
         if isinstance(model, PeftModel):
-            model.save_pretrained(temporary / "adapter")
+            model.save_pretrained(str(temporary / "adapter"))
             plain = copy.deepcopy(model).merge_and_unload()
         plain.save_pretrained(temporary)  # type: ignore[operator]
-        if processing_class is not None:
+        # timm's processor is part of the configuration and only warns when it is asked to save itself.
+        if processing_class is not None and not type(processing_class).__name__.startswith("TimmWrapper"):
             processing_class.save_pretrained(temporary)
         _fit_timm(temporary / "config.json")
         _move_files(temporary, folder)

@@ -72,20 +72,28 @@ class Teacher:
                 f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name`."
             )
         if self.kind not in TEACHER_KINDS:
-            raise ValueError(f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}.")
+            raise ValueError(
+                f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}."
+            )
         if isinstance(self.level, bool) or not isinstance(self.level, int) or self.level < 0:
-            raise ValueError(f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}.")
+            raise ValueError(
+                f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}."
+            )
         for key in _TUPLE_FIELDS:
             object.__setattr__(self, key, self._as_names(key))
         if self.label_map is not None:
-            object.__setattr__(self, "label_map", MappingProxyType({str(k): str(v) for k, v in self.label_map.items()}))
+            object.__setattr__(
+                self, "label_map", MappingProxyType({str(k): str(v) for k, v in self.label_map.items()})
+            )
 
     def _as_names(self, key: str) -> tuple[str, ...] | None:
         value = getattr(self, key)
         if value is None:
             return None
         if isinstance(value, str):
-            raise TypeError(f"`{key}` of teacher '{self.name}' must be a list of names, got the single string {value!r}.")
+            raise TypeError(
+                f"`{key}` of teacher '{self.name}' must be a list of names, got the single string {value!r}."
+            )
         names = tuple(str(item) for item in value)
         if not names and key != "trusted_types":
             raise ValueError(f"`{key}` of teacher '{self.name}' is empty. Leave it out, or name at least one.")
@@ -261,7 +269,10 @@ class TeacherHierarchy:
         Returns:
             `torch.BoolTensor` of shape `(num_teachers_of_level, num_labels)`.
         """
-        rows = [[teacher.scope is None or label in teacher.scope for label in self.labels] for teacher in self.levels[level]]
+        rows = [
+            [label in (teacher.scope or self.labels) for label in self.labels]
+            for teacher in (self.teachers[index] for index in self.level_indices(level))
+        ]
         return torch.tensor(rows, dtype=torch.bool)
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalPrediction, TrainOutput, speed_metrics
 
 from .callbacks import LevelCallbackHandler, LevelHistory
@@ -31,7 +31,7 @@ from .inputs import InputProcessor, find_input_column, find_label_column, read_l
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
 from .losses import soft_cross_entropy
 from .metrics import accuracy
-from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
+from .pool import ORACLE_DOMAIN, PseudolabelPool, match_ids
 from .students import export_student, linear_head, load_student, prepare_student
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,10 @@ class CoSupervisedTrainer(Trainer):
     """
 
     _tag_names = ["co-supervised-learning", "weak-to-strong"]
+    args: CoSupervisedConfig
+    callback_handler: LevelCallbackHandler
+    control: TrainerControl
+    state: TrainerState
 
     def __init__(
         self,
@@ -98,7 +102,9 @@ class CoSupervisedTrainer(Trainer):
         if not isinstance(args, CoSupervisedConfig):
             raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")
         if any(kwargs.get("optimizers") or ()):
-            raise ValueError("`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`.")
+            raise ValueError(
+                "`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`."
+            )
         _check_levels(pool, args)
         self.pool = pool
         inputs = _match_inputs(pool, train_dataset, input_column)
@@ -109,7 +115,9 @@ class CoSupervisedTrainer(Trainer):
             processing_class = loaded if processing_class is None else processing_class
         _check_student(model, pool)
         if processing_class is None:
-            raise ValueError("`processing_class` (the student's tokenizer or image processor) is needed beside a model object.")
+            raise ValueError(
+                "`processing_class` (the student's tokenizer or image processor) is needed beside a model object."
+            )
         self.processor = InputProcessor(processing_class, model.config)
         student = prepare_student(model, args.student_training, peft_config or _lora_config(args))
         if data_collator is None:
@@ -195,7 +203,9 @@ class CoSupervisedTrainer(Trainer):
             ValueError: If a level keeps nothing to train on, or an argument is not supported.
         """
         if trial is not None or isinstance(resume_from_checkpoint, str):
-            raise ValueError("`train` takes `resume_from_checkpoint=True` or nothing: a run goes on after its last finished level.")
+            raise ValueError(
+                "`train` takes `resume_from_checkpoint=True` or nothing: a run goes on after its last finished level."
+            )
         first = self._open_run(bool(resume_from_checkpoint))
         started, outputs = time.time(), []
         self.control = self.callback_handler.on_train_begin(self.args, self._story, self.control)
@@ -203,7 +213,7 @@ class CoSupervisedTrainer(Trainer):
             for round_ in range(self._num_rounds(level)):
                 plan = self.prepare_level(level, round_)
                 outputs.append(self.train_level(plan, ignore_keys_for_eval))
-            self._close_level(plan, outputs[-1])
+            self.finish_level(plan)
         return self._close_run(outputs, started)
 
     def _num_rounds(self, level: int) -> int:
@@ -260,8 +270,30 @@ class CoSupervisedTrainer(Trainer):
                 output = super().train(ignore_keys_for_eval=ignore_keys_for_eval)
             else:
                 output = self._train_on_features(kept)
-        self._finish_level(plan, output)
+        self._record_level(plan, output)
         return output
+
+    def finish_level(self, plan: LevelPlan) -> None:
+        """Keep the level's student and what it was trained on: the next level, or another run, goes on from here.
+
+        Args:
+            plan (`LevelPlan`):
+                What the level (its last round) was trained on.
+        """
+        self.plans = [*self.plans[: plan.level], plan]
+        if self.args.should_save:
+            folder = self._level_dir(plan.level)
+            folder.mkdir(parents=True, exist_ok=True)
+            np.savez(
+                folder / "plan.npz",
+                assigned_teacher=plan.assigned_teacher,
+                labels=plan.labels,
+                keep_mask=plan.keep_mask,
+            )
+            tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
+            save_file(tensors, folder / "student.tmp")
+            os.replace(folder / "student.tmp", folder / "student.safetensors")  # its presence says: level finished
+        self.accelerator.wait_for_everyone()
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
@@ -283,7 +315,7 @@ class CoSupervisedTrainer(Trainer):
             self.args.output_dir, self.args.num_train_epochs = output_dir, num_train_epochs
             self.callback_handler.in_level = False
 
-    def _finish_level(self, plan: LevelPlan, output: TrainOutput) -> None:
+    def _record_level(self, plan: LevelPlan, output: TrainOutput) -> None:
         """Count the level's steps, and tell the numbers to whoever listens."""
         self._story.global_step += output.global_step
         self._story.epoch = (self._story.epoch or 0.0) + (self.state.epoch or 0.0)
@@ -298,18 +330,6 @@ class CoSupervisedTrainer(Trainer):
             "on_level_end", self.args, self._story, self.control, plan=plan, metrics=record
         )
 
-    def _close_level(self, plan: LevelPlan, output: TrainOutput) -> None:
-        """Keep the level's student and what it was trained on, so that a run can go on from here."""
-        self.plans = [*self.plans[: plan.level], plan]
-        if self.args.should_save:
-            folder = self._level_dir(plan.level)
-            folder.mkdir(parents=True, exist_ok=True)
-            np.savez(folder / "plan.npz", assigned_teacher=plan.assigned_teacher, labels=plan.labels, keep_mask=plan.keep_mask)
-            tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
-            save_file(tensors, folder / "student.tmp")
-            os.replace(folder / "student.tmp", folder / "student.safetensors")  # its presence says: level finished
-        self.accelerator.wait_for_everyone()
-
     def _open_run(self, resume: bool) -> int:
         """Begin a story, or go on with the one on disk. Gives the first level to train."""
         found = self.history.path.is_file() or self._level_dir(0).is_dir()
@@ -320,7 +340,9 @@ class CoSupervisedTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
         self._owns_run = True
-        self._stories = TrainerState(is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero())
+        self._stories = TrainerState(
+            is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero()
+        )
         self._restore(self._fresh)
         self.plans = []
         if resume:
@@ -343,7 +365,11 @@ class CoSupervisedTrainer(Trainer):
                     f"Level {level} in '{self.run_dir}' must be of this pool ({len(self.pool)} examples), got "
                     f"{len(saved['keep_mask'])}. Resume with the data it was begun with."
                 )
-            self.plans.append(LevelPlan(level, records[-1]["round"], saved["assigned_teacher"], saved["labels"], saved["keep_mask"], {}))
+            self.plans.append(
+                LevelPlan(
+                    level, records[-1]["round"], saved["assigned_teacher"], saved["labels"], saved["keep_mask"], {}
+                )
+            )
         if self.plans:
             self.load_level(self.plans[-1].level)
         self.history.records = [record for record in self.history.records if record["level"] < len(self.plans)]
@@ -430,7 +456,7 @@ class CoSupervisedTrainer(Trainer):
         else:
             if targets is None:
                 targets = nn.functional.one_hot(labels, outputs.logits.shape[-1])
-            loss = soft_cross_entropy(outputs.logits, self._smooth(targets.float(), training=self.is_in_train and model.training)).mean()
+            loss = soft_cross_entropy(outputs.logits, self._smooth(targets.float(), training=labels is None)).mean()
         return (loss, outputs) if return_outputs else loss
 
     def _smooth(self, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
@@ -438,7 +464,11 @@ class CoSupervisedTrainer(Trainer):
         return targets * (1 - share) + share / targets.shape[-1] if share else targets
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Run one batch without gradients.
 
@@ -491,7 +521,9 @@ class CoSupervisedTrainer(Trainer):
         for chunk in chunks:
             rows = range(chunk.start, chunk.stop)
             size = self.args.per_device_eval_batch_size
-            logits = [self._logits(model, dataset[list(rows[start : start + size])]) for start in range(0, len(rows), size)]
+            logits = [
+                self._logits(model, dataset[list(rows[start : start + size])]) for start in range(0, len(rows), size)
+            ]
             yield chunk, torch.log_softmax(torch.cat(logits), dim=1).cpu()
 
     def _logits(self, model: nn.Module, examples: dict[str, list[Any]]) -> torch.Tensor:
@@ -541,7 +573,8 @@ class CoSupervisedTrainer(Trainer):
             "`compute_loss_func` is given": self.compute_loss_func is not None,
             "the data collator is not ours": type(self.data_collator) is not DataCollatorForCoSupervision,
             "FSDP or DeepSpeed is used": self.is_fsdp_enabled or self.is_deepspeed_enabled,
-            "a ReduceLROnPlateau or Greedy schedule is asked for": args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+            "a ReduceLROnPlateau or Greedy schedule is asked for": args.lr_scheduler_type
+            in ("reduce_lr_on_plateau", "greedy"),
             "fp16 scales the loss": args.fp16,
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
@@ -556,7 +589,9 @@ class CoSupervisedTrainer(Trainer):
         model.eval()
         folder = Path(self.args.features_dir) if self.args.features_dir else self.run_dir / "features"
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
-        store = FeatureStore(folder, model, self._head, self.processor, autocast=self.compute_loss_context_manager, precision=precision)
+        store = FeatureStore(
+            folder, model, self._head, self.processor, autocast=self.compute_loss_context_manager, precision=precision
+        )
         values = store.features(
             dataset, self.input_column, batch_size=self.args.per_device_eval_batch_size,
             shard=(self.args.process_index, self.args.world_size), wait=self.accelerator.wait_for_everyone,
@@ -574,10 +609,13 @@ class CoSupervisedTrainer(Trainer):
         features, targets = self._features_of(self._rows), self._target_lookup(kept)
         dataloader = self.get_train_dataloader()
         per_epoch = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
-        max_steps = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
+        max_steps = (
+            self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
+        )
         self.state = TrainerState(
             is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero(),
-            max_steps=max_steps, num_train_epochs=math.ceil(max_steps / per_epoch), train_batch_size=self._train_batch_size,
+            max_steps=max_steps, num_train_epochs=math.ceil(max_steps / per_epoch),
+            train_batch_size=self._train_batch_size,
         )  # fmt: skip
         self.state.compute_steps(self.args, max_steps)
         self.create_optimizer_and_scheduler(max_steps)
@@ -585,14 +623,17 @@ class CoSupervisedTrainer(Trainer):
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         started, meter = time.time(), _LossMeter()
         fit_linear_head(
-            self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter), self.optimizer,
+            self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter),
+            self.optimizer,  # type: ignore[arg-type]  # made two lines above
             self.lr_scheduler, max_grad_norm=self.args.max_grad_norm,
             average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
             on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
         )  # fmt: skip
         loss = meter.mean(self.accelerator.gather)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(self.state.global_step, loss, speed_metrics("train", started, num_steps=self.state.global_step))
+        return TrainOutput(
+            self.state.global_step, loss, speed_metrics("train", started, num_steps=self.state.global_step)
+        )
 
     def _head_steps(
         self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter
@@ -604,7 +645,7 @@ class CoSupervisedTrainer(Trainer):
             if hasattr(dataloader, "set_epoch"):
                 dataloader.set_epoch(epoch)
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
-            batches = [rows[batch] for batch in dataloader.batch_sampler]
+            batches = [rows[batch] for batch in dataloader.batch_sampler]  # type: ignore[union-attr]
             for number in range(per_epoch):
                 self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
                 meter.learning_rate = self._get_learning_rate()
@@ -632,7 +673,9 @@ class CoSupervisedTrainer(Trainer):
         device, num_labels = self.args.device, self.pool.hierarchy.num_labels
         pseudolabels = self.data_collator.pseudolabels
         if len(self.pool) * num_labels * 4 > _MAX_DECODED_BYTES:
-            return lambda rows: self._smooth(torch.from_numpy(pseudolabels(rows.cpu().numpy())).to(device), training=True)
+            return lambda rows: self._smooth(
+                torch.from_numpy(pseudolabels(rows.cpu().numpy())).to(device), training=True
+            )
         table = np.zeros((len(self.pool), num_labels), dtype=np.float32)
         table[kept] = pseudolabels(kept)
         decoded = self._smooth(torch.from_numpy(table).to(device), training=True)
@@ -679,7 +722,11 @@ class CoSupervisedTrainer(Trainer):
         Raises:
             ValueError: If the data has no labels of the task.
         """
-        known = eval_dataset is self.eval_dataset or isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.column_names
+        known = (
+            eval_dataset is self.eval_dataset
+            or isinstance(eval_dataset, Dataset)
+            and "labels" in eval_dataset.column_names
+        )
         return super().evaluate(eval_dataset if known else self._label(eval_dataset), *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -749,14 +796,15 @@ def _check_levels(pool: PseudolabelPool, args: CoSupervisedConfig) -> None:
     hierarchy = pool.hierarchy
     if len(args.assignment) not in (1, hierarchy.num_levels):
         raise ValueError(
-            f"`assignment` must hold one name, or one for each of the {hierarchy.num_levels} levels, got {args.assignment}."
+            f"`assignment` must hold one name, or one for each of the {hierarchy.num_levels} levels, "
+            f"got {args.assignment}."
         )
     if args.rejection_k is not None:
         check_top_k_value(args.rejection_k, hierarchy.num_labels)
     if len(hierarchy.levels[0]) > 1 and level_assignment(args, 0) != "ensemble":
         raise ValueError(
-            f"A root level of several teachers ({[teacher.name for teacher in hierarchy.levels[0]]}) needs the assignment "
-            f"'ensemble', got {level_assignment(args, 0)!r}: there is no student yet to choose among them."
+            f"A root level of several teachers ({[teacher.name for teacher in hierarchy.levels[0]]}) needs the "
+            f"assignment 'ensemble', got {level_assignment(args, 0)!r}: there is no student yet to choose among them."
         )
     for level in range(1, hierarchy.num_levels):
         _check_assignment(pool, args, level, level_assignment(args, level))
@@ -764,7 +812,11 @@ def _check_levels(pool: PseudolabelPool, args: CoSupervisedConfig) -> None:
 
 def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: int, method: str) -> None:
     teachers = pool.hierarchy.levels[level]
-    if method in ("scope", "oracle_scope") and len(teachers) > 1 and all(teacher.scope is None for teacher in teachers):
+    if (
+        method in ("scope", "oracle_scope")
+        and len(teachers) > 1
+        and all(teacher.scope is None for teacher in teachers)
+    ):
         raise ValueError(
             f"Assignment {method!r} at level {level} needs teachers with a `scope`, got none among "
             f"{[teacher.name for teacher in teachers]}. Give them scopes, or use 'agreement'."
@@ -772,12 +824,16 @@ def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: in
     if method in ("metadata", "oracle_domain"):
         column = ORACLE_DOMAIN if method == "oracle_domain" else args.metadata_column
         if column is None:
-            raise ValueError(f"Assignment 'metadata' at level {level} needs `metadata_column`, got none. Name the column.")
+            raise ValueError(
+                f"Assignment 'metadata' at level {level} needs `metadata_column`, got none. Name the column."
+            )
         pool.column(column)
         if all(teacher.domains is None for teacher in teachers):
             raise ValueError(f"Assignment {method!r} at level {level} needs teachers with `domains`, got none.")
     if method in ("oracle_scope", "oracle_loss") and pool.oracle_labels is None:
-        raise ValueError(f"Assignment {method!r} needs `oracle_label` in the pool, got none. Build it with `oracle_column`.")
+        raise ValueError(
+            f"Assignment {method!r} needs `oracle_label` in the pool, got none. Build it with `oracle_column`."
+        )
 
 
 def _match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | None) -> Dataset:
@@ -810,7 +866,8 @@ def _check_student(model: Any, pool: PseudolabelPool) -> None:
     generic = [f"LABEL_{index}" for index in range(num_labels)]
     if names not in (generic, list(pool.labels)):
         raise ValueError(
-            f"The student's labels must be those of the pool in the same order, {list(pool.labels)[:8]}, got {names[:8]}. "
+            f"The student's labels must be those of the pool in the same order, {list(pool.labels)[:8]}, "
+            f"got {names[:8]}. "
             "Load it with `load_student(model, pool.labels)`."
         )
     model.config.id2label = dict(enumerate(pool.labels))

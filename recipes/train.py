@@ -14,13 +14,15 @@ import importlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+from transformers.utils import logging as transformers_logging
+from train_teachers import TeacherArguments, control_hierarchy, train_teachers
 
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.evaluation import (
@@ -32,9 +34,10 @@ from hf_cosupervise.evaluation import (
     teacher_accuracies,
     weak_accuracy,
 )
-from hf_cosupervise.inputs import find_label_column
+from hf_cosupervise.cards import model_card, write_card
+from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_column
+from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
-from train_teachers import TeacherArguments, control_hierarchy, train_teachers
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -44,17 +47,20 @@ class DataArguments:
     """Say which data, and who gets what of it: `permutation(seed)` shares the training split out."""
 
     dataset: str = field(default="data/digits", metadata={"help": "Folder of `save_to_disk`, or Hub id."})
-    prepare_dataset: Optional[str] = field(
+    prepare_dataset: str | None = field(
         default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
     )
     train_split: str = field(default="train", metadata={"help": "Split that is shared out."})
-    test_split: Optional[str] = field(default=None, metadata={"help": "Split to test on. Default: what is left over."})
+    test_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: what is left over."})
     num_teacher_examples: int = field(default=400, metadata={"help": "First examples, labelled, for the teachers."})
     num_pool_examples: int = field(default=1000, metadata={"help": "Unlabelled examples for the student."})
-    pool_from_end: bool = field(default=False, metadata={"help": "Take the pool from the end, not after the teachers'."})
+    pool_from_end: bool = field(
+        default=False, metadata={"help": "Take the pool from the end, not after the teachers'."}
+    )
     split_seed_offset: int = field(default=0, metadata={"help": "Added to the seed of the permutation."})
-    oracle_domain_column: Optional[str] = field(
-        default=None, metadata={"help": "Column with the domain, known to the teachers' training and to analysis only."}
+    oracle_domain_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the domain, known to the teachers' training and to analysis only."},
     )
 
 
@@ -62,11 +68,11 @@ class DataArguments:
 class StudentArguments:
     """Say which strong student."""
 
-    student: Optional[str] = field(default=None, metadata={"help": "Folder or Hub id of a pre-trained model."})
-    prepare_student: Optional[str] = field(
+    student: str | None = field(default=None, metadata={"help": "Folder or Hub id of a pre-trained model."})
+    prepare_student: str | None = field(
         default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
     )
-    pretrain: Optional[str] = field(
+    pretrain: str | None = field(
         default=None,
         metadata={"help": "Function of recipes/pretrain.py that makes a student from the unlabelled pool alone."},
     )
@@ -97,7 +103,9 @@ def load_split(args: DataArguments, seed: int) -> Split:
     make_folder("prepare", args.prepare_dataset, args.dataset)
     data: Any = load_from_disk(args.dataset) if Path(args.dataset).is_dir() else load_dataset(args.dataset)
     if not isinstance(data, DatasetDict) or args.train_split not in data:
-        raise ValueError(f"`dataset` must have a split '{args.train_split}', got {data}. Name another by `train_split`.")
+        raise ValueError(
+            f"`dataset` must have a split '{args.train_split}', got {data}. Name another by `train_split`."
+        )
     train = data[args.train_split]
     feature = train.features[find_label_column(train)]
     if not isinstance(feature, ClassLabel):
@@ -106,7 +114,9 @@ def load_split(args: DataArguments, seed: int) -> Split:
     order = torch.randperm(len(train), generator=generator).tolist()
     needed = args.num_teacher_examples + args.num_pool_examples
     if needed > len(train):
-        raise ValueError(f"Teachers and pool need {needed} examples together, got {len(train)} in '{args.train_split}'.")
+        raise ValueError(
+            f"Teachers and pool need {needed} examples together, got {len(train)} in '{args.train_split}'."
+        )
     start = len(train) - args.num_pool_examples if args.pool_from_end else args.num_teacher_examples
     pool, rest = order[start : start + args.num_pool_examples], order[start + args.num_pool_examples :]
     test = data[args.test_split] if args.test_split else train.select(rest)
@@ -120,17 +130,22 @@ def make_folder(module: str, function: str | None, folder: str) -> None:
             getattr(importlib.import_module(module), function)(folder)
 
 
+def say(text: str) -> None:
+    """Tell the user what has been done, once."""
+    if PartialState().is_local_main_process:
+        print(text, flush=True)
+
+
 def label_data(
     dataset: Dataset, hierarchy: TeacherHierarchy, folder: Path, data_args: DataArguments, quiet: bool
 ) -> PseudolabelPool:
-    """Label data once: by the first process, or by an earlier run."""
-    with PartialState().main_process_first():
-        if not folder.exists():
-            return build_pool(
-                dataset, hierarchy, output_dir=folder, oracle_column=find_label_column(dataset),
-                oracle_domain_column=data_args.oracle_domain_column, batch_size=256, disable_tqdm=quiet,
-            )  # fmt: skip
+    """Label data once: now, each process its share, or in an earlier run."""
+    if folder.exists():
         return PseudolabelPool.load(folder)
+    return build_pool(
+        dataset, hierarchy, output_dir=folder, oracle_column=find_label_column(dataset),
+        oracle_domain_column=data_args.oracle_domain_column, batch_size=256, disable_tqdm=quiet,
+    )  # fmt: skip
 
 
 def find_student(args: StudentArguments, split: Split, folder: Path, seed: int) -> str:
@@ -139,11 +154,15 @@ def find_student(args: StudentArguments, split: Split, folder: Path, seed: int) 
         make_folder("prepare", args.prepare_student, args.student)
         return args.student
     if args.pretrain is None:
-        raise ValueError("A student is needed, got neither `student` nor `pretrain`. Give a folder or Hub id by `student`.")
+        raise ValueError(
+            "A student is needed, got neither `student` nor `pretrain`. Give a folder or Hub id by `student`."
+        )
     with PartialState().main_process_first():
         if not folder.exists():
             unlabelled = split.pool.remove_columns([find_label_column(split.pool)])
-            getattr(importlib.import_module("pretrain"), args.pretrain)(unlabelled, folder, seed=seed, **args.pretrain_kwargs)
+            getattr(importlib.import_module("pretrain"), args.pretrain)(
+                unlabelled, folder, seed=seed, **args.pretrain_kwargs
+            )
     return str(folder)
 
 
@@ -163,8 +182,10 @@ def run_seed(
             split.teachers, split.labels, teacher_args, teachers_dir, seed,
             data_args.oracle_domain_column if teacher_args.specialize_by == "domain" else None,
         )  # fmt: skip
+    say(f"seed {seed}: {hierarchy!r} in {teachers_dir}")
     pool = label_data(split.pool, hierarchy, folder / "pool", data_args, quiet)
     test_pool = label_data(split.test, hierarchy, folder / "test_pool", data_args, quiet)
+    say(f"seed {seed}: {len(pool)} pool and {len(test_pool)} test examples labelled by every teacher")
     extra = {}
     if recipe_args.control:
         control = control_hierarchy(hierarchy, teachers_dir)
@@ -175,7 +196,8 @@ def run_seed(
     args.features_dir = config.features_dir or str(Path(config.output_dir) / "_run" / "features")
     report, trainer = compare_methods(
         find_student(student_args, split, folder / "student-start", seed), args, pool, split.test,
-        weak=weak_accuracy(test_pool), methods=recipe_args.methods, extra_pools=extra,
+        weak=weak_accuracy(test_pool), methods=recipe_args.methods, extra_pools=extra, resume=True,
+        on_trained=lambda method, trainer: say(f"seed {seed}: {method} trained, {trainer.state.global_step} steps"),
     )  # fmt: skip
     report |= {"teachers": teacher_accuracies(test_pool), "runtime": time.time() - started}
     trainer.save_model(str(folder / "model"))
@@ -198,43 +220,77 @@ def check_run(folder: Path, facts: dict[str, Any]) -> None:
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"'{folder}' must be a run's folder or not exist, got other files. Choose another `output_dir`.")
+        raise FileExistsError(
+            f"'{folder}' must be a run's folder or not exist, got other files. Choose another `output_dir`."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def publish(report: dict[str, Any], folder: Path, first_seed: int, facts: dict[str, Any], student: str | None) -> None:
-    """Put the first seed's student, the report, figures and the card where a user looks for them."""
-    model_dir = folder / "_run" / f"seed-{first_seed}" / "model"
-    for path in sorted(model_dir.rglob("*")):
-        if path.is_file():
-            target = folder / path.relative_to(model_dir)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, target)
+def publish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Put the student of one seed, the report, figures and the card where a user looks for them."""
+    seed_dir = folder / "_run" / f"seed-{seed}"
+    shutil.copytree(seed_dir / "model", folder, dirs_exist_ok=True)
     save_report(report, folder / "report.json")
     plot_pgr(report, folder / "pgr.png")
     plot_teacher_shares(report, folder / "teacher_shares.png")
-    hierarchy = PseudolabelPool.load(folder / "_run" / f"seed-{first_seed}" / "pool").hierarchy
-    write_card(model_card(card_facts(report, facts, hierarchy, folder, student)), folder)
+    pool = PseudolabelPool.load(seed_dir / "pool")
+    card = {
+        "name": folder.name,
+        "hub_model_id": facts["hub_model_id"],
+        "modality": modality_of(pool),
+        "labels": list(pool.labels),
+        "num_examples": len(pool),
+        "base_model": facts["student"],
+        "student_training": facts["student_training"],
+        "has_adapter": (folder / "adapter").is_dir(),
+        "teachers": [
+            {**teacher.to_dict(), "model": relative_name(teacher.model), "accuracy": report["teachers"][teacher.name]}
+            for teacher in pool.hierarchy.teachers
+        ],
+        "report": report,
+        "seed": seed,
+        "dataset_name": facts["dataset"],
+        "dataset_split": facts["test_split"],
+        "figure": "pgr.png",
+        "hyperparameters": {key: facts[key] for key in defaults if facts[key] != defaults[key]},
+        "versions": {name: version(name) for name in ("hf_cosupervise", "transformers", "torch", "datasets")},
+    }
+    write_card(model_card(card), folder)
+
+
+def modality_of(pool: PseudolabelPool) -> str | None:
+    """Tell what the pool's inputs are, None where it holds none."""
+    if pool.inputs is None:
+        return None
+    return "text" if is_text_column(pool.inputs, find_input_column(pool.inputs)) else "image"
+
+
+def relative_name(model: str) -> str:
+    """Keep a Hub id, and of a local folder its last part: where it lies on this machine concerns nobody."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def main() -> None:
     """Run the recipe."""
-    data_args, teacher_args, student_args, recipe_args, config = parse_recipe_args(
-        [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig], default_config=DEFAULT_CONFIG
-    )
-    facts = recipe_arguments_to_dict([data_args, teacher_args, student_args, recipe_args, config])
+    types = [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig]
+    run = parse_recipe_args(types, default_config=DEFAULT_CONFIG)
+    recipe_args, config = run[3:]
+    facts = recipe_arguments_to_dict(run)
     seeds = [int(seed) for seed in recipe_args.seeds.split(",")]
     folder = Path(config.output_dir)
+    config.device  # noqa: B018  # joins the other processes, on the device that the configuration names
+    if config.disable_tqdm:
+        transformers_logging.disable_progress_bar()
+        disable_progress_bars()
     with PartialState().main_process_first():
         check_run(folder, facts)
-    run = (data_args, teacher_args, student_args, recipe_args, config)
     report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)
     if PartialState().is_main_process:
-        publish(report, folder, seeds[0], facts, student_args.student)
-        print(f"\n{format_report(report)}\n\nStudent, report and figures: {folder}")
-    if config.push_to_hub:
-        ...
+        publish(
+            report, folder, seeds[0], facts, recipe_arguments_to_dict([CoSupervisedConfig(output_dir=str(folder))])
+        )
+        say(f"\n{format_report(report)}\n\nStudent, report.json, figures and model card: {folder}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +34,19 @@ class TeacherArguments:
     """Say what kind of teachers are trained, how weak, and who knows what."""
 
     teacher_kind: str = field(
-        default="transformers", metadata={"help": "'transformers' (from a configuration) or 'sklearn' (kept by skops)."}
+        default="transformers",
+        metadata={"help": "'transformers' (from a configuration) or 'sklearn' (kept by skops)."},
     )
     teacher_model: str = field(
         default="resnet",
-        metadata={"help": "A model type of transformers such as 'resnet', or a class such as 'tree.DecisionTreeClassifier'."},
+        metadata={
+            "help": "A model type of transformers such as 'resnet', or a class such as 'tree.DecisionTreeClassifier'."
+        },
     )
     teacher_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Arguments of the configuration or of the scikit-learn class."}
     )
-    teacher_num_examples: Optional[int] = field(
+    teacher_num_examples: int | None = field(
         default=None, metadata={"help": "Labelled examples per teacher, drawn from its scope. Default: all of them."}
     )
     teacher_steps: int = field(default=300, metadata={"help": "Optimizer steps of a transformers teacher."})
@@ -52,22 +55,29 @@ class TeacherArguments:
         default_factory=dict, metadata={"help": "Arguments of such a teacher's image processor, `class` among them."}
     )
     teacher_feature: dict = field(
-        default_factory=dict, metadata={"help": "How an example becomes a scikit-learn teacher's features: kind, size …"}
+        default_factory=dict,
+        metadata={"help": "How an example becomes a scikit-learn teacher's features: kind, size …"},
     )
     teacher_trusted_types: list[str] = field(
         default_factory=list, metadata={"help": "Types in a skops file that you trust beyond those that skops does."}
     )
     level_sizes: list[int] = field(
-        default_factory=lambda: [1, 2, 5], metadata={"help": "Teachers per level; each level shares the task out evenly."}
+        default_factory=lambda: [1, 2, 5],
+        metadata={"help": "Teachers per level; each level shares the task out evenly."},
     )
     specialize_by: str = field(default="label", metadata={"help": "Share out the 'label's or the 'domain's."})
-    teachers_dir: Optional[str] = field(
+    teachers_dir: str | None = field(
         default=None, metadata={"help": "Where the teachers are, or are put. Default: in the run."}
     )
 
 
 def train_teachers(
-    data: Dataset, labels: Sequence[str], args: TeacherArguments, folder: Path, seed: int, domain_column: str | None = None
+    data: Dataset,
+    labels: Sequence[str],
+    args: TeacherArguments,
+    folder: Path,
+    seed: int,
+    domain_column: str | None = None,
 ) -> TeacherHierarchy:
     """Train all teachers that are not there yet, and a control that sees every label that any of them saw.
 
@@ -134,7 +144,9 @@ def _train_all(
         rows_of[teacher.name] = order[own[order]][: args.teacher_num_examples]
         seen.update(rows_of[teacher.name].tolist())
     rows_of[CONTROL] = np.array(sorted(seen))
-    train = {"sklearn": _sklearn_trainer, "transformers": _transformers_trainer}[args.teacher_kind](data, targets, labels, args)
+    train = {"sklearn": _sklearn_trainer, "transformers": _transformers_trainer}[args.teacher_kind](
+        data, targets, labels, args
+    )
     for number, (name, rows) in enumerate(rows_of.items()):
         train(rows, folder / name, 1000 * seed + number)
 
@@ -174,7 +186,9 @@ def _transformers_trainer(
         pixel_values = processor(data[rows.tolist()][column])["pixel_values"]
         torch.manual_seed(seed)
         model = transformers.AutoModelForImageClassification.from_config(config)
-        fit_classifier(model, pixel_values, torch.from_numpy(targets[rows]), args.teacher_steps, args.teacher_learning_rate)
+        fit_classifier(
+            model, pixel_values, torch.from_numpy(targets[rows]), args.teacher_steps, args.teacher_learning_rate
+        )
         model.save_pretrained(folder)
         processing_class.save_pretrained(folder)
 

@@ -20,10 +20,6 @@ TINY_LABELS = ("ant", "bee", "cat", "dog")
 _WORDS = ("six", "legs", "hums", "stings", "purrs", "sleeps", "barks", "fetches", "the", "animal", "often")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes seconds, or needs a package with data or weights")
-
-
 @pytest.fixture(scope="session")
 def tiny_labels() -> tuple[str, ...]:
     """Label names of every tiny model and dataset."""

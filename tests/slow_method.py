@@ -25,12 +25,7 @@ Source = tuple[int, int | str]  # (level, teacher within the level, or "mean" fo
 
 def has_answer(row: Row | None) -> bool:
     """Tell whether a row is an answer at all."""
-    if row is None:
-        return False
-    for prob in row:
-        if prob > 0.0:
-            return True
-    return False
+    return row is not None and any(prob > 0.0 for prob in row)
 
 
 def argmax(row: Row) -> int:

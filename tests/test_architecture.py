@@ -86,7 +86,8 @@ def forbidden_statements(source: str) -> list[str]:
             found.append(f"print, line {node.lineno}")
         elif isinstance(node, ast.ExceptHandler):
             kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            if any(kind is None or dotted_name(kind).split(".")[-1] in ("Exception", "BaseException") for kind in kinds):
+            names = {"bare" if kind is None else dotted_name(kind).split(".")[-1] for kind in kinds}
+            if names & {"bare", "Exception", "BaseException"}:
                 found.append(f"broad except, line {node.lineno}")
     return found
 

@@ -51,8 +51,8 @@ def test_scope(assign, label, answered, expected):
 
 
 def test_scope_with_one_teacher_and_two_labels():
-    scope = torch.tensor([[False, True]])
-    assert assign_by_scope(torch.tensor([0, 1, 1]), scope, torch.tensor([[True], [True], [False]])).tolist() == [-1, 0, -1]
+    scope, answered = torch.tensor([[False, True]]), torch.tensor([[True], [True], [False]])
+    assert assign_by_scope(torch.tensor([0, 1, 1]), scope, answered).tolist() == [-1, 0, -1]
 
 
 # ── agreement ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -97,7 +97,7 @@ def test_probabilities_are_clamped_inside_logarithms_only(rule, expected):
 
 def test_rules_disagree_where_they_should():
     # s = (0.6, 0.3, 0.1). Teacher 0 = (0.6, 0.3, 0.1) is the student itself, teacher 1 = (1, 0, 0).
-    # CE: 0.898 against -log 0.6 = 0.511 -> teacher 1. Both KL: 0 against more than 0 -> teacher 0. hard: a tie -> teacher 0.
+    # CE: 0.898 against -log 0.6 = 0.511 -> teacher 1. Both KL: 0 against more than 0 -> teacher 0. hard: a tie -> 0.
     log_probs = torch.tensor([[0.6, 0.3, 0.1]]).log()
     teachers = torch.tensor([[[0.6, 0.3, 0.1], [1.0, 0.0, 0.0]]])
     found = {rule: assign_by_agreement(log_probs, teachers, everyone(1, 2), rule).item() for rule in AGREEMENT_RULES}
@@ -129,7 +129,8 @@ def test_agreement_ties_and_missing_answers(rule):
     assert assign_by_agreement(log_probs, teachers, answered, rule).tolist() == [0, 1, 2, -1]
 
 
-@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+# not hard_loss: teachers that name one label tie there, and the first of them wins in either order
+@pytest.mark.parametrize("rule", [rule for rule in AGREEMENT_RULES if rule != "hard_loss"])
 def test_permuted_teachers_give_permuted_assignment(rule):
     generator = torch.Generator().manual_seed(0)
     log_probs = torch.randn(50, 5, generator=generator).log_softmax(-1)

@@ -5,12 +5,14 @@ Probabilities are multiples of 1/16: exactly representable, so that ties are fre
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 import pytest
 import slow_method as slow
 import torch
+from datasets import Dataset
 
 from hf_cosupervise.aggregation import majority_vote, mean_probs
 from hf_cosupervise.assignment import (
@@ -24,6 +26,7 @@ from hf_cosupervise.assignment import (
     oracle_assign_by_loss,
     oracle_assign_by_scope,
 )
+from hf_cosupervise.config import CoSupervisedConfig
 from hf_cosupervise.consistency import (
     in_top_k,
     parent_confident,
@@ -32,11 +35,14 @@ from hf_cosupervise.consistency import (
     select_by_loss_rank,
     select_consistent,
 )
+from hf_cosupervise.levels import plan_level
 from hf_cosupervise.metrics import performance_gap_recovered
+from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.sparse import decode_top_k, encode_top_k
+from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
 SHAPES = [(num_labels, num_teachers) for num_labels in (2, 3, 5, 10) for num_teachers in (1, 2, 3)]
-SEEDS = range(25)
+SEEDS = range(15)
 DOMAINS = ("day", "dusk", "night")
 ASSIGNMENTS = (
     "scope",
@@ -85,9 +91,10 @@ class Case:
         if seed % 5 == 0:
             self.scope_mask[-1] = True
             self.scopes[-1] = None
-        self.domains = [
-            None if rng.random() < 0.15 else {name for name in DOMAINS if rng.random() < 0.5} for _ in range(num_teachers)
-        ]
+        made_for = rng.random((num_teachers, len(DOMAINS))) < 0.5
+        self.domains = [{name for name, own in zip(DOMAINS, row, strict=True) if own} for row in made_for]
+        if seed % 4 == 0:
+            self.domains[-1] = None
         self.example_domains = [str(name) for name in rng.choice(DOMAINS, size=self.n)]
         self.gold = rng.integers(num_labels, size=self.n).tolist()
 
@@ -137,7 +144,8 @@ def test_assignment(assignment, num_labels, num_teachers):
         for i, teacher in enumerate(found.tolist()):
             if assignment.startswith("agreement:"):
                 rule = assignment.split(":")[1]
-                allowed = slow.agreement_winners(case.student_rows[i], case.answers[i], rule, tolerance=1e-12)
+                tolerance = 0.0 if rule == "hard_loss" else 1e-12
+                allowed = slow.agreement_winners(case.student_rows[i], case.answers[i], rule, tolerance)
             else:
                 level = slow_level(case, assignment, slow_level(case, "ensemble", None))
                 allowed = [level.assigned[i]]
@@ -229,7 +237,8 @@ def test_local_global(rule, num_labels, num_teachers):
     kept = []
     for seed in SEEDS:
         # the parent answers every row here: where it did not there is nothing to ask these functions
-        root, case = Case(seed, num_labels, 1, num_examples=6), Case(500 + seed, num_labels, num_teachers, num_examples=6)
+        root = Case(seed, num_labels, 1, num_examples=6)
+        case = Case(500 + seed, num_labels, num_teachers, num_examples=6)
         root.answers = [[row] for row in draw_rows(np.random.default_rng(seed), (6,), num_labels).tolist()]
         parent = slow_level(root, "only", None)
         k = 1 + seed % (num_labels - 1)
@@ -243,6 +252,108 @@ def test_local_global(rule, num_labels, num_teachers):
         assert found.tolist() == expected.keep, seed
         kept += expected.keep
     assert any(kept) and not all(kept)
+
+
+# ── whole levels as the package puts them together, from a stored pool ──────────────────────────────────────────────
+
+REJECTIONS = [
+    (("none",), "loss_rank"),
+    (("top_k",), "loss_rank"),
+    (("top_k",), "agreement_set"),
+    (("parent_topk",), "loss_rank"),
+    (("parent_confident",), "loss_rank"),
+    (("top_k", "parent_topk"), "loss_rank"),
+    (("top_k", "parent_confident"), "agreement_set"),
+]
+
+
+@functools.cache
+def stored_case(seed: int) -> tuple[Case, list[Case], PseudolabelPool]:
+    """A 1-K-K hierarchy and a pool of what it says, in half precision, which holds multiples of 1/16 exactly."""
+    num_labels, num_teachers = (2, 3, 5, 10)[seed % 4], 1 + seed % 3
+    root = Case(2000 + seed, num_labels, 1, num_examples=8)
+    levels = [Case(seed + 100 * depth, num_labels, num_teachers, num_examples=8) for depth in (1, 2)]
+    labels = [f"label {c}" for c in range(num_labels)]
+    teachers, predictions = [Teacher("root")], {"root": root.probs[:, 0].numpy()}
+    for depth, case in enumerate(levels, start=1):
+        # the true label and the domain belong to an example, not to a level
+        case.gold, case.example_domains = root.gold, root.example_domains
+        for k in range(num_teachers):
+            scope, domains = case.scopes[k], case.domains[k]
+            if scope is not None:
+                scope.add(k % num_labels)  # a teacher made for nothing is refused
+                scope = [labels[c] for c in sorted(scope)]
+            if domains is not None:
+                domains.add(DOMAINS[k])
+                domains = sorted(domains)
+            teachers.append(Teacher(f"t{depth}{k}", level=depth, scope=scope, domains=domains))
+            predictions[f"t{depth}{k}"] = case.probs[:, k].numpy()
+    inputs = Dataset.from_dict(
+        {"oracle_label": root.gold, "oracle_domain": root.example_domains, "place": root.example_domains}
+    )
+    hierarchy = TeacherHierarchy(labels, teachers)
+    return root, levels, PseudolabelPool.from_predictions(hierarchy, range(root.n), predictions, inputs=inputs)
+
+
+def is_close_call(case: Case, rule: str) -> bool:
+    """Tell whether float32 may order two teachers of some row differently."""
+    if rule == "hard_loss":
+        return False  # one number per label: scores are equal or far apart
+    pairs = zip(case.student_rows, case.answers, strict=True)
+    return any(len(slow.agreement_winners(student, answers, rule, 1e-5)) > 1 for student, answers in pairs)
+
+
+@pytest.mark.parametrize(
+    ("rejection", "rule"), REJECTIONS, ids=["+".join((*names, rule)) for names, rule in REJECTIONS]
+)
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_planned_levels(assignment, rejection, rule, tmp_path):
+    method, _, agreement_rule = assignment.partition(":")
+    args = CoSupervisedConfig(
+        output_dir=str(tmp_path),
+        report_to=[],
+        use_cpu=True,
+        assignment=[method],
+        agreement_rule=agreement_rule or AGREEMENT_RULES[0],
+        metadata_column="place",
+        rejection=list(rejection),
+        rejection_rule=rule,
+    )
+    num_compared = 0
+    for seed in range(6):
+        root, levels, pool = stored_case(seed)
+        names = {None: -1, (0, 0): 0}
+        expected = slow_level(root, "only", None)
+        found = plan_level(pool, 0, args, np.full(root.n, -1))
+        assert (found.labels.tolist(), found.keep_mask.tolist()) == (expected.labels, expected.keep)
+        for depth, case in enumerate(levels, start=1):
+            if method == "agreement" and is_close_call(case, agreement_rule):
+                break
+            first = 1 + (depth - 1) * case.num_teachers
+            names |= {(depth, k): first + k for k in range(case.num_teachers)}
+            # the ensemble of one teacher is that teacher
+            names[(depth, "mean")] = first if case.num_teachers == 1 else len(pool.hierarchy.teachers) + depth
+            options = {
+                "rejection": rule if "top_k" in rejection else "none",
+                "top_k": min(3, case.num_labels - 1),
+                "local_global": next((name for name in rejection if name.startswith("parent")), "none"),
+            }
+            chunks = [(slice(start, start + 4), case.student[start : start + 4].float().log()) for start in (0, 4)]
+            try:
+                expected = slow_level(case, assignment, expected, **options)
+            except ValueError:
+                expected = None
+            if expected is None or not any(expected.keep):
+                with pytest.raises(ValueError, match="keep at least one example"):
+                    plan_level(pool, depth, args, found.assigned_teacher, chunks)
+                break
+            found = plan_level(pool, depth, args, found.assigned_teacher, chunks)
+            assert found.assigned_teacher.tolist() == [names[source] for source in expected.sources], (seed, depth)
+            assert found.labels.tolist() == expected.labels, (seed, depth)
+            assert found.keep_mask.tolist() == expected.keep, (seed, depth)
+            assert found.keep_rate == sum(expected.keep) / expected.num_training
+            num_compared += 1
+    assert num_compared >= 4
 
 
 # ── the pieces ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -361,7 +472,7 @@ def test_slow_level_by_hand():
 
 
 def test_slow_rejection_by_hand():
-    # One teacher, student rows and labels such that rows 1 and 2 agree (top-1) but rows 0 and 2 have the lowest losses:
+    # One teacher, student rows and labels such that rows 1 and 2 agree (top-1) but the lowest losses are rows 0 and 2:
     # row 0: s[label] = 0.4375, not the student's first (0.5625): disagrees, loss -log 0.4375
     # row 1: s[label] = 0.375, the student's first of (0.375, 0.3125, 0.3125): agrees, loss -log 0.375
     # row 2: s[label] = 1: agrees, loss 0

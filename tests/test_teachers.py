@@ -152,7 +152,11 @@ def test_lists_are_taken_as_well_as_tuples():
     ("labels", "teachers", "message"),
     [
         (LABELS, [], "at least one teacher.*got none"),
-        (LABELS, [Teacher("a"), Teacher("b", level=2)], r"(?i)every level.*0 to 2.*none at level \[1\].*(add|renumber)"),
+        (
+            LABELS,
+            [Teacher("a"), Teacher("b", level=2)],
+            r"(?i)every level.*0 to 2.*none at level \[1\].*(add|renumber)",
+        ),
         (LABELS, [Teacher("a", level=1)], r"(?i)every level.*none at level \[0\]"),
         (LABELS, [Teacher("x/a"), Teacher("y/a")], r"(?i)names must be unique.*\['a'\]"),
         (LABELS, [Teacher("x/a"), Teacher("b", level=1, name="a")], r"(?i)names must be unique.*\['a'\]"),
@@ -172,12 +176,6 @@ def test_teachers_that_do_not_fit_together(labels, teachers, message):
 def test_level_that_does_not_exist(level):
     with pytest.raises(IndexError, match=rf"`level`.*0\.\.2.*got {level}"):
         make_hierarchy().level_indices(level)
-
-
-@pytest.mark.parametrize("level", [-1, 3])
-def test_scope_mask_of_a_level_that_does_not_exist(level):
-    with pytest.raises(IndexError):
-        make_hierarchy().scope_mask(level)
 
 
 def test_name_that_does_not_exist():

@@ -1,0 +1,291 @@
+"""Arguments of the recipes: dataclasses filled from a flat YAML file, with the command line on top."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import types
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+# YAML 1.1 takes a number for a float only if it has a dot and a signed exponent: 1e-3 and 1.0e5 arrive as strings.
+_EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_SECRETS = ("token", "password", "secret", "api_key")
+
+
+def parse_recipe_args(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    default_config: str | os.PathLike[str] | None = None,
+) -> tuple[Any, ...]:
+    """Fill dataclasses from a YAML file and the command line.
+
+    `--config file.yaml` sets flat defaults, `--name value` wins over them. Every key is a field of one of the
+    dataclasses; whatever is not is refused, so that a misspelt name never trains with a default in silence. On the
+    command line a list takes several values and a dictionary is written as JSON.
+
+    Args:
+        dataclass_types (`Sequence[type]`):
+            Dataclasses without a common field; fields of type `str`, `int`, `float`, `bool`, `Enum`, `Literal`,
+            `list`, `dict` and `Optional` of them. `TrainingArguments` and its subclasses fit.
+        argv (`Sequence[str]`, *optional*):
+            The command line without the script's name. Defaults to `sys.argv[1:]`.
+        default_config (`str` or `os.PathLike`, *optional*):
+            The YAML file that is read where `--config` is not given.
+
+    Returns:
+        `tuple`: One instance per dataclass, in the same order. As with `HfArgumentParser`, an `Enum` field gets the
+        member's value.
+
+    Raises:
+        FileNotFoundError: If the YAML file does not exist.
+        ValueError: If a key or option is not known, or a value has the wrong type.
+
+    Examples:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     steps: int = 10
+        >>> parse_recipe_args([Settings], ["--steps", "20"])
+        (Settings(steps=20),)
+    """
+    parser = _RecipeParser(dataclass_types, allow_abbrev=False)
+    parser.read_dicts_as_json()
+    text = f"YAML file with one `name: value` per line (default: {default_config})".replace("%", "%%")
+    parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help=text)
+    finder = _RecipeParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", default=default_config)
+    if (config := finder.parse_known_args(argv)[0].config) is not None:
+        parser.use_defaults(read_recipe_config(config, dataclass_types))
+    *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        raise ValueError(_describe_unknown_options(rest, parser))
+    return tuple(parsed[: len(dataclass_types)])  # the namespace with `config` comes last
+
+
+def read_recipe_config(path: str | os.PathLike[str], dataclass_types: Sequence[type]) -> dict[str, Any]:
+    """Read a recipe's YAML file and check it against the fields of dataclasses.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            YAML file with one mapping; an empty file is an empty mapping.
+        dataclass_types (`Sequence[type]`):
+            See [`parse_recipe_args`].
+
+    Returns:
+        `dict[str, Any]`: Values by field name; floats written as `1e-3` are floats.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no YAML mapping, a key is not a field, or a value has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`--config` must name a YAML file, got '{path}'. Check the path.")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{path}' must be valid YAML, got an error. {error}") from error
+    if not isinstance(values, dict | None):
+        raise ValueError(f"'{path}' must hold one `name: value` per line, got a {type(values).__name__}.")
+    hints = _field_types(dataclass_types)
+    for name in values or {}:
+        if name not in hints:
+            raise ValueError(f"'{path}' must hold known names only, got `{name}`.{_suggest(str(name), hints)}")
+    return {name: _fit_field(name, value, hints[name], path) for name, value in (values or {}).items()}
+
+
+def recipe_arguments_to_dict(arguments: Sequence[Any]) -> dict[str, Any]:
+    """Give all values of some dataclasses as one flat dictionary, for the record.
+
+    Args:
+        arguments (`Sequence[Any]`):
+            Instances of dataclasses, such as [`parse_recipe_args`] gives.
+
+    Returns:
+        `dict[str, Any]`: JSON values by field name. Fields that hold a secret (`hub_token` and the like) are left out.
+
+    Examples:
+        >>> @dataclasses.dataclass
+        ... class Settings:
+        ...     steps: int = 10
+        ...     hub_token: str = "secret"
+        >>> recipe_arguments_to_dict([Settings()])
+        {'steps': 10}
+    """
+    values: dict[str, Any] = {}
+    for instance in arguments:
+        fields = (field.name for field in dataclasses.fields(instance) if field.init)
+        values.update(_to_json({name: getattr(instance, name) for name in fields}))
+    return values
+
+
+class _RecipeParser(HfArgumentParser):
+    """`HfArgumentParser` that takes dictionaries as JSON and raises instead of leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"The command line must fit the options, got: {message}. `--help` lists them.")
+
+    def read_dicts_as_json(self) -> None:
+        """Let options of dictionaries, which `argparse` would pass to `dict`, read JSON."""
+        for action in self._actions:
+            if action.type is not None and (get_origin(action.type) or action.type) is dict:
+                action.type = _read_json_dict
+
+    def use_defaults(self, values: Mapping[str, Any]) -> None:
+        """Take other defaults; a field that has one is not required any more."""
+        self.set_defaults(**values)
+        for action in self._actions:
+            action.required = action.required and action.dest not in values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuse a repeated key, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if repeated := [key for position, key in enumerate(keys) if key in keys[:position]]:
+            raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_json_dict(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"a dictionary is written as JSON, and {text!r} is not ({error})") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a dictionary is written as JSON, and {text!r} is a {type(value).__name__}")
+    return value
+
+
+def _field_types(dataclass_types: Sequence[type]) -> dict[str, Any]:
+    # Not `field.type`: HfArgumentParser overwrites it, without the `None` of an Optional.
+    hints: dict[str, Any] = {}
+    for kind in dataclass_types:
+        resolved = get_type_hints(kind)
+        hints |= {field.name: resolved[field.name] for field in dataclasses.fields(kind) if field.init}
+    return hints
+
+
+def _suggest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), list(known), n=3)
+    return f" Did you mean {' or '.join(f'`{match}`' for match in close)}?" if close else " `--help` lists them all."
+
+
+def _describe_unknown_options(rest: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    options = [text.split("=")[0] for text in rest if text.startswith("--")]
+    if not options:
+        return f"Every value must follow its `--name`, got {' '.join(rest)!r} alone. `--config` names a YAML file."
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    suggestion = _suggest(options[0].removeprefix("--"), [option for option in known if "-" not in option])
+    return f"The command line must hold known options only, got `{options[0]}`.{suggestion}"
+
+
+def _fit_field(name: str, value: Any, hint: Any, path: Path) -> Any:
+    try:
+        return _fit(value, hint)
+    except _WrongTypeError:
+        found = "null" if value is None else f"{value!r} ({type(value).__name__})"
+        raise ValueError(
+            f"`{name}` in '{path}' must be {_type_name(hint)}, got {found}.{_advise(value, hint)}"
+        ) from None
+
+
+class _WrongTypeError(Exception):
+    """A value does not fit a type; the caller knows the field's name."""
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """Give a YAML value as the type wants it."""
+    origin, items = get_origin(hint) or hint, get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _fit_union(value, items)
+    if origin is list and isinstance(value, list):
+        return [_fit(item, items[0]) if items else item for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {_fit(key, items[0]): _fit(item, items[1]) for key, item in value.items()} if items else value
+    if origin is float and _is_number(value):
+        return float(value)
+    if _fits_plainly(value, origin, items):
+        return value
+    raise _WrongTypeError
+
+
+def _fit_union(value: Any, kinds: Sequence[Any]) -> Any:
+    for kind in kinds:
+        try:
+            return _fit(value, kind)
+        except _WrongTypeError:
+            continue
+    raise _WrongTypeError
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return _EXPONENT_FORM.fullmatch(value) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fits_plainly(value: Any, kind: Any, items: Sequence[Any]) -> bool:
+    if kind is Literal:
+        return any(value == item and type(value) is type(item) for item in items)  # 1 == True
+    if inspect.isclass(kind) and issubclass(kind, Enum):
+        return value in [member.value for member in kind]
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return kind not in (list, dict, float) and isinstance(value, kind)
+
+
+def _type_name(hint: Any) -> str:
+    origin, items = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type_name(item) for item in items)
+    if origin is Literal:
+        return f"one of {list(items)}"
+    if inspect.isclass(origin) and issubclass(origin, Enum):
+        return f"one of {[member.value for member in origin]}"
+    if origin is types.NoneType:
+        return "null"
+    return f"{origin.__name__}[{', '.join(_type_name(item) for item in items)}]" if items else str(origin.__name__)
+
+
+def _advise(value: Any, hint: Any) -> str:
+    """Say what to do about a wrong value, for the mistakes that YAML invites."""
+    expected = _type_name(hint)
+    if isinstance(value, bool) and "bool" not in expected:
+        return " YAML reads yes, no, on and off as booleans: put the word in quotes."
+    if isinstance(value, str) and "list" in expected:
+        return f" Write a list of one as [{value}]."
+    if isinstance(value, dict):
+        return " Write nested values one per line, each under its own name."
+    return " Correct the value."
+
+
+def _to_json(value: Any) -> Any:
+    """Make a JSON value of a field's value, without what must not be written down."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _to_json(item) for name, item in value.items() if not str(name).endswith(_SECRETS)}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
+        return [_to_json(item) for item in items]
+    if isinstance(value, Enum):
+        return _to_json(value.value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no word for it
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
