@@ -323,7 +323,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def _row(first: str, *cells: str) -> str:
-    return f"{first:<16}" + "".join(f"{cell:<18}" for cell in cells[:-1]) + cells[-1]
+    return f"{first:<25}" + "".join(f"{cell:<18}" for cell in cells[:-1]) + cells[-1]
 
 
 def _percent(values: Sequence[float]) -> str:

@@ -242,13 +242,21 @@ class InputProcessor:
         """`str`: Hash of everything that decides what the model gets to see, 16 hexadecimal digits."""
         processor = self.processing_class
         if self.is_text:
-            backend = getattr(processor, "backend_tokenizer", None)
-            facts = [backend.to_str() if backend else str(sorted(processor.get_vocab().items())), self.max_length]
+            facts = [_tokenizer_facts(processor), self.max_length]
         else:
             settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
             facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]
         text = json.dumps([type(processor).__name__, facts], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def _tokenizer_facts(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return sorted(tokenizer.get_vocab().items())
+    facts = json.loads(backend.to_str())
+    # These two remember how the tokenizer was last called, not what it is.
+    return {key: value for key, value in facts.items() if key not in ("padding", "truncation")}
 
 
 def _max_length(tokenizer: Any, config: Any) -> int:

@@ -15,16 +15,18 @@ import json
 import shutil
 import time
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
-from transformers.utils import logging as transformers_logging
 from train_teachers import TeacherArguments, control_hierarchy, train_teachers
+from transformers.utils import logging as transformers_logging
 
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
+from hf_cosupervise.cards import model_card, write_card
 from hf_cosupervise.evaluation import (
     METHODS,
     compare_methods,
@@ -34,7 +36,6 @@ from hf_cosupervise.evaluation import (
     teacher_accuracies,
     weak_accuracy,
 )
-from hf_cosupervise.cards import model_card, write_card
 from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_column
 from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
@@ -241,11 +242,11 @@ def publish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, An
         "modality": modality_of(pool),
         "labels": list(pool.labels),
         "num_examples": len(pool),
-        "base_model": facts["student"],
+        "base_model": hub_id(facts["student"]),
         "student_training": facts["student_training"],
         "has_adapter": (folder / "adapter").is_dir(),
         "teachers": [
-            {**teacher.to_dict(), "model": relative_name(teacher.model), "accuracy": report["teachers"][teacher.name]}
+            {**teacher.to_dict(), "model": hub_id(teacher.model), "accuracy": report["teachers"][teacher.name]}
             for teacher in pool.hierarchy.teachers
         ],
         "report": report,
@@ -266,9 +267,9 @@ def modality_of(pool: PseudolabelPool) -> str | None:
     return "text" if is_text_column(pool.inputs, find_input_column(pool.inputs)) else "image"
 
 
-def relative_name(model: str) -> str:
-    """Keep a Hub id, and of a local folder its last part: where it lies on this machine concerns nobody."""
-    return Path(model).name if Path(model).is_dir() else model
+def hub_id(model: str | None) -> str | None:
+    """Keep a Hub id, and leave a local folder out: where it lies on this machine concerns nobody."""
+    return None if model is None or Path(model).exists() else model
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ FULL: dict[str, Any] = {
     "student_training": "probe", "labels": LABELS, "num_examples": 12345, "datasets": ["someone/seasons"],
     "tags": ["seasons"], "seed": 1, "teachers": TEACHERS, "figure": "pgr.png",
     "dataset_name": "Seasons", "dataset_type": "someone/seasons", "dataset_split": "test",
-    "hyperparameters": {"learning_rate": 1e-3, "assignment": ["scope"], "output_dir": "outputs/x", "hub_token": "secret",
-                        "student": os.path.join(os.sep, "private", "student")},
+    "hyperparameters": {"learning_rate": 1e-3, "assignment": ["scope"], "output_dir": "outputs/x",
+                        "hub_token": "secret", "student": os.path.join(os.sep, "private", "student")},
     "versions": {"hf_cosupervise": "0.1.0", "torch": "2.15.0", "timm": None},
     "report": {
         "seeds": [0, 1], "weak_accuracy": [0.6, 0.62],
