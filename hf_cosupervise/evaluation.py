@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from .aggregation import majority_vote
 from .config import CoSupervisedConfig
 from .levels import LevelPlan
-from .metrics import accuracy, performance_gap_recovered
+from .metrics import accuracy, mean_and_spread, performance_gap_recovered
 from .pool import PseudolabelPool
 from .teachers import Teacher, TeacherHierarchy
 from .trainer import RUN_DIR, CoSupervisedTrainer
@@ -275,22 +274,6 @@ def _merge(values: list[Any]) -> Any:
     if all(isinstance(value, list) for value in values):
         return [_merge(list(items)) for items in zip(*values, strict=True)]
     return values
-
-
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Give mean and standard deviation over seeds.
-
-    Args:
-        values (`Sequence[float]`):
-            One number per seed; NaN ones are left out.
-
-    Returns:
-        `tuple[float, float]`: mean, and sample standard deviation (0 for a single number, NaN for none).
-    """
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
-        return math.nan, math.nan
-    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
 
 
 def format_report(report: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -144,3 +146,19 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: 
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)  # closed on the right
     gaps = np.bincount(bins, weights=right - confidence, minlength=num_bins)
     return float(np.abs(gaps).sum() / labels.size)
+
+
+def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
+    """Give mean and standard deviation over seeds.
+
+    Args:
+        values (`Sequence[float]`):
+            One number per seed; `None` and NaN are left out.
+
+    Returns:
+        `tuple[float, float]`: mean, and sample standard deviation (0 for a single number, NaN for none).
+    """
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return math.nan, math.nan
+    return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0

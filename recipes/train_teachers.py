@@ -134,13 +134,14 @@ def _train_all(
 ) -> None:  # fmt: skip
     seen: set[int] = set()
     rows_of = {}
-    for number, teacher in enumerate(teachers):
+    # One order for all: a teacher sees the first labels of its scope, so that a specialist's are not all its own.
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).numpy()
+    for teacher in teachers:
         own = np.ones(len(data), dtype=bool)
         if teacher.scope is not None:
             own &= np.isin(targets, [list(labels).index(name) for name in teacher.scope])
         if teacher.domains is not None and domains is not None:
             own &= np.isin(domains, teacher.domains)
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1000 * seed + number)).numpy()
         rows_of[teacher.name] = order[own[order]][: args.teacher_num_examples]
         seen.update(rows_of[teacher.name].tolist())
     rows_of[CONTROL] = np.array(sorted(seen))

@@ -147,7 +147,7 @@ def test_processors(loaded):
 
 
 def test_timm_1_0_31_writes_num_classes_twice(folders, tmp_path):
-    # https://github.com/huggingface/pytorch-image-models: `model_args.num_classes` makes transformers' wrapper fail
+    # `model_args.num_classes`, which transformers' wrapper would hand on a second time
     shutil.copytree(folders["timm"], tmp_path / "timm")
     path = tmp_path / "timm" / "config.json"
     config = json.loads(path.read_text())

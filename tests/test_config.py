@@ -1,0 +1,199 @@
+"""The configuration: its defaults, its way through the command line and JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_cosupervise.assignment import AGREEMENT_RULES
+from hf_cosupervise.config import ASSIGNMENTS, REJECTIONS, STUDENT_TRAININGS, CoSupervisedConfig
+from hf_cosupervise.consistency import SELECTION_RULES
+
+OWN = {
+    "student_training": "probe",
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.0,
+    "lora_target_modules": [],
+    "warm_start": False,
+    "assignment": ["scope"],
+    "agreement_rule": "ce_teacher_student",
+    "agreement_min_prob": 1e-6,
+    "metadata_column": None,
+    "rounds_per_level": 1,
+    "rejection": ["top_k"],
+    "rejection_k": None,
+    "rejection_rule": "loss_rank",
+    "pseudolabels": "soft",
+    "fit_head_on_features": True,
+    "features_dir": None,
+}
+CHANGED = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 20.0,
+    "per_device_train_batch_size": 100,
+    "per_device_eval_batch_size": 64,
+    "max_grad_norm": 0.0,
+    "save_strategy": "no",
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,
+}
+
+
+def make(tmp_path: Path, **values: object) -> CoSupervisedConfig:
+    return CoSupervisedConfig(output_dir=str(tmp_path), use_cpu=True, **values)
+
+
+def parse(*words: str) -> CoSupervisedConfig:
+    (args,) = HfArgumentParser(CoSupervisedConfig).parse_args_into_dataclasses(list(words))
+    return args
+
+
+def test_defaults(tmp_path):
+    args = make(tmp_path)
+    for name, value in {**OWN, **CHANGED}.items():
+        assert getattr(args, name) == value, name
+    assert args.lr_scheduler_type == "cosine" and args.weight_decay == 0.0
+    # these are all of them: a new field needs a line here
+    parent = {item.name for item in fields(TrainingArguments)}
+    assert {item.name for item in fields(CoSupervisedConfig)} - parent == set(OWN)
+
+
+def test_everything_else_is_the_parent_s(tmp_path):
+    args, parent = make(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    on_purpose = {*CHANGED, "lr_scheduler_type", "data_seed", "dataloader_pin_memory"}
+    for item in fields(TrainingArguments):
+        if item.init and item.name not in on_purpose:
+            assert getattr(args, item.name) == getattr(parent, item.name), item.name
+
+
+def test_every_own_field_has_a_help():
+    for item in fields(CoSupervisedConfig):
+        if item.name in OWN:
+            assert len(item.metadata["help"]) > 10 and item.metadata["help"].endswith("."), item.name
+
+
+def test_the_shuffle_order_has_a_seed_of_its_own(tmp_path):
+    assert make(tmp_path).data_seed == 42
+    assert make(tmp_path, seed=7).data_seed == 7
+    assert make(tmp_path, seed=7, data_seed=0).data_seed == 0
+
+
+def test_lists_are_not_shared(tmp_path):
+    make(tmp_path).assignment.append("agreement")
+    assert make(tmp_path).assignment == ["scope"]
+
+
+def test_single_names_become_lists(tmp_path):
+    args = make(tmp_path, assignment="agreement", rejection="none", lora_target_modules="query")
+    assert (args.assignment, args.rejection, args.lora_target_modules) == (["agreement"], ["none"], ["query"])
+    args = make(tmp_path, assignment=("ensemble", "scope"), rejection=("top_k", "parent_topk"), lora_target_modules=None)
+    assert args.assignment == ["ensemble", "scope"] and args.rejection == ["top_k", "parent_topk"]
+    assert args.lora_target_modules == []
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("assignment", ASSIGNMENTS),
+        ("agreement_rule", AGREEMENT_RULES),
+        ("rejection", REJECTIONS),
+        ("rejection_rule", SELECTION_RULES),
+        ("student_training", STUDENT_TRAININGS),
+        ("pseudolabels", ("soft", "hard")),
+    ],
+)
+def test_names(name, values, tmp_path):
+    for value in values:
+        assert getattr(make(tmp_path, **{name: value}), name) in (value, [value])
+    with pytest.raises(ValueError) as error:
+        make(tmp_path, **{name: "sideways"})
+    assert str(error.value) == f"`{name}` must be one of {list(values)}, got 'sideways'."
+
+
+def test_one_unknown_name_among_several(tmp_path):
+    with pytest.raises(ValueError, match="`assignment` must be one of .*, got 'sideways'"):
+        make(tmp_path, assignment=["scope", "sideways"])
+    with pytest.raises(ValueError, match="`rejection` must be one of .*, got 'topk'"):
+        make(tmp_path, rejection=["top_k", "topk"])
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"assignment": []}, "`assignment` and `rejection` need at least one name each, got an empty list."),
+        ({"rejection": []}, "`assignment` and `rejection` need at least one name each, got an empty list."),
+        ({"rejection": ["none", "top_k"]}, "`rejection` 'none' stands alone, got ['none', 'top_k']."),
+        ({"rounds_per_level": 0}, "`rounds_per_level` must be at least 1, got 0."),
+        ({"agreement_min_prob": 0.0}, "`agreement_min_prob` must lie between 0 and 1, got 0.0."),
+        ({"agreement_min_prob": 1.0}, "`agreement_min_prob` must lie between 0 and 1, got 1.0."),
+        ({"remove_unused_columns": True}, "`remove_unused_columns` must stay False: the collator reads the raw columns."),
+    ],
+)
+def test_values_that_cannot_work(values, sentence, tmp_path):
+    with pytest.raises(ValueError) as error:
+        make(tmp_path, **values)
+    assert str(error.value) == sentence
+
+
+def test_command_line(tmp_path):
+    args = parse(
+        "--output_dir", str(tmp_path), "--use_cpu", "--assignment", "ensemble", "scope", "--rejection", "top_k", "parent_topk",
+        "--rejection_k", "2", "--lora_target_modules", "query", "value", "--metadata_column", "place", "--pseudolabels", "hard",
+        "--warm_start", "--learning_rate", "0.01", "--num_train_epochs", "1.5", "--agreement_min_prob", "1e-4",
+        "--features_dir", "somewhere", "--student_training", "lora", "--lora_r", "4", "--rounds_per_level", "3",
+    )  # fmt: skip
+    assert args.assignment == ["ensemble", "scope"] and args.rejection == ["top_k", "parent_topk"]
+    assert (args.rejection_k, args.metadata_column, args.pseudolabels) == (2, "place", "hard")
+    assert args.lora_target_modules == ["query", "value"] and args.warm_start is True
+    assert (args.learning_rate, args.num_train_epochs, args.agreement_min_prob) == (0.01, 1.5, 1e-4)
+    assert (args.features_dir, args.student_training, args.lora_r, args.rounds_per_level) == ("somewhere", "lora", 4, 3)
+
+
+def test_command_line_without_anything(tmp_path):
+    args, plain = parse("--output_dir", str(tmp_path), "--use_cpu"), make(tmp_path)
+    for name in {**OWN, **CHANGED}:
+        assert getattr(args, name) == getattr(plain, name), name
+
+
+@pytest.mark.parametrize(("words", "expected"), [(("--fit_head_on_features", "false"), False), (("--no_fit_head_on_features",), False), ((), True)])
+def test_switching_a_default_off(words, expected, tmp_path):
+    assert parse("--output_dir", str(tmp_path), "--use_cpu", *words).fit_head_on_features is expected
+
+
+def test_unknown_words_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="--asignment"):
+        parse("--output_dir", str(tmp_path), "--asignment", "scope")
+    with pytest.raises(ValueError, match="asignment"):
+        HfArgumentParser(CoSupervisedConfig).parse_dict({"output_dir": str(tmp_path), "asignment": ["scope"]})
+    with pytest.raises(TypeError, match="asignment"):
+        make(tmp_path, asignment="scope")
+
+
+def test_help_can_be_printed(capsys):
+    # a bare percent sign in a help text breaks argparse
+    with pytest.raises(SystemExit) as leave:
+        parse("--help")
+    assert leave.value.code == 0 and "--rejection_rule" in capsys.readouterr().out
+
+
+def test_dictionary_and_json_round_trip(tmp_path):
+    args = make(tmp_path, assignment=["ensemble", "scope"], rejection=["top_k", "parent_topk"], rejection_k=2, seed=3)
+    facts = args.to_dict()
+    assert facts["assignment"] == ["ensemble", "scope"] and facts["rejection_k"] == 2
+    again = CoSupervisedConfig(**{item.name: facts[item.name] for item in fields(CoSupervisedConfig) if item.init})
+    assert again.to_dict() == facts
+    assert json.loads(args.to_json_string())["rejection"] == ["top_k", "parent_topk"]
+    (parsed,) = HfArgumentParser(CoSupervisedConfig).parse_dict({"output_dir": str(tmp_path), "use_cpu": True, "rejection": "none"})
+    assert parsed.rejection == ["none"]
+
+
+def test_bfloat16_without_an_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    args = CoSupervisedConfig(output_dir=str(tmp_path), bf16=True)
+    assert args.use_cpu and args.bf16 and args.device.type == "cpu"
