@@ -186,7 +186,8 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
     """
     if not isinstance(cell, PILImage.Image):
         array = np.asarray(cell)
-        if array.ndim not in (2, 3) or array.dtype.kind not in "iu":
+        whole = array.ndim in (2, 3) and array.dtype.kind in "iu"
+        if not whole or array.size and not 0 <= array.min() <= array.max() <= 255:
             raise TypeError(
                 f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}."
             )
@@ -242,7 +243,8 @@ class InputProcessor:
         """`str`: Hash of everything that decides what the model gets to see, 16 hexadecimal digits."""
         processor = self.processing_class
         if self.is_text:
-            facts = [_tokenizer_facts(processor), self.max_length]
+            sides = [getattr(processor, "truncation_side", ""), getattr(processor, "padding_side", "")]
+            facts = [_tokenizer_facts(processor), self.max_length, *sides]
         else:
             settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
             facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .metrics import mean_and_spread
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -92,14 +94,14 @@ def plot_teacher_shares(report: Mapping[str, Any], path: str | os.PathLike[str])
 
 def _draw_methods(axes: Axes, methods: Mapping[str, np.ndarray]) -> None:
     for row, (name, values) in enumerate(methods.items()):
-        mean, spread = _mean_and_spread(values)
+        mean, spread = mean_and_spread(values.tolist())
         ours = name == "csl"
         axes.barh(row, mean, height=0.6, color=_OURS if ours else _OTHERS)
         _draw_seeds(axes, values, np.full(len(values), row), horizontal=True)
-        if spread is not None:
+        if len(values) > 1:
             axes.errorbar(mean, row, xerr=spread, color=_INK, capsize=3, linewidth=1.2)
-        text = f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
-        furthest = max(0.0, mean + (spread or 0.0), *values)
+        text = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
+        furthest = max(0.0, mean + spread, *values)
         style: dict[str, Any] = {"fontsize": 9, "weight": "bold" if ours else "normal", "va": "center"}
         axes.annotate(text, (furthest, row), (6, 0), textcoords="offset points", **style)
     axes.set_yticks(range(len(methods)), [_title(name) for name in methods])
@@ -117,8 +119,8 @@ def _draw_levels(axes: Axes, levels: Mapping[str, np.ndarray]) -> None:
     means = [values.mean() for _, values in known]
     axes.plot([row for row, _ in known], means, color=_OURS, marker="o", linewidth=1.8)
     for row, values in known:
-        mean, spread = _mean_and_spread(values)
-        if spread is not None:
+        mean, spread = mean_and_spread(values.tolist())
+        if len(values) > 1:
             axes.errorbar(row, mean, yerr=spread, color=_OURS, capsize=3, linewidth=1.8)
         _draw_seeds(axes, values, np.full(len(values), row), horizontal=False)
     axes.set_xticks(range(len(levels)), list(levels))
@@ -168,10 +170,6 @@ def _numbers(values: Any) -> np.ndarray:
     values = values if isinstance(values, list | tuple) else [values]
     numbers = np.array([np.nan if value is None else 100 * float(value) for value in values])
     return numbers[~np.isnan(numbers)]
-
-
-def _mean_and_spread(values: np.ndarray) -> tuple[float, float | None]:
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def _new_figure(width: float, height: float) -> Figure:

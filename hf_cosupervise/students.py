@@ -253,6 +253,8 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
         if processing_class is not None and not type(processing_class).__name__.startswith("TimmWrapper"):
             processing_class.save_pretrained(temporary)
         _fit_timm(temporary / "config.json")
+        if not isinstance(model, PeftModel):
+            shutil.rmtree(folder / "adapter", ignore_errors=True)  # of another student, exported here before
         _move_files(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -71,6 +71,10 @@ class Teacher:
             raise ValueError(
                 f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name`."
             )
+        if self.name.lower() == "inputs":
+            raise ValueError(
+                "A teacher's `name` must not be 'inputs', which is the pool's own. Give it another `name`."
+            )
         if self.kind not in TEACHER_KINDS:
             raise ValueError(
                 f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}."

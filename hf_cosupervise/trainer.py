@@ -8,11 +8,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalPrediction, TrainOutput, speed_metrics
 
+from . import __version__
 from .callbacks import LevelCallbackHandler, LevelHistory
+from .cards import model_card, write_card
 from .collator import ROW, DataCollatorForCoSupervision
 from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
@@ -33,6 +37,7 @@ from .losses import soft_cross_entropy
 from .metrics import accuracy
 from .pool import ORACLE_DOMAIN, PseudolabelPool, match_ids
 from .students import export_student, linear_head, load_student, prepare_student
+from .teachers import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -748,6 +753,92 @@ class CoSupervisedTrainer(Trainer):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write a model card of what is known: teachers, levels and training arguments.
+
+        Args:
+            language (`str`, *optional*):
+                Language of the model's texts.
+            license (`str`, *optional*):
+                Licence of the model; left out where it is not given.
+            tags (`str` or `list[str]`, *optional*):
+                More tags.
+            model_name (`str`, *optional*):
+                Title of the card. Defaults to the name of the output folder.
+            finetuned_from (`str`, *optional*):
+                The pre-trained student. Defaults to what the model was loaded from, where that is on the Hub.
+            tasks (`str` or `list[str]`, *optional*):
+                Not used: the pool tells the task.
+            dataset_tags (`str` or `list[str]`, *optional*):
+                Hub ids of the unlabelled data.
+            dataset (`str` or `list[str]`, *optional*):
+                Not used: the card has no measured numbers of its own.
+            dataset_args (`str` or `list[str]`, *optional*):
+                Not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "language": language,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else list(tags or []),
+            "datasets": [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or []),
+        }
+        facts = self._card_facts() | given
+        facts["name"] = model_name or facts["name"]
+        facts["base_model"] = finetuned_from or facts["base_model"]
+        write_card(model_card(facts), self.args.output_dir)
+
+    def _card_facts(self) -> dict[str, Any]:
+        """What the trainer knows of its student; folders of this machine are nobody's business."""
+        base_model = getattr(self.model.config, "_name_or_path", None)
+        defaults = CoSupervisedConfig(output_dir=self.args.output_dir, use_cpu=self.args.use_cpu)
+        values = {item.name: getattr(self.args, item.name) for item in fields(CoSupervisedConfig) if item.init}
+        return {
+            "name": Path(self.args.output_dir).name,
+            "hub_model_id": self.args.hub_model_id,
+            "modality": "text" if self.processor.is_text else "image",
+            "base_model": None if base_model is None or os.path.exists(base_model) else base_model,
+            "student_training": self.args.student_training,
+            "labels": list(self.pool.labels),
+            "num_examples": len(self.pool),
+            "has_adapter": isinstance(self.model, PeftModel),
+            "teachers": [
+                {**teacher.to_dict(), "model": None if _is_local(teacher) else teacher.model}
+                for teacher in self.pool.hierarchy.teachers
+            ],
+            "levels": [
+                {
+                    "level": record["level"],
+                    "keep_rate": record["consistency/keep_rate"],
+                    "num_kept": record["consistency/num_kept"],
+                    "teachers": {
+                        name: record[f"assignment/{name}"]
+                        for name in self.pool.source_names
+                        if f"assignment/{name}" in record
+                    },
+                }
+                for record in self.history.records
+            ],
+            "hyperparameters": {name: value for name, value in values.items() if value != getattr(defaults, name)},
+            "versions": {
+                "hf_cosupervise": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+        }
+
 
 class _LossMeter:
     """Mean loss since the last log and over all steps, summed on the device so that no step waits for it."""
@@ -774,6 +865,10 @@ class _LossMeter:
         if self.num_since:
             self.read(gather)
         return self.total / max(self.num_steps, 1)
+
+
+def _is_local(teacher: Teacher) -> bool:
+    return teacher.kind == "column" or os.path.exists(teacher.model)
 
 
 def _student_chunks(num_examples: int) -> list[slice]:

@@ -289,7 +289,11 @@ def main() -> None:
     report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)
     if PartialState().is_main_process:
         publish(
-            report, folder, seeds[0], facts, recipe_arguments_to_dict([CoSupervisedConfig(output_dir=str(folder))])
+            report,
+            folder,
+            seeds[0],
+            facts,
+            recipe_arguments_to_dict([CoSupervisedConfig(output_dir=str(folder), use_cpu=config.use_cpu)]),
         )
         say(f"\n{format_report(report)}\n\nStudent, report.json, figures and model card: {folder}")
 

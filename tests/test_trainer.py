@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -161,6 +162,17 @@ def test_every_student_learns_what_it_should_and_loads_without_us(
         with torch.no_grad():
             logits = again(batch["pixel_values"])
         torch.testing.assert_close(torch.log_softmax(logits, dim=1), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_a_card_of_what_is_known(tmp_path, tiny_vit, tiny_image_dataset):
+    trainer = CoSupervisedTrainer(tiny_vit, make_args(tmp_path), pool=make_pool(tiny_image_dataset))
+    trainer.train()
+    trainer.create_model_card(tags="animals")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"co-supervised-learning", "animals"} <= set(card.data.tags) and card.data.pipeline_tag == "image-classification"
+    assert card.data.license is None and card.data.base_model is None  # unknown, so not said
+    text = card.text
+    assert "| cat, dog |" in text and "| `max_steps` | `6` |" in text and str(tmp_path) not in text
 
 
 def test_the_pool_does_not_change_while_a_student_is_trained(tmp_path, tiny_vit, tiny_image_dataset):
