@@ -51,15 +51,20 @@ class LevelCallbackHandler(CallbackHandler):
         Returns:
             `TrainerControl`
         """
-        everyone: list[TrainerCallback] = self.callbacks  # type: ignore[has-type]
+        # A copy: a callback may add or remove others meanwhile.
+        for callback in [callback for callback in self.callbacks if self._concerns(event, callback)]:
+            result = getattr(callback, event)(
+                args, state, control, model=self.model, processing_class=self.processing_class,
+                optimizer=self.optimizer, lr_scheduler=self.lr_scheduler, train_dataloader=self.train_dataloader,
+                eval_dataloader=self.eval_dataloader, **kwargs,
+            )  # fmt: skip
+            control = control if result is None else result
+        return control
+
+    def _concerns(self, event: str, callback: TrainerCallback) -> bool:
         if event in ("on_train_begin", "on_train_end"):
-            self.callbacks = [cb for cb in everyone if _draws_bars(cb) == self.in_level]
-        elif event in ("on_level_begin", "on_level_end"):
-            self.callbacks = [cb for cb in everyone if hasattr(cb, event)]
-        try:
-            return super().call_event(event, args, state, control, **kwargs)
-        finally:
-            self.callbacks = everyone
+            return _draws_bars(callback) == self.in_level
+        return hasattr(callback, event)  # the events of levels are ours: most callbacks do not know them
 
 
 def _draws_bars(callback: TrainerCallback) -> bool:

@@ -134,7 +134,8 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
     args = copy.copy(args)
     if method in ("csl", *OTHER_METHODS[1:]):
         if method != "csl":
-            args.assignment = [args.assignment[0] if args.assignment == ["ensemble"] else method]
+            root = "ensemble" if args.assignment[0] == "ensemble" else method
+            args.assignment = [root, *[method] * (num_levels - 1)]
         args.output_dir = args.output_dir if method == "csl" else _method_dir(args, method)
         return args
     args.output_dir = _method_dir(args, method)

@@ -281,6 +281,10 @@ class PseudolabelPool:
             ValueError: If shapes, ids or probabilities do not fit.
         """
         k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
+        if np.asarray(ids).dtype.kind not in "iuU" and len(ids):
+            raise ValueError(f"`ids` must be integers or strings, got {ids[0]!r}. Number the examples.")
+        if inputs is not None and len(inputs) != len(ids):
+            raise ValueError(f"`inputs` must hold one row for each of the {len(ids)} ids, got {len(inputs)}.")
         teachers = {}
         for name, probs in predictions.items():
             if np.shape(probs) != (len(ids), hierarchy.num_labels):

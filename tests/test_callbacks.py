@@ -83,7 +83,10 @@ class Bar(ProgressCallback):
 
 @pytest.fixture()
 def handler() -> LevelCallbackHandler:
-    plain = CallbackHandler([DefaultFlowCallback(), Tracker(), LevelTracker(), Bar()], "model", "processor", "optimizer", "schedule")
+    plain = CallbackHandler(
+        [DefaultFlowCallback(), Tracker(), LevelTracker(), Bar()], "model", "processor", "optimizer", "schedule"
+    )
+    plain.eval_dataloader = "loader"
     return LevelCallbackHandler(plain)
 
 
@@ -92,9 +95,8 @@ def tell(handler: LevelCallbackHandler, event: str, **kwargs: object) -> Trainer
 
 
 def test_everything_is_taken_over(handler):
-    assert (handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler) == (
-        "model", "processor", "optimizer", "schedule",
-    )  # fmt: skip
+    found = handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler, handler.eval_dataloader
+    assert found == ("model", "processor", "optimizer", "schedule", "loader")
     assert [type(callback) for callback in handler.callbacks] == [DefaultFlowCallback, Tracker, LevelTracker, Bar]
 
 
@@ -160,14 +162,19 @@ def test_callbacks_may_add_and_remove_callbacks(event, handler):
     class Changing(LevelTracker):
         pass
 
-    setattr(Changing, event, lambda self, *args, **kwargs: (handler.add_callback(Late()), handler.remove_callback(Tracker)) and None)
-
     class Late(TrainerCallback):
         pass
 
+    def change(self: object, *args: object, **kwargs: object) -> None:
+        handler.add_callback(Late())
+        handler.remove_callback(Tracker)
+
+    setattr(Changing, event, change)
+
     handler.add_callback(Changing())
     tell(handler, event, plan=LevelPlan(0, 0, np.zeros(1), np.zeros(1), np.ones(1, dtype=bool), {}))
-    assert [type(callback) for callback in handler.callbacks] == [DefaultFlowCallback, LevelTracker, Bar, Changing, Late]
+    kinds = [type(callback) for callback in handler.callbacks]
+    assert kinds == [DefaultFlowCallback, LevelTracker, Bar, Changing, Late]
 
 
 @pytest.mark.parametrize("event", ["on_train_begin", "on_level_end", "on_log"])
@@ -192,10 +199,16 @@ def small_pool(tiny_image_dataset: Dataset, tiny_labels: tuple[str, ...]) -> Pse
     truth = np.eye(4)[tiny_image_dataset["label"]]
     hierarchy = TeacherHierarchy(
         tiny_labels,
-        [Teacher("t/root"), Teacher("t/low", level=1, scope=["ant", "bee"]), Teacher("t/high", level=1, scope=["cat", "dog"])],
+        [
+            Teacher("t/root"),
+            Teacher("t/low", level=1, scope=["ant", "bee"]),
+            Teacher("t/high", level=1, scope=["cat", "dog"]),
+        ],
     )
     predictions = {"root": 0.75 * truth + 0.0625, "low": truth, "high": 0.5 * truth + 0.125}
-    return PseudolabelPool.from_predictions(hierarchy, range(48), predictions, inputs=tiny_image_dataset.select_columns(["image"]))
+    return PseudolabelPool.from_predictions(
+        hierarchy, range(48), predictions, inputs=tiny_image_dataset.select_columns(["image"])
+    )
 
 
 @pytest.mark.parametrize("on_features", [True, False])

@@ -41,14 +41,18 @@ def test_rows_come_before_labels(text_processor):
 
 
 def test_evaluation_set(text_processor):
-    batch = DataCollatorForCoSupervision(text_processor, "text", look_up)([{"text": "a", "labels": 2}, {"text": "b", "labels": np.int64(0)}])
+    batch = DataCollatorForCoSupervision(text_processor, "text", look_up)(
+        [{"text": "a", "labels": 2}, {"text": "b", "labels": np.int64(0)}]
+    )
     assert batch["labels"].tolist() == [2, 0] and batch["labels"].dtype == torch.long
     assert "target_probs" not in batch
 
 
 def test_inputs_only(text_processor):
     # an unlabelled example, or rows of the pool before any level has begun
-    assert set(DataCollatorForCoSupervision(text_processor, "text")([{"text": "a", ROW: 1}])) == set(text_processor.input_names)
+    assert set(DataCollatorForCoSupervision(text_processor, "text")([{"text": "a", ROW: 1}])) == set(
+        text_processor.input_names
+    )
     batch = DataCollatorForCoSupervision(text_processor, "text", look_up)([{"text": "a", "label": 1, "other": "x"}])
     assert set(batch) == set(text_processor.input_names)
 
@@ -66,7 +70,9 @@ def test_images_and_the_pool_itself(tiny_vit, tiny_image_dataset):
     batch = collator([dataset[row] for row in order])
     assert batch["pixel_values"].shape == (3, 3, 8, 8)
     assert batch["target_probs"].tolist() == probs[order].tolist()
-    assert torch.equal(batch["pixel_values"], collator.processor(tiny_image_dataset.select(order)["image"])["pixel_values"])
+    assert torch.equal(
+        batch["pixel_values"], collator.processor(tiny_image_dataset.select(order)["image"])["pixel_values"]
+    )
 
 
 def test_missing_column(text_processor):
@@ -76,6 +82,8 @@ def test_missing_column(text_processor):
 
 def test_dataset_rows_as_the_loader_gives_them(text_processor):
     dataset = Dataset.from_dict({"text": ["barks", "hums"], ROW: [4, 2]})
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=DataCollatorForCoSupervision(text_processor, "text", look_up))
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=2, collate_fn=DataCollatorForCoSupervision(text_processor, "text", look_up)
+    )
     (batch,) = loader
     torch.testing.assert_close(batch["target_probs"], torch.tensor([[0.4, 0.6], [0.2, 0.8]]))

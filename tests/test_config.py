@@ -92,7 +92,9 @@ def test_lists_are_not_shared(tmp_path):
 def test_single_names_become_lists(tmp_path):
     args = make(tmp_path, assignment="agreement", rejection="none", lora_target_modules="query")
     assert (args.assignment, args.rejection, args.lora_target_modules) == (["agreement"], ["none"], ["query"])
-    args = make(tmp_path, assignment=("ensemble", "scope"), rejection=("top_k", "parent_topk"), lora_target_modules=None)
+    args = make(
+        tmp_path, assignment=("ensemble", "scope"), rejection=("top_k", "parent_topk"), lora_target_modules=None
+    )
     assert args.assignment == ["ensemble", "scope"] and args.rejection == ["top_k", "parent_topk"]
     assert args.lora_target_modules == []
 
@@ -132,7 +134,10 @@ def test_one_unknown_name_among_several(tmp_path):
         ({"rounds_per_level": 0}, "`rounds_per_level` must be at least 1, got 0."),
         ({"agreement_min_prob": 0.0}, "`agreement_min_prob` must lie between 0 and 1, got 0.0."),
         ({"agreement_min_prob": 1.0}, "`agreement_min_prob` must lie between 0 and 1, got 1.0."),
-        ({"remove_unused_columns": True}, "`remove_unused_columns` must stay False: the collator reads the raw columns."),
+        (
+            {"remove_unused_columns": True},
+            "`remove_unused_columns` must stay False: the collator reads the raw columns.",
+        ),
     ],
 )
 def test_values_that_cannot_work(values, sentence, tmp_path):
@@ -143,16 +148,50 @@ def test_values_that_cannot_work(values, sentence, tmp_path):
 
 def test_command_line(tmp_path):
     args = parse(
-        "--output_dir", str(tmp_path), "--use_cpu", "--assignment", "ensemble", "scope", "--rejection", "top_k", "parent_topk",
-        "--rejection_k", "2", "--lora_target_modules", "query", "value", "--metadata_column", "place", "--pseudolabels", "hard",
-        "--warm_start", "--learning_rate", "0.01", "--num_train_epochs", "1.5", "--agreement_min_prob", "1e-4",
-        "--features_dir", "somewhere", "--student_training", "lora", "--lora_r", "4", "--rounds_per_level", "3",
-    )  # fmt: skip
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--assignment",
+        "ensemble",
+        "scope",
+        "--rejection",
+        "top_k",
+        "parent_topk",
+        "--rejection_k",
+        "2",
+        "--lora_target_modules",
+        "query",
+        "value",
+        "--metadata_column",
+        "place",
+        "--pseudolabels",
+        "hard",
+        "--warm_start",
+        "--learning_rate",
+        "0.01",
+        "--num_train_epochs",
+        "1.5",
+        "--agreement_min_prob",
+        "1e-4",
+        "--features_dir",
+        "somewhere",
+        "--student_training",
+        "lora",
+        "--lora_r",
+        "4",
+        "--rounds_per_level",
+        "3",
+    )
     assert args.assignment == ["ensemble", "scope"] and args.rejection == ["top_k", "parent_topk"]
     assert (args.rejection_k, args.metadata_column, args.pseudolabels) == (2, "place", "hard")
     assert args.lora_target_modules == ["query", "value"] and args.warm_start is True
     assert (args.learning_rate, args.num_train_epochs, args.agreement_min_prob) == (0.01, 1.5, 1e-4)
-    assert (args.features_dir, args.student_training, args.lora_r, args.rounds_per_level) == ("somewhere", "lora", 4, 3)
+    assert (args.features_dir, args.student_training, args.lora_r, args.rounds_per_level) == (
+        "somewhere",
+        "lora",
+        4,
+        3,
+    )
 
 
 def test_command_line_without_anything(tmp_path):
@@ -161,7 +200,10 @@ def test_command_line_without_anything(tmp_path):
         assert getattr(args, name) == getattr(plain, name), name
 
 
-@pytest.mark.parametrize(("words", "expected"), [(("--fit_head_on_features", "false"), False), (("--no_fit_head_on_features",), False), ((), True)])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(("--fit_head_on_features", "false"), False), (("--no_fit_head_on_features",), False), ((), True)],
+)
 def test_switching_a_default_off(words, expected, tmp_path):
     assert parse("--output_dir", str(tmp_path), "--use_cpu", *words).fit_head_on_features is expected
 
@@ -189,7 +231,9 @@ def test_dictionary_and_json_round_trip(tmp_path):
     again = CoSupervisedConfig(**{item.name: facts[item.name] for item in fields(CoSupervisedConfig) if item.init})
     assert again.to_dict() == facts
     assert json.loads(args.to_json_string())["rejection"] == ["top_k", "parent_topk"]
-    (parsed,) = HfArgumentParser(CoSupervisedConfig).parse_dict({"output_dir": str(tmp_path), "use_cpu": True, "rejection": "none"})
+    (parsed,) = HfArgumentParser(CoSupervisedConfig).parse_dict(
+        {"output_dir": str(tmp_path), "use_cpu": True, "rejection": "none"}
+    )
     assert parsed.rejection == ["none"]
 
 

@@ -26,6 +26,7 @@ from hf_cosupervise.evaluation import (
     teacher_accuracies,
     weak_accuracy,
 )
+from hf_cosupervise.levels import level_assignment
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.students import load_student
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
@@ -63,7 +64,7 @@ def test_weak_accuracy(pool):
     assert weak_accuracy(pool) == 0.5
     assert weak_accuracy(pool.select([0, 2])) == 1.0
     # a root of several teachers is the mean of their probabilities:
-    # a+c tie, the lowest label a; b+half of b; a+c tie, so a instead of c; nobody, which is wrong though the truth is label 0
+    # a and c tie, the lowest label is a; b; a and c tie, so a instead of c; nobody, which is wrong though a is true
     several = TeacherHierarchy(pool.labels, [Teacher("t/ab"), Teacher("t/c"), Teacher("t/root", level=1)])
     assert weak_accuracy(pool.with_hierarchy(several)) == 0.5
 
@@ -83,7 +84,9 @@ def test_measuring_needs_ground_truth(pool):
 
 def test_pools(pool):
     generalist = method_pool(pool, "generalist")
-    assert generalist.hierarchy.names == ("root",) and generalist.decode("root").tolist() == pool.decode("root").tolist()
+    assert (
+        generalist.hierarchy.names == ("root",) and generalist.decode("root").tolist() == pool.decode("root").tolist()
+    )
     ensemble = method_pool(pool, "ensemble")
     assert ensemble.hierarchy.names == ("root", "ab", "c") and ensemble.hierarchy.num_levels == 1
     assert ensemble.source_names[-1] == "ensemble-0"
@@ -126,7 +129,9 @@ def test_unknown_method(pool):
 
 @pytest.fixture()
 def args(tmp_path: Path) -> CoSupervisedConfig:
-    return CoSupervisedConfig(output_dir=str(tmp_path / "run"), use_cpu=True, assignment="agreement", num_train_epochs=4.0, seed=5)
+    return CoSupervisedConfig(
+        output_dir=str(tmp_path / "run"), use_cpu=True, assignment="agreement", num_train_epochs=4.0, seed=5
+    )
 
 
 def test_arguments(args, tmp_path):
@@ -141,7 +146,8 @@ def test_arguments(args, tmp_path):
         assert own.output_dir == str(tmp_path / "run" / "_run" / "methods" / method)
     for method in ("oracle_scope", "oracle_domain", "oracle_loss"):
         own = method_arguments(args, method, 3)
-        assert own.assignment == [method] and own.output_dir.endswith(f"/_run/methods/{method}")
+        # the root of one teacher has nothing to assign
+        assert own.assignment[1:] == [method] * 2 and own.output_dir.endswith(f"/_run/methods/{method}")
         assert own.rejection == args.rejection
     assert args.to_dict() == before  # nothing of the caller's changes
 
@@ -159,6 +165,15 @@ def test_warm_start_gives_every_method_as_many_steps(num_levels, rounds, scale, 
     assert method_arguments(args, "ceiling", num_levels).max_steps == 10 * scale
     args.warm_start = False
     assert method_arguments(args, "ceiling", num_levels).max_steps == 10
+
+
+@pytest.mark.parametrize("assignment", [["agreement"], ["ensemble"], ["scope", "agreement", "ensemble"]])
+def test_oracles_are_oracles_below_the_root(assignment, args):
+    # whatever co-supervision itself does there
+    args.assignment = assignment
+    own = method_arguments(args, "oracle_loss", 3)
+    assert [level_assignment(own, level) for level in (1, 2)] == ["oracle_loss"] * 2
+    assert args.assignment == assignment
 
 
 def test_oracles_leave_a_root_of_several_its_ensemble(args):
@@ -180,7 +195,14 @@ def report(csl: float, share: dict[str, float], pgr: float) -> dict[str, object]
         },
         "levels": [
             {"level": 0, "keep_rate": 1.0, "teachers": {"root": 1.0}, "accuracy": 0.6, "pgr": 0.25},
-            {"level": 1, "keep_rate": 0.875, "teachers": share, "assignment_agreement": 0.75, "accuracy": csl, "pgr": pgr},
+            {
+                "level": 1,
+                "keep_rate": 0.875,
+                "teachers": share,
+                "assignment_agreement": 0.75,
+                "accuracy": csl,
+                "pgr": pgr,
+            },
         ],
     }
 
@@ -294,7 +316,11 @@ def task_pool(tiny_image_dataset: Dataset, tiny_labels: tuple[str, ...]) -> Pseu
     }
     hierarchy = TeacherHierarchy(
         tiny_labels,
-        [Teacher("t/root"), Teacher("t/low", level=1, scope=["ant", "bee"]), Teacher("t/high", level=1, scope=["cat", "dog"])],
+        [
+            Teacher("t/root"),
+            Teacher("t/low", level=1, scope=["ant", "bee"]),
+            Teacher("t/high", level=1, scope=["cat", "dog"]),
+        ],
     )
     predictions = {name: 0.75 * np.eye(4)[labels] + 0.0625 for name, labels in guesses.items()}
     inputs = tiny_image_dataset.rename_column("label", "oracle_label")
@@ -304,7 +330,7 @@ def task_pool(tiny_image_dataset: Dataset, tiny_labels: tuple[str, ...]) -> Pseu
 def small_args(folder: Path, **values: object) -> CoSupervisedConfig:
     return CoSupervisedConfig(
         output_dir=str(folder), use_cpu=True, num_train_epochs=3, per_device_train_batch_size=16, learning_rate=0.05,
-        disable_tqdm=True, features_dir=str(folder.parent / "features"), **values,
+        disable_tqdm=True, features_dir=str(folder.parent / "features"), seed=1, rejection_k=2, **values,
     )  # fmt: skip
 
 
@@ -313,9 +339,18 @@ def compared(task_pool, tiny_vit, tiny_image_dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "run"
     methods = (*METHODS, "majority_vote", "oracle_scope", "oracle_loss")
     control = method_pool(task_pool, "ceiling")
-    return (*compare_methods(
-        tiny_vit, small_args(folder), task_pool, tiny_image_dataset, weak=0.25, methods=methods, extra_pools={"again": control}
-    ), folder)  # fmt: skip
+    return (
+        *compare_methods(
+            tiny_vit,
+            small_args(folder),
+            task_pool,
+            tiny_image_dataset,
+            weak=0.25,
+            methods=methods,
+            extra_pools={"again": control},
+        ),
+        folder,
+    )
 
 
 def test_report_of_all_methods(compared):
@@ -333,10 +368,11 @@ def test_report_of_all_methods(compared):
     levels = found["levels"]
     assert [level["level"] for level in levels] == [0, 1]
     assert levels[-1]["accuracy"] == accuracies["csl"] and levels[-1]["pgr"] == found["methods"]["csl"]["pgr"]
+    assert levels[0]["accuracy"] != levels[1]["accuracy"]  # each level's own student was measured
     assert levels[0]["accuracy"] == accuracies["generalist"]  # level 0 of co-supervision is the generalist alone
     assert levels[0]["teachers"] == {"root": 1.0} and levels[0]["keep_rate"] == 1.0
     assert sum(levels[1]["teachers"].values()) == pytest.approx(1.0) and set(levels[1]["teachers"]) == {"low", "high"}
-    assert 0 < levels[1]["keep_rate"] <= 1 and 0 < levels[1]["assignment_agreement"] <= 1
+    assert 0 < levels[1]["keep_rate"] < 1 and 0 < levels[1]["assignment_agreement"] <= 1
     assert 0 <= levels[1]["oracle_selection_precision"] <= 1
     json.dumps(found)
     assert "csl" in format_report(merge_reports([found, found], [0, 1]))
@@ -381,7 +417,7 @@ def test_order_of_methods_does_not_matter(compared, task_pool, tiny_vit, tiny_im
 
 def test_every_method_gets_a_copy_of_a_model(task_pool, tiny_vit, tiny_labels, tiny_image_dataset, compared, tmp_path):
     found, _, _ = compared
-    model, processor = load_student(tiny_vit, tiny_labels, seed=42)
+    model, processor = load_student(tiny_vit, tiny_labels, seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     again, trainer = compare_methods(
         model, small_args(tmp_path / "run"), task_pool, tiny_image_dataset, weak=0.25, methods=("ceiling", "csl"),
@@ -393,7 +429,9 @@ def test_every_method_gets_a_copy_of_a_model(task_pool, tiny_vit, tiny_labels, t
         assert numbers == found["methods"][name], name
 
 
-@pytest.mark.parametrize(("methods", "missing"), [(("csl",), ["ceiling"]), (("ceiling", "ensemble"), ["csl"]), ((), ["ceiling", "csl"])])
+@pytest.mark.parametrize(
+    ("methods", "missing"), [(("csl",), ["ceiling"]), (("ceiling", "ensemble"), ["csl"]), ((), ["ceiling", "csl"])]
+)
 def test_a_gap_needs_both_ends(methods, missing, task_pool, tiny_vit, tiny_image_dataset, tmp_path):
     with pytest.raises(ValueError) as error:
         compare_methods(tiny_vit, small_args(tmp_path), task_pool, tiny_image_dataset, weak=0.25, methods=methods)
@@ -405,5 +443,12 @@ def test_a_gap_needs_both_ends(methods, missing, task_pool, tiny_vit, tiny_image
 
 def test_unknown_methods_are_refused_before_any_training(task_pool, tiny_vit, tiny_image_dataset, tmp_path):
     with pytest.raises(ValueError, match="got 'magic'"):
-        compare_methods(tiny_vit, small_args(tmp_path), task_pool, tiny_image_dataset, weak=0.25, methods=("csl", "ceiling", "magic"))
+        compare_methods(
+            tiny_vit,
+            small_args(tmp_path),
+            task_pool,
+            tiny_image_dataset,
+            weak=0.25,
+            methods=("csl", "ceiling", "magic"),
+        )
     assert not list(tmp_path.iterdir())

@@ -276,7 +276,7 @@ def test_files_hold_no_pickles(vit, tiny_image_dataset):
     store = vit.store()
     store.features(tiny_image_dataset, "image", disable_tqdm=True)
     files = left_over(store.folder)
-    assert len(files) == 2 and all(name.endswith((".npy")) for name in files)
+    assert len(files) == 2 and all(name.endswith(".npy") for name in files)
     for name in files:
         np.load(store.folder / name, allow_pickle=False)
 

@@ -79,9 +79,15 @@ def test_same_weights_as_autograd(bias, optimizer, sizes, max_grad_norm, data):
     expected = fit_by_autograd(plain, features, targets, steps, first, make_scheduler(first, 30), max_grad_norm)
     told: list[tuple[float, float | None]] = []
     fit_linear_head(
-        fast, features, lambda rows: targets[rows], steps, second, make_scheduler(second, 30), max_grad_norm=max_grad_norm,
+        fast,
+        features,
+        lambda rows: targets[rows],
+        steps,
+        second,
+        make_scheduler(second, 30),
+        max_grad_norm=max_grad_norm,
         on_step=lambda loss, norm: told.append((float(loss), norm)),
-    )  # fmt: skip
+    )
     torch.testing.assert_close(fast.weight, plain.weight, rtol=0, atol=1e-6 if optimizer != "sgd" else 5e-6)
     if bias:
         torch.testing.assert_close(fast.bias, plain.bias, rtol=0, atol=1e-6 if optimizer != "sgd" else 5e-6)

@@ -47,7 +47,10 @@ def test_find_input_column(dataset, expected):
 
 @pytest.mark.parametrize(
     ("dataset", "found"),
-    [(columns(a=Value("string"), b=Value("int64")), "none among ['a', 'b']"), (columns(left=Image(), right=Image()), "['left', 'right'] among ['left', 'right']")],
+    [
+        (columns(a=Value("string"), b=Value("int64")), "none among ['a', 'b']"),
+        (columns(left=Image(), right=Image()), "['left', 'right'] among ['left', 'right']"),
+    ],
 )
 def test_no_column_can_be_meant(dataset, found):
     with pytest.raises(ValueError) as error:
@@ -66,17 +69,23 @@ def test_wrong_column():
 
 def test_streams_without_declared_columns():
     # a generator tells its columns only by its features, if at all
-    stream = IterableDataset.from_generator(lambda: iter([{"text": "a"}]), features=Features({"text": Value("string")}))
+    stream = IterableDataset.from_generator(
+        lambda: iter([{"text": "a"}]), features=Features({"text": Value("string")})
+    )
     assert find_input_column(stream) == "text"
 
 
 def test_is_text_column():
-    dataset = columns(a=Value("string"), b=Value("large_string"), c=Value("int64"), d=Image(), e=ClassLabel(names=["x"]))
+    dataset = columns(
+        a=Value("string"), b=Value("large_string"), c=Value("int64"), d=Image(), e=ClassLabel(names=["x"])
+    )
     assert [is_text_column(dataset, name) for name in "abcde"] == [True, True, False, False, False]
 
 
 def test_find_label_column():
-    assert find_label_column(columns(oracle_label=Value("int64"), labels=Value("int64"), label=Value("int64"))) == "label"
+    assert (
+        find_label_column(columns(oracle_label=Value("int64"), labels=Value("int64"), label=Value("int64"))) == "label"
+    )
     assert find_label_column(columns(oracle_label=Value("int64"), labels=Value("int64"))) == "labels"
     assert find_label_column(columns(oracle_label=Value("int64"))) == "oracle_label"
     with pytest.raises(ValueError) as error:
@@ -166,7 +175,8 @@ def test_a_file_and_its_bytes_have_one_key(tmp_path):
 
 def test_other_kinds_of_cells():
     arrays = Dataset.from_dict(
-        {"img": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3).tolist()}, features=Features({"img": Array3D((2, 2, 3), "uint8")})
+        {"img": np.arange(24, dtype=np.uint8).reshape(2, 2, 2, 3).tolist()},
+        features=Features({"img": Array3D((2, 2, 3), "uint8")}),
     )
     first, second = cell_digests(arrays, "img")
     assert first != second and cell_digests(arrays.select([1, 0]), "img") == [second, first]
@@ -189,7 +199,9 @@ def test_to_pil():
     assert to_pil(PILImage.new("RGBA", (2, 2)), "RGB").mode == "RGB"
 
 
-@pytest.mark.parametrize("cell", ["a text", np.zeros((2, 2)), np.zeros(3, dtype=np.uint8), np.zeros((1, 2, 2, 3), dtype=np.uint8), None])
+@pytest.mark.parametrize(
+    "cell", ["a text", np.zeros((2, 2)), np.zeros(3, dtype=np.uint8), np.zeros((1, 2, 2, 3), dtype=np.uint8), None]
+)
 def test_what_is_no_image(cell):
     with pytest.raises(TypeError, match="An image cell must be a PIL image or an array of 8-bit pixels, got"):
         to_pil(cell)
@@ -284,7 +296,12 @@ def test_fingerprints(tokenizer, image_processor, tiny_bert, tiny_vit, tiny_timm
         changed = copy.deepcopy(tokenizer)
         setattr(changed, name, value)
         processors.append(InputProcessor(changed))
-    for name, value in (("size", {"height": 9, "width": 9}), ("image_mean", [0.1] * 3), ("do_normalize", False), ("resample", 0)):
+    for name, value in (
+        ("size", {"height": 9, "width": 9}),
+        ("image_mean", [0.1] * 3),
+        ("do_normalize", False),
+        ("resample", 0),
+    ):
         changed = copy.deepcopy(image_processor)
         setattr(changed, name, value)
         processors.append(InputProcessor(changed))

@@ -1,4 +1,4 @@
-"""Whole hierarchies through `plan_level`, row by row against `slow_method.py`; then chunks, processes, numbers, errors.
+"""Whole hierarchies through `plan_level` against `slow_method.py`, row by row; then chunks, processes, errors.
 
 Probabilities are multiples of 1/16: exact in half precision, so that what the pool stores is what was drawn, and a tie
 is a tie on both sides. The student's logarithms come from a table, so that equal probabilities have equal logarithms.
@@ -26,7 +26,7 @@ from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
 DOMAINS = ("day", "dusk", "night")
-LOGS = np.log(np.maximum(np.arange(17), 0) / 16, where=np.arange(17) > 0, out=np.full(17, -np.inf)).astype(np.float32)
+LOGS = np.array([-np.inf, *np.log(np.arange(1, 17) / 16)], dtype=np.float32)
 ASSIGNMENTS = (
     "scope",
     *(f"agreement:{rule}" for rule in AGREEMENT_RULES),
@@ -45,9 +45,12 @@ REJECTIONS = {
     "parent_confident": (["parent_confident"], "loss_rank", "none", ("parent_confident",)),
     "top_k+parent_topk": (["top_k", "parent_topk"], "loss_rank", "loss_rank", ("parent_topk",)),
     "everything": (
-        ["parent_confident", "top_k", "parent_topk"], "agreement_set", "agreement_set", ("parent_topk", "parent_confident"),
+        ["parent_confident", "top_k", "parent_topk"],
+        "agreement_set",
+        "agreement_set",
+        ("parent_topk", "parent_confident"),
     ),
-}  # fmt: skip
+}
 CASES = [
     (num_labels, num_teachers, seed) for num_labels in (2, 3, 5) for num_teachers in (1, 2, 3) for seed in range(3)
 ]
@@ -190,9 +193,7 @@ def expected_level(
     version then goes on with the one that was found.
     """
     try:
-        if not assignment.startswith("agreement:"):
-            found = slow_level(tree, level, assignment, parent, *options)
-        elif plan is None:
+        if not assignment.startswith("agreement:") or plan is None:
             found = slow_level(tree, level, assignment, parent, *options)
         else:
             size, chosen = len(tree.scopes[level]), plan.assigned_teacher - tree.offsets[level]
@@ -267,8 +268,8 @@ def test_whole_hierarchies(assignment, rejection, base_args):
 @pytest.mark.parametrize("assignment", ["scope", "metadata", "oracle_scope"])
 @pytest.mark.parametrize("rejection", ["loss_rank", "top_k+parent_topk"])
 def test_pool_that_stores_fewer_labels_than_there_are(assignment, rejection, base_args):
-    # The slow version sees what its own storage gives back. What was not stored is a third of a sixteenth and no longer
-    # exact, so nothing here compares one teacher's probability with another's.
+    # The slow version sees what its own storage gives back. What was not stored is a third of a sixteenth and no
+    # longer exact, so nothing here compares one teacher's probability with another's.
     num_compared = 0
     for seed in range(6):
         tree = copy.copy(draw_tree(5, 3, seed, pool_k=2))
@@ -529,7 +530,7 @@ def test_nothing_agrees(rule, base_args):
         plan_level(pool, 1, args, np.array([0, 0, -1]), chunks)
     assert str(error.value) == (
         "Level 1 must keep at least one example, got none of 2: student and teachers never agree under `rejection` "
-        "['top_k']. Use 'none' or a larger `rejection_k`, or look at the teachers."
+        "['top_k']. Use 'none', a larger `rejection_k`, or better teachers."
     )
 
 
@@ -545,6 +546,18 @@ def test_nothing_passes_the_parent(base_args):
         plan_level(pool, 1, args, np.zeros(1, dtype=int), chunks)
     # where nobody above has spoken there is nothing to contradict
     assert plan_level(pool, 1, args, np.full(1, -1), chunks).keep_mask.tolist() == [True]
+
+
+def test_diverged_student(small_pool, base_args):
+    # NaN compares as False everywhere: without a word every row would go to some teacher
+    log_probs = log_probs_of(SMALL_STUDENT)
+    log_probs[4, 1] = math.nan
+    with pytest.raises(ValueError) as error:
+        plan_level(small_pool, 1, change(base_args, assignment=["scope"]), np.full(6, 0), cut(log_probs, (3,)))
+    assert str(error.value) == (
+        "The student's predictions must be numbers, got NaN in rows 3..5 before level 1: its training diverged. "
+        "Lower `learning_rate`, or set `max_grad_norm`."
+    )
 
 
 def test_below_the_root_a_student_is_needed(small_pool, base_args):

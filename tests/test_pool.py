@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,8 @@ def test_missing_column(pool, hierarchy):
     with pytest.raises(ValueError) as error:
         pool.column("weather")
     assert str(error.value) == (
-        "The pool's inputs must have a column 'weather', got ['id', 'text', 'oracle_label']. Build the pool from data with it."
+        "The pool's inputs must have a column 'weather', got ['id', 'text', 'oracle_label']. "
+        "Build the pool from data with it."
     )
     bare = PseudolabelPool(hierarchy, pool.teachers)
     assert bare.oracle_labels is None
@@ -209,16 +211,21 @@ def test_nothing_but_the_pool_is_written(pool, tmp_path):
     files = sorted(
         str(path.relative_to(tmp_path / "pool")) for path in (tmp_path / "pool").rglob("*") if path.is_file()
     )
-    assert [name for name in files if name != "README.md"] == [
-        "inputs/data.arrow", "pool.json", "teachers/left/data.arrow", "teachers/right/data.arrow", "teachers/root/data.arrow",
-    ]  # fmt: skip
+    assert files == [
+        "README.md",
+        "inputs/data.arrow",
+        "pool.json",
+        "teachers/left/data.arrow",
+        "teachers/right/data.arrow",
+        "teachers/root/data.arrow",
+    ]
 
 
 def test_loaded_pools_are_mapped_not_read(hierarchy, tmp_path):
     # more rows than one chunk of a writer or of the check
     num_examples = 20_000
     probs = random_rows(num_examples, 3)
-    predictions = {name: probs for name in hierarchy.names}
+    predictions = dict.fromkeys(hierarchy.names, probs)
     PseudolabelPool.from_predictions(hierarchy, range(num_examples), predictions).save(tmp_path / "pool")
     allocated = pa.total_allocated_bytes()
     pool = PseudolabelPool.load(tmp_path / "pool")
@@ -284,10 +291,14 @@ def test_killed_while_writing_leaves_nothing(pool, tmp_path, monkeypatch):
 
 def test_killed_for_good_leaves_no_pool(pool, tmp_path, monkeypatch):
     # a process that is killed cleans nothing up: what it left must not be taken for a pool
-    def die(source: object, target: object) -> None:
-        raise KeyboardInterrupt
+    replace = os.replace
 
-    monkeypatch.setattr(pool_module.os, "replace", die)
+    def die_at_the_last_move(source: Path, target: Path) -> None:
+        if target == tmp_path / "pool":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(pool_module.os, "replace", die_at_the_last_move)
     monkeypatch.setattr(pool_module.shutil, "rmtree", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
         pool.save(tmp_path / "pool")
@@ -505,8 +516,8 @@ def test_missing_teacher_and_level(hierarchy):
     with pytest.raises(ValueError) as error:
         PseudolabelPool.from_predictions(hierarchy, range(4), {"root": ROOT})
     assert str(error.value) == (
-        "The pool must hold pseudolabels of every teacher of the hierarchy, got none of ['left', 'right'] (level [1]). "
-        "Label the data with them by `build_pool`."
+        "The pool must hold pseudolabels of every teacher of the hierarchy, got none of ['left', 'right'] (level [1])"
+        ". Label the data with them by `build_pool`."
     )
 
 
@@ -593,10 +604,17 @@ def test_wide_view(pool, hierarchy):
         "right_prob",
     ]
     assert wide[0] == {
-        "id": "w", "text": "one", "oracle_label": 0, "root": "a", "root_prob": 0.5, "left": "b", "left_prob": 0.5,
-        "right": "a", "right_prob": 1.0,
-    }  # fmt: skip
-    assert wide["left"][:] == ["b", None, None, "b"]
+        "id": "w",
+        "text": "one",
+        "oracle_label": 0,
+        "root_label": "a",
+        "root_prob": 0.5,
+        "left_label": "b",
+        "left_prob": 0.5,
+        "right_label": "a",
+        "right_prob": 1.0,
+    }
+    assert wide["left_label"][:] == ["b", None, None, "b"]
     assert wide["left_prob"][:] == [0.5, 0.0, 0.0, 0.75]
     bare = PseudolabelPool(hierarchy, pool.teachers).to_dataset()
     assert bare.column_names[0] == "id" and bare["id"][:] == ["w", "x", "y", "z"]
@@ -607,7 +625,9 @@ def test_wide_view_of_a_column_teacher():
     hierarchy = TeacherHierarchy(LABELS, [Teacher("guess", kind="column")])
     inputs = Dataset.from_dict({"id": [0, 1], "guess": ["a", "b"]})
     wide = PseudolabelPool.from_predictions(hierarchy, [0, 1], {"guess": ROOT[:2]}, inputs=inputs).to_dataset()
-    assert len(wide) == 2 and wide["guess_prob"][:] == [0.5, 1.0]
+    assert (
+        wide["guess"][:] == ["a", "b"] and wide["guess_label"][:] == ["a", "b"] and wide["guess_prob"][:] == [0.5, 1.0]
+    )
 
 
 def test_repr(pool):
@@ -624,3 +644,17 @@ def test_construction_touches_nothing(hierarchy, inputs):
     facts.clear()
     assert pool.facts == {"root": {"seconds": 2}} and set(pool.teachers) == {"root", "left", "right"}
     assert inputs.column_names == ["id", "text", "oracle_label"]
+
+
+@pytest.mark.parametrize("ids", [[0.5, 1.5], [None, 1], [b"a", b"b"]], ids=str)
+def test_ids_are_integers_or_strings(ids):
+    hierarchy = TeacherHierarchy(["a", "b"], [Teacher("t")])
+    with pytest.raises(ValueError, match=r"`ids` must be integers or strings, got .*Number the examples"):
+        PseudolabelPool.from_predictions(hierarchy, ids, {"t": np.full((2, 2), 0.5)})
+
+
+def test_inputs_of_another_length_are_refused():
+    hierarchy = TeacherHierarchy(["a", "b"], [Teacher("t")])
+    inputs = Dataset.from_dict({"text": ["x", "y", "z"]})
+    with pytest.raises(ValueError, match="`inputs` must hold one row for each of the 2 ids, got 3"):
+        PseudolabelPool.from_predictions(hierarchy, [0, 1], {"t": np.full((2, 2), 0.5)}, inputs=inputs)

@@ -56,7 +56,9 @@ def loaded(folders: dict[str, str]) -> dict[str, tuple[PreTrainedModel, Any]]:
 
 
 @pytest.fixture()
-def student(request: pytest.FixtureRequest, loaded: dict[str, tuple[PreTrainedModel, Any]]) -> tuple[PreTrainedModel, Any]:
+def student(
+    request: pytest.FixtureRequest, loaded: dict[str, tuple[PreTrainedModel, Any]]
+) -> tuple[PreTrainedModel, Any]:
     """A copy of its own for each test."""
     return copy.deepcopy(loaded[request.param])
 
@@ -65,12 +67,18 @@ def student(request: pytest.FixtureRequest, loaded: dict[str, tuple[PreTrainedMo
 def inputs(
     loaded: dict[str, tuple[PreTrainedModel, Any]], tiny_image_dataset: Dataset, tiny_text_dataset: Dataset
 ) -> dict[str, dict[str, torch.Tensor]]:
-    cells = {"vit": tiny_image_dataset[:5]["image"], "timm": tiny_image_dataset[:5]["image"], "bert": tiny_text_dataset[:5]["text"]}
+    cells = {
+        "vit": tiny_image_dataset[:5]["image"],
+        "timm": tiny_image_dataset[:5]["image"],
+        "bert": tiny_text_dataset[:5]["text"],
+    }
     return {kind: InputProcessor(processor, model.config)(cells[kind]) for kind, (model, processor) in loaded.items()}
 
 
 def each_kind(*kinds: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("kind", "student"), [(kind, kind) for kind in kinds or KINDS], indirect=["student"])
+    return pytest.mark.parametrize(
+        ("kind", "student"), [(kind, kind) for kind in kinds or KINDS], indirect=["student"]
+    )
 
 
 def logits_of(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -201,7 +209,9 @@ def test_text_backbone_without_pooler_is_refused(folders, tmp_path):
     # BERT's head reads the pooler, which a checkpoint of the encoder alone does not have
     BertModel.from_pretrained(folders["bert"], add_pooling_layer=False).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(folders["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks \['bert.pooler.dense.bias', 'bert.pooler.dense.weight'\] \(2 in all\)"):
+    with pytest.raises(
+        ValueError, match=r"lacks \['bert.pooler.dense.bias', 'bert.pooler.dense.weight'\] \(2 in all\)"
+    ):
         load_student(tmp_path, LABELS)
 
 
@@ -239,7 +249,9 @@ def test_linear_head(kind, student, inputs):
 def test_heads_of_several_layers(folders, tmp_path):
     shared = {"vocab_size": 30, "num_labels": 4, "max_position_embeddings": 40}
     models = {
-        "distilbert": DistilBertForSequenceClassification(DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32, **shared)),
+        "distilbert": DistilBertForSequenceClassification(
+            DistilBertConfig(dim=16, n_layers=1, n_heads=2, hidden_dim=32, **shared)
+        ),
         "roberta": RobertaForSequenceClassification(
             RobertaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **shared)
         ),
@@ -254,7 +266,9 @@ def test_heads_of_several_layers(folders, tmp_path):
         # the whole head is fresh, also the layer whose shape would have fitted
         for name, value in head_parameters(student):
             if name.endswith("weight"):
-                assert value.shape != model.state_dict()[name].shape or not torch.equal(value, model.state_dict()[name])
+                assert value.shape != model.state_dict()[name].shape or not torch.equal(
+                    value, model.state_dict()[name]
+                )
         prepare_student(student, "probe")
         trained = {name for name, value in student.named_parameters() if value.requires_grad}
         assert trained == {name for name, _ in head_parameters(student)} and len(trained) == 4
@@ -267,7 +281,9 @@ def test_reset_head_reads_the_global_generator(loaded):
     reset_head(model)
     torch.manual_seed(3)
     expected = nn.Linear(16, 6)
-    assert torch.equal(linear_head(model).weight, expected.weight) and torch.equal(linear_head(model).bias, expected.bias)
+    assert torch.equal(linear_head(model).weight, expected.weight) and torch.equal(
+        linear_head(model).bias, expected.bias
+    )
     assert all(torch.equal(value, backbone[name]) for name, value in model.vit.state_dict().items())
 
 
@@ -356,7 +372,9 @@ def test_export_loads_without_this_package(kind, student, inputs, tiny_image_dat
         )
         assert torch.equal(again["input_ids"], inputs[kind]["input_ids"])
     else:
-        again = AutoImageProcessor.from_pretrained(tmp_path / "out")(tiny_image_dataset[:5]["image"], return_tensors="pt")
+        again = AutoImageProcessor.from_pretrained(tmp_path / "out")(
+            tiny_image_dataset[:5]["image"], return_tensors="pt"
+        )
         torch.testing.assert_close(again["pixel_values"], inputs[kind]["pixel_values"])
 
 
@@ -376,6 +394,21 @@ def test_timm_loads_its_student(training, kind, student, inputs, tmp_path):
     assert "num_classes" not in config.get("model_args", {}) and config["num_classes"] == 6
     # and it can be a student again
     assert linear_head(load_student(tmp_path, LABELS[:3])[0]).out_features == 3
+
+
+@each_kind("timm")
+def test_timm_export_of_a_model_that_was_loaded_elsewhere(kind, student, inputs, tmp_path):
+    # a model object comes as it is, with what timm 1.0.31 wrote in its configuration
+    model, processor = student
+    model.config.model_args = {"num_classes": 4}
+    model.config.label_names = list(LABELS)
+    export_student(model, tmp_path, processor)
+    expected = logits_of(model, inputs[kind])
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(plain, inputs[kind]), expected, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        found = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(inputs[kind]["pixel_values"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 @each_kind()

@@ -169,7 +169,9 @@ def test_a_card_of_what_is_known(tmp_path, tiny_vit, tiny_image_dataset):
     trainer.train()
     trainer.create_model_card(tags="animals")
     card = ModelCard.load(tmp_path / "README.md")
-    assert {"co-supervised-learning", "animals"} <= set(card.data.tags) and card.data.pipeline_tag == "image-classification"
+    assert {"co-supervised-learning", "animals"} <= set(
+        card.data.tags
+    ) and card.data.pipeline_tag == "image-classification"
     assert card.data.license is None and card.data.base_model is None  # unknown, so not said
     text = card.text
     assert "| cat, dog |" in text and "| `max_steps` | `6` |" in text and str(tmp_path) not in text
