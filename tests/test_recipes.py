@@ -114,8 +114,8 @@ def test_build_pool_labels_the_same_as_the_recipe(demo):
     for name in part.hierarchy.names:
         assert (everything.hard_labels(name)[rows] == part.hard_labels(name)).mean() > 0.999
     refused = run(
-        folder, "--dataset", "data/digits", "--hierarchy", f"{seed_dir}/teachers/hierarchy.yaml", "--pool_dir", "other",
-        script="build_pool.py",
+        folder, "--dataset", "data/digits", "--hierarchy", f"{seed_dir}/teachers/hierarchy.yaml",
+        "--pool_dir", "other", script="build_pool.py",
     )  # fmt: skip
     assert refused.returncode != 0 and "label" in refused.stderr and not (folder / "other").exists()
 

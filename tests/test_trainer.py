@@ -366,7 +366,8 @@ def test_metadata_and_ensemble_assignment(tmp_path, tiny_vit, tiny_image_dataset
     pool = make_pool(tiny_image_dataset)
     kinds = ["insect" if label < 2 else "pet" for label in tiny_image_dataset["label"]]
     teachers = [
-        Teacher("generalist"), Teacher("insects", level=1, domains=["insect"]), Teacher("pets", level=1, domains=["pet"]),
+        Teacher("generalist"),
+        Teacher("insects", level=1, domains=["insect"]), Teacher("pets", level=1, domains=["pet"]),
     ]  # fmt: skip
     pool = PseudolabelPool(TeacherHierarchy(LABELS, teachers), pool.teachers, pool.inputs.add_column("kind", kinds))
     args = make_args(tmp_path / "metadata", assignment="metadata", metadata_column="kind", rejection="none")
@@ -394,10 +395,15 @@ def _other_head(tiny_vit: str) -> Any:
 BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], dict[str, Any]], str]] = [
     ("k too large", {"rejection_k": 4}, lambda pool, data: {}, r"`rejection_k` must lie in 1..3, got 4"),
     ("k too small", {"rejection_k": 0}, lambda pool, data: {}, r"`rejection_k` must lie in 1..3, got 0"),
-    ("assignments", {"assignment": ["scope"] * 3}, lambda pool, data: {}, r"one for each of the 2 levels, got \['scope'"),
+    (
+        "assignments", {"assignment": ["scope"] * 3}, lambda pool, data: {},
+        r"one for each of the 2 levels, got \['scope'",
+    ),
     (
         "root of several", {},
-        lambda pool, data: {"pool": pool.with_hierarchy(TeacherHierarchy(LABELS, [Teacher("generalist"), Teacher("pets")]))},
+        lambda pool, data: {
+            "pool": pool.with_hierarchy(TeacherHierarchy(LABELS, [Teacher("generalist"), Teacher("pets")]))
+        },
         r"A root level of several teachers .*'ensemble', got 'scope'",
     ),
     (
@@ -413,7 +419,9 @@ BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], 
     ),
     (
         "no oracle", {"assignment": "oracle_scope"},
-        lambda pool, data: {"pool": PseudolabelPool(pool.hierarchy, pool.teachers, pool.inputs.remove_columns("oracle_label"))},
+        lambda pool, data: {
+            "pool": PseudolabelPool(pool.hierarchy, pool.teachers, pool.inputs.remove_columns("oracle_label"))
+        },
         "needs `oracle_label` in the pool, got none",
     ),
     (
