@@ -227,6 +227,8 @@ def _assign(
     answered = torch.from_numpy(np.stack([pool.answered(hierarchy.names[index])[part] for index in indices], axis=1))
     if method == "ensemble" and len(indices) > 1:
         return torch.where(answered.any(dim=1), len(hierarchy.teachers) + level, NOBODY)
+    if level == 0 and len(indices) > 1:
+        raise ValueError(f"A root level of several teachers needs the assignment 'ensemble', got {method!r}.")
     if level == 0 or len(indices) == 1 and method == "ensemble":
         return torch.where(answered[:, 0], indices[0], NOBODY)
     if log_probs is None:
@@ -264,7 +266,7 @@ def _assign_inside(
 
 
 def _texts(pool: PseudolabelPool, column: str, part: slice) -> list[str]:
-    return [str(value) for value in pool.column(column)[part]]
+    return [str(value) for value in pool.column(column, part)]
 
 
 def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:
@@ -278,12 +280,14 @@ def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: _Row, has_student: b
     """Sum a level up in numbers under stable keys."""
     has_label = plan.labels >= 0
     num_labelled = int(has_label.sum())
-    used = np.bincount(plan.assigned_teacher[has_label], minlength=len(pool.source_names))
-    level_names = [pool.hierarchy.names[index] for index in pool.hierarchy.level_indices(plan.level)]
+    used = np.bincount(plan.assigned_teacher[has_label], minlength=len(pool.source_names)).tolist()
+    shown = [pool.hierarchy.names[index] for index in pool.hierarchy.level_indices(plan.level)]
+    if used[len(pool.hierarchy.teachers) + plan.level]:  # the ensemble speaks in their place
+        shown = []
     metrics = {
         f"assignment/{name}": count / num_labelled
-        for name, count in zip(pool.source_names, used.tolist())
-        if count or name in level_names and f"ensemble-{plan.level}" not in _spoke(pool, used)
+        for name, count in zip(pool.source_names, used)
+        if count or name in shown
     }
     metrics["consistency/keep_rate"] = plan.keep_rate
     metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
@@ -291,10 +295,6 @@ def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: _Row, has_student: b
         metrics["assignment/agreement"] = agreement(rows.student_labels[has_label], plan.labels[has_label])
         metrics["consistency/top_k_agreement"] = float((rows.in_student_top_k[has_label] > 0).mean())
     return metrics | _describe_oracle(pool, plan)
-
-
-def _spoke(pool: PseudolabelPool, used: np.ndarray) -> set[str]:
-    return {name for name, count in zip(pool.source_names, used.tolist()) if count}
 
 
 def _describe_oracle(pool: PseudolabelPool, plan: LevelPlan) -> dict[str, float]:

@@ -112,12 +112,14 @@ class PseudolabelPool:
         """`np.ndarray` of shape `(num_examples,)`: Ground truth where it was declared, for analysis only."""
         return self._oracle_labels
 
-    def column(self, name: str) -> list[Any]:
+    def column(self, name: str, rows: slice = slice(None)) -> list[Any]:  # noqa: B008  # a slice cannot change
         """Give a metadata column of the inputs.
 
         Args:
             name (`str`):
                 Its name.
+            rows (`slice`, *optional*):
+                Which examples; all by default.
 
         Returns:
             `list`: One value per example.
@@ -130,7 +132,7 @@ class PseudolabelPool:
             raise ValueError(
                 f"The pool's inputs must have a column {name!r}, got {columns}. Build the pool from data with it."
             )
-        return list(self.inputs[name])
+        return list(self.inputs.select_columns([name])[rows][name])
 
     def label_ids(self, name: str) -> np.ndarray:
         """Give a teacher's most probable labels, as a view of the Arrow file.

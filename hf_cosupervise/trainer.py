@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
-from transformers.trainer_utils import EvalPrediction, TrainOutput, speed_metrics
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput, speed_metrics
 
 from . import __version__
 from .callbacks import LevelCallbackHandler, LevelHistory
@@ -31,7 +32,7 @@ from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
 from .features import FeatureStore
 from .heads import fit_linear_head
-from .inputs import InputProcessor, find_input_column, find_label_column, read_labels, row_keys
+from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
 from .losses import soft_cross_entropy
 from .metrics import accuracy
@@ -39,7 +40,7 @@ from .pool import ORACLE_DOMAIN, PseudolabelPool, match_ids
 from .students import export_student, linear_head, load_student, prepare_student
 from .teachers import Teacher
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RUN_DIR = "_run"
 # Pseudolabels of a level are decoded once where they fit in this many bytes, else batch by batch.
@@ -141,8 +142,8 @@ class CoSupervisedTrainer(Trainer):
         self._owns_run = False
         self._fresh = {name: value.detach().cpu().clone() for name, value in self._trained_tensors().items()}
         self._head = linear_head(model) if args.student_training == "probe" else None
-        self._stories: TrainerState | None = None
-        self._features: dict[int, torch.Tensor] = {}
+        self._story = TrainerState()  # of all levels; `state` is that of the level in training
+        self._pool_features: torch.Tensor | None = None
 
     # --- what is known of the run ------------------------------------------------------------------------------------
 
@@ -262,9 +263,7 @@ class CoSupervisedTrainer(Trainer):
         number = len(self.history.records)
         kept = np.flatnonzero(plan.keep_mask)
         self.train_dataset = self._rows.select(kept)
-        self.data_collator.pseudolabels = lambda rows: self.pool.pseudolabels(
-            plan.assigned_teacher[rows], rows, hard=self.args.pseudolabels == "hard"
-        )
+        self.data_collator.pseudolabels = partial(_pseudolabels, self.pool, plan, self.args.pseudolabels == "hard")
         if not self.args.warm_start:
             self._restore(self._fresh)
         with self._level_arguments(plan, number):
@@ -311,7 +310,8 @@ class CoSupervisedTrainer(Trainer):
         # `args.data_seed` is read once, when the Trainer is made, so the order of a level is set where it is used.
         self.accelerator.dataloader_config.data_seed = self.args.data_seed + 1000 * number
         if self.args.max_steps <= 0:
-            self.args.num_train_epochs = max(1, math.floor(num_train_epochs / plan.keep_rate))
+            scaled = num_train_epochs / plan.keep_rate
+            self.args.num_train_epochs = math.floor(scaled) if scaled >= 1 else scaled
         self.args.output_dir = str(level_dir)
         self.callback_handler.in_level = True
         try:
@@ -345,7 +345,7 @@ class CoSupervisedTrainer(Trainer):
             )
         self.accelerator.wait_for_everyone()
         self._owns_run = True
-        self._stories = TrainerState(
+        self._story = TrainerState(
             is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero()
         )
         self._restore(self._fresh)
@@ -393,12 +393,6 @@ class CoSupervisedTrainer(Trainer):
         return TrainOutput(self._story.global_step, loss, metrics)
 
     # --- logging: one story over all levels --------------------------------------------------------------------------
-
-    @property
-    def _story(self) -> TrainerState:
-        if self._stories is None:
-            self._stories = TrainerState()
-        return self._stories
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log numbers on the story of all levels, where steps go on counting.
@@ -581,13 +575,16 @@ class CoSupervisedTrainer(Trainer):
             "a ReduceLROnPlateau or Greedy schedule is asked for": args.lr_scheduler_type
             in ("reduce_lr_on_plateau", "greedy"),
             "fp16 scales the loss": args.fp16,
+            f"`optim` {args.optim} has a step of its own": str(args.optim).startswith(
+                ("lomo", "adalomo", "schedule_free")
+            ),
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 
     def _features_of(self, dataset: Dataset) -> torch.Tensor:
         """Give the head's inputs, in memory, on the student's device."""
-        if dataset is self._rows and 0 in self._features:
-            return self._features[0]
+        if dataset is self._rows and self._pool_features is not None:
+            return self._pool_features
         if self._head is None:
             raise ValueError("Only a linear head on a frozen backbone has features.")
         model = self.accelerator.unwrap_model(self.model)
@@ -604,7 +601,7 @@ class CoSupervisedTrainer(Trainer):
         )  # fmt: skip
         features = torch.from_numpy(np.array(values)).to(self._head.weight.device)
         if dataset is self._rows:
-            self._features[0] = features
+            self._pool_features = features
         return features
 
     def _train_on_features(self, kept: np.ndarray) -> TrainOutput:
@@ -613,6 +610,11 @@ class CoSupervisedTrainer(Trainer):
             raise ValueError("Only a linear head on a frozen backbone has features.")
         features, targets = self._features_of(self._rows), self._target_lookup(kept)
         dataloader = self.get_train_dataloader()
+        if not len(dataloader):
+            raise ValueError(
+                f"A level must keep at least one whole batch under `dataloader_drop_last`, got {len(kept)} examples. "
+                "Use a smaller batch."
+            )
         per_epoch = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
         max_steps = (
             self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * per_epoch)
@@ -733,6 +735,23 @@ class CoSupervisedTrainer(Trainer):
             and "labels" in eval_dataset.column_names
         )
         return super().evaluate(eval_dataset if known else self._label(eval_dataset), *args, **kwargs)
+
+    def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict with the student, and measure where the data has labels.
+
+        Args:
+            test_dataset (`datasets.Dataset`):
+                Inputs, with or without a label column.
+            args (`Any`):
+                Passed on to [`~transformers.Trainer.predict`].
+            kwargs (`Any`):
+                Passed on to [`~transformers.Trainer.predict`].
+
+        Returns:
+            `PredictionOutput`: logits `(num_examples, num_labels)`, label ids where they are known, and metrics.
+        """
+        labelled = any(name in test_dataset.column_names for name in LABEL_NAMES)
+        return super().predict(self._label(test_dataset) if labelled else test_dataset, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as an ordinary model: it loads with plain `Auto…` classes, timm students with timm too.
@@ -867,6 +886,11 @@ class _LossMeter:
         return self.total / max(self.num_steps, 1)
 
 
+def _pseudolabels(pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.ndarray) -> np.ndarray:
+    """Give what is trained on; a plain function, so that workers of any start method can take it along."""
+    return pool.pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+
+
 def _is_local(teacher: Teacher) -> bool:
     return teacher.kind == "column" or os.path.exists(teacher.model)
 
@@ -967,3 +991,5 @@ def _check_student(model: Any, pool: PseudolabelPool) -> None:
         )
     model.config.id2label = dict(enumerate(pool.labels))
     model.config.label2id = {name: index for index, name in enumerate(pool.labels)}
+    if model.config.model_type == "timm_wrapper":
+        model.config.label_names = list(pool.labels)  # timm's own name for them, which wins when it is loaded again

@@ -14,6 +14,7 @@ import importlib
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -128,7 +129,19 @@ def make_folder(module: str, function: str | None, folder: str) -> None:
     """Make a folder by a function of a neighbouring script, where it is missing."""
     if function is not None and not Path(folder).exists():
         with PartialState().main_process_first():
-            getattr(importlib.import_module(module), function)(folder)
+            find_function(module, function)(folder)
+
+
+def find_function(module: str, name: str) -> Callable[..., Any]:
+    """Find a function of a neighbouring script by its name."""
+    found = importlib.import_module(module)
+    known = [
+        key for key, value in vars(found).items() if callable(value) and value.__module__ == module and key != "main"
+    ]
+    if name not in known or name.startswith("_"):
+        public = [key for key in known if not key.startswith("_")]
+        raise ValueError(f"recipes/{module}.py has the functions {public}, got {name!r}.")
+    return getattr(found, name)
 
 
 def say(text: str) -> None:
@@ -161,9 +174,7 @@ def find_student(args: StudentArguments, split: Split, folder: Path, seed: int) 
     with PartialState().main_process_first():
         if not folder.exists():
             unlabelled = split.pool.remove_columns([find_label_column(split.pool)])
-            getattr(importlib.import_module("pretrain"), args.pretrain)(
-                unlabelled, folder, seed=seed, **args.pretrain_kwargs
-            )
+            find_function("pretrain", args.pretrain)(unlabelled, folder, seed=seed, **args.pretrain_kwargs)
     return str(folder)
 
 

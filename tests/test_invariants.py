@@ -78,8 +78,8 @@ def test_one_teacher_is_plain_distillation(tmp_path, tiny_vit, tiny_image_datase
 
     args = TrainingArguments(
         output_dir=str(tmp_path / "plain"), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-3,
-        optim="sgd",        lr_scheduler_type="cosine", max_grad_norm=0.0, data_seed=42, remove_unused_columns=False, use_cpu=True,
-        save_strategy="no", disable_tqdm=True,
+        optim="sgd",        lr_scheduler_type="cosine", max_grad_norm=0.0, data_seed=42, remove_unused_columns=False,
+        use_cpu=True, save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     plain = Distillation(prepare_student(student, "full"), args, train_dataset=rows)
     plain.model_accepts_loss_kwargs = False

