@@ -297,20 +297,21 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines.append(_row("weak teacher", _percent(report["weak_accuracy"]), _percent([0.0]), ""))
     base = report["methods"].get("generalist", {}).get("pgr")
     for name, numbers in report["methods"].items():
-        gain = (
-            _percent([own - other for own, other in zip(numbers["pgr"], base)])
-            if base and name != "generalist"
-            else ""
-        )
+        gain = _percent(_differences(numbers["pgr"], base)) if base and name != "generalist" else ""
         lines.append(_row(name, _percent(numbers["accuracy"]), _percent(numbers["pgr"]), gain))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _differences(own: Sequence[float | None], other: Sequence[float | None]) -> list[float | None]:
+    """Paired by seed; None where one of the two is not known."""
+    return [None if a is None or b is None else a - b for a, b in zip(own, other)]
 
 
 def _row(first: str, *cells: str) -> str:
     return f"{first:<25}" + "".join(f"{cell:<18}" for cell in cells[:-1]) + cells[-1]
 
 
-def _percent(values: Sequence[float]) -> str:
+def _percent(values: Sequence[float | None]) -> str:
     mean, spread = mean_and_spread(values)
     return f"{100 * mean:.1f} ± {100 * spread:.1f}" if len(values) > 1 else f"{100 * mean:.1f}"
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
-from train_teachers import TeacherArguments, control_hierarchy, train_teachers
+from train_teachers import CONTROL, TeacherArguments, control_hierarchy, train_teachers
 from transformers.utils import logging as transformers_logging
 
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
@@ -127,9 +127,11 @@ def load_split(args: DataArguments, seed: int) -> Split:
 
 def make_folder(module: str, function: str | None, folder: str) -> None:
     """Make a folder by a function of a neighbouring script, where it is missing."""
-    if function is not None and not Path(folder).exists():
+    if function is not None:
+        make = find_function(module, function)
         with PartialState().main_process_first():
-            find_function(module, function)(folder)
+            if not Path(folder).exists():
+                make(folder)
 
 
 def find_function(module: str, name: str) -> Callable[..., Any]:
@@ -188,6 +190,7 @@ def run_seed(
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))
     started, quiet = time.time(), bool(config.disable_tqdm)
     split = load_split(data_args, seed)
+    student = find_student(student_args, split, folder / "student-start", seed)
     teachers_dir = Path(teacher_args.teachers_dir or folder / "teachers")
     with PartialState().main_process_first():
         hierarchy = train_teachers(
@@ -199,7 +202,7 @@ def run_seed(
     test_pool = label_data(split.test, hierarchy, folder / "test_pool", data_args, quiet)
     say(f"seed {seed}: {len(pool)} pool and {len(test_pool)} test examples labelled by every teacher")
     extra = {}
-    if recipe_args.control:
+    if recipe_args.control and (teachers_dir / CONTROL).is_dir():
         control = control_hierarchy(hierarchy, teachers_dir)
         extra["one teacher, all labels"] = label_data(split.pool, control, folder / "control_pool", data_args, quiet)
     args = copy.copy(config)
@@ -207,7 +210,7 @@ def run_seed(
     args.output_dir = str(folder / "student")
     args.features_dir = config.features_dir or str(Path(config.output_dir) / "_run" / "features")
     report, trainer = compare_methods(
-        find_student(student_args, split, folder / "student-start", seed), args, pool, split.test,
+        student, args, pool, split.test,
         weak=weak_accuracy(test_pool), methods=recipe_args.methods, extra_pools=extra, resume=True,
         on_trained=lambda method, trainer: say(f"seed {seed}: {method} trained, {trainer.state.global_step} steps"),
     )  # fmt: skip
@@ -291,6 +294,16 @@ def main() -> None:
     facts = recipe_arguments_to_dict(run)
     seeds = [int(seed) for seed in recipe_args.seeds.split(",")]
     folder = Path(config.output_dir)
+    if len(seeds) > 1 and run[1].teachers_dir and not Path(run[1].teachers_dir, "hierarchy.yaml").is_file():
+        raise ValueError(
+            "`teachers_dir` is one folder, and each of several seeds trains teachers of its own: leave it out, or "
+            "train the teachers before by train_teachers.py."
+        )
+    if config.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` is for scripts of your own; of a recipe, upload the finished folder: "
+            f'hf upload you/your-model {folder} --exclude "_run/*"'
+        )
     config.device  # noqa: B018  # joins the other processes, on the device that the configuration names
     if config.disable_tqdm:
         transformers_logging.disable_progress_bar()
