@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Models of a few thousand weights gain nothing by threads, and a process forked from one with OpenMP threads hangs.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 from collections.abc import Sequence
