@@ -348,6 +348,7 @@ class CoSupervisedTrainer(Trainer):
         self._story = TrainerState(
             is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero()
         )
+        self.state = self._story
         self._restore(self._fresh)
         self.plans = []
         if resume:
@@ -355,6 +356,8 @@ class CoSupervisedTrainer(Trainer):
         self.history.records = []
         if self.args.should_save:
             self.history.clear()
+            for finished in self.run_dir.glob("level-*/student.safetensors"):
+                finished.unlink()  # of this trainer's run before: nobody may go on from there
         return 0
 
     def _read_levels(self) -> int:

@@ -284,8 +284,9 @@ def test_the_three_verbs_can_be_called_one_by_one(tmp_path, tiny_vit, tiny_image
 def test_train_twice_gives_the_same_student(tmp_path, tiny_vit, tiny_image_dataset):
     trainer = CoSupervisedTrainer(tiny_vit, make_args(tmp_path), pool=make_pool(tiny_image_dataset))
     trainer.train()
-    first = weights(trainer)
+    first, steps = weights(trainer), [entry["step"] for entry in trainer.state.log_history]
     trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history] == steps
     assert all(torch.equal(value, first[name]) for name, value in weights(trainer).items())
 
 
