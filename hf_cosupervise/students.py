@@ -180,7 +180,7 @@ def reset_head(model: nn.Module) -> None:
 
 
 def prepare_student(
-    model: PreTrainedModel, training: str, lora: LoraConfig | None = None
+    model: PreTrainedModel, training: str, lora: LoraConfig | None = None, *, seed: int = 42
 ) -> PreTrainedModel | PeftModel:
     """Freeze what is not trained.
 
@@ -191,6 +191,8 @@ def prepare_student(
             `"probe"` (only the head learns), `"lora"` (adapters and the head) or `"full"`.
         lora (`LoraConfig`, *optional*):
             Adapters for `"lora"`. Its `modules_to_save` is set to the head.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the adapters' first weights.
 
     Returns:
         `PreTrainedModel` or `PeftModel`: what the `Trainer` trains.
@@ -203,7 +205,9 @@ def prepare_student(
         config.modules_to_save = sorted(heads)
         if not config.target_modules:
             config.target_modules = _backbone_layers(model, heads)
-        return get_peft_model(model, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return get_peft_model(model, config)
     if training == "probe":
         own = {id(parameter) for _, parameter in head_parameters(model)}
         for parameter in model.parameters():

@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput, speed_metrics
 
 from . import __version__
@@ -36,7 +36,7 @@ from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_c
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
 from .losses import soft_cross_entropy
 from .metrics import accuracy
-from .pool import ORACLE_DOMAIN, PseudolabelPool, match_ids
+from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .students import export_student, linear_head, load_student, prepare_student
 from .teachers import Teacher
 
@@ -125,7 +125,7 @@ class CoSupervisedTrainer(Trainer):
                 "`processing_class` (the student's tokenizer or image processor) is needed beside a model object."
             )
         self.processor = InputProcessor(processing_class, model.config)
-        student = prepare_student(model, args.student_training, peft_config or _lora_config(args))
+        student = prepare_student(model, args.student_training, peft_config or _lora_config(args), seed=args.seed)
         if data_collator is None:
             data_collator = DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs.setdefault("compute_metrics", _accuracy_metrics)
@@ -307,6 +307,7 @@ class CoSupervisedTrainer(Trainer):
         output_dir, num_train_epochs = self.args.output_dir, self.args.num_train_epochs
         level_dir = self._level_dir(plan.level)
         self.optimizer = self.lr_scheduler = None
+        set_seed(self.args.seed + 1000 * number)  # dropout must not hang on what ran before
         # `args.data_seed` is read once, when the Trainer is made, so the order of a level is set where it is used.
         self.accelerator.dataloader_config.data_seed = self.args.data_seed + 1000 * number
         if self.args.max_steps <= 0:
@@ -961,7 +962,11 @@ def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: in
 def _match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | None) -> Dataset:
     """Give the inputs alone, in the order of the pool; a label column stays behind."""
     dataset = pool.inputs if train_dataset is None else train_dataset
-    if dataset is None:
+    if (
+        dataset is None
+        or train_dataset is None
+        and not set(dataset.column_names) - {"id", ORACLE_LABEL, ORACLE_DOMAIN}
+    ):
         raise ValueError("`train_dataset` is needed: the pool holds no inputs. Give the data that it was built from.")
     column = find_input_column(dataset, input_column)
     if train_dataset is not None:

@@ -125,6 +125,17 @@ def test_each_level_has_its_own_shuffle_order_and_another_trainer_changes_nothin
     assert not torch.equal(weights(other)["classifier.weight"], weights(alone)["classifier.weight"])
 
 
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_one_seed_is_one_student_whatever_ran_before(tmp_path, tiny_bert, tiny_text_dataset, training):
+    """Adapters start at random and dropout draws at every step; both hang on the seed alone."""
+    pool, students = make_pool(tiny_text_dataset), []
+    for number in range(2):
+        torch.manual_seed(number)
+        changes = {"student_training": training, "lora_dropout": 0.2, "max_steps": 3}
+        students.append(train(tiny_bert, tmp_path / str(number), pool, **changes))
+    assert_equal_students(*students, 0)
+
+
 def test_dense_and_truncated_pools_agree_where_k_covers_all_labels(tmp_path, tiny_vit, tiny_image_dataset):
     pool = make_pool(tiny_image_dataset)
     predictions = {name: pool.decode(name) for name in pool.hierarchy.names}

@@ -452,6 +452,14 @@ BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], 
         "`train_dataset` is needed: the pool holds no inputs",
     ),
     (
+        "only ground truth",
+        {},
+        lambda pool, data: {
+            "pool": PseudolabelPool(pool.hierarchy, pool.teachers, pool.inputs.remove_columns("image"))
+        },
+        "`train_dataset` is needed: the pool holds no inputs",
+    ),
+    (
         "too few rows", {}, lambda pool, data: {"train_dataset": data.select(range(40))},
         "must hold the same examples, got 40 and 48",
     ),
