@@ -740,6 +740,19 @@ class CoSupervisedTrainer(Trainer):
         )
         return super().evaluate(eval_dataset if known else self._label(eval_dataset), *args, **kwargs)
 
+    def _load_best_model(self) -> None:
+        """Read the best checkpoint of a level back through `from_pretrained`.
+
+        The parent loads the file as it is, by keys that `save_pretrained` has renamed for ViT and its kin, and only
+        warns of the weights that it thereby leaves as they are (transformers #43701, open in 5.23).
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+            return
+        best = type(model).from_pretrained(self.state.best_model_checkpoint, config=model.config, use_safetensors=True)
+        model.load_state_dict(best.state_dict())
+
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict with the student, and measure where the data has labels.
 

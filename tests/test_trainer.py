@@ -354,6 +354,32 @@ def test_evaluate_and_predict(tmp_path, tiny_vit, tiny_image_dataset):
     np.testing.assert_array_equal(logits.argmax(axis=1), trainer.predict_labels(tiny_image_dataset))
 
 
+@pytest.mark.parametrize("training", ["probe", "lora", "full"])
+def test_the_best_checkpoint_of_a_level_comes_back_whole(tmp_path, tiny_vit, tiny_image_dataset, training):
+    """A level ends with every weight of its best step, here the second of four by a score that says so."""
+    scores, seen = iter([0.1, 0.9, 0.2, 0.3]), []
+
+    class Keep(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            seen.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+
+    args = make_args(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, learning_rate=0.1,
+        student_training=training,
+    )  # fmt: skip
+    pool = make_pool(tiny_image_dataset)
+    pool = pool.with_hierarchy(TeacherHierarchy(LABELS, pool.hierarchy.levels[0]))
+    trainer = CoSupervisedTrainer(
+        tiny_vit, args, eval_dataset=tiny_image_dataset, pool=pool, callbacks=[Keep()],
+        compute_metrics=lambda prediction: {"score": next(scores)},
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 4 and not all(torch.equal(value, seen[-1][name]) for name, value in seen[1].items())
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, seen[1][name], atol=0, rtol=0, msg=name)
+
+
 def test_evaluation_and_checkpoints_within_a_level(tmp_path, tiny_vit, tiny_image_dataset):
     """What the fast loop cannot honour falls back to the standard one, early stopping included."""
     args = make_args(
