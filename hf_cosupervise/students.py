@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,35 @@ def linear_head(model: nn.Module) -> nn.Linear | None:
         if isinstance(module, nn.Linear) and {id(parameter) for parameter in module.parameters()} == own:
             return module
     return None
+
+
+def head_gives_logits(model: nn.Module, head: nn.Linear, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether the head's output on one vector per example is what the model answers.
+
+    It is not where the head sees every token and the model chooses among its outputs, as GPT-2 does.
+
+    Args:
+        model (`nn.Module`):
+            A classification model, in `eval()` mode.
+        head (`nn.Linear`):
+            Its head.
+        inputs (`Mapping[str, torch.Tensor]`):
+            What its forward reads, for a few examples.
+
+    Returns:
+        `bool`
+    """
+    captured: list[torch.Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, arguments: captured.append(arguments[0]))
+    try:
+        with torch.no_grad():
+            logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    if len(captured) != 1 or captured[0].ndim != 2:
+        return False
+    with torch.no_grad():
+        return torch.allclose(head(captured[0]), logits, atol=1e-4)
 
 
 def reset_head(model: nn.Module) -> None:

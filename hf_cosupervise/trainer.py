@@ -37,7 +37,7 @@ from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
 from .losses import soft_cross_entropy
 from .metrics import accuracy
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
-from .students import export_student, linear_head, load_student, prepare_student
+from .students import export_student, head_gives_logits, linear_head, load_student, prepare_student
 from .teachers import Teacher
 
 logger = get_logger(__name__)
@@ -141,9 +141,17 @@ class CoSupervisedTrainer(Trainer):
         self.plans: list[LevelPlan] = []
         self._owns_run = False
         self._fresh = {name: value.detach().cpu().clone() for name, value in self._trained_tensors().items()}
-        self._head = linear_head(model) if args.student_training == "probe" else None
+        self._head = self._find_head() if args.student_training == "probe" else None
         self._story = TrainerState()  # of all levels; `state` is that of the level in training
         self._pool_features: torch.Tensor | None = None
+
+    def _find_head(self) -> nn.Linear | None:
+        """Find the head if the rest of the student can be replaced by its features."""
+        model, head = self.accelerator.unwrap_model(self.model).eval(), linear_head(self.model)
+        if head is None or not len(self.pool):
+            return None
+        inputs = self._prepare_inputs(self.processor(self._rows[:1][self.input_column]))
+        return head if head_gives_logits(model, head, inputs) else None
 
     # --- what is known of the run ------------------------------------------------------------------------------------
 

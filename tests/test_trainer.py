@@ -20,6 +20,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     EarlyStoppingCallback,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     TrainerCallback,
 )
 
@@ -162,6 +164,20 @@ def test_every_student_learns_what_it_should_and_loads_without_us(
         with torch.no_grad():
             logits = again(batch["pixel_values"])
         torch.testing.assert_close(torch.log_softmax(logits, dim=1), ours, atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_that_sees_every_token_is_trained_by_the_standard_loop(tmp_path, tiny_bert, tiny_text_dataset):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=tokenizer.pad_token_id,
+        num_labels=4,
+    )  # fmt: skip
+    student, pool = GPT2ForSequenceClassification(config), make_pool(tiny_text_dataset)
+    trainer = CoSupervisedTrainer(student, make_args(tmp_path), pool=pool, processing_class=tokenizer)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert moved == {"score.weight"} and trainer.history.records[-1]["num_steps"] == 6
 
 
 def test_a_card_of_what_is_known(tmp_path, tiny_vit, tiny_image_dataset):
