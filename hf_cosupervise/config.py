@@ -105,7 +105,7 @@ class CoSupervisedConfig(TrainingArguments):
     pseudolabels: str = field(default="soft", metadata={"help": "Train on 'soft' or 'hard' pseudolabels."})
     fit_head_on_features: bool = field(
         default=True,
-        metadata={"help": "Fit a linear head on features kept on disk, many times faster than the standard loop."},
+        metadata={"help": "Fit a linear head on features kept on disk, without running the backbone in every step."},
     )
     features_dir: str | None = field(
         default=None, metadata={"help": "Where features are kept, to share them between runs. Default: in the run."}

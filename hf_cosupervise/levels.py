@@ -65,7 +65,7 @@ class LevelPlan:
 
 
 @dataclass
-class _Row:
+class _Rows:
     """The few numbers remembered per example."""
 
     assigned: np.ndarray
@@ -76,7 +76,7 @@ class _Row:
     student_labels: np.ndarray
 
     @classmethod
-    def empty(cls, num_examples: int) -> _Row:
+    def empty(cls, num_examples: int) -> _Rows:
         integers, flags = np.int32, np.int8
         return cls(
             *(np.zeros(num_examples, dtype=kind) for kind in (integers, integers, np.float32, flags, flags, integers))
@@ -121,10 +121,13 @@ def plan_level(
     Source:
         arXiv 2402.15505, released code; see [`assignment`] and [`consistency`] for what is ours.
     """
-    rows = _Row.empty(len(pool))
-    for part, log_probs in student_chunks if student_chunks is not None else _root_chunks(len(pool)):
+    rows = _Rows.empty(len(pool))
+    chunks: Iterable[tuple[slice, torch.Tensor | None]]
+    # Not `or`: a process whose share is empty has no chunks, which is not the same as having no student.
+    chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
+    for part, log_probs in chunks:
         _plan_chunk(rows, pool, level, args, previous, part, log_probs)
-    rows = _Row(*(sum_over_processes(values) for values in vars(rows).values()))
+    rows = _Rows(*(sum_over_processes(values) for values in vars(rows).values()))
     has_label = rows.labels >= 0
     if not has_label.any():
         raise ValueError(
@@ -159,14 +162,21 @@ def level_assignment(args: CoSupervisedConfig, level: int) -> str:
     return args.assignment[0] if len(args.assignment) == 1 else args.assignment[level]
 
 
-def _root_chunks(num_examples: int) -> Iterable[tuple[slice, None]]:
-    return (
-        (slice(start, min(start + CHUNK_ROWS, num_examples)), None) for start in range(0, num_examples, CHUNK_ROWS)
-    )
+def row_chunks(num_examples: int) -> list[slice]:
+    """Cut rows into the chunks in which a level is planned.
+
+    Args:
+        num_examples (`int`):
+            Number of rows.
+
+    Returns:
+        `list[slice]`: consecutive rows, `CHUNK_ROWS` each but for the last.
+    """
+    return [slice(start, min(start + CHUNK_ROWS, num_examples)) for start in range(0, num_examples, CHUNK_ROWS)]
 
 
 def _plan_chunk(
-    rows: _Row,
+    rows: _Rows,
     pool: PseudolabelPool,
     level: int,
     args: CoSupervisedConfig,
@@ -276,7 +286,7 @@ def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:
     return labels
 
 
-def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: _Row, has_student: bool) -> dict[str, float]:
+def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: _Rows, has_student: bool) -> dict[str, float]:
     """Sum a level up in numbers under stable keys."""
     has_label = plan.labels >= 0
     num_labelled = int(has_label.sum())

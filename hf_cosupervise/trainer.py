@@ -33,7 +33,7 @@ from .consistency import check_top_k_value
 from .features import FeatureStore
 from .heads import fit_linear_head
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
-from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
+from .levels import LevelPlan, level_assignment, plan_level, row_chunks
 from .losses import soft_cross_entropy
 from .metrics import accuracy
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
@@ -168,7 +168,6 @@ class CoSupervisedTrainer(Trainer):
 
     def _restore(self, values: dict[str, torch.Tensor]) -> None:
         tensors = self._trained_tensors()
-        # safetensors files may come from another device or, shared tensors aside, hold exactly these names.
         with torch.no_grad():
             for name, value in values.items():
                 tensors[name].copy_(value)
@@ -518,7 +517,7 @@ class CoSupervisedTrainer(Trainer):
         Returns:
             `Iterator[tuple[slice, torch.Tensor]]`: rows and log-probabilities `(rows, num_labels)`, float32 on CPU.
         """
-        chunks = _student_chunks(len(dataset))
+        chunks = row_chunks(len(dataset))
         if share:
             chunks = chunks[self.args.process_index :: self.args.world_size]
         if self._head is not None:
@@ -918,10 +917,6 @@ def _pseudolabels(pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.n
 
 def _is_local(teacher: Teacher) -> bool:
     return teacher.kind == "column" or os.path.exists(teacher.model)
-
-
-def _student_chunks(num_examples: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK_ROWS, num_examples)) for start in range(0, num_examples, CHUNK_ROWS)]
 
 
 def _accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:
