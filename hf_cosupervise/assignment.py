@@ -43,7 +43,13 @@ def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answ
 
 
 def agreement_scores(
-    student_log_probs: torch.Tensor, teacher_probs: torch.Tensor, rule: str, min_prob: float = 1e-6
+    student_log_probs: torch.Tensor,
+    teacher_probs: torch.Tensor,
+    rule: str,
+    min_prob: float = 1e-6,
+    *,
+    label_ids: torch.Tensor | None = None,
+    rest_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Measure how far each teacher is from the student, lower is closer.
 
@@ -51,15 +57,23 @@ def agreement_scores(
     `ce_teacher_student` is -sum_c g_c log s_c, `hard_loss` is -log s[argmax g], `kl_teacher_student` is
     KL(g || s) and `kl_student_teacher` is KL(s || g).
 
+    Teachers may be given sparsely, as `k` labels and one probability r for all others. Then a sum over all labels is
+    one over the k plus a share of the student's own, sum_c g_c h_c = sum_k (g_k - r) h_k + r sum_c h_c, so that no
+    array of all labels is built per teacher.
+
     Args:
         student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
             Log-probabilities of the student.
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels or k)`):
             Soft outputs of the level's teachers, never hardened before (see Source).
         rule (`str`):
             One of `AGREEMENT_RULES`.
         min_prob (`float`, *optional*, defaults to 1e-6):
             Above 0; one-hot teachers would be infinitely far under KL(s || g) otherwise.
+        label_ids (`torch.LongTensor` of shape `(num_examples, num_teachers, k)`, *optional*):
+            The labels that `teacher_probs` is about; all of them by default.
+        rest_probs (`torch.Tensor` of shape `(num_examples, num_teachers)`, *optional*):
+            Probability of each label that is not among `label_ids`.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_teachers)`.
@@ -74,16 +88,29 @@ def agreement_scores(
         raise ValueError(f"`rule` must be one of {list(AGREEMENT_RULES)}, got {rule!r}.")
     if not 0 < min_prob < 1:
         raise ValueError(f"`min_prob` must lie between 0 and 1, got {min_prob}.")
-    student = student_log_probs.exp().unsqueeze(1)
+    num_labels, num_stored = student_log_probs.shape[1], teacher_probs.shape[2]
+    rest = teacher_probs.new_zeros(teacher_probs.shape[:2]) if rest_probs is None else rest_probs
+
+    def stored(values: torch.Tensor) -> torch.Tensor:
+        """The student's values `(num_examples, num_labels)` at each teacher's labels."""
+        if label_ids is None:
+            return values.unsqueeze(1).expand(-1, teacher_probs.shape[1], -1)
+        return values.gather(1, label_ids.flatten(1)).view_as(label_ids)
+
+    student = student_log_probs.exp()
     student_log = student.clamp(min=min_prob).log()
     if rule == "hard_loss":
-        return -student_log.expand_as(teacher_probs).gather(2, first_argmax(teacher_probs).unsqueeze(-1)).squeeze(-1)
+        return -stored(student_log).gather(2, first_argmax(teacher_probs).unsqueeze(-1)).squeeze(-1)
+    teacher_log, rest_log = teacher_probs.clamp(min=min_prob).log(), rest.clamp(min=min_prob).log()
+    if rule == "kl_student_teacher":
+        entropy = (student * student_log).sum(dim=1, keepdim=True)
+        cross = (stored(student) * (teacher_log - rest_log.unsqueeze(-1))).sum(dim=-1)
+        return entropy - cross - rest_log * student.sum(dim=1, keepdim=True)
+    excess = teacher_probs - rest.unsqueeze(-1)
+    cross = (excess * stored(student_log)).sum(dim=-1) + rest * student_log.sum(dim=1, keepdim=True)
     if rule == "ce_teacher_student":
-        return -(teacher_probs * student_log).sum(dim=-1)
-    teacher_log = teacher_probs.clamp(min=min_prob).log()
-    if rule == "kl_teacher_student":
-        return (teacher_probs * (teacher_log - student_log)).sum(dim=-1)
-    return (student * (student_log - teacher_log)).sum(dim=-1)
+        return -cross
+    return (teacher_probs * teacher_log).sum(dim=-1) + (num_labels - num_stored) * rest * rest_log - cross
 
 
 def assign_by_agreement(
@@ -92,19 +119,26 @@ def assign_by_agreement(
     answered: torch.Tensor,
     rule: str = "ce_teacher_student",
     min_prob: float = 1e-6,
+    *,
+    label_ids: torch.Tensor | None = None,
+    rest_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose the teacher that is closest to the student, for teachers whose scope is not known.
 
     Args:
         student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
             Log-probabilities of the student.
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels or k)`):
             Soft outputs of the level's teachers.
         answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
             Who answered.
         rule (`str`, *optional*, defaults to `"ce_teacher_student"`):
             See [`agreement_scores`].
         min_prob (`float`, *optional*, defaults to 1e-6):
+            See [`agreement_scores`].
+        label_ids (`torch.LongTensor` of shape `(num_examples, num_teachers, k)`, *optional*):
+            See [`agreement_scores`].
+        rest_probs (`torch.Tensor` of shape `(num_examples, num_teachers)`, *optional*):
             See [`agreement_scores`].
 
     Returns:
@@ -116,7 +150,9 @@ def assign_by_agreement(
         >>> assign_by_agreement(student, teachers, answered).tolist()
         [1]
     """
-    scores = agreement_scores(student_log_probs, teacher_probs, rule, min_prob)
+    scores = agreement_scores(
+        student_log_probs, teacher_probs, rule, min_prob, label_ids=label_ids, rest_probs=rest_probs
+    )
     return _argmin_answered(scores, answered)
 
 

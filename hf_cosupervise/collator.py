@@ -12,14 +12,16 @@ import torch
 from .inputs import InputProcessor
 
 ROW = "cosupervise_row"
+TARGETS = ("target_ids", "target_probs", "target_rest")
 
 
 @dataclass
 class DataCollatorForCoSupervision:
     """Make a batch of model inputs and pseudolabels.
 
-    An example of the pool carries its row in `cosupervise_row` and gets `target_probs`; an example of an evaluation
-    set carries `labels` and keeps them; any other example gets inputs only.
+    An example of the pool carries its row in `cosupervise_row` and gets its pseudolabel: `target_probs` over all
+    labels, or over those in `target_ids` with `target_rest` for each other one. An example of an evaluation set
+    carries `labels` and keeps them; any other example gets inputs only.
 
     Args:
         processor (`InputProcessor`):
@@ -27,12 +29,13 @@ class DataCollatorForCoSupervision:
         input_column (`str`):
             The column that the student reads.
         pseudolabels (`Callable`, *optional*):
-            From rows of the pool `(batch,)` to probabilities `(batch, num_labels)`; set by the trainer for each level.
+            From rows of the pool `(batch,)` to probabilities `(batch, num_labels)`, or to what
+            [`PseudolabelPool.sparse_pseudolabels`] gives; set by the trainer for each level.
     """
 
     processor: InputProcessor
     input_column: str
-    pseudolabels: Callable[[np.ndarray], np.ndarray] | None = None
+    pseudolabels: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate examples.
@@ -42,12 +45,16 @@ class DataCollatorForCoSupervision:
                 Rows of a dataset.
 
         Returns:
-            `dict[str, torch.Tensor]`: model inputs; `target_probs` `(batch, num_labels)` or `labels` `(batch,)`.
+            `dict[str, torch.Tensor]`: model inputs; `target_probs` `(batch, num_labels)`, or with `target_ids`
+            `(batch, k)` and `target_rest` `(batch,)`; or `labels` `(batch,)`.
         """
         batch = self.processor([example[self.input_column] for example in examples])
         if ROW in examples[0] and self.pseudolabels is not None:
             rows = np.array([example[ROW] for example in examples])
-            batch["target_probs"] = torch.from_numpy(self.pseudolabels(rows))
+            targets = self.pseudolabels(rows)
+            names = TARGETS if isinstance(targets, tuple) else TARGETS[1:2]
+            arrays = targets if isinstance(targets, tuple) else (targets,)
+            batch |= {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
         elif "labels" in examples[0]:
             batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=torch.long)
         return batch

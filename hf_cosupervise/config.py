@@ -16,6 +16,8 @@ ASSIGNMENTS = (
 )  # fmt: skip
 REJECTIONS = ("none", "top_k", "parent_topk", "parent_confident")
 STUDENT_TRAININGS = ("probe", "lora", "full")
+HEAD_SOLVERS = ("steps", "ridge")
+FEATURES_DTYPES = ("float32", "float16")
 
 
 @dataclass
@@ -110,6 +112,19 @@ class CoSupervisedConfig(TrainingArguments):
     features_dir: str | None = field(
         default=None, metadata={"help": "Where features are kept, to share them between runs. Default: in the run."}
     )
+    features_dtype: str = field(
+        default="float32", metadata={"help": "How features are kept: 'float32', or 'float16' for half the space."}
+    )
+    head_solver: str = field(
+        default="steps",
+        metadata={"help": "How a probe's head is fitted: 'steps' of `optim`, or 'ridge' (at once, in closed form)."},
+    )
+    ridge_alpha: float = field(
+        default=0.01, metadata={"help": "Penalty of 'ridge', above 0, relative to the mean variance of a feature."}
+    )
+    ridge_logit_scale: float = field(
+        default=10.0, metadata={"help": "Scale of the logits of 'ridge', above 0: its predictions lie near 0..1."}
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -130,6 +145,8 @@ class CoSupervisedConfig(TrainingArguments):
             ("rejection", REJECTIONS),
             ("rejection_rule", SELECTION_RULES),
             ("pseudolabels", ("soft", "hard")),
+            ("features_dtype", FEATURES_DTYPES),
+            ("head_solver", HEAD_SOLVERS),
         ):
             self._check_choice(name, known)
         if not self.assignment or not self.rejection:
@@ -140,6 +157,14 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError(f"`rounds_per_level` must be at least 1, got {self.rounds_per_level}.")
         if not 0 < self.agreement_min_prob < 1:
             raise ValueError(f"`agreement_min_prob` must lie between 0 and 1, got {self.agreement_min_prob}.")
+        for name in ("ridge_alpha", "ridge_logit_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        if self.head_solver == "ridge" and (self.student_training != "probe" or self.warm_start):
+            raise ValueError(
+                "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` "
+                f"{self.student_training!r} and `warm_start` {self.warm_start}. Use 'probe' without `warm_start`."
+            )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must stay False: the collator reads the raw columns.")
 

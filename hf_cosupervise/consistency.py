@@ -61,9 +61,13 @@ def in_top_k(probs: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
         [False]
     """
     own = probs.gather(1, labels.unsqueeze(1))
+    last = probs.topk(min(k, probs.shape[1]), dim=1).values[:, -1:]
+    inside = (own > last).squeeze(1)
+    on_edge = (own == last).squeeze(1).nonzero().squeeze(1)  # only there do ties decide
+    probs, own, labels = probs[on_edge], own[on_edge], labels[on_edge]
     lower = torch.arange(probs.shape[1], device=probs.device) < labels.unsqueeze(1)
-    rank = ((probs > own) | ((probs == own) & lower)).sum(dim=1)
-    return rank < k
+    inside[on_edge] = ((probs > own) | ((probs == own) & lower)).sum(dim=1) < k
+    return inside
 
 
 def pseudolabel_loss(student_log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,10 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,11 @@ from tqdm.auto import tqdm
 
 from .inputs import InputProcessor, cell_digests
 
-_KEYS, _VALUES = "keys.npy", "features.npy"
+_KEYS, _VALUES, _OWNER = "keys.npy", "features.npy", "backbone.txt"
+_KEY_DTYPE = np.dtype("S32")
+# Rows that do not lie on disk in the order wanted are copied to memory up to this size, beyond it to a file.
+_MAX_COPIED_BYTES = 2**30
+_CHUNK = 8192
 
 
 class FeatureStore:
@@ -40,6 +45,8 @@ class FeatureStore:
             Context for mixed precision while the backbone runs.
         precision (`str`, *optional*, defaults to `"float32"`):
             Name of that precision, part of the key.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            How features are kept: `"float32"`, or `"float16"` for half the space.
     """
 
     def __init__(
@@ -51,9 +58,12 @@ class FeatureStore:
         *,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         precision: str = "float32",
+        dtype: str = "float32",
     ) -> None:
         self.model, self.head, self.processor, self.autocast = model, head, processor, autocast
-        self.folder = Path(folder) / backbone_key(model, head, processor, precision)
+        self.dtype = np.dtype(dtype)
+        key = backbone_key(model, head, processor, precision)
+        self.folder = Path(folder) / (key if dtype == "float32" else f"{key}-{dtype}")
 
     def features(
         self, dataset: Dataset, column: str, *, batch_size: int = 64, shard: tuple[int, int] = (0, 1),
@@ -76,69 +86,116 @@ class FeatureStore:
                 Hide the progress bar.
 
         Returns:
-            `np.ndarray` of shape `(num_examples, feature_size)`, float32, mapped from disk where rows lie in a row.
+            `np.ndarray` of shape `(num_examples, feature_size)`: mapped from disk where the rows lie there in this
+            order or are too many for the memory, else in memory.
+
+        Raises:
+            FileNotFoundError: If what another process wrote cannot be seen.
+            OSError: If the disk is full; nothing half written is left.
+            ValueError: If a stored file is of another backbone or not whole.
         """
-        digests = cell_digests(dataset, column)
-        known, _ = self._index()
-        first_rows: dict[str, int] = {}
-        for row, digest in enumerate(digests):
-            if digest not in known:
-                first_rows.setdefault(digest, row)
+        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        unknown = np.flatnonzero(self._find(digests) < 0)
+        _, first = np.unique(digests[unknown], return_index=True)
         wait()  # nobody may write before everybody has seen what is missing
-        own = list(first_rows.values())[shard[0] :: shard[1]]
-        if own:
-            self._compute(dataset, column, own, [digests[row] for row in own], batch_size, disable_tqdm)
+        own = np.array_split(unknown[np.sort(first)], shard[1])[shard[0]]
+        if len(own):
+            self._write_shard(digests[own], self._forward(dataset, column, own, batch_size), disable_tqdm)
         wait()
-        return self._gather(digests)
+        rows = self._find(digests)
+        if missing := int((rows < 0).sum()):
+            raise FileNotFoundError(
+                f"'{self.folder}' must hold the features of all {len(rows)} rows, got none of {missing}. Give a "
+                "`features_dir` that all processes see."
+            )
+        return self._gather(rows)
 
-    def _index(self) -> tuple[dict[str, tuple[int, int]], list[Path]]:
-        """Find the shard and row of every digest."""
-        shards = sorted(path for path in self.folder.glob("shard-*") if path.is_dir())
-        index: dict[str, tuple[int, int]] = {}
-        for number, path in enumerate(shards):
+    def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
+        """Put features in that were computed elsewhere, so that the backbone need not run for them.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Data.
+            column (`str`):
+                The column that the model reads.
+            batches (`Iterable[np.ndarray]`):
+                Arrays of shape `(num_rows, feature_size)`: what the head reads, in the order of the data.
+
+        Raises:
+            ValueError: If their sizes are not those of the head and the data, or a value is not finite.
+        """
+        self._write_shard(np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE), batches, disable_tqdm=True)
+
+    def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys and mapped features of every shard."""
+        shards = []
+        for path in sorted(path for path in self.folder.glob("shard-*") if path.is_dir()):
             keys = np.load(path / _KEYS, allow_pickle=False)
-            index.update((key.decode(), (number, row)) for row, key in enumerate(keys.tolist()))
-        return index, shards
+            # Copy on write: torch wants memory that can be written, though nobody does.
+            values = np.load(path / _VALUES, mmap_mode="c", allow_pickle=False)
+            owner = (path / _OWNER).read_text(encoding="utf-8") if (path / _OWNER).is_file() else "nobody"
+            expected = (len(keys), self.head.in_features), self.dtype, self.folder.name
+            if (values.shape, values.dtype, owner) != expected:
+                raise ValueError(
+                    f"Features in '{path}' must be {expected[0]} {expected[1]} of backbone {expected[2]}, got "
+                    f"{values.shape} {values.dtype} of {owner}. Delete that folder: they are computed again."
+                )
+            shards.append((keys, values))
+        return shards
 
-    def _gather(self, digests: list[str]) -> np.ndarray:
-        index, shards = self._index()
-        arrays = [np.load(path / _VALUES, mmap_mode="r", allow_pickle=False) for path in shards]
-        places = np.array([index[digest] for digest in digests], dtype=np.int64).reshape(-1, 2)
-        if len(set(places[:, 0].tolist())) == 1:
-            rows, array = places[:, 1], arrays[places[0, 0]]
-            if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
-                return array[rows[0] : rows[0] + len(rows)]
-            return array[rows]
-        features = np.empty((len(digests), self.head.in_features), dtype=np.float32)
-        for number, array in enumerate(arrays):
-            here = np.flatnonzero(places[:, 0] == number)
-            features[here] = array[places[here, 1]]
-        return features
+    def _find(self, digests: np.ndarray) -> np.ndarray:
+        """Row of each digest, counted through all shards; -1 where it is not known."""
+        keys = np.concatenate([np.zeros(0, dtype=_KEY_DTYPE), *(keys for keys, _ in self._shards())])
+        if not len(keys):
+            return np.full(len(digests), -1)
+        order = np.argsort(keys, kind="stable")
+        rows = order[np.minimum(np.searchsorted(keys, digests, sorter=order), len(keys) - 1)]
+        return np.where(keys[rows] == digests, rows, -1)
 
-    def _compute(
-        self, dataset: Dataset, column: str, rows: list[int], keys: list[str], batch_size: int, disable_tqdm: bool
-    ) -> None:
-        """Write one shard, under its final name only when it is whole."""
+    def _gather(self, rows: np.ndarray) -> np.ndarray:
+        """Rows that are counted through all shards, as one array."""
+        arrays = [values for _, values in self._shards()]
+        if not len(rows):
+            return np.zeros((0, self.head.in_features), dtype=self.dtype)
+        starts = np.cumsum([0, *(len(values) for values in arrays)])
+        number = int(np.searchsorted(starts, rows[0], side="right")) - 1
+        if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))) and rows[-1] < starts[number + 1]:
+            return arrays[number][rows[0] - starts[number] :][: len(rows)]
+        if len(rows) * self.head.in_features * self.dtype.itemsize <= _MAX_COPIED_BYTES:
+            return np.concatenate(list(_pieces(arrays, starts, rows)))
+        name = "ordered-" + hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
+        if not (self.folder / name).exists():
+            with self._unfinished(name) as folder:
+                _write_array(
+                    folder / _VALUES, _pieces(arrays, starts, rows), len(rows), self.head.in_features, self.dtype
+                )
+        return np.load(self.folder / name / _VALUES, mmap_mode="c", allow_pickle=False)
+
+    def _write_shard(self, keys: np.ndarray, batches: Iterable[np.ndarray], disable_tqdm: bool) -> None:
+        name = "shard-" + hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
+        with (
+            self._unfinished(name) as folder,
+            tqdm(total=len(keys), desc="Features", disable=disable_tqdm, leave=False) as progress,
+        ):
+            _write_array(
+                folder / _VALUES, batches, len(keys), self.head.in_features, self.dtype, on_batch=progress.update
+            )
+            np.save(folder / _KEYS, keys, allow_pickle=False)
+            (folder / _OWNER).write_text(self.folder.name, encoding="utf-8")
+
+    @contextmanager
+    def _unfinished(self, name: str) -> Iterator[Path]:
+        """A folder that gets its name only when all in it is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = "shard-" + hashlib.blake2b("".join(keys).encode(), digest_size=8).hexdigest()
         temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
         try:
-            shape = (len(rows), self.head.in_features)
-            values = np.lib.format.open_memmap(temporary / _VALUES, mode="w+", dtype=np.float32, shape=shape)
-            with tqdm(total=len(rows), desc="Features", disable=disable_tqdm, leave=False) as progress:
-                done = 0
-                for batch in self._forward(dataset, column, rows, batch_size):
-                    values[done : done + len(batch)] = batch
-                    done += len(batch)
-                    progress.update(len(batch))
-            values.flush()
-            np.save(temporary / _KEYS, np.array(keys, dtype="S32"), allow_pickle=False)
+            yield temporary
             if not (self.folder / name).exists():
                 os.replace(temporary, self.folder / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _forward(self, dataset: Dataset, column: str, rows: list[int], batch_size: int) -> Iterator[np.ndarray]:
+    def _forward(self, dataset: Dataset, column: str, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         captured: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0].detach()))
         device = self.head.weight.device
@@ -152,6 +209,44 @@ class FeatureStore:
                 yield captured.pop().float().cpu().numpy()
         finally:
             hook.remove()
+
+
+def _pieces(arrays: list[np.ndarray], starts: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows that are counted through all arrays, some at a time."""
+    for begin in range(0, len(rows), _CHUNK):
+        wanted = rows[begin : begin + _CHUNK]
+        numbers = np.searchsorted(starts, wanted, side="right") - 1
+        piece = np.empty((len(wanted), arrays[0].shape[1]), dtype=arrays[0].dtype)
+        for number in np.unique(numbers):
+            here = numbers == number
+            piece[here] = arrays[number][wanted[here] - starts[number]]
+        yield piece
+
+
+def _write_array(
+    path: Path, batches: Iterable[np.ndarray], num_rows: int, size: int, dtype: np.dtype,
+    on_batch: Callable[[int], Any] = lambda num_rows: None,
+) -> None:  # fmt: skip
+    """Write a `.npy` file by plain writes: on a full disk, those to a map would kill the process."""
+    done = 0
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_rows, size)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for batch in batches:
+            with np.errstate(over="ignore"):
+                values = np.ascontiguousarray(batch, dtype=dtype)
+            if values.ndim != 2 or values.shape[1] != size:
+                raise ValueError(f"Features must have shape (num_rows, {size}) like the head, got {values.shape}.")
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"Features must be finite in {dtype}, got others in rows {done}..{done + len(values) - 1}. Check "
+                    "these inputs, or keep features in float32."
+                )
+            file.write(values.data)
+            done += len(values)
+            on_batch(len(values))
+    if done != num_rows:
+        raise ValueError(f"Features must be given for {num_rows} rows, got {done}.")
 
 
 def _channels_last(value: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,7 @@ def _plan_chunk(
     log_probs: torch.Tensor | None,
 ) -> None:
     """Fill the remembered numbers of one chunk."""
-    if log_probs is not None and torch.isnan(log_probs).any():
+    if log_probs is not None and torch.isnan(log_probs.sum()):
         raise ValueError(
             f"The student's predictions must be numbers, got NaN in rows {part.start}..{part.stop - 1} before level "
             f"{level}: its training diverged. Lower `learning_rate`, or set `max_grad_norm`."
@@ -193,21 +193,19 @@ def _plan_chunk(
     parent = torch.from_numpy(np.asarray(previous[part], dtype=np.int64))
     assigned = fall_back(_assign(pool, level, args, part, log_probs), parent)
     positions = np.arange(part.start, part.stop)
-    probs = torch.from_numpy(pool.pseudolabels(assigned.numpy(), positions))
-    confidence, labels = probs.max(dim=1).values, torch.from_numpy(probs.numpy().argmax(axis=1))
-    has_label = assigned != NOBODY
-    rows.assigned[part] = assigned
-    rows.labels[part] = torch.where(has_label, labels, -1)
+    hard = pool.hard_pseudolabels(assigned.numpy(), positions)
+    rows.assigned[part], rows.labels[part] = assigned, hard
     rows.passes_parent[part] = 1
     if log_probs is None:
         return
+    labels = torch.from_numpy(hard).clamp(min=0)
     k = args.rejection_k or default_top_k(pool.hierarchy.num_labels)
     rows.losses[part] = pseudolabel_loss(log_probs, labels)
     rows.in_student_top_k[part] = in_top_k(log_probs, labels, k)
     rows.student_labels[part] = log_probs.numpy().argmax(axis=1)  # numpy promises ties to the first
     if {"parent_topk", "parent_confident"} & set(args.rejection):
-        parent_probs = torch.from_numpy(pool.pseudolabels(parent.numpy(), positions))
-        rows.passes_parent[part] = _passes_parent(args, k, labels, confidence, parent, parent_probs)
+        own, above = (torch.from_numpy(pool.pseudolabels(who.numpy(), positions)) for who in (assigned, parent))
+        rows.passes_parent[part] = _passes_parent(args, k, labels, own.max(dim=1).values, parent, above)
 
 
 def _passes_parent(
@@ -234,7 +232,7 @@ def _assign(
     """Say who speaks, as positions in `pool.source_names`."""
     hierarchy, method = pool.hierarchy, level_assignment(args, level)
     indices = hierarchy.level_indices(level)
-    answered = torch.from_numpy(np.stack([pool.answered(hierarchy.names[index])[part] for index in indices], axis=1))
+    answered = torch.from_numpy(np.stack([pool.answered(hierarchy.names[index], part) for index in indices], axis=1))
     if method == "ensemble" and len(indices) > 1:
         return torch.where(answered.any(dim=1), len(hierarchy.teachers) + level, NOBODY)
     if level == 0 and len(indices) > 1:
@@ -261,8 +259,11 @@ def _assign_inside(
         student_labels = torch.from_numpy(log_probs.numpy().argmax(axis=1))
         return assign_by_scope(student_labels, hierarchy.scope_mask(level), answered)
     if method == "agreement":
-        probs, _ = pool.decode_level(hierarchy.level_indices(level), part)
-        return assign_by_agreement(log_probs, probs, answered, args.agreement_rule, args.agreement_min_prob)
+        indices, rule, min_prob = hierarchy.level_indices(level), args.agreement_rule, args.agreement_min_prob
+        if not pool.has_one_k:
+            return assign_by_agreement(log_probs, pool.decode_level(indices, part)[0], answered, rule, min_prob)
+        ids, probs, rest = pool.sparse_level(indices, part)
+        return assign_by_agreement(log_probs, probs, answered, rule, min_prob, label_ids=ids, rest_probs=rest)
     domains = [teacher.domains for teacher in hierarchy.levels[level]]
     if method == "metadata":
         return assign_by_domain(_texts(pool, str(args.metadata_column), part), domains, answered)

@@ -273,11 +273,11 @@ class TeacherHierarchy:
         Returns:
             `torch.BoolTensor` of shape `(num_teachers_of_level, num_labels)`.
         """
-        rows = [
-            [label in (teacher.scope or self.labels) for label in self.labels]
-            for teacher in (self.teachers[index] for index in self.level_indices(level))
-        ]
-        return torch.tensor(rows, dtype=torch.bool)
+        positions = {label: position for position, label in enumerate(self.labels)}
+        mask = torch.zeros(len(self.levels[level]), len(self.labels), dtype=torch.bool)
+        for row, teacher in zip(mask, self.levels[level], strict=True):
+            row[[positions[label] for label in teacher.scope or self.labels]] = True
+        return mask
 
     def to_dict(self) -> dict[str, Any]:
         """Give the hierarchy as plain JSON values.

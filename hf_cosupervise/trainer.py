@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOu
 from . import __version__
 from .callbacks import LevelCallbackHandler, LevelHistory
 from .cards import model_card, write_card
-from .collator import ROW, DataCollatorForCoSupervision
+from .collator import ROW, TARGETS, DataCollatorForCoSupervision
 from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
 from .features import FeatureStore
-from .heads import fit_linear_head
+from .heads import SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
-from .levels import LevelPlan, level_assignment, plan_level, row_chunks
-from .losses import soft_cross_entropy
+from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level, row_chunks
+from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
 from .metrics import accuracy
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .students import export_student, head_gives_logits, linear_head, load_student, prepare_student
@@ -144,6 +145,9 @@ class CoSupervisedTrainer(Trainer):
         self._head = self._find_head() if args.student_training == "probe" else None
         self._story = TrainerState()  # of all levels; `state` is that of the level in training
         self._pool_features: torch.Tensor | None = None
+        self._gram: torch.Tensor | None = None
+        if args.head_solver == "ridge" and (reason := self._why_not_on_features()):
+            raise ValueError(f"`head_solver` 'ridge' needs a linear head on features, but {reason}. Use 'steps'.")
 
     def _find_head(self) -> nn.Linear | None:
         """Find the head if the rest of the student can be replaced by its features."""
@@ -270,7 +274,11 @@ class CoSupervisedTrainer(Trainer):
         number = len(self.history.records)
         kept = np.flatnonzero(plan.keep_mask)
         self.train_dataset = self._rows.select(kept)
-        self.data_collator.pseudolabels = partial(_pseudolabels, self.pool, plan, self.args.pseudolabels == "hard")
+        # A loss of the user's own is given all labels.
+        read = (
+            _sparse_pseudolabels if self.compute_loss_func is None and _pays_sparse(self.pool, plan) else _pseudolabels
+        )
+        self.data_collator.pseudolabels = partial(read, self.pool, plan, self.args.pseudolabels == "hard")
         if not self.args.warm_start:
             self._restore(self._fresh)
         with self._level_arguments(plan, number):
@@ -279,6 +287,8 @@ class CoSupervisedTrainer(Trainer):
             if reason := self._why_not_on_features():
                 logger.info(f"Level {plan.level} is trained by the standard loop: {reason}.")
                 output = super().train(ignore_keys_for_eval=ignore_keys_for_eval)
+            elif self.args.head_solver == "ridge":
+                output = self._fit_ridge(kept)
             else:
                 output = self._train_on_features(kept)
         self._record_level(plan, output)
@@ -458,20 +468,23 @@ class CoSupervisedTrainer(Trainer):
         """
         if self.args.student_training == "probe":
             model.eval()  # a frozen backbone must not drift (BatchNorm) nor drop out
-        targets = inputs.pop("target_probs", None)
+        targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
         labels = inputs.pop("labels", None)
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
-            loss = self.compute_loss_func(outputs, labels if targets is None else targets, num_items_in_batch=None)
+            wanted = labels if not targets else targets["target_probs"]
+            loss = self.compute_loss_func(outputs, wanted, num_items_in_batch=None)
+        elif targets:
+            wanted = {name: targets[name] if name == "target_ids" else self._smooth(targets[name]) for name in targets}
+            loss = _pseudolabel_losses(outputs.logits, wanted).mean()
         else:
-            if targets is None:
-                targets = nn.functional.one_hot(labels, outputs.logits.shape[-1])
-            loss = soft_cross_entropy(outputs.logits, self._smooth(targets.float(), training=labels is None)).mean()
+            loss = hard_cross_entropy(outputs.logits, labels).mean()
         return (loss, outputs) if return_outputs else loss
 
-    def _smooth(self, targets: torch.Tensor, *, training: bool) -> torch.Tensor:
-        share = self.args.label_smoothing_factor if training else 0.0
-        return targets * (1 - share) + share / targets.shape[-1] if share else targets
+    def _smooth(self, probs: torch.Tensor) -> torch.Tensor:
+        """Spread a share of the pseudolabels evenly, as `label_smoothing_factor` says."""
+        share = self.args.label_smoothing_factor
+        return probs * (1 - share) + share / self.pool.hierarchy.num_labels if share else probs
 
     def prediction_step(
         self,
@@ -497,11 +510,13 @@ class CoSupervisedTrainer(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
-        targets = inputs.pop("target_probs", None)
+        targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits.float()
-        wanted = targets if labels is None else nn.functional.one_hot(labels, logits.shape[-1]).float()
-        loss = None if wanted is None else soft_cross_entropy(logits, wanted).mean()
+        loss = None
+        if labels is not None or targets:
+            losses = _pseudolabel_losses(logits, targets) if labels is None else hard_cross_entropy(logits, labels)
+            loss = losses.mean()
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     @torch.no_grad()
@@ -523,7 +538,7 @@ class CoSupervisedTrainer(Trainer):
         if self._head is not None:
             features = self._features_of(dataset)
             for chunk in chunks:
-                logits = self._head(features[chunk])
+                logits = self._head(features[chunk].float())
                 yield chunk, torch.log_softmax(logits.float(), dim=1).cpu()
             return
         model = self.accelerator.unwrap_model(self.model)
@@ -592,25 +607,34 @@ class CoSupervisedTrainer(Trainer):
         }
         return next((reason for reason, applies in reasons.items() if applies), None)
 
-    def _features_of(self, dataset: Dataset) -> torch.Tensor:
-        """Give the head's inputs, in memory, on the student's device."""
-        if dataset is self._rows and self._pool_features is not None:
-            return self._pool_features
+    @property
+    def feature_store(self) -> FeatureStore:
+        """[`FeatureStore`]: Where the head's inputs are kept; features computed elsewhere can be put there.
+
+        Raises:
+            ValueError: If the student is not a linear head on a frozen backbone.
+        """
         if self._head is None:
-            raise ValueError("Only a linear head on a frozen backbone has features.")
+            raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         folder = Path(self.args.features_dir) if self.args.features_dir else self.run_dir / "features"
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
-        store = FeatureStore(
-            folder, model, self._head, self.processor, autocast=self.compute_loss_context_manager, precision=precision
-        )
-        values = store.features(
+        return FeatureStore(
+            folder, model, self._head, self.processor, autocast=self.compute_loss_context_manager,
+            precision=precision, dtype=self.args.features_dtype,
+        )  # fmt: skip
+
+    def _features_of(self, dataset: Dataset) -> torch.Tensor:
+        """Give the head's inputs: mapped from disk, or on the student's device where that is another one."""
+        if dataset is self._rows and self._pool_features is not None:
+            return self._pool_features
+        values = self.feature_store.features(
             dataset, self.input_column, batch_size=self.args.per_device_eval_batch_size,
             shard=(self.args.process_index, self.args.world_size), wait=self.accelerator.wait_for_everyone,
             disable_tqdm=bool(self.args.disable_tqdm) or not self.is_local_process_zero(),
         )  # fmt: skip
-        features = torch.from_numpy(np.array(values)).to(self._head.weight.device)
+        features = torch.from_numpy(values).to(self.args.device)
         if dataset is self._rows:
             self._pool_features = features
         return features
@@ -636,13 +660,15 @@ class CoSupervisedTrainer(Trainer):
             train_batch_size=self._train_batch_size,
         )  # fmt: skip
         self.state.compute_steps(self.args, max_steps)
-        self.create_optimizer_and_scheduler(max_steps)
+        self.create_optimizer()
+        _merge_equal_groups(self.optimizer)  # type: ignore[arg-type]  # made in the line above
+        self.create_scheduler(max_steps)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         started, meter = time.time(), _LossMeter()
         fit_linear_head(
             self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter),
-            self.optimizer,  # type: ignore[arg-type]  # made two lines above
+            self.optimizer,  # type: ignore[arg-type]
             self.lr_scheduler, max_grad_norm=self.args.max_grad_norm,
             average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
             on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
@@ -652,6 +678,45 @@ class CoSupervisedTrainer(Trainer):
         return TrainOutput(
             self.state.global_step, loss, speed_metrics("train", started, num_steps=self.state.global_step)
         )
+
+    def _fit_ridge(self, kept: np.ndarray) -> TrainOutput:
+        """Fit the head of a level at once; for logs and callbacks it is a level of one step."""
+        if self._head is None:
+            raise ValueError("Only a linear head on a frozen backbone has features.")
+        started, features = time.time(), self._features_of(self._rows)
+        self.state = TrainerState(
+            is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero(),
+            max_steps=1, num_train_epochs=1, train_batch_size=len(kept),
+        )  # fmt: skip
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
+        loss = fit_ridge_head(
+            self._head, features, self._own_share(kept), self._target_lookup(kept), self._gram_of(features, kept),
+            alpha=self.args.ridge_alpha, logit_scale=self.args.ridge_logit_scale,
+            sum_over_processes=self._sum_tensors,
+        )  # fmt: skip
+        self.state.global_step, self.state.epoch = 1, 1.0
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        if self.args.logging_strategy != "no":
+            self.log({"loss": float(loss)})
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(1, float(loss), speed_metrics("train", started, num_steps=1))
+
+    def _gram_of(self, features: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
+        """Give the Gram matrix of the kept rows: that of the whole pool, computed once, less that of the others."""
+        if self._gram is None:
+            self._gram = self._sum_tensors(gram_matrix(features, self._own_share(np.arange(len(self.pool)))))
+        others = np.setdiff1d(np.arange(len(self.pool)), kept, assume_unique=True)
+        if len(others) < len(kept):
+            return self._gram - self._sum_tensors(gram_matrix(features, self._own_share(others)))
+        return self._sum_tensors(gram_matrix(features, self._own_share(kept)))
+
+    def _own_share(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array_split(rows, self.args.world_size)[self.args.process_index])
+
+    def _sum_tensors(self, values: torch.Tensor) -> torch.Tensor:
+        return values if self.args.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
 
     def _head_steps(
         self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter
@@ -663,7 +728,9 @@ class CoSupervisedTrainer(Trainer):
             if hasattr(dataloader, "set_epoch"):
                 dataloader.set_epoch(epoch)
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
-            batches = [rows[batch] for batch in dataloader.batch_sampler]  # type: ignore[union-attr]
+            positions = list(dataloader.batch_sampler)  # type: ignore[arg-type]
+            order = torch.from_numpy(np.fromiter(chain.from_iterable(positions), dtype=np.int64))
+            batches = rows[order].split([len(batch) for batch in positions])
             for number in range(per_epoch):
                 self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
                 meter.learning_rate = self._get_learning_rate()
@@ -686,18 +753,23 @@ class CoSupervisedTrainer(Trainer):
         if self.control.should_log and meter.num_since:
             self.log(meter.read(self.accelerator.gather))
 
-    def _target_lookup(self, kept: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _target_lookup(self, kept: np.ndarray) -> Callable[[torch.Tensor], torch.Tensor | SparseTargets]:
         """Give pseudolabels by row: decoded once where they fit in memory, else batch by batch."""
-        device, num_labels = self.args.device, self.pool.hierarchy.num_labels
-        pseudolabels = self.data_collator.pseudolabels
-        if len(self.pool) * num_labels * 4 > _MAX_DECODED_BYTES:
-            return lambda rows: self._smooth(
-                torch.from_numpy(pseudolabels(rows.cpu().numpy())).to(device), training=True
-            )
-        table = np.zeros((len(self.pool), num_labels), dtype=np.float32)
-        table[kept] = pseudolabels(kept)
-        decoded = self._smooth(torch.from_numpy(table).to(device), training=True)
-        return lambda rows: decoded[rows]
+
+        def read(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+            targets = self.data_collator.pseudolabels(rows)
+            arrays = targets if isinstance(targets, tuple) else (targets,)
+            tensors = [torch.from_numpy(array).to(self.args.device) for array in arrays]
+            return tuple(self._smooth(values) if values.is_floating_point() else values for values in tensors)
+
+        first = read(kept[:1])
+        if len(self.pool) * sum(values.nbytes for values in first) > _MAX_DECODED_BYTES:
+            return lambda rows: _as_targets(read(rows.cpu().numpy()))
+        table = [values.new_zeros(len(self.pool), *values.shape[1:]) for values in first]
+        for part in np.array_split(kept, max(len(kept) // CHUNK_ROWS, 1)):
+            for values, wanted in zip(table, read(part)):
+                values[torch.from_numpy(part).to(values.device)] = wanted
+        return lambda rows: _as_targets(tuple(values.index_select(0, rows) for values in table))
 
     # --- several processes -------------------------------------------------------------------------------------------
 
@@ -913,6 +985,40 @@ class _LossMeter:
 def _pseudolabels(pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.ndarray) -> np.ndarray:
     """Give what is trained on; a plain function, so that workers of any start method can take it along."""
     return pool.pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+
+
+def _sparse_pseudolabels(
+    pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give the same without the labels that the teachers left out."""
+    return pool.sparse_pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+
+
+def _pays_sparse(pool: PseudolabelPool, plan: LevelPlan) -> bool:
+    """Tell whether rows of k labels are cheaper than rows of all; an ensemble has no stored rows."""
+    num_teachers = len(pool.hierarchy.teachers)
+    k = pool.label_ids(pool.hierarchy.names[0]).shape[1]
+    return pool.has_one_k and 4 * k <= pool.hierarchy.num_labels and bool((plan.assigned_teacher < num_teachers).all())
+
+
+def _merge_equal_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Keep weight and bias in one group where their options are equal: half the overhead of a step."""
+    first, *others = optimizer.param_groups
+    for group in others:
+        if {**group, "params": None} == {**first, "params": None}:
+            first["params"] = [*first["params"], *group["params"]]
+            optimizer.param_groups.remove(group)
+
+
+def _pseudolabel_losses(logits: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy `(batch,)` against what the collator gave."""
+    if "target_ids" not in targets:
+        return soft_cross_entropy(logits, targets["target_probs"].float())
+    return sparse_soft_cross_entropy(logits, *(targets[name] for name in TARGETS))
+
+
+def _as_targets(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | SparseTargets:
+    return tensors[0] if len(tensors) == 1 else SparseTargets(*tensors)
 
 
 def _is_local(teacher: Teacher) -> bool:

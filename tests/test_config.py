@@ -32,6 +32,10 @@ OWN = {
     "pseudolabels": "soft",
     "fit_head_on_features": True,
     "features_dir": None,
+    "features_dtype": "float32",
+    "head_solver": "steps",
+    "ridge_alpha": 0.01,
+    "ridge_logit_scale": 10.0,
 }
 CHANGED = {
     "learning_rate": 1e-3,

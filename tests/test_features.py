@@ -122,7 +122,7 @@ def test_known_texts_need_no_forward_pass(bert, tiny_text_dataset):
 def test_rows_in_order_are_mapped_from_disk(vit, tiny_image_dataset):
     store = vit.store()
     features = store.features(tiny_image_dataset, "image", disable_tqdm=True)
-    assert isinstance(features, np.memmap) and not features.flags.writeable
+    assert isinstance(features, np.memmap) and features.mode == "c"  # writing to it does not reach the disk
     part = store.features(tiny_image_dataset.select(range(10, 20)), "image", disable_tqdm=True)
     assert isinstance(part, np.memmap) and np.array_equal(part, features[10:20])
 
@@ -276,9 +276,10 @@ def test_files_hold_no_pickles(vit, tiny_image_dataset):
     store = vit.store()
     store.features(tiny_image_dataset, "image", disable_tqdm=True)
     files = left_over(store.folder)
-    assert len(files) == 2 and all(name.endswith(".npy") for name in files)
+    assert sorted(Path(name).name for name in files) == ["backbone.txt", "features.npy", "keys.npy"]
     for name in files:
-        np.load(store.folder / name, allow_pickle=False)
+        if name.endswith(".npy"):
+            np.load(store.folder / name, allow_pickle=False)
 
 
 def test_hook_is_taken_off(vit, tiny_image_dataset):
@@ -325,7 +326,7 @@ def test_barriers_stand_around_the_writing(vit, tiny_image_dataset):
     def features(wait: Callable[[], None], shard: tuple[int, int]) -> None:
         vit.store().features(tiny_image_dataset.select([0]), "image", shard=shard, wait=wait, disable_tqdm=True)
 
-    with pytest.raises(KeyError):
+    with pytest.raises(FileNotFoundError, match="must hold the features of all 1 rows, got none of 1. Give a `fea"):
         features(lambda: calls.append("wait"), (1, 2))  # the other process never wrote what this one needs
     assert calls == ["wait", "wait"] and vit.batches == []
     features(lambda: calls.append("wait"), (0, 2))
