@@ -10,6 +10,7 @@ from torch import nn
 
 # Rows per matrix product of a Gram matrix: large enough for full speed, small enough to stay in the cache.
 _GRAM_ROWS = 4096
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class SparseTargets(NamedTuple):
@@ -71,32 +72,67 @@ def fit_linear_head(
     """
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
-    weight.grad = torch.zeros_like(weight)  # written over in every step: new memory costs more than filling it
-    read = _row_reader(features)
+    read, step = _row_reader(features), _stepper(optimizer)
     for micro_batches in steps:
-        loss, bias_grad = torch.zeros((), device=features.device), weight.new_zeros(len(weight))
+        loss = torch.zeros((), device=features.device)
+        gradients = [torch.zeros(())] * 2
         with torch.no_grad():
             for number, batch in enumerate(micro_batches):
                 rows = batch.to(features.device)
                 inputs = read(rows)
-                log_probs = torch.log_softmax(nn.functional.linear(inputs, weight, bias), dim=1)
+                logits = product(weight, inputs)  # one column per example: the softmax is faster so
+                if bias is not None:
+                    logits += bias.unsqueeze(1)
+                batch_loss, gradient = _loss_and_gradient(torch.log_softmax(logits, dim=0), targets(rows))
                 scale = 1.0 / (len(batch) * len(micro_batches))
-                batch_loss, gradient = _loss_and_gradient(log_probs, targets(rows))
                 loss.add_(batch_loss, alpha=scale)
-                # Beta 0 writes over what the step before has left.
-                weight.grad.addmm_(gradient.T, inputs, alpha=scale, beta=float(number > 0))
-                bias_grad.add_(gradient.sum(dim=0), alpha=scale)
-        if bias is not None:
-            bias.grad = bias_grad
-        if average_gradients is not None:
-            for parameter in parameters:
-                average_gradients(parameter.grad)  # type: ignore[arg-type]
+                parts = product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
+                gradients = [old.add_(new) if number else new for old, new in zip(gradients, parts)]
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+            if average_gradients is not None:
+                average_gradients(gradient)
         norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm)) if max_grad_norm > 0 else None
-        optimizer.step()
+        step()
         scheduler.step()
         if on_step is not None:
             on_step(loss, norm)
     optimizer.zero_grad(set_to_none=True)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Multiply a matrix by the transpose of another, without a gradient.
+
+    Args:
+        left (`torch.Tensor` of shape `(num_left, size)`):
+            A matrix.
+        right (`torch.Tensor` of shape `(num_right, size)`):
+            Another of the same type and device.
+
+    Returns:
+        `torch.Tensor` of shape `(num_left, num_right)`: the same to the bit for any number of threads.
+    """
+    # On CPU torch multiplies float32 by MKL, which leaves half of an AMD core idle; its oneDNN does not.
+    if left.device.type == "cpu" and left.dtype is torch.float32 and _HAS_ONEDNN and left.numel() and right.numel():
+        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return left @ right.T
+
+
+@torch.no_grad()
+def linear_logits(head: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    """Run a linear head without a gradient.
+
+    Args:
+        head (`nn.Linear` from `feature_size` to `num_labels`):
+            The head.
+        inputs (`torch.Tensor` of shape `(num_rows, feature_size)`, any floating type):
+            What it reads.
+
+    Returns:
+        `torch.Tensor` of shape `(num_rows, num_labels)`, float32.
+    """
+    logits = product(inputs.float(), head.weight.float())
+    return logits if head.bias is None else logits + head.bias
 
 
 def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -116,7 +152,7 @@ def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=features.device)
     for part in rows.to(features.device).split(_GRAM_ROWS):
         inputs = features[part].float()
-        gram[:size, :size] += inputs.T @ inputs
+        gram[:size, :size] += product(inputs.T, inputs.T)
         gram[size, :size] += inputs.sum(dim=0)
         gram[size, size] += len(inputs)
     gram[:size, size] = gram[size, :size]
@@ -168,14 +204,16 @@ def fit_ridge_head(
     parts = rows.to(features.device).split(_GRAM_ROWS)
     for part in parts:
         wanted = _dense(targets(part), num_labels)
-        cross[:size] += features[part].float().T @ wanted
+        cross[:size] += product(features[part].float().T, wanted.T)
         cross[size] += wanted.sum(dim=0)
     cross = sum_over_processes(cross)
     num_rows = gram[size, size]
     has_bias = float(head.bias is not None)  # without one, nothing takes the means up
     means, label_means = has_bias * gram[size, :size] / num_rows, has_bias * cross[size] / num_rows
     centred = gram[:size, :size] - num_rows * torch.outer(means, means)
-    centred.diagonal().add_(alpha * centred.diagonal().mean().clamp(min=1e-12))
+    # The lower bound is what rounding in float32 leaves of features that do not vary.
+    least = 1e-6 * gram.diagonal()[:size].mean() + 1e-12
+    centred.diagonal().add_(torch.maximum(alpha * centred.diagonal().mean(), least))
     weight = torch.cholesky_solve(
         cross[:size] - num_rows * torch.outer(means, label_means), torch.linalg.cholesky(centred)
     )
@@ -185,7 +223,7 @@ def fit_ridge_head(
             head.bias.copy_(logit_scale * (label_means - means @ weight))
         loss = torch.zeros(1, dtype=torch.float64, device=features.device)
         for part in parts:
-            log_probs = torch.log_softmax(head(features[part].float()), dim=1)
+            log_probs = torch.log_softmax(linear_logits(head, features[part]), dim=1).T.contiguous()
             loss += _loss_and_gradient(log_probs, targets(part))[0]
     return sum_over_processes(loss)[0] / num_rows
 
@@ -203,16 +241,43 @@ def _row_reader(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
     return read
 
 
+def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Give the optimizer's step; that of a fused AdamW is one kernel, around which torch spends twice its time."""
+    group, *others = optimizer.param_groups
+    has_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    is_unusual = any(group.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable"))
+    if type(optimizer) is not torch.optim.AdamW or not group["fused"] or others or has_hooks or is_unusual:
+        return optimizer.step
+    parameters: list[torch.Tensor] = group["params"]
+
+    @torch.no_grad()
+    def step() -> None:
+        states = [optimizer.state[parameter] for parameter in parameters]
+        if not all(states):
+            optimizer.step()  # makes the state
+            return
+        averages, squares, counts = ([state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step"))
+        torch._foreach_add_(counts, 1)
+        torch._fused_adamw_(
+            parameters, [parameter.grad for parameter in parameters], averages, squares, [], counts,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+            eps=group["eps"], amsgrad=False, maximize=False,
+        )  # fmt: skip
+
+    return step
+
+
 def _loss_and_gradient(
     log_probs: torch.Tensor, wanted: torch.Tensor | SparseTargets
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy `()` and its gradient in the logits `(batch, num_labels)`."""
+    """Summed cross-entropy `()` and its gradient in the logits, from log-probabilities `(num_labels, batch)`."""
     if isinstance(wanted, torch.Tensor):
+        wanted = wanted.T.contiguous()
         return -torch.dot(wanted.view(-1), log_probs.view(-1)), log_probs.exp().sub_(wanted)
-    excess, rest = wanted.label_probs - wanted.rest_probs.unsqueeze(1), wanted.rest_probs
-    loss = -(excess * log_probs.gather(1, wanted.label_ids)).sum() - rest @ log_probs.sum(dim=1)
-    gradient = log_probs.exp().sub_(rest.unsqueeze(1))
-    return loss, gradient.scatter_add_(1, wanted.label_ids, -excess)
+    label_ids, rest = wanted.label_ids.T, wanted.rest_probs
+    excess = wanted.label_probs.T - rest
+    loss = -(excess * log_probs.gather(0, label_ids)).sum() - torch.dot(rest, log_probs.sum(dim=0))
+    return loss, log_probs.exp().sub_(rest).scatter_add_(0, label_ids, -excess)
 
 
 def _dense(wanted: torch.Tensor | SparseTargets, num_labels: int) -> torch.Tensor:

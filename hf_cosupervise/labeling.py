@@ -3,117 +3,69 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
+import math
 import os
 import shutil
+import struct
 import tempfile
 import weakref
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, IterableDataset, Value
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
 from datasets.arrow_writer import ArrowWriter
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from PIL.Image import DecompressionBombError
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
 
-from .inputs import InputProcessor, find_input_column, row_keys, to_pil
-from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, teacher_dataset
-from .sparse import SUM_TOLERANCE, default_pool_k, encode_top_k
+from .inputs import cell_digests, find_input_column, row_keys
+from .journal import Journal, Part, Segment, check_free, explain_full_disk
+from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids, write_teacher
+from .sparse import SUM_TOLERANCE, default_pool_k, encode_top_k, label_dtype
+from .teacher_models import SKLEARN_FEATURE_KINDS as SKLEARN_FEATURE_KINDS
+from .teacher_models import (
+    TeacherModel,
+    WrongColumnError,
+    default_device,
+    find_label,
+    identify_teacher,
+    load_teacher,
+    shorten,
+)
+from .teacher_models import save_sklearn_teacher as save_sklearn_teacher
 from .teachers import Teacher, TeacherHierarchy
 
-SKLEARN_FEATURE_KINDS = ("pixels", "values", "text")
-_SKLEARN_FILE = "model.skops"
-_SAFETENSORS_FILE = "model.safetensors"
-_TIMM_PREFIXES = ("hf-hub:", "local-dir:")
+logger = logging.getLogger(__name__)
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ON_ERROR = ("raise", "missing")
+# Teachers whose weight files are together at most this large run side by side, so that a row is read once for all.
+_MEMORY_BUDGET = 4 * 2**30
+# Answers that are in a column already are read in pieces of this many rows, inputs in pieces of `batch_size`.
+_CHUNK = 8192
+# What one broken row makes decoders, tokenizers and models raise; PIL raises SyntaxError for broken PNG files.
+_ROW_ERRORS = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, DecompressionBombError, struct.error, zlib.error),
+)
 # Column names that usually hold ground truth. Any `ClassLabel` column is taken for ground truth as well.
 _GOLD_NAMES = frozenset(
     ("label", "labels", "target", "targets", "gold", "gold_label", "ground_truth", "class", "y", "coarse_label")
     + ("fine_label", "label_ids", ORACLE_LABEL, ORACLE_DOMAIN)
 )
-# Cheap columns are read in pieces of this many rows, images in pieces of `batch_size`.
-_CHUNK = 8192
-
-
-class TeacherModel(Protocol):
-    """A loaded teacher: cells and rows go in, probabilities over the task's labels come out.
-
-    Attributes:
-        facts (`dict[str, Any]`): What travels with its pseudolabels: kind, revision, commit, class and a fingerprint
-            of the preprocessing.
-        column (`str`, *optional*): The column it reads besides the inputs; `None` for a model that reads inputs only.
-    """
-
-    facts: dict[str, Any]
-    column: str | None
-
-    def __call__(self, cells: Sequence[Any], rows: Mapping[str, Sequence[Any]], first_row: int = 0) -> np.ndarray:
-        """Label a batch.
-
-        Args:
-            cells (`Sequence` of length `num_rows`): What models read: PIL images, texts or vectors.
-            rows (`Mapping[str, Sequence]`): Other columns of the same rows.
-            first_row (`int`, *optional*, defaults to 0): Position of the first row in the dataset, for errors.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1; a row of zeros is no answer.
-        """
-        ...
-
-
-def load_teacher(teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None) -> TeacherModel:
-    """Load one teacher, mapped by label names onto the labels of the task.
-
-    A label of the task that the teacher does not know gets probability 0; several labels of the teacher that are
-    mapped to one label of the task add up. Only safetensors and skops files are read, and no code from the Hub is
-    executed.
-
-    Args:
-        teacher (`Teacher`):
-            Which one. `kind="auto"` is found out from the files: `config.json` with `model_type` is transformers, with
-            `architecture` timm; a skops file is scikit-learn.
-        labels (`Sequence[str]`):
-            The task's label names.
-        device (`str` or `torch.device`, *optional*):
-            Where it runs. Defaults to the first GPU if there is one.
-
-    Returns:
-        [`TeacherModel`]
-
-    Raises:
-        FileNotFoundError: If the model or one of its files does not exist.
-        ImportError: If its library is not installed.
-        ValueError: If its kind cannot be told, it has no trained head, its labels cannot be mapped, or its file holds
-            types that are not trusted.
-    """
-    labels = tuple(labels)
-    if teacher.kind == "column":
-        return _ColumnTeacher(teacher, labels)
-    device = torch.device(device) if device is not None else _default_device()
-    source = _find_source(teacher)
-    kind = _find_kind(source) if teacher.kind == "auto" else teacher.kind
-    if kind == "transformers":
-        return _TransformersTeacher(source, labels, device)
-    if kind == "timm":
-        return _TimmTeacher(source, labels, device)
-    return _SklearnTeacher(source, labels)
+T = TypeVar("T")
 
 
 def build_pool(
@@ -129,11 +81,18 @@ def build_pool(
     device: str | torch.device | None = None,
     keep_inputs: bool = True,
     disable_tqdm: bool = False,
+    models: Mapping[str, TeacherModel] | None = None,
+    precision: str = "float32",
+    num_workers: int = 0,
+    on_error: str = "raise",
+    reuse: PseudolabelPool | None = None,
 ) -> PseudolabelPool:
     """Label a dataset with every teacher of a hierarchy, each of which is loaded and run once.
 
-    Started on several processes (`torchrun`, `accelerate launch`), each labels its share of the rows, and every
-    process gets the whole pool.
+    Labels go to disk batch by batch, so memory does not grow with the data. With `output_dir`, a run that was stopped
+    goes on where it was when it is started again, on any number of processes, and labels no row twice; until it is
+    whole, the work lies in the hidden folder `.NAME.unfinished` beside `output_dir`. Started on several processes
+    (`torchrun`, `accelerate launch`), each labels its share of the rows, and every process gets the whole pool.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`):
@@ -153,564 +112,62 @@ def build_pool(
         batch_size (`int`, *optional*, defaults to 64):
             Rows per forward pass.
         output_dir (`str` or `os.PathLike`, *optional*):
-            Where to save the pool, whole or not at all; the pool that comes back is then mapped from there.
+            Where to save the pool, whole or not at all; the pool that comes back is then mapped from there. Without
+            it, labels lie in a temporary folder for as long as the pool lives.
         device (`str` or `torch.device`, *optional*):
             Where teachers run. Defaults to the first GPU if there is one.
         keep_inputs (`bool`, *optional*, defaults to `True`):
             Whether the pool keeps the input column. Without it, training needs the data as `train_dataset`.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Hide the progress bars.
+        models (`Mapping[str, TeacherModel]`, *optional*):
+            Teachers that are loaded already, by their names in the hierarchy.
+        precision (`str`, *optional*, defaults to `"float32"`):
+            `"float32"`, or mixed precision in `"bfloat16"` or `"float16"`. Probabilities are float32 in any case.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that decode and prepare inputs; 0 for this process.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            What to do with a row that cannot be read or that breaks a teacher: `"raise"` an error that names it, or
+            leave it `"missing"` for the teachers concerned, counted as `num_failed` in their facts.
+        reuse (`PseudolabelPool`, *optional*):
+            A pool of the same data. Its teachers that are in `hierarchy` too, at any level, are not run again, and
+            their files are linked, not copied.
 
     Returns:
-        [`PseudolabelPool`]
+        [`PseudolabelPool`]: Its `facts` hold for each teacher, besides those of [`TeacherModel`], `precision`,
+        `num_failed` and `dropped_mass`, the mean probability mass of an answered row that `pool_k` left out.
 
     Raises:
         FileExistsError: If `output_dir` holds something already.
+        MemoryError: If a batch does not fit into memory.
+        OSError: If the disk is full. What is labelled stays beside `output_dir`.
+        RuntimeError: If another run is labelling into `output_dir`.
         TypeError: If `dataset` is not one split of data.
-        ValueError: If it is empty, holds undeclared ground truth or unusable ids, or a teacher's answer is not valid.
+        ValueError: If it is empty, holds undeclared ground truth or unusable ids, a teacher's answer is not valid, or
+            the work that was begun beside `output_dir` is that of another pool.
     """
+    models = dict(models or {})
     _check_arguments(dataset, hierarchy, pool_k, batch_size, output_dir)
-    rank, num_processes = _process_shard()
+    _check_options(hierarchy, models, precision, num_workers, on_error)
+    processes = _join_processes(output_dir)
+    identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
+    reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
     if isinstance(dataset, IterableDataset):
         dataset = _materialise(dataset)
     dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise ValueError("`dataset` must hold at least one example, got none. Check its split or its filter.")
-    columns = _check_columns(dataset, hierarchy, input_column, oracle_column, oracle_domain_column)
+    columns = _check_columns(dataset, hierarchy, models, reused, input_column, oracle_column, oracle_domain_column)
     ids = _find_ids(dataset, columns.inputs)
     inputs = _pool_inputs(dataset, ids, hierarchy, columns, keep_inputs)
-
-    bounds = np.linspace(0, len(dataset), num_processes + 1).astype(int)
-    own_rows = range(bounds[rank], bounds[rank + 1])
-    k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
-    teachers, facts = {}, {}
-    for teacher in hierarchy.teachers:
-        model = load_teacher(teacher, hierarchy.labels, device)
-        probs_of = _answers(model, dataset, own_rows, columns.inputs, batch_size)
-        with tqdm(total=len(own_rows), desc=f"Teacher '{teacher.name}'", disable=disable_tqdm or rank > 0) as progress:
-            encoded = [encode_top_k(np.zeros((0, hierarchy.num_labels)), k)]  # the share of a process may be empty
-            for first_row, probs in probs_of:
-                _check_probs(probs, teacher.name, first_row)
-                encoded.append(encode_top_k(probs, k))
-                progress.update(len(probs))
-        facts[teacher.name] = model.facts
-        # One teacher at a time: the memory of this one must be free before the next one is loaded.
-        del model, probs_of
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        teachers[teacher.name] = teacher_dataset(ids, *_gather(encoded, num_processes))
-
-    pool = PseudolabelPool(hierarchy, teachers, inputs, facts)
-    if output_dir is None:
-        return pool
-    if rank == 0:
-        pool.save(output_dir)
-    if num_processes > 1:
-        torch.distributed.barrier()
-    return PseudolabelPool.load(output_dir)
-
-
-def save_sklearn_teacher(
-    model: Any, folder: str | os.PathLike[str], feature: Mapping[str, Any], labels: Sequence[str] | None = None
-) -> None:
-    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`.
-
-    Args:
-        model (`sklearn.base.ClassifierMixin`):
-            A fitted classifier with `predict_proba`.
-        folder (`str` or `os.PathLike`):
-            Folder to make; written whole or not at all.
-        feature (`Mapping[str, Any]`):
-            How an example becomes what the classifier reads. `kind` is `"pixels"` (with `size` `[height, width]` or
-            `None` for the image's own, `mode` `"L"` or `"RGB"`, and `divide_by`), `"values"` (a vector of numbers) or
-            `"text"` (a string).
-        labels (`Sequence[str]`, *optional*):
-            Label names, where the classifier was fitted to their positions. Without it, its classes are the names.
-
-    Raises:
-        FileExistsError: If the folder holds something already.
-        ImportError: If skops is not installed.
-        TypeError: If the model has no `predict_proba`.
-        ValueError: If `feature` is not usable or a class of the model has no label.
-
-    Examples:
-        >>> save_sklearn_teacher(tree, "teachers/tree", {"kind": "pixels", "size": [8, 8]}, labels)  # doctest: +SKIP
-    """
-    skops_io = _import_skops()
-    _check_predict_proba(model, f"'{folder}'")
-    settings = _feature_settings(feature, f"`feature` of '{folder}'")
-    config: dict[str, Any] = {"library_name": "sklearn", "feature": settings}
-    classes = np.asarray(model.classes_).tolist()
-    if labels is not None:
-        if unnamed := [value for value in classes if not isinstance(value, int) or not 0 <= value < len(labels)]:
-            raise ValueError(
-                f"With `labels`, the classes of the model must be positions 0..{len(labels) - 1}, got {unnamed}. "
-                "Leave `labels` out if the classes are label names."
-            )
-        config["id2label"] = {str(value): str(labels[value]) for value in classes}
-    folder = Path(folder)
-    _check_free(folder, "Load the teacher that is there, or choose another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        skops_io.dump(model, unfinished / _SKLEARN_FILE)
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-# ── where a teacher is and what it is ───────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A teacher's files: a local folder, or a Hub repository pinned to one commit."""
-
-    teacher: Teacher
-    repo: str
-    is_local: bool
-    commit: str | None
-    config: dict[str, Any]
-
-    def file(self, name: str) -> Path:
-        """Path of one file, downloaded if need be."""
-        path = _fetch(self.teacher, self.repo, name, self.commit)
-        if path is None:
-            raise FileNotFoundError(
-                f"Teacher '{self.teacher.name}' must have a file '{name}', got none in '{self.repo}'. Save the model "
-                "again in that format."
-            )
-        return path
-
-    def facts(self, kind: str, class_name: str, preprocessing: str) -> dict[str, Any]:
-        """What is known about this run."""
-        return {
-            "kind": kind,
-            "revision": self.teacher.revision,
-            "commit": self.commit,
-            "class": class_name,
-            "preprocessing": preprocessing,
-        }
-
-
-def _find_source(teacher: Teacher) -> _Source:
-    """Read `config.json`, and pin a Hub repository to the commit that it came from."""
-    repo, revision = teacher.model, teacher.revision
-    for prefix in _TIMM_PREFIXES:
-        repo = repo.removeprefix(prefix)
-    is_local = Path(repo).is_dir()
-    if not is_local and teacher.model.startswith("hf-hub:") and "@" in repo:
-        repo, revision = repo.rsplit("@", 1)
-    path = _fetch(teacher, repo, "config.json", revision)
-    if path is None:
-        raise FileNotFoundError(
-            f"Teacher '{teacher.name}' must have a 'config.json', got none in '{repo}'. Save it with "
-            "`save_pretrained`, `timm.models.save_for_hf` or `save_sklearn_teacher`."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"'config.json' of teacher '{teacher.name}' must be JSON, got: {error}. Save the model again."
-        ) from error
-    # A Hub file lies in the cache under snapshots/COMMIT/; everything else is then read at that commit.
-    commit = None if is_local else path.parent.name
-    return _Source(teacher, repo, is_local, commit, config)
-
-
-def _fetch(teacher: Teacher, repo: str, name: str, revision: str | None) -> Path | None:
-    """Path of one file in a folder or on the Hub; `None` if the folder or repository has no such file."""
-    if Path(repo).is_dir():
-        path = Path(repo) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision))
-    except (RepositoryNotFoundError, HFValidationError, FileNotFoundError) as error:
-        # Offline, the Hub's client raises a subclass of FileNotFoundError.
-        raise FileNotFoundError(
-            f"The `model` of teacher '{teacher.name}' must be a folder, or a model on the Hub that can be reached, "
-            f"got '{teacher.model}'. Check the path, the id and your access to it."
-        ) from error
-    except EntryNotFoundError:
-        return None
-
-
-def _find_kind(source: _Source) -> str:
-    """Tell the library by the files."""
-    name = source.teacher.name
-    if source.teacher.model.startswith(_TIMM_PREFIXES):
-        return "timm"
-    if "model_type" in source.config:
-        return "transformers"
-    if "architecture" in source.config:
-        return "timm"
-    has_skops = source.is_local and any(Path(source.repo).glob("*.skops"))
-    if has_skops or source.config.get("library_name") == "sklearn":
-        return "sklearn"
-    raise ValueError(
-        f"The kind of teacher '{name}' must show in its files: a 'config.json' with `model_type` (transformers) or "
-        f"`architecture` (timm), or a '{_SKLEARN_FILE}' (scikit-learn); got a 'config.json' with "
-        f"{sorted(source.config)}. Name it with `kind`."
-    )
-
-
-def _default_device() -> torch.device:
-    """The GPU of this process, if there is one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-# ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """Position in the task's labels of each of the teacher's own labels, `(num_own_labels,)`."""
-    label_map = dict(teacher.label_map or {})
-    if unknown := sorted(set(label_map) - set(own_labels)):
-        raise ValueError(
-            f"`label_map` of teacher '{teacher.name}' must start from its own labels {_shorten(own_labels)}, got "
-            f"{_shorten(unknown)}."
-        )
-    positions = [_find_label(label_map.get(name, name), labels) for name in own_labels]
-    unmapped = [name for name, position in zip(own_labels, positions, strict=True) if position is None]
-    if not unmapped:
-        return np.array(positions, dtype=np.int64)
-    if all(name.startswith("LABEL_") for name in unmapped):
-        raise ValueError(
-            f"Teacher '{teacher.name}' must tell the names of its labels, got the placeholders {_shorten(unmapped)}. "
-            'Give the names in order with `label_map={"LABEL_0": ...}`.'
-        )
-    raise ValueError(
-        f"Labels of teacher '{teacher.name}' must be labels of the task {_shorten(labels)}, got {_shorten(unmapped)}. "
-        "Map them with `label_map`."
-    )
-
-
-def _find_label(name: str, labels: Sequence[str]) -> int | None:
-    """Position of a name, exactly or else by the only label that differs in case alone."""
-    if name in labels:
-        return labels.index(name)
-    alike = [position for position, label in enumerate(labels) if label.casefold() == name.casefold()]
-    return alike[0] if len(alike) == 1 else None
-
-
-def _add_up(own_probs: np.ndarray, positions: np.ndarray, num_labels: int) -> np.ndarray:
-    """Probabilities over the teacher's labels `(n, num_own_labels)` as probabilities over the task's, float32."""
-    if own_probs.ndim != 2 or own_probs.shape[1] != len(positions):
-        raise ValueError(
-            f"A teacher with {len(positions)} label names must give probabilities of shape "
-            f"(num_rows, {len(positions)}), got {own_probs.shape}. Check its configuration."
-        )
-    probs = np.zeros((len(own_probs), num_labels), dtype=np.float32)
-    for own, position in enumerate(positions):
-        probs[:, position] += own_probs[:, own]
-    return probs
-
-
-def _shorten(names: Iterable[str], limit: int = 20) -> str:
-    """The first names as a list, and how many more there are: a thousand labels make no readable error."""
-    names = list(names)
-    return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"
-
-
-def _check_head(name: str, own_labels: Sequence[str]) -> None:
-    if len(own_labels) < 2:
-        raise ValueError(
-            f"Teacher '{name}' must give a probability for each of at least two labels, got {len(own_labels)} (a "
-            "regression head). Use a classifier."
-        )
-
-
-# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _TransformersTeacher:
-    """An image or text classifier of transformers."""
-
-    column: str | None = None
-
-    def __init__(self, source: _Source, labels: Sequence[str], device: torch.device) -> None:
-        name, repo, revision = source.teacher.name, source.repo, source.commit
-        config = AutoConfig.from_pretrained(repo, revision=revision, trust_remote_code=False)
-        if config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"Teacher '{name}' must choose one label per example, got `problem_type` '{config.problem_type}'. "
-                "Use a single-label classifier."
-            )
-        if config.model_type == "timm_wrapper" and config.model_args:
-            # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
-            config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
-        is_text = _reads_text(config, name)
-        auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-        model, info = auto_model.from_pretrained(
-            repo,
-            revision=revision,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        _check_no_missing(name, info["missing_keys"])
-        own_labels = [str(model.config.id2label[position]) for position in range(model.config.num_labels)]
-        _check_head(name, own_labels)
-        auto_processor = AutoTokenizer if is_text else AutoImageProcessor
-        processing_class = auto_processor.from_pretrained(repo, revision=revision, trust_remote_code=False)
-        self.positions = _label_positions(source.teacher, own_labels, labels)
-        self.name, self.num_labels, self.device = name, len(labels), device
-        self.processor = InputProcessor(processing_class, config)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.facts = source.facts("transformers", type(model).__name__, self.processor.fingerprint)
-
-    def __call__(self, cells: Sequence[Any], rows: Mapping[str, Sequence[Any]], first_row: int = 0) -> np.ndarray:
-        _check_modality(self.name, cells, self.processor.is_text)
-        inputs = {key: value.to(self.device) for key, value in self.processor(cells).items()}
-        with torch.inference_mode():
-            logits = self.model(**inputs).logits
-        own_probs = torch.softmax(logits.float(), dim=-1).cpu().numpy()
-        return _add_up(own_probs, self.positions, self.num_labels)
-
-
-class _TimmTeacher:
-    """An image classifier of timm, with the transforms of its own configuration."""
-
-    column: str | None = None
-
-    def __init__(self, source: _Source, labels: Sequence[str], device: torch.device) -> None:
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(f"Teacher '{source.teacher.name}' is a timm model: `pip install timm`.") from error
-        name = source.teacher.name
-        own_labels = _timm_labels(source)
-        _check_head(name, own_labels)
-        weights = source.file(_SAFETENSORS_FILE)
-        try:
-            # On the Hub, both files lie in one folder of the cache; loading from there keeps to the pinned commit.
-            model = timm.create_model(f"local-dir:{weights.parent}", pretrained=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a "
-                f"'{_SAFETENSORS_FILE}' that does not fit its architecture: {error}"
-            ) from error
-        data_config = timm.data.resolve_data_config(model=model)
-        self.transform = timm.data.create_transform(**data_config, is_training=False)
-        self.mode = "L" if data_config["input_size"][0] == 1 else "RGB"
-        self.positions = _label_positions(source.teacher, own_labels, labels)
-        self.name, self.num_labels, self.device = name, len(labels), device
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.facts = source.facts("timm", type(model).__name__, _fingerprint([repr(self.transform), self.mode]))
-
-    def __call__(self, cells: Sequence[Any], rows: Mapping[str, Sequence[Any]], first_row: int = 0) -> np.ndarray:
-        _check_modality(self.name, cells, is_text=False)
-        pixel_values = torch.stack([self.transform(to_pil(cell, self.mode)) for cell in cells]).to(self.device)
-        with torch.inference_mode():
-            logits = self.model(pixel_values)
-        own_probs = torch.softmax(logits.float(), dim=-1).cpu().numpy()
-        return _add_up(own_probs, self.positions, self.num_labels)
-
-
-class _SklearnTeacher:
-    """A scikit-learn classifier kept by skops, which declares how an example becomes its feature vector."""
-
-    column: str | None = None
-
-    def __init__(self, source: _Source, labels: Sequence[str]) -> None:
-        skops_io = _import_skops()
-        name = source.teacher.name
-        declared = source.config.get("feature")
-        self.feature = _feature_settings(declared, f"`feature` in 'config.json' of teacher '{name}'")
-        path = source.file(_SKLEARN_FILE)
-        untrusted = set(skops_io.get_untrusted_types(file=path))
-        if refused := sorted(untrusted - set(source.teacher.trusted_types)):
-            raise ValueError(
-                f"Teacher '{name}' must hold types that skops or you trust, got {refused}. If you trust its origin, "
-                "name them in `trusted_types`."
-            )
-        self.model = skops_io.load(path, trusted=sorted(untrusted))
-        _check_predict_proba(self.model, f"teacher '{name}'")
-        id2label = source.config.get("id2label") or {}
-        classes = [str(value) for value in np.asarray(self.model.classes_).tolist()]
-        own_labels = [str(id2label.get(value, value)) for value in classes]
-        self.positions = _label_positions(source.teacher, own_labels, labels)
-        self.name, self.num_labels = name, len(labels)
-        self.facts = source.facts("sklearn", type(self.model).__name__, _fingerprint(self.feature))
-
-    def __call__(self, cells: Sequence[Any], rows: Mapping[str, Sequence[Any]], first_row: int = 0) -> np.ndarray:
-        _check_modality(self.name, cells, self.feature["kind"] == "text")
-        own_probs = np.asarray(self.model.predict_proba(_feature_matrix(cells, self.feature)))
-        return _add_up(own_probs, self.positions, self.num_labels)
-
-
-class _ColumnTeacher:
-    """Answers that are in a column already: of people, of a language model, of an older system."""
-
-    column: str | None
-
-    def __init__(self, teacher: Teacher, labels: Sequence[str]) -> None:
-        self.teacher, self.labels, self.column = teacher, tuple(labels), teacher.model
-        self.facts: dict[str, Any] = {"kind": "column", "revision": None, "commit": None, "class": "column"}
-        self.facts["preprocessing"] = None
-
-    def __call__(self, cells: Sequence[Any], rows: Mapping[str, Sequence[Any]], first_row: int = 0) -> np.ndarray:
-        values = rows[self.teacher.model]
-        probs = np.zeros((len(values), len(self.labels)), dtype=np.float32)
-        for offset, value in enumerate(values):
-            if isinstance(value, list | tuple | np.ndarray):
-                probs[offset] = self._read_vector(value, first_row + offset)
-            elif (label := self._read_label(value, first_row + offset)) >= 0:
-                probs[offset, label] = 1.0
-        return probs
-
-    def _read_label(self, value: Any, row: int) -> int:
-        """Label id of one answer; -1 where there is none."""
-        if value is None or value == "":
-            return -1
-        if isinstance(value, int | np.integer) and not isinstance(value, bool) and -1 <= value < len(self.labels):
-            return int(value)
-        if isinstance(value, str):
-            name = (self.teacher.label_map or {}).get(value, value)
-            if (position := _find_label(name, self.labels)) is not None:
-                return position
-        raise self._bad(value, row)
-
-    def _read_vector(self, value: Sequence[Any] | np.ndarray, row: int) -> np.ndarray:
-        if len(value) == 0 or all(item is None for item in value):
-            return np.zeros(len(self.labels), dtype=np.float32)
-        try:
-            vector = np.asarray(value, dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise self._bad(value, row) from error
-        is_valid = vector.shape == (len(self.labels),) and np.isfinite(vector).all() and (vector >= 0).all()
-        if not is_valid or not (vector.sum() == 0 or abs(vector.sum() - 1) <= SUM_TOLERANCE):
-            raise self._bad(value, row)
-        return vector
-
-    def _bad(self, value: Any, row: int) -> ValueError:
-        return ValueError(
-            f"Answers in column '{self.teacher.model}' must be label names, label ids 0..{len(self.labels) - 1}, "
-            f"{len(self.labels)} probabilities that sum to 1, or None, '' or -1 for no answer; got {value!r} "
-            f"in row {row}. The task has {_shorten(self.labels)}; other names can be mapped with `label_map`."
-        )
-
-
-def _reads_text(config: Any, name: str) -> bool:
-    """Whether a configuration belongs to a text classifier; by its architecture, else by what its type can be."""
-    architectures = config.architectures or []
-    for suffix, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
-        if any(architecture.endswith(suffix) for architecture in architectures):
-            return is_text
-    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        return False
-    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return True
-    raise ValueError(
-        f"Teacher '{name}' must be a classifier of images or of texts, got a model of type '{config.model_type}'. "
-        "Put its answers into a column and use `kind='column'`."
-    )
-
-
-def _check_no_missing(name: str, missing_keys: Iterable[str]) -> None:
-    if missing := sorted(missing_keys):
-        raise ValueError(
-            f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a checkpoint "
-            f"without {_shorten(missing, 5)}. Train its classifier first, or name a checkpoint that has one."
-        )
-
-
-def _timm_labels(source: _Source) -> list[str]:
-    """Label names in the order of the classifier's outputs."""
-    pretrained_cfg = source.config.get("pretrained_cfg") or {}
-    names = source.config.get("label_names") or pretrained_cfg.get("label_names")
-    num_classes = source.config.get("num_classes", pretrained_cfg.get("num_classes"))
-    if isinstance(names, Mapping):
-        names = [names[key] for key in sorted(names, key=int)]
-    if not names or len(names) != num_classes:
-        raise ValueError(
-            f"'config.json' of teacher '{source.teacher.name}' must tell the names of its {num_classes} labels as "
-            f"`label_names`, got {len(names or [])}. Save it with "
-            "`save_for_hf(..., model_config={'label_names': ...})`; a model of ImageNet's 1,000 "
-            "classes can be loaded with `kind='transformers'`."
-        )
-    return [str(label) for label in names]
-
-
-def _import_skops() -> Any:
-    try:
-        import skops.io
-    except ImportError as error:
-        raise ImportError(
-            'Teachers of scikit-learn are kept by skops: `pip install "hf_cosupervise[sklearn]"`.'
-        ) from error
-    return skops.io
-
-
-def _check_predict_proba(model: Any, name: str) -> None:
-    if not hasattr(model, "predict_proba") or np.ndim(getattr(model, "classes_", 0)) != 1:
-        raise TypeError(
-            f"A scikit-learn teacher must be a fitted classifier with `predict_proba`, got {type(model).__name__} for "
-            f"{name}. Wrap it in `CalibratedClassifierCV`, or fit it first."
-        )
-
-
-def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
-    """The checked declaration of how an example becomes a feature vector, with its defaults filled in."""
-    if not isinstance(feature, Mapping) or feature.get("kind") not in SKLEARN_FEATURE_KINDS:
-        raise ValueError(
-            f"{what} must be a mapping whose `kind` is one of {list(SKLEARN_FEATURE_KINDS)}, got {feature!r}. "
-            "Declare how an example becomes the classifier's feature vector."
-        )
-    defaults: dict[str, Any] = {"kind": feature["kind"]}
-    if feature["kind"] == "pixels":
-        defaults |= {"size": None, "mode": "L", "divide_by": 255.0}
-    if unknown := sorted(set(feature) - set(defaults)):
-        raise ValueError(
-            f"{what} of kind '{feature['kind']}' must have keys among {sorted(defaults)}, got unknown {unknown}. "
-            "Drop them."
-        )
-    settings = defaults | dict(feature)
-    if settings["kind"] != "pixels":
-        return settings
-    size = settings["size"]
-    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
-        raise ValueError(f"{what} must have a `size` of [height, width] in pixels or None, got {size!r}.")
-    if settings["mode"] not in ("L", "RGB") or not settings["divide_by"] > 0:
-        raise ValueError(
-            f"{what} must have a `mode` of 'L' or 'RGB' and a positive `divide_by`, got {settings['mode']!r} and "
-            f"{settings['divide_by']!r}."
-        )
-    return settings | {"size": None if size is None else list(size), "divide_by": float(settings["divide_by"])}
-
-
-def _feature_matrix(cells: Sequence[Any], feature: Mapping[str, Any]) -> Any:
-    """What the classifier reads: `(num_rows, num_features)` float32, or the texts as they are."""
-    if feature["kind"] == "text":
-        return list(cells)
-    if feature["kind"] == "values":
-        return np.stack([np.asarray(cell, dtype=np.float32).ravel() for cell in cells])
-    images = [to_pil(cell, feature["mode"]) for cell in cells]
-    if feature["size"] is not None:
-        height, width = feature["size"]
-        # PIL names the width first; 2 is its bilinear filter.
-        images = [image if image.size == (width, height) else image.resize((width, height), 2) for image in images]
-    return np.stack([np.asarray(image, dtype=np.float32).ravel() for image in images]) / feature["divide_by"]
-
-
-def _check_modality(name: str, cells: Sequence[Any], is_text: bool) -> None:
-    if cells and isinstance(cells[0], str) != is_text:
-        wanted = "texts" if is_text else "images or vectors"
-        raise TypeError(
-            f"Teacher '{name}' must be given {wanted}, got {type(cells[0]).__name__}. Name the right column with "
-            "`input_column`."
-        )
-
-
-def _fingerprint(facts: Any) -> str:
-    """Hash of what decides what a model gets to see, 16 hexadecimal digits."""
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+    job = _Job(
+        dataset=dataset, hierarchy=hierarchy, models=models, columns=columns, ids=ids, inputs=inputs,
+        k=default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k, batch_size=batch_size,
+        device=default_device() if device is None else torch.device(device), precision=precision,
+        num_workers=num_workers, on_error=on_error, disable_tqdm=disable_tqdm, processes=processes,
+        output_dir=None if output_dir is None else Path(output_dir), reuse=reuse, reused=reused,
+    )  # fmt: skip
+    return _run(job, identities, sizes)
 
 
 # ── the dataset ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -741,12 +198,26 @@ def _check_arguments(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if output_dir is not None:
-        _check_free(Path(output_dir), "Load the pool with `PseudolabelPool.load`, or choose another folder.")
+        check_free(Path(output_dir), "Load the pool with `PseudolabelPool.load`, or choose another folder.")
 
 
-def _check_free(folder: Path, advice: str) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. {advice}")
+def _check_options(
+    hierarchy: TeacherHierarchy,
+    models: Mapping[str, TeacherModel],
+    precision: str,
+    num_workers: int,
+    on_error: str,
+) -> None:
+    if unknown := sorted(set(models) - set(hierarchy.names)):
+        raise ValueError(
+            f"`models` must be named as teachers of the hierarchy {list(hierarchy.names)}, got {unknown}. Add them to "
+            "the hierarchy, or correct the names."
+        )
+    for name, value, allowed in (("precision", precision, list(PRECISIONS)), ("on_error", on_error, list(ON_ERROR))):
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of them.")
+    if num_workers < 0:
+        raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
 
 
 def _materialise(stream: IterableDataset) -> Dataset:
@@ -765,14 +236,18 @@ def _materialise(stream: IterableDataset) -> Dataset:
 def _check_columns(
     dataset: Dataset,
     hierarchy: TeacherHierarchy,
+    models: Mapping[str, TeacherModel],
+    reused: frozenset[str],
     input_column: str | None,
     oracle_column: str | None,
     oracle_domain_column: str | None,
 ) -> _Columns:
     """Find the input column, and refuse ground truth that nobody declared."""
-    answers = {teacher.model: teacher.name for teacher in hierarchy.teachers if teacher.kind == "column"}
+    read = {teacher.name: teacher.model if teacher.kind == "column" else None for teacher in hierarchy.teachers}
+    read |= {name: model.column for name, model in models.items()}
+    answers = {column: name for name, column in read.items() if column is not None}
     declared = {"`oracle_column`": oracle_column, "`oracle_domain_column`": oracle_domain_column}
-    declared |= {f"`model` of teacher '{name}'": column for column, name in answers.items()}
+    declared |= {f"`model` of teacher '{name}'": column for column, name in answers.items() if name not in reused}
     for what, column in declared.items():
         if column is not None and column not in dataset.column_names:
             raise ValueError(
@@ -795,7 +270,7 @@ def _check_columns(
             f"analysis with `oracle_column={undeclared[0]!r}`, or drop them with "
             f"`dataset.remove_columns({undeclared})`."
         )
-    is_needed = input_column is not None or any(teacher.kind != "column" for teacher in hierarchy.teachers)
+    is_needed = input_column is not None or None in read.values()
     if is_needed or "id" not in dataset.column_names:
         input_column = find_input_column(dataset, input_column)
     return _Columns(input_column, oracle_column, oracle_domain_column)
@@ -844,9 +319,9 @@ def _pool_inputs(
     return inputs if inputs.column_names != ["id"] else None
 
 
-def _read_names(dataset: Dataset, column: str, rows: range | None = None) -> list[Any]:
+def _read_names(dataset: Dataset, column: str, rows: slice = slice(None)) -> list[Any]:  # noqa: B008
     """A column's values, those of a `ClassLabel` as names: its ids need not be those of the task."""
-    values = dataset[column] if rows is None else dataset.select_columns([column])[rows.start : rows.stop][column]
+    values = dataset.select_columns([column])[rows][column]
     feature = dataset.features[column]
     if not isinstance(feature, ClassLabel):
         return list(values)
@@ -859,72 +334,576 @@ def _oracle_label_ids(dataset: Dataset, column: str, labels: Sequence[str]) -> l
     positions: dict[Any, int | None] = {}
     for value in set(values):
         if isinstance(value, str):
-            positions[value] = _find_label(value, labels)
+            positions[value] = find_label(value, labels)
         else:
             positions[value] = value if isinstance(value, int) and 0 <= value < len(labels) else None
     if unknown := [value for value, position in positions.items() if position is None]:
         raise ValueError(
-            f"Column '{column}' must hold labels of the task {_shorten(labels)} (or their ids) in every row, got "
+            f"Column '{column}' must hold labels of the task {shorten(labels)} (or their ids) in every row, got "
             f"{unknown[:5]}, first in row {values.index(unknown[0])}. Rename them or drop these rows."
         )
     return [int(positions[value]) for value in values]  # type: ignore[arg-type]
 
 
-# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── processes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _answers(
-    model: TeacherModel, dataset: Dataset, rows: range, input_column: str | None, batch_size: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Batches of one teacher's probabilities, each with the position of its first row."""
-    inputs = None if input_column is None else dataset.select_columns([input_column])
-    step = batch_size if model.column is None else _CHUNK
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        if model.column is not None:
-            yield start, model([], {model.column: _read_names(dataset, model.column, range(start, stop))}, start)
-        elif inputs is not None:
-            cells = inputs[start:stop][input_column]
-            _check_cells(cells, str(input_column), start)
-            yield start, model(cells, {}, start)
+@dataclass(frozen=True)
+class _Processes:
+    """The processes that label together."""
+
+    rank: int
+    count: int
+
+    def on_first(self, make: Callable[[], T]) -> T:
+        """Do something in the first process; all get its result, or its error instead of waiting forever."""
+        if self.count == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = make()
+            except (*_ROW_ERRORS, ImportError, MemoryError) as error:
+                outcome[1] = error
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def wait(self) -> None:
+        """Wait until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
 
 
-def _check_cells(cells: Sequence[Any], column: str, first_row: int) -> None:
-    for offset, cell in enumerate(cells):
-        if cell is None:
-            raise ValueError(
-                f"Column '{column}' must hold an input in every row, got None in row {first_row + offset}. "
-                "Drop that row."
-            )
-
-
-def _check_probs(probs: np.ndarray, name: str, first_row: int) -> None:
-    """Refuse what is neither a distribution nor a missing answer, naming the row."""
-    sums = probs.sum(axis=1)
-    is_valid = np.isfinite(sums) & (probs >= 0).all(axis=1) & ((np.abs(sums - 1) <= SUM_TOLERANCE) | (sums == 0))
-    if (wrong := np.flatnonzero(~is_valid)).size:
-        row = probs[wrong[0]]
+def _join_processes(output_dir: str | os.PathLike[str] | None) -> _Processes:
+    """Find the processes that label together."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return _Processes(0, 1)
+    if output_dir is None and (local := int(os.environ.get("LOCAL_WORLD_SIZE", count))) < count:
         raise ValueError(
-            f"Probabilities of teacher '{name}' must be finite, not negative and sum to 1, got {row[:8].tolist()} "
-            f"(sum {row.sum():.4f}) in row {first_row + wrong[0]}. Check the teacher and that row's input."
+            f"Labelling on several machines needs an `output_dir` that all of them see, got none with {local} of "
+            f"{count} processes on this one. Give a folder on a shared disk."
         )
-
-
-def _process_shard() -> tuple[int, int]:
-    """Number of this process and of all processes that label together."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
     if not torch.distributed.is_initialized():
         # Joins the others. Without `cpu`, accelerate takes a launch on a machine without GPU for single processes.
         PartialState(cpu=not torch.cuda.is_available())
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return _Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
-def _gather(encoded: list[tuple[np.ndarray, np.ndarray]], num_processes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Label ids and probabilities `(num_examples, k)` of all batches of all processes, in the order of the rows."""
-    shares = [encoded]
-    if num_processes > 1:
-        shares = [[]] * num_processes
-        torch.distributed.all_gather_object(shares, encoded)
-    label_ids, label_probs = zip(*(batch for share in shares for batch in share), strict=True)
-    return np.concatenate(label_ids), np.concatenate(label_probs)
+# ── the work ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that one call of `build_pool` has to do."""
+
+    dataset: Dataset
+    hierarchy: TeacherHierarchy
+    models: Mapping[str, TeacherModel]
+    columns: _Columns
+    ids: Sequence[int] | Sequence[str]
+    inputs: Dataset | None
+    k: int
+    batch_size: int
+    device: torch.device
+    precision: str
+    num_workers: int
+    on_error: str
+    disable_tqdm: bool
+    processes: _Processes
+    output_dir: Path | None
+    reuse: PseudolabelPool | None
+    reused: frozenset[str]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision, where it is wanted."""
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def plan(self) -> dict[str, Any]:
+        """What decides the labels, besides the weights of the teachers: work under another plan is not continued."""
+        read = [self.columns.inputs, *(teacher.model for teacher in self.hierarchy.teachers if _is_column(teacher))]
+        digest = hashlib.blake2b("\n".join(map(repr, self.ids)).encode("utf-8"), digest_size=8)
+        return {
+            "hierarchy": self.hierarchy.to_dict(),
+            "pool_k": self.k,
+            "precision": self.precision,
+            "num_rows": len(self.dataset),
+            "ids": digest.hexdigest(),
+            "columns": {
+                column: _sample_column(self.dataset, column)
+                for column in read
+                if column is not None and column in self.dataset.column_names
+            },
+        }
+
+    def disk_needs(self, row_bytes: int) -> int:
+        """About how many bytes the work takes: labels as they come, and in the files that are kept."""
+        id_bytes = 40 if isinstance(self.ids[0], str) else 8
+        num_teachers = len(self.hierarchy.teachers) - len(self.reused)
+        labels = len(self.ids) * (num_teachers * (2 * row_bytes + id_bytes) + row_bytes)
+        return labels + (self.inputs.data.nbytes if self.output_dir is not None and self.inputs is not None else 0)
+
+
+def _is_column(teacher: Teacher) -> bool:
+    return teacher.kind == "column"
+
+
+def _sample_column(dataset: Dataset, column: str) -> dict[str, str]:
+    """Type of a column and a hash of a few of its cells: other data are to be noticed without reading all of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int)).tolist():
+        try:
+            digest.update(cell_digests(dataset.select([row]), column)[0].encode())
+        except OSError as error:  # an image whose file is gone: for `on_error` to deal with
+            digest.update(type(error).__name__.encode())
+    return {"type": str(dataset.features[column]), "cells": digest.hexdigest()}
+
+
+def _identify(
+    hierarchy: TeacherHierarchy, models: Mapping[str, TeacherModel]
+) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
+    """What is known of each teacher before it is loaded, and its size in bytes."""
+    found = {teacher.name: identify_teacher(teacher) for teacher in hierarchy.teachers if teacher.name not in models}
+    identities = {name: identity for name, (identity, _) in found.items()}
+    sizes = {name: size for name, (_, size) in found.items()}
+    return identities | {name: dict(model.facts) for name, model in models.items()}, sizes
+
+
+def _find_reused(
+    reuse: PseudolabelPool, hierarchy: TeacherHierarchy, identities: Mapping[str, Mapping[str, Any]]
+) -> frozenset[str]:
+    """Teachers that another pool holds already: the same but for their level, and with the same weights."""
+    if reuse.labels != hierarchy.labels:
+        raise ValueError(
+            f"`reuse` must be a pool of the labels {shorten(hierarchy.labels)}, got one of {shorten(reuse.labels)}. "
+            "Label the data without it."
+        )
+    held = {teacher.name: replace(teacher, level=0).to_dict() for teacher in reuse.hierarchy.teachers}
+    names = set()
+    for teacher in hierarchy.teachers:
+        facts = reuse.facts.get(teacher.name, {})
+        differs = [key for key, value in identities[teacher.name].items() if facts.get(key, value) != value]
+        if held.get(teacher.name) == replace(teacher, level=0).to_dict() and not differs:
+            names.add(teacher.name)
+    return frozenset(names)
+
+
+def _run(job: _Job, identities: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> PseudolabelPool:
+    """Label what is not labelled yet, and make the pool of it."""
+    if job.reuse is not None:
+        match_ids(job.reuse.ids, np.asarray(job.ids), "`reuse`")
+    processes = job.processes
+    with ExitStack() as stack:
+        folder = processes.on_first(partial(_work_folder, job.output_dir))
+        if job.output_dir is None and processes.rank == 0:
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            advice = "Free some space, or choose a larger disk by `output_dir`, where finished work would stay too."
+        else:
+            advice = "Free some space and run this again: what is labelled stays."
+        journal = Journal(folder, len(job.dataset), job.k, label_dtype(job.hierarchy.num_labels))
+        stack.callback(journal.close)
+        stack.enter_context(explain_full_disk(folder, job.disk_needs(journal.row_bytes), advice))
+        missing = processes.on_first(partial(_open, job, journal, identities))
+        for group in _group_teachers(job, missing, sizes):
+            _label_group(job, journal, group, missing)
+        processes.wait()
+        pool = _finish(job, journal)
+        journal.close()
+        stack.pop_all()
+    return pool
+
+
+def _work_folder(output_dir: Path | None) -> Path:
+    """Where work in progress lies: it has a fixed name, so that it is found again."""
+    if output_dir is None:
+        return Path(tempfile.mkdtemp(prefix="cosupervise-pool-"))
+    absolute = Path(os.path.abspath(output_dir))
+    return absolute.with_name(f".{absolute.name}.unfinished")
+
+
+def _open(
+    job: _Job, journal: Journal, identities: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[tuple[int, int]]]:
+    """Begin or go on: which rows each teacher still has to label."""
+    names = [name for name in job.hierarchy.names if name not in job.reused]
+    journal.open(job.plan())
+    if job.output_dir is not None:  # another run may have ended just now
+        check_free(job.output_dir, "Load the pool with `PseudolabelPool.load`, or choose another folder.")
+    journal.add_facts({name: identities[name] for name in names})
+    missing = {name: journal.missing(name) for name in names}
+    if num_done := sum(len(job.ids) - sum(stop - start for start, stop in gaps) for gaps in missing.values()):
+        logger.info(f"Going on in '{journal.folder}': {num_done} of {len(job.ids) * len(names)} labels are there.")
+    return missing
+
+
+def _group_teachers(
+    job: _Job, missing: Mapping[str, list[tuple[int, int]]], sizes: Mapping[str, int]
+) -> Iterator[list[Teacher]]:
+    """Teachers with work left: those that need no model, then models side by side as far as memory allows."""
+    teachers = [teacher for teacher in job.hierarchy.teachers if missing.get(teacher.name)]
+    answers = [teacher for teacher in teachers if _is_column(teacher) and teacher.name not in job.models]
+    if answers:
+        yield answers
+    group: list[Teacher] = []
+    for teacher in teachers:
+        if teacher in answers:
+            continue
+        # What is loaded already takes no more memory, and what is not on this disk yet cannot be known.
+        size = sizes.get(teacher.name, 0)
+        if group and size + sum(sizes.get(other.name, 0) for other in group) > _MEMORY_BUDGET:
+            yield group
+            group = []
+        group.append(teacher)
+    if group:
+        yield group
+
+
+# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows `start` to `stop`, and who labels them."""
+
+    start: int
+    stop: int
+    names: tuple[str, ...]
+
+
+def _label_group(
+    job: _Job, journal: Journal, group: Sequence[Teacher], missing: Mapping[str, list[tuple[int, int]]]
+) -> None:
+    """Load some teachers and run them side by side; their memory is free again before the next ones are loaded."""
+    models = {
+        teacher.name: job.models[teacher.name]
+        if teacher.name in job.models
+        else load_teacher(teacher, job.hierarchy.labels, job.device)
+        for teacher in group
+    }
+    job.processes.on_first(partial(journal.add_facts, {name: model.facts for name, model in models.items()}))
+    is_cheap = all(_is_column(teacher) and teacher.name not in job.models for teacher in group)
+    step = max(_CHUNK, job.batch_size) if is_cheap else job.batch_size
+    _label_share(job, journal, models, _cut_batches({name: missing[name] for name in models}, len(job.ids), step))
+    del models
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _label_share(job: _Job, journal: Journal, models: Mapping[str, TeacherModel], batches: list[_Batch]) -> None:
+    """Label this process's share of the batches."""
+    bounds = np.linspace(0, len(batches), job.processes.count + 1).astype(int)
+    own = batches[bounds[job.processes.rank] : bounds[job.processes.rank + 1]]
+    reader = _Reader(job, models, own)
+    with ExitStack() as stack:
+        parts = {name: stack.enter_context(closing(journal.start_part(name))) for name in models if own}
+        title = f"Teachers {shorten(models, 3)}"
+        total = sum(batch.stop - batch.start for batch in own)
+        hide = job.disable_tqdm or job.processes.rank > 0
+        progress = stack.enter_context(tqdm(total=total, desc=title, disable=hide))
+        for batch, (failed, inputs) in zip(own, _load_batches(job, reader)):
+            for name in batch.names:
+                model, key = models[name], reader.keys[name]
+                probs, reasons = _answer(job, reader, batch, name, model, failed[model.column], inputs.get(key))
+                _append(job, name, parts[name], batch, probs, reasons)
+            progress.update(batch.stop - batch.start)
+
+
+def _cut_batches(missing: Mapping[str, list[tuple[int, int]]], num_rows: int, step: int) -> list[_Batch]:
+    """Cut the rows into batches, each with the teachers that have not labelled it.
+
+    Cuts lie at multiples of `step` first of all: a run that goes on, and one of several processes, then has the very
+    batches of an undisturbed one, and gives the same bits.
+    """
+    ends = [edge for gaps in missing.values() for gap in gaps for edge in gap]
+    edges = np.unique(np.concatenate([np.arange(0, num_rows, step), [num_rows], ends]).astype(np.int64))
+    lacking = np.zeros((len(missing), len(edges) - 1), dtype=bool)
+    for flags, gaps in zip(lacking, missing.values()):
+        for start, stop in gaps:
+            flags[np.searchsorted(edges, start) : np.searchsorted(edges, stop)] = True
+    names = np.array(list(missing), dtype=object)
+    return [
+        _Batch(int(edges[i]), int(edges[i + 1]), tuple(names[lacking[:, i]]))
+        for i in np.flatnonzero(lacking.any(axis=0))
+    ]
+
+
+# Why a row of a batch failed: a sentence that ends with what was got, and the exception where there is one.
+_Reasons = dict[int, tuple[str, Exception | None]]
+
+
+class _Reader(TorchDataset):
+    """Batches as models read them: each cell decoded once, and prepared once for all who prepare it alike."""
+
+    def __init__(self, job: _Job, models: Mapping[str, TeacherModel], batches: Sequence[_Batch]) -> None:
+        self.batches, self.input_column = batches, job.columns.inputs
+        self.keys: dict[str, tuple[str | None, str]] = {}
+        self.sources: dict[tuple[str | None, str], Callable[[Sequence[Any]], Any]] = {}
+        for name, model in models.items():
+            key = self.keys[name] = (model.column, model.facts.get("preprocessing") or f"of '{name}' alone")
+            self.sources.setdefault(key, model.prepare)
+        self.views, self.images = {}, {}
+        for column in {self._name(column) for column, _ in self.sources}:
+            self.views[column] = job.dataset.select_columns([column])
+            if isinstance(feature := job.dataset.features[column], Image):
+                # Decoded here, a row at a time: one broken image must not take its batch along.
+                self.images[column] = Image(mode=feature.mode)
+                self.views[column] = self.views[column].cast_column(column, Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[dict[str | None, _Reasons], dict[tuple[str | None, str], Any]]:
+        batch = self.batches[index]
+        keys = sorted({self.keys[name] for name in batch.names}, key=str)
+        read = {column: self.read(column, batch) for column in {column for column, _ in keys}}
+        inputs = {}
+        for key in keys:
+            if cells := list(read[key[0]][0].values()):
+                # Where it fails, nothing is given, and the main process finds the row that is at fault.
+                with suppress(*_ROW_ERRORS):
+                    inputs[key] = self.sources[key](cells)
+        return {column: failed for column, (_, failed) in read.items()}, inputs
+
+    def read(self, column: str | None, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
+        """Cells by their place in the batch, and why others cannot be read; column `None` is that of the inputs."""
+        name = self._name(column)
+        decoder = self.images.get(name)
+        cells: dict[int, Any] = {}
+        failed: _Reasons = {}
+        for place, cell in enumerate(_read_names(self.views[name], name, slice(batch.start, batch.stop))):
+            if cell is None and column is None:
+                failed[place] = (f"Column '{name}' must hold an input in every row, got None", None)
+            elif decoder is None or cell is None:
+                cells[place] = cell
+            else:
+                try:
+                    cells[place] = decoder.decode_example(cell)
+                except _ROW_ERRORS as error:
+                    failed[place] = (f"Column '{name}' must hold images that can be read, got {_tell(error)}", None)
+        return cells, failed
+
+    def _name(self, column: str | None) -> str:
+        return str(self.input_column if column is None else column)
+
+
+def _load_batches(job: _Job, reader: _Reader) -> DataLoader:
+    return DataLoader(
+        reader,
+        batch_size=None,
+        num_workers=job.num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=job.num_workers > 0 and job.device.type == "cuda",
+        # Its own generator: the loader draws a number, and labelling must not move anybody's random state.
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: T) -> T:
+    return batch
+
+
+def _tell(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).rstrip('.')}"
+
+
+def _answer(
+    job: _Job, reader: _Reader, batch: _Batch, name: str, model: TeacherModel, failed: _Reasons, inputs: Any
+) -> tuple[np.ndarray, _Reasons]:
+    """A teacher's probabilities of a batch, `(num_rows, num_labels)` with zeros where it failed, and why it did."""
+    count, reasons = batch.stop - batch.start, dict(failed)
+    rows = np.setdiff1d(np.arange(count), list(failed))
+    answers = _ask(job, name, model, inputs, len(rows)) if inputs is not None else None
+    if not isinstance(answers, np.ndarray):
+        cells = [cell for place, cell in reader.read(model.column, batch)[0].items() if place not in failed]
+        each = _ask_parts(job, name, model, cells)
+        broken = {row: error for row, error in zip(rows.tolist(), each) if isinstance(error, Exception)}
+        reasons |= {
+            row: (f"Teacher '{name}' must be able to label every row, got {_tell(error)}", error)
+            for row, error in broken.items()
+        }
+        rows = np.setdiff1d(rows, list(broken))
+        answers = np.array([answer for answer in each if isinstance(answer, np.ndarray)], dtype=np.float32)
+    if len(rows) and not (is_valid := _is_valid(answers)).all():
+        reasons |= _tell_invalid(name, answers, rows, ~is_valid)
+        answers = np.where(is_valid[:, None], answers, np.float32(0))
+    if len(rows) == count:
+        return answers, reasons
+    probs = np.zeros((count, job.hierarchy.num_labels), dtype=np.float32)
+    if len(rows):
+        probs[rows] = answers
+    return probs, reasons
+
+
+def _tell_invalid(name: str, answers: np.ndarray, rows: np.ndarray, is_invalid: np.ndarray) -> _Reasons:
+    reasons: _Reasons = {}
+    for place in np.flatnonzero(is_invalid):
+        got = f"{answers[place][:8].tolist()} (sum {answers[place].sum():.4f})"
+        what = f"Probabilities of teacher '{name}' must be finite, not negative and sum to 1, got {got}"
+        reasons[int(rows[place])] = (what, None)
+    return reasons
+
+
+def _ask(job: _Job, name: str, model: TeacherModel, inputs: Any, num_rows: int) -> np.ndarray | Exception:
+    """A model's answers, or the error of a row that breaks it."""
+    try:
+        with job.autocast():
+            probs = np.asarray(model(inputs), dtype=np.float32)
+    except (*_ROW_ERRORS, MemoryError) as error:
+        return _row_error(error, name, num_rows)
+    if probs.shape != (num_rows, job.hierarchy.num_labels):
+        raise ValueError(
+            f"Teacher '{name}' must give probabilities of shape {(num_rows, job.hierarchy.num_labels)}, got "
+            f"{probs.shape}. Correct its `__call__`."
+        )
+    return probs
+
+
+def _ask_parts(job: _Job, name: str, model: TeacherModel, cells: list[Any]) -> list[np.ndarray | Exception]:
+    """An answer or an error for each cell: what breaks a model is halved until the rows at fault are alone."""
+    if not cells:
+        return []
+    answers: np.ndarray | Exception
+    try:
+        inputs = model.prepare(cells)
+    except (*_ROW_ERRORS, MemoryError) as error:
+        answers = _row_error(error, name, len(cells))
+    else:
+        answers = _ask(job, name, model, inputs, len(cells))
+    if isinstance(answers, np.ndarray):
+        return list(answers)
+    if len(cells) == 1:
+        return [answers]
+    half = len(cells) // 2
+    return _ask_parts(job, name, model, cells[:half]) + _ask_parts(job, name, model, cells[half:])
+
+
+def _row_error(error: Exception, name: str, num_rows: int) -> Exception:
+    """Give back an error that a row may have caused, and raise any other."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        raise MemoryError(
+            f"A batch of {num_rows} rows for teacher '{name}' must fit into memory, got: {error} Choose a smaller "
+            "`batch_size`."
+        ) from error
+    # After an error of its own kernels a GPU answers nothing more: every later row would seem broken.
+    if isinstance(error, WrongColumnError) or "CUDA error" in str(error):
+        raise error
+    return error
+
+
+def _is_valid(probs: np.ndarray) -> np.ndarray:
+    """Whether each row is a distribution or a missing answer, `(num_rows,)` bool."""
+    with np.errstate(invalid="ignore"):
+        sums = probs.sum(axis=1)
+        return (probs >= 0).all(axis=1) & ((np.abs(sums - 1) <= SUM_TOLERANCE) | (sums == 0))
+
+
+def _append(job: _Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, reasons: _Reasons) -> None:
+    """Put a batch on disk, or refuse it if a row of it failed and may not be missing."""
+    failed_rows = [batch.start + place for place in sorted(reasons)]
+    if failed_rows and job.on_error == "raise":
+        what, error = reasons[min(reasons)]
+        raise ValueError(
+            f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'. Fix or drop that "
+            'row, or leave such rows without labels by `on_error="missing"`.'
+        ) from error
+    label_ids, label_probs = encode_top_k(probs, job.k)
+    dropped = 0.0
+    if job.k < probs.shape[1]:
+        kept = np.take_along_axis(probs, label_ids.astype(np.int64), axis=1)
+        dropped = max(0.0, float(probs.sum(dtype=np.float64) - kept.sum(dtype=np.float64)))
+    part.append(batch.start, label_ids, label_probs, failed_rows, dropped)
+
+
+# ── finishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _finish(job: _Job, journal: Journal) -> PseudolabelPool:
+    """Make the pool of what lies in the journal, the same in every process."""
+    facts = job.processes.on_first(partial(_write_teachers, job, journal))
+    if job.output_dir is not None:
+        job.processes.on_first(partial(_save, job, journal, facts))
+        return PseudolabelPool.load(job.output_dir)
+    pool = _open_pool(job, journal, facts)
+    job.processes.wait()  # everybody has mapped the files before the first process may delete them
+    if job.processes.rank == 0:
+        for name in facts:
+            journal.drop(name)
+        weakref.finalize(pool, shutil.rmtree, journal.folder, ignore_errors=True)
+    return pool
+
+
+def _teacher_file(journal: Journal, name: str) -> Path:
+    return journal.scratch / "teachers" / name / "data.arrow"
+
+
+def _write_teachers(job: _Job, journal: Journal) -> dict[str, dict[str, Any]]:
+    """Put each teacher's labels in the order of the rows into a file; the facts of all teachers."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name in job.hierarchy.names:
+        if name in job.reused and job.reuse is not None:
+            facts[name] = dict(job.reuse.facts.get(name, {}))
+            if not np.array_equal(job.reuse.ids, np.asarray(job.ids)):
+                write_teacher(_teacher_file(journal, name), job.ids, _select_rows(job.reuse, name, job.ids))
+            continue
+        segments = journal.segments(name)
+        num_failed = _check_segments(job, journal, name, segments)
+        write_teacher(_teacher_file(journal, name), job.ids, journal.rows(segments))
+        num_answered = sum(segment.num_answered for segment in segments)
+        facts[name] = journal.facts[name] | {
+            "precision": job.precision,
+            "num_failed": num_failed,
+            "dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1),
+        }
+    return facts
+
+
+def _check_segments(job: _Job, journal: Journal, name: str, segments: Sequence[Segment]) -> int:
+    """Number of rows that a teacher failed on; an error if it is all of them."""
+    num_failed = sum(segment.num_failed for segment in segments)
+    ids = [job.ids[row] for segment in segments for row in segment.failed_rows]
+    if num_failed == len(job.ids):
+        journal.drop(name)
+        raise ValueError(
+            f"Teacher '{name}' must be able to label at least one row, got {num_failed} of {len(job.ids)} rows that "
+            f'it failed on. Label the data with `on_error="raise"` to see why.'
+        )
+    if num_failed:
+        first = shorten(ids[:5]) if num_failed <= 5 else f"{shorten(ids[:5])} and others"
+        logger.warning(
+            f"Teacher '{name}' failed on {num_failed} of {len(job.ids)} rows, which are missing in its pseudolabels: "
+            f"ids {first}."
+        )
+    return num_failed
+
+
+def _select_rows(
+    pool: PseudolabelPool, name: str, ids: Sequence[int] | Sequence[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A teacher's labels in a pool, of some of its rows, a piece at a time."""
+    rows = match_ids(pool.ids, np.asarray(ids), "`reuse`")
+    for start in range(0, len(rows), _CHUNK):
+        piece = rows[start : start + _CHUNK]
+        yield pool.label_ids(name)[piece], pool.label_probs(name)[piece]
+
+
+def _open_pool(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> PseudolabelPool:
+    teachers = {}
+    for name in job.hierarchy.names:
+        path = _teacher_file(journal, name)
+        if path.is_file() or job.reuse is None:
+            teachers[name] = Dataset.from_file(str(path))
+        else:
+            teachers[name] = job.reuse.teachers[name]
+    return PseudolabelPool(job.hierarchy, teachers, job.inputs, facts)
+
+
+def _save(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> None:
+    """Save the pool beside the journal, rename it into its place, and throw the journal away."""
+    finished = journal.scratch / "pool"
+    _open_pool(job, journal, facts).save(finished)
+    os.replace(finished, str(job.output_dir))
+    journal.close()
+    shutil.rmtree(journal.folder, ignore_errors=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
 
 from .aggregation import mean_probs
+from .assignment import NOBODY
 from .cards import pool_card, write_card
 from .inputs import read_labels
-from .sparse import check_top_k, decode_top_k, default_pool_k, encode_top_k
+from .sparse import check_top_k, decode_top_k, default_pool_k, encode_top_k, scale_top_k
 from .teachers import TeacherHierarchy
 
 FORMAT_VERSION = 1
@@ -158,17 +160,19 @@ class PseudolabelPool:
         """
         return self._views[name][1]
 
-    def answered(self, name: str) -> np.ndarray:
+    def answered(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:  # noqa: B008
         """Tell which examples a teacher answered.
 
         Args:
             name (`str`):
                 Name of a teacher.
+            rows (`np.ndarray` of int or `slice`, *optional*):
+                Which examples; all by default.
 
         Returns:
-            `np.ndarray` of shape `(num_examples,)`, bool.
+            `np.ndarray` of shape `(num_rows,)`, bool.
         """
-        return self.label_probs(name)[:, 0] > 0
+        return self.label_probs(name)[rows, 0] > 0
 
     def hard_labels(self, name: str) -> np.ndarray:
         """Give a teacher's most probable label of each example.
@@ -202,6 +206,83 @@ class PseudolabelPool:
         """`tuple[str, ...]`: Who can speak for an example: the teachers, then the ensemble of each level."""
         return (*self.hierarchy.names, *(f"ensemble-{level}" for level in range(self.hierarchy.num_levels)))
 
+    def gather(self, sources: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Give the stored row of the teacher that speaks for each example, read from the views of the Arrow files.
+
+        Args:
+            sources (`np.ndarray` of shape `(num_rows,)`):
+                Positions of teachers in `source_names`, -1 for nobody; no ensemble, which has no stored rows.
+            rows (`np.ndarray` of shape `(num_rows,)`):
+                Which examples.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: label ids and float16 probabilities, both of shape `(num_rows, k)`, most
+            probable first; all zero where nobody speaks. A teacher that keeps fewer labels than another is padded
+            with zeros.
+
+        Raises:
+            ValueError: If a source is an ensemble or does not exist.
+        """
+        names = self.hierarchy.names
+        order = np.argsort(sources, kind="stable")
+        ordered_rows, ordered_sources = rows[order], sources[order]
+        ids, probs = self._views[names[0]]
+        shape = (len(rows), max(view.shape[1] for view, _ in self._views.values()))
+        label_ids, label_probs = np.zeros(shape, dtype=ids.dtype), np.zeros(shape, dtype=probs.dtype)
+        starts = np.flatnonzero(np.diff(ordered_sources, prepend=-2))
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
+            source = int(ordered_sources[start])
+            if not NOBODY <= source < len(names):
+                raise ValueError(f"`sources` must be teachers (0..{len(names) - 1}) or -1 for nobody, got {source}.")
+            if source != NOBODY:
+                ids, probs = self._views[names[source]]
+                label_ids[start:stop, : ids.shape[1]] = ids.take(ordered_rows[start:stop], axis=0)
+                label_probs[start:stop, : ids.shape[1]] = probs.take(ordered_rows[start:stop], axis=0)
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return label_ids.take(back, axis=0), label_probs.take(back, axis=0)
+
+    def hard_pseudolabels(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Give the most probable label of each example by whoever speaks for it.
+
+        Args:
+            sources (`np.ndarray` of shape `(num_rows,)`):
+                Positions in `source_names`, -1 for nobody.
+            rows (`np.ndarray` of shape `(num_rows,)`):
+                Which examples.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows,)`, int64: ties to the lowest label, -1 where nobody speaks.
+        """
+        if (sources >= len(self.hierarchy.names)).any():
+            probs = self.pseudolabels(sources, rows)
+            return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
+        label_ids, label_probs = self.gather(sources, rows)
+        return np.where(label_probs[:, 0] > 0, label_ids[:, 0].astype(np.int64), -1)
+
+    def sparse_pseudolabels(
+        self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Give the pseudolabel of each example by the teacher that speaks for it, without the labels left out.
+
+        Args:
+            sources (`np.ndarray` of shape `(num_rows,)`):
+                Positions of teachers, -1 for nobody, as [`gather`] takes them. All must keep equally many labels.
+            rows (`np.ndarray` of shape `(num_rows,)`):
+                Which examples.
+            hard (`bool`, *optional*, defaults to `False`):
+                Give 1 to the most probable label instead of probabilities.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray, np.ndarray]`: label ids `(num_rows, k)` int64, their probabilities
+            `(num_rows, k)` float32 and the probability of each other label `(num_rows,)` float32.
+        """
+        label_ids, stored = self.gather(sources, rows)
+        if hard:
+            label_ids, stored = label_ids[:, :1], np.sign(stored[:, :1])
+        probs, rest_probs = scale_top_k(stored, self.hierarchy.num_labels)
+        return label_ids.astype(np.int64), probs, rest_probs
+
     def pseudolabels(self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False) -> np.ndarray:
         """Give the pseudolabel of each example by whoever speaks for it.
 
@@ -218,11 +299,11 @@ class PseudolabelPool:
         """
         names = self.hierarchy.names
         probs = np.zeros((len(rows), self.hierarchy.num_labels), dtype=np.float32)
-        for source in np.unique(sources):
+        for source in np.unique(sources[sources != NOBODY]):
             here = np.flatnonzero(sources == source)
-            if 0 <= source < len(names):
+            if source < len(names):
                 probs[here] = self.decode(names[source], rows[here])
-            elif source >= len(names):
+            else:
                 level = self.hierarchy.level_indices(int(source) - len(names))
                 probs[here] = mean_probs(*self.decode_level(level, rows[here])).numpy()
         if hard:
@@ -246,8 +327,34 @@ class PseudolabelPool:
         """
         names = [self.hierarchy.names[index] for index in indices]
         probs = np.stack([self.decode(name, rows) for name in names], axis=1)
-        answered = np.stack([self.answered(name)[rows] for name in names], axis=1)
+        answered = np.stack([self.answered(name, rows) for name in names], axis=1)
         return torch.from_numpy(probs), torch.from_numpy(answered)
+
+    @property
+    def has_one_k(self) -> bool:
+        """`bool`: Whether all teachers keep equally many labels, so that their rows fit into one array."""
+        return len({label_ids.shape[1] for label_ids, _ in self._views.values()}) == 1
+
+    def sparse_level(
+        self, indices: Sequence[int], rows: np.ndarray | slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Give the stored labels of several teachers that keep equally many, without the labels left out.
+
+        Args:
+            indices (`Sequence[int]`):
+                Positions of the teachers in the hierarchy.
+            rows (`np.ndarray` of int or `slice`):
+                Which examples.
+
+        Returns:
+            `tuple[torch.LongTensor, torch.Tensor, torch.Tensor]`: label ids and their probabilities
+            `(num_rows, num_teachers, k)`, and the probability of each other label `(num_rows, num_teachers)`.
+        """
+        views = [self._views[self.hierarchy.names[index]] for index in indices]
+        label_ids = np.stack([ids[rows] for ids, _ in views], axis=1).astype(np.int64)
+        scaled = [scale_top_k(stored[rows], self.hierarchy.num_labels) for _, stored in views]
+        probs, rest_probs = (np.stack(parts, axis=1) for parts in zip(*scaled))
+        return torch.from_numpy(label_ids), torch.from_numpy(probs), torch.from_numpy(rest_probs)
 
     @classmethod
     def from_predictions(
@@ -456,7 +563,6 @@ def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, labe
         `datasets.Dataset` of `id`, `label_ids` and `label_probs`, in one Arrow chunk.
     """
     k = label_ids.shape[1]
-    lists = [pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), k) for values in (label_ids, label_probs)]
     features = Features(
         {
             "id": Value("string" if len(ids) and isinstance(ids[0], str) else "int64"),
@@ -465,12 +571,53 @@ def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, labe
         }
     )
     id_array = pa.array(list(ids) if not isinstance(ids, np.ndarray) else ids.tolist(), type=features["id"].pa_type)
-    table = pa.table([id_array, *lists], names=list(features))
-    return Dataset(table.cast(features.arrow_schema))
+    schema = features.arrow_schema
+    lists = [
+        pa.FixedSizeListArray.from_arrays(
+            pa.Array.from_buffers(field.type.value_type, values.size, [None, pa.py_buffer(values)]), type=field.type
+        )
+        for field, values in zip(
+            list(schema)[1:], (np.ascontiguousarray(label_ids), np.ascontiguousarray(label_probs))
+        )
+    ]
+    digest = hashlib.blake2b(digest_size=8)
+    for buffer in (buffer for array in (id_array, *lists) for buffer in array.buffers() if buffer is not None):
+        digest.update(buffer)
+    # Without a fingerprint of ours, `datasets` makes one of a pickled copy of the whole table.
+    return Dataset(pa.Table.from_arrays([id_array, *lists], schema=schema), fingerprint=digest.hexdigest())
+
+
+def write_teacher(
+    path: Path, ids: Sequence[Any] | np.ndarray, pieces: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Write one teacher's pseudolabels to an Arrow file of a single chunk, without holding them in memory.
+
+    Args:
+        path (`pathlib.Path`):
+            File to write; its folder is made.
+        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
+            Id of each example.
+        pieces (`Iterable[tuple[np.ndarray, np.ndarray]]`):
+            Label ids and float16 probabilities, each `(num_rows, k)`, of at least one row and `num_examples` in all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = (path.with_suffix(".ids"), path.with_suffix(".probs"))
+    with open(raw[0], "wb") as ids_file, open(raw[1], "wb") as probs_file:
+        for label_ids, label_probs in pieces:
+            ids_file.write(label_ids.tobytes())
+            probs_file.write(label_probs.tobytes())
+    shape = (len(ids), label_ids.shape[1])
+    views = [np.memmap(file, part.dtype, "r", shape=shape) for file, part in zip(raw, (label_ids, label_probs))]
+    write_arrow(teacher_dataset(ids, *views), path)
+    for file in raw:
+        file.unlink()
 
 
 def write_arrow(dataset: Dataset, path: Path) -> None:
     """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy.
+
+    Pseudolabels that lie in a file of their own already are linked from there where the disk allows it: files of a
+    pool are replaced, never changed.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -479,6 +626,12 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
             File to write; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if (source := _own_file(dataset)) is not None:
+        try:
+            os.link(source, path)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(source, path)
+        return
     # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
     batch = len(dataset) if "label_ids" in dataset.column_names else 1000
     with ArrowWriter(
@@ -487,6 +640,18 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
         for start in range(0, len(dataset), max(batch, 1)):
             writer.write_table(dataset.with_format("arrow")[start : start + batch])
         writer.finalize()
+
+
+def _own_file(dataset: Dataset) -> Path | None:
+    """The file of one chunk that holds these pseudolabels and nothing else, as it is on disk now."""
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    if "label_ids" not in dataset.column_names or dataset._indices is not None or len(files) != 1:
+        return None
+    if not files[0].is_file():
+        return None
+    whole = Dataset.from_file(str(files[0]))
+    is_one_chunk = whole.data.column("label_ids").num_chunks == 1
+    return files[0] if is_one_chunk and whole.data.table.equals(dataset.data.table, check_metadata=True) else None
 
 
 def match_ids(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
@@ -524,7 +689,7 @@ def _read_ids(dataset: Dataset, what: str) -> np.ndarray:
     )
     if column.null_count:
         raise ValueError(f"Ids of {what} must not be missing, got {column.null_count} empty ones.")
-    ids = np.asarray(column.to_pylist())
+    ids = column.to_numpy() if pa.types.is_integer(column.type) else np.asarray(column.to_pylist())
     if len(np.unique(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
         first = int(np.flatnonzero(counts > 1)[0])

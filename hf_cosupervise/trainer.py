@@ -32,7 +32,7 @@ from .collator import ROW, TARGETS, DataCollatorForCoSupervision
 from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
 from .features import FeatureStore
-from .heads import SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix
+from .heads import SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level, row_chunks
 from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
@@ -538,8 +538,7 @@ class CoSupervisedTrainer(Trainer):
         if self._head is not None:
             features = self._features_of(dataset)
             for chunk in chunks:
-                logits = self._head(features[chunk].float())
-                yield chunk, torch.log_softmax(logits.float(), dim=1).cpu()
+                yield chunk, torch.log_softmax(linear_logits(self._head, features[chunk]), dim=1).cpu()
             return
         model = self.accelerator.unwrap_model(self.model)
         model.eval()

@@ -2,7 +2,8 @@
 
     python recipes/build_pool.py --dataset data/digits --hierarchy teachers/hierarchy.yaml --pool_dir pools/digits
 
-`PseudolabelPool.load` opens the folder, and so does `datasets.load_dataset`, a teacher at a time.
+`PseudolabelPool.load` opens the folder, and so does `datasets.load_dataset`, a teacher at a time. A run that was
+stopped goes on where it was when it is started again; on several GPUs, start it by `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from datasets import load_dataset, load_from_disk
 
-from hf_cosupervise import TeacherHierarchy, build_pool
+from hf_cosupervise import PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.script_utils import parse_recipe_args
 
 
@@ -31,6 +32,15 @@ class PoolArguments:
     oracle_domain_column: str | None = field(default=None, metadata={"help": "Column of the true domain, likewise."})
     pool_k: int | None = field(default=None, metadata={"help": "Labels kept per row. Default: min(16, all)."})
     batch_size: int = field(default=64, metadata={"help": "Rows per forward pass."})
+    precision: str = field(default="float32", metadata={"help": "float32, or mixed precision: bfloat16 or float16."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode inputs; 0: this one."})
+    on_error: str = field(
+        default="raise",
+        metadata={"help": "A row that cannot be read or breaks a teacher: raise, or leave it missing."},
+    )
+    reuse: str | None = field(
+        default=None, metadata={"help": "Folder of a pool of the same data, whose teachers are not run again."}
+    )
 
 
 def main() -> None:
@@ -46,6 +56,10 @@ def main() -> None:
         pool_k=args.pool_k,
         batch_size=args.batch_size,
         output_dir=args.pool_dir,
+        precision=args.precision,
+        num_workers=args.num_workers,
+        on_error=args.on_error,
+        reuse=None if args.reuse is None else PseudolabelPool.load(args.reuse),
     )
     print(f"{pool} in {args.pool_dir}")
 

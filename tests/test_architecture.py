@@ -15,7 +15,7 @@ PACKAGE_DIR = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = {
     1: ("metrics", "losses", "teachers", "sparse"),
     2: ("assignment", "consistency", "aggregation", "heads"),
-    3: ("inputs", "pool", "labeling", "features", "collator", "cards"),
+    3: ("inputs", "pool", "journal", "teacher_models", "labeling", "features", "collator", "cards"),
     4: ("config", "students", "callbacks", "levels", "trainer", "evaluation"),
     5: ("script_utils", "plotting"),
 }
@@ -203,7 +203,12 @@ def test_only_the_trainer_subclasses_trainer():
 
 def test_the_trainer_never_reaches_labeling():
     arrows = {module: package_imports(SOURCES[f"{module}.py"]) for module in MODULES}
-    assert "labeling" not in reachable("trainer", arrows)
+    assert not {"labeling", "teacher_models"} & reachable("trainer", arrows)
+
+
+def test_only_labeling_runs_a_teacher():
+    users = [module for module in MODULES if "teacher_models" in package_imports(SOURCES[f"{module}.py"])]
+    assert users == ["labeling"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,11 +1,14 @@
-"""Loading each kind of teacher, mapping its labels, and building a pool."""
+"""Building a pool: what is labelled by whom, once, wherever it stops, and what is refused."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
+import errno
+import os
+import resource
+import signal
+import tempfile
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_tiny_bert, save_tiny_timm, save_tiny_vit
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from safetensors.torch import load_file, save_file
+from test_teacher_models import copy_model, label
 
-from hf_cosupervise import labeling
+from hf_cosupervise import journal, labeling
+from hf_cosupervise.journal import Journal
 from hf_cosupervise.labeling import build_pool, load_teacher, save_sklearn_teacher
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
@@ -25,376 +29,11 @@ from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 quiet_pool = partial(build_pool, disable_tqdm=True)
 
 
-def copy_model(folder: str, target: Path) -> Path:
-    return Path(shutil.copytree(folder, target))
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return folder
-
-
-def drop_tensors(folder: Path, part: str) -> Path:
-    path = folder / "model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(path).items() if part not in name}
-    save_file(kept, path, metadata={"format": "pt"})
-    return folder
-
-
 def column_hierarchy(labels: tuple[str, ...], column: str = "answer", **fields: Any) -> TeacherHierarchy:
     return TeacherHierarchy(labels, [Teacher(column, kind="column", **fields)])
 
 
-# ── each kind gives what its own library gives ──────────────────────────────────────────────────────────────────────
-
-
-def test_transformers_image_teacher_equals_plain_transformers(
-    tiny_vit: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
-) -> None:
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    teacher = load_teacher(Teacher(tiny_vit), tiny_labels, "cpu")
-    images = tiny_image_dataset["image"][:5]
-    pixel_values = AutoImageProcessor.from_pretrained(tiny_vit)(images, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        logits = AutoModelForImageClassification.from_pretrained(tiny_vit).eval()(pixel_values=pixel_values).logits
-
-    probs = teacher(images, {})
-
-    assert probs.dtype == np.float32
-    np.testing.assert_allclose(probs, logits.softmax(-1).numpy(), atol=1e-6)
-    assert teacher.facts["kind"] == "transformers" and teacher.facts["class"] == "ViTForImageClassification"
-    assert len(teacher.facts["preprocessing"]) == 16
-
-
-def test_transformers_text_teacher_equals_plain_transformers(
-    tiny_bert: str, tiny_labels: tuple[str, ...], tiny_text_dataset: Dataset
-) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    texts = tiny_text_dataset["text"][:5]
-    inputs = AutoTokenizer.from_pretrained(tiny_bert)(texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        logits = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()(**inputs).logits
-
-    probs = load_teacher(Teacher(tiny_bert), tiny_labels, "cpu")(texts, {})
-
-    np.testing.assert_allclose(probs, logits.softmax(-1).numpy(), atol=1e-6)
-
-
-def test_a_text_longer_than_the_model_reads_is_cut(
-    tiny_labels: tuple[str, ...], tiny_bert: str, tmp_path: Path
-) -> None:
-    folder = copy_model(tiny_bert, tmp_path / "bert")
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
-    settings.pop("model_max_length")
-    path.write_text(json.dumps(settings))
-
-    probs = load_teacher(Teacher(str(folder)), tiny_labels, "cpu")(["often " * 100], {})
-
-    assert probs.sum() == pytest.approx(1)
-
-
-@pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_timm_teacher_equals_plain_timm(
-    tiny_timm: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, prefix: str
-) -> None:
-    import timm
-
-    model = timm.create_model(f"local-dir:{tiny_timm}", pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
-    images = tiny_image_dataset["image"][:5]
-    with torch.no_grad():
-        expected = model(torch.stack([transform(image) for image in images])).softmax(-1).numpy()
-
-    teacher = load_teacher(Teacher(prefix + tiny_timm, name="t"), tiny_labels, "cpu")
-
-    np.testing.assert_allclose(teacher(images, {}), expected, atol=1e-6)
-    assert teacher.facts["kind"] == "timm"
-
-
-def test_timm_folder_loads_as_either_kind(
-    tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, tmp_path: Path
-) -> None:
-    folder = Path(save_tiny_timm(tmp_path / "timm", tiny_labels))
-    # As timm 1.0.31 writes it, which the wrapper of transformers cannot read by itself.
-    edit_config(folder, model_args={"num_classes": 4, "in_chans": 3})
-    images = tiny_image_dataset["image"][:5]
-
-    by_kind = [load_teacher(Teacher(str(folder), kind=kind), tiny_labels, "cpu") for kind in ("timm", "transformers")]
-
-    np.testing.assert_allclose(by_kind[0](images, {}), by_kind[1](images, {}), atol=1e-5)
-
-
-def test_sklearn_teacher_equals_predict_proba(
-    tiny_sklearn: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
-) -> None:
-    import skops.io
-
-    images = tiny_image_dataset["image"][:5]
-    pixels = np.stack([np.asarray(image).ravel() / 255 for image in images])
-    expected = skops.io.load(Path(tiny_sklearn) / "model.skops").predict_proba(pixels)
-
-    teacher = load_teacher(Teacher(tiny_sklearn), tiny_labels)
-
-    np.testing.assert_allclose(teacher(images, {}), expected, atol=1e-5)
-    assert teacher.facts["kind"] == "sklearn" and teacher.facts["class"] == "LogisticRegression"
-
-
-def test_sklearn_teacher_on_texts_with_label_names_as_classes(tmp_path: Path, tiny_text_dataset: Dataset) -> None:
-    pytest.importorskip("skops")
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.naive_bayes import MultinomialNB
-    from sklearn.pipeline import make_pipeline
-
-    texts = list(tiny_text_dataset["text"])
-    names = tiny_text_dataset.features["label"].int2str(list(tiny_text_dataset["label"]))
-    model = make_pipeline(CountVectorizer(), MultinomialNB()).fit(texts, names)
-    save_sklearn_teacher(model, tmp_path / "bayes", {"kind": "text"})
-
-    # The task knows one more label, and in another order.
-    probs = load_teacher(Teacher(str(tmp_path / "bayes")), ("dog", "emu", "cat", "bee", "ant"))(texts, {})
-
-    assert (probs[:, 1] == 0).all()
-    np.testing.assert_allclose(probs[:, [4, 3, 2, 0]], model.predict_proba(texts), atol=1e-6)
-
-
-def test_sklearn_teacher_on_vectors(tmp_path: Path) -> None:
-    pytest.importorskip("skops")
-    from sklearn.linear_model import LogisticRegression
-
-    vectors = [[0.0, 1.0], [1.0, 0.0], [0.5, 2.0]]
-    model = LogisticRegression().fit(vectors, [0, 1, 0])
-    save_sklearn_teacher(model, tmp_path / "lr", {"kind": "values"}, ["low", "high"])
-    dataset = Dataset.from_dict({"vector": vectors})
-
-    hierarchy = TeacherHierarchy(["high", "low"], [Teacher(str(tmp_path / "lr"))])
-    pool = quiet_pool(dataset, hierarchy, input_column="vector")
-
-    np.testing.assert_allclose(pool.decode("lr"), model.predict_proba(vectors)[:, ::-1], atol=1e-3)
-
-
-def test_images_are_resized_as_the_sklearn_teacher_declares(
-    tiny_sklearn: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
-) -> None:
-    image = tiny_image_dataset[0]["image"]
-    teacher = load_teacher(Teacher(tiny_sklearn), tiny_labels)
-
-    small, large = teacher([image], {}), teacher([image.resize((16, 16), 0)], {})
-
-    np.testing.assert_allclose(small, large, atol=0.05)
-
-
-# ── labels are mapped by name ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_labels_are_mapped_by_name_case_and_map(tmp_path: Path, tiny_image_dataset: Dataset) -> None:
-    save_tiny_vit(tmp_path / "plain", ("ant", "bee", "cat", "dog"))
-    save_tiny_vit(tmp_path / "other", ("Dog", "wasp", "ANT", "kitten"))
-    images = tiny_image_dataset["image"][:5]
-    labels = ("ant", "bee", "cat", "dog")
-    label_map = {"wasp": "bee", "kitten": "cat"}
-
-    plain = load_teacher(Teacher(str(tmp_path / "plain")), labels, "cpu")(images, {})
-    other = load_teacher(Teacher(str(tmp_path / "other"), label_map=label_map), labels, "cpu")(images, {})
-
-    # Both have the same weights, so only the meaning of the outputs differs.
-    np.testing.assert_array_equal(other, plain[:, [2, 1, 3, 0]])
-
-
-def test_probabilities_of_labels_mapped_to_one_add_up(
-    tiny_vit: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset
-) -> None:
-    images = tiny_image_dataset["image"][:5]
-    label_map = {"ant": "insect", "bee": "insect", "cat": "pet", "dog": "pet"}
-
-    fine = load_teacher(Teacher(tiny_vit), tiny_labels, "cpu")(images, {})
-    coarse = load_teacher(Teacher(tiny_vit, label_map=label_map), ("insect", "plant", "pet"), "cpu")(images, {})
-
-    np.testing.assert_allclose(coarse[:, 0], fine[:, 0] + fine[:, 1], atol=1e-6)
-    np.testing.assert_allclose(coarse[:, 2], fine[:, 2] + fine[:, 3], atol=1e-6)
-    assert (coarse[:, 1] == 0).all()
-
-
-def test_teacher_labels_outside_the_task_are_listed(tiny_vit: str) -> None:
-    with pytest.raises(ValueError, match=r"must be labels of the task \['ant', 'cow'\], got \['bee', 'cat', 'dog'\]"):
-        load_teacher(Teacher(tiny_vit), ("ant", "cow"), "cpu")
-
-
-def test_placeholder_names_ask_for_a_label_map(tmp_path: Path, tiny_image_dataset: Dataset) -> None:
-    placeholders = tuple(f"LABEL_{position}" for position in range(3))
-    folder = save_tiny_vit(tmp_path / "vit", placeholders)
-    with pytest.raises(ValueError, match=r"got the placeholders \['LABEL_0', 'LABEL_1', 'LABEL_2'\].*label_map"):
-        load_teacher(Teacher(folder), ("a", "b", "c"), "cpu")
-
-    label_map = dict(zip(placeholders, "cab", strict=True))
-    teacher = load_teacher(Teacher(folder, label_map=label_map), ("a", "b", "c"), "cpu")
-    probs = teacher(tiny_image_dataset["image"][:2], {})
-    assert probs.shape == (2, 3)
-
-
-def test_label_map_must_start_from_the_teachers_labels(tiny_vit: str, tiny_labels: tuple[str, ...]) -> None:
-    with pytest.raises(ValueError, match=r"must start from its own labels .*got \['ants'\]"):
-        load_teacher(Teacher(tiny_vit, label_map={"ants": "ant"}), tiny_labels, "cpu")
-
-
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("kind", ["transformers", "timm"])
-def test_no_teacher_is_silently_random(
-    tiny_vit: str, tiny_timm: str, tiny_labels: tuple[str, ...], tmp_path: Path, kind: str
-) -> None:
-    folder = copy_model(tiny_vit if kind == "transformers" else tiny_timm, tmp_path / "headless")
-    drop_tensors(folder, "classifier" if kind == "transformers" else "fc.")
-    with pytest.raises(ValueError, match="never a silently random teacher"):
-        load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
-
-
-def test_a_bare_backbone_is_no_teacher(tmp_path: Path) -> None:
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
-    )
-    ViTModel(config).save_pretrained(tmp_path / "backbone")
-    with pytest.raises(ValueError, match="never a silently random teacher"):
-        load_teacher(Teacher(str(tmp_path / "backbone")), ("LABEL_0", "LABEL_1"), "cpu")
-
-
-def test_pickled_weights_are_refused(
-    tiny_vit: str, tiny_timm: str, tiny_labels: tuple[str, ...], tmp_path: Path
-) -> None:
-    for name, source in (("vit", tiny_vit), ("timm", tiny_timm)):
-        folder = copy_model(source, tmp_path / name)
-        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-        (folder / "model.safetensors").unlink()
-        with pytest.raises(OSError, match="safetensors"):
-            load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
-
-
-def test_kind_that_shows_nowhere_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"colour": "red"}')
-    with pytest.raises(ValueError, match=r"must show in its files.*got a 'config.json' with \['colour'\]"):
-        load_teacher(Teacher(str(tmp_path)), ("a", "b"))
-
-
-def test_missing_folder_and_missing_config(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="must be a folder, or a model on the Hub that can be reached"):
-        load_teacher(Teacher(str(tmp_path / "nowhere")), ("a", "b"))
-    with pytest.raises(FileNotFoundError, match="must have a 'config.json'"):
-        load_teacher(Teacher(str(tmp_path)), ("a", "b"))
-
-
-def test_regression_and_multi_label_models_are_refused(
-    tmp_path: Path, tiny_vit: str, tiny_labels: tuple[str, ...]
-) -> None:
-    folder = save_tiny_bert(tmp_path / "score", ("score",))
-    with pytest.raises(ValueError, match="at least two labels, got 1"):
-        load_teacher(Teacher(folder), ("score", "other"), "cpu")
-    folder = edit_config(copy_model(tiny_vit, tmp_path / "multi"), problem_type="multi_label_classification")
-    with pytest.raises(ValueError, match="must choose one label per example"):
-        load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
-
-
-def test_timm_teacher_without_names_is_refused(tiny_timm: str, tiny_labels: tuple[str, ...], tmp_path: Path) -> None:
-    folder = edit_config(copy_model(tiny_timm, tmp_path / "nameless"), label_names=None)
-    with pytest.raises(ValueError, match="must tell the names of its 4 labels"):
-        load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
-
-
-def test_untrusted_sklearn_types_must_be_named(tmp_path: Path, tiny_image_dataset: Dataset) -> None:
-    pytest.importorskip("skops")
-    from sklearn.tree import DecisionTreeClassifier
-
-    labels = tiny_image_dataset.features["label"].names
-    pixels = np.stack([np.asarray(image).ravel() / 255 for image in tiny_image_dataset["image"]])
-    tree = DecisionTreeClassifier(max_depth=3, random_state=0).fit(pixels, tiny_image_dataset["label"])
-    save_sklearn_teacher(tree, tmp_path / "tree", {"kind": "pixels", "mode": "RGB"}, labels)
-
-    with pytest.raises(ValueError, match=r"got \['sklearn.tree._tree.Tree'\].*`trusted_types`"):
-        load_teacher(Teacher(str(tmp_path / "tree")), labels)
-    trusting = Teacher(str(tmp_path / "tree"), trusted_types=("sklearn.tree._tree.Tree", "something.else"))
-    probs = load_teacher(trusting, labels)(tiny_image_dataset["image"][:5], {})
-    np.testing.assert_allclose(probs, tree.predict_proba(pixels[:5]), atol=1e-6)
-
-
-def test_save_sklearn_teacher_refuses_what_it_cannot_keep(tmp_path: Path) -> None:
-    pytest.importorskip("skops")
-    from sklearn.linear_model import LogisticRegression, RidgeClassifier
-
-    data = ([[0.0], [1.0]], [0, 5])
-    model = LogisticRegression().fit(*data)
-    with pytest.raises(TypeError, match="with `predict_proba`, got RidgeClassifier"):
-        save_sklearn_teacher(RidgeClassifier().fit(*data), tmp_path / "ridge", {"kind": "values"}, ["a", "b"])
-    with pytest.raises(TypeError, match="or fit it first"):
-        save_sklearn_teacher(LogisticRegression(), tmp_path / "unfitted", {"kind": "values"}, ["a", "b"])
-    with pytest.raises(ValueError, match=r"must be positions 0..1, got \[5\]"):
-        save_sklearn_teacher(model, tmp_path / "five", {"kind": "values"}, ["a", "b"])
-    with pytest.raises(ValueError, match=r"`kind` is one of \['pixels', 'values', 'text'\]"):
-        save_sklearn_teacher(model, tmp_path / "kind", {"kind": "audio"})
-    with pytest.raises(ValueError, match=r"got unknown \['sise'\]"):
-        save_sklearn_teacher(model, tmp_path / "key", {"kind": "pixels", "sise": [8, 8]})
-    with pytest.raises(ValueError, match=r"`size` of \[height, width\]"):
-        save_sklearn_teacher(model, tmp_path / "size", {"kind": "pixels", "size": [8]})
-    assert list(tmp_path.iterdir()) == []
-    save_sklearn_teacher(model, tmp_path / "good", {"kind": "values"})
-    with pytest.raises(FileExistsError, match="must not exist or be empty"):
-        save_sklearn_teacher(model, tmp_path / "good", {"kind": "values"})
-
-
-def test_a_missing_skops_names_its_pip_line(tiny_sklearn: str, tiny_labels: tuple[str, ...], monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "skops", None)
-    monkeypatch.setitem(sys.modules, "skops.io", None)
-    with pytest.raises(ImportError, match=r'pip install "hf_cosupervise\[sklearn\]"'):
-        load_teacher(Teacher(tiny_sklearn), tiny_labels)
-
-
-def test_a_teacher_on_the_hub_is_pinned_to_one_commit(
-    tiny_sklearn: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, tmp_path: Path, monkeypatch: Any
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = copy_model(tiny_sklearn, tmp_path / "snapshots" / commit)
-    asked = []
-
-    def download(repo: str, name: str, revision: str | None = None) -> str:
-        asked.append((repo, name, revision))
-        return str(cached / name)
-
-    monkeypatch.setattr(labeling, "hf_hub_download", download)
-    teacher = load_teacher(Teacher("org/tree", revision="v1"), tiny_labels)
-
-    assert asked == [("org/tree", "config.json", "v1"), ("org/tree", "model.skops", commit)]
-    assert teacher.facts["revision"] == "v1" and teacher.facts["commit"] == commit
-
-
 # ── answers in a column ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_column_answers_in_every_form() -> None:
-    labels = ("ant", "bee", "cat")
-    read = load_teacher(Teacher("answer", kind="column", label_map={"wasp": "bee"}), labels)
-
-    names = read([], {"answer": ["ant", "CAT", "wasp", None, ""]})
-    ids = read([], {"answer": [0, 2, 1, -1, None]})
-    vectors = read([], {"answer": [[1, 0, 0], [0, 0, 1.0], np.array([0, 1, 0]), [0, 0, 0], [None] * 3]})
-
-    expected = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]], dtype=np.float32)
-    for probs in (names, ids, vectors):
-        np.testing.assert_array_equal(probs, expected)
-    np.testing.assert_allclose(read([], {"answer": [[0.25, 0.5, 0.25]]}), [[0.25, 0.5, 0.25]])
-
-
-@pytest.mark.parametrize(
-    "value", ["cow", 7, -2, 0.5, True, [0.5, 0.5], [0.5, 0.2, 0.1], [1.5, -0.5, 0.0], [1.0, None, 0.0]]
-)
-def test_bad_answers_name_row_and_value(value: Any) -> None:
-    read = load_teacher(Teacher("answer", kind="column"), ("ant", "bee", "cat"))
-    with pytest.raises(ValueError) as error:
-        read([], {"answer": ["ant", value] if isinstance(value, str) else [0, value]}, first_row=40)
-    assert f"got {value!r} in row 41" in str(error.value)
 
 
 def test_class_label_answers_are_read_by_name(tiny_text_dataset: Dataset) -> None:
@@ -422,6 +61,21 @@ def test_a_bad_answer_is_found_far_down(tiny_labels: tuple[str, ...], monkeypatc
         quiet_pool(dataset, column_hierarchy(tiny_labels))
 
 
+def test_sklearn_teacher_on_vectors(tmp_path: Path) -> None:
+    pytest.importorskip("skops")
+    from sklearn.linear_model import LogisticRegression
+
+    vectors = [[0.0, 1.0], [1.0, 0.0], [0.5, 2.0]]
+    model = LogisticRegression().fit(vectors, [0, 1, 0])
+    save_sklearn_teacher(model, tmp_path / "lr", {"kind": "values"}, ["low", "high"])
+    dataset = Dataset.from_dict({"vector": vectors})
+
+    hierarchy = TeacherHierarchy(["high", "low"], [Teacher(str(tmp_path / "lr"))])
+    pool = quiet_pool(dataset, hierarchy, input_column="vector")
+
+    np.testing.assert_allclose(pool.decode("lr"), model.predict_proba(vectors)[:, ::-1], atol=1e-3)
+
+
 # ── the pool ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -440,13 +94,15 @@ def test_pool_holds_what_each_teacher_says(hierarchy: TeacherHierarchy, tiny_ima
 
     images = tiny_image_dataset["image"][:]
     for teacher in hierarchy.teachers:
-        expected = load_teacher(teacher, hierarchy.labels, "cpu")(images, {})
+        expected = label(load_teacher(teacher, hierarchy.labels, "cpu"), images)
         np.testing.assert_allclose(pool.decode(teacher.name), expected, atol=2e-3)
     assert pool.oracle_labels is not None
     assert pool.oracle_labels.tolist() == list(tiny_image_dataset["label"])
     assert pool.inputs is not None and set(pool.inputs.column_names) == {"id", "image", "oracle_label"}
     assert set(pool.facts) == {"vit", "timm", "sklearn"}
-    assert set(pool.facts["vit"]) == {"kind", "revision", "commit", "class", "preprocessing"}
+    known = {"kind", "revision", "commit", "weights", "class", "preprocessing"}
+    assert set(pool.facts["vit"]) == known | {"precision", "num_failed", "dropped_mass"}
+    assert pool.facts["vit"]["num_failed"] == pool.facts["vit"]["dropped_mass"] == 0
 
 
 def test_batch_size_does_not_change_the_pool(hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset) -> None:
@@ -463,7 +119,7 @@ def test_ids_follow_the_content(hierarchy: TeacherHierarchy, tiny_image_dataset:
     assert shuffled.ids.tolist() == pool.ids[order].tolist()
 
 
-def test_each_teacher_is_loaded_once_and_alone(
+def test_each_teacher_is_loaded_once_and_alone_where_memory_is_short(
     hierarchy: TeacherHierarchy, tiny_image_dataset: Dataset, monkeypatch: Any
 ) -> None:
     real: Any = load_teacher
@@ -477,6 +133,7 @@ def test_each_teacher_is_loaded_once_and_alone(
         return answer
 
     monkeypatch.setattr(labeling, "load_teacher", watching)
+    monkeypatch.setattr(labeling, "_MEMORY_BUDGET", 0)
     quiet_pool(tiny_image_dataset.remove_columns("label"), hierarchy)
     assert loaded == ["vit", "timm", "sklearn"]
 
@@ -625,3 +282,579 @@ def test_broken_probabilities_name_teacher_and_row(
     hierarchy = TeacherHierarchy(tiny_labels, [Teacher(str(folder))])
     with pytest.raises(ValueError, match=r"Probabilities of teacher 'broken' must be finite.* in row 0"):
         quiet_pool(tiny_image_dataset, hierarchy, oracle_column="label")
+
+
+# ── stopped anywhere ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class MeanColour:
+    """A teacher that knows the mean colour, counts the images it has seen, and stops or breaks where it is told to."""
+
+    column = None
+
+    def __init__(self, scale: float, stop_at: int = -1, **facts: Any) -> None:
+        self.facts = {"kind": "object", "preprocessing": "mean", **facts}
+        self.scale, self.stop_at, self.batches = scale, stop_at, 0
+        self.seen: list[bytes] = []
+
+    def prepare(self, cells: Any) -> np.ndarray:
+        return np.stack([np.asarray(cell, dtype=np.float32).mean(axis=(0, 1)) for cell in cells])
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        if self.batches == self.stop_at:
+            raise KeyboardInterrupt
+        self.batches += 1
+        self.seen += [row.tobytes() for row in inputs]
+        logits = np.concatenate([inputs, inputs[:, :1] * 0 + 100], axis=1) / self.scale
+        probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return probs / probs.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def two(tiny_labels: tuple[str, ...]) -> TeacherHierarchy:
+    return TeacherHierarchy(tiny_labels, [Teacher("a"), Teacher("b", level=1)])
+
+
+@pytest.fixture
+def images(tiny_image_dataset: Dataset) -> Dataset:
+    return tiny_image_dataset.remove_columns("label")
+
+
+def make_models(**stops: int) -> dict[str, MeanColour]:
+    return {name: MeanColour(30 + 10 * (name == "b"), stops.get(name, -1)) for name in "ab"}
+
+
+def assert_same(one: PseudolabelPool, other: PseudolabelPool) -> None:
+    assert one.ids.tolist() == other.ids.tolist() and one.facts == other.facts
+    for name in one.hierarchy.names:
+        np.testing.assert_array_equal(one.label_ids(name), other.label_ids(name))
+        np.testing.assert_array_equal(one.label_probs(name), other.label_probs(name))
+
+
+@pytest.mark.parametrize("stops", [{"a": 0}, {"b": 0}, {"a": 3}, {"b": 9}], ids=str)
+def test_stopped_and_gone_on_is_undisturbed_and_labels_no_row_twice(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path, stops: dict[str, int]
+) -> None:
+    build = partial(quiet_pool, images, two, batch_size=5, pool_k=2)
+    whole = build(models=make_models())
+    first, second = make_models(**stops), make_models()
+    with pytest.raises(KeyboardInterrupt):
+        build(models=first, output_dir=tmp_path / "pool")
+    assert [path.name for path in tmp_path.iterdir()] == [".pool.unfinished"]
+
+    pool = build(models=second, output_dir=tmp_path / "pool")
+
+    assert_same(pool, whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
+    for name in "ab":
+        seen = first[name].seen + second[name].seen
+        assert len(seen) == len(set(seen)) == len(images)
+    assert second["a"].batches == 10 - first["a"].batches
+
+
+def test_killed_at_any_batch_and_gone_on_is_undisturbed(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path
+) -> None:
+    build = partial(quiet_pool, images, two, batch_size=4)
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        folder, num_left = tmp_path / str(number), 12
+        for last in rng.integers(6, size=3).tolist():
+            child = os.fork()
+            if child == 0:
+                # The batch in which it dies is not on disk yet: that one may be labelled twice, and no other.
+                models = make_models()
+                models["a"].prepare = partial(_die_after, last, [0])  # type: ignore[method-assign]
+                build(models=models, output_dir=folder)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+            if folder.exists():
+                break
+            unfinished = Journal(tmp_path / f".{number}.unfinished", 48, 4, np.dtype(np.uint8))
+            left = sum(stop - start for start, stop in unfinished.missing("b")) // 4
+            assert left == num_left - last
+            num_left = left
+        models = make_models()
+        pool = PseudolabelPool.load(folder) if folder.exists() else build(models=models, output_dir=folder)
+        assert models["b"].batches == (num_left if models["b"].seen else 0)
+        assert_same(pool, build(models=make_models()))
+
+
+def _die_after(last: int, done: list[int], cells: Any) -> np.ndarray:
+    if done[0] == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    done[0] += 1
+    return MeanColour(1).prepare(cells)
+
+
+def test_a_damaged_batch_is_labelled_again_and_no_other(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path
+) -> None:
+    build = partial(quiet_pool, images, two, batch_size=8, output_dir=tmp_path / "pool")
+    with pytest.raises(KeyboardInterrupt):
+        build(models=make_models(b=4))
+    (path,) = (tmp_path / ".pool.unfinished" / "parts" / "a").glob("*.data")
+    damaged = bytearray(path.read_bytes())
+    damaged[8 * 4 * 3 + 1] ^= 1  # in the second batch: a row is four label ids and four float16
+    path.write_bytes(damaged)
+
+    models = make_models()
+    pool = build(models=models)
+
+    assert models["a"].batches == 2 and models["b"].batches == 2  # `a`: that batch and the last one
+    assert_same(pool, quiet_pool(images, two, batch_size=8, models=make_models()))
+
+
+def test_another_batch_size_goes_on_too(images: Dataset, two: TeacherHierarchy, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        quiet_pool(images, two, batch_size=7, output_dir=tmp_path / "pool", models=make_models(b=2))
+    models = make_models()
+    pool = quiet_pool(images, two, batch_size=10, output_dir=tmp_path / "pool", models=models)
+    assert [len(models[name].seen) for name in "ab"] == [48 - 21, 48 - 14]
+    assert_same(pool, quiet_pool(images, two, models=make_models()))
+
+
+def test_work_of_another_pool_is_refused(
+    tiny_vit: str, tiny_labels: tuple[str, ...], images: Dataset, tmp_path: Path
+) -> None:
+    folder = copy_model(tiny_vit, tmp_path / "vit")
+    hierarchy = TeacherHierarchy(tiny_labels, [Teacher(str(folder)), Teacher("b")])
+    dataset = images.add_column("id", list(range(48)))
+    build = partial(quiet_pool, output_dir=tmp_path / "pool", batch_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        build(dataset, hierarchy, models={"b": MeanColour(1, 1)})
+
+    def refused(data: Dataset, teachers: TeacherHierarchy, **changes: Any) -> str:
+        with pytest.raises(ValueError) as error:
+            build(data, teachers, **{"models": {"b": MeanColour(1)}, **changes})
+        start = f"'{tmp_path / '.pool.unfinished'}' must hold the beginning of this pool, got that of another one ("
+        stop = "Use the old settings to go on with it, or delete that folder to start afresh."
+        assert str(error.value).startswith(start) and str(error.value).endswith(stop)
+        return str(error.value)
+
+    assert "(pool_k: 4 -> 2)" in refused(dataset, hierarchy, pool_k=2)
+    assert '(precision: "float32" -> "bfloat16")' in refused(dataset, hierarchy, precision="bfloat16")
+    assert "(b.preprocessing:" in refused(dataset, hierarchy, models={"b": MeanColour(1, preprocessing="new")})
+    other = TeacherHierarchy(tiny_labels, [hierarchy.teachers[0], Teacher("b", scope=["ant"])])
+    assert '(hierarchy.teachers[1].scope: null -> ["ant"])' in refused(dataset, other)
+    assert "ids:" in refused(dataset.select(range(47, -1, -1)), hierarchy)
+    assert "num_rows: 48 -> 47)" in refused(dataset.select(range(47)), hierarchy)
+    same_ids = images.select(range(47, -1, -1)).add_column("id", list(range(48)))
+    assert "(columns.image.cells:" in refused(same_ids, hierarchy)
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert "(vit.weights:" in refused(dataset, hierarchy)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(images: Dataset, two: TeacherHierarchy, tmp_path: Path) -> None:
+    models = make_models()
+    refused = []
+
+    def prepare(cells: Any) -> np.ndarray:
+        with pytest.raises(RuntimeError, match="by one run at a time, got another run that is at it. Wait until"):
+            quiet_pool(images, two, models=make_models(), output_dir=tmp_path / "pool")
+        refused.append(len(cells))
+        return MeanColour(1).prepare(cells)
+
+    models["a"].prepare = prepare  # type: ignore[method-assign]
+    quiet_pool(images, two, models=models, output_dir=tmp_path / "pool")
+    assert refused == [48]
+
+
+def test_a_teacher_that_has_finished_is_not_loaded_again(
+    tiny_vit: str, tiny_labels: tuple[str, ...], images: Dataset, tmp_path: Path, monkeypatch: Any
+) -> None:
+    hierarchy = TeacherHierarchy(tiny_labels, [Teacher(tiny_vit), Teacher("b")])
+    monkeypatch.setattr(labeling, "_MEMORY_BUDGET", 0)
+    build = partial(quiet_pool, images, hierarchy, output_dir=tmp_path / "pool")
+    with pytest.raises(KeyboardInterrupt):
+        build(models={"b": MeanColour(30, 0)})
+    monkeypatch.setattr(labeling, "load_teacher", None)
+    pool = build(models={"b": MeanColour(30)})
+    assert pool.facts["vit"]["class"] == "ViTForImageClassification"
+
+
+def test_another_number_of_processes_goes_on_bit_by_bit(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path
+) -> None:
+    from accelerate import debug_launcher
+
+    build = partial(quiet_pool, images, two, batch_size=5)
+    with pytest.raises(KeyboardInterrupt):
+        build(models=make_models(b=3), output_dir=tmp_path / "pool")
+    debug_launcher(_go_on, (images, two, tmp_path / "pool"), num_processes=2)
+    assert_same(PseudolabelPool.load(tmp_path / "pool"), build(models=make_models()))
+
+
+def _go_on(images: Dataset, hierarchy: TeacherHierarchy, folder: Path) -> None:
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    models = make_models()
+    quiet_pool(images, hierarchy, batch_size=5, models=models, output_dir=folder)
+    if models["b"].batches not in (3, 4):
+        raise RuntimeError(f"The 7 batches that are left must be shared by two, got {models['b'].batches} here.")
+
+
+def test_two_processes_without_a_folder_both_get_the_pool(images: Dataset, two: TeacherHierarchy) -> None:
+    from accelerate import debug_launcher
+
+    # Two rows are one batch: the second process has nothing to do.
+    debug_launcher(_compare, (images.select(range(2)), two, quiet_pool(images.select(range(2)), two,
+                   models=make_models()).label_probs("b").tolist()), num_processes=2)  # fmt: skip
+
+
+def _compare(images: Dataset, hierarchy: TeacherHierarchy, expected: list[list[float]]) -> None:
+    torch.set_num_threads(1)
+    pool = quiet_pool(images, hierarchy, models=make_models())
+    if pool.label_probs("b").tolist() != expected:
+        raise RuntimeError("This process got another pool.")
+
+
+def test_several_machines_need_a_shared_folder(images: Dataset, two: TeacherHierarchy, monkeypatch: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(ValueError) as error:
+        quiet_pool(images, two, models=make_models())
+    assert str(error.value) == (
+        "Labelling on several machines needs an `output_dir` that all of them see, got none with 8 of 16 processes on "
+        "this one. Give a folder on a shared disk."
+    )
+
+
+def test_without_a_folder_the_labels_live_as_long_as_the_pool(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pool = quiet_pool(images, two, models=make_models())
+    assert len(list(tmp_path.iterdir())) == 1
+    probs = pool.label_probs("a").copy()
+    view = pool.label_probs("a")
+    del pool
+    assert list(tmp_path.iterdir()) == []
+    np.testing.assert_array_equal(view, probs)  # what is mapped stays
+    with pytest.raises(KeyboardInterrupt):
+        quiet_pool(images, two, models=make_models(a=0))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ── rows that fail ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def break_rows(images: Dataset, tmp_path: Path) -> Dataset:
+    """Row 3 is cut off, row 5 is no image, row 8 is empty, and the file of row 11 does not exist."""
+    cells = images.cast_column("image", Image(decode=False))["image"][:]
+    cells[3] = {"bytes": cells[3]["bytes"][:90], "path": None}
+    cells[5] = {"bytes": b"text", "path": None}
+    cells[8] = None
+    cells[11] = {"bytes": None, "path": str(tmp_path / "gone.png")}
+    features = Features({"image": Image(), "id": Value("string")})
+    return Dataset.from_dict({"image": cells, "id": [f"row-{row}" for row in range(len(cells))]}, features=features)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (3, "Column 'image' must hold images that can be read, got "),
+        (5, "Column 'image' must hold images that can be read, got UnidentifiedImageError: "),
+        (8, "Column 'image' must hold an input in every row, got None in row 0 (id 'row-8')"),
+        (11, "Column 'image' must hold images that can be read, got FileNotFoundError: "),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path, row: int, message: str
+) -> None:
+    broken = break_rows(images, tmp_path).select(range(row, 12))
+    with pytest.raises(ValueError) as error:
+        quiet_pool(broken, two, models=make_models(), keep_inputs=False)
+    assert str(error.value).startswith(message)
+    assert str(error.value).endswith(
+        f" in row 0 (id 'row-{row}') for teacher 'a'. Fix or drop that row, or leave such rows without labels by "
+        '`on_error="missing"`.'
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_that_cannot_be_read_are_missing_where_that_is_wanted(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path, caplog: Any, num_workers: int
+) -> None:
+    broken = break_rows(images, tmp_path)
+    pool = quiet_pool(
+        broken, two, models=make_models(), on_error="missing", batch_size=4, keep_inputs=False, num_workers=num_workers
+    )
+    whole = quiet_pool(images, two, models=make_models(), batch_size=4)
+    failed = np.isin(np.arange(48), [3, 5, 8, 11])
+    for name in "ab":
+        np.testing.assert_array_equal(pool.answered(name), ~failed)
+        np.testing.assert_array_equal(pool.label_probs(name)[~failed], whole.label_probs(name)[~failed])
+        assert pool.facts[name]["num_failed"] == 4
+    assert [record.message for record in caplog.records] == [
+        f"Teacher '{name}' failed on 4 of 48 rows, which are missing in its pseudolabels: "
+        "ids ['row-3', 'row-5', 'row-8', 'row-11']."
+        for name in "ab"
+    ]
+
+
+class Moody(MeanColour):
+    """A teacher that some images break, each in its own way."""
+
+    def __init__(self, moods: dict[bytes, str]) -> None:
+        super().__init__(30, preprocessing=None)
+        self.moods = moods
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        moods = [self.moods.get(row.tobytes(), "") for row in inputs]
+        if "raise" in moods:
+            raise LookupError("no such colour")
+        if "memory" in moods:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        probs = super().__call__(inputs)
+        probs[[mood == "nan" for mood in moods]] = np.nan
+        probs[[mood == "sum" for mood in moods]] *= 2
+        return probs
+
+
+def make_moody(images: Dataset, moods: dict[int, str]) -> dict[str, Any]:
+    keys = MeanColour(1).prepare(images["image"][:])
+    return {"a": MeanColour(30), "b": Moody({keys[row].tobytes(): mood for row, mood in moods.items()})}
+
+
+@pytest.mark.parametrize(
+    ("mood", "message"),
+    [
+        ("raise", "Teacher 'b' must be able to label every row, got LookupError: no such colour in row 13 (id 13)"),
+        ("nan", "must be finite, not negative and sum to 1, got [nan, nan, nan, nan] (sum nan) in row 13 (id 13)"),
+        ("sum", "(sum 2.0000) in row 13 (id 13)"),
+    ],
+)
+def test_a_row_that_breaks_a_teacher_is_named_or_missing_for_it_alone(
+    images: Dataset, two: TeacherHierarchy, mood: str, message: str
+) -> None:
+    dataset = images.add_column("id", list(range(48)))
+    models = make_moody(images, {13: mood, 40: mood})
+    with pytest.raises(ValueError) as error:
+        quiet_pool(dataset, two, models=models)
+    assert message in str(error.value)
+
+    pool = quiet_pool(dataset, two, models=models, on_error="missing")
+    assert np.flatnonzero(~pool.answered("b")).tolist() == [13, 40] and pool.answered("a").all()
+    assert [pool.facts[name]["num_failed"] for name in "ab"] == [0, 2]
+
+
+def test_a_teacher_that_fails_on_every_row_is_an_error(images: Dataset, two: TeacherHierarchy, tmp_path: Path) -> None:
+    dataset = images.select(range(3)).add_column("id", list(range(3)))
+    build = partial(quiet_pool, dataset, two, on_error="missing", output_dir=tmp_path / "pool")
+    with pytest.raises(ValueError) as error:
+        build(models=make_moody(images, dict.fromkeys(range(3), "raise")))
+    assert str(error.value) == (
+        "Teacher 'b' must be able to label at least one row, got 3 of 3 rows that it failed on. Label the data with "
+        '`on_error="raise"` to see why.'
+    )
+    # Its failures are forgotten, so that a repaired one can go on.
+    assert build(models=make_models()).answered("b").all()
+
+
+def test_memory_that_runs_out_is_no_missing_row(images: Dataset, two: TeacherHierarchy) -> None:
+    with pytest.raises(MemoryError) as error:
+        quiet_pool(images, two, models=make_moody(images, {1: "memory"}), on_error="missing")
+    assert str(error.value) == (
+        "A batch of 48 rows for teacher 'b' must fit into memory, got: CUDA out of memory. Choose a smaller "
+        "`batch_size`."
+    )
+
+
+# ── the same, however it is run ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_image_is_decoded_and_prepared_once_for_all_teachers(
+    images: Dataset, tiny_labels: tuple[str, ...], monkeypatch: Any
+) -> None:
+    names = [f"t{number}" for number in range(5)]
+    decoded, prepared = [], []
+    real = Image.decode_example
+    monkeypatch.setattr(Image, "decode_example", lambda self, cell: decoded.append(1) or real(self, cell))
+    models = {name: MeanColour(30) for name in names}
+    models["t4"].facts["preprocessing"] = "another"
+    for model in models.values():
+        model.prepare = lambda cells: prepared.extend(cells) or MeanColour(1).prepare(cells)  # type: ignore
+    hierarchy = TeacherHierarchy(tiny_labels, [Teacher(name) for name in names])
+    quiet_pool(images, hierarchy, models=models, batch_size=5)
+    assert (len(decoded), len(prepared)) == (48, 2 * 48)
+
+
+def test_workers_give_the_same_pool(hierarchy: TeacherHierarchy, images: Dataset) -> None:
+    alone, helped = (quiet_pool(images, hierarchy, batch_size=10, num_workers=number) for number in (0, 2))
+    assert_same(alone, helped)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_labelling_leaves_the_random_state_alone(images: Dataset, two: TeacherHierarchy, num_workers: int) -> None:
+    state = torch.random.get_rng_state()
+    quiet_pool(images, two, models=make_models(), num_workers=num_workers)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(("precision", "atol"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_mixed_precision_is_close(hierarchy: TeacherHierarchy, images: Dataset, precision: str, atol: float) -> None:
+    exact, mixed = quiet_pool(images, hierarchy), quiet_pool(images, hierarchy, precision=precision)
+    for name in hierarchy.names:
+        np.testing.assert_allclose(exact.decode(name), mixed.decode(name), atol=atol)
+        assert mixed.facts[name]["precision"] == precision
+    assert (exact.label_probs("vit") != mixed.label_probs("vit")).any()
+
+
+def test_the_smallest_pool(images: Dataset) -> None:
+    hierarchy = TeacherHierarchy(["dark", "bright"], [Teacher("a")])
+
+    class Brightness(MeanColour):
+        def __call__(self, inputs: np.ndarray) -> np.ndarray:
+            bright = inputs.mean(axis=1, keepdims=True) / 255
+            return np.concatenate([1 - bright, bright], axis=1)
+
+    pool = quiet_pool(images.select([7]), hierarchy, models={"a": Brightness(1)}, pool_k=1)
+    bright = np.asarray(images[7]["image"]).mean() / 255
+    assert len(pool) == 1 and pool.facts["a"]["dropped_mass"] == pytest.approx(min(bright, 1 - bright), abs=1e-6)
+
+
+def test_dropped_mass_is_what_was_not_kept(images: Dataset, two: TeacherHierarchy) -> None:
+    whole, part = (quiet_pool(images, two, models=make_models(), pool_k=k) for k in (4, 2))
+    kept = np.sort(whole.decode("a"), axis=1)[:, -2:].sum(axis=1)
+    assert whole.facts["a"]["dropped_mass"] == 0
+    assert part.facts["a"]["dropped_mass"] == pytest.approx((1 - kept).mean(), abs=1e-3)
+
+
+def test_unusable_options_are_refused(images: Dataset, two: TeacherHierarchy) -> None:
+    refused = [
+        ({"models": {"c": MeanColour(1)}}, r"`models` must be named as teachers of the hierarchy \['a', 'b'\], got"),
+        ({"precision": "int8"}, r"`precision` must be one of \['float32', 'bfloat16', 'float16'\], got 'int8'"),
+        ({"on_error": "skip"}, r"`on_error` must be one of \['raise', 'missing'\], got 'skip'"),
+        ({"num_workers": -1}, "`num_workers` must be at least 0"),
+        (
+            {"models": make_models() | {"b": lambda_teacher()}},
+            r"must give probabilities of shape \(48, 4\), got \(48,",
+        ),
+    ]
+    for options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            quiet_pool(images, two, **({"models": make_models()} | options))
+
+
+def lambda_teacher() -> Any:
+    teacher = MeanColour(1)
+    teacher.__class__ = type("Wide", (MeanColour,), {"__call__": lambda self, inputs: np.ones((len(inputs), 9)) / 9})
+    return teacher
+
+
+# ── disks ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("where", ["journal", "pool", "inputs"])
+def test_a_full_disk_loses_nothing(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path, monkeypatch: Any, where: str
+) -> None:
+    build = partial(quiet_pool, images, two, batch_size=6, output_dir=tmp_path / "pool")
+    calls = []
+
+    def full(*args: Any) -> None:
+        calls.append(1)
+        if where != "journal" or len(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    place, name = {
+        "journal": (journal, "write_all"),
+        "pool": (labeling, "write_teacher"),
+        "inputs": (PseudolabelPool, "save"),
+    }[where]
+    real = getattr(place, name)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="room for about .* MB in all") as error:
+        patch.setattr(place, name, full)
+        build(models=make_models())
+    assert str(error.value).endswith("Free some space and run this again: what is labelled stays.")
+    models = make_models()
+    assert_same(build(models=models), quiet_pool(images, two, batch_size=6, models=make_models()))
+    assert models["a"].batches == (3 if where == "journal" else 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["pool"]
+
+
+def test_a_limit_on_files_is_one_clear_error(images: Dataset, two: TeacherHierarchy, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # a plan fits, and the labels of some of the rows
+        message = ""
+        try:
+            quiet_pool(images, two, batch_size=1, models=make_models(), output_dir=tmp_path / "pool")
+        except OSError as error:
+            message = str(error)
+        os._exit(0 if "room for about" in message else 1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    models = make_models()
+    quiet_pool(images, two, batch_size=1, models=models, output_dir=tmp_path / "pool")
+    assert 0 < models["a"].batches < 48
+
+
+def test_a_pool_loads_from_a_folder_that_cannot_be_written(
+    images: Dataset, two: TeacherHierarchy, tmp_path: Path
+) -> None:
+    pool = quiet_pool(images, two, models=make_models(), output_dir=tmp_path / "pool")
+    before = sorted(tmp_path.rglob("*"))
+    for path in (tmp_path, *before):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert_same(PseudolabelPool.load(tmp_path / "pool"), pool)
+    assert sorted(tmp_path.rglob("*")) == before
+    for path in (tmp_path, *before):
+        path.chmod(0o755)
+
+
+# ── teachers of another pool ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_adding_a_teacher_runs_and_copies_none_of_the_others(
+    tiny_vit: str, tiny_labels: tuple[str, ...], images: Dataset, tmp_path: Path, monkeypatch: Any
+) -> None:
+    vit = Teacher(tiny_vit)
+    old = quiet_pool(images, TeacherHierarchy(tiny_labels, [vit]), output_dir=tmp_path / "old")
+    wider = TeacherHierarchy(tiny_labels, [Teacher("b"), replace(vit, level=1)])
+    monkeypatch.setattr(labeling, "load_teacher", None)
+    models = {"b": MeanColour(30)}
+
+    new = quiet_pool(images, wider, models=models, output_dir=tmp_path / "new", reuse=old)
+
+    files = [tmp_path / name / "teachers" / "vit" / "data.arrow" for name in ("old", "new")]
+    assert files[0].stat().st_ino == files[1].stat().st_ino
+    np.testing.assert_array_equal(new.label_probs("vit"), old.label_probs("vit"))
+    assert new.facts["vit"] == old.facts["vit"] and len(models["b"].seen) == 48
+    assert (tmp_path / "new" / "teachers" / "b" / "data.arrow").stat().st_nlink == 1
+
+    without = quiet_pool(images, wider, models=models, reuse=old)
+    assert_same(without, new)
+
+
+def test_reused_teachers_are_matched_by_id(images: Dataset, two: TeacherHierarchy, tmp_path: Path) -> None:
+    old = quiet_pool(images, two, models=make_models(), output_dir=tmp_path / "old")
+    order = np.random.default_rng(0).permutation(48)[:40]
+
+    models = make_models()
+    new = quiet_pool(images.select(order), two, models=models, output_dir=tmp_path / "new", reuse=old)
+
+    assert models["a"].seen == models["b"].seen == []
+    np.testing.assert_array_equal(new.label_ids("b"), old.label_ids("b")[order])
+    np.testing.assert_array_equal(PseudolabelPool.load(tmp_path / "new").label_probs("a"), old.label_probs("a")[order])
+    few = quiet_pool(images.select(range(9)), two, models=make_models())
+    with pytest.raises(ValueError, match="`reuse` must hold every id of the other side, got 39 missing of 48"):
+        quiet_pool(images, two, models=make_models(), reuse=few)
+    with pytest.raises(ValueError, match=r"`reuse` must be a pool of the labels \['a', 'b'\], got one of \['ant',"):
+        quiet_pool(images, TeacherHierarchy("ab", [Teacher("a")]), models={"a": MeanColour(1)}, reuse=few)
+
+
+def test_a_teacher_that_is_another_now_is_run_again(
+    tiny_vit: str, tiny_labels: tuple[str, ...], images: Dataset, tmp_path: Path
+) -> None:
+    folder = copy_model(tiny_vit, tmp_path / "vit")
+    hierarchy = TeacherHierarchy(tiny_labels, [Teacher(str(folder))])
+    old = quiet_pool(images, hierarchy)
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: value * 2 for key, value in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    new = quiet_pool(images, hierarchy, reuse=old)
+    assert new.facts["vit"]["weights"] != old.facts["vit"]["weights"]
+    assert (new.label_probs("vit") != old.label_probs("vit")).any()

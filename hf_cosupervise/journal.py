@@ -1,0 +1,402 @@
+"""Work in progress on disk: what each teacher has labelled, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a second run in the same folder goes unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+_PLAN, _LOCK, _PARTS = "plan.json", "lock", "parts"
+# Full disk, used-up quota, and a limit on the size of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NUM_NOTED = 5
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows `start` to `stop` that one teacher has labelled, and where their bytes lie.
+
+    Args:
+        path (`pathlib.Path`): File of the bytes.
+        offset (`int`): Where they begin.
+        start (`int`): First row.
+        stop (`int`): One after the last row.
+        num_answered (`int`): Rows that are not all zero.
+        num_failed (`int`): Rows that are missing because the teacher failed on them.
+        failed_rows (`tuple[int, ...]`): The first few of those.
+        dropped (`float`): Sum of the probability mass that was not kept, over the answered rows.
+    """
+
+    path: Path
+    offset: int
+    start: int
+    stop: int
+    num_answered: int
+    num_failed: int
+    failed_rows: tuple[int, ...]
+    dropped: float
+
+
+class Journal:
+    """A folder of labels of some rows of some teachers, in the order in which they were made.
+
+    Each process of each run appends to files of its own (a *part*): the bytes of a batch, then a line that says which
+    rows they are, with a checksum. What was cut off or damaged has no valid line, and is labelled again.
+
+    Args:
+        folder (`pathlib.Path`):
+            Where it lies.
+        num_rows (`int`):
+            Rows of the dataset.
+        k (`int`):
+            Labels kept per row.
+        dtype (`np.dtype`):
+            Type of the label ids.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, k: int, dtype: np.dtype) -> None:
+        self.folder, self.num_rows, self.k, self.dtype = Path(folder), num_rows, k, np.dtype(dtype)
+        self.row_bytes = k * (self.dtype.itemsize + 2)
+        self._lock: int | None = None
+
+    def open(self, plan: Mapping[str, Any]) -> None:
+        """Begin the work, or go on with it: one process of one run holds the folder.
+
+        Args:
+            plan (`Mapping[str, Any]`):
+                What is being made, JSON values. Work under another plan is refused.
+
+        Raises:
+            RuntimeError: If another run holds the folder.
+            ValueError: If the folder holds work under another plan.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if (self.folder / _PLAN).is_file():
+            self._check_same(self._read_plan()["plan"], json.loads(json.dumps(plan)))
+        else:
+            self._write_plan({"plan": plan, "facts": {}})
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def scratch(self) -> Path:
+        """`pathlib.Path`: Folder for files that are made anew by each run."""
+        return self.folder / "scratch"
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """`dict[str, dict[str, Any]]`: What is known about each teacher that labels or has labelled here."""
+        return self._read_plan()["facts"]
+
+    def add_facts(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note facts of teachers.
+
+        Args:
+            facts (`Mapping[str, Mapping[str, Any]]`):
+                By teacher name, JSON values. What is known already must not differ.
+
+        Raises:
+            ValueError: If a teacher is not the one that began the work.
+        """
+        content = self._read_plan()
+        for name, new in json.loads(json.dumps(facts)).items():
+            known = content["facts"].setdefault(name, {})
+            self._check_same({name: known}, {name: {key: new.get(key, value) for key, value in known.items()}})
+            known.update(new)
+        self._write_plan(content)
+
+    def start_part(self, name: str) -> Part:
+        """Open new files to append a teacher's labels to.
+
+        Args:
+            name (`str`):
+                Name of the teacher.
+
+        Returns:
+            [`Part`]
+        """
+        return Part(self.folder / _PARTS / name)
+
+    def segments(self, name: str) -> list[Segment]:
+        """Read what a teacher has labelled, leaving out what is cut off or damaged.
+
+        Args:
+            name (`str`):
+                Name of the teacher.
+
+        Returns:
+            `list[Segment]`: In the order of the rows; each holds rows that the ones before it do not.
+        """
+        found = []
+        for path in sorted((self.folder / _PARTS / name).glob("*.journal")):
+            with open(path.with_suffix(".data"), "rb") as data:
+                # What follows the last line break was cut off.
+                for line in path.read_bytes().split(b"\n")[:-1]:
+                    if (segment := self._parse(line, data)) is not None:
+                        found.append(segment)
+        segments: list[Segment] = []
+        for segment in sorted(found, key=lambda segment: (segment.start, -segment.stop)):
+            if not segments or segment.stop > segments[-1].stop:
+                segments.append(segment)
+        return segments
+
+    def missing(self, name: str) -> list[tuple[int, int]]:
+        """Tell which rows a teacher has not labelled.
+
+        Args:
+            name (`str`):
+                Name of the teacher.
+
+        Returns:
+            `list[tuple[int, int]]`: First row, and one after the last row, of each gap.
+        """
+        gaps, done = [], 0
+        for segment in self.segments(name):
+            if segment.start > done:
+                gaps.append((done, segment.start))
+            done = segment.stop
+        return gaps + ([(done, self.num_rows)] if done < self.num_rows else [])
+
+    def rows(self, segments: Sequence[Segment]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Read labels back in the order of the rows.
+
+        Args:
+            segments (`Sequence[Segment]`):
+                What [`segments`] gave.
+
+        Returns:
+            `Iterator[tuple[np.ndarray, np.ndarray]]`: label ids and float16 probabilities `(num_rows_of_segment, k)`.
+        """
+        done = 0
+        for segment in segments:
+            count = segment.stop - segment.start
+            with open(segment.path, "rb") as file:
+                file.seek(segment.offset)
+                data = file.read(count * self.row_bytes)
+            size = count * self.k
+            label_ids = np.frombuffer(data, self.dtype, size).reshape(count, self.k)
+            label_probs = np.frombuffer(data, np.float16, size, size * self.dtype.itemsize).reshape(count, self.k)
+            new = slice(max(done - segment.start, 0), None)
+            yield label_ids[new], label_probs[new]
+            done = segment.stop
+
+    def drop(self, name: str) -> None:
+        """Forget a teacher and what it has labelled.
+
+        Args:
+            name (`str`):
+                Name of the teacher.
+        """
+        shutil.rmtree(self.folder / _PARTS / name, ignore_errors=True)
+        content = self._read_plan()
+        content["facts"].pop(name, None)
+        self._write_plan(content)
+
+    def _parse(self, line: bytes, data: BinaryIO) -> Segment | None:
+        """The segment that a line tells of, if its bytes are whole."""
+        head, _, checksum = line.rpartition(b" ")
+        try:
+            numbers, rows, dropped = head.split()[:-2], *head.split()[-2:]
+            offset, start, stop, num_answered, num_failed = map(int, numbers)
+            failed_rows = tuple(int(row) for row in rows.split(b",") if row != b"-")
+            expected, mass = int(checksum), float(dropped)
+        except ValueError:
+            return None
+        if offset < 0 or not 0 <= start < stop <= self.num_rows:
+            return None
+        data.seek(offset)
+        found = data.read((stop - start) * self.row_bytes)
+        if zlib.crc32(found, zlib.crc32(head)) != expected:
+            return None
+        return Segment(Path(data.name), offset, start, stop, num_answered, num_failed, failed_rows, mass)
+
+    def _acquire(self) -> None:
+        """Take the lock, which the kernel gives back when this process ends, however it ends."""
+        if fcntl is None:
+            return
+        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise RuntimeError(
+                f"'{self.folder}' must be worked on by one run at a time, got another run that is at it. Wait until "
+                "it has ended, or stop it; this one can then go on from there."
+            ) from error
+        except OSError:  # some network file systems have no locks
+            os.close(lock)
+            return
+        self._lock = lock
+
+    def _check_same(self, old: Any, new: Any) -> None:
+        if differences := list(_differences(old, new)):
+            raise ValueError(
+                f"'{self.folder}' must hold the beginning of this pool, got that of another one "
+                f"({'; '.join(differences)}). Use the old settings to go on with it, or delete that folder to start "
+                "afresh."
+            )
+
+    def _read_plan(self) -> dict[str, Any]:
+        return json.loads((self.folder / _PLAN).read_text(encoding="utf-8"))
+
+    def _write_plan(self, content: Mapping[str, Any]) -> None:
+        temporary = self.folder / f"{_PLAN}.tmp"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.folder / _PLAN)
+
+
+class Part:
+    """Files that one process appends one teacher's labels to.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder of the teacher's parts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        token = secrets.token_hex(8)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._data = os.open(folder / f"{token}.data", flags, 0o644)
+        self._journal = os.open(folder / f"{token}.journal", flags, 0o644)
+        self._offset = 0
+
+    def append(
+        self,
+        start: int,
+        label_ids: np.ndarray,
+        label_probs: np.ndarray,
+        failed_rows: Sequence[int] = (),
+        dropped: float = 0.0,
+    ) -> None:
+        """Write a batch, and then the line that makes it count.
+
+        Args:
+            start (`int`):
+                First row.
+            label_ids (`np.ndarray` of shape `(num_rows, k)`):
+                Label ids.
+            label_probs (`np.ndarray` of shape `(num_rows, k)`, float16):
+                Their probabilities.
+            failed_rows (`Sequence[int]`, *optional*):
+                Rows that are missing because the teacher failed on them.
+            dropped (`float`, *optional*, defaults to 0.0):
+                Sum of the probability mass that was not kept.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        data = label_ids.tobytes() + label_probs.tobytes()
+        num_answered = int(np.count_nonzero(label_probs[:, 0]))
+        noted = ",".join(str(row) for row in failed_rows[:_NUM_NOTED]) or "-"
+        head = f"{self._offset} {start} {start + len(label_ids)} {num_answered} {len(failed_rows)} {noted} {dropped!r}"
+        checksum = zlib.crc32(data, zlib.crc32(head.encode()))
+        write_all(self._data, data)
+        write_all(self._journal, f"{head} {checksum}\n".encode())
+        self._offset += len(data)
+
+    def close(self) -> None:
+        """Close the files."""
+        os.close(self._data)
+        os.close(self._journal)
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write bytes to a file descriptor.
+
+    Plain writing: where the disk is full, storing into a mapped file would kill the process instead of raising.
+
+    Args:
+        file (`int`):
+            Descriptor of an open file.
+        data (`bytes`):
+            What to write.
+
+    Raises:
+        OSError: If the disk is full or broken.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def check_free(folder: Path, advice: str) -> None:
+    """Refuse to write where something is already.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder to make.
+        advice (`str`):
+            What to do otherwise, a sentence.
+
+    Raises:
+        FileExistsError: If it holds files, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. {advice}")
+
+
+@contextmanager
+def explain_full_disk(folder: Path, num_bytes: int, advice: str) -> Iterator[None]:
+    """Turn the error of a full disk into one that says how much is needed.
+
+    Args:
+        folder (`pathlib.Path`):
+            Where the work lies.
+        num_bytes (`int`):
+            About how much the work takes in all.
+        advice (`str`):
+            What becomes of the work so far, and what to do: a sentence.
+
+    Raises:
+        OSError: If the disk is full, with the same `errno`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            error.errno,
+            f"The disk of '{folder}' must have room for about {num_bytes / 1e6:.1f} MB in all while labelling, got it "
+            f"full ({free / 1e6:.1f} MB free now): {error}. {advice}",
+        ) from error
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """What differs between two JSON values, as `place: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new)):
+            yield from _differences(before, after, f"{where}[{index}]")
+    elif old != new:
+        yield f"{where}: {_shorten(old)} -> {_shorten(new)}"
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

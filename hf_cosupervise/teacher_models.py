@@ -1,0 +1,723 @@
+"""Teachers that run: load one of any kind, mapped onto the labels of the task, and write one of scikit-learn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+
+from .inputs import InputProcessor, to_pil
+from .journal import check_free
+from .sparse import SUM_TOLERANCE
+from .teachers import Teacher
+
+SKLEARN_FEATURE_KINDS = ("pixels", "values", "text")
+_SKLEARN_FILE = "model.skops"
+_SAFETENSORS_FILE = "model.safetensors"
+_WEIGHT_PATTERNS = ("*.safetensors", "*.skops")
+_TIMM_PREFIXES = ("hf-hub:", "local-dir:")
+
+
+class TeacherModel(Protocol):
+    """A loaded teacher: cells are prepared, and probabilities over the task's labels come out.
+
+    Attributes:
+        facts (`dict[str, Any]`): What travels with its pseudolabels, JSON values: kind, revision, commit, class and
+            `preprocessing`, a fingerprint of what `prepare` does. Teachers with the same one share what is prepared;
+            one without a fingerprint (`None` or absent) shares with nobody.
+        column (`str`, *optional*): The column that it reads instead of the inputs; `None` for a model of the inputs.
+    """
+
+    facts: dict[str, Any]
+    column: str | None
+
+    def prepare(self, cells: Sequence[Any]) -> Any:
+        """Turn cells into what the model reads. It may run in a worker process, so it leaves the device alone.
+
+        Args:
+            cells (`Sequence` of length `num_rows`): PIL images, texts or vectors; or the values of `column`.
+
+        Returns:
+            What `__call__` takes, such as tensors of `num_rows` rows.
+        """
+        ...
+
+    def __call__(self, inputs: Any) -> np.ndarray:
+        """Label a batch.
+
+        Args:
+            inputs: What `prepare` gave for it.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1; a row of zeros is no answer.
+        """
+        ...
+
+
+class WrongColumnError(TypeError):
+    """Texts were given to a model of images, or the other way round: no row is at fault, the column is."""
+
+
+def load_teacher(teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None) -> TeacherModel:
+    """Load one teacher, mapped by label names onto the labels of the task.
+
+    A label of the task that the teacher does not know gets probability 0; several labels of the teacher that are
+    mapped to one label of the task add up. Only safetensors and skops files are read, and no code from the Hub is
+    executed.
+
+    Args:
+        teacher (`Teacher`):
+            Which one. `kind="auto"` is found out from the files: `config.json` with `model_type` is transformers, with
+            `architecture` timm; a skops file is scikit-learn.
+        labels (`Sequence[str]`):
+            The task's label names.
+        device (`str` or `torch.device`, *optional*):
+            Where it runs. Defaults to the first GPU if there is one.
+
+    Returns:
+        [`TeacherModel`]
+
+    Raises:
+        FileNotFoundError: If the model or one of its files does not exist.
+        ImportError: If its library is not installed.
+        ValueError: If its kind cannot be told, it has no trained head, its labels cannot be mapped, or its file holds
+            types that are not trusted.
+    """
+    labels = tuple(labels)
+    if teacher.kind == "column":
+        return _ColumnTeacher(teacher, labels)
+    device = torch.device(device) if device is not None else default_device()
+    source = _find_source(teacher)
+    kind = _find_kind(source) if teacher.kind == "auto" else teacher.kind
+    if kind == "transformers":
+        return _TransformersTeacher(source, labels, device)
+    if kind == "timm":
+        return _TimmTeacher(source, labels, device)
+    return _SklearnTeacher(source, labels)
+
+
+def save_sklearn_teacher(
+    model: Any, folder: str | os.PathLike[str], feature: Mapping[str, Any], labels: Sequence[str] | None = None
+) -> None:
+    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`.
+
+    Args:
+        model (`sklearn.base.ClassifierMixin`):
+            A fitted classifier with `predict_proba`.
+        folder (`str` or `os.PathLike`):
+            Folder to make; written whole or not at all.
+        feature (`Mapping[str, Any]`):
+            How an example becomes what the classifier reads. `kind` is `"pixels"` (with `size` `[height, width]` or
+            `None` for the image's own, `mode` `"L"` or `"RGB"`, and `divide_by`), `"values"` (a vector of numbers) or
+            `"text"` (a string).
+        labels (`Sequence[str]`, *optional*):
+            Label names, where the classifier was fitted to their positions. Without it, its classes are the names.
+
+    Raises:
+        FileExistsError: If the folder holds something already.
+        ImportError: If skops is not installed.
+        TypeError: If the model has no `predict_proba`.
+        ValueError: If `feature` is not usable or a class of the model has no label.
+
+    Examples:
+        >>> save_sklearn_teacher(tree, "teachers/tree", {"kind": "pixels", "size": [8, 8]}, labels)  # doctest: +SKIP
+    """
+    skops_io = _import_skops()
+    _check_predict_proba(model, f"'{folder}'")
+    settings = _feature_settings(feature, f"`feature` of '{folder}'")
+    config: dict[str, Any] = {"library_name": "sklearn", "feature": settings}
+    classes = np.asarray(model.classes_).tolist()
+    if labels is not None:
+        if unnamed := [value for value in classes if not isinstance(value, int) or not 0 <= value < len(labels)]:
+            raise ValueError(
+                f"With `labels`, the classes of the model must be positions 0..{len(labels) - 1}, got {unnamed}. "
+                "Leave `labels` out if the classes are label names."
+            )
+        config["id2label"] = {str(value): str(labels[value]) for value in classes}
+    folder = Path(folder)
+    check_free(folder, "Load the teacher that is there, or choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        skops_io.dump(model, unfinished / _SKLEARN_FILE)
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        unfinished.chmod(0o755)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:
+    """Tell which weights a teacher has, without loading them.
+
+    Args:
+        teacher (`Teacher`):
+            Which one.
+
+    Returns:
+        `tuple[dict[str, Any], int]`: Its `commit` on the Hub or a hash of its local files as `weights`, as they stand
+        in the facts of the loaded teacher; and the size of its weight files in bytes, 0 where none is here yet.
+
+    Raises:
+        FileNotFoundError: If the model or its `config.json` does not exist.
+    """
+    if teacher.kind == "column":
+        return {}, 0
+    source = _find_source(teacher)
+    return source.identity, sum(path.stat().st_size for path in source.weight_files)
+
+
+# ── where a teacher is and what it is ───────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A teacher's files: a local folder, or a Hub repository pinned to one commit."""
+
+    teacher: Teacher
+    repo: str
+    is_local: bool
+    commit: str | None
+    config: dict[str, Any]
+    folder: Path
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """Files of weights that are on this machine."""
+        return sorted(path for pattern in _WEIGHT_PATTERNS for path in self.folder.glob(pattern))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others: the commit, or for a folder a hash of its files."""
+        if not self.is_local:
+            return {"commit": self.commit}
+        stats = [(path, path.stat()) for path in (self.folder / "config.json", *self.weight_files)]
+        return {
+            "commit": None,
+            "weights": _hash_files(tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)),
+        }
+
+    def file(self, name: str) -> Path:
+        """Path of one file, downloaded if need be."""
+        path = _fetch(self.teacher, self.repo, name, self.commit)
+        if path is None:
+            raise FileNotFoundError(
+                f"Teacher '{self.teacher.name}' must have a file '{name}', got none in '{self.repo}'. Save the model "
+                "again in that format."
+            )
+        return path
+
+    def facts(self, kind: str, class_name: str, preprocessing: str) -> dict[str, Any]:
+        """What is known about this run."""
+        return {
+            "kind": kind,
+            "revision": self.teacher.revision,
+            **self.identity,
+            "class": class_name,
+            "preprocessing": preprocessing,
+        }
+
+
+@lru_cache(maxsize=256)
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Hash of files given as path, size and time of change: gigabytes of weights are read once a run."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, size, _ in files:
+        digest.update(f"{Path(path).name} {size} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _find_source(teacher: Teacher) -> _Source:
+    """Read `config.json`, and pin a Hub repository to the commit that it came from."""
+    repo, revision = teacher.model, teacher.revision
+    for prefix in _TIMM_PREFIXES:
+        repo = repo.removeprefix(prefix)
+    is_local = Path(repo).is_dir()
+    if not is_local and teacher.model.startswith("hf-hub:") and "@" in repo:
+        repo, revision = repo.rsplit("@", 1)
+    path = _fetch(teacher, repo, "config.json", revision)
+    if path is None:
+        raise FileNotFoundError(
+            f"Teacher '{teacher.name}' must have a 'config.json', got none in '{repo}'. Save it with "
+            "`save_pretrained`, `timm.models.save_for_hf` or `save_sklearn_teacher`."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"'config.json' of teacher '{teacher.name}' must be JSON, got: {error}. Save the model again."
+        ) from error
+    # A Hub file lies in the cache under snapshots/COMMIT/; everything else is then read at that commit.
+    commit = None if is_local else path.parent.name
+    return _Source(teacher, repo, is_local, commit, config, path.parent)
+
+
+def _fetch(teacher: Teacher, repo: str, name: str, revision: str | None) -> Path | None:
+    """Path of one file in a folder or on the Hub; `None` if the folder or repository has no such file."""
+    if Path(repo).is_dir():
+        path = Path(repo) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except (RepositoryNotFoundError, HFValidationError, FileNotFoundError) as error:
+        # Offline, the Hub's client raises a subclass of FileNotFoundError.
+        raise FileNotFoundError(
+            f"The `model` of teacher '{teacher.name}' must be a folder, or a model on the Hub that can be reached, "
+            f"got '{teacher.model}'. Check the path, the id and your access to it."
+        ) from error
+    except EntryNotFoundError:
+        return None
+
+
+def _find_kind(source: _Source) -> str:
+    """Tell the library by the files."""
+    name = source.teacher.name
+    if source.teacher.model.startswith(_TIMM_PREFIXES):
+        return "timm"
+    if "model_type" in source.config:
+        return "transformers"
+    if "architecture" in source.config:
+        return "timm"
+    has_skops = source.is_local and any(Path(source.repo).glob("*.skops"))
+    if has_skops or source.config.get("library_name") == "sklearn":
+        return "sklearn"
+    raise ValueError(
+        f"The kind of teacher '{name}' must show in its files: a 'config.json' with `model_type` (transformers) or "
+        f"`architecture` (timm), or a '{_SKLEARN_FILE}' (scikit-learn); got a 'config.json' with "
+        f"{sorted(source.config)}. Name it with `kind`."
+    )
+
+
+def default_device() -> torch.device:
+    """Give the GPU of this process, if there is one.
+
+    Returns:
+        `torch.device`: `cuda:LOCAL_RANK`, or `cpu`.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+# ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """Position in the task's labels of each of the teacher's own labels, `(num_own_labels,)`."""
+    label_map = dict(teacher.label_map or {})
+    if unknown := sorted(set(label_map) - set(own_labels)):
+        raise ValueError(
+            f"`label_map` of teacher '{teacher.name}' must start from its own labels {shorten(own_labels)}, got "
+            f"{shorten(unknown)}."
+        )
+    positions = [find_label(label_map.get(name, name), labels) for name in own_labels]
+    unmapped = [name for name, position in zip(own_labels, positions, strict=True) if position is None]
+    if not unmapped:
+        return np.array(positions, dtype=np.int64)
+    if all(name.startswith("LABEL_") for name in unmapped):
+        raise ValueError(
+            f"Teacher '{teacher.name}' must tell the names of its labels, got the placeholders {shorten(unmapped)}. "
+            'Give the names in order with `label_map={"LABEL_0": ...}`.'
+        )
+    raise ValueError(
+        f"Labels of teacher '{teacher.name}' must be labels of the task {shorten(labels)}, got {shorten(unmapped)}. "
+        "Map them with `label_map`."
+    )
+
+
+def find_label(name: str, labels: Sequence[str]) -> int | None:
+    """Find the position of a name, exactly or else by the only label that differs in case alone.
+
+    Args:
+        name (`str`):
+            Name of a label.
+        labels (`Sequence[str]`):
+            The task's label names.
+
+    Returns:
+        `int` or `None`: `None` where no label, or more than one, is meant.
+    """
+    if name in labels:
+        return labels.index(name)
+    alike = [position for position, label in enumerate(labels) if label.casefold() == name.casefold()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _add_up(own_probs: np.ndarray, positions: np.ndarray, num_labels: int) -> np.ndarray:
+    """Probabilities over the teacher's labels `(n, num_own_labels)` as probabilities over the task's, float32."""
+    if own_probs.ndim != 2 or own_probs.shape[1] != len(positions):
+        raise ValueError(
+            f"A teacher with {len(positions)} label names must give probabilities of shape "
+            f"(num_rows, {len(positions)}), got {own_probs.shape}. Check its configuration."
+        )
+    probs = np.zeros((len(own_probs), num_labels), dtype=np.float32)
+    if len(np.unique(positions)) == len(positions):
+        probs[:, positions] = own_probs
+    else:
+        for own, position in enumerate(positions):
+            probs[:, position] += own_probs[:, own]
+    return probs
+
+
+def shorten(names: Iterable[Any], limit: int = 20) -> str:
+    """Give the first names as a list, and how many more there are: a thousand labels make no readable error.
+
+    Args:
+        names (`Iterable`):
+            Names, ids or numbers.
+        limit (`int`, *optional*, defaults to 20):
+            How many to show.
+
+    Returns:
+        `str`
+    """
+    names = list(names)
+    return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"
+
+
+def _check_head(name: str, own_labels: Sequence[str]) -> None:
+    if len(own_labels) < 2:
+        raise ValueError(
+            f"Teacher '{name}' must give a probability for each of at least two labels, got {len(own_labels)} (a "
+            "regression head). Use a classifier."
+        )
+
+
+# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _TransformersTeacher:
+    """An image or text classifier of transformers."""
+
+    column: str | None = None
+
+    def __init__(self, source: _Source, labels: Sequence[str], device: torch.device) -> None:
+        name, repo, revision = source.teacher.name, source.repo, source.commit
+        config = AutoConfig.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"Teacher '{name}' must choose one label per example, got `problem_type` '{config.problem_type}'. "
+                "Use a single-label classifier."
+            )
+        if config.model_type == "timm_wrapper" and config.model_args:
+            # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
+            config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+        is_text = _reads_text(config, name)
+        auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
+        model, info = auto_model.from_pretrained(
+            repo,
+            revision=revision,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        _check_no_missing(name, info["missing_keys"])
+        own_labels = [str(model.config.id2label[position]) for position in range(model.config.num_labels)]
+        _check_head(name, own_labels)
+        auto_processor = AutoTokenizer if is_text else AutoImageProcessor
+        processing_class = auto_processor.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        self.positions, self.num_labels = _label_positions(source.teacher, own_labels, labels), len(labels)
+        processor = InputProcessor(processing_class, config)
+        self.prepare = _Preparation(name, is_text, processor)
+        self.device = device
+        self.model = _for_inference(model, device)
+        self.facts = source.facts("transformers", type(model).__name__, processor.fingerprint)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
+        on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
+        with torch.inference_mode():
+            logits = self.model(**on_device).logits
+        own_probs = torch.softmax(logits.float(), dim=-1).cpu().numpy()
+        return _add_up(own_probs, self.positions, self.num_labels)
+
+
+class _TimmTeacher:
+    """An image classifier of timm, with the transforms of its own configuration."""
+
+    column: str | None = None
+
+    def __init__(self, source: _Source, labels: Sequence[str], device: torch.device) -> None:
+        try:
+            import timm
+        except ImportError as error:
+            raise ImportError(f"Teacher '{source.teacher.name}' is a timm model: `pip install timm`.") from error
+        name = source.teacher.name
+        own_labels = _timm_labels(source)
+        _check_head(name, own_labels)
+        weights = source.file(_SAFETENSORS_FILE)
+        try:
+            # On the Hub, both files lie in one folder of the cache; loading from there keeps to the pinned commit.
+            model = timm.create_model(f"local-dir:{weights.parent}", pretrained=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a "
+                f"'{_SAFETENSORS_FILE}' that does not fit its architecture: {error}"
+            ) from error
+        data_config = timm.data.resolve_data_config(model=model)
+        transform = timm.data.create_transform(**data_config, is_training=False)
+        mode = "L" if data_config["input_size"][0] == 1 else "RGB"
+        self.positions, self.num_labels = _label_positions(source.teacher, own_labels, labels), len(labels)
+        self.prepare = _Preparation(name, False, partial(_transform_images, transform=transform, mode=mode))
+        self.device = device
+        self.model = _for_inference(model, device)
+        self.facts = source.facts("timm", type(model).__name__, _fingerprint([repr(transform), mode]))
+
+    def __call__(self, inputs: torch.Tensor) -> np.ndarray:
+        with torch.inference_mode():
+            logits = self.model(inputs.to(self.device, non_blocking=True))
+        own_probs = torch.softmax(logits.float(), dim=-1).cpu().numpy()
+        return _add_up(own_probs, self.positions, self.num_labels)
+
+
+class _SklearnTeacher:
+    """A scikit-learn classifier kept by skops, which declares how an example becomes its feature vector."""
+
+    column: str | None = None
+
+    def __init__(self, source: _Source, labels: Sequence[str]) -> None:
+        skops_io = _import_skops()
+        name = source.teacher.name
+        declared = source.config.get("feature")
+        feature = _feature_settings(declared, f"`feature` in 'config.json' of teacher '{name}'")
+        path = source.file(_SKLEARN_FILE)
+        untrusted = set(skops_io.get_untrusted_types(file=path))
+        if refused := sorted(untrusted - set(source.teacher.trusted_types)):
+            raise ValueError(
+                f"Teacher '{name}' must hold types that skops or you trust, got {refused}. If you trust its origin, "
+                "name them in `trusted_types`."
+            )
+        self.model = skops_io.load(path, trusted=sorted(untrusted))
+        _check_predict_proba(self.model, f"teacher '{name}'")
+        id2label = source.config.get("id2label") or {}
+        classes = [str(value) for value in np.asarray(self.model.classes_).tolist()]
+        own_labels = [str(id2label.get(value, value)) for value in classes]
+        self.positions, self.num_labels = _label_positions(source.teacher, own_labels, labels), len(labels)
+        self.prepare = _Preparation(name, feature["kind"] == "text", partial(_feature_matrix, feature=feature))
+        self.facts = source.facts("sklearn", type(self.model).__name__, _fingerprint(feature))
+
+    def __call__(self, inputs: Any) -> np.ndarray:
+        return _add_up(np.asarray(self.model.predict_proba(inputs)), self.positions, self.num_labels)
+
+
+class _ColumnTeacher:
+    """Answers that are in a column already: of people, of a language model, of an older system."""
+
+    column: str | None
+
+    def __init__(self, teacher: Teacher, labels: Sequence[str]) -> None:
+        self.teacher, self.labels, self.column = teacher, tuple(labels), teacher.model
+        self.facts: dict[str, Any] = {"kind": "column", "revision": None, "commit": None, "class": "column"}
+        self.facts["preprocessing"] = None
+
+    def prepare(self, cells: Sequence[Any]) -> list[Any]:
+        return list(cells)
+
+    def __call__(self, inputs: Sequence[Any]) -> np.ndarray:
+        probs = np.zeros((len(inputs), len(self.labels)), dtype=np.float32)
+        for row, value in enumerate(inputs):
+            if isinstance(value, list | tuple | np.ndarray):
+                probs[row] = self._read_vector(value)
+            elif (label := self._read_label(value)) >= 0:
+                probs[row, label] = 1.0
+        return probs
+
+    def _read_label(self, value: Any) -> int:
+        """Label id of one answer; -1 where there is none."""
+        if value is None or value == "":
+            return -1
+        if isinstance(value, int | np.integer) and not isinstance(value, bool) and -1 <= value < len(self.labels):
+            return int(value)
+        if isinstance(value, str):
+            name = (self.teacher.label_map or {}).get(value, value)
+            if (position := find_label(name, self.labels)) is not None:
+                return position
+        raise self._bad(value)
+
+    def _read_vector(self, value: Sequence[Any] | np.ndarray) -> np.ndarray:
+        if len(value) == 0 or all(item is None for item in value):
+            return np.zeros(len(self.labels), dtype=np.float32)
+        try:
+            vector = np.asarray(value, dtype=np.float32)
+        except (TypeError, ValueError) as error:
+            raise self._bad(value) from error
+        is_valid = vector.shape == (len(self.labels),) and np.isfinite(vector).all() and (vector >= 0).all()
+        if not is_valid or not (vector.sum() == 0 or abs(vector.sum() - 1) <= SUM_TOLERANCE):
+            raise self._bad(value)
+        return vector
+
+    def _bad(self, value: Any) -> ValueError:
+        return ValueError(
+            f"Answers in column '{self.teacher.model}' must be label names of the task ({shorten(self.labels)}; "
+            f"other names can be mapped with `label_map`), label ids 0..{len(self.labels) - 1}, {len(self.labels)} "
+            f"probabilities that sum to 1, or None, '' or -1 for no answer; got {value!r}"
+        )
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """What a model does to cells before it runs; kept apart from its weights, so that a worker needs only this."""
+
+    name: str
+    is_text: bool
+    make: Callable[[Sequence[Any]], Any]
+
+    def __call__(self, cells: Sequence[Any]) -> Any:
+        if cells and isinstance(cells[0], str) != self.is_text:
+            wanted = "texts" if self.is_text else "images or vectors"
+            raise WrongColumnError(
+                f"Teacher '{self.name}' must be given {wanted}, got {type(cells[0]).__name__}. Name the right column "
+                "with `input_column`."
+            )
+        inputs = self.make(cells)
+        if isinstance(inputs, Mapping):
+            return {key: _channels_last(value) for key, value in inputs.items()}
+        return _channels_last(inputs)
+
+
+def _channels_last(value: Any) -> Any:
+    """Put images into the order in which convolutions run faster, on the CPU too: once for all who share them."""
+    is_image = isinstance(value, torch.Tensor) and value.ndim == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value
+
+
+def _transform_images(cells: Sequence[Any], transform: Callable[[Any], torch.Tensor], mode: str) -> torch.Tensor:
+    return torch.stack([transform(to_pil(cell, mode)) for cell in cells])
+
+
+def _for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def _reads_text(config: Any, name: str) -> bool:
+    """Whether a configuration belongs to a text classifier; by its architecture, else by what its type can be."""
+    architectures = config.architectures or []
+    for suffix, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
+        if any(architecture.endswith(suffix) for architecture in architectures):
+            return is_text
+    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return False
+    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return True
+    raise ValueError(
+        f"Teacher '{name}' must be a classifier of images or of texts, got a model of type '{config.model_type}'. "
+        "Put its answers into a column and use `kind='column'`."
+    )
+
+
+def _check_no_missing(name: str, missing_keys: Iterable[str]) -> None:
+    if missing := sorted(missing_keys):
+        raise ValueError(
+            f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a checkpoint "
+            f"without {shorten(missing, 5)}. Train its classifier first, or name a checkpoint that has one."
+        )
+
+
+def _timm_labels(source: _Source) -> list[str]:
+    """Label names in the order of the classifier's outputs."""
+    pretrained_cfg = source.config.get("pretrained_cfg") or {}
+    names = source.config.get("label_names") or pretrained_cfg.get("label_names")
+    num_classes = source.config.get("num_classes", pretrained_cfg.get("num_classes"))
+    if isinstance(names, Mapping):
+        names = [names[key] for key in sorted(names, key=int)]
+    if not names or len(names) != num_classes:
+        raise ValueError(
+            f"'config.json' of teacher '{source.teacher.name}' must tell the names of its {num_classes} labels as "
+            f"`label_names`, got {len(names or [])}. Save it with "
+            "`save_for_hf(..., model_config={'label_names': ...})`; a model of ImageNet's 1,000 "
+            "classes can be loaded with `kind='transformers'`."
+        )
+    return [str(label) for label in names]
+
+
+def _import_skops() -> Any:
+    try:
+        import skops.io
+    except ImportError as error:
+        raise ImportError(
+            'Teachers of scikit-learn are kept by skops: `pip install "hf_cosupervise[sklearn]"`.'
+        ) from error
+    return skops.io
+
+
+def _check_predict_proba(model: Any, name: str) -> None:
+    if not hasattr(model, "predict_proba") or np.ndim(getattr(model, "classes_", 0)) != 1:
+        raise TypeError(
+            f"A scikit-learn teacher must be a fitted classifier with `predict_proba`, got {type(model).__name__} for "
+            f"{name}. Wrap it in `CalibratedClassifierCV`, or fit it first."
+        )
+
+
+def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
+    """The checked declaration of how an example becomes a feature vector, with its defaults filled in."""
+    if not isinstance(feature, Mapping) or feature.get("kind") not in SKLEARN_FEATURE_KINDS:
+        raise ValueError(
+            f"{what} must be a mapping whose `kind` is one of {list(SKLEARN_FEATURE_KINDS)}, got {feature!r}. "
+            "Declare how an example becomes the classifier's feature vector."
+        )
+    defaults: dict[str, Any] = {"kind": feature["kind"]}
+    if feature["kind"] == "pixels":
+        defaults |= {"size": None, "mode": "L", "divide_by": 255.0}
+    if unknown := sorted(set(feature) - set(defaults)):
+        raise ValueError(
+            f"{what} of kind '{feature['kind']}' must have keys among {sorted(defaults)}, got unknown {unknown}. "
+            "Drop them."
+        )
+    settings = defaults | dict(feature)
+    if settings["kind"] != "pixels":
+        return settings
+    size = settings["size"]
+    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise ValueError(f"{what} must have a `size` of [height, width] in pixels or None, got {size!r}.")
+    if settings["mode"] not in ("L", "RGB") or not settings["divide_by"] > 0:
+        raise ValueError(
+            f"{what} must have a `mode` of 'L' or 'RGB' and a positive `divide_by`, got {settings['mode']!r} and "
+            f"{settings['divide_by']!r}."
+        )
+    return settings | {"size": None if size is None else list(size), "divide_by": float(settings["divide_by"])}
+
+
+def _feature_matrix(cells: Sequence[Any], feature: Mapping[str, Any]) -> Any:
+    """What the classifier reads: `(num_rows, num_features)` float32, or the texts as they are."""
+    if feature["kind"] == "text":
+        return list(cells)
+    if feature["kind"] == "values":
+        return np.stack([np.asarray(cell, dtype=np.float32).ravel() for cell in cells])
+    images = [to_pil(cell, feature["mode"]) for cell in cells]
+    if feature["size"] is not None:
+        height, width = feature["size"]
+        # PIL names the width first; 2 is its bilinear filter.
+        images = [image if image.size == (width, height) else image.resize((width, height), 2) for image in images]
+    return np.stack([np.asarray(image, dtype=np.float32).ravel() for image in images]) / feature["divide_by"]
+
+
+def _fingerprint(facts: Any) -> str:
+    """Hash of what decides what a model gets to see, 16 hexadecimal digits."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
