@@ -32,6 +32,8 @@ class LevelCallbackHandler(CallbackHandler):
         )
         self.eval_dataloader = handler.eval_dataloader
         self.in_level = False
+        self._known: list[TrainerCallback] = []
+        self._concerned: dict[tuple[str, bool], list[TrainerCallback]] = {}
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Pass an event on to the callbacks that it concerns.
@@ -51,8 +53,12 @@ class LevelCallbackHandler(CallbackHandler):
         Returns:
             `TrainerControl`
         """
-        # A copy: a callback may add or remove others meanwhile.
-        for callback in [callback for callback in self.callbacks if self._concerns(event, callback)]:
+        if self.callbacks != self._known:  # a callback may add or remove others
+            self._known, self._concerned = list(self.callbacks), {}
+        key = (event, self.in_level)
+        if key not in self._concerned:
+            self._concerned[key] = [callback for callback in self._known if self._concerns(event, callback)]
+        for callback in self._concerned[key]:
             result = getattr(callback, event)(
                 args, state, control, model=self.model, processing_class=self.processing_class,
                 optimizer=self.optimizer, lr_scheduler=self.lr_scheduler, train_dataloader=self.train_dataloader,

@@ -108,7 +108,7 @@ class FeatureStore:
                 f"'{self.folder}' must hold the features of all {len(rows)} rows, got none of {missing}. Give a "
                 "`features_dir` that all processes see."
             )
-        return self._gather(rows)
+        return self._gather(rows, digests)
 
     def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
         """Put features in that were computed elsewhere, so that the backbone need not run for them.
@@ -122,17 +122,29 @@ class FeatureStore:
                 Arrays of shape `(num_rows, feature_size)`: what the head reads, in the order of the data.
 
         Raises:
-            ValueError: If their sizes are not those of the head and the data, or a value is not finite.
+            ValueError: If their sizes are not those of the head and the data, a value is not finite, or the features
+                of a row are known already.
         """
-        self._write_shard(np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE), batches, disable_tqdm=True)
+        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        if num_known := int((self._find(digests) >= 0).sum()):
+            raise ValueError(
+                f"Features must be of rows that '{self.folder}' does not hold yet, got {num_known} of {len(digests)} "
+                "that it does. Give the others only, or another `features_dir`."
+            )
+        self._write_shard(digests, batches, disable_tqdm=True)
 
     def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Keys and mapped features of every shard."""
         shards = []
         for path in sorted(path for path in self.folder.glob("shard-*") if path.is_dir()):
-            keys = np.load(path / _KEYS, allow_pickle=False)
-            # Copy on write: torch wants memory that can be written, though nobody does.
-            values = np.load(path / _VALUES, mmap_mode="c", allow_pickle=False)
+            try:
+                keys = np.load(path / _KEYS, allow_pickle=False)
+                # Copy on write: torch wants memory that can be written, though nobody does.
+                values = np.load(path / _VALUES, mmap_mode="c", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise ValueError(
+                    f"Features in '{path}' must be whole, got: {error}. Delete that folder: they are computed again."
+                ) from error
             owner = (path / _OWNER).read_text(encoding="utf-8") if (path / _OWNER).is_file() else "nobody"
             expected = (len(keys), self.head.in_features), self.dtype, self.folder.name
             if (values.shape, values.dtype, owner) != expected:
@@ -152,7 +164,7 @@ class FeatureStore:
         rows = order[np.minimum(np.searchsorted(keys, digests, sorter=order), len(keys) - 1)]
         return np.where(keys[rows] == digests, rows, -1)
 
-    def _gather(self, rows: np.ndarray) -> np.ndarray:
+    def _gather(self, rows: np.ndarray, digests: np.ndarray) -> np.ndarray:
         """Rows that are counted through all shards, as one array."""
         arrays = [values for _, values in self._shards()]
         if not len(rows):
@@ -163,7 +175,7 @@ class FeatureStore:
             return arrays[number][rows[0] - starts[number] :][: len(rows)]
         if len(rows) * self.head.in_features * self.dtype.itemsize <= _MAX_COPIED_BYTES:
             return np.concatenate(list(_pieces(arrays, starts, rows)))
-        name = "ordered-" + hashlib.blake2b(rows.tobytes(), digest_size=8).hexdigest()
+        name = "ordered-" + hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
         if not (self.folder / name).exists():
             with self._unfinished(name) as folder:
                 _write_array(
@@ -190,8 +202,11 @@ class FeatureStore:
         temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
         try:
             yield temporary
-            if not (self.folder / name).exists():
+            try:
                 os.replace(temporary, self.folder / name)
+            except OSError:
+                if not (self.folder / name).is_dir():  # else another process was first, with the same content
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

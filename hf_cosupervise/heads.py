@@ -10,6 +10,7 @@ from torch import nn
 
 # Rows per matrix product of a Gram matrix: large enough for full speed, small enough to stay in the cache.
 _GRAM_ROWS = 4096
+_ORIGIN_ROWS = 1000
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -72,22 +73,21 @@ def fit_linear_head(
     """
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
-    read, step = _row_reader(features), _stepper(optimizer)
+    read, step, on_cpu = _row_reader(features), _stepper(optimizer), features.device.type == "cpu"
     for micro_batches in steps:
-        loss = torch.zeros((), device=features.device)
-        gradients = [torch.zeros(())] * 2
         with torch.no_grad():
-            for number, batch in enumerate(micro_batches):
-                rows = batch.to(features.device)
+            sums: Sequence[torch.Tensor] = ()
+            for batch in micro_batches:
+                rows = batch if on_cpu else batch.to(features.device)
                 inputs = read(rows)
                 logits = product(weight, inputs)  # one column per example: the softmax is faster so
                 if bias is not None:
                     logits += bias.unsqueeze(1)
-                batch_loss, gradient = _loss_and_gradient(torch.log_softmax(logits, dim=0), targets(rows))
-                scale = 1.0 / (len(batch) * len(micro_batches))
-                loss.add_(batch_loss, alpha=scale)
-                parts = product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
-                gradients = [old.add_(new) if number else new for old, new in zip(gradients, parts)]
+                likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), targets(rows))
+                scale = 1.0 / (rows.shape[0] * len(micro_batches))
+                parts = likelihood * -scale, product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
+                sums = parts if not sums else [old.add_(new) for old, new in zip(sums, parts)]
+        loss, *gradients = sums
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
             if average_gradients is not None:
@@ -136,7 +136,9 @@ def linear_logits(head: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Sum x x^T over rows of features, each with a 1 appended, so that it holds their sum and number too.
+    """Sum x x^T over rows of features, with the mean of the first ones taken off and a 1 appended to each.
+
+    So it holds the sum and the number of the rows too, and features far from zero do not drown in rounding.
 
     Args:
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
@@ -150,8 +152,9 @@ def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """
     size = features.shape[1]
     gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=features.device)
+    origin = _origin(features)
     for part in rows.to(features.device).split(_GRAM_ROWS):
-        inputs = features[part].float()
+        inputs = features[part].float() - origin
         gram[:size, :size] += product(inputs.T, inputs.T)
         gram[size, :size] += inputs.sum(dim=0)
         gram[size, size] += len(inputs)
@@ -201,31 +204,41 @@ def fit_ridge_head(
     """
     size, num_labels = features.shape[1], head.weight.shape[0]
     cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)
+    origin = _origin(features)
     parts = rows.to(features.device).split(_GRAM_ROWS)
     for part in parts:
         wanted = _dense(targets(part), num_labels)
-        cross[:size] += product(features[part].float().T, wanted.T)
+        cross[:size] += product((features[part].float() - origin).T, wanted.T)
         cross[size] += wanted.sum(dim=0)
     cross = sum_over_processes(cross)
-    num_rows = gram[size, size]
-    has_bias = float(head.bias is not None)  # without one, nothing takes the means up
-    means, label_means = has_bias * gram[size, :size] / num_rows, has_bias * cross[size] / num_rows
-    centred = gram[:size, :size] - num_rows * torch.outer(means, means)
+    num_rows, shift = gram[size, size], origin.double()
+    means, label_means = gram[size, :size] / num_rows, cross[size] / num_rows
+    if head.bias is None:  # nothing takes the means up, so features and pseudolabels stay as they are
+        moved = gram[size, :size]
+        centred = gram[:size, :size] + torch.outer(moved, shift) + torch.outer(shift, moved)
+        centred = centred + num_rows * torch.outer(shift, shift)
+        products = cross[:size] + torch.outer(shift, cross[size])
+    else:
+        centred = gram[:size, :size] - num_rows * torch.outer(means, means)
+        products = cross[:size] - num_rows * torch.outer(means, label_means)
     # The lower bound is what rounding in float32 leaves of features that do not vary.
     least = 1e-6 * gram.diagonal()[:size].mean() + 1e-12
     centred.diagonal().add_(torch.maximum(alpha * centred.diagonal().mean(), least))
-    weight = torch.cholesky_solve(
-        cross[:size] - num_rows * torch.outer(means, label_means), torch.linalg.cholesky(centred)
-    )
+    weight = torch.cholesky_solve(products, torch.linalg.cholesky(centred))
     with torch.no_grad():
         head.weight.copy_(logit_scale * weight.T)
         if head.bias is not None:
-            head.bias.copy_(logit_scale * (label_means - means @ weight))
+            head.bias.copy_(logit_scale * (label_means - (means + shift) @ weight))
         loss = torch.zeros(1, dtype=torch.float64, device=features.device)
         for part in parts:
             log_probs = torch.log_softmax(linear_logits(head, features[part]), dim=1).T.contiguous()
-            loss += _loss_and_gradient(log_probs, targets(part))[0]
+            loss -= _likelihood_and_gradient(log_probs, targets(part))[0]
     return sum_over_processes(loss)[0] / num_rows
+
+
+def _origin(features: torch.Tensor) -> torch.Tensor:
+    """About the middle of the features `(feature_size,)`, the same whichever rows are summed."""
+    return features[:_ORIGIN_ROWS].float().mean(dim=0)
 
 
 def _row_reader(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -234,8 +247,8 @@ def _row_reader(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor
 
     def read(rows: torch.Tensor) -> torch.Tensor:
         nonlocal buffer
-        if len(rows) != len(buffer):
-            buffer = features.new_empty(len(rows), features.shape[1])
+        if rows.shape[0] != buffer.shape[0]:
+            buffer = features.new_empty(rows.shape[0], features.shape[1])
         return torch.index_select(features, 0, rows, out=buffer).float()
 
     return read
@@ -248,7 +261,7 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     is_unusual = any(group.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable"))
     if type(optimizer) is not torch.optim.AdamW or not group["fused"] or others or has_hooks or is_unusual:
         return optimizer.step
-    parameters: list[torch.Tensor] = group["params"]
+    parameters: list[nn.Parameter] = group["params"]
 
     @torch.no_grad()
     def step() -> None:
@@ -259,7 +272,7 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
         averages, squares, counts = ([state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step"))
         torch._foreach_add_(counts, 1)
         torch._fused_adamw_(
-            parameters, [parameter.grad for parameter in parameters], averages, squares, [], counts,
+            [*parameters], [parameter.grad for parameter in parameters if parameter.grad is not None], averages, squares, [], counts,
             lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
             eps=group["eps"], amsgrad=False, maximize=False,
         )  # fmt: skip
@@ -267,17 +280,17 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     return step
 
 
-def _loss_and_gradient(
+def _likelihood_and_gradient(
     log_probs: torch.Tensor, wanted: torch.Tensor | SparseTargets
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy `()` and its gradient in the logits, from log-probabilities `(num_labels, batch)`."""
+    """Summed log-likelihood `()` and the gradient of its negative in the logits, from `(num_labels, batch)`."""
     if isinstance(wanted, torch.Tensor):
         wanted = wanted.T.contiguous()
-        return -torch.dot(wanted.view(-1), log_probs.view(-1)), log_probs.exp().sub_(wanted)
+        return torch.dot(wanted.view(-1), log_probs.view(-1)), log_probs.exp().sub_(wanted)
     label_ids, rest = wanted.label_ids.T, wanted.rest_probs
     excess = wanted.label_probs.T - rest
-    loss = -(excess * log_probs.gather(0, label_ids)).sum() - torch.dot(rest, log_probs.sum(dim=0))
-    return loss, log_probs.exp().sub_(rest).scatter_add_(0, label_ids, -excess)
+    likelihood = (excess * log_probs.gather(0, label_ids)).sum() + torch.dot(rest, log_probs.sum(dim=0))
+    return likelihood, log_probs.exp().sub_(rest).scatter_add_(0, label_ids, -excess)
 
 
 def _dense(wanted: torch.Tensor | SparseTargets, num_labels: int) -> torch.Tensor:

@@ -226,10 +226,12 @@ class PseudolabelPool:
         names = self.hierarchy.names
         order = np.argsort(sources, kind="stable")
         ordered_rows, ordered_sources = rows[order], sources[order]
-        ids, probs = self._views[names[0]]
-        shape = (len(rows), max(view.shape[1] for view, _ in self._views.values()))
-        label_ids, label_probs = np.zeros(shape, dtype=ids.dtype), np.zeros(shape, dtype=probs.dtype)
-        starts = np.flatnonzero(np.diff(ordered_sources, prepend=-2))
+        shape = (len(rows), max(ids.shape[1] for ids, _ in self._views.values()))
+        label_ids, label_probs = (
+            np.zeros(shape, dtype=np.result_type(*{view.dtype for view in views}))
+            for views in zip(*self._views.values())
+        )
+        starts = np.flatnonzero(np.diff(ordered_sources, prepend=np.iinfo(np.int64).min))
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
             source = int(ordered_sources[start])
             if not NOBODY <= source < len(names):
@@ -276,7 +278,13 @@ class PseudolabelPool:
         Returns:
             `tuple[np.ndarray, np.ndarray, np.ndarray]`: label ids `(num_rows, k)` int64, their probabilities
             `(num_rows, k)` float32 and the probability of each other label `(num_rows,)` float32.
+
+        Raises:
+            ValueError: If teachers keep different numbers of labels, or as [`gather`].
         """
+        if not (hard or self.has_one_k):
+            sizes = {name: self.label_ids(name).shape[1] for name in self.hierarchy.names}
+            raise ValueError(f"All teachers must keep equally many labels, got {sizes}. Use `pseudolabels`.")
         label_ids, stored = self.gather(sources, rows)
         if hard:
             label_ids, stored = label_ids[:, :1], np.sign(stored[:, :1])
@@ -299,12 +307,17 @@ class PseudolabelPool:
         """
         names = self.hierarchy.names
         probs = np.zeros((len(rows), self.hierarchy.num_labels), dtype=np.float32)
-        for source in np.unique(sources[sources != NOBODY]):
+        for source in np.unique(sources[sources != NOBODY]).tolist():
+            if not 0 <= source < len(self.source_names):
+                raise ValueError(
+                    f"`sources` must be positions in `source_names` (0..{len(self.source_names) - 1}) or -1 for "
+                    f"nobody, got {source}."
+                )
             here = np.flatnonzero(sources == source)
             if source < len(names):
                 probs[here] = self.decode(names[source], rows[here])
             else:
-                level = self.hierarchy.level_indices(int(source) - len(names))
+                level = self.hierarchy.level_indices(source - len(names))
                 probs[here] = mean_probs(*self.decode_level(level, rows[here])).numpy()
         if hard:
             one_hot = np.zeros_like(probs)

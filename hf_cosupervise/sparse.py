@@ -73,12 +73,13 @@ def encode_top_k(probs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"`k` must lie in 1..{num_labels} (the number of labels), got {k}.")
     values = torch.from_numpy(np.require(probs, requirements=("C", "W")))  # torch is much faster here
     sums = values.sum(dim=1)
-    if len(values) and not (values.amin() >= 0 and ((sums - 1).abs().lt(SUM_TOLERANCE) | (sums == 0)).all()):
+    if len(values) and not (values.amin() >= 0 and ((sums - 1).abs().le(SUM_TOLERANCE) | (sums == 0)).all()):
         _check_rows(probs, "probs")
-        wrong = int(((sums < 1 - SUM_TOLERANCE) & (sums != 0)).nonzero()[0])
-        raise ValueError(f"Rows of `probs` must sum to 1 or be all zero, got {sums[wrong]:.4f} in row {wrong}.")
+        if len(wrong := ((sums < 1 - SUM_TOLERANCE) & (sums != 0)).nonzero()):
+            row = int(wrong[0])
+            raise ValueError(f"Rows of `probs` must sum to 1 or be all zero, got {sums[row]:.4f} in row {row}.")
     # Scaled first, so that what is stored keeps within the tolerance whatever the rounding does.
-    rounded = (values / torch.where(sums > 0, sums, 1)[:, None]).half()
+    rounded = (values / torch.where(sums > 0, sums, 1)[:, None]).half().abs()  # -0 would sort below 0
     # Halves that are not negative are in the order of their bits; the label breaks ties, so no two keys are equal.
     key_dtype = torch.int32 if num_labels <= 2**16 else torch.int64
     lowest_first = torch.arange(num_labels - 1, -1, -1, dtype=key_dtype)
@@ -180,6 +181,11 @@ def check_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int,
     if (np.diff(label_probs.astype(np.float32), axis=1) > 0).any():
         raise ValueError(
             f"Probabilities of '{name}' must stand in descending order in each row. Build it with `encode_top_k`."
+        )
+    if ((label_probs == label_probs[:, :1]) & (label_ids < label_ids[:, :1]))[answered].any():
+        raise ValueError(
+            f"Of equally probable labels of '{name}' the lowest must stand first in each row. Build it with "
+            "`encode_top_k`."
         )
     ordered = np.sort(label_ids[answered], axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput, speed_metrics
 
@@ -719,7 +718,7 @@ class CoSupervisedTrainer(Trainer):
 
     def _head_steps(
         self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter
-    ) -> Iterator[list[torch.Tensor]]:
+    ) -> Iterator[Sequence[torch.Tensor]]:
         """Give the rows of each step, in the order in which the standard loop would read them."""
         accumulation = self.args.gradient_accumulation_steps
         rows = torch.from_numpy(kept)
@@ -727,12 +726,10 @@ class CoSupervisedTrainer(Trainer):
             if hasattr(dataloader, "set_epoch"):
                 dataloader.set_epoch(epoch)
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
-            positions = list(dataloader.batch_sampler)  # type: ignore[arg-type]
-            order = torch.from_numpy(np.fromiter(chain.from_iterable(positions), dtype=np.int64))
-            batches = rows[order].split([len(batch) for batch in positions])
+            batches = _read_batches(dataloader.batch_sampler, rows)
             for number in range(per_epoch):
                 self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-                meter.learning_rate = self._get_learning_rate()
+                meter.learning_rate = self.optimizer.param_groups[0]["lr"]  # type: ignore[attr-defined]
                 yield batches[number * accumulation : (number + 1) * accumulation]
                 if self.control.should_epoch_stop or self.control.should_training_stop:
                     break
@@ -998,6 +995,14 @@ def _pays_sparse(pool: PseudolabelPool, plan: LevelPlan) -> bool:
     num_teachers = len(pool.hierarchy.teachers)
     k = pool.label_ids(pool.hierarchy.names[0]).shape[1]
     return pool.has_one_k and 4 * k <= pool.hierarchy.num_labels and bool((plan.assigned_teacher < num_teachers).all())
+
+
+def _read_batches(batch_sampler: Any, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Give the rows of all batches of an epoch."""
+    if type(batch_sampler) is BatchSampler:  # its batches are consecutive: no need to make a list of each
+        order = rows[torch.from_numpy(np.fromiter(batch_sampler.sampler, dtype=np.int64))]
+        return order.split(batch_sampler.batch_size)[: len(batch_sampler)]
+    return [rows[batch] for batch in batch_sampler]
 
 
 def _merge_equal_groups(optimizer: torch.optim.Optimizer) -> None:

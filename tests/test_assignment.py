@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from hf_cosupervise.assignment import (
     oracle_assign_by_loss,
     oracle_assign_by_scope,
 )
+from hf_cosupervise.sparse import decode_top_k, encode_top_k, scale_top_k
 
 YES = torch.ones(1, 1, dtype=torch.bool)
 
@@ -239,3 +241,159 @@ def test_no_examples():
         fall_back(labels, labels),
     ]
     assert [(result.shape, result.dtype) for result in results] == [((0,), torch.long)] * len(results)
+
+
+# ── teachers that name k labels ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def draw_sparse(
+    num_labels: int, k: int, num_teachers: int = 3, num_examples: int = 40, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """A student, and teachers as stored rows and as full vectors: sure ones (rest 0), unsure ones, missing ones."""
+    rng = np.random.default_rng([seed, num_labels, k])
+    student = rng.dirichlet(np.full(num_labels, 0.5), size=num_examples)
+    probs = rng.dirichlet(np.full(num_labels, 0.3), size=(num_examples, num_teachers))
+    one_hot = np.eye(num_labels)[rng.integers(num_labels, size=(num_examples, num_teachers))]
+    probs = np.where(rng.random((num_examples, num_teachers, 1)) < 0.2, one_hot, probs)
+    probs[rng.random((num_examples, num_teachers)) < 0.2] = 0.0
+    label_ids, stored = encode_top_k(probs.reshape(-1, num_labels), k)
+    decoded = decode_top_k(label_ids, stored, num_labels).reshape(probs.shape)
+    scaled, rest = scale_top_k(stored, num_labels)
+    shape = (num_examples, num_teachers)
+    sparse = {
+        "label_ids": torch.from_numpy(label_ids.astype(np.int64)).view(*shape, k),
+        "rest_probs": torch.from_numpy(rest).view(shape),
+    }
+    dense = torch.from_numpy(decoded)
+    log_probs = torch.from_numpy(student).float().log()
+    return log_probs, torch.from_numpy(scaled).view(*shape, k), sparse, dense, dense.any(dim=2)
+
+
+def slow_score(student: list[float], teacher: list[float], rule: str, min_prob: float) -> float:
+    """One score in float64, label by label."""
+    if rule == "hard_loss":
+        return -math.log(max(student[teacher.index(max(teacher))], min_prob))
+    total = 0.0
+    for s, g in zip(student, teacher):
+        log_s, log_g = math.log(max(s, min_prob)), math.log(max(g, min_prob))
+        total += {
+            "ce_teacher_student": -g * log_s,
+            "kl_teacher_student": g * (log_g - log_s),
+            "kl_student_teacher": s * (log_s - log_g),
+        }[rule]
+    return total
+
+
+@pytest.mark.parametrize("min_prob", [1e-6, 1e-3, 0.2])  # the last is above nearly every rest
+@pytest.mark.parametrize(("num_labels", "k"), [(2, 1), (3, 3), (5, 2), (40, 4), (300, 16)])
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_sparse_scores_are_dense_scores(rule, num_labels, k, min_prob):
+    log_probs, stored, sparse, dense, answered = draw_sparse(num_labels, k)
+    found = agreement_scores(log_probs, stored, rule, min_prob, **sparse)
+    expected = agreement_scores(log_probs, dense, rule, min_prob)
+    torch.testing.assert_close(found[answered], expected[answered], rtol=1e-5, atol=1e-5)
+    assert found.shape == answered.shape and torch.isfinite(found).all()
+    assert 0 < answered.sum() < answered.numel()
+    students, teachers = log_probs.double().exp().tolist(), dense.double().tolist()
+    for row, teacher in answered.nonzero()[:25].tolist():
+        slow = slow_score(students[row], teachers[row][teacher], rule, min_prob)
+        assert float(found[row, teacher]) == pytest.approx(slow, rel=2e-5, abs=2e-5), (row, teacher)
+
+
+@pytest.mark.parametrize(("num_labels", "k"), [(2, 1), (5, 2), (40, 4), (300, 16)])
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_sparse_teachers_are_chosen_as_dense_ones(rule, num_labels, k):
+    log_probs, stored, sparse, dense, answered = draw_sparse(num_labels, k, num_examples=300, seed=1)
+    found = assign_by_agreement(log_probs, stored, answered, rule, **sparse)
+    expected = assign_by_agreement(log_probs, dense, answered, rule)
+    scores = agreement_scores(log_probs.double(), dense.double(), rule).masked_fill(~answered, torch.inf)
+    for row in (found != expected).nonzero().flatten().tolist():  # a near tie may go either way
+        first, second = scores[row, found[row]], scores[row, expected[row]]
+        assert found[row] >= 0 and abs(float(first - second)) <= 1e-5 * max(1.0, abs(float(first)))
+    assert (found == expected).float().mean() > 0.99
+    assert (found == -1).tolist() == (~answered.any(dim=1)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        # s = (1/2, 1/4, 1/8, 1/8), g = (1/8, 1/2, 3/16, 3/16) named as {1: 1/2, 0: 1/8} with 3/16 for the other two
+        ("ce_teacher_student", (1 / 8 * 1 + 1 / 2 * 2 + 2 * 3 / 16 * 3) * math.log(2)),
+        ("hard_loss", 2 * math.log(2)),
+        (
+            "kl_teacher_student",
+            (1 / 8 * -2 + 1 / 2 * 1) * math.log(2) + 2 * 3 / 16 * math.log((3 / 16) / (1 / 8)),
+        ),
+        (
+            "kl_student_teacher",
+            (1 / 2 * 2 + 1 / 4 * -1) * math.log(2) + 2 * 1 / 8 * math.log((1 / 8) / (3 / 16)),
+        ),
+    ],
+)
+def test_sparse_scores_by_hand(rule, expected):
+    log_probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
+    found = agreement_scores(
+        log_probs, torch.tensor([[[0.5, 0.125]]], dtype=torch.float64), rule, label_ids=torch.tensor([[[1, 0]]]),
+        rest_probs=torch.tensor([[3 / 16]], dtype=torch.float64),
+    )  # fmt: skip
+    assert found.tolist() == [[pytest.approx(expected, rel=1e-12)]]
+
+
+@pytest.mark.parametrize(
+    ("rest", "floor"),
+    [
+        (0.0, 1e-2),  # sure teacher: nobody else has a probability, which the logarithm lifts to min_prob
+        (1e-3, 1e-2),  # a rest below min_prob is lifted too
+        (2e-2, 2e-2),  # one above stays
+    ],
+)
+def test_the_rest_is_clamped_inside_logarithms_only(rest, floor):
+    # KL(s || g) with s = (0, 1/2, 1/2) and g = (1 - 2r, r, r): log(1/2) - log(max(r, 1e-2)), the student's 0 costs 0
+    log_probs = torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64).log()
+    teacher, ids = torch.tensor([[[1 - 2 * rest]]], dtype=torch.float64), torch.tensor([[[0]]])
+    options = {"label_ids": ids, "rest_probs": torch.tensor([[rest]], dtype=torch.float64)}
+    found = agreement_scores(log_probs, teacher, "kl_student_teacher", 1e-2, **options)
+    assert found.item() == pytest.approx(math.log(0.5) - math.log(floor), rel=1e-12)
+    # -sum g log s with log s = (log 1e-2, log 1/2, log 1/2): r is a weight here, and stays what it is
+    found = agreement_scores(log_probs, teacher, "ce_teacher_student", 1e-2, **options)
+    expected = -(1 - 2 * rest) * math.log(1e-2) - 2 * rest * math.log(0.5)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_a_missing_sparse_row_is_left_out(rule):
+    # the zeros of a missing row name label 0 with probability 0, and would win under cross-entropy
+    log_probs = torch.tensor([[0.25, 0.75]]).log()
+    stored, ids = torch.tensor([[[0.0], [0.9]]]), torch.tensor([[[0], [1]]])
+    answered = torch.tensor([[False, True]])
+    options = {"label_ids": ids, "rest_probs": torch.tensor([[0.0, 0.1]])}
+    assert assign_by_agreement(log_probs, stored, answered, rule, **options).tolist() == [1]
+    assert assign_by_agreement(log_probs, stored, torch.zeros(1, 2, dtype=torch.bool), rule, **options).tolist() == [
+        -1
+    ]
+
+
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_sparse_ties_go_to_the_first(rule):
+    log_probs, stored, sparse, _, _ = draw_sparse(12, 3, num_teachers=1)
+    repeated = {name: values.repeat_interleave(3, dim=1) for name, values in sparse.items()}
+    answered = torch.tensor([[False, True, True]]).expand(len(stored), -1)
+    found = assign_by_agreement(log_probs, stored.repeat_interleave(3, dim=1), answered, rule, **repeated)
+    assert set(found.tolist()) == {1}
+
+
+def test_sparse_scores_of_an_infinitely_unlikely_label_stay_finite():
+    log_probs = torch.tensor([[0.0, -torch.inf, -torch.inf]])
+    for rule in AGREEMENT_RULES:
+        found = agreement_scores(
+            log_probs, torch.tensor([[[0.5], [1.0]]]), rule, label_ids=torch.tensor([[[1], [2]]]),
+            rest_probs=torch.tensor([[0.25, 0.0]]),
+        )  # fmt: skip
+        assert torch.isfinite(found).all()
+
+
+def test_no_sparse_examples():
+    empty = {"label_ids": torch.zeros(0, 2, 3, dtype=torch.long), "rest_probs": torch.zeros(0, 2)}
+    answered = torch.zeros(0, 2, dtype=torch.bool)
+    for rule in AGREEMENT_RULES:
+        assert assign_by_agreement(torch.zeros(0, 9), torch.zeros(0, 2, 3), answered, rule, **empty).shape == (0,)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_cosupervise.collator import ROW, DataCollatorForCoSupervision
+from hf_cosupervise.collator import ROW, TARGETS, DataCollatorForCoSupervision
 from hf_cosupervise.inputs import InputProcessor
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
@@ -87,3 +87,54 @@ def test_dataset_rows_as_the_loader_gives_them(text_processor):
     )
     (batch,) = loader
     torch.testing.assert_close(batch["target_probs"], torch.tensor([[0.4, 0.6], [0.2, 0.8]]))
+
+
+# ── pseudolabels that name some of the labels ───────────────────────────────────────────────────────────────────────
+
+
+def sparse_look_up(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids = np.stack([rows, rows + 1], axis=1).astype(np.int64)
+    probs = np.stack([1 - rows / 10, rows / 20], axis=1).astype(np.float32)
+    return ids, probs, (rows / 100).astype(np.float32)
+
+
+def test_sparse_pseudolabels(text_processor):
+    collator = DataCollatorForCoSupervision(text_processor, "text", sparse_look_up)
+    batch = collator([{"text": "barks", ROW: 3}, {"text": "the animal", ROW: 0}, {"text": "barks", ROW: 3}])
+    assert TARGETS == ("target_ids", "target_probs", "target_rest")
+    assert set(batch) == {*text_processor.input_names, *TARGETS}
+    assert [batch[name].dtype for name in TARGETS] == [torch.long, torch.float32, torch.float32]
+    assert batch["target_ids"].tolist() == [[3, 4], [0, 1], [3, 4]]
+    torch.testing.assert_close(batch["target_probs"], torch.tensor([[0.7, 0.15], [1.0, 0.0], [0.7, 0.15]]))
+    torch.testing.assert_close(batch["target_rest"], torch.tensor([0.03, 0.0, 0.03]))
+    assert "labels" not in batch and ROW not in batch
+
+
+def test_sparse_rows_come_before_labels(text_processor):
+    collator = DataCollatorForCoSupervision(text_processor, "text", sparse_look_up)
+    assert "labels" not in collator([{"text": "barks", ROW: 1, "labels": 0}])
+    assert not set(TARGETS) & set(collator([{"text": "barks", "labels": 0}]))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_sparse_pseudolabels_of_a_pool(hard, text_processor):
+    hierarchy = TeacherHierarchy([f"l{label}" for label in range(9)], [Teacher("one"), Teacher("two", level=1)])
+    rng = np.random.default_rng(0)
+    predictions = {name: rng.dirichlet(np.ones(9), size=6) for name in hierarchy.names}
+    pool = PseudolabelPool.from_predictions(hierarchy, range(6), predictions, pool_k=2)
+    sources = np.array([0, 1, 1, 0, 1, 0])
+    collator = DataCollatorForCoSupervision(
+        text_processor, "text", lambda rows: pool.sparse_pseudolabels(sources[rows], rows, hard=hard)
+    )
+    batch = collator([{"text": "barks", ROW: row} for row in (4, 0, 5, 4)])
+    dense = batch["target_rest"].unsqueeze(1).repeat(1, 9)
+    dense.scatter_(1, batch["target_ids"], batch["target_probs"])
+    rows = np.array([4, 0, 5, 4])
+    torch.testing.assert_close(dense, torch.from_numpy(pool.pseudolabels(sources[rows], rows, hard=hard)))
+    assert batch["target_ids"].shape == (4, 1 if hard else 2)
+
+
+def test_a_tuple_of_another_length_is_an_error(text_processor):
+    collator = DataCollatorForCoSupervision(text_processor, "text", lambda rows: sparse_look_up(rows)[:2])
+    with pytest.raises(ValueError):
+        collator([{"text": "barks", ROW: 1}])

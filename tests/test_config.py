@@ -11,7 +11,14 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_cosupervise.assignment import AGREEMENT_RULES
-from hf_cosupervise.config import ASSIGNMENTS, REJECTIONS, STUDENT_TRAININGS, CoSupervisedConfig
+from hf_cosupervise.config import (
+    ASSIGNMENTS,
+    FEATURES_DTYPES,
+    HEAD_SOLVERS,
+    REJECTIONS,
+    STUDENT_TRAININGS,
+    CoSupervisedConfig,
+)
 from hf_cosupervise.consistency import SELECTION_RULES
 
 OWN = {
@@ -112,6 +119,8 @@ def test_single_names_become_lists(tmp_path):
         ("rejection_rule", SELECTION_RULES),
         ("student_training", STUDENT_TRAININGS),
         ("pseudolabels", ("soft", "hard")),
+        ("features_dtype", FEATURES_DTYPES),
+        ("head_solver", HEAD_SOLVERS),
     ],
 )
 def test_names(name, values, tmp_path):
@@ -138,6 +147,24 @@ def test_one_unknown_name_among_several(tmp_path):
         ({"rounds_per_level": 0}, "`rounds_per_level` must be at least 1, got 0."),
         ({"agreement_min_prob": 0.0}, "`agreement_min_prob` must lie between 0 and 1, got 0.0."),
         ({"agreement_min_prob": 1.0}, "`agreement_min_prob` must lie between 0 and 1, got 1.0."),
+        ({"ridge_alpha": 0.0}, "`ridge_alpha` must be above 0, got 0.0."),
+        ({"ridge_alpha": float("nan")}, "`ridge_alpha` must be above 0, got nan."),
+        ({"ridge_logit_scale": -1.0}, "`ridge_logit_scale` must be above 0, got -1.0."),
+        (
+            {"head_solver": "ridge", "student_training": "lora"},
+            "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` 'lora' and "
+            "`warm_start` False. Use 'probe' without `warm_start`.",
+        ),
+        (
+            {"head_solver": "ridge", "student_training": "full"},
+            "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` 'full' and "
+            "`warm_start` False. Use 'probe' without `warm_start`.",
+        ),
+        (
+            {"head_solver": "ridge", "warm_start": True},
+            "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` 'probe' and "
+            "`warm_start` True. Use 'probe' without `warm_start`.",
+        ),
         (
             {"remove_unused_columns": True},
             "`remove_unused_columns` must stay False: the collator reads the raw columns.",
@@ -245,3 +272,12 @@ def test_bfloat16_without_an_accelerator(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     args = CoSupervisedConfig(output_dir=str(tmp_path), bf16=True)
     assert args.use_cpu and args.bf16 and args.device.type == "cpu"
+
+
+def test_the_ridge_fields_on_the_command_line(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--head_solver", "ridge", "--ridge_alpha", "0.5"]
+    args = parse(*words, "--ridge_logit_scale", "4", "--features_dtype", "float16")
+    assert (args.head_solver, args.ridge_alpha, args.ridge_logit_scale) == ("ridge", 0.5, 4.0)
+    assert args.features_dtype == "float16"
+    again = CoSupervisedConfig(**{**json.loads(args.to_json_string()), "output_dir": str(tmp_path)})
+    assert (again.head_solver, again.ridge_alpha, again.features_dtype) == ("ridge", 0.5, "float16")

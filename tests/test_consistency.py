@@ -185,3 +185,43 @@ def test_no_examples():
     ]
     assert [(result.shape, result.dtype) for result in results] == [((0,), torch.bool)] * len(results)
     assert pseudolabel_loss(rows, labels).shape == (0,)
+
+
+# ── top-k against the slow rank ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def slow_in_top_k(row: list[float], label: int, k: int) -> bool:
+    """Sort the labels by probability, descending, the lower label first among equals, and look at the first k."""
+    return label in sorted(range(len(row)), key=lambda other: (-row[other], other))[:k]
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 5, 17])
+@pytest.mark.parametrize("num_values", [1, 2, 4, 1000])
+def test_in_top_k_against_the_slow_rank(num_values, num_labels):
+    # few different values make many ties, also across the edge; a quarter of the entries is -inf
+    generator = torch.Generator().manual_seed(num_values)
+    values = torch.randint(num_values, (40, num_labels), generator=generator).float() / num_values
+    values[torch.rand(40, num_labels, generator=generator) < 0.25] = -torch.inf
+    values[0] = -torch.inf
+    labels = torch.randint(num_labels, (40,), generator=generator)
+    for k in range(1, num_labels + 2):
+        expected = [slow_in_top_k(row, label, k) for row, label in zip(values.tolist(), labels.tolist())]
+        found = in_top_k(values, labels, k)
+        assert found.tolist() == expected and found.dtype == torch.bool and found.shape == (40,)
+        assert parent_topk(labels, values, k).tolist() == expected
+    assert all(expected)  # beyond the number of labels, everything
+
+
+def test_in_top_k_reads_rows_that_are_not_contiguous():
+    values = torch.rand(6, 20, generator=torch.Generator().manual_seed(0)).T  # as a slice of something larger
+    labels = torch.arange(20) % 6
+    expected = [slow_in_top_k(row, label, 2) for row, label in zip(values.tolist(), labels.tolist())]
+    assert in_top_k(values, labels, 2).tolist() == expected
+    assert in_top_k(values.double(), labels, 2).tolist() == expected
+
+
+def test_in_top_k_changes_nothing_it_was_given():
+    values, labels = torch.zeros(5, 4), torch.arange(5) % 4
+    before = values.clone(), labels.clone()
+    assert in_top_k(values, labels, 2).tolist() == [True, True, False, False, True]
+    assert torch.equal(values, before[0]) and torch.equal(labels, before[1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,6 +18,7 @@ from datasets import Dataset, Features, Image, concatenate_datasets
 from PIL import Image as PILImage
 from torch import nn
 
+from hf_cosupervise import features as features_module
 from hf_cosupervise.features import FeatureStore, backbone_key
 from hf_cosupervise.inputs import InputProcessor
 from hf_cosupervise.students import linear_head, load_student
@@ -339,3 +342,291 @@ def test_nothing_of_the_student_changes(vit, tiny_image_dataset):
     after = vit.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not vit.model.training
+
+
+# ── features computed elsewhere, or kept in half the space ──────────────────────────────────────────────────────────
+
+
+def draw_features(num_examples: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(num_examples, 16)).astype(np.float32)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
+
+
+@pytest.mark.parametrize("sizes", [[48], [20, 20, 8], [1] * 48, [47, 0, 1]])
+def test_written_features_are_read_without_the_backbone(sizes, vit, tiny_image_dataset):
+    given = draw_features(48)
+    edges = np.cumsum([0, *sizes])
+    vit.store().write(
+        tiny_image_dataset, "image", (given[low:high] for low, high in zip(edges, edges[1:]))
+    )  # a generator: nothing needs all batches at once
+    found = vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert np.array_equal(found, given) and isinstance(found, np.memmap)
+    order = np.random.default_rng(1).permutation(48)
+    assert np.array_equal(vit.store().features(tiny_image_dataset.select(order), "image"), given[order])
+    assert vit.batches == []
+
+
+def test_written_and_computed_features_stand_side_by_side(vit, tiny_image_dataset):
+    given = draw_features(20)
+    vit.store().write(tiny_image_dataset.select(range(20)), "image", [given])
+    found = vit.store().features(tiny_image_dataset, "image", batch_size=100, disable_tqdm=True)
+    assert vit.batches == [28] and np.array_equal(found[:20], given)
+    np.testing.assert_allclose(found[20:], vit.direct(tiny_image_dataset.select(range(20, 48))["image"]), atol=1e-5)
+
+
+def test_written_texts_and_other_dtypes(bert, tiny_text_dataset):
+    given = draw_features(48)
+    bert.store().write(tiny_text_dataset, "text", [given[:30].astype(np.float64), given[30:]])
+    found = bert.store().features(tiny_text_dataset, "text", disable_tqdm=True)
+    assert found.dtype == np.float32 and np.array_equal(found, given) and bert.batches == []
+
+
+def test_equal_rows_may_be_written_twice(vit, tiny_image_dataset):
+    dataset = tiny_image_dataset.select([0, 1, 0])
+    given = draw_features(2)
+    vit.store().write(dataset, "image", [given[[0, 1, 0]]])
+    assert np.array_equal(vit.store().features(dataset, "image", disable_tqdm=True), given[[0, 1, 0]])
+    assert vit.batches == []
+
+
+def test_no_rows_may_be_written(vit, tiny_image_dataset):
+    vit.store().write(tiny_image_dataset.select([]), "image", [])
+    given = draw_features(3)
+    vit.store().write(tiny_image_dataset.select(range(3)), "image", [given])
+    assert np.array_equal(vit.store().features(tiny_image_dataset.select(range(3)), "image"), given)
+
+
+@pytest.mark.parametrize(
+    ("batches", "dtype", "sentence"),
+    [
+        (
+            [np.zeros((5, 15))], "float32",
+            "Features must have shape (num_rows, 16) like the head, got (5, 15).",
+        ),
+        ([np.zeros(16)], "float32", "Features must have shape (num_rows, 16) like the head, got (16,)."),
+        (
+            [np.zeros((3, 16)), np.zeros((2, 4, 4))], "float32",
+            "Features must have shape (num_rows, 16) like the head, got (2, 4, 4).",
+        ),
+        ([np.zeros((4, 16))], "float32", "Features must be given for 5 rows, got 4."),
+        ([np.zeros((4, 16)), np.zeros((3, 16))], "float32", "Features must be given for 5 rows, got 7."),
+        ([], "float16", "Features must be given for 5 rows, got 0."),
+        (
+            [np.zeros((2, 16)), np.full((3, 16), np.nan)], "float32",
+            "Features must be finite in float32, got others in rows 2..4. Check these inputs, or keep features in "
+            "float32.",
+        ),
+        (
+            [np.full((5, 16), -np.inf)], "float32",
+            "Features must be finite in float32, got others in rows 0..4. Check these inputs, or keep features in "
+            "float32.",
+        ),
+        (  # the largest half-precision number is 65504
+            [np.full((5, 16), 70000.0)], "float16",
+            "Features must be finite in float16, got others in rows 0..4. Check these inputs, or keep features in "
+            "float32.",
+        ),
+    ],
+)  # fmt: skip
+def test_features_that_do_not_fit_are_refused(batches, dtype, sentence, vit, tiny_image_dataset):
+    dataset, store = tiny_image_dataset.select(range(5)), vit.store(dtype=dtype)
+    with pytest.raises(ValueError) as error:
+        store.write(dataset, "image", batches)
+    assert str(error.value) == sentence
+    assert names_in(store.folder) == []  # nothing left behind, and a second try works
+    given = draw_features(5)
+    store.write(dataset, "image", [given])
+    assert np.array_equal(store.features(dataset, "image", disable_tqdm=True), given.astype(dtype))
+
+
+def test_overflow_of_the_backbone_itself(vit, tiny_image_dataset):
+    # a feature of 1e5 is fine in float32, and no number in float16
+    store = vit.store(dtype="float16")
+    store.model.vit.layernorm.weight.data.fill_(1e5)
+    with pytest.raises(ValueError, match=r"must be finite in float16, got others in rows 0\.\.3\. Check these"):
+        store.features(tiny_image_dataset.select(range(8)), "image", batch_size=4, disable_tqdm=True)
+    assert names_in(store.folder) == [] and not vit.head._forward_pre_hooks
+
+
+def test_half_precision_is_half_the_space(vit, tiny_image_dataset):
+    exact = np.array(vit.store().features(tiny_image_dataset, "image", disable_tqdm=True))
+    store = vit.store(dtype="float16")
+    assert store.folder != vit.store().folder and store.folder.parent == vit.store().folder.parent
+    half = store.features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert half.dtype == np.float16 and half.shape == (48, 16) and isinstance(half, np.memmap)
+    np.testing.assert_allclose(half, exact, rtol=1e-3, atol=1e-4)
+    assert np.array_equal(half, exact.astype(np.float16))
+    (path,) = store.folder.glob("shard-*/features.npy")
+    assert path.stat().st_size < 48 * 16 * 2 + 200
+    # rows in another order, and none at all, are of that type too
+    order = np.arange(47, -1, -1)
+    shuffled = store.features(tiny_image_dataset.select(order), "image", disable_tqdm=True)
+    assert shuffled.dtype == np.float16 and np.array_equal(shuffled, half[order])
+    assert store.features(tiny_image_dataset.select([]), "image", disable_tqdm=True).dtype == np.float16
+    assert vit.batches == [48, 48]
+
+
+# ── rows from several shards, and more of them than the memory takes ────────────────────────────────────────────────
+
+
+@pytest.fixture()
+def three_shards(vit, tiny_image_dataset) -> np.ndarray:
+    """Features of all 48 rows, written in three shards of unequal size."""
+    given = draw_features(48)
+    for rows in (range(30, 48), range(0, 7), range(7, 30)):
+        vit.store().write(tiny_image_dataset.select(rows), "image", [given[list(rows)]])
+    assert len(list(vit.store().folder.glob("shard-*"))) == 3
+    return given
+
+
+@pytest.mark.parametrize("limit", [2**30, 0])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_several_shards_in_any_order(limit, dtype, vit, tiny_image_dataset, monkeypatch):
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", limit)
+    monkeypatch.setattr(features_module, "_CHUNK", 10)
+    given, store = draw_features(48).astype(dtype), vit.store(dtype=dtype)
+    for rows in (range(30, 48), range(0, 7), range(7, 30)):
+        store.write(tiny_image_dataset.select(rows), "image", [given[list(rows)]])
+    rng = np.random.default_rng(0)
+    for rows in (
+        np.arange(48), np.arange(47, -1, -1), rng.permutation(48), rng.integers(48, size=60), np.array([5]),
+        np.array([7, 6]), np.arange(8, 29), np.arange(6, 8),
+    ):  # fmt: skip
+        found = store.features(tiny_image_dataset.select(rows), "image", disable_tqdm=True)
+        assert np.array_equal(found, given[rows]) and found.dtype == np.dtype(dtype), rows
+    assert vit.batches == []
+
+
+def test_rows_within_one_shard_are_mapped(three_shards, vit, tiny_image_dataset):
+    for low, high in ((30, 48), (31, 40), (0, 7), (29, 30)):
+        found = vit.store().features(tiny_image_dataset.select(range(low, high)), "image", disable_tqdm=True)
+        assert isinstance(found, np.memmap) and np.array_equal(found, three_shards[low:high])
+
+
+def test_too_many_rows_for_the_memory_are_put_in_order_on_disk(three_shards, vit, tiny_image_dataset, monkeypatch):
+    store, order = vit.store(), np.random.default_rng(3).permutation(48)
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 48 * 16 * 4)
+    found = store.features(tiny_image_dataset.select(order), "image", disable_tqdm=True)
+    assert not isinstance(found, np.memmap) and not list(store.folder.glob("ordered-*"))
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 48 * 16 * 4 - 1)
+    found = store.features(tiny_image_dataset.select(order), "image", disable_tqdm=True)
+    assert isinstance(found, np.memmap) and np.array_equal(found, three_shards[order])
+    (folder,) = store.folder.glob("ordered-*")
+    before = (folder / "features.npy").stat().st_mtime_ns
+    again = vit.store().features(tiny_image_dataset.select(order), "image", disable_tqdm=True)
+    assert np.array_equal(again, three_shards[order])
+    assert (folder / "features.npy").stat().st_mtime_ns == before  # written once
+    found[:] = 0  # copy on write: the file stays
+    assert np.array_equal(vit.store().features(tiny_image_dataset.select(order), "image"), three_shards[order])
+
+
+def test_rows_in_order_on_disk_are_those_that_were_asked_for(vit, tiny_image_dataset, monkeypatch):
+    # Two data sets of one size, each asked for in reverse order. Their shards stand in the order of their names, so
+    # the second may stand before the first: the rows of the one are then counted as those of the other were.
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 0)
+    reverse = np.arange(11, -1, -1)
+    parts = [tiny_image_dataset.select(range(low, low + 12)) for low in (0, 12)]
+    for number, (first, second) in enumerate((parts, parts[::-1])):  # in one of both orders that is so
+        store = vit.store(precision=f"try-{number}")
+        for seed, dataset in enumerate((first, second)):
+            given = draw_features(12, seed)
+            store.write(dataset, "image", [given])
+            found = store.features(dataset.select(reverse), "image", disable_tqdm=True)
+            assert np.array_equal(found, given[reverse]), (number, seed)
+
+
+# ── files that are not what they should be ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "damage", ["owner", "no owner", "width", "dtype", "rows", "truncated", "truncated keys", "no features"]
+)
+def test_a_shard_that_is_not_whole_or_not_ours_is_named(damage, vit, tiny_image_dataset):
+    store = vit.store()
+    store.write(tiny_image_dataset, "image", [draw_features(48)])
+    (shard,) = store.folder.glob("shard-*")
+    if damage == "owner":
+        (shard / "backbone.txt").write_text("0123456789abcdef")
+    elif damage == "no owner":
+        (shard / "backbone.txt").unlink()
+    elif damage == "width":
+        np.save(shard / "features.npy", np.zeros((48, 15), dtype=np.float32))
+    elif damage == "dtype":
+        np.save(shard / "features.npy", np.zeros((48, 16), dtype=np.float64))
+    elif damage == "rows":
+        np.save(shard / "features.npy", np.zeros((47, 16), dtype=np.float32))
+    elif damage == "no features":
+        (shard / "features.npy").unlink()
+    else:
+        path = shard / ("keys.npy" if damage == "truncated keys" else "features.npy")
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError) as error:
+        vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert str(error.value).startswith(f"Features in '{shard}' must be ")
+    assert str(error.value).endswith("Delete that folder: they are computed again.")
+    if damage in ("owner", "no owner"):
+        owner = {"owner": "0123456789abcdef", "no owner": "nobody"}[damage]
+        assert str(error.value) == (
+            f"Features in '{shard}' must be (48, 16) float32 of backbone {store.folder.name}, got (48, 16) float32 of "
+            f"{owner}. Delete that folder: they are computed again."
+        )
+    assert vit.batches == []
+
+
+def test_a_full_disk_leaves_nothing_and_a_second_try_works(vit, tiny_image_dataset):
+    resource = pytest.importorskip("resource")  # not on Windows
+    store, limits = vit.store(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))  # 48 rows of 64 bytes do not fit
+    try:
+        with pytest.raises(OSError):
+            store.features(tiny_image_dataset, "image", disable_tqdm=True)
+        with pytest.raises(OSError):
+            store.write(tiny_image_dataset, "image", [draw_features(48)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names_in(store.folder) == [] and not vit.head._forward_pre_hooks
+    found = store.features(tiny_image_dataset, "image", disable_tqdm=True)
+    np.testing.assert_allclose(found, vit.direct(tiny_image_dataset["image"]), atol=1e-5)
+
+
+def test_a_full_disk_while_rows_are_put_in_order(three_shards, vit, tiny_image_dataset, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 0)
+    order, before = tiny_image_dataset.select(np.arange(47, -1, -1)), names_in(vit.store().folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            vit.store().features(order, "image", disable_tqdm=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names_in(vit.store().folder) == before
+    found = vit.store().features(order, "image", disable_tqdm=True)
+    assert isinstance(found, np.memmap) and np.array_equal(found, three_shards[::-1])
+
+
+@pytest.mark.parametrize("what", ["shard", "ordered"])
+def test_another_process_may_finish_the_same_file_first(what, three_shards, vit, tiny_image_dataset, monkeypatch):
+    # Several processes put the same rows in order, and runs that share a folder compute the same rows. Each writes its
+    # own copy; whoever comes second, even by a hair, finds the name taken, and the file behind it as good as its own.
+    store = vit.store() if what == "ordered" else vit.store(precision="other")
+    dataset = tiny_image_dataset.select(np.arange(47, -1, -1)) if what == "ordered" else tiny_image_dataset
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 0)
+    replace, raced = os.replace, []
+
+    def come_second(source: Path, target: Path) -> None:
+        if not raced:
+            raced.append(target)
+            shutil.copytree(source, target)
+        replace(source, target)
+
+    monkeypatch.setattr(features_module.os, "replace", come_second)
+    found = store.features(dataset, "image", disable_tqdm=True)
+    monkeypatch.undo()
+    assert len(raced) == 1 and what in str(raced[0].name)
+    if what == "ordered":
+        assert np.array_equal(found, three_shards[::-1])
+    assert not [name for name in names_in(store.folder) if name.startswith(".partial")]

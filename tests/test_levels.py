@@ -22,7 +22,8 @@ from datasets import Dataset
 from hf_cosupervise.assignment import AGREEMENT_RULES
 from hf_cosupervise.config import CoSupervisedConfig
 from hf_cosupervise.levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
-from hf_cosupervise.pool import PseudolabelPool
+from hf_cosupervise.pool import PseudolabelPool, teacher_dataset
+from hf_cosupervise.sparse import encode_top_k
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
 DOMAINS = ("day", "dusk", "night")
@@ -603,3 +604,106 @@ def test_training_looks_at_no_ground_truth(base_args):
         shown = {key: value for key, value in seeing.metrics.items() if not key.startswith("oracle_")}
         assert unseeing.metrics == shown and len(shown) < len(seeing.metrics)
         assert not any(math.isnan(value) for value in shown.values())
+
+
+# ── pools that keep some of the labels ──────────────────────────────────────────────────────────────────────────────
+
+# Of 6 labels, what 2, 4, 5 or 6 stored ones leave is spread over 4, 2, 1 or no others: multiples of 1/64, exact. The
+# probabilities of 16ths are never all equal, so what was left out stays below the first.
+NUM_SPARSE_LABELS = 6
+SAME_K, OTHER_KS = (2, 2, 2, 2), (4, 2, 5, 6)
+
+
+@functools.cache
+def draw_stored_tree(num_teachers: int, seed: int, ks: tuple[int, ...]) -> Tree:
+    """A tree whose teachers keep `ks` labels in turn, and whose slow answers are what its own storage gives back."""
+    tree = draw_tree(NUM_SPARSE_LABELS, num_teachers, seed, num_examples=14)
+    number, datasets, answers = 0, {}, []
+    for level in tree.answers:
+        answers.append([[[] for _ in rows] for rows in level])
+        for teacher in range(len(level[0])):
+            name, k = tree.pool.hierarchy.names[number], ks[number % len(ks)]
+            # a root of several teachers, and a copy of a teacher, keep what the first of them keeps
+            if seed % 3 == 0 and teacher == len(level[0]) - 1:
+                k = ks[(number - teacher) % len(ks)]
+            probs = np.array([rows[teacher] for rows in level])
+            datasets[name] = teacher_dataset(tree.pool.ids.tolist(), *encode_top_k(probs, k))
+            for row, rows in enumerate(level):
+                answers[-1][row][teacher] = slow.decode_row(*slow.encode_row(rows[teacher], k), NUM_SPARSE_LABELS)
+            number += 1
+    found = copy.copy(tree)
+    found.pool, found.answers = PseudolabelPool(tree.pool.hierarchy, datasets, tree.pool.inputs), answers
+    return found
+
+
+@pytest.mark.parametrize("ks", [SAME_K, OTHER_KS], ids=["same k", "other ks"])
+@pytest.mark.parametrize("rejection", REJECTIONS)
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_whole_hierarchies_of_stored_labels(assignment, rejection, ks, base_args):
+    num_compared = 0
+    for num_teachers in (1, 2, 3):
+        for seed in range(3):
+            tree = draw_stored_tree(num_teachers, seed, ks)
+            assert tree.pool.has_one_k is (ks == SAME_K)
+            for name in tree.pool.hierarchy.names:  # the slow answers are the pool's, to the bit
+                level, teacher = (int(part) for part in name[1:].split("-"))
+                expected = [rows[teacher] for rows in tree.answers[level]]
+                assert tree.pool.decode(name).tolist() == expected
+            k = None if seed == 0 else 1 + (seed + num_teachers) % (NUM_SPARSE_LABELS - 1)
+            num_compared += check_tree(tree, base_args, assignment, rejection, k, bounds=(seed, 5))
+    # 3 trees of two levels and 6 of three: 15 levels below the root; a few keep nothing
+    assert num_compared >= 13
+
+
+@pytest.mark.parametrize("rule", AGREEMENT_RULES)
+def test_agreement_on_stored_labels_is_that_on_all_of_them(rule, base_args):
+    """The same pool once with 4 labels of 40 and once with all of them decoded: same teachers, same kept rows."""
+    rng, num_examples = np.random.default_rng(0), 200
+    teachers = [Teacher("root"), *(Teacher(f"t{number}", level=1) for number in range(3))]
+    hierarchy = TeacherHierarchy([f"l{label}" for label in range(40)], teachers)
+    predictions = {name: rng.dirichlet(np.full(40, 0.2), size=num_examples) for name in hierarchy.names}
+    for probs in predictions.values():
+        probs[rng.random(num_examples) < 0.1] = 0.0
+    ids = list(range(num_examples))
+    sparse = PseudolabelPool.from_predictions(hierarchy, ids, predictions, pool_k=4)
+    decoded = {name: sparse.decode(name) for name in hierarchy.names}
+    dense = PseudolabelPool.from_predictions(hierarchy, ids, decoded, pool_k=40)
+    student = torch.from_numpy(rng.dirichlet(np.full(40, 0.5), size=num_examples)).float().log()
+    args = change(base_args, assignment=["agreement"], agreement_rule=rule)
+    plans = []
+    for pool in (sparse, dense):
+        previous = plan_level(pool, 0, args, np.full(num_examples, -1)).assigned_teacher
+        plans.append(plan_level(pool, 1, args, previous, [(slice(0, num_examples), student)]))
+    # float16 rounds what was decoded once more: a near tie may go the other way, now and then
+    assert (plans[0].assigned_teacher == plans[1].assigned_teacher).mean() >= 0.98
+    assert set(plans[0].assigned_teacher.tolist()) >= {1, 2, 3}
+
+
+def test_a_chunk_reads_its_own_rows_only(base_args, monkeypatch):
+    """The cost is linear in the rows: nothing of the whole pool is read once per chunk."""
+    rng, num_examples = np.random.default_rng(0), 3 * CHUNK_ROWS + 5
+    hierarchy = TeacherHierarchy(
+        [f"l{label}" for label in range(8)], [Teacher("root"), Teacher("a", level=1), Teacher("b", level=1)]
+    )
+    predictions = {name: rng.dirichlet(np.ones(8), size=num_examples) for name in hierarchy.names}
+    pool = PseudolabelPool.from_predictions(hierarchy, list(range(num_examples)), predictions, pool_k=2)
+    read: list[int] = []
+    whole = PseudolabelPool.answered
+
+    def count(self, name, rows=slice(None)):
+        found = whole(self, name, rows)
+        read.append(len(found))
+        return found
+
+    monkeypatch.setattr(PseudolabelPool, "answered", count)
+    student = torch.from_numpy(rng.dirichlet(np.ones(8), size=num_examples)).float().log()
+    chunks = [
+        (slice(start, min(start + CHUNK_ROWS, num_examples)), student[start : start + CHUNK_ROWS])
+        for start in range(0, num_examples, CHUNK_ROWS)
+    ]
+    for assignment in ("agreement", "ensemble"):
+        args = change(base_args, assignment=[assignment], rejection=["top_k", "parent_topk"])
+        root = plan_level(pool, 0, args, np.full(num_examples, -1))
+        plan_level(pool, 1, args, root.assigned_teacher, chunks)
+        assert max(read) <= CHUNK_ROWS
+        read.clear()

@@ -7,7 +7,14 @@ import re
 import numpy as np
 import pytest
 
-from hf_cosupervise.sparse import check_top_k, decode_top_k, default_pool_k, encode_top_k, label_dtype
+from hf_cosupervise.sparse import (
+    check_top_k,
+    decode_top_k,
+    default_pool_k,
+    encode_top_k,
+    label_dtype,
+    scale_top_k,
+)
 
 
 def softmax_rows(num_examples: int, num_labels: int, scale: float = 3.0, seed: int = 0) -> np.ndarray:
@@ -243,3 +250,176 @@ def test_bad_shape_is_refused(shape):
 def test_bad_storage_is_refused(ids, stored, what):
     with pytest.raises(ValueError, match=rf"(?s)'org/t'.*({what})"):
         check_top_k(np.array(ids, dtype=np.int64), np.array(stored, dtype=np.float16), 3, "org/t")
+
+
+# ── against a slow version ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def draw_kind(kind: str, num_examples: int, num_labels: int, seed: int) -> np.ndarray:
+    """Rows of one kind, float32; the last of several has no answer."""
+    rng = np.random.default_rng([seed, num_labels])
+    if kind == "one-hot":
+        probs = np.zeros((num_examples, num_labels), dtype=np.float32)
+        probs[np.arange(num_examples), rng.integers(num_labels, size=num_examples)] = 1.0
+    elif kind == "uniform":
+        probs = np.full((num_examples, num_labels), 1 / num_labels, dtype=np.float32)
+    elif kind == "tied":  # multiples of 1/8, at few labels: many equal probabilities, and many zeros
+        shares = np.full(min(num_labels, 12), 1 / min(num_labels, 12))
+        probs = np.zeros((num_examples, num_labels), dtype=np.float32)
+        for row in probs:
+            row[rng.choice(num_labels, len(shares), replace=False)] = rng.multinomial(8, shares) / 8
+    elif kind == "subnormal":  # one sure label; all others between nothing and the smallest normal half (6.1e-5)
+        probs = rng.uniform(0, min(5e-5, 0.5 / num_labels), size=(num_examples, num_labels)).astype(np.float32)
+        sure = rng.integers(num_labels, size=num_examples)
+        probs[np.arange(num_examples), sure] = 0.0
+        probs[np.arange(num_examples), sure] = 1 - probs.sum(axis=1)
+    else:
+        logits = rng.normal(scale=3.0, size=(num_examples, num_labels))
+        probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probs = (probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
+    if num_examples > 1:
+        probs[-1] = 0.0
+    return probs
+
+
+def slow_encode(row: np.ndarray, k: int) -> tuple[list[int], list[float]]:
+    """Sort one row by its stored probability, descending, ties to the lowest label."""
+    total = row.astype(np.float64).sum()
+    if total == 0:
+        return [0] * k, [0.0] * k
+    # one float32 division, as rounding twice from float64 may give the other neighbour
+    stored = [float(np.float16(np.float32(prob) / np.float32(total))) for prob in row]
+    ranked = sorted(range(len(row)), key=lambda label: (-stored[label], label))[:k]
+    return ranked, [stored[label] for label in ranked]
+
+
+@pytest.mark.parametrize("kind", ["random", "one-hot", "uniform", "tied", "subnormal"])
+@pytest.mark.parametrize("num_labels", [1, 2, 3, 9, 256, 257])
+def test_against_a_slow_version(num_labels, kind):
+    for seed in range(3):
+        probs = draw_kind(kind, 8, num_labels, seed)
+        for k in sorted({1, 2, 5, num_labels - 1, num_labels} & set(range(1, num_labels + 1))):
+            label_ids, label_probs = encode_top_k(probs, k)
+            assert label_ids.dtype == label_dtype(num_labels) and label_probs.dtype == np.float16
+            for row, ids, stored in zip(probs, label_ids.tolist(), label_probs.tolist()):
+                slow_ids, slow_stored = slow_encode(row, k)
+                # the sum of a row may differ in its last bit, and with it a probability by one half-precision step
+                assert stored == pytest.approx(slow_stored, rel=2**-10, abs=2**-24), (seed, k)
+                if stored == slow_stored:
+                    assert ids == slow_ids, (seed, k)
+                else:
+                    assert kind in ("random", "subnormal")
+            check_top_k(label_ids, label_probs, num_labels, "t")
+
+
+@pytest.mark.parametrize("kind", ["one-hot", "tied", "uniform", "random"])
+@pytest.mark.parametrize("num_labels", [65536, 65537, 70000])
+def test_labels_beyond_16_bits_against_a_slow_version(num_labels, kind):
+    probs = draw_kind(kind, 2, num_labels, seed=1)
+    for k in (1, 4, 16):
+        label_ids, label_probs = encode_top_k(probs, k)
+        slow_ids, slow_stored = slow_encode(probs[0], k)
+        assert label_ids[0].tolist() == slow_ids
+        assert label_probs[0].tolist() == pytest.approx(slow_stored, rel=2**-10, abs=2**-24)
+        assert not label_ids[1].any() and not label_probs[1].any()
+        decoded = decode_top_k(label_ids, label_probs, num_labels)
+        assert decoded[0].argmax() == slow_ids[0] and decoded[0].sum(dtype=np.float64) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_highest_labels_of_a_large_task_keep_their_ids():
+    # 70000 labels: ids 65536 and above need the 17th bit, and a tie between 69998 and 69999 goes to the lower
+    probs = np.zeros((1, 70000), dtype=np.float32)
+    probs[0, [65535, 65536, 69998, 69999]] = [0.125, 0.375, 0.25, 0.25]
+    label_ids, label_probs = encode_top_k(probs, 5)
+    assert label_ids.tolist() == [[65536, 69998, 69999, 65535, 0]] and label_ids.dtype == np.int32
+    assert label_probs.tolist() == [[0.375, 0.25, 0.25, 0.125, 0.0]]
+
+
+def test_negative_zero_is_zero():
+    # -0.0 is not negative: it ties with 0.0, and the tie goes to the lower label
+    label_ids, label_probs = encode_top_k(np.array([[-0.0, 1.0, 0.0]], dtype=np.float32), 2)
+    assert label_ids.tolist() == [[1, 0]] and label_probs.tolist() == [[1.0, 0.0]]
+
+
+def test_a_sum_at_the_very_edge_is_refused_or_stored():
+    # Sums of 1.002 up to the last bits: however a library adds them up, a row is stored or refused with a sentence.
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        row = rng.dirichlet(np.ones(7)).astype(np.float32)
+        row = row / row.sum() * np.float32(1.002)
+        row[row.argmax()] += np.float32(1.2e-7) * rng.integers(-3, 4)
+        try:
+            label_ids, label_probs = encode_top_k(row[None], 3)
+        except ValueError as error:
+            assert "sum" in str(error)
+        else:
+            check_top_k(label_ids, label_probs, 7, "t")
+
+
+def test_a_row_that_sums_to_too_little_is_named():
+    probs = np.array([[0.5, 0.5], [0.0, 0.0], [0.5, 0.25]], dtype=np.float32)
+    with pytest.raises(ValueError) as error:
+        encode_top_k(probs, 1)
+    assert str(error.value) == "Rows of `probs` must sum to 1 or be all zero, got 0.7500 in row 2."
+
+
+def test_rows_that_cannot_be_written_are_read_all_the_same():
+    probs = np.asfortranarray(softmax_rows(6, 5))[::2]  # strided and read-only, as a slice of a mapped file
+    probs.flags.writeable = False
+    expected = encode_top_k(np.ascontiguousarray(probs), 2)
+    for found, wanted in zip(encode_top_k(probs, 2), expected):
+        assert np.array_equal(found, wanted)
+
+
+# ── what stored rows mean ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("stored", "num_labels", "probs", "rest"),
+    [
+        ([0.5], 3, [0.5], 0.25),
+        ([0.5, 0.25], 4, [0.5, 0.25], 0.125),
+        ([1.0], 4, [1.0], 0.0),
+        ([1.0, 0.0], 4, [1.0, 0.0], 0.0),  # nothing is left, and nothing could go below a stored 0
+        ([0.75, 0.25], 2, [0.75, 0.25], 0.0),  # all labels are stored: there are no others
+        ([0.5, 0.25], 2, [2 / 3, 1 / 3], 0.0),  # what was lost by rounding goes to everybody in proportion
+        ([0.0, 0.0], 4, [0.0, 0.0], 0.0),  # no answer
+        # 0.25 is left for one other label, but what was left out may not pass the last stored 0.125: sum 7/8
+        ([0.5, 0.125, 0.125], 4, [4 / 7, 1 / 7, 1 / 7], 1 / 7),
+    ],
+)
+def test_meaning_of_a_stored_row(stored, num_labels, probs, rest):
+    found, found_rest = scale_top_k(np.array([stored], dtype=np.float16), num_labels)
+    assert found.dtype == found_rest.dtype == np.float32
+    assert found.shape == (1, len(stored)) and found_rest.shape == (1,)
+    assert found[0].tolist() == pytest.approx(probs, rel=1e-6) and found_rest[0] == pytest.approx(rest, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["random", "one-hot", "uniform", "tied", "subnormal"])
+@pytest.mark.parametrize("num_labels", [1, 2, 5, 256, 257, 65537])
+def test_meaning_is_a_distribution_in_the_stored_order(num_labels, kind):
+    probs = draw_kind(kind, 4, num_labels, seed=2)
+    for k in sorted({1, 2, 16, num_labels} & set(range(1, min(num_labels, 300) + 1))):
+        label_ids, stored = encode_top_k(probs, k)
+        scaled, rest = scale_top_k(stored, num_labels)
+        total = scaled.astype(np.float64).sum(axis=1) + (num_labels - k) * rest.astype(np.float64)
+        np.testing.assert_allclose(total, probs.any(axis=1).astype(float), atol=1e-5)
+        assert (np.diff(scaled, axis=1) <= 0).all() and (rest >= 0).all()
+        if k < num_labels:
+            assert (rest <= scaled[:, -1]).all()  # a label that was left out is never above one that was kept
+            answered = scaled[:, 0] > 0
+            assert (rest[answered] < scaled[answered, 0]).all()  # nor beside the first
+        # all that was said holds for the full vectors: stored labels at their places, all others at the rest
+        decoded = decode_top_k(label_ids, stored, num_labels)
+        for row in np.flatnonzero(scaled[:, 0]):
+            others = np.ones(num_labels, dtype=bool)
+            others[label_ids[row]] = False
+            assert decoded[row, label_ids[row]].tolist() == scaled[row].tolist()
+            assert (decoded[row, others] == rest[row]).all()
+            assert decoded[row].argmax() == label_ids[row, 0]
+        assert not decoded[scaled[:, 0] == 0].any()
+
+
+def test_meaning_of_no_rows():
+    probs, rest = scale_top_k(np.zeros((0, 3), dtype=np.float16), 5)
+    assert probs.shape == (0, 3) and rest.shape == (0,)

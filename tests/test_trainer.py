@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import save_tiny_vit
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from transformers import (
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, Teacher, TeacherHierarchy
+from hf_cosupervise import trainer as trainer_module
 from hf_cosupervise.inputs import row_keys
 
 LABELS = ("ant", "bee", "cat", "dog")
@@ -558,3 +560,397 @@ def test_an_empty_keep_set_is_an_error(tmp_path, tiny_vit, tiny_image_dataset):
         ValueError, match=r"Level 1 must keep at least one example, got none of 48.*larger `rejection_k`"
     ):
         trainer.train()
+
+
+# --- a head in closed form -------------------------------------------------------------------------------------------
+
+
+def features_of(trainer: CoSupervisedTrainer, data: Dataset) -> np.ndarray:
+    """What the head reads, by a hook of our own, one image at a time."""
+    rows: list[torch.Tensor] = []
+    hook = trainer.model.classifier.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
+    with torch.no_grad():
+        for image in data["image"]:
+            trainer.model.eval()(**trainer.processor([image]))
+    hook.remove()
+    return torch.cat(rows).numpy()
+
+
+def logits_of(trainer: CoSupervisedTrainer, data: Dataset) -> np.ndarray:
+    inputs = trainer.processor(list(data["image"]))
+    with torch.no_grad():
+        return trainer.model.eval()(**inputs).logits.numpy()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"pseudolabels": "hard"}, {"label_smoothing_factor": 0.2}, {"ridge_alpha": 1.0, "ridge_logit_scale": 3.0},
+        {"rejection": "none"}, {"rejection_k": 1},
+    ],
+    ids=lambda changes: "-".join(changes) or "default",
+)  # fmt: skip
+def test_a_ridge_head_is_that_of_scikit_learn(tmp_path, tiny_vit, tiny_image_dataset, changes):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    args = make_args(tmp_path, head_solver="ridge", **changes)
+    trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset, missing=(0, 7)))
+    output = trainer.train()
+    plan = trainer.plans[-1]
+    kept = np.flatnonzero(plan.keep_mask)
+    assert 4 < len(kept) <= 46
+    features = features_of(trainer, tiny_image_dataset).astype(np.float64)
+    targets = np.stack(
+        [trainer.pool.decode(trainer.pool.source_names[plan.assigned_teacher[row]])[row] for row in kept]
+    ).astype(np.float64)
+    if args.pseudolabels == "hard":
+        targets = np.eye(4)[targets.argmax(axis=1)]
+    targets = (1 - args.label_smoothing_factor) * targets + args.label_smoothing_factor / 4
+    penalty = args.ridge_alpha * features[kept].var(axis=0).mean() * len(kept)
+    theirs = linear_model.Ridge(alpha=penalty).fit(features[kept], targets)
+    expected = args.ridge_logit_scale * theirs.predict(features)
+    np.testing.assert_allclose(logits_of(trainer, tiny_image_dataset), expected, atol=2e-3)
+    # the loss is that of the fitted head on what it was fitted to
+    log_probs = expected[kept] - np.log(np.exp(expected[kept]).sum(axis=1, keepdims=True))
+    loss = -(targets * log_probs).sum(axis=1).mean()
+    assert trainer.history.records[-1]["train_loss"] == pytest.approx(loss, rel=1e-3)
+    assert output.global_step == 2
+
+
+def test_a_ridge_student_is_an_ordinary_model(tmp_path, tiny_vit, tiny_image_dataset):
+    pool = make_pool(tiny_image_dataset)
+    trainer = CoSupervisedTrainer(tiny_vit, make_args(tmp_path, head_solver="ridge"), pool=pool)
+    before = weights(trainer)
+    output = trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert moved == {"classifier.weight", "classifier.bias"}
+    assert output.global_step == trainer.state.global_step == 2 and math.isfinite(output.training_loss)
+    assert [(record["level"], record["num_steps"]) for record in trainer.history.records] == [(0, 1), (1, 1)]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses == [pytest.approx(record["train_loss"]) for record in trainer.history.records]
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
+    trainer.save_model()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    batch = AutoImageProcessor.from_pretrained(tmp_path)(list(tiny_image_dataset["image"]), return_tensors="pt")
+    with torch.no_grad():
+        plain = torch.log_softmax(model(**batch).logits, dim=1)
+    ours = torch.cat([chunk for _, chunk in trainer.predict_log_probs(tiny_image_dataset)])
+    torch.testing.assert_close(plain, ours, atol=1e-4, rtol=1e-4)
+    assert trainer.measure_accuracy(tiny_image_dataset) > 0.5
+
+
+def test_callbacks_see_a_ridge_level_as_one_step(tmp_path, tiny_vit, tiny_image_dataset):
+    class Witness(TrainerCallback):
+        def __init__(self) -> None:
+            self.events: list[tuple[str, int]] = []
+
+        def on_level_begin(self, args, state, control, plan, **kwargs):
+            self.events.append(("level begins", plan.level))
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            self.events.append(("epoch begins", state.global_step))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.events.append(("step ends", state.global_step))
+            assert state.max_steps == 1
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            self.events.append(("epoch ends", state.global_step))
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            if "loss" in logs:
+                assert math.isfinite(logs["loss"])
+                self.events.append(("log", state.global_step))
+
+        def on_level_end(self, args, state, control, plan, metrics, **kwargs):
+            self.events.append(("level ends", plan.level))
+
+    witness = Witness()
+    args = make_args(tmp_path, head_solver="ridge")
+    CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset), callbacks=[witness]).train()
+    assert witness.events == [
+        ("level begins", 0), ("epoch begins", 0), ("step ends", 1), ("log", 1), ("epoch ends", 1), ("level ends", 0),
+        # steps of a level count from 0, those of the log go on
+        ("level begins", 1), ("epoch begins", 0), ("step ends", 1), ("log", 2), ("epoch ends", 1), ("level ends", 1),
+    ]  # fmt: skip
+
+
+def test_a_silent_ridge(tmp_path, tiny_vit, tiny_image_dataset):
+    args = make_args(tmp_path, head_solver="ridge", logging_strategy="no")
+    trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+    trainer.train()
+    assert not [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(math.isfinite(record["train_loss"]) for record in trainer.history.records)
+
+
+def test_a_ridge_knows_no_seed_batch_or_rate(tmp_path, tiny_vit, tiny_image_dataset):
+    pool, heads = make_pool(tiny_image_dataset), []
+    for number, changes in enumerate(
+        ({}, {"seed": 7, "data_seed": 9}, {"per_device_train_batch_size": 5, "learning_rate": 1.0, "max_steps": 99})
+    ):
+        args = make_args(tmp_path / str(number), head_solver="ridge", **changes)
+        trainer = CoSupervisedTrainer(tiny_vit, args, pool=pool)
+        assert trainer.train().global_step == 2
+        heads.append(weights(trainer)["classifier.weight"])
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
+
+
+def test_a_ridge_run_twice_in_rounds_and_after_a_crash(tmp_path, tiny_vit, tiny_image_dataset):
+    pool = make_pool(tiny_image_dataset)
+    undisturbed = CoSupervisedTrainer(tiny_vit, make_args(tmp_path / "a", head_solver="ridge"), pool=pool)
+    undisturbed.train()
+    expected = weights(undisturbed)["classifier.weight"]
+    undisturbed.train()  # what was kept of the run before (features, sums of them) is still right
+    assert torch.equal(weights(undisturbed)["classifier.weight"], expected)
+
+    class Crash(TrainerCallback):
+        def on_level_begin(self, args, state, control, plan, **kwargs):
+            if plan.level == 1:
+                raise KeyboardInterrupt
+
+    args = make_args(tmp_path / "b", head_solver="ridge")
+    with pytest.raises(KeyboardInterrupt):
+        CoSupervisedTrainer(tiny_vit, args, pool=pool, callbacks=[Crash()]).train()
+    again = CoSupervisedTrainer(tiny_vit, args, pool=pool)
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == 2 and [record["num_steps"] for record in again.history.records] == [1, 1]
+    torch.testing.assert_close(weights(again)["classifier.weight"], expected, atol=1e-4, rtol=0)
+
+    args = make_args(tmp_path / "c", head_solver="ridge", rounds_per_level=3)
+    assert CoSupervisedTrainer(tiny_vit, args, pool=pool).train().global_step == 4
+
+
+def test_a_ridge_of_few_kept_rows_is_that_of_many_rejected_ones(tmp_path, tiny_vit, tiny_image_dataset):
+    # the sums over the kept rows are those of all less the rejected ones, or their own: whatever is less work
+    trainer = CoSupervisedTrainer(
+        tiny_vit, make_args(tmp_path, head_solver="ridge"), pool=make_pool(tiny_image_dataset)
+    )
+    features = trainer._features_of(trainer._rows)
+    with_one = np.c_[(features - features[:1]).double().numpy(), np.ones(48)]
+    for num_kept in (1, 10, 23, 24, 25, 40, 48):
+        kept = np.sort(np.random.default_rng(num_kept).permutation(48)[:num_kept])
+        found = trainer._gram_of(features, kept).numpy()
+        np.testing.assert_allclose(found, with_one[kept].T @ with_one[kept], rtol=1e-5, atol=1e-4)
+
+
+RIDGE_REFUSED = [
+    ({"fit_head_on_features": False}, "`fit_head_on_features` is off"),
+    ({"save_strategy": "steps"}, "checkpoints within a level are asked for"),
+    ({"eval_strategy": "epoch"}, "evaluation within a level is asked for"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), RIDGE_REFUSED, ids=[next(iter(case[0])) for case in RIDGE_REFUSED])
+def test_a_ridge_that_cannot_be(tmp_path, tiny_vit, tiny_image_dataset, changes, reason):
+    args = make_args(tmp_path / "out", head_solver="ridge", **changes)
+    with pytest.raises(ValueError) as error:
+        CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset), eval_dataset=tiny_image_dataset)
+    assert str(error.value) == (f"`head_solver` 'ridge' needs a linear head on features, but {reason}. Use 'steps'.")
+    assert not (tmp_path / "out" / "_run").exists()
+
+
+def test_a_ridge_needs_a_head_on_one_feature_per_example(tmp_path, tiny_bert, tiny_text_dataset):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=tokenizer.pad_token_id,
+        num_labels=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'ridge' needs a linear head on features, but the student is not a linear"):
+        CoSupervisedTrainer(
+            GPT2ForSequenceClassification(config), make_args(tmp_path, head_solver="ridge"),
+            pool=make_pool(tiny_text_dataset), processing_class=tokenizer,
+        )  # fmt: skip
+
+
+def test_a_ridge_loss_of_the_user_s_own_is_refused(tmp_path, tiny_vit, tiny_image_dataset):
+    with pytest.raises(ValueError, match=r"'ridge' needs .*, but `compute_loss_func` is given\. Use 'steps'\."):
+        CoSupervisedTrainer(
+            tiny_vit, make_args(tmp_path, head_solver="ridge"), pool=make_pool(tiny_image_dataset),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum(),
+        )  # fmt: skip
+
+
+# --- pseudolabels that name some of many labels ----------------------------------------------------------------------
+
+MANY = tuple(f"kind-{number}" for number in range(40))
+
+
+@pytest.fixture(scope="session")
+def vit_of_many(tiny_folder: Path) -> str:
+    return save_tiny_vit(tiny_folder / "vit-40", MANY)
+
+
+def make_pool_of_many(data: Dataset, pool_k: int = 4, *, missing: tuple[int, ...] = (2,)) -> PseudolabelPool:
+    """Three teachers of 40 labels, each sure of the colour that an image has."""
+    rng, gold = np.random.default_rng(0), np.array(data["label"])
+    teachers = [Teacher("generalist"), Teacher("first", level=1), Teacher("second", level=1)]
+    predictions = {}
+    for teacher in teachers:
+        probs = 0.5 * rng.dirichlet(np.full(40, 0.2), len(data)) + 0.5 * np.eye(40)[10 * gold + rng.integers(2)]
+        probs[list(missing)] = 0.0
+        predictions[teacher.name] = probs
+    predictions["first"][5] = 0.0
+    return PseudolabelPool.from_predictions(
+        TeacherHierarchy(MANY, teachers), row_keys(data, "image"), predictions, pool_k=pool_k,
+        inputs=data.remove_columns("label"),
+    )  # fmt: skip
+
+
+def decoded_pool(pool: PseudolabelPool) -> PseudolabelPool:
+    """The same pseudolabels over all labels, but for one more rounding to float16."""
+    predictions = {name: pool.decode(name) for name in pool.hierarchy.names}
+    return PseudolabelPool.from_predictions(
+        pool.hierarchy, pool.ids, predictions, pool_k=40, inputs=pool.inputs.remove_columns("id")
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"label_smoothing_factor": 0.1},
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4, "max_grad_norm": 0.3},
+        {"pseudolabels": "hard", "label_smoothing_factor": 0.1},
+        {"assignment": "ensemble"},
+    ],
+    ids=lambda changes: "-".join(changes) or "default",
+)
+def test_sparse_pseudolabels_train_the_same_student(tmp_path, vit_of_many, tiny_image_dataset, changes, monkeypatch):
+    pool = make_pool_of_many(tiny_image_dataset)
+    changes = {"assignment": "agreement", "learning_rate": 1e-2} | changes
+    found, asked = [], []
+    for number, (fast, sparse) in enumerate(((True, True), (False, True), (False, False))):
+        with monkeypatch.context() as patch:
+            if not sparse:  # the same pool, by way of all labels
+                patch.setattr(trainer_module, "_pays_sparse", lambda pool, plan: False)
+            args = make_args(tmp_path / str(number), fit_head_on_features=fast, **changes)
+            trainer = CoSupervisedTrainer(vit_of_many, args, pool=pool)
+            trainer.train()
+        targets = trainer.data_collator.pseudolabels(np.array([0, 1]))
+        asked.append(isinstance(targets, tuple))
+        found.append((weights(trainer), [record["train_loss"] for record in trainer.history.records]))
+    # an ensemble has no stored rows, so its level is trained on all labels
+    assert asked == [changes["assignment"] != "ensemble"] * 2 + [False]
+    for other, losses in found[1:]:
+        assert losses == pytest.approx(found[0][1], rel=1e-4)
+        for name, value in found[0][0].items():
+            torch.testing.assert_close(value, other[name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_sparse_and_decoded_pools_give_the_same_ridge(tmp_path, vit_of_many, tiny_image_dataset):
+    pool, heads = make_pool_of_many(tiny_image_dataset), []
+    for number, own in enumerate((pool, decoded_pool(pool))):
+        args = make_args(
+            tmp_path / str(number), assignment="agreement", rejection="none", head_solver="ridge",
+            label_smoothing_factor=0.1,
+        )  # fmt: skip
+        trainer = CoSupervisedTrainer(vit_of_many, args, pool=own)
+        trainer.train()
+        heads.append(weights(trainer)["classifier.weight"])
+        assert isinstance(trainer.data_collator.pseudolabels(np.array([0])), tuple) is (number == 0)
+    # float16 rounds to 5e-4 of each probability, and logits are ten times a prediction
+    torch.testing.assert_close(*heads, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(("pool_k", "expected"), [(1, True), (10, True), (11, False), (40, False)])
+def test_sparse_pseudolabels_where_they_pay(tmp_path, vit_of_many, tiny_image_dataset, pool_k, expected):
+    # 4 * k <= 40
+    args = make_args(tmp_path, assignment="agreement", max_steps=1)
+    trainer = CoSupervisedTrainer(vit_of_many, args, pool=make_pool_of_many(tiny_image_dataset, pool_k))
+    trainer.train()
+    assert isinstance(trainer.data_collator.pseudolabels(np.array([0])), tuple) is expected
+
+
+def test_teachers_that_keep_different_numbers_of_labels_are_trained_on_all(tmp_path, vit_of_many, tiny_image_dataset):
+    four, eight = (make_pool_of_many(tiny_image_dataset, k) for k in (4, 8))
+    mixed = PseudolabelPool(four.hierarchy, four.teachers | {"first": eight.teachers["first"]}, four.inputs)
+    args = make_args(tmp_path, assignment="agreement", rejection="none", max_steps=2)
+    trainer = CoSupervisedTrainer(vit_of_many, args, pool=mixed)
+    trainer.train()
+    plan, rows = trainer.plans[1], np.array([0, 1, 3, 4])
+    found = trainer.data_collator.pseudolabels(rows)
+    names = [mixed.source_names[source] for source in plan.assigned_teacher[rows]]
+    assert np.array_equal(found, np.stack([mixed.decode(name)[row] for name, row in zip(names, rows)]))
+
+
+def test_a_loss_of_the_user_s_own_gets_all_labels(tmp_path, vit_of_many, tiny_image_dataset):
+    shapes, sums = set(), []
+
+    def compute_loss(outputs, labels, num_items_in_batch=None):
+        shapes.add(tuple(labels.shape[1:]))
+        sums.extend(labels.sum(dim=1).tolist())
+        return -(labels * torch.log_softmax(outputs.logits, dim=1)).sum(dim=1).mean()
+
+    pool, found = make_pool_of_many(tiny_image_dataset), []
+    for number, own in enumerate((compute_loss, None)):
+        args = make_args(tmp_path / str(number), assignment="agreement", learning_rate=1e-2)
+        trainer = CoSupervisedTrainer(vit_of_many, args, pool=pool, compute_loss_func=own)
+        trainer.train()
+        found.append(weights(trainer)["classifier.weight"])
+    assert shapes == {(40,)} and sums == pytest.approx([1.0] * len(sums), abs=1e-5)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)  # and it is the loss that is used without it
+
+
+def test_evaluation_within_a_level_of_sparse_pseudolabels(tmp_path, vit_of_many, tiny_image_dataset):
+    labels = [MANY[10 * label] for label in tiny_image_dataset["label"]]
+    held_out = tiny_image_dataset.remove_columns("label").add_column("label", labels)
+    args = make_args(tmp_path, assignment="agreement", eval_strategy="steps", eval_steps=3, student_training="full")
+    trainer = CoSupervisedTrainer(vit_of_many, args, pool=make_pool_of_many(tiny_image_dataset), eval_dataset=held_out)
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
+    # loss on rows of the pool itself, as a user may ask for while a level is in training
+    loader = trainer.get_test_dataloader(trainer.train_dataset)
+    (batch, *_) = loader
+    loss, logits, found = trainer.prediction_step(trainer.model, dict(batch), prediction_loss_only=False)
+    plan, rows = trainer.plans[1], np.array(trainer.train_dataset[: len(logits)]["cosupervise_row"])
+    targets = torch.from_numpy(trainer.pool.pseudolabels(plan.assigned_teacher[rows], rows))
+    expected = -(targets * torch.log_softmax(logits, dim=1)).sum(dim=1).mean()
+    assert found is None and float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["steps", "ridge"])
+def test_features_in_half_the_space_give_nearly_the_same_student(tmp_path, tiny_vit, tiny_image_dataset, solver):
+    pool, log_probs = make_pool(tiny_image_dataset), []
+    for dtype in ("float32", "float16"):
+        args = make_args(
+            tmp_path / dtype, features_dtype=dtype, head_solver=solver, learning_rate=1e-2, rejection="none",
+            assignment="oracle_scope", ridge_alpha=0.1,
+        )  # fmt: skip
+        trainer = CoSupervisedTrainer(tiny_vit, args, pool=pool)
+        trainer.train()
+        log_probs.append(torch.cat([chunk for _, chunk in trainer.predict_log_probs(tiny_image_dataset)]))
+        (path,) = (tmp_path / dtype / "_run" / "features").glob("*/shard-*/features.npy")
+        assert np.load(path, mmap_mode="r").dtype == np.dtype(dtype)
+        assert trainer.feature_store.dtype == np.dtype(dtype)
+    torch.testing.assert_close(*log_probs, atol=0.02, rtol=0)
+    assert not torch.equal(*log_probs)
+
+
+@pytest.mark.parametrize("solver", ["steps", "ridge"])
+def test_features_computed_elsewhere_are_trained_on(tmp_path, tiny_vit, tiny_image_dataset, solver):
+    args = make_args(tmp_path, head_solver=solver, features_dir=str(tmp_path / "features"), max_steps=100)
+    args.learning_rate = 0.05
+    trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+    given = np.random.default_rng(0).normal(scale=0.1, size=(48, 16)).astype(np.float32)
+    given[np.arange(48), np.array(tiny_image_dataset["label"])] += 5.0  # as no backbone would: the labels themselves
+    trainer.feature_store.write(tiny_image_dataset, "image", [given[:20], given[20:]])
+    seen: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(1), with_kwargs=True)
+    trainer.train()
+    assert trainer.measure_accuracy(tiny_image_dataset) > 0.9 and not seen
+    (store,) = (tmp_path / "features").iterdir()
+    assert len(list(store.iterdir())) == 1 and not (tmp_path / "_run" / "features").exists()
+
+
+def test_only_a_frozen_backbone_has_features(tmp_path, tiny_vit, tiny_image_dataset):
+    for training in ("lora", "full"):
+        args = make_args(tmp_path / training, student_training=training)
+        trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+        with pytest.raises(ValueError) as error:
+            _ = trainer.feature_store
+        assert str(error.value) == (
+            "Only a linear head on a frozen backbone has features, got another kind of student."
+        )
