@@ -271,10 +271,11 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
             return
         averages, squares, counts = ([state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step"))
         torch._foreach_add_(counts, 1)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._fused_adamw_(
-            [*parameters], [parameter.grad for parameter in parameters if parameter.grad is not None], averages, squares, [], counts,
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-            eps=group["eps"], amsgrad=False, maximize=False,
+            [*parameters], gradients, averages, squares, [], counts, amsgrad=False, maximize=False,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            weight_decay=group["weight_decay"],
         )  # fmt: skip
 
     return step
