@@ -91,7 +91,8 @@ def pool_card(facts: Mapping[str, Any]) -> str:
     Args:
         facts (`Mapping[str, Any]`):
             - `teachers` (`list[dict]`, not empty): `name` (the folder `teachers/<name>`), `model`, `kind`, `revision`,
-              `level`, `scope`, `domains`, `pool_k`, `answered` (share of the examples, 0 to 1), `accuracy`;
+              `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to 1), `answered` (share of the
+              examples, 0 to 1), `accuracy`;
             - `name`, `hub_dataset_id`, `license`, `source_dataset` (`str`), `tags` (`list[str]`);
             - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `num_examples` (`int`);
             - `input_columns` (`list[str]`): columns of `inputs`, absent where the pool holds no inputs;
@@ -281,7 +282,8 @@ def _pgr_text(report: Mapping[str, Any]) -> str:
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]]) -> str:
-    headers = ["level", "teacher", "model", "revision", "scope", "domains", "kept labels", "answered %", "accuracy %"]
+    headers = ["level", "teacher", "model", "revision", "scope", "domains", "kept labels", "mass left out %"]
+    headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         revision = str(teacher.get("revision", ""))
@@ -293,6 +295,7 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]]) -> str:
             _short_list(teacher.get("scope")),
             _short_list(teacher.get("domains")),
             str(teacher.get("pool_k", "")),
+            _percent(teacher.get("dropped_mass") or None),
             _percent(teacher.get("answered")),
             _percent(teacher.get("accuracy")),
         ])  # fmt: skip

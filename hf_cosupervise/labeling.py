@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from .inputs import cell_digests, find_input_column, row_keys
 from .journal import Journal, Part, Segment, check_free, explain_full_disk
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids, write_teacher
-from .sparse import SUM_TOLERANCE, default_pool_k, encode_top_k, label_dtype
+from .sparse import SUM_TOLERANCE, default_pool_k, dropped_mass, encode_top_k, label_dtype
 from .teacher_models import SKLEARN_FEATURE_KINDS as SKLEARN_FEATURE_KINDS
 from .teacher_models import (
     TeacherModel,
@@ -810,11 +810,7 @@ def _append(job: _Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, 
             'row, or leave such rows without labels by `on_error="missing"`.'
         ) from error
     label_ids, label_probs = encode_top_k(probs, job.k)
-    dropped = 0.0
-    if job.k < probs.shape[1]:
-        kept = np.take_along_axis(probs, label_ids.astype(np.int64), axis=1)
-        dropped = max(0.0, float(probs.sum(dtype=np.float64) - kept.sum(dtype=np.float64)))
-    part.append(batch.start, label_ids, label_probs, failed_rows, dropped)
+    part.append(batch.start, label_ids, label_probs, failed_rows, dropped_mass(probs, label_ids))
 
 
 # ── finishing ───────────────────────────────────────────────────────────────────────────────────────────────────────

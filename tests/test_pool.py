@@ -186,7 +186,8 @@ def test_round_trip(hierarchy, ids, with_inputs, tmp_path):
     )
     pool.save(tmp_path / "deep" / "pool")
     loaded = PseudolabelPool.load(str(tmp_path / "deep" / "pool"))
-    assert loaded.hierarchy == pool.hierarchy and loaded.facts == {"root": {"seconds": 2}}
+    assert loaded.hierarchy == pool.hierarchy and loaded.facts == pool.facts
+    assert loaded.facts["root"] == {"seconds": 2, "dropped_mass": 0.0}  # all three labels are kept
     assert loaded.ids.tolist() == ids
     assert (loaded.inputs is not None) == with_inputs
     if with_inputs:
@@ -658,3 +659,13 @@ def test_inputs_of_another_length_are_refused():
     inputs = Dataset.from_dict({"text": ["x", "y", "z"]})
     with pytest.raises(ValueError, match="`inputs` must hold one row for each of the 2 ids, got 3"):
         PseudolabelPool.from_predictions(hierarchy, [0, 1], {"t": np.full((2, 2), 0.5)}, inputs=inputs)
+
+
+def test_what_truncation_costs_is_measured_and_on_the_card(hierarchy, tmp_path):
+    probs = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.0, 0.0, 0.0]], dtype=np.float32)
+    pool = PseudolabelPool.from_predictions(hierarchy, [0, 1, 2], dict.fromkeys(hierarchy.names, probs), pool_k=1)
+    # 0.5 and 0.4 are left out of the two rows that have an answer
+    assert [pool.facts[name]["dropped_mass"] for name in hierarchy.names] == pytest.approx([0.45] * 3)
+    pool.save(tmp_path / "pool")
+    card = (tmp_path / "pool" / "README.md").read_text(encoding="utf-8")
+    assert "mass left out %" in card and card.count("| 45.0 |") == 3
