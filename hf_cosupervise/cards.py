@@ -91,8 +91,8 @@ def pool_card(facts: Mapping[str, Any]) -> str:
     Args:
         facts (`Mapping[str, Any]`):
             - `teachers` (`list[dict]`, not empty): `name` (the folder `teachers/<name>`), `model`, `kind`, `revision`,
-              `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to 1), `answered` (share of the
-              examples, 0 to 1), `accuracy`;
+              `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to 1), `answered` (share of
+              the examples, 0 to 1), `accuracy`;
             - `name`, `hub_dataset_id`, `license`, `source_dataset` (`str`), `tags` (`list[str]`);
             - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `num_examples` (`int`);
             - `input_columns` (`list[str]`): columns of `inputs`, absent where the pool holds no inputs;

@@ -547,6 +547,26 @@ def test_a_student_must_fit_the_labels(tmp_path, tiny_vit, tiny_image_dataset):
         CoSupervisedTrainer(tiny_vit, make_args(tmp_path), pool=pool, optimizers=(object(), None))
 
 
+@pytest.mark.parametrize("head_solver", ["steps", "ridge"])
+@pytest.mark.parametrize(("num_examples", "levels"), [(1, 1), (1, 2), (7, 1), (7, 2)])
+def test_the_smallest_tasks(tmp_path, tiny_image_dataset, num_examples, levels, head_solver):
+    # one example, one teacher, two labels; from storage that cannot be written to
+    labels, inputs = ["dark", "light"], tiny_image_dataset.select(range(num_examples)).remove_columns("label")
+    teachers = [Teacher("all"), *(Teacher(name, level=1, scope=[name]) for name in labels)][: 1 if levels == 1 else 3]
+    probs = np.random.default_rng(0).dirichlet([1, 1], num_examples)
+    predictions = {teacher.name: probs for teacher in teachers}
+    PseudolabelPool.from_predictions(
+        TeacherHierarchy(labels, teachers), list(range(num_examples)), predictions, inputs=inputs
+    ).save(tmp_path / "pool")
+    for path in [*(tmp_path / "pool").rglob("*"), tmp_path / "pool"]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    args = make_args(tmp_path / "run", rejection="none", head_solver=head_solver)
+    student = save_tiny_vit(tmp_path / "student", labels)
+    trainer = CoSupervisedTrainer(student, args, pool=PseudolabelPool.load(tmp_path / "pool"))
+    assert math.isfinite(trainer.train().training_loss)
+    assert [record["consistency/num_kept"] for record in trainer.history.records] == [num_examples] * levels
+
+
 def test_an_empty_keep_set_is_an_error(tmp_path, tiny_vit, tiny_image_dataset):
     """A generalist that always says 'ant' and specialists that never do: with k = 1 nothing agrees."""
     ids = row_keys(tiny_image_dataset, "image")
