@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 # Rows per matrix product of a Gram matrix: large enough for full speed, small enough to stay in the cache.
 _GRAM_ROWS = 4096
 _ORIGIN_ROWS = 1000
+# Weights of a head whose step takes about as long on one thread as on two, and batches that are read at once for it.
+_SMALL_HEAD = 2**16
+_WINDOW = 4
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -31,9 +37,97 @@ class SparseTargets(NamedTuple):
     rest_probs: torch.Tensor
 
 
+class RowReader:
+    """Read features by row as float32, the next batches already while the ones before are trained on.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`, float32, float16 or bfloat16):
+            Inputs of the head; may be mapped from disk.
+    """
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features = features
+        self._buffer = features[:0]
+        self._buffers = [np.empty((0, features.shape[1]), dtype=np.float32)] * 3
+        self._ahead: dict[int, torch.Tensor] = {}
+        self._windows: list[Sequence[torch.Tensor]] = []
+        self._next: Future[dict[int, torch.Tensor]] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+
+    @contextmanager
+    def reading_ahead(self, num_labels: int) -> Iterator[None]:
+        """Where a step is too small for two threads to share, let the other one read.
+
+        Two threads that meet several times in a tenth of a millisecond wait for each other more than they help, and
+        where other processes run beside them, a hundred times more.
+
+        Args:
+            num_labels (`int`):
+                Outputs of the head.
+        """
+        threads = torch.get_num_threads()
+        is_small = num_labels * self.features.shape[1] <= _SMALL_HEAD
+        if threads < 2 or not is_small or self.features.device.type != "cpu" or self.features.dtype is torch.bfloat16:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cosupervise-features") as self._pool:
+                yield
+        finally:
+            self._pool = self._next = None
+            torch.set_num_threads(threads)
+
+    def announce(self, batches: Sequence[torch.Tensor]) -> None:
+        """Tell which batches come next.
+
+        Args:
+            batches (`Sequence[torch.LongTensor]`):
+                Row positions of each, in order.
+        """
+        if self._pool is not None:
+            self._windows = [batches[start : start + _WINDOW] for start in range(0, len(batches), _WINDOW)][::-1]
+            self._ahead = {}
+            self._submit()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Read a batch. What is given is valid until the window of batches after it is read.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(batch,)`):
+                Row positions.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, feature_size)`, float32.
+        """
+        if id(rows) not in self._ahead and self._next is not None:
+            self._ahead = self._next.result()
+            self._submit()
+        if (found := self._ahead.get(id(rows))) is not None:
+            return found
+        if rows.shape[0] != self._buffer.shape[0]:
+            self._buffer = self.features.new_empty(rows.shape[0], self.features.shape[1])
+        return torch.index_select(self.features, 0, rows, out=self._buffer).float()
+
+    def _submit(self) -> None:
+        self._next = self._pool.submit(self._read, self._windows.pop()) if self._pool and self._windows else None
+
+    def _read(self, batches: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
+        rows = torch.cat(list(batches)).numpy()
+        # Three buffers in turn: one is filled, one is trained on, and of one the last batch may still be in use.
+        buffer, *others = self._buffers
+        if len(buffer) < len(rows):
+            buffer = np.empty((len(rows), self.features.shape[1]), dtype=self.features.numpy().dtype)
+        self._buffers, buffer = [*others, buffer], buffer[: len(rows)]
+        # By numpy, which takes no threads of its own and lets the others run meanwhile.
+        self.features.numpy().take(rows, axis=0, out=buffer, mode="clip")
+        read = torch.from_numpy(buffer).float()
+        return {id(batch): part for batch, part in zip(batches, read.split([len(batch) for batch in batches]))}
+
+
 def fit_linear_head(
     head: nn.Linear,
-    features: torch.Tensor,
+    features: torch.Tensor | RowReader,
     targets: Callable[[torch.Tensor], torch.Tensor | SparseTargets],
     steps: Iterable[Sequence[torch.Tensor]],
     optimizer: torch.optim.Optimizer,
@@ -51,8 +145,8 @@ def fit_linear_head(
     Args:
         head (`nn.Linear` from `feature_size` to `num_labels`):
             The head, on the device of the features.
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`, float32, float16 or bfloat16):
-            Inputs of the head; may be mapped from disk.
+        features (`torch.Tensor` of shape `(num_examples, feature_size)` or [`RowReader`]):
+            Inputs of the head, float32, float16 or bfloat16; may be mapped from disk.
         targets (`Callable`):
             From row positions `(batch,)` to pseudolabels `(batch, num_labels)`, rows sum to 1, or [`SparseTargets`].
         steps (`Iterable[Sequence[torch.LongTensor]]`):
@@ -73,12 +167,13 @@ def fit_linear_head(
     """
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
-    read, step, on_cpu = _row_reader(features), _stepper(optimizer), features.device.type == "cpu"
+    read = features if isinstance(features, RowReader) else RowReader(features)
+    step, device = _stepper(optimizer), read.features.device
     for micro_batches in steps:
         with torch.no_grad():
             sums: Sequence[torch.Tensor] = ()
             for batch in micro_batches:
-                rows = batch if on_cpu else batch.to(features.device)
+                rows = batch if device.type == "cpu" else batch.to(device)
                 inputs = read(rows)
                 logits = product(weight, inputs)  # one column per example: the softmax is faster so
                 if bias is not None:
@@ -93,7 +188,8 @@ def fit_linear_head(
             if average_gradients is not None:
                 average_gradients(gradient)
         norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm)) if max_grad_norm > 0 else None
-        step()
+        with torch.no_grad():
+            step()
         scheduler.step()
         if on_step is not None:
             on_step(loss, norm)
@@ -241,19 +337,6 @@ def _origin(features: torch.Tensor) -> torch.Tensor:
     return features[:_ORIGIN_ROWS].float().mean(dim=0)
 
 
-def _row_reader(features: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Read batches of rows as float32, each into the memory of the batch before."""
-    buffer = features.new_empty(0, features.shape[1])
-
-    def read(rows: torch.Tensor) -> torch.Tensor:
-        nonlocal buffer
-        if rows.shape[0] != buffer.shape[0]:
-            buffer = features.new_empty(rows.shape[0], features.shape[1])
-        return torch.index_select(features, 0, rows, out=buffer).float()
-
-    return read
-
-
 def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     """Give the optimizer's step; that of a fused AdamW is one kernel, around which torch spends twice its time."""
     group, *others = optimizer.param_groups
@@ -261,20 +344,21 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     is_unusual = any(group.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable"))
     if type(optimizer) is not torch.optim.AdamW or not group["fused"] or others or has_hooks or is_unusual:
         return optimizer.step
-    parameters: list[nn.Parameter] = group["params"]
+    parameters: list[torch.Tensor] = list(group["params"])
+    states: list[list[torch.Tensor]] = []
 
-    @torch.no_grad()
     def step() -> None:
-        states = [optimizer.state[parameter] for parameter in parameters]
-        if not all(states):
+        if not states:
             optimizer.step()  # makes the state
+            for kind in ("exp_avg", "exp_avg_sq", "step"):
+                states.append([optimizer.state[parameter][kind] for parameter in parameters])
             return
-        averages, squares, counts = ([state[kind] for state in states] for kind in ("exp_avg", "exp_avg_sq", "step"))
-        torch._foreach_add_(counts, 1)
+        averages, squares, counts = states
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_add_(counts, 1)
         torch._fused_adamw_(
-            [*parameters], gradients, averages, squares, [], counts, amsgrad=False, maximize=False,
-            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            parameters, gradients, averages, squares, [], counts, amsgrad=False,
+            maximize=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             weight_decay=group["weight_decay"],
         )  # fmt: skip
 

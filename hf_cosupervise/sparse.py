@@ -112,7 +112,8 @@ def dropped_mass(probs: np.ndarray, label_ids: np.ndarray) -> float:
     if label_ids.shape[1] == probs.shape[1]:
         return 0.0
     kept = np.take_along_axis(probs, label_ids.astype(np.int64), axis=1)
-    return max(0.0, float(probs.sum(dtype=np.float64) - kept.sum(where=probs.any(axis=1)[:, None], dtype=np.float64)))
+    answered = probs.sum(axis=1) > 0  # a row without an answer names label 0, which holds nothing
+    return max(0.0, float(probs[answered].sum(dtype=np.float64) - kept[answered].sum(dtype=np.float64)))
 
 
 def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:

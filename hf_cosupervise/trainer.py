@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -31,7 +32,7 @@ from .collator import ROW, TARGETS, DataCollatorForCoSupervision
 from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
 from .features import FeatureStore
-from .heads import SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
+from .heads import RowReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level, row_chunks
 from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
@@ -663,14 +664,15 @@ class CoSupervisedTrainer(Trainer):
         self.create_scheduler(max_steps)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        started, meter = time.time(), _LossMeter()
-        fit_linear_head(
-            self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter),
-            self.optimizer,  # type: ignore[arg-type]
-            self.lr_scheduler, max_grad_norm=self.args.max_grad_norm,
-            average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
-            on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
-        )  # fmt: skip
+        started, meter, reader = time.time(), _LossMeter(), RowReader(features)
+        with reader.reading_ahead(self.pool.hierarchy.num_labels):
+            fit_linear_head(
+                self._head, reader, targets, self._head_steps(dataloader, kept, per_epoch, meter, reader),
+                self.optimizer,  # type: ignore[arg-type]
+                self.lr_scheduler, max_grad_norm=self.args.max_grad_norm,
+                average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
+                on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
+            )  # fmt: skip
         loss = meter.mean(self.accelerator.gather)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(
@@ -717,7 +719,7 @@ class CoSupervisedTrainer(Trainer):
         return values if self.args.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
 
     def _head_steps(
-        self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter
+        self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter, reader: RowReader
     ) -> Iterator[Sequence[torch.Tensor]]:
         """Give the rows of each step, in the order in which the standard loop would read them."""
         accumulation = self.args.gradient_accumulation_steps
@@ -727,6 +729,7 @@ class CoSupervisedTrainer(Trainer):
                 dataloader.set_epoch(epoch)
             self.control = self.callback_handler.on_epoch_begin(self.args, self.state, self.control)
             batches = _read_batches(dataloader.batch_sampler, rows)
+            reader.announce(batches)
             for number in range(per_epoch):
                 self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
                 meter.learning_rate = self.optimizer.param_groups[0]["lr"]  # type: ignore[attr-defined]
@@ -999,10 +1002,14 @@ def _pays_sparse(pool: PseudolabelPool, plan: LevelPlan) -> bool:
 
 def _read_batches(batch_sampler: Any, rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """Give the rows of all batches of an epoch."""
-    if type(batch_sampler) is BatchSampler:  # its batches are consecutive: no need to make a list of each
-        order = rows[torch.from_numpy(np.fromiter(batch_sampler.sampler, dtype=np.int64))]
-        return order.split(batch_sampler.batch_size)[: len(batch_sampler)]
-    return [rows[batch] for batch in batch_sampler]
+    sampler: Any = getattr(batch_sampler, "sampler", None)
+    is_plain = type(batch_sampler) is BatchSampler and type(sampler) is SeedableRandomSampler
+    if not is_plain or sampler.replacement or len(sampler) != len(rows):
+        return [rows[batch] for batch in batch_sampler]
+    # What the sampler does, without an iterator that gives one number at a time: it takes longer than the products.
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(sampler.initial_seed + sampler.epoch))
+    sampler.set_epoch(sampler.epoch + 1)
+    return rows[order].split(batch_sampler.batch_size)[: len(batch_sampler)]
 
 
 def _merge_equal_groups(optimizer: torch.optim.Optimizer) -> None:

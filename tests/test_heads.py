@@ -556,3 +556,45 @@ def test_groups_of_their_own_keep_their_rates(data):
             head, data[0], lambda rows: data[1][rows], draw_steps(5, (4,)), optimizer, make_scheduler(optimizer, 5)
         )
         assert torch.equal(head.weight, before[0]) and (head.bias - before[1]).abs().min() > 0.01
+
+
+# ── reading ahead ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_labels", [3, heads._SMALL_HEAD])  # small enough to read ahead for, and too large
+def test_batches_read_ahead_are_those_that_were_asked_for(dtype, num_labels, two_threads):
+    features = torch.randn(103, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    reader = heads.RowReader(features)
+    with reader.reading_ahead(num_labels):
+        for epoch in range(3):
+            batches = torch.randperm(103, generator=torch.Generator().manual_seed(epoch)).split(10)  # the last has 3
+            reader.announce(batches)
+            # the second epoch is stopped early, as a callback may; and a batch that nobody announced is read as well
+            for batch in batches[:4] if epoch == 1 else batches:
+                found = reader(batch)
+                assert found.dtype == torch.float32 and torch.equal(found, features[batch].float())
+            stray = torch.tensor([7, 7, 0])
+            assert torch.equal(reader(stray), features[stray].float())
+    assert torch.equal(reader(stray), features[stray].float())
+
+
+def test_the_number_of_threads_is_given_back(two_threads):
+    reader = heads.RowReader(torch.zeros(4, 2))
+    with pytest.raises(ZeroDivisionError), reader.reading_ahead(2):
+        assert torch.get_num_threads() == 1
+        reader.announce([torch.tensor([0]), torch.tensor([1])])
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    with reader.reading_ahead(2):  # one thread was all there was: no other is started
+        reader.announce([torch.tensor([0])])
+        assert reader._next is None
