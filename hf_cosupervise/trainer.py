@@ -732,7 +732,7 @@ class CoSupervisedTrainer(Trainer):
             reader.announce(batches)
             for number in range(per_epoch):
                 self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
-                meter.learning_rate = self.optimizer.param_groups[0]["lr"]  # type: ignore[attr-defined]
+                meter.learning_rate = float(self.optimizer.param_groups[0]["lr"])  # type: ignore[attr-defined]
                 yield batches[number * accumulation : (number + 1) * accumulation]
                 if self.control.should_epoch_stop or self.control.should_training_stop:
                     break
