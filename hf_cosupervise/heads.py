@@ -37,21 +37,28 @@ class SparseTargets(NamedTuple):
     rest_probs: torch.Tensor
 
 
-class RowReader:
-    """Read features by row as float32, the next batches already while the ones before are trained on.
+_Batch = tuple[torch.Tensor, torch.Tensor | SparseTargets]
+
+
+class BatchReader:
+    """Read the inputs and pseudolabels of batches, the next ones already while those before are trained on.
 
     Args:
         features (`torch.Tensor` of shape `(num_examples, feature_size)`, float32, float16 or bfloat16):
             Inputs of the head; may be mapped from disk.
+        targets (`Callable`):
+            From row positions `(batch,)` to pseudolabels `(batch, num_labels)`, rows sum to 1, or [`SparseTargets`].
     """
 
-    def __init__(self, features: torch.Tensor) -> None:
-        self.features = features
+    def __init__(
+        self, features: torch.Tensor, targets: Callable[[torch.Tensor], torch.Tensor | SparseTargets]
+    ) -> None:
+        self.features, self.targets = features, targets
         self._buffer = features[:0]
         self._buffers = [np.empty((0, features.shape[1]), dtype=np.float32)] * 3
-        self._ahead: dict[int, torch.Tensor] = {}
+        self._ahead: dict[int, _Batch] = {}
         self._windows: list[Sequence[torch.Tensor]] = []
-        self._next: Future[dict[int, torch.Tensor]] | None = None
+        self._next: Future[dict[int, _Batch]] | None = None
         self._pool: ThreadPoolExecutor | None = None
 
     @contextmanager
@@ -90,7 +97,7 @@ class RowReader:
             self._ahead = {}
             self._submit()
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor) -> _Batch:
         """Read a batch. What is given is valid until the window of batches after it is read.
 
         Args:
@@ -98,7 +105,7 @@ class RowReader:
                 Row positions.
 
         Returns:
-            `torch.Tensor` of shape `(batch, feature_size)`, float32.
+            `tuple`: inputs `(batch, feature_size)`, float32, and pseudolabels as `targets` gives them.
         """
         if id(rows) not in self._ahead and self._next is not None:
             self._ahead = self._next.result()
@@ -107,13 +114,14 @@ class RowReader:
             return found
         if rows.shape[0] != self._buffer.shape[0]:
             self._buffer = self.features.new_empty(rows.shape[0], self.features.shape[1])
-        return torch.index_select(self.features, 0, rows, out=self._buffer).float()
+        return torch.index_select(self.features, 0, rows, out=self._buffer).float(), self.targets(rows)
 
     def _submit(self) -> None:
         self._next = self._pool.submit(self._read, self._windows.pop()) if self._pool and self._windows else None
 
-    def _read(self, batches: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
-        rows = torch.cat(list(batches)).numpy()
+    def _read(self, batches: Sequence[torch.Tensor]) -> dict[int, _Batch]:
+        positions = torch.cat(list(batches))
+        rows, sizes = positions.numpy(), [len(batch) for batch in batches]
         # Three buffers in turn: one is filled, one is trained on, and of one the last batch may still be in use.
         buffer, *others = self._buffers
         if len(buffer) < len(rows):
@@ -121,18 +129,24 @@ class RowReader:
         self._buffers, buffer = [*others, buffer], buffer[: len(rows)]
         # By numpy, which takes no threads of its own and lets the others run meanwhile.
         self.features.numpy().take(rows, axis=0, out=buffer, mode="clip")
-        read = torch.from_numpy(buffer).float()
-        return {id(batch): part for batch, part in zip(batches, read.split([len(batch) for batch in batches]))}
+        inputs, wanted = torch.from_numpy(buffer).float().split(sizes), self.targets(positions)
+        parts: Iterable[torch.Tensor | SparseTargets]
+        if isinstance(wanted, torch.Tensor):
+            parts = (part.T.contiguous().T for part in wanted.split(sizes))  # by columns, as the gradient wants them
+        else:
+            parts = map(SparseTargets._make, zip(*(values.split(sizes) for values in wanted)))
+        return dict(zip(map(id, batches), zip(inputs, parts)))
 
 
 def fit_linear_head(
     head: nn.Linear,
-    features: torch.Tensor | RowReader,
+    features: torch.Tensor,
     targets: Callable[[torch.Tensor], torch.Tensor | SparseTargets],
     steps: Iterable[Sequence[torch.Tensor]],
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     *,
+    reader: BatchReader | None = None,
     max_grad_norm: float = 0.0,
     average_gradients: Callable[[torch.Tensor], None] | None = None,
     on_step: Callable[[torch.Tensor, float | None], None] | None = None,
@@ -145,8 +159,8 @@ def fit_linear_head(
     Args:
         head (`nn.Linear` from `feature_size` to `num_labels`):
             The head, on the device of the features.
-        features (`torch.Tensor` of shape `(num_examples, feature_size)` or [`RowReader`]):
-            Inputs of the head, float32, float16 or bfloat16; may be mapped from disk.
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`, float32, float16 or bfloat16):
+            Inputs of the head; may be mapped from disk.
         targets (`Callable`):
             From row positions `(batch,)` to pseudolabels `(batch, num_labels)`, rows sum to 1, or [`SparseTargets`].
         steps (`Iterable[Sequence[torch.LongTensor]]`):
@@ -155,6 +169,8 @@ def fit_linear_head(
             Over the head's parameters.
         scheduler (`torch.optim.lr_scheduler.LRScheduler`):
             Stepped after each optimizer step.
+        reader (`BatchReader`, *optional*):
+            Of these features and targets, where it is to read ahead.
         max_grad_norm (`float`, *optional*, defaults to 0):
             Largest norm of the gradient; 0 for no clipping.
         average_gradients (`Callable`, *optional*):
@@ -167,28 +183,27 @@ def fit_linear_head(
     """
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
-    read = features if isinstance(features, RowReader) else RowReader(features)
-    step, device = _stepper(optimizer), read.features.device
+    read, step, on_cpu = reader or BatchReader(features, targets), _stepper(optimizer), features.device.type == "cpu"
+    offset = None if bias is None else bias.detach().unsqueeze(1)
     for micro_batches in steps:
         with torch.no_grad():
             sums: Sequence[torch.Tensor] = ()
             for batch in micro_batches:
-                rows = batch if device.type == "cpu" else batch.to(device)
-                inputs = read(rows)
+                rows = batch if on_cpu else batch.to(features.device)
+                inputs, wanted = read(rows)
                 logits = product(weight, inputs)  # one column per example: the softmax is faster so
-                if bias is not None:
-                    logits += bias.unsqueeze(1)
-                likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), targets(rows))
+                if offset is not None:
+                    logits += offset
+                likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), wanted)
                 scale = 1.0 / (rows.shape[0] * len(micro_batches))
-                parts = likelihood * -scale, product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
-                sums = parts if not sums else [old.add_(new) for old, new in zip(sums, parts)]
-        loss, *gradients = sums
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-            if average_gradients is not None:
-                average_gradients(gradient)
-        norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm)) if max_grad_norm > 0 else None
-        with torch.no_grad():
+                parts = likelihood.mul_(-scale), product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
+                sums = [old.add_(new) for old, new in zip(sums, parts)] if sums else parts
+            loss, *gradients = sums
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+                if average_gradients is not None:
+                    average_gradients(gradient)
+            norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm)) if max_grad_norm > 0 else None
             step()
         scheduler.step()
         if on_step is not None:

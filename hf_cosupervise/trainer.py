@@ -32,7 +32,7 @@ from .collator import ROW, TARGETS, DataCollatorForCoSupervision
 from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
 from .features import FeatureStore
-from .heads import RowReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
+from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level, row_chunks
 from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
@@ -664,12 +664,12 @@ class CoSupervisedTrainer(Trainer):
         self.create_scheduler(max_steps)
         self.callback_handler.optimizer, self.callback_handler.lr_scheduler = self.optimizer, self.lr_scheduler
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        started, meter, reader = time.time(), _LossMeter(), RowReader(features)
+        started, meter, reader = time.time(), _LossMeter(), BatchReader(features, targets)
         with reader.reading_ahead(self.pool.hierarchy.num_labels):
             fit_linear_head(
-                self._head, reader, targets, self._head_steps(dataloader, kept, per_epoch, meter, reader),
+                self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter, reader),
                 self.optimizer,  # type: ignore[arg-type]
-                self.lr_scheduler, max_grad_norm=self.args.max_grad_norm,
+                self.lr_scheduler, reader=reader, max_grad_norm=self.args.max_grad_norm,
                 average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
                 on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
             )  # fmt: skip
@@ -719,7 +719,7 @@ class CoSupervisedTrainer(Trainer):
         return values if self.args.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
 
     def _head_steps(
-        self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter, reader: RowReader
+        self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter, reader: BatchReader
     ) -> Iterator[Sequence[torch.Tensor]]:
         """Give the rows of each step, in the order in which the standard loop would read them."""
         accumulation = self.args.gradient_accumulation_steps

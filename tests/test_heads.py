@@ -569,26 +569,41 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+def dense_targets(rows):
+    return torch.stack([rows / 200, 1 - rows / 200], dim=1)
+
+
+def sparse_targets(rows):
+    return SparseTargets(rows.unsqueeze(1) % 3, (rows / 200).unsqueeze(1), 1 - rows / 200)
+
+
+@pytest.mark.parametrize("targets", [dense_targets, sparse_targets])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_labels", [3, heads._SMALL_HEAD])  # small enough to read ahead for, and too large
-def test_batches_read_ahead_are_those_that_were_asked_for(dtype, num_labels, two_threads):
+def test_batches_read_ahead_are_those_that_were_asked_for(targets, dtype, num_labels, two_threads):
     features = torch.randn(103, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    reader = heads.RowReader(features)
+    reader = heads.BatchReader(features, targets)
+
+    def check(rows):
+        inputs, wanted = reader(rows)
+        assert inputs.dtype == torch.float32 and torch.equal(inputs, features[rows].float())
+        assert type(wanted) is type(targets(rows))
+        assert all(torch.equal(found, expected) for found, expected in zip(wanted, targets(rows), strict=True))
+
+    stray = torch.tensor([7, 7, 0])
     with reader.reading_ahead(num_labels):
         for epoch in range(3):
             batches = torch.randperm(103, generator=torch.Generator().manual_seed(epoch)).split(10)  # the last has 3
             reader.announce(batches)
             # the second epoch is stopped early, as a callback may; and a batch that nobody announced is read as well
             for batch in batches[:4] if epoch == 1 else batches:
-                found = reader(batch)
-                assert found.dtype == torch.float32 and torch.equal(found, features[batch].float())
-            stray = torch.tensor([7, 7, 0])
-            assert torch.equal(reader(stray), features[stray].float())
-    assert torch.equal(reader(stray), features[stray].float())
+                check(batch)
+            check(stray)
+    check(stray)
 
 
 def test_the_number_of_threads_is_given_back(two_threads):
-    reader = heads.RowReader(torch.zeros(4, 2))
+    reader = heads.BatchReader(torch.zeros(4, 2), dense_targets)
     with pytest.raises(ZeroDivisionError), reader.reading_ahead(2):
         assert torch.get_num_threads() == 1
         reader.announce([torch.tensor([0]), torch.tensor([1])])
