@@ -65,8 +65,8 @@ class BatchReader:
     def reading_ahead(self, num_labels: int) -> Iterator[None]:
         """Where a step is too small for two threads to share, let the other one read.
 
-        Two threads that meet several times in a tenth of a millisecond wait for each other more than they help, and
-        where other processes run beside them, a hundred times more.
+        Two threads that meet many times in a step wait for each other, above all where other processes run beside
+        them. Torch is set to one thread meanwhile, and back afterwards.
 
         Args:
             num_labels (`int`):
@@ -223,7 +223,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(num_left, num_right)`: the same to the bit for any number of threads.
     """
-    # On CPU torch multiplies float32 by MKL, which leaves half of an AMD core idle; its oneDNN does not.
+    # On CPU torch multiplies float32 by MKL, which does not use all of an AMD core; its oneDNN does.
     if left.device.type == "cpu" and left.dtype is torch.float32 and _HAS_ONEDNN and left.numel() and right.numel():
         return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return left @ right.T
@@ -353,7 +353,7 @@ def _origin(features: torch.Tensor) -> torch.Tensor:
 
 
 def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Give the optimizer's step; that of a fused AdamW is one kernel, around which torch spends twice its time."""
+    """Give the optimizer's step; that of a fused AdamW is one kernel, without what torch does around it."""
     group, *others = optimizer.param_groups
     has_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     is_unusual = any(group.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable"))

@@ -1006,14 +1006,14 @@ def _read_batches(batch_sampler: Any, rows: torch.Tensor) -> Sequence[torch.Tens
     is_plain = type(batch_sampler) is BatchSampler and type(sampler) is SeedableRandomSampler
     if not is_plain or sampler.replacement or len(sampler) != len(rows):
         return [rows[batch] for batch in batch_sampler]
-    # What the sampler does, without an iterator that gives one number at a time: it takes longer than the products.
+    # What the sampler does, without an iterator that gives one number at a time.
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(sampler.initial_seed + sampler.epoch))
     sampler.set_epoch(sampler.epoch + 1)
     return rows[order].split(batch_sampler.batch_size)[: len(batch_sampler)]
 
 
 def _merge_equal_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Keep weight and bias in one group where their options are equal: half the overhead of a step."""
+    """Keep weight and bias in one group where their options are equal: one kernel per step then updates both."""
     first, *others = optimizer.param_groups
     for group in others:
         if {**group, "params": None} == {**first, "params": None}:
