@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from hf_cosupervise.losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
+from hf_cosupervise.losses import (
+    LOGIT_GRADIENTS,
+    LOSSES,
+    EarlyLearningRegularization,
+    adapt_conf,
+    compute_pseudolabel_loss,
+    confidence_loss,
+    confidence_targets,
+    evidential_loss,
+    generalized_cross_entropy,
+    hard_cross_entropy,
+    kl_divergence,
+    linear_warmup,
+    product_loss,
+    reverse_kl,
+    soft_cross_entropy,
+    sparse_soft_cross_entropy,
+    weighted_mean,
+)
 from hf_cosupervise.sparse import decode_top_k, encode_top_k, scale_top_k
 
 LOG_2, LOG_4 = math.log(2), math.log(4)
@@ -157,3 +177,605 @@ def test_sparse_loss_of_no_examples():
         torch.zeros(0, 5), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2), torch.zeros(0)
     )
     assert found.shape == (0,)
+
+
+# ── published alternatives ──────────────────────────────────────────────────────────────────────────────────────────
+
+# Each with the arguments of its gradient.
+VARIANTS = {
+    "cross_entropy": (soft_cross_entropy, {}),
+    "kl_divergence": (kl_divergence, {}),
+    "kl_divergence at 4": (kl_divergence, {"temperature": 4.0}),
+    "reverse_kl": (reverse_kl, {}),
+    "confidence": (confidence_loss, {"weight": 0.3}),
+    "product": (product_loss, {}),
+    "product 2, 0.5": (product_loss, {"alpha": 2.0, "beta": 0.5}),
+    "adapt_conf": (adapt_conf, {}),
+    "generalized_cross_entropy": (generalized_cross_entropy, {}),
+    "generalized_cross_entropy 1": (generalized_cross_entropy, {"q": 1.0}),
+}
+EVERY_LOSS = {name: partial(function, **arguments) for name, (function, arguments) in VARIANTS.items()}
+
+
+def elr(logits, targets):
+    return EarlyLearningRegularization(len(logits), logits.shape[1])(logits, targets, torch.arange(len(logits)))
+
+
+def evidential(logits, targets):
+    return evidential_loss(logits, targets[:, None], torch.ones(len(logits), 1, dtype=torch.bool), fraction_done=0.5)
+
+
+EVERY_LOSS |= {"elr": elr, "evidential": evidential}
+every_loss = pytest.mark.parametrize("loss", EVERY_LOSS.values(), ids=EVERY_LOSS)
+
+
+def draw(num_examples: int = 6, num_labels: int = 4, dtype: torch.dtype = torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(num_examples, num_labels, generator=generator, dtype=torch.float64)
+    targets = torch.randn(num_examples, num_labels, generator=generator, dtype=torch.float64).softmax(dim=1)
+    return logits.to(dtype), targets.to(dtype)
+
+
+def gradient_of(loss, logits, targets):
+    logits = logits.clone().requires_grad_()
+    return torch.autograd.grad(loss(logits, targets).sum(), logits)[0]
+
+
+# student (1/5, 4/5), pseudolabel (3/4, 1/4)
+CE = 0.75 * math.log(5) + 0.25 * math.log(5 / 4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (kl_divergence, 0.75 * math.log(0.75 / 0.2) + 0.25 * math.log(0.25 / 0.8)),
+        # tau = 1/2 squares: p = (1/17, 16/17), y = (9/10, 1/10)
+        (partial(kl_divergence, temperature=0.5), (0.9 * math.log(0.9 * 17) + 0.1 * math.log(1.7 / 16)) / 4),
+        (reverse_kl, 0.2 * math.log(0.2 / 0.75) + 0.8 * math.log(0.8 / 0.25)),
+        (partial(confidence_loss, weight=0.0), CE),
+        (partial(confidence_loss, weight=0.5), CE / 2 + math.log(5 / 4) / 2),
+        (partial(confidence_loss, weight=1.0), math.log(5 / 4)),
+        # 1/5 · 3/4 to 4/5 · 1/4 is 3 to 4
+        (product_loss, 3 / 7 * math.log(5) + 4 / 7 * math.log(5 / 4)),
+        (partial(product_loss, beta=0.0), CE),
+        (partial(product_loss, alpha=0.0), 1 / 5 * math.log(5) + 4 / 5 * math.log(5 / 4)),
+        # 1/5 · 9/16 to 4/5 · 1/16 is 9 to 4
+        (partial(product_loss, alpha=2.0), 9 / 13 * math.log(5) + 4 / 13 * math.log(5 / 4)),
+        (adapt_conf, 16 / 17 * CE + 1 / 17 * math.log(5 / 4)),
+        (partial(adapt_conf, temperature=1.0), 4 / 5 * CE + 1 / 5 * math.log(5 / 4)),
+        (partial(generalized_cross_entropy, q=1.0), 0.75 * 0.8 + 0.25 * 0.2),
+        (partial(generalized_cross_entropy, q=0.5), 2 * (0.75 * (1 - 0.2**0.5) + 0.25 * (1 - 0.8**0.5))),
+    ],
+)
+def test_losses_by_hand(loss, expected):
+    logits = torch.tensor([[0.2, 0.8], [0.8, 0.2]]).log() + 3
+    found = loss(logits, torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
+    assert found.shape == (2,) and found.tolist() == pytest.approx([expected] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_are_those_of_autograd(name):
+    loss, gradient = EVERY_LOSS[name], LOGIT_GRADIENTS[name.split(" ")[0]]
+    logits, targets = draw(num_examples=50, num_labels=7)
+    one_hot = torch.nn.functional.one_hot(targets.argmax(dim=1), 7).float()
+    scale = torch.linspace(1 - 2e-3, 1 + 2e-3, 50)[:, None]  # as far from 1 as stored rows may sum
+    for wanted in (targets, targets * scale, one_hot):
+        expected = gradient_of(loss, logits, wanted)
+        found = gradient(logits, wanted, **VARIANTS[name][1])
+        assert found.dtype == torch.float32
+        # of the largest, because against one-hot labels a logarithm of 1e-6 multiplies the rounding of float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * max(1, float(expected.abs().max())))
+        doubles = logits.double(), wanted.double()
+        exact = gradient_of(loss, *doubles)
+        atol = 1e-6 if name == "cross_entropy" else 1e-12  # the former is in float32 always
+        torch.testing.assert_close(gradient(*doubles, **VARIANTS[name][1]), exact, rtol=0, atol=atol)
+
+
+def test_every_named_loss_has_a_gradient():
+    assert set(LOSSES) | {"confidence"} == set(LOGIT_GRADIENTS)
+    logits, targets = draw()
+    for name, loss in LOSSES.items():
+        torch.testing.assert_close(LOGIT_GRADIENTS[name](logits, targets), gradient_of(loss, logits, targets))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        kl_divergence,
+        partial(kl_divergence, temperature=3.0),
+        reverse_kl,
+        partial(confidence_loss, weight=0.4),
+        partial(adapt_conf, temperature=1e9),  # a is one half whatever the student says
+        partial(product_loss, beta=0.0),
+        generalized_cross_entropy,
+        evidential,
+    ],
+)
+def test_gradients_by_finite_differences(loss):
+    logits, targets = draw(dtype=torch.float64)
+    assert loss(logits, targets).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda moved: loss(moved, targets), logits.requires_grad_())
+
+
+@pytest.mark.parametrize("alpha, beta", [(1, 1), (2, 0.5)])
+def test_product_target_is_a_constant(alpha, beta):
+    logits, targets = draw(dtype=torch.float64)
+    product = logits.softmax(dim=1) ** beta * targets**alpha
+    product /= product.sum(dim=1, keepdim=True)
+    expected = logits.softmax(dim=1) - product
+    found = gradient_of(partial(product_loss, alpha=alpha, beta=beta), logits, targets)
+    torch.testing.assert_close(found, expected)
+
+
+def test_product_without_the_pseudolabel_is_the_students_entropy():
+    logits = torch.tensor([[0.25, 0.75]]).log()
+    found = product_loss(logits, torch.tensor([[1.0, 0.0]]), alpha=0.0)  # 0^0 is 1
+    assert found.item() == pytest.approx(LOG_4 - 0.75 * math.log(3), rel=1e-6)
+
+
+def test_adapt_conf_weight_is_a_constant():
+    logits, targets = draw(num_examples=40, dtype=torch.float64)
+    probs, own = logits.softmax(dim=1), torch.nn.functional.one_hot(logits.argmax(dim=1), 4)
+    said = probs.gather(1, targets.argmax(dim=1, keepdim=True)) ** 2
+    share = said / (said + probs.amax(dim=1, keepdim=True) ** 2)
+    assert (share <= 0.5).all() and (share < 0.5).any() and (share == 0.5).any()
+    found = gradient_of(adapt_conf, logits, targets)
+    torch.testing.assert_close(found, probs - (1 - share) * targets - share * own)
+
+
+# ── what every loss must bear ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(0, 3), (1, 2), (1, 1000), (5, 2)])
+def test_shapes(loss, shape):
+    losses = loss(*draw(*shape))
+    assert losses.shape == shape[:1] and losses.isfinite().all()
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize("kind", ["one-hot", "uniform", "subnormal", "off by 2e-3", "soft"])
+def test_extremes_are_finite(loss, scale, kind):
+    logits, soft = draw(num_examples=20, num_labels=5)
+    logits = scale * logits.sign()
+    targets = {
+        "one-hot": torch.eye(5).repeat(4, 1),
+        "uniform": torch.full((20, 5), 0.2),
+        "subnormal": torch.tensor([[1e-45, 0.0, 1 - 1e-40, 1e-40, 1e-39]]).repeat(20, 1),
+        "off by 2e-3": soft * 0.998,
+        "soft": soft,
+    }[kind]
+    losses, gradient = loss(logits, targets), gradient_of(loss, logits, targets)
+    assert losses.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+def test_gradients_of_extreme_logits(name, scale):
+    logits, targets = scale * torch.eye(4), torch.eye(4)[[1, 1, 2, 3]]
+    gradient = LOGIT_GRADIENTS[name.split(" ")[0]](logits, targets, **VARIANTS[name][1])
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient, gradient_of(EVERY_LOSS[name], logits, targets))
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(loss, dtype):
+    logits, targets = draw(dtype=dtype)
+    losses = loss(logits, targets)
+    assert losses.dtype == torch.float32 and losses.isfinite().all()
+    torch.testing.assert_close(losses, loss(logits.float(), targets.float()))
+    assert gradient_of(loss, logits, targets).dtype == dtype
+
+
+@every_loss
+def test_autocast_changes_nothing(loss):
+    logits, targets = draw()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = loss(logits, targets)
+    torch.testing.assert_close(losses, loss(logits, targets), rtol=0, atol=0)
+
+
+@every_loss
+def test_order_of_labels_and_examples_does_not_matter(loss):
+    logits, targets = draw()
+    expected, labels, rows = loss(logits, targets), torch.tensor([2, 0, 3, 1]), torch.tensor([5, 3, 0, 1, 4, 2])
+    torch.testing.assert_close(loss(logits[:, labels], targets[:, labels]), expected)
+    torch.testing.assert_close(loss(logits[rows], targets[rows]), expected[rows])
+    torch.testing.assert_close(loss(logits[2:3], targets[2:3]), expected[2:3])
+
+
+# ── each for itself ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_kl_is_cross_entropy_less_entropy():
+    logits, targets = draw()
+    expected = soft_cross_entropy(logits, targets) + (targets * targets.log()).sum(dim=1)
+    torch.testing.assert_close(kl_divergence(logits, targets), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.5, 1.0, 4.0, 1000.0])
+def test_kl_of_equal_logits_is_zero_at_any_temperature(temperature):
+    logits, _ = draw(dtype=torch.float64)
+    found = kl_divergence(logits, logits.softmax(dim=1), temperature)
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=1e-12 * max(1, temperature**2))
+
+
+def test_kl_at_low_temperature():
+    # 1/2 to the power of 1000 is 0 in float32
+    found = kl_divergence(torch.zeros(1, 3), torch.tensor([[0.5, 0.5, 0.0]]), temperature=1e-3)
+    assert found.item() == pytest.approx(1e-6 * math.log(3 / 2), rel=1e-5)
+
+
+def test_kl_at_high_temperature_matches_logits():
+    # Hinton's limit: tau² KL -> squared distance of the centred logits over 2 C
+    student, teacher = draw(dtype=torch.float64)[0], draw(dtype=torch.float64, seed=1)[0]
+    gap = student - teacher
+    gap -= gap.mean(dim=1, keepdim=True)
+    found = kl_divergence(student, teacher.softmax(dim=1), temperature=1e4)
+    torch.testing.assert_close(found, gap.square().sum(dim=1) / 8, rtol=1e-3, atol=0)
+
+
+def test_reverse_kl():
+    logits, _ = draw()
+    torch.testing.assert_close(reverse_kl(logits, logits.softmax(dim=1)), torch.zeros(6), rtol=0, atol=1e-6)
+    # sure of a label that the pseudolabel excludes: log 1 - log 1e-6
+    found = reverse_kl(torch.tensor([[100.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    assert found.item() == pytest.approx(6 * math.log(10), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((0.0,), 0.0),
+        ((0.05,), 0.25),
+        ((0.1,), 0.5),
+        ((0.7,), 0.5),
+        ((1.0, 1.0, 0.8), 0.8),
+        ((0.25, 1.0, 0.8), 0.2),
+        ((0.0, 0.0), 0.5),
+    ],
+)
+def test_linear_warmup(arguments, expected):
+    assert linear_warmup(*arguments) == pytest.approx(expected)
+
+
+def test_confidence_targets():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [2.0, 2.0, 1.0]], requires_grad=True)  # a tie goes to the lowest label
+    targets = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]], requires_grad=True)
+    found = confidence_targets(logits, targets, weight=0.2)
+    torch.testing.assert_close(found, torch.tensor([[0.4, 0.2, 0.4], [0.2, 0.8, 0.0]]))
+    assert not found.requires_grad
+    # 200 alike: a vectorised argmax may not take the first
+    found = confidence_targets(torch.zeros(3, 200), torch.zeros(3, 200), weight=1.0)
+    assert found[:, 0].tolist() == [1.0] * 3 and found.sum() == 3
+
+
+def test_adapt_conf_leans_to_the_teacher_where_the_student_confidently_disagrees():
+    def share(logit):  # of the student, from loss = (1 - a) CE(s, y) + a CE(s, argmax s)
+        logits = torch.tensor([[0.0, logit]], dtype=torch.float64)
+        teacher, own = (torch.nn.functional.cross_entropy(logits, torch.tensor([label])) for label in (0, 1))
+        return float((teacher - adapt_conf(logits, torch.tensor([0]))) / (teacher - own))
+
+    shares = [share(logit) for logit in (0.01, 0.5, 2.0, 8.0)]
+    assert shares == sorted(shares, reverse=True) and 0.49 < shares[0] < 0.5 and 0 <= shares[-1] < 1e-6
+
+
+def test_adapt_conf_takes_label_ids():
+    logits, targets = draw()
+    labels = targets.argmax(dim=1)
+    one_hot = torch.nn.functional.one_hot(labels, 4)
+    torch.testing.assert_close(adapt_conf(logits, labels), adapt_conf(logits, one_hot))
+    torch.testing.assert_close(
+        LOGIT_GRADIENTS["adapt_conf"](logits, labels), gradient_of(adapt_conf, logits, labels), rtol=0, atol=1e-6
+    )
+
+
+def test_generalized_cross_entropy_at_both_ends():
+    logits, targets = draw()
+    near_zero = generalized_cross_entropy(logits, targets, q=1e-6)
+    torch.testing.assert_close(near_zero, soft_cross_entropy(logits, targets), rtol=1e-5, atol=0)
+    one_hot = torch.nn.functional.one_hot(targets.argmax(dim=1), 4).float()
+    half_mae = (logits.softmax(dim=1) - one_hot).abs().sum(dim=1) / 2
+    torch.testing.assert_close(generalized_cross_entropy(logits, one_hot, q=1.0), half_mae)
+
+
+# ── early-learning regularization ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_elr_by_hand():
+    loss = EarlyLearningRegularization(num_examples=3, num_labels=2, beta=0.5, weight=2.0)
+    logits, targets, rows = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[1.0, 0.0]]), torch.tensor([2])
+    # m = (1/8, 3/8), <p, m> = 10/32; then m = (3/16, 9/16), <p, m> = 30/64
+    assert loss(logits, targets, rows).item() == pytest.approx(LOG_4 + 2 * math.log(22 / 32), rel=1e-5)
+    assert loss(logits, targets, rows).item() == pytest.approx(LOG_4 + 2 * math.log(34 / 64), rel=1e-5)
+    assert loss.memory.tolist() == [[0, 0], [0, 0], pytest.approx([3 / 16, 9 / 16])]
+    loss.eval()
+    assert loss(logits, targets, rows).item() == pytest.approx(LOG_4 + 2 * math.log(34 / 64), rel=1e-5)
+    assert loss.memory[2].tolist() == pytest.approx([3 / 16, 9 / 16])
+
+
+def test_elr_memory_is_a_constant():
+    logits, targets = draw(dtype=torch.float64)
+    loss = EarlyLearningRegularization(10, 4)
+    loss(draw(seed=3)[0], targets, torch.arange(6))
+    found = gradient_of(lambda s, y: loss(s, y, torch.arange(6)), logits, targets)
+    probs, memory = logits.softmax(dim=1), loss.memory[:6].double()
+    inner = (probs * memory).sum(dim=1, keepdim=True)
+    # to the memory's own precision, which is float32
+    torch.testing.assert_close(found, probs - targets - 3 * probs * (memory - inner) / (1 - inner), rtol=0, atol=1e-6)
+    assert loss.memory.dtype == torch.float32 and not loss.memory.requires_grad
+    loss.eval()
+    assert torch.autograd.gradcheck(lambda s: loss(s, targets, torch.arange(6)), logits.requires_grad_())
+
+
+def test_elr_without_weight_is_cross_entropy():
+    logits, targets = draw()
+    found = EarlyLearningRegularization(6, 4, weight=0.0)(logits, targets, torch.arange(6))
+    torch.testing.assert_close(found, soft_cross_entropy(logits, targets))
+
+
+def test_elr_logarithm_is_bounded():
+    loss = EarlyLearningRegularization(1, 2, beta=0.0, weight=3.0)
+    found = loss(torch.tensor([[1e4, -1e4]]), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    assert found.item() == pytest.approx(3 * math.log(1e-4), rel=1e-6)
+
+
+def test_elr_goes_on_where_it_stopped():
+    logits, targets = draw()
+    first = EarlyLearningRegularization(8, 4)
+    rows = torch.tensor([7, 1, 0, 3, 5, 2])
+    first(logits, targets, rows)
+    second = EarlyLearningRegularization(8, 4)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    other, _ = draw(seed=1)
+    assert torch.equal(first(other, targets, rows), second(other, targets, rows))
+    assert torch.equal(first.memory, second.memory) and first.memory[[4, 6]].eq(0).all()
+    with pytest.raises(RuntimeError, match="size mismatch for memory"):
+        EarlyLearningRegularization(9, 4).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "rows", "sentence"),
+    [
+        (4, [0, 1, 2, 3, 4, 6], r"`rows` must lie in 0\.\.5, got 0\.\.6\. Number the training rows"),
+        (4, [0, 1, 2, 3, 4, -1], r"`rows` must lie in 0\.\.5, got -1\.\.4\."),
+        (4, [0, 1], r"one row each are needed, got \(6, 4\) and \(2,\)\. Make the memory"),
+        (5, [0, 1, 2, 3, 4, 5], r"Logits of 5 labels .* got \(6, 4\)"),
+    ],
+)
+def test_elr_rows_that_do_not_fit(num_labels, rows, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        EarlyLearningRegularization(6, num_labels)(*draw(), torch.tensor(rows))
+
+
+# ── evidence from several teachers ──────────────────────────────────────────────────────────────────────────────────
+
+
+def slow_evidential(logits, teacher_probs, answered, fraction_done, gamma, teacher_weights):
+    """Label by label, with torch's own divergence of Dirichlet distributions."""
+    losses = []
+    for row in range(len(logits)):
+        alpha, num_labels = logits[row].relu() + 1, logits.shape[1]
+        uniform = torch.distributions.Dirichlet(torch.ones(num_labels, dtype=torch.float64))
+        by_label = []
+        for k in range(num_labels):
+            one_hot = torch.eye(num_labels, dtype=torch.float64)[k]
+            others = torch.distributions.Dirichlet((alpha - 1) * (1 - one_hot) + 1)
+            divergence = torch.distributions.kl_divergence(others, uniform)
+            by_label.append(alpha.sum().log() - alpha[k].log() + fraction_done * divergence)
+        loss = gamma * by_label[int(logits[row].argmax())]
+        for m in range(teacher_probs.shape[1]):
+            if answered[row, m]:
+                said = sum(teacher_probs[row, m, k] * by_label[k] for k in range(num_labels))
+                loss = loss + (1 - gamma) * teacher_weights[m] * said
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def draw_teachers(num_examples=6, num_teachers=3, num_labels=4, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(5)
+    probs = torch.randn(num_examples, num_teachers, num_labels, generator=generator, dtype=torch.float64).softmax(-1)
+    return probs.to(dtype), torch.rand(num_examples, num_teachers, generator=generator) < 0.7
+
+
+@pytest.mark.parametrize("fraction_done, gamma", [(0.0, 0.5), (0.5, 0.5), (1.0, 0.2), (1.0, 0.0), (0.3, 1.0)])
+def test_evidential_is_the_slow_one(fraction_done, gamma):
+    logits, (teachers, answered) = 3 * draw(dtype=torch.float64)[0], draw_teachers()
+    weights = torch.tensor([1.0, 0.0, 2.5])
+    expected = slow_evidential(logits, teachers, answered, fraction_done, gamma, weights)
+    found = evidential_loss(logits, teachers, answered, fraction_done, gamma, weights)
+    torch.testing.assert_close(found, expected)
+    lower = evidential_loss(logits.float(), teachers, answered, fraction_done, gamma, weights)
+    torch.testing.assert_close(lower, expected.float(), rtol=1e-5, atol=1e-5)
+    run = partial(evidential_loss, gamma=gamma, teacher_weights=weights)
+    assert torch.autograd.gradcheck(lambda s: run(s, teachers, answered, fraction_done), logits.requires_grad_())
+
+
+def test_evidential_by_hand():
+    # alpha = (2, 1), S = 3. At label 0 nothing is misplaced; at label 1 it is Dir(2, 1), whose density 2x has
+    # KL = log 2 - 1/2. The teacher says label 1, the student label 0.
+    found = evidential_loss(
+        torch.tensor([[1.0, -1.0]]), torch.tensor([[[0.0, 1.0]]]), torch.tensor([[True]]), 1.0, 0.25
+    )
+    expected = 0.75 * (math.log(3) + LOG_2 - 0.5) + 0.25 * (math.log(3) - LOG_2)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_evidential_soft_labels_do_not_cancel():
+    logits, answered = torch.tensor([[1.0, 2.0, 0.5]]), torch.tensor([[True]])
+    first, second = (
+        gradient_of(lambda s, y: evidential_loss(s, y[:, None], answered, 0.5), logits, torch.tensor([probs]))
+        for probs in ([0.6, 0.3, 0.1], [0.1, 0.3, 0.6])
+    )
+    assert (first - second).abs().max() > 0.1
+    assert first[0, 0] < second[0, 0] and first[0, 2] > second[0, 2]  # descent adds evidence where there is more mass
+
+
+def test_evidential_missing_answers():
+    logits, (teachers, answered) = draw()[0], draw_teachers(dtype=torch.float32)
+    expected = evidential_loss(logits, teachers, answered, 0.5)
+    teachers[~answered] = torch.nan
+    torch.testing.assert_close(evidential_loss(logits, teachers, answered, 0.5), expected)
+    order = [2, 0, 1]
+    torch.testing.assert_close(evidential_loss(logits, teachers[:, order], answered[:, order], 0.5), expected)
+    alone = evidential_loss(logits, teachers, torch.zeros_like(answered), 0.5, gamma=0.5)
+    torch.testing.assert_close(alone, 0.5 * evidential_loss(logits, teachers, answered, 0.5, gamma=1.0))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "weights", "sentence"),
+    [
+        (((6, 4), (6,)), None, r"`teacher_probs` \(num_examples, num_teachers, num_labels\).*got \(6, 4\) and \(6,\)"),
+        (((6, 3, 4), (6, 2)), None, r"got \(6, 3, 4\) and \(6, 2\)\. Stack the teachers"),
+        (((6, 3, 5), (6, 3)), None, r"must have one shape \(num_examples, num_labels\), got \(6, 4\) and \(6, 5\)"),
+        (((6, 3, 4), (6, 3)), [1.0, 1.0], r"`teacher_weights` must be 3 finite numbers.*got \[1\.0, 1\.0\]\. Leave"),
+        (((6, 3, 4), (6, 3)), [1.0, -1.0, 1.0], r"of at least 0"),
+        (((6, 3, 4), (6, 3)), [1.0, math.nan, 1.0], r"finite"),
+        (((6, 3, 4), (6, 3)), [1.0, math.inf, 1.0], r"finite"),
+    ],
+)
+def test_evidential_arguments_that_do_not_fit(shapes, weights, sentence):
+    weights = None if weights is None else torch.tensor(weights)
+    with pytest.raises(ValueError, match=sentence):
+        evidential_loss(draw()[0], torch.zeros(shapes[0]), torch.ones(shapes[1]).bool(), 0.5, teacher_weights=weights)
+
+
+# ── weights per example, and the door ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights", "expected"),
+    [
+        ([1.0, 2.0, 6.0], None, 3.0),
+        ([1.0, 2.0, 6.0], [1.0, 1.0, 1.0], 3.0),
+        ([1.0, 2.0, 6.0], [2.0, 1.0, 0.0], 4 / 3),
+        ([1.0, 2.0, 6.0], [3e38, 3e38, 3e38], 3.0),
+        ([1.0, 3.0, 6.0], [1e-44, 1e-44, 0.0], 2.0),
+        ([5.0], [1e-3], 5.0),
+    ],
+)
+def test_weighted_mean(losses, weights, expected):
+    found = weighted_mean(torch.tensor(losses), None if weights is None else torch.tensor(weights))
+    assert found.shape == () and found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_weighted_mean_takes_any_kind_of_number():
+    assert weighted_mean(torch.ones(70000, dtype=torch.float16)).item() == 1.0
+    assert weighted_mean(torch.tensor([1.0, 5.0]), torch.tensor([True, False])).item() == 1.0
+    losses = torch.tensor([1.0, 5.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: weighted_mean(x, torch.tensor([3, 1])), losses)
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights", "sentence"),
+    [
+        ([], None, r"at least one example, got \(0,\) and None\. Leave out empty batches"),
+        ([[1.0]], None, r"one shape"),
+        ([1.0, 2.0], [1.0], r"got \(2,\) and \(1,\)"),
+        ([1.0, 2.0], [0.0, 0.0], r"not all 0, got 0\.0\.\.0\.0\. Leave out"),
+        ([1.0, 2.0], [1.0, -1.0], r"at least 0 .*, got -1\.0\.\.1\.0"),
+        ([1.0, 2.0], [1.0, math.inf], r"finite"),
+        ([1.0, 2.0], [1.0, math.nan], r"finite"),
+    ],
+)
+def test_weighted_mean_refuses(losses, weights, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        weighted_mean(torch.tensor(losses), None if weights is None else torch.tensor(weights))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_door_by_name_and_by_function(name):
+    logits, targets = draw()
+    found = compute_pseudolabel_loss(name, logits, targets)
+    assert found.shape == (6,) and torch.equal(found, compute_pseudolabel_loss(LOSSES[name], logits, targets))
+
+
+def test_the_door_takes_a_users_function():
+    logits, targets = draw()
+    found = compute_pseudolabel_loss(partial(confidence_loss, weight=0.5), logits, targets)
+    assert torch.equal(found, confidence_loss(logits, targets, 0.5))
+
+
+def mean_loss(logits, targets):
+    return soft_cross_entropy(logits, targets).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "sentence"),
+    [
+        ("focal", ValueError, r"`loss` must be one of \['cross_entropy', .*\], got 'focal'\. Or pass a function"),
+        (3, TypeError, r"`loss` must be a name or a function, got int\. Names are"),
+        (
+            mean_loss,
+            ValueError,
+            r"`mean_loss` must return one loss per example, shape \(6,\), got \(\)\. Sum over labels",
+        ),
+        (lambda logits, targets: logits, ValueError, r"got \(6, 4\)"),
+        (partial(lambda logits, targets: 1.0), ValueError, r"`partial` must return .* got float"),
+    ],
+)
+def test_the_door_refuses(loss, error, sentence):
+    with pytest.raises(error, match=sentence):
+        compute_pseudolabel_loss(loss, *draw())
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (1, 4), (6, 4, 1)])
+@pytest.mark.parametrize(
+    "loss", [*EVERY_LOSS.values(), partial(compute_pseudolabel_loss, lambda logits, _: logits.sum(dim=1))]
+)
+def test_every_loss_refuses_shapes_that_differ(loss, shape):
+    # (1, 4) would broadcast without a word
+    with pytest.raises(ValueError, match=r"one shape|`answered` .* are needed, got .* Stack the teachers"):
+        loss(torch.zeros(6, 4), torch.full(shape, 0.25))
+
+
+def test_adapt_conf_refuses_label_ids_of_other_examples():
+    with pytest.raises(ValueError, match="one shape"):
+        adapt_conf(torch.zeros(6, 4), torch.zeros(1, dtype=torch.long))
+
+
+BAD = {
+    "temperature": [0, -1.0, math.inf, math.nan],
+    "q": [0, 1.01, -0.5, math.nan],
+    "weight": [-0.1, 1.1, math.nan],
+    "alpha": [-1, math.inf, math.nan],
+    "beta": [-1, math.inf, math.nan],
+    "gamma": [-0.1, 1.1, math.nan],
+    "fraction_done": [-0.1, 1.1, math.nan],
+    "share": [-0.1, 1.1],
+    "peak": [-0.1, 1.1],
+}
+TEACHERS = (torch.zeros(6, 4), torch.zeros(6, 1, 4), torch.ones(6, 1).bool())
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (partial(kl_divergence, *draw()), "temperature"),
+        (partial(adapt_conf, *draw()), "temperature"),
+        (partial(generalized_cross_entropy, *draw()), "q"),
+        (partial(LOGIT_GRADIENTS["generalized_cross_entropy"], *draw()), "q"),
+        (partial(LOGIT_GRADIENTS["kl_divergence"], *draw()), "temperature"),
+        (partial(confidence_targets, *draw()), "weight"),
+        (partial(confidence_loss, *draw()), "weight"),
+        (partial(product_loss, *draw()), "alpha"),
+        (partial(product_loss, *draw()), "beta"),
+        (partial(evidential_loss, *TEACHERS), "fraction_done"),
+        (partial(evidential_loss, *TEACHERS, 0.5), "gamma"),
+        (linear_warmup, "fraction_done"),
+        (partial(linear_warmup, 0.5), "share"),
+        (partial(linear_warmup, 0.5), "peak"),
+    ],
+)
+def test_numbers_out_of_range(function, name):
+    for value in BAD[name]:
+        with pytest.raises(ValueError, match=rf"`{name}` must be (above|at least) 0.*, got {value}\. [A-Z].*\.$"):
+            function(**{name: value})
+
+
+@pytest.mark.parametrize("arguments", [{"beta": 1.5}, {"beta": -0.1}, {"weight": -1.0}, {"weight": math.inf}])
+def test_elr_numbers_out_of_range(arguments):
+    with pytest.raises(ValueError, match=r"`(beta|weight)` must be at least 0.*, got .*\. Leave it out for"):
+        EarlyLearningRegularization(2, 2, **arguments)
