@@ -1,16 +1,37 @@
-"""Tiny models and data, made in milliseconds and kept in one folder of the session: no test touches the network."""
+"""Tiny models and data, made in milliseconds and kept in one folder of the session: no test touches the network.
 
+Whatever asks the Hub asks the one in `hub_server.py`, which each test process has for itself.
+"""
+
+# ruff: noqa: E402 - the server must run before any client is imported
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+from hub_server import WRITE_TOKEN, HubServer
+
+# The clients read their variables when they are imported, so this comes before every other import.
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_OFFLINE"))]:
+    del os.environ[name]
+HF_HOME = Path(tempfile.mkdtemp(prefix="hf_home_"))
+_SERVER = HubServer().start()
+os.environ.update(_SERVER.environment(HF_HOME))
+for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+    os.environ[name] = _SERVER.url  # it passes nothing on, so a request to another machine fails
+_OWNER = os.getpid()
+# A forked process leaves this one's folder alone.
+atexit.register(lambda: os.getpid() == _OWNER and shutil.rmtree(HF_HOME, ignore_errors=True))
 # Models of a few thousand weights gain nothing by threads, and a process forked from one with OpenMP threads hangs.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+import time
+import types
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -20,6 +41,24 @@ from PIL import Image as PILImage
 
 TINY_LABELS = ("ant", "bee", "cat", "dog")
 _WORDS = ("six", "legs", "hums", "stings", "purrs", "sleeps", "barks", "fetches", "the", "animal", "often")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub, a client that may write to it and has nothing in its cache, and no waiting between its retries."""
+    from huggingface_hub import HfFileSystem, _tree_cache, file_download
+    from huggingface_hub.utils import _http
+
+    _SERVER.reset()
+    for folder in ("hub", "datasets", "modules"):
+        shutil.rmtree(HF_HOME / folder, ignore_errors=True)
+    HfFileSystem.clear_instance_cache()  # it remembers repositories and listings
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+    impatient = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", impatient)
+    yield _SERVER
 
 
 @pytest.fixture(scope="session")
