@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from huggingface_hub import (
@@ -19,10 +22,18 @@ from huggingface_hub import (
     RepoCard,
 )
 
+from .card_merging import merge_card, sign_card
+
+logger = logging.getLogger(__name__)
 TAGS = ("co-supervised-learning", "weak-to-strong")
 PIPELINE_TAGS = {"image": "image-classification", "text": "text-classification"}
+_AUTO_CLASSES = {
+    "image": ("processor", "AutoImageProcessor", "AutoModelForImageClassification"),
+    "text": ("tokenizer", "AutoTokenizer", "AutoModelForSequenceClassification"),
+}
 _TEMPLATES = Path(__file__).parent / "templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _MAX_NAMES = 6
 _MAX_LABELS = 100
 
@@ -37,19 +48,23 @@ def model_card(facts: Mapping[str, Any]) -> str:
         facts (`Mapping[str, Any]`):
             - `name`, `hub_model_id`, `license`, `language` (`str`);
             - `modality` (`"image"` or `"text"`), which decides `pipeline_tag` and the snippet;
-            - `library_name` (`str`, default `"transformers"`), `tags` and `datasets` (`list[str]`, Hub ids);
-            - `base_model`, `base_model_revision`, `student_training`, `pool` (`str`), `has_adapter` (`bool`);
+            - `library_name` (`str`, default `"transformers"`; with `"timm"` the snippet shows both libraries), `tags`
+              and `datasets` (`list[str]`, Hub ids);
+            - `base_model`, `base_model_revision` (or `student_revision`), `base_model_commit`, `student_training`
+              (`str`), `has_adapter` (`bool`);
+            - `pool`, `pool_revision`, `source_dataset`, `source_revision` (`str`, Hub ids and what they were read at);
             - `labels` (`list[str]`), `num_examples` (`int`, in the pool);
             - `teachers` (`list[dict]`): `name`, `model`, `kind`, `revision`, `level`, `scope`, `domains` as in
-              [`Teacher`], `accuracy` (s);
+              [`Teacher`], `commit` (what `revision` was at), `subfolder`, `accuracy` (s);
             - `levels` (`list[dict]`): `level`, `assignment`, `keep_rate` (s), `num_kept` (s), `accuracy` (s),
-              `pgr` (s), `teachers` (shares (s) by name); by default those of the report;
+              `pgr` (s), `teachers` (shares (s) by name); what they leave out is taken from the report;
             - `report` (`dict`): `weak_accuracy` (s), `methods` (`accuracy` (s) and `pgr` (s) by method, of which `csl`
               is this student and `ceiling` the one with ground truth), `seeds`, `levels`, see [`plot_pgr`];
             - `seed` (`int`): which of the seeds this student is;
             - `dataset_name`, `dataset_type`, `dataset_split` (`str`, what the report was measured on);
-            - `figure` (`str`, path in the repo), `hyperparameters` (`dict`, those that are not defaults; folders and
-              secrets are left out) and `versions` (`dict`).
+            - `files` (`list[tuple[str, str]]`: path in the repository, what it is);
+            - `figure` (`str`, path in the repository), `hyperparameters` (`dict`, those that are not defaults; folders
+              and secrets are left out) and `versions` (`dict`).
 
     Returns:
         `str`: Markdown with a YAML header; it ends with a line break.
@@ -59,24 +74,27 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """
     facts = _known(facts)
     report = facts.get("report", {})
-    name = _escape(facts.get("name") or facts.get("hub_model_id", "Co-supervised student").split("/")[-1])
+    name = _title(facts, "hub_model_id", "Co-supervised student")
+    base_model_at = facts.get("base_model_commit") or facts.get("base_model_revision", facts.get("student_revision"))
     body = {
-        "name": name,
+        "name": _escape(name),
         "modality": facts.get("modality"),
         "num_labels": len(facts.get("labels", [])),
-        "base_model_text": _model_text(facts.get("base_model"), facts.get("base_model_revision")),
-        "student_training": facts.get("student_training"),
+        "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
+        "student_training": _escape(facts.get("student_training", "")),
         "num_examples": _count(facts.get("num_examples")),
-        "pool_text": _model_text(facts.get("pool"), prefix="datasets/"),
+        "source_text": _repo_text(facts.get("source_dataset"), facts.get("source_revision"), prefix="datasets/"),
+        "pool_text": _repo_text(facts.get("pool"), facts.get("pool_revision"), prefix="datasets/"),
         "usage": _usage(facts),
         "has_adapter": facts.get("has_adapter"),
+        "files_text": _files_text(facts.get("files", [])),
         "labels_text": _label_list(facts.get("labels", [])),
         "evaluation_intro": _evaluation_intro(facts, report),
         "evaluation_table": _evaluation_table(report),
         "pgr_text": _pgr_text(report),
-        "figure": facts.get("figure"),
+        "figure": quote(_in_repo(facts.get("figure", ""))),
         "teachers_table": _teachers_table(facts.get("teachers", [])),
-        "levels_table": _levels_table(facts.get("levels") or report.get("levels", [])),
+        "levels_table": _levels_table(_join_levels(facts.get("levels", []), report.get("levels", []))),
         "hyperparameters_table": _hyperparameters_table(facts.get("hyperparameters", {})),
         "versions_text": _versions_text(facts.get("versions", {})),
     }
@@ -91,9 +109,10 @@ def pool_card(facts: Mapping[str, Any]) -> str:
     Args:
         facts (`Mapping[str, Any]`):
             - `teachers` (`list[dict]`, not empty): `name` (the folder `teachers/<name>`), `model`, `kind`, `revision`,
-              `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to 1), `answered` (share of
-              the examples, 0 to 1), `accuracy`;
-            - `name`, `hub_dataset_id`, `license`, `source_dataset` (`str`), `tags` (`list[str]`);
+              `commit`, `subfolder`, `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to
+              1), `answered` (share of the examples, 0 to 1), `accuracy`;
+            - `name`, `hub_dataset_id`, `license` (`str`), `tags` (`list[str]`);
+            - `source_dataset`, `source_revision`, `source_split` (`str`): the unlabelled data, a Hub id;
             - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `num_examples` (`int`);
             - `input_columns` (`list[str]`): columns of `inputs`, absent where the pool holds no inputs;
             - `versions` (`dict`).
@@ -109,51 +128,118 @@ def pool_card(facts: Mapping[str, Any]) -> str:
     names = [teacher["name"] for teacher in teachers]
     if not names or "inputs" in names:
         raise ValueError(f"A pool needs teachers, none of them named 'inputs', got {names}. Rename the teacher.")
-    oracle = [f"`{column}`" for column in columns if column.startswith("oracle_")]
+    oracle = [_code(column) for column in columns if column.startswith("oracle_")]
+    repo_id = _own_id(facts, "hub_dataset_id")
+    source = _repo_text(facts.get("source_dataset"), facts.get("source_revision"), prefix="datasets/")
     body = {
-        "name": _escape(facts.get("name") or facts.get("hub_dataset_id", "Pool of pseudolabels").split("/")[-1]),
+        "name": _escape(_title(facts, "hub_dataset_id", "Pool of pseudolabels")),
         "num_teachers_text": "one teacher" if len(names) == 1 else f"{len(names)} teachers",
         "num_examples": _count(facts.get("num_examples")),
-        "source_text": _model_text(facts.get("source_dataset"), prefix="datasets/"),
+        "source_text": source
+        + (f" (split {_code(facts['source_split'])})" if source and "source_split" in facts else ""),
         "has_inputs": bool(columns),
-        "hub_dataset_id": facts.get("hub_dataset_id"),
-        "first_teacher": names[0],
+        "hub_dataset_id": repo_id,
+        "pool_place": json.dumps(repo_id or "."),
+        "first_teacher": json.dumps(names[0]),
         "oracle_columns": " and ".join(oracle),
         "many_oracle_columns": len(oracle) > 1,
         "labels_text": _label_list(facts.get("labels", [])),
         "teachers_table": _teachers_table(teachers),
         "versions_text": _versions_text(facts.get("versions", {})),
+        "has_license": "license" in facts,
     }
     return _render(DatasetCard, _pool_metadata(facts, names), "pool_card.md", body)
+
+
+def hierarchy_card(facts: Mapping[str, Any]) -> str:
+    """Write the model card of a repository that holds a hierarchy of teachers.
+
+    Every fact but `teachers` is optional; one that is absent or `None` is left out, never guessed.
+
+    Args:
+        facts (`Mapping[str, Any]`):
+            - `teachers` (`list[dict]`, not empty): `name`, `level`, `scope`, `domains`, `kind` as in [`Teacher`],
+              `subfolder` (where it is in this repository), `accuracy`; for one of another repository `model` (its
+              Hub id), `revision`, `commit` and `subfolder` there;
+            - `name`, `hub_model_id`, `license` (`str`), `tags` and `datasets` (`list[str]`, Hub ids);
+            - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `versions` (`dict`).
+
+    Returns:
+        `str`: Markdown with a YAML header; it ends with a line break.
+
+    Raises:
+        ValueError: If there is no teacher, or `modality` is not known.
+    """
+    facts = _known(facts)
+    teachers = [_known(teacher) for teacher in facts.get("teachers", [])]
+    if not teachers:
+        raise ValueError("A hierarchy needs teachers, got none. Give at least one.")
+    repo_id, labels = _own_id(facts, "hub_model_id"), facts.get("labels", [])
+    metadata = ModelCardData(
+        license=facts.get("license"),
+        tags=[*TAGS, "teachers", *facts.get("tags", [])],
+        datasets=_dataset_ids(facts.get("datasets", [])),
+        pipeline_tag=_pipeline_tag(facts),
+    )
+    body = {
+        "name": _escape(_title(facts, "hub_model_id", "Hierarchy of teachers")),
+        "num_teachers": len(teachers),
+        "modality": facts.get("modality"),
+        "num_labels": len(labels),
+        "num_levels": len({teacher.get("level") for teacher in teachers}),
+        "place": json.dumps(repo_id or "."),
+        "is_local": repo_id is None,
+        "teacher_usage": _teacher_usage(teachers, facts.get("modality"), repo_id or "."),
+        "teachers_table": _teachers_table(teachers, with_kind=True),
+        "labels_text": _label_list(labels),
+        "versions_text": _versions_text(facts.get("versions", {})),
+    }
+    return _render(ModelCard, metadata, "hierarchy_card.md", body)
 
 
 def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
     """Write a card as the `README.md` of a folder, whole or not at all.
 
+    What was edited by hand in a card that is there already stays, see [`merge_card`]; a warning names it where the new
+    card says something else.
+
     Args:
         text (`str`):
-            What [`model_card`] or [`pool_card`] gave.
+            What [`model_card`], [`pool_card`] or [`hierarchy_card`] gave.
         folder (`str` or `os.PathLike`):
-            An existing folder; an older card is replaced.
+            An existing folder.
 
     Returns:
         `pathlib.Path`: The card.
 
     Raises:
         FileNotFoundError: If there is no such folder.
+        ValueError: If the card that is there is not UTF-8, or its YAML header cannot be read.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")
-    temporary = folder / ".README.md.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / "README.md")
-    return folder / "README.md"
+    path, temporary = folder / "README.md", folder / ".README.md.tmp"
+    if path.exists():
+        text, kept = merge_card(_read_card(path), text)
+        if kept:
+            logger.warning("'%s': edited by hand and kept: %s. For a fresh card, delete it.", path, ", ".join(kept))
+    temporary.write_text(text, encoding="utf-8", newline="")  # the line ends are those of the card that was there
+    os.replace(temporary, path)
+    return path
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' must be UTF-8, got {error.reason}. Save it as UTF-8, or delete it.") from error
 
 
 def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:
-    card = kind.from_template(metadata, template_path=str(_TEMPLATES / template), **body)
-    return str(card).rstrip() + "\n"
+    # The client reads a template by the encoding of the machine, so it gets the text.
+    card = kind.from_template(metadata, template_str=(_TEMPLATES / template).read_text(encoding="utf-8"), **body)
+    return sign_card(str(card))
 
 
 # ── headers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,12 +254,16 @@ def _model_metadata(facts: Mapping[str, Any], name: str) -> ModelCardData:
         library_name=facts.get("library_name", "transformers"),
         tags=[*TAGS, *facts.get("tags", [])],
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
-        datasets=[dataset for dataset in facts.get("datasets", []) if _is_hub_id(dataset)] or None,
+        datasets=_dataset_ids([*facts.get("datasets", []), facts.get("source_dataset"), facts.get("pool")]),
         pipeline_tag=_pipeline_tag(facts),
         model_name=name if results else None,
         eval_results=results or None,
         metrics=["accuracy"] if results else None,
     )
+
+
+def _dataset_ids(names: Sequence[str | None]) -> list[str] | None:
+    return list(dict.fromkeys(name for name in names if name and _is_hub_id(name))) or None
 
 
 def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
@@ -233,16 +323,41 @@ def _size_category(num_examples: int) -> str:
 
 def _usage(facts: Mapping[str, Any]) -> str:
     """A snippet that runs as printed: by the Hub id, or in the model's folder."""
-    task, model = _pipeline_tag(facts), facts.get("hub_model_id", ".")
+    task, repo_id = _pipeline_tag(facts), _own_id(facts, "hub_model_id")
     if task is None:
         return ""
-    where = "" if "hub_model_id" in facts else "  # this folder, or its id on the Hub"
-    load = f'classifier = pipeline("{task}", model="{model}"){where}'
+    where = "" if repo_id else "  # this folder, or its id on the Hub"
+    load = f'classifier = pipeline("{task}", model="{repo_id or "."}"){where}'
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]
     lines.append('image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")')
-    return "\n".join([*lines, "print(classifier(image))"])
+    lines.append("print(classifier(image))")
+    if facts.get("library_name") == "timm":
+        place = f"hf-hub:{repo_id}" if repo_id else "local-dir:."
+        lines = ["import timm", *lines, "", "# The same model by timm alone."]
+        lines.append(f'model = timm.create_model("{place}", pretrained=True).eval()')
+        lines.append("transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
+        lines.append("print(model(transform(image).unsqueeze(0)).softmax(-1))")
+    return "\n".join(lines)
+
+
+def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, place: str) -> str:
+    """How the first transformers teacher is loaded without this package."""
+    for teacher in teachers:
+        model, at = teacher.get("model"), teacher.get("commit") or teacher.get("revision")
+        if modality is None or teacher.get("kind") != "transformers" or (model and not _is_hub_id(model)):
+            continue
+        arguments = json.dumps(model or place)
+        arguments += f", revision={json.dumps(at)}" if model and at else ""
+        arguments += f", subfolder={json.dumps(teacher['subfolder'])}" if "subfolder" in teacher else ""
+        reader, auto_reader, auto_model = _AUTO_CLASSES[modality]
+        return (
+            f"from transformers import {', '.join(sorted([auto_reader, auto_model]))}\n\n"
+            f"{reader} = {auto_reader}.from_pretrained({arguments})\n"
+            f"model = {auto_model}.from_pretrained({arguments})"
+        )
+    return ""
 
 
 def _evaluation_intro(facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
@@ -252,8 +367,12 @@ def _evaluation_intro(facts: Mapping[str, Any], report: Mapping[str, Any]) -> st
         where = f"{_escape(facts['dataset_name'])}{split}"
     seeds = report.get("seeds", [])
     over = f", mean ± standard deviation over seeds {_join(seeds)}" if len(seeds) > 1 else ""
-    one = f", seed {seeds[0]}" if len(seeds) == 1 else ""
-    this = f" This repository holds the student of seed {facts['seed']}." if len(seeds) > 1 and "seed" in facts else ""
+    one = f", seed {_escape(seeds[0])}" if len(seeds) == 1 else ""
+    this = (
+        f" This repository holds the student of seed {_escape(facts['seed'])}."
+        if len(seeds) > 1 and "seed" in facts
+        else ""
+    )
     return f"Accuracy on {where}{over}{one}. Every method trains the same student by the same recipe.{this}"
 
 
@@ -281,20 +400,23 @@ def _pgr_text(report: Mapping[str, Any]) -> str:
     )
 
 
-def _teachers_table(teachers: Sequence[Mapping[str, Any]]) -> str:
-    headers = ["level", "teacher", "model", "revision", "scope", "domains", "kept labels", "mass left out %"]
-    headers += ["answered %", "accuracy %"]
+def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
+    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "kept labels"]
+    headers += ["mass left out %", "answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
-        revision = str(teacher.get("revision", ""))
+        model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
+        is_column = teacher.get("kind") == "column" and model is not None
         rows.append([
-            str(teacher.get("level", "")),
-            f"`{_escape(teacher['name'])}`" if "name" in teacher else "",
-            _teacher_model_text(teacher),
-            f"`{revision[:12] if re.fullmatch('[0-9a-f]{40}', revision) else _escape(revision)}`" if revision else "",
+            _escape(teacher.get("level", "")),
+            _code(teacher["name"]) if "name" in teacher else "",
+            _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
+            _code(_in_repo(subfolder)) if subfolder and model is None else "",
+            f"column {_code(model)}" if is_column else _repo_link(model, at, subfolder),
+            _code(_short(at)) if at else "",
             _short_list(teacher.get("scope")),
             _short_list(teacher.get("domains")),
-            str(teacher.get("pool_k", "")),
+            _escape(teacher.get("pool_k", "")),
             _percent(teacher.get("dropped_mass") or None),
             _percent(teacher.get("answered")),
             _percent(teacher.get("accuracy")),
@@ -302,12 +424,19 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]]) -> str:
     return _table(headers, rows)
 
 
+def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The levels of this student, the last round of each with what the report knows beside."""
+    by_level = {level.get("level"): _known(level) for level in measured}
+    rows = [by_level.pop(level.get("level"), {}) | _known(level) for level in reversed(own)]
+    return [*reversed(rows), *by_level.values()]
+
+
 def _levels_table(levels: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for level in map(_known, levels):
         shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
         rows.append([
-            str(level.get("level", "")),
+            _escape(level.get("level", "")),
             _escape(level.get("assignment", "")),
             ", ".join(f"{name} {share}" for name, share in shares.items() if share),
             _percent(level.get("keep_rate")),
@@ -322,7 +451,7 @@ def _levels_table(levels: Sequence[Mapping[str, Any]]) -> str:
 def _hyperparameters_table(values: Mapping[str, Any]) -> str:
     # A card tells how a model was trained, not where, and keeps no secrets.
     shown = {name: value for name, value in values.items() if not name.endswith(("_dir", "token"))}
-    rows = [[f"`{_escape(name)}`", f"`{_escape(value)}`"] for name, value in shown.items() if not _is_absolute(value)]
+    rows = [[_code(name), _code(value)] for name, value in shown.items() if not _names_folder(value)]
     return _table(["argument", "value"], rows)
 
 
@@ -360,9 +489,19 @@ def _count(value: Any) -> str:
     return f"{numbers.mean():,.0f}" if len(numbers) else ""
 
 
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())
+
+
 def _escape(value: Any) -> str:
-    """Text that neither leaves its table cell nor its inline code."""
-    return " ".join(str(value).split()).replace("|", "\\|").replace("`", "'")
+    """Text that starts no link, comment or tag, and does not leave its table cell."""
+    text = re.sub(r"([\\|\[\]])", r"\\\1", _one_line(value))
+    return text.replace("<", "&lt;").replace("`", "'")
+
+
+def _code(value: Any) -> str:
+    """Inline code; a pipe is escaped, by an odd number of backslashes, to stay in its table cell."""
+    return "`" + re.sub(r"(\\*)\|", r"\1\1\\|", _one_line(value)).replace("`", "'") + "`"
 
 
 def _join(values: Sequence[Any]) -> str:
@@ -378,31 +517,69 @@ def _short_list(values: Sequence[str] | None) -> str:
 
 def _label_list(labels: Sequence[str]) -> str:
     more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
-    return ", ".join(f"`{_escape(label)}`" for label in labels[:_MAX_LABELS]) + more
+    return ", ".join(_code(label) for label in labels[:_MAX_LABELS]) + more
 
 
 def _is_hub_id(model: str) -> bool:
     return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
 
 
-def _is_absolute(value: Any) -> bool:
-    return isinstance(value, str) and Path(value).is_absolute()
+def _names_folder(value: Any) -> bool:
+    """Whether a value says where something lies on this machine, itself or in one of its parts."""
+    if isinstance(value, Mapping):
+        return any(map(_names_folder, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(_names_folder, value))
+    if not isinstance(value, str | PurePath):
+        return False
+    text = str(value)
+    return text.startswith(("~", "file:")) or any(
+        kind(text).is_absolute() for kind in (PurePosixPath, PureWindowsPath)
+    )
 
 
-def _model_text(model: str | None, revision: str | None = None, *, prefix: str = "") -> str:
-    """A link for a Hub id; of a folder only its name, for the rest is nobody's business."""
-    if model is None:
+def _in_repo(path: str) -> str:
+    return PureWindowsPath(path).name if _names_folder(path) else path
+
+
+def _title(facts: Mapping[str, Any], own_id: str, default: str) -> str:
+    return _one_line(facts.get("name") or facts.get(own_id, default).split("/")[-1])
+
+
+def _own_id(facts: Mapping[str, Any], key: str) -> str | None:
+    """The Hub id of the card's own repository; what cannot be one is not printed into code."""
+    return facts[key] if _HUB_ID.fullmatch(facts.get(key, "")) else None
+
+
+def _pinned_at(teacher: Mapping[str, Any]) -> str | None:
+    return teacher.get("commit") or teacher.get("revision")
+
+
+def _short(revision: str) -> str:
+    return revision[:12] if _COMMIT.fullmatch(revision) else revision
+
+
+def _repo_link(repo: str | None, at: str | None = None, subfolder: str | None = None, *, prefix: str = "") -> str:
+    """A link to a Hub repository at its commit; of a folder only its name, for the rest is nobody's business."""
+    if repo is None:
         return ""
-    if not _is_hub_id(model):
-        return f"`{_escape(Path(model).name)}`"
-    at = f" at `{_escape(revision)[:12]}`" if revision else ""
-    return f"[{_escape(model)}](https://huggingface.co/{prefix}{model}){at}"
+    if not _is_hub_id(repo):
+        return _code(PureWindowsPath(repo).name)  # knows both kinds of slashes
+    url, text = f"https://huggingface.co/{prefix}{repo}", repo
+    if subfolder or (at and _COMMIT.fullmatch(at)):
+        url += f"/tree/{quote(at or 'main', safe='')}"
+    if subfolder:
+        url, text = f"{url}/{quote(subfolder)}", f"{repo}/{subfolder}"
+    return f"[{_escape(text)}]({url})"
 
 
-def _teacher_model_text(teacher: Mapping[str, Any]) -> str:
-    if teacher.get("kind") == "column" and "model" in teacher:
-        return f"column `{_escape(teacher['model'])}`"
-    return _model_text(teacher.get("model"))
+def _repo_text(repo: str | None, at: str | None = None, *, prefix: str = "") -> str:
+    is_pinned = repo is not None and at and _is_hub_id(repo)
+    return _repo_link(repo, at, prefix=prefix) + (f" at {_code(_short(at))}" if is_pinned and at else "")
+
+
+def _files_text(files: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{_code(_in_repo(path))} ({_escape(what)})" for path, what in files)
 
 
 def _versions_text(versions: Mapping[str, Any]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import DatasetCard, ModelCard
 
-from hf_cosupervise.cards import TAGS, model_card, pool_card, write_card
+from hf_cosupervise.card_merging import merge_card
+from hf_cosupervise.cards import TAGS, hierarchy_card, model_card, pool_card, write_card
+from hf_cosupervise.pool import PseudolabelPool
+from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
 GOLDEN = Path(__file__).parent / "golden"
 TEACHERS = [
@@ -59,6 +64,38 @@ POOL: dict[str, Any] = {
     "input_columns": ["id", "image", "oracle_label", "oracle_domain"], "source_dataset": "someone/seasons",
     "versions": {"hf_cosupervise": "0.1.0"},
 }  # fmt: skip
+COMMIT = "fedcba98" * 5
+TIMM: dict[str, Any] = {
+    "hub_model_id": "someone/leaves", "modality": "image", "library_name": "timm", "license": "apache-2.0",
+    "base_model": "timm/test_vit.r160_in1k", "base_model_revision": "main", "base_model_commit": COMMIT,
+    "source_dataset": "someone/leaves-unlabelled", "source_revision": COMMIT, "num_examples": 500,
+    "pool": "someone/leaves-pool", "pool_revision": "v1",
+    "files": [("report.json", "every number of the table"), ("pgr.png", "the figure")],
+    "teachers": [
+        {"name": "oaks", "model": "someone/teachers", "subfolder": "oaks", "commit": COMMIT, "level": 0},
+        {"name": "pines", "model": "someone/teachers", "subfolder": "more/pines", "revision": "a/b", "level": 1},
+        {"name": "palms", "model": "someone/palms", "revision": "v2", "commit": COMMIT, "level": 1},
+    ],
+    "levels": [{"level": 0, "keep_rate": 1.0}, {"level": 1, "keep_rate": 0.5}, {"level": 1, "keep_rate": 0.75}],
+    "report": {"levels": [{"level": 0, "accuracy": 0.5, "pgr": 0.25}, {"level": 1, "accuracy": 0.75, "pgr": 0.5}]},
+}  # fmt: skip
+HIERARCHY: dict[str, Any] = {
+    "hub_model_id": "someone/teachers", "license": "mit", "modality": "text", "labels": ["sad", "glad"],
+    "tags": ["moods"], "datasets": ["someone/moods"], "versions": {"hf_cosupervise": "0.1.0"},
+    "teachers": [
+        {"name": "forest", "kind": "sklearn", "level": 0, "subfolder": "forest", "accuracy": 0.5},
+        {"name": "mails", "kind": "transformers", "level": 1, "subfolder": "mails", "domains": ["mail"]},
+        {"name": "posts", "kind": "transformers", "level": 1, "scope": ["sad"], "model": "other/posts",
+         "commit": COMMIT},
+    ],
+}  # fmt: skip
+EDITED = (
+    model_card(FULL)
+    .replace("tags:\n", "license: mit  # of the data\ntags:\n- mine\n")
+    .replace("## Evaluation", "## Limits\n\nOnly leaves.\n\n## Evaluation")
+    .replace("Labels: ", "Names of the labels: ")
+)
+NEXT = {**FULL, "seed": 0, "versions": {"torch": "2.16.0"}, "has_adapter": True}
 
 
 # To renew them after a wanted change: write `card` to the file, and read the difference.
@@ -70,13 +107,39 @@ POOL: dict[str, Any] = {
         ("model_card_empty.md", model_card({})),
         ("pool_card.md", pool_card(POOL)),
         ("pool_card_one_teacher.md", pool_card({"teachers": TEACHERS[:1], "hub_dataset_id": "someone/pool"})),
+        (
+            "pool_card_source.md",
+            pool_card(
+                {
+                    "teachers": TIMM["teachers"],
+                    "hub_dataset_id": "someone/pool",
+                    "license": "mit",
+                    "source_dataset": "someone/leaves",
+                    "source_revision": COMMIT,
+                    "source_split": "train",
+                }
+            ),
+        ),
+        ("model_card_timm.md", model_card(TIMM)),
+        ("model_card_merged.md", merge_card(EDITED, model_card(NEXT)).text),
+        ("hierarchy_card.md", hierarchy_card(HIERARCHY)),
     ],
 )
 def test_card_is_as_kept(name, card):
     assert card == (GOLDEN / name).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("card", [model_card(FULL), model_card(TEXT), model_card({}), pool_card(POOL)])
+CARDS = [
+    model_card(FULL),
+    model_card(TEXT),
+    model_card(TIMM),
+    model_card({}),
+    pool_card(POOL),
+    hierarchy_card(HIERARCHY),
+]
+
+
+@pytest.mark.parametrize("card", CARDS)
 def test_nothing_unknown_or_private_is_printed(card):
     assert not re.search(r"\bNone\b|\bnan\b|unknown|/private/|secret|outputs/x|\{\{|\{%", card)
     assert "\n\n\n" not in card and card.endswith("\n") and not card.endswith("\n\n")
@@ -118,6 +181,109 @@ def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
         assert "The student is `strong`" in card and str(tmp_path) not in card
 
 
+def test_a_source_is_linked_at_its_commit():
+    card = pool_card({**POOL, "source_revision": COMMIT, "source_split": "train"})
+    tree = f"https://huggingface.co/datasets/someone/seasons/tree/{COMMIT}"
+    assert f"of [someone/seasons]({tree}) at `fedcba98fedc` (split `train`), for" in card
+    assert "someone/seasons]" in model_card({"source_dataset": "someone/seasons"})
+
+
+def test_a_pool_without_inputs_promises_none():
+    card = pool_card({"teachers": TEACHERS})
+    assert "inputs" not in card and "The examples themselves are not here." in card
+
+
+def test_licence_of_a_pool():
+    sentence = "No licence is stated here: the terms of the source data and of the teachers apply."
+    assert sentence in pool_card(POOL) and sentence not in pool_card({**POOL, "license": "mit"})
+
+
+def test_measured_levels_stand_beside_those_of_the_student():
+    rows = [
+        line for line in model_card(TIMM).splitlines() if line.endswith(" % |") or re.match(r"\| \d \| .*\d \|", line)
+    ]
+    assert rows[-4:] == [
+        "| level | keep rate % | accuracy % | PGR % |",
+        "| 0 | 100.0 | 50.0 | 25.0 |",
+        "| 1 | 50.0 | | |",  # a round that another one followed
+        "| 1 | 75.0 | 75.0 | 50.0 |",
+    ]
+
+
+def test_the_clients_classes_read_the_cards():
+    for card in (model_card(FULL), model_card(TIMM), model_card(NEXT), hierarchy_card(HIERARCHY)):
+        data = ModelCard(card).data
+        again = ModelCard(str(ModelCard(card)))
+        assert again.data.to_dict() == data.to_dict() and again.data.eval_results == data.eval_results
+        assert merge_card(str(again), card) == (card, ())
+    data = DatasetCard(pool_card(POOL)).data.to_dict()
+    assert [config["config_name"] for config in data["configs"]] == ["inputs", "generalist", "low", "old-notes"]
+
+
+def test_header_of_a_hierarchy():
+    data = ModelCard(hierarchy_card(HIERARCHY)).data
+    assert data.tags == [*TAGS, "teachers", "moods"] and data.datasets == ["someone/moods"]
+    assert data.license == "mit" and data.pipeline_tag == "text-classification"
+    with pytest.raises(ValueError) as error:
+        hierarchy_card({"teachers": []})
+    assert str(error.value) == "A hierarchy needs teachers, got none. Give at least one."
+
+
+def test_data_that_a_student_saw_is_in_its_header():
+    assert ModelCard(model_card(TIMM)).data.datasets == ["someone/leaves-unlabelled", "someone/leaves-pool"]
+    assert ModelCard(model_card({"datasets": ["a/b"], "source_dataset": "a/b"})).data.datasets == ["a/b"]
+
+
+NASTY = "x\n---\n# y\n## z --> <!-- <b> [a](http://b) `c` \\| d | {{ 'jin' ~ 'ja' }} \u2028 ![e](f) \"'\\"
+
+
+def hostile(facts: Any) -> Any:
+    """The same facts with something nasty in each text that is free."""
+    if isinstance(facts, dict):
+        return {key: value if key in ("modality", "kind") else hostile(value) for key, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [hostile(value) for value in facts]
+    return NASTY if isinstance(facts, str) else facts
+
+
+@pytest.mark.parametrize(
+    ("write", "facts"),
+    [
+        (model_card, {**FULL, **TEXT, "report": FULL["report"], "files": TIMM["files"]}),
+        (model_card, {**TIMM, "pool_revision": None}),
+        (pool_card, {**POOL, "source_revision": "x", "source_split": "x", "hub_dataset_id": "x"}),
+        (hierarchy_card, HIERARCHY),
+    ],
+)
+def test_facts_cannot_break_out(write, facts):
+    plain, card = write(facts), write(hostile(facts))
+    outside = re.sub(r"```.*?```", "", card, flags=re.DOTALL)
+    body = outside.split("\n---\n", 1)[1]
+    assert re.findall("^#+ ", outside, re.M) == re.findall("^#+ ", re.sub(r"```.*?```", "", plain, flags=re.S), re.M)
+    text = re.sub(r"(?<!\\)`[^`\n]*`", "", body)  # inline code is shown as it is
+    assert "<b>" not in text and text.count("<!--") == 1 and not re.search(r"(?<!\\)\]\(http://b\)|!\[e\]", text)
+    rows = [line for line in body.splitlines() if line.startswith("|")]
+    counts = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows]
+    headers = [place for place, row in enumerate(rows) if row.startswith("| ---")]
+    for place, following in zip(headers, [*(place - 1 for place in headers[1:]), len(rows)]):
+        assert len(set(counts[place - 1 : following])) == 1
+    kind = DatasetCard if write is pool_card else ModelCard
+    assert set(kind(card).data.to_dict()) <= set(kind(plain).data.to_dict())
+    assert kind(card).data.to_dict().get("license") in (NASTY, None)
+    assert merge_card(card, card) == (card, ()) and "jinja" not in body
+
+
+@pytest.mark.parametrize("place", ["/private/me/x", "C:\\private\\me\\x", "~/private/x", "file:///private/x"])
+def test_folders_of_this_machine_stay_here(place):
+    facts = {
+        "base_model": place, "pool": place, "source_dataset": place, "figure": place, "files": [(place, "it")],
+        "teachers": [{"name": "t", "model": place}, {"name": "u", "subfolder": place}],
+        "hyperparameters": {"a": place, "b": [place], "c": {"d": Path(place)}, "e": 1},
+    }  # fmt: skip
+    for card in (model_card(facts), pool_card(facts), hierarchy_card(facts)):
+        assert "private" not in card and "| `a` |" not in card and "| `b` |" not in card and "| `c` |" not in card
+
+
 def test_names_cannot_break_out_of_their_cell():
     teacher = {"name": "a|b\n# c", "model": "x`y", "kind": "column", "scope": ["p|q"]}
     card = model_card({"teachers": [teacher], "name": "two\nlines {{ 7 * 7 }}"})
@@ -126,13 +292,13 @@ def test_names_cannot_break_out_of_their_cell():
 
 
 def test_facts_are_left_as_they_are():
-    before = copy.deepcopy((FULL, POOL))
-    model_card(FULL), pool_card(POOL)
-    assert before == (FULL, POOL)
+    before = copy.deepcopy((FULL, POOL, TIMM, HIERARCHY))
+    model_card(FULL), pool_card(POOL), model_card(TIMM), hierarchy_card(HIERARCHY)
+    assert before == (FULL, POOL, TIMM, HIERARCHY)
 
 
 def test_unknown_modality():
-    for write in (model_card, pool_card):
+    for write in (model_card, pool_card, hierarchy_card):
         with pytest.raises(ValueError) as error:
             write({"modality": "audio", "teachers": TEACHERS})
         assert str(error.value) == (
@@ -157,11 +323,11 @@ def test_size_of_the_pool(num_examples, category):
 # ── as printed ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_snippet(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the first snippet of a card in the folder that holds it."""
+def run_snippet(card: str, folder: Path, monkeypatch: pytest.MonkeyPatch, number: int = 0) -> dict[str, Any]:
+    """Run a snippet of a card in the folder that holds it."""
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1), names)
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[number], names)
     return names
 
 
@@ -172,6 +338,52 @@ def test_snippet_of_the_student_runs_as_printed(fixture, modality, request, tiny
     folder = Path(request.getfixturevalue(fixture))
     run_snippet(model_card({"modality": modality}), folder, monkeypatch)
     assert re.search(rf"'label': '({'|'.join(tiny_labels)})'", capsys.readouterr().out)
+
+
+def files_of(folder: str, prefix: str = "") -> dict[str, bytes]:
+    return {f"{prefix}{path.name}": path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+def test_snippet_of_a_timm_student_runs_as_printed(on_hub, tiny_timm, tmp_path, hub, monkeypatch):
+    facts = {"modality": "image", "library_name": "timm", "hub_model_id": "someone/leaves" if on_hub else None}
+    if on_hub:
+        hub.create("someone/leaves", files_of(tiny_timm))
+    names = run_snippet(model_card(facts), tmp_path if on_hub else Path(tiny_timm), monkeypatch)
+    assert names["model"].num_classes == 4 and not names["model"].training
+    probs = names["model"](names["transform"](names["image"]).unsqueeze(0)).softmax(-1)
+    assert names["classifier"](names["image"])[0]["score"] == pytest.approx(probs.max().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("on_hub", [False, True])
+@pytest.mark.parametrize(("fixture", "modality"), [("tiny_vit", "image"), ("tiny_bert", "text")])
+def test_snippet_of_one_teacher_runs_as_printed(fixture, modality, on_hub, request, hub, tmp_path, monkeypatch):
+    source = request.getfixturevalue(fixture)
+    facts = {"modality": modality, "teachers": [{"name": "low", "kind": "transformers", "subfolder": "inner/low"}]}
+    if on_hub:
+        facts["hub_model_id"] = "someone/teachers"
+        hub.create("someone/teachers", files_of(source, "inner/low/"))
+    else:
+        shutil.copytree(source, tmp_path / "inner" / "low")
+    assert run_snippet(hierarchy_card(facts), tmp_path, monkeypatch, 1)["model"].config.num_labels == 4
+
+
+def test_snippet_of_a_teacher_elsewhere_is_pinned(tiny_vit, hub, tmp_path, monkeypatch):
+    commit = hub.create("other/low", files_of(tiny_vit))
+    teachers = [{"name": "low", "kind": "transformers", "model": "other/low", "commit": commit}]
+    card = hierarchy_card({"modality": "image", "teachers": teachers})
+    assert f'from_pretrained("other/low", revision="{commit}")' in card
+    assert run_snippet(card, tmp_path, monkeypatch, 1)["model"].config.num_labels == 4
+
+
+def test_snippets_of_the_package_run_as_printed(tmp_path, monkeypatch):
+    hierarchy = TeacherHierarchy(["sad", "glad"], [Teacher("someone/low")])
+    PseudolabelPool.from_predictions(hierarchy, ["x", "y"], {"low": np.eye(2)}).save(tmp_path / "pool")
+    card = (tmp_path / "pool" / "README.md").read_text(encoding="utf-8")
+    assert len(run_snippet(card, tmp_path / "pool", monkeypatch, 1)["pool"]) == 2
+    (tmp_path / "hierarchy.json").write_text(json.dumps(hierarchy.to_dict()), encoding="utf-8")
+    names = run_snippet(hierarchy_card({"teachers": TEACHERS}), tmp_path, monkeypatch)
+    assert names["hierarchy"].names == ("low",)
 
 
 @pytest.fixture
@@ -214,7 +426,8 @@ def test_snippet_of_the_pool_runs_as_printed(pool_folder, monkeypatch, tmp_path)
 
 
 def test_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    assert write_card("old\n", tmp_path) == tmp_path / "README.md"
+    old, new = model_card({"name": "old"}), model_card({"name": "new ±"})
+    assert write_card(old, tmp_path) == tmp_path / "README.md"
 
     def fail(*paths: Any) -> None:
         raise OSError("disk full")
@@ -222,11 +435,37 @@ def test_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
-            write_card("new\n", tmp_path)
-    assert (tmp_path / "README.md").read_text() == "old\n"
-    write_card("new ±\n", tmp_path)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "new ±\n"
+            write_card(new, tmp_path)
+    assert (tmp_path / "README.md").read_text() == old
+    write_card(new, tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == new
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_an_edited_card_is_kept_and_a_warning_says_so(tmp_path, caplog):
+    path = tmp_path / "README.md"
+    path.write_bytes(EDITED.replace("\n", "\r\n").encode())
+    for _ in range(2):  # the second time there is nothing new that an edit hides
+        write_card(model_card(NEXT), tmp_path)
+        assert path.read_bytes().decode() == merge_card(EDITED, model_card(NEXT)).text.replace("\n", "\r\n")
+        assert [record.getMessage() for record in caplog.records] == [
+            f"'{path}': edited by hand and kept: Use. For a fresh card, delete it."
+        ]
+
+
+def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
+    path = tmp_path / "README.md"
+    for content, message in [
+        (
+            "é".encode("latin-1"),
+            f"'{path}' must be UTF-8, got unexpected end of data. Save it as UTF-8, or delete it.",
+        ),
+        (b"---\na: [\n---\n", "A card's YAML header must be"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            write_card(model_card({}), tmp_path)
+        assert path.read_bytes() == content
 
 
 def test_a_card_needs_a_folder(tmp_path):
