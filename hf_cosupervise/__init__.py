@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "teachers": ["Teacher", "TeacherHierarchy"],
+    "hierarchies": ["load_hierarchy", "push_hierarchy"],
     "pool": ["PseudolabelPool"],
     "labeling": ["build_pool"],
     "collator": ["DataCollatorForCoSupervision"],
@@ -28,13 +29,16 @@ __all__ = [
     "TeacherHierarchy",
     "__version__",
     "build_pool",
+    "load_hierarchy",
     "load_student",
     "performance_gap_recovered",
+    "push_hierarchy",
 ]
 
 if TYPE_CHECKING:
     from .collator import DataCollatorForCoSupervision
     from .config import CoSupervisedConfig
+    from .hierarchies import load_hierarchy, push_hierarchy
     from .labeling import build_pool
     from .metrics import performance_gap_recovered
     from .pool import PseudolabelPool

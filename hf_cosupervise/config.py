@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any  # HfArgumentParser reads Optional
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from .assignment import AGREEMENT_RULES
 from .consistency import SELECTION_RULES
@@ -18,6 +20,8 @@ REJECTIONS = ("none", "top_k", "parent_topk", "parent_confident")
 STUDENT_TRAININGS = ("probe", "lora", "full")
 HEAD_SOLVERS = ("steps", "ridge")
 FEATURES_DTYPES = ("float32", "float16")
+# How arguments begin that say where a student is published, not how it is trained.
+HUB_FIELDS = ("hub_", "push_to_hub")
 
 
 @dataclass
@@ -26,7 +30,8 @@ class CoSupervisedConfig(TrainingArguments):
 
     Defaults that differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-3, `num_train_epochs` 20 per
     level, `per_device_train_batch_size` 100, cosine schedule, no clipping (`max_grad_norm` 0, which costs a small
-    probe many points), `save_strategy` "no" (each finished level is kept anyway), `remove_unused_columns` False.
+    probe many points), `save_strategy` "no" (each finished level is kept anyway), `remove_unused_columns` False,
+    `hub_strategy` "end" (one commit).
     `num_train_epochs` is divided by the keep rate of a level, so that the number of steps stays about constant;
     `max_steps` above 0 is the number of steps of each level and switches that off.
 
@@ -43,6 +48,9 @@ class CoSupervisedConfig(TrainingArguments):
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device without gradients."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of each level."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Largest norm of the gradient; 0 for no clipping."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to push: at the 'end', or at 'every_save', which is after every level."}
+    )
     save_strategy: str = field(
         default="no", metadata={"help": "When to save checkpoints within a level. Finished levels are always kept."}
     )
@@ -54,6 +62,9 @@ class CoSupervisedConfig(TrainingArguments):
     )
 
     # The student
+    student_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a student that is named by its Hub id."}
+    )
     student_training: str = field(
         default="probe",
         metadata={"help": "What is trained: 'probe' (a head on the frozen backbone), 'lora' (adapters) or 'full'."},
@@ -127,6 +138,7 @@ class CoSupervisedConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._given = {item.name for item in fields(self) if item.init and getattr(self, item.name) != _default(item)}
         if not torch.accelerator.is_available():
             # bf16 runs on CPU too, but the parent wants to be told; and pinned memory would only warn there.
             self.use_cpu = self.use_cpu or self.bf16  # type: ignore[has-type]
@@ -165,11 +177,38 @@ class CoSupervisedConfig(TrainingArguments):
                 "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` "
                 f"{self.student_training!r} and `warm_start` {self.warm_start}. Use 'probe' without `warm_start`."
             )
+        if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                "`hub_strategy` must be 'end' or 'every_save', got "
+                f"{self.hub_strategy!r}: checkpoints hold pickles, which are never uploaded."
+            )
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must stay False: the collator reads the raw columns.")
+
+        self._settled = {item.name: copy.copy(getattr(self, item.name)) for item in fields(self) if item.init}
+
+    def changed_arguments(self) -> dict[str, Any]:
+        """Give what was chosen about the training: arguments that differ from their defaults.
+
+        Those that only say where it runs (`use_cpu`) or where it is published (`hub_…`, `push_to_hub`) are left out.
+
+        Returns:
+            `dict[str, Any]`: Values by name, in the order of the fields.
+        """
+        values = {name: getattr(self, name) for name in self._settled}
+        return {
+            name: value for name, value in values.items()
+            if (name in self._given or value != self._settled[name])
+            and name != "use_cpu" and not name.startswith(HUB_FIELDS)
+        }  # fmt: skip
 
     def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
         value: Any = getattr(self, name)
         for item in value if isinstance(value, list) else [value]:
             if item not in known:
                 raise ValueError(f"`{name}` must be one of {list(known)}, got {item!r}.")
+
+
+def _default(item: Field) -> Any:
+    """What a field is where nobody gives it."""
+    return item.default_factory() if item.default_factory is not MISSING else item.default

@@ -173,7 +173,8 @@ def compare_methods(
         student (`str` or `PreTrainedModel`):
             Hub id or folder, or a model, of which every method gets a copy.
         args (`CoSupervisedConfig`):
-            The recipe. Co-supervision writes to its `output_dir`, other methods below `_run/methods/`.
+            The recipe. Co-supervision writes to its `output_dir`, other methods below `_run/methods/`. Nothing is
+            pushed; the trainer that comes back can be.
         pool (`PseudolabelPool`):
             All teachers' answers on the unlabelled data, with `oracle_label` for the ceiling.
         test_dataset (`datasets.Dataset`):
@@ -202,6 +203,8 @@ def compare_methods(
         raise ValueError(
             f"`methods` must hold 'csl' and 'ceiling' to measure a gap, got {list(methods)} without {sorted(missing)}."
         )
+    args = copy.copy(args)
+    args.push_to_hub = False
     pools = {method: method_pool(pool, method) for method in methods} | dict(extra_pools or {})
     accuracies: dict[str, float] = {}
     levels: list[dict[str, Any]] = []

@@ -6,14 +6,13 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shutil
-import struct
 import tempfile
 import weakref
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,18 +20,31 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    Image,
+    IterableDataset,
+    Value,
+    get_dataset_config_names,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.arrow_writer import ArrowWriter
-from PIL.Image import DecompressionBombError
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
+from .hub import hub_errors, resolve_commit
 from .inputs import cell_digests, find_input_column, row_keys
 from .journal import Journal, Part, Segment, check_free, explain_full_disk
-from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids, write_teacher
+from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, join_processes, match_ids, write_teacher
+from .processes import ROW_ERRORS, Processes
 from .sparse import SUM_TOLERANCE, default_pool_k, dropped_mass, encode_top_k, label_dtype
 from .teacher_models import SKLEARN_FEATURE_KINDS as SKLEARN_FEATURE_KINDS
 from .teacher_models import (
@@ -55,23 +67,25 @@ ON_ERROR = ("raise", "missing")
 _MEMORY_BUDGET = 4 * 2**30
 # Answers that are in a column already are read in pieces of this many rows, inputs in pieces of `batch_size`.
 _CHUNK = 8192
-# What one broken row makes decoders, tokenizers and models raise; PIL raises SyntaxError for broken PNG files.
-_ROW_ERRORS = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
-    *(ValueError, DecompressionBombError, struct.error, zlib.error),
-)
 # Column names that usually hold ground truth. Any `ClassLabel` column is taken for ground truth as well.
 _GOLD_NAMES = frozenset(
     ("label", "labels", "target", "targets", "gold", "gold_label", "ground_truth", "class", "y", "coarse_label")
     + ("fine_label", "label_ids", ORACLE_LABEL, ORACLE_DOMAIN)
 )
+# Files that run code when they are read; `datasets` reads none of them.
+_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
+_HUB_FILE = re.compile(r"hf://datasets/([^@/]+(?:/[^@/]+)?)@([0-9a-f]{40})/")
 T = TypeVar("T")
 
 
 def build_pool(
-    dataset: Dataset | IterableDataset,
+    dataset: Dataset | IterableDataset | str,
     hierarchy: TeacherHierarchy,
     *,
+    split: str = "train",
+    revision: str | None = None,
+    config_name: str | None = None,
+    streaming: bool = False,
     input_column: str | None = None,
     oracle_column: str | None = None,
     oracle_domain_column: str | None = None,
@@ -95,11 +109,19 @@ def build_pool(
     (`torchrun`, `accelerate launch`), each labels its share of the rows, and every process gets the whole pool.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Unlabelled data. An `id` column of unique integers or strings is used if there is one; otherwise ids are
-            hashes of the content.
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `str`):
+            Unlabelled data, a folder of `save_to_disk`, or the id of a data set on the Hub. An `id` column of unique
+            integers or strings is used if there is one; otherwise ids are hashes of the content.
         hierarchy (`TeacherHierarchy`):
             The teachers.
+        split (`str`, *optional*, defaults to `"train"`):
+            Which split of a folder or a data set on the Hub.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Whichever it is, the pool's `source` records the commit.
+        config_name (`str`, *optional*):
+            Which configuration of a data set on the Hub that has several.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read a data set on the Hub row by row instead of downloading its files first.
         input_column (`str`, *optional*):
             The column that models read. Defaults to the only image column, or `text` and the like.
         oracle_column (`str`, *optional*):
@@ -140,11 +162,13 @@ def build_pool(
     Raises:
         FileExistsError: If `output_dir` holds something already.
         MemoryError: If a batch does not fit into memory.
-        OSError: If the disk is full. What is labelled stays beside `output_dir`.
+        OSError: If the disk is full: what is labelled stays beside `output_dir`. If a data set on the Hub cannot be
+            reached, does not exist or may not be read.
         RuntimeError: If another run is labelling into `output_dir`.
         TypeError: If `dataset` is not one split of data.
-        ValueError: If it is empty, holds undeclared ground truth or unusable ids, a teacher's answer is not valid, or
-            the work that was begun beside `output_dir` is that of another pool.
+        ValueError: If it has no such split or configuration, would need code from the Hub, is empty, holds undeclared
+            ground truth or unusable ids, a teacher's answer is not valid, or the work that was begun beside
+            `output_dir` is that of another pool.
     """
     models = dict(models or {})
     _check_arguments(dataset, hierarchy, pool_k, batch_size, output_dir)
@@ -152,6 +176,7 @@ def build_pool(
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
     reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
+    dataset, source = _find_data(dataset, _Choice(split, revision, config_name, streaming), processes)
     if isinstance(dataset, IterableDataset):
         dataset = _materialise(dataset)
     dataset = dataset.with_format(None)
@@ -165,7 +190,7 @@ def build_pool(
         k=default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k, batch_size=batch_size,
         device=default_device() if device is None else torch.device(device), precision=precision,
         num_workers=num_workers, on_error=on_error, disable_tqdm=disable_tqdm, processes=processes,
-        output_dir=None if output_dir is None else Path(output_dir), reuse=reuse, reused=reused,
+        output_dir=None if output_dir is None else Path(output_dir), reuse=reuse, reused=reused, source=source,
     )  # fmt: skip
     return _run(job, identities, sizes)
 
@@ -186,10 +211,10 @@ def _check_arguments(
     dataset: Any, hierarchy: Any, pool_k: int | None, batch_size: int, output_dir: str | os.PathLike[str] | None
 ) -> None:
     """Everything that can be refused before any work."""
-    if not isinstance(dataset, Dataset | IterableDataset):
+    if not isinstance(dataset, Dataset | IterableDataset | str):
         raise TypeError(
-            f"`dataset` must be a `datasets.Dataset` or `IterableDataset`, got {type(dataset).__name__}. Choose one "
-            "split, such as `dataset['train']`."
+            f"`dataset` must be a `datasets.Dataset` or `IterableDataset`, a folder or a Hub id, got "
+            f"{type(dataset).__name__}. Choose one split, such as `dataset['train']`."
         )
     if not isinstance(hierarchy, TeacherHierarchy):
         raise TypeError(f"`hierarchy` must be a `TeacherHierarchy`, got {type(hierarchy).__name__}.")
@@ -218,6 +243,147 @@ def _check_options(
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of them.")
     if num_workers < 0:
         raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which part of a data set that is given by its name."""
+
+    split: str
+    revision: str | None
+    config_name: str | None
+    streaming: bool
+
+
+def _find_data(
+    dataset: Dataset | IterableDataset | str, choice: _Choice, processes: Processes
+) -> tuple[Dataset | IterableDataset, dict[str, Any] | None]:
+    """The data, and where they came from as far as it is certain."""
+    is_hub_id = isinstance(dataset, str) and not Path(dataset).is_dir()
+    given = [name for name in ("revision", "config_name", "streaming") if getattr(choice, name)]
+    if given and not is_hub_id:
+        what = f"the folder '{dataset}'" if isinstance(dataset, str) else "data that are loaded already"
+        raise ValueError(f"`{given[0]}` is for data sets on the Hub, got it for {what}. Leave it out.")
+    if isinstance(dataset, str):
+        return _load_from_hub(dataset, choice, processes) if is_hub_id else _load_folder(dataset, choice.split)
+    if choice.split != "train":
+        raise ValueError(
+            f"`split` is for data that are given by name, got {choice.split!r} for data that are loaded already. Give "
+            "that split itself."
+        )
+    return dataset, _find_source(dataset)
+
+
+def _load_folder(folder: str, split: str) -> tuple[Dataset, dict[str, Any] | None]:
+    try:
+        data = load_from_disk(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"`dataset` must be a folder that `save_to_disk` wrote, got '{folder}': {_tell(error)}. Load the data by "
+            "`datasets.load_dataset`, and give them or save them."
+        ) from error
+    splits = ["train"] if isinstance(data, Dataset) else list(data)
+    if split not in splits:
+        raise ValueError(f"`split` must be one of {splits} of '{folder}', got {split!r}. Choose one of them.")
+    data = data if isinstance(data, Dataset) else data[split]
+    return data, _find_source(data)
+
+
+def _find_source(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
+    """The commit on the Hub that all files of a data set are from, where `datasets` has noted it (5.0 does not)."""
+    found = [_HUB_FILE.match(url) for url in dataset.info.download_checksums or ()]
+    origins = {match and match.groups() for match in found}
+    if len(origins) != 1 or (origin := origins.pop()) is None:
+        return None
+    return {"dataset": origin[0], "commit": origin[1]}
+
+
+def _load_from_hub(
+    repo_id: str, choice: _Choice, processes: Processes
+) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
+    """Pin a data set on the Hub to one commit, the same in every process, and load it."""
+    commit = processes.on_first(partial(_pin, repo_id, choice.revision))
+
+    def download() -> None:
+        _download(repo_id, commit, choice)
+
+    if processes.count > 1 and not choice.streaming:
+        processes.on_first(download)  # the others find it in the cache
+    builder = _download(repo_id, commit, choice)
+    source = {"dataset": repo_id, "config": builder.config.name, "split": choice.split, "commit": builder.hash}
+    if not choice.streaming:
+        return builder.as_dataset(split=choice.split), source
+    with _explained(repo_id, commit, choice.config_name):
+        return _materialise(builder.as_streaming_dataset(split=choice.split)), source
+
+
+def _pin(repo_id: str, revision: str | None) -> str | None:
+    try:
+        return resolve_commit(repo_id, revision, what="`dataset`", repo_type="dataset")
+    except ConnectionError:
+        if revision is not None:
+            raise
+        return None  # `datasets` may have one in a cache of its own
+
+
+def _download(repo_id: str, commit: str | None, choice: _Choice) -> DatasetBuilder:
+    """Fetch a data set into the cache of `datasets`, or refuse it before."""
+    with _explained(repo_id, commit, choice.config_name):
+        builder = load_dataset_builder(repo_id, choice.config_name, revision=commit)
+        # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
+        if commit is not None and builder.hash != commit:
+            raise DatasetsError(f"it cannot be read, and only commit {builder.hash} is in the cache")
+    _check_split(builder, choice)
+    if not choice.streaming:
+        with _explained(repo_id, commit, choice.config_name):
+            builder.download_and_prepare()
+    return builder
+
+
+@contextmanager
+def _explained(repo_id: str, commit: str | None, config_name: str | None) -> Iterator[None]:
+    """Turn what `datasets` raises into one sentence."""
+    with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
+        try:
+            yield
+        except (HfHubHTTPError, LocalEntryNotFoundError):
+            raise
+        except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
+            raise _explain(error, repo_id, commit, config_name) from error
+
+
+def _check_split(builder: DatasetBuilder, choice: _Choice) -> None:
+    """Refuse a split that does not exist before anything is downloaded."""
+    known = list(builder.info.splits or builder.config.data_files or ())
+    parts = [choice.split] if choice.streaming else [part.split("[")[0] for part in choice.split.split("+")]
+    if known and not {part.strip() for part in parts} <= {*known, "all"}:
+        raise ValueError(f"`split` must be one of {known}, got {choice.split!r}. Choose one of them.")
+
+
+def _explain(error: Exception, repo_id: str, commit: str | None, config_name: str | None) -> ValueError:
+    """Why `datasets` could not load what is on the Hub, where the Hub itself does not refuse it."""
+    api = HfApi()
+    api.auth_check(repo_id, repo_type="dataset")
+    files = api.list_repo_files(repo_id, revision=commit, repo_type="dataset")
+    if f"{repo_id.split('/')[-1]}.py" in files:
+        return ValueError(
+            f"`dataset` must consist of data files, got '{repo_id}', which is loaded by a script: no code from the "
+            "Hub is run. Ask its author for Parquet files, or give the data themselves."
+        )
+    if isinstance(error, FileNotFoundError):
+        pickles = [name for name in files if name.endswith(_PICKLES)]
+        why = "which could run code when they are read" if pickles else "none of which holds data"
+        return ValueError(
+            f"`dataset` must consist of data files such as Parquet, CSV or JSON, got '{repo_id}' with "
+            f"{shorten(pickles or files)}, {why}. Choose another data set, or give the data themselves."
+        )
+    if "onfig" in str(error):
+        names = get_dataset_config_names(repo_id, revision=commit)
+        return ValueError(f"`config_name` must be one of {names} of '{repo_id}', got {config_name!r}. Choose one.")
+    return ValueError(
+        f"`dataset` must be data that `datasets` can read, got '{repo_id}': "
+        f"{' '.join(_tell(error.__cause__ or error).split())}. Check it by `datasets.load_dataset`."  # type: ignore[arg-type]
+    )
 
 
 def _materialise(stream: IterableDataset) -> Dataset:
@@ -348,48 +514,17 @@ def _oracle_label_ids(dataset: Dataset, column: str, labels: Sequence[str]) -> l
 # ── processes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True)
-class _Processes:
-    """The processes that label together."""
-
-    rank: int
-    count: int
-
-    def on_first(self, make: Callable[[], T]) -> T:
-        """Do something in the first process; all get its result, or its error instead of waiting forever."""
-        if self.count == 1:
-            return make()
-        outcome: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                outcome[0] = make()
-            except (*_ROW_ERRORS, ImportError, MemoryError) as error:
-                outcome[1] = error
-        torch.distributed.broadcast_object_list(outcome, src=0)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    def wait(self) -> None:
-        """Wait until all are here."""
-        if self.count > 1:
-            torch.distributed.barrier()
-
-
-def _join_processes(output_dir: str | os.PathLike[str] | None) -> _Processes:
+def _join_processes(output_dir: str | os.PathLike[str] | None) -> Processes:
     """Find the processes that label together."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        return _Processes(0, 1)
+        return Processes(0, 1)
     if output_dir is None and (local := int(os.environ.get("LOCAL_WORLD_SIZE", count))) < count:
         raise ValueError(
             f"Labelling on several machines needs an `output_dir` that all of them see, got none with {local} of "
             f"{count} processes on this one. Give a folder on a shared disk."
         )
-    if not torch.distributed.is_initialized():
-        # Joins the others. Without `cpu`, accelerate takes a launch on a machine without GPU for single processes.
-        PartialState(cpu=not torch.cuda.is_available())
-    return _Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    return join_processes()
 
 
 # ── the work ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -412,10 +547,11 @@ class _Job:
     num_workers: int
     on_error: str
     disable_tqdm: bool
-    processes: _Processes
+    processes: Processes
     output_dir: Path | None
     reuse: PseudolabelPool | None
     reused: frozenset[str]
+    source: dict[str, Any] | None
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision, where it is wanted."""
@@ -481,14 +617,24 @@ def _find_reused(
             f"`reuse` must be a pool of the labels {shorten(hierarchy.labels)}, got one of {shorten(reuse.labels)}. "
             "Label the data without it."
         )
-    held = {teacher.name: replace(teacher, level=0).to_dict() for teacher in reuse.hierarchy.teachers}
+    held = {teacher.name: teacher for teacher in reuse.hierarchy.teachers}
     names = set()
     for teacher in hierarchy.teachers:
-        facts = reuse.facts.get(teacher.name, {})
-        differs = [key for key, value in identities[teacher.name].items() if facts.get(key, value) != value]
-        if held.get(teacher.name) == replace(teacher, level=0).to_dict() and not differs:
+        identity, facts = identities[teacher.name], reuse.facts.get(teacher.name, {})
+        differs = [key for key, value in identity.items() if facts.get(key, value) != value]
+        if teacher.name in held and not differs and _is_same(teacher, held[teacher.name], identity, facts):
             names.add(teacher.name)
     return frozenset(names)
+
+
+def _is_same(one: Teacher, other: Teacher, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether two teachers differ at most in their level, and in names of the same weights."""
+    known = [key for key in ("commit", "weights") if identity.get(key) is not None and identity[key] == facts.get(key)]
+    if "commit" in known:  # a branch and its commit
+        one, other = replace(one, revision=None), replace(other, revision=None)
+    elif "weights" in known:  # a folder and its copy; a pool on the Hub has no paths
+        one = replace(one, model=other.model)
+    return replace(one, level=other.level) == other
 
 
 def _run(job: _Job, identities: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> PseudolabelPool:
@@ -663,7 +809,7 @@ class _Reader(TorchDataset):
         for key in keys:
             if cells := list(read[key[0]][0].values()):
                 # Where it fails, nothing is given, and the main process finds the row that is at fault.
-                with suppress(*_ROW_ERRORS):
+                with suppress(*ROW_ERRORS):
                     inputs[key] = self.sources[key](cells)
         return {column: failed for column, (_, failed) in read.items()}, inputs
 
@@ -681,7 +827,7 @@ class _Reader(TorchDataset):
             else:
                 try:
                     cells[place] = decoder.decode_example(cell)
-                except _ROW_ERRORS as error:
+                except ROW_ERRORS as error:
                     failed[place] = (f"Column '{name}' must hold images that can be read, got {_tell(error)}", None)
         return cells, failed
 
@@ -751,7 +897,7 @@ def _ask(job: _Job, name: str, model: TeacherModel, inputs: Any, num_rows: int) 
     try:
         with job.autocast():
             probs = np.asarray(model(inputs), dtype=np.float32)
-    except (*_ROW_ERRORS, MemoryError) as error:
+    except (*ROW_ERRORS, MemoryError) as error:
         return _row_error(error, name, num_rows)
     if probs.shape != (num_rows, job.hierarchy.num_labels):
         raise ValueError(
@@ -768,7 +914,7 @@ def _ask_parts(job: _Job, name: str, model: TeacherModel, cells: list[Any]) -> l
     answers: np.ndarray | Exception
     try:
         inputs = model.prepare(cells)
-    except (*_ROW_ERRORS, MemoryError) as error:
+    except (*ROW_ERRORS, MemoryError) as error:
         answers = _row_error(error, name, len(cells))
     else:
         answers = _ask(job, name, model, inputs, len(cells))
@@ -893,7 +1039,7 @@ def _open_pool(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> Pseudol
             teachers[name] = Dataset.from_file(str(path))
         else:
             teachers[name] = job.reuse.teachers[name]
-    return PseudolabelPool(job.hierarchy, teachers, job.inputs, facts)
+    return PseudolabelPool(job.hierarchy, teachers, job.inputs, facts, job.source)
 
 
 def _save(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> None:

@@ -8,19 +8,25 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import PartialState
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from datasets.arrow_writer import ArrowWriter
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
 from .aggregation import mean_probs
 from .assignment import NOBODY
 from .cards import pool_card, write_card
+from .hub import CARD, fetch_files, hub_errors, open_repo, publish, resolve_commit
 from .inputs import read_labels
+from .processes import Processes
 from .sparse import check_top_k, decode_top_k, default_pool_k, dropped_mass, encode_top_k, scale_top_k
 from .teachers import TeacherHierarchy
 
@@ -28,7 +34,11 @@ FORMAT_VERSION = 1
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
 _HEADER = "pool.json"
+_INPUTS = "inputs/data.arrow"
 _CHUNK = 8192
+# What every header holds, and what pools of older versions lack.
+_NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": dict}
+_OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict}
 
 
 class PseudolabelPool:
@@ -47,6 +57,15 @@ class PseudolabelPool:
             `id` and the inputs. Without it, training needs a `train_dataset` with the same ids.
         facts (`Mapping[str, Any]`, *optional*):
             What is known about each teacher's run, JSON values by teacher name.
+        source (`Mapping[str, Any]`, *optional*):
+            Where the data came from, as far as it is certain: `dataset` (a Hub id) and its `commit`, and if the pool
+            is of all rows of them, `config` and `split`.
+
+    Attributes:
+        repo_id (`str` or `None`):
+            The data set on the Hub that the pool was loaded from.
+        commit (`str` or `None`):
+            Its commit, 40 hexadecimal digits.
 
     Raises:
         ValueError: If a teacher of the hierarchy is missing, ids are repeated, missing or differ between datasets, or
@@ -59,10 +78,17 @@ class PseudolabelPool:
         teachers: Mapping[str, Dataset],
         inputs: Dataset | None = None,
         facts: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
     ) -> None:
         self.hierarchy = hierarchy
         self.inputs = inputs
         self.facts: dict[str, Any] = dict(facts or {})
+        self.source = None if source is None else dict(source)
+        self.repo_id: str | None = None
+        self.commit: str | None = None
+        # Files that were mapped, and their digests where the header had them.
+        self._inputs_file: tuple[Dataset, Path] | None = None
+        self._digests: dict[tuple[int, ...], str | None] = {}
         self._check_teachers(teachers)
         self.teachers = {name: teachers[name] for name in hierarchy.names}
         self.ids = _read_ids(inputs if inputs is not None else self.teachers[hierarchy.names[0]], "the pool")
@@ -441,7 +467,10 @@ class PseudolabelPool:
             raise ValueError(
                 f"Both hierarchies must have the labels {list(self.labels)}, got {list(hierarchy.labels)}."
             )
-        return PseudolabelPool(hierarchy, self.teachers, self.inputs, self.facts)
+        pool = PseudolabelPool(hierarchy, self.teachers, self.inputs, self.facts, self.source)
+        pool.repo_id, pool.commit = self.repo_id, self.commit
+        pool._inputs_file, pool._digests = self._inputs_file, self._digests
+        return pool
 
     def select(self, rows: Sequence[int] | np.ndarray) -> PseudolabelPool:
         """Give the pool of some of its examples.
@@ -459,7 +488,7 @@ class PseudolabelPool:
             for name, dataset in self.teachers.items()
         }
         inputs = None if self.inputs is None else self.inputs.select(rows)
-        return PseudolabelPool(self.hierarchy, teachers, inputs, self.facts)
+        return PseudolabelPool(self.hierarchy, teachers, inputs, self.facts, self.source)
 
     def to_dataset(self) -> Dataset:
         """Give the wide view for looking at: inputs, and per teacher its most probable label and probability.
@@ -493,28 +522,54 @@ class PseudolabelPool:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            for name, dataset in self.teachers.items():
-                write_arrow(dataset, temporary / "teachers" / name / "data.arrow")
-            if self.inputs is not None:
-                write_arrow(self.inputs, temporary / "inputs" / "data.arrow")
+            files = self._write(temporary)
+            for path, file in files.items():
+                _link(file, temporary / path)
             write_card(pool_card(self._card_facts()), temporary)
-            (temporary / _HEADER).write_text(json.dumps(self._header(), indent=2) + "\n", encoding="utf-8")
+            (temporary / _HEADER).write_text(_dump(self._header(files)), encoding="utf-8")
             os.chmod(temporary, 0o755)
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _header(self) -> dict[str, Any]:
+    def _write(self, folder: Path, inputs: bool = True) -> dict[str, Path]:
+        """Write the Arrow files that do not lie on disk already; where each file of the pool is now."""
+        files: dict[str, Path] = {}
+        for name, dataset in self.teachers.items():
+            path = f"teachers/{name}/data.arrow"
+            if (own := _own_file(dataset)) is None:
+                write_arrow(dataset, folder / path)
+            files[path] = own or folder / path
+        if inputs and self.inputs is not None:
+            if (own := self._own_inputs()) is None:
+                write_arrow(self.inputs, folder / _INPUTS)
+            files[_INPUTS] = own or folder / _INPUTS
+        return files
+
+    def _own_inputs(self) -> Path | None:
+        """The file of a pool that holds the inputs as they are, if it is still the one that was mapped."""
+        if self._inputs_file is None:
+            return None
+        dataset, path = self._inputs_file
+        return path if dataset is self.inputs and path.is_file() and _signature(path) in self._digests else None
+
+    def _header(self, files: Mapping[str, Path]) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "num_examples": len(self),
-            "has_inputs": self.inputs is not None,
+            "ids_digest": _ids_digest(self.ids),
+            "has_inputs": _INPUTS in files,
             "pool_k": {name: int(self.label_ids(name).shape[1]) for name in self.hierarchy.names},
             "hierarchy": self.hierarchy.to_dict(),
             "facts": self.facts,
+            **({} if self.source is None else {"source": self.source}),
+            "files": {
+                path: [file.stat().st_size, self._digests.get(_signature(file)) or _file_digest(file)]
+                for path, file in files.items()
+            },
         }
 
-    def _card_facts(self) -> dict[str, Any]:
+    def _card_facts(self, inputs: bool = True) -> dict[str, Any]:
         teachers = [
             {
                 "pool_k": int(self.label_ids(teacher.name).shape[1]),
@@ -523,46 +578,246 @@ class PseudolabelPool:
                 **{
                     key: value
                     for key, value in self.facts.get(teacher.name, {}).items()
-                    if key in ("kind", "revision", "dropped_mass")
+                    if key in ("kind", "revision", "commit", "dropped_mass")
                 },
             }
             for teacher in self.hierarchy.teachers
         ]
-        columns = None if self.inputs is None else self.inputs.column_names
-        return {"teachers": teachers, "labels": list(self.labels), "num_examples": len(self), "input_columns": columns}
+        source = self.source or {}
+        return {
+            "teachers": teachers,
+            "labels": list(self.labels),
+            "num_examples": len(self),
+            "input_columns": self.inputs.column_names if inputs and self.inputs is not None else None,
+            "source_dataset": source.get("dataset"),
+            "source_revision": source.get("commit"),
+            "source_split": source.get("split"),
+        }
 
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> PseudolabelPool:
-        """Open a pool that [`save`] wrote; files are mapped, not read.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Pool of pseudolabels",
+        inputs: bool = True,
+        replace: bool = False,
+        license: str | None = None,
+        source_dataset: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> CommitInfo:
+        """Put the pool on the Hub as a data set, in one commit: all of it is there afterwards, or nothing.
+
+        Pushed again with another teacher, only that teacher's file is uploaded. A card that was edited by hand is
+        kept. Teachers in folders of this machine are named without their path. All processes of a launch must call
+        it; the first one pushes.
 
         Args:
-            folder (`str` or `os.PathLike`):
-                Its folder.
+            repo_id (`str`):
+                `name` or `user/name`; made where there is none.
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to the user's or organisation's setting.
+            token (`str`, *optional*):
+                Instead of the token of the environment.
+            revision (`str`, *optional*):
+                Branch to push to, made where it does not exist. Defaults to the main branch.
+            commit_message (`str`, *optional*, defaults to `"Pool of pseudolabels"`):
+                Title of the commit.
+            inputs (`bool`, *optional*, defaults to `True`):
+                Whether the inputs go along. Without them, training needs the data as `train_dataset`; inputs of an
+                earlier push are deleted, though its commit still holds them.
+            replace (`bool`, *optional*, defaults to `False`):
+                Delete what the repository's pool has and this one has not: teachers, or the inputs.
+            license (`str`, *optional*):
+                Licence for the card, as the Hub names it (`"cc-by-4.0"`). This, `source_dataset` and `tags` stay as
+                they were in a push before where they are not given.
+            source_dataset (`str`, *optional*):
+                Hub id of the data, for the card. Defaults to that of `source`.
+            tags (`Sequence[str]`, *optional*):
+                More tags for the card.
 
         Returns:
-            `PseudolabelPool`
+            `CommitInfo`: The commit; the last one, where nothing has changed.
 
         Raises:
-            FileNotFoundError: If there is no pool in the folder, or a file of it is missing.
-            ValueError: If it was written by a newer version, or its content is not valid.
+            ConnectionError: If the Hub cannot be reached.
+            PermissionError: If the token is missing or may not write there.
+            RuntimeError: If somebody else pushed at the same moment.
+            ValueError: If the id cannot be one, or the repository holds something else that would be lost.
         """
-        folder = Path(folder)
-        if not (folder / _HEADER).is_file():
-            raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{_HEADER}'. Make one with `build_pool`.")
-        header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
-        if header.get("format_version") != FORMAT_VERSION:
+        card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}
+        push = partial(
+            self._push, repo_id, private, token, revision, commit_message, inputs, replace,
+            {key: value for key, value in card.items() if value},
+        )  # fmt: skip
+        return join_processes().on_first(push)
+
+    def _push(
+        self,
+        repo_id: str,
+        private: bool | None,
+        token: str | None,
+        revision: str | None,
+        message: str,
+        inputs: bool,
+        replace: bool,
+        card: dict[str, Any],
+    ) -> CommitInfo:
+        repo_id = open_repo(repo_id, what="The pool", repo_type="dataset", private=private, token=token)
+        self._check_repo(repo_id, private, token, revision, inputs, replace)
+        with tempfile.TemporaryDirectory(prefix="cosupervise-push-") as folder:
+            files = self._write(Path(folder), inputs)
+            header = self._header(files) | {"hierarchy": _without_paths(self.hierarchy)}
+            # Writing may have taken long, and others may push too.
+            there = self._check_repo(repo_id, private, token, revision, inputs, replace).get("card", {})
+            card = {key: there[key] for key in ("license", "source_dataset", "tags") if key in there} | card
+            facts = self._card_facts(inputs) | {"hub_dataset_id": repo_id}
+            if card.get("source_dataset", facts["source_dataset"]) != facts["source_dataset"]:
+                facts |= {"source_revision": None, "source_split": None}  # those of another data set
+            contents = {CARD: pool_card(facts | card), _HEADER: _dump(header | ({"card": card} if card else {}))}
+            return publish(
+                {**files, **{path: text.encode("utf-8") for path, text in contents.items()}},
+                repo_id,
+                what="The pool",
+                message=message,
+                repo_type="dataset",
+                replaced=["teachers/*", "inputs/*"],
+                revision=revision,
+                token=token,
+            )
+
+    def _check_repo(
+        self, repo_id: str, private: bool | None, token: str | None, revision: str | None, inputs: bool, replace: bool
+    ) -> dict[str, Any]:
+        """Refuse a repository in which a push would destroy something; the header of its pool, if it has one."""
+        api, advice = HfApi(token=token), "Push to another repository, or delete this one."
+        with hub_errors("The pool", repo_id, revision=revision, repo_type="dataset", token=token, writing=True):
+            try:
+                info = api.repo_info(repo_id, repo_type="dataset", revision=revision)
+            except RevisionNotFoundError:  # the branch will be made of the main one
+                info = api.repo_info(repo_id, repo_type="dataset")
+        if private and not info.private:
             raise ValueError(
-                f"Pool '{folder}' must have format version {FORMAT_VERSION}, got {header.get('format_version')}. "
-                "Update hf_cosupervise, or label the data again."
+                f"'{repo_id}' must be private for `private=True`, got a public data set that is there already. Make "
+                "it private in its settings, or push to another repository."
+            )
+        names = {sibling.rfilename for sibling in info.siblings or ()}
+        if _HEADER not in names:
+            if others := sorted(names - {CARD, ".gitattributes"}):
+                raise ValueError(
+                    f"'{repo_id}' must be new, empty or hold a pool, got the files {_shorten(others)}. {advice}"
+                )
+            return {}
+        folder = fetch_files(repo_id, str(info.sha), [_HEADER], what="The pool", repo_type="dataset", token=token)
+        header = _read_header(folder / _HEADER, repo_id)
+        self._check_same(header, repo_id, advice)
+        lost = [f"teacher '{teacher['name']}'" for teacher in header["hierarchy"]["teachers"]]
+        lost = [name for name in lost if name not in {f"teacher '{known}'" for known in self.hierarchy.names}]
+        if header["has_inputs"] and inputs and self.inputs is None:
+            lost.append("the inputs")
+        if lost and not replace:
+            raise ValueError(
+                f"The pool must hold everything that the one in '{repo_id}' holds, got one without {_shorten(lost)}. "
+                "Add it to this pool by `build_pool(..., reuse=...)`, or delete it there by `replace=True`."
+            )
+        return header
+
+    def _check_same(self, header: Mapping[str, Any], repo_id: str, advice: str) -> None:
+        """Refuse a pool of another task or of other examples."""
+        if (labels := header["hierarchy"]["labels"]) != list(self.labels):
+            raise ValueError(
+                f"'{repo_id}' must hold a pool of the labels {_shorten(self.labels)}, got one of {_shorten(labels)}. "
+                f"{advice}"
+            )
+        is_same = header["num_examples"] == len(self)
+        if "ids_digest" in header:  # pools of older versions have none
+            is_same = is_same and header["ids_digest"] == _ids_digest(self.ids)
+        if not is_same:
+            raise ValueError(
+                f"'{repo_id}' must hold a pool of the same {len(self)} examples in the same order, got one of "
+                f"{header['num_examples']} examples with other ids or another order. {advice}"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        verify: bool = False,
+    ) -> PseudolabelPool:
+        """Open a pool that [`save`] or [`push_to_hub`] wrote; files are mapped, not read.
+
+        Args:
+            source (`str` or `os.PathLike`):
+                Its folder, or the id of a data set on the Hub, of which only the pool's files are downloaded.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub. Defaults to the main branch.
+            token (`str`, *optional*):
+                Instead of the token of the environment.
+            verify (`bool`, *optional*, defaults to `False`):
+                Read every file and compare it with the digest in the header; sizes are always compared.
+
+        Returns:
+            `PseudolabelPool`: Its `repo_id` and `commit` say where on the Hub it is from.
+
+        Raises:
+            ConnectionError: If the Hub cannot be reached and the cache does not hold the pool.
+            FileNotFoundError: If there is no pool, or a file of it is missing.
+            PermissionError: If the repository is gated, or the token is wrong.
+            ValueError: If it was written by a newer version, a file is damaged, or its content is not valid.
+        """
+        if _is_folder(source):
+            if revision is not None:
+                raise ValueError(f"`revision` is for pools on the Hub, got {revision!r} for '{source}'. Leave it out.")
+            folder = Path(source)
+            if not (folder / _HEADER).is_file():
+                raise FileNotFoundError(
+                    f"'{folder}' is not a pool: it has no '{_HEADER}'. Make one with `build_pool`."
+                )
+            header = _read_header(folder / _HEADER, folder)
+            return cls._map_files(
+                folder, header, verify, f"'{folder}'", "Label the data again, or copy the whole folder."
+            )
+        repo_id = str(source)
+        commit = resolve_commit(repo_id, revision, what="The pool", repo_type="dataset", token=token)
+        fetch = partial(fetch_files, repo_id, commit, what="The pool", repo_type="dataset", token=token)
+        folder = fetch([_HEADER])
+        if not (folder / _HEADER).is_file():
+            raise _no_pool(repo_id, commit, token)
+        header = _read_header(folder / _HEADER, repo_id)
+        fetch(_file_names(header))
+        pool = cls._map_files(folder, header, verify, f"'{repo_id}' at {commit[:12]}", "Go online and load it again.")
+        pool.repo_id, pool.commit = repo_id, commit
+        return pool
+
+    @classmethod
+    def _map_files(cls, folder: Path, header: dict[str, Any], verify: bool, what: str, advice: str) -> PseudolabelPool:
+        """Map the files of a pool that are all there by now."""
+        if verify and not set(_file_names(header)) <= set(header.get("files", {})):
+            raise ValueError(
+                f"Pool {what} must have digests to be verified, got one of an older version. Save it again."
             )
         hierarchy = TeacherHierarchy.from_dict(header["hierarchy"])
-        teachers = {name: _read_arrow(folder / "teachers" / name / "data.arrow") for name in hierarchy.names}
-        inputs = _read_arrow(folder / "inputs" / "data.arrow") if header["has_inputs"] else None
-        pool = cls(hierarchy, teachers, inputs, header["facts"])
+        datasets, digests = {}, {}
+        for path in _file_names(header):
+            if not (folder / path).is_file():
+                raise FileNotFoundError(f"Pool {what} lacks '{folder / path}'. {advice}")
+            size, digest = header.get("files", {}).get(path, (None, None))
+            digests[_signature(folder / path)] = digest
+            datasets[path] = _read_arrow(folder / path, size, digest, verify, what, advice)
+        teachers = {name: datasets[f"teachers/{name}/data.arrow"] for name in hierarchy.names}
+        pool = cls(hierarchy, teachers, datasets.get(_INPUTS), header["facts"], header.get("source"))
         if len(pool) != header["num_examples"]:
             raise ValueError(
-                f"Pool '{folder}' must hold {header['num_examples']} examples, got {len(pool)}. Label the data again."
+                f"Pool {what} must hold {header['num_examples']} examples, got {len(pool)}. Label the data again."
             )
+        pool._digests = digests
+        if pool.inputs is not None:
+            pool._inputs_file = (pool.inputs, folder / _INPUTS)
         return pool
 
 
@@ -634,9 +889,6 @@ def write_teacher(
 def write_arrow(dataset: Dataset, path: Path) -> None:
     """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy.
 
-    Pseudolabels that lie in a file of their own already are linked from there where the disk allows it: files of a
-    pool are replaced, never changed.
-
     Args:
         dataset (`datasets.Dataset`):
             What to write; images that are still files are read in.
@@ -644,12 +896,6 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
             File to write; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if (source := _own_file(dataset)) is not None:
-        try:
-            os.link(source, path)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(source, path)
-        return
     # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
     batch = len(dataset) if "label_ids" in dataset.column_names else 1000
     with ArrowWriter(
@@ -658,6 +904,18 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
         for start in range(0, len(dataset), max(batch, 1)):
             writer.write_table(dataset.with_format("arrow")[start : start + batch])
         writer.finalize()
+
+
+def _link(source: Path, path: Path) -> None:
+    """Put a file at another path without a copy, where the disk allows it: files of a pool are never changed."""
+    if source == path:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # in the Hub's cache, a name is a symbolic link to the content
+    try:
+        os.link(source, path)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, path)
 
 
 def _own_file(dataset: Dataset) -> Path | None:
@@ -741,7 +999,143 @@ def _matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
     return matrix if dataset._indices is None else matrix[dataset._indices.column(0).to_numpy()]
 
 
-def _read_arrow(path: Path) -> Dataset:
-    if not path.is_file():
-        raise FileNotFoundError(f"The pool lacks '{path}'. Label the data again, or copy the whole folder.")
-    return Dataset.from_file(str(path))
+def _read_arrow(path: Path, size: int | None, digest: str | None, verify: bool, what: str, advice: str) -> Dataset:
+    """Map a file of a pool, of which the header may know what it must be."""
+    found, found_size = "", path.stat().st_size
+    if size not in (None, found_size):
+        found = f"{found_size} bytes instead of {size}"
+    elif verify and _file_digest(path) != digest:
+        found = "other content than its digest tells"
+    else:
+        try:
+            dataset = Dataset.from_file(str(path))
+            # Arrow follows wrong offsets blindly. This looks at all of them, and at 10 GB of text in a second.
+            dataset.data.validate(full=True)
+            return dataset
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, NotImplementedError) as error:
+            found = f"{type(error).__name__}: {str(error).rstrip('.')}"
+    raise ValueError(
+        f"'{path}' of pool {what} must be the Arrow file that was written, got {found}. Delete '{path.resolve()}'. "
+        f"{advice}"
+    )
+
+
+# ── the header ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _dump(header: Mapping[str, Any]) -> str:
+    return json.dumps(header, indent=2) + "\n"
+
+
+def _read_header(path: Path, what: str | Path) -> dict[str, Any]:
+    """Read a header that anybody may have written."""
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _bad_header(what, f"no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _bad_header(what, f"a {type(header).__name__}")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"Pool '{what}' must have format version {FORMAT_VERSION}, got {header.get('format_version')}. "
+            "Update hf_cosupervise, or label the data again."
+        )
+    kinds = _NEEDED | {key: kind for key, kind in _OPTIONAL.items() if key in header}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]:
+        raise _bad_header(what, f"no {kinds[wrong[0]].__name__} as `{wrong[0]}`")
+    if not all(isinstance(facts, dict) for facts in header["facts"].values()):
+        raise _bad_header(what, "`facts` that are no dictionary per teacher")
+    if not all(isinstance(value, str) for value in header.get("source", {}).values()):
+        raise _bad_header(what, "a `source` that is not all text")
+    for entry in header.get("files", {}).values():
+        if not (isinstance(entry, list) and list(map(type, entry)) == [int, str]):
+            raise _bad_header(what, f"{entry!r} among `files`")
+    teachers = header["hierarchy"].get("teachers")
+    if not (isinstance(teachers, list) and all(isinstance(teacher, dict) for teacher in teachers)):
+        raise _bad_header(what, "no list of teachers")
+    if any(isinstance(level := teacher.get("level"), int) and level >= len(teachers) for teacher in teachers):
+        raise _bad_header(what, f"levels that {len(teachers)} teachers cannot fill")
+    try:
+        header["hierarchy"] = TeacherHierarchy.from_dict(header["hierarchy"]).to_dict()
+    except (ValueError, TypeError) as error:
+        raise _bad_header(what, str(error).rstrip(".")) from error
+    return header
+
+
+def _bad_header(what: str | Path, found: str) -> ValueError:
+    return ValueError(
+        f"'{_HEADER}' of pool '{what}' must be a header that `save` wrote, got {found}. Copy the whole pool again, or "
+        "delete it."
+    )
+
+
+def _file_names(header: Mapping[str, Any]) -> list[str]:
+    names = [f"teachers/{teacher['name']}/data.arrow" for teacher in header["hierarchy"]["teachers"]]
+    return [*names, _INPUTS] if header["has_inputs"] else names
+
+
+def _signature(path: Path) -> tuple[int, ...]:
+    """What tells a file from another one that took its place."""
+    stat = path.stat()
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def _file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8)).hexdigest()  # type: ignore[arg-type]
+
+
+def _ids_digest(ids: np.ndarray) -> str:
+    """Hash of the ids in their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for start in range(0, len(ids), _CHUNK):
+        digest.update("".join(f"{value!r}\n" for value in ids[start : start + _CHUNK].tolist()).encode("utf-8"))
+    return digest.hexdigest()
+
+
+# ── the Hub ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def join_processes() -> Processes:
+    """Find the processes of this launch, and join them.
+
+    Returns:
+        `Processes`: This one alone, if it was not launched with others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(0, 1)
+    if not torch.distributed.is_initialized():
+        # Joins the others. Without `cpu`, accelerate takes a launch on a machine without GPU for single processes.
+        PartialState(cpu=not torch.cuda.is_available())
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def _is_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether a pool is to be looked for on this machine: no id of the Hub looks like this, or the folder exists."""
+    text = os.fspath(source)
+    is_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
+    return is_path or Path(text).is_dir()
+
+
+def _without_paths(hierarchy: TeacherHierarchy) -> dict[str, Any]:
+    """A hierarchy to publish: of a teacher in a folder only its name, for the rest is nobody's business."""
+    facts = hierarchy.to_dict()
+    for teacher in facts["teachers"]:
+        model = teacher["model"].removeprefix("local-dir:")
+        if teacher.get("kind") != "column" and not model.startswith("hf-hub:") and _is_folder(model):
+            teacher["model"] = f"./{Path(model).name}"
+    return facts
+
+
+def _no_pool(repo_id: str, commit: str, token: str | None) -> FileNotFoundError:
+    with hub_errors("The pool", repo_id, revision=commit, repo_type="dataset", token=token):
+        files = HfApi(token=token).list_repo_files(repo_id, repo_type="dataset", revision=commit)
+    return FileNotFoundError(
+        f"'{repo_id}' is no pool: it has no '{_HEADER}' but {_shorten(sorted(files))}. Make one with `build_pool` and "
+        "`push_to_hub`, or correct the id."
+    )
+
+
+def _shorten(names: Sequence[str], limit: int = 8) -> str:
+    """A list of names for an error."""
+    return f"{list(names[:limit])}" + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -8,27 +8,34 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
-from transformers.utils import logging as transformers_logging
+
+from .checkpoints import (
+    Checkpoint,
+    find_checkpoint,
+    load_adapted,
+    load_processor,
+    quiet_loading,
+    read_config,
+    reads_text,
+)
+from .hub import publish
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +47,8 @@ def load_student(
 
     Args:
         model (`str` or `os.PathLike`):
-            Hub id or folder of a transformers or timm image model, or a transformers text model. safetensors only,
-            and no code from the Hub is run.
+            Hub id or folder of a transformers or timm image model, of a transformers text model, or of an adapter of
+            peft for one, which is merged. safetensors only, and no code from the Hub is run.
         labels (`Sequence[str]`):
             The task's label names.
         revision (`str`, *optional*):
@@ -53,50 +60,92 @@ def load_student(
         `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer.
 
     Raises:
+        OSError: If the model is not there, or the Hub refuses it or cannot be reached.
         ValueError: If the model is neither an image nor a text model, or its backbone would be partly random.
     """
-    path = str(model).removeprefix("hf-hub:").removeprefix("local-dir:")
-    id2label = dict(enumerate(labels))
-    label2id = {name: index for index, name in id2label.items()}
-    config = AutoConfig.from_pretrained(
-        path, revision=revision, trust_remote_code=False, num_labels=len(labels), id2label=id2label, label2id=label2id
-    )
-    config.num_labels, config.id2label, config.label2id = len(labels), id2label, label2id
-    is_timm = config.model_type == "timm_wrapper"
-    if is_timm:
-        # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
-        config.model_args = {k: v for k, v in (config.model_args or {}).items() if k != "num_classes"}
-        config.label_names = list(labels)
-    auto_class, auto_processor = _auto_classes(config.model_type, path)
-    with torch.random.fork_rng(devices=[]), _quiet_loading():
-        torch.manual_seed(seed)
-        student, loading = auto_class.from_pretrained(
-            path, revision=revision, config=config, use_safetensors=True, trust_remote_code=False,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-        reset_head(student)
-        processor = auto_processor.from_pretrained(path, revision=revision, trust_remote_code=False)
-    _check_backbone(student, loading, path)
-    student.float()
+    student, processor, _ = load_pinned_student(model, labels, revision=revision, seed=seed)
     return student, processor
 
 
-@contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Keep transformers from reporting the head that is replaced on purpose; what matters is checked here."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
+def load_pinned_student(
+    model: str | os.PathLike[str], labels: Sequence[str], *, revision: str | None = None, seed: int = 42
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """Do what [`load_student`] does, and tell what was loaded.
+
+    Args:
+        model (`str` or `os.PathLike`):
+            See [`load_student`].
+        labels (`Sequence[str]`):
+            The task's label names.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the fresh head.
+
+    Returns:
+        `tuple[PreTrainedModel, Any, dict[str, Any]]`: the model, its processor, and for a model of the Hub `model`,
+        `revision` (as it was asked for) and `commit`; of a folder nothing is told.
+
+    Raises:
+        OSError: See [`load_student`].
+        ValueError: See [`load_student`].
+    """
+    checkpoint = find_checkpoint(str(model), what="The student", revision=revision)
+    origin: dict[str, Any] = {}
+    if not checkpoint.is_local:
+        origin = {"model": checkpoint.repo, "revision": checkpoint.revision, "commit": checkpoint.commit}
+    if checkpoint.is_adapter:
+        student, processor, base = _load_adapted_student(checkpoint, labels, seed)
+        return student, processor, origin | base
+    config = _task_config(checkpoint, labels)
+    auto_class = _auto_class(config.model_type, checkpoint.repo)
+    folder = checkpoint.fetch()
+    with torch.random.fork_rng(devices=[]), quiet_loading():
+        torch.manual_seed(seed)
+        student, loading = auto_class.from_pretrained(
+            folder, config=config, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        reset_head(student)
+    processor = load_processor(checkpoint, folder, auto_class is AutoModelForSequenceClassification)
+    _check_backbone(student, loading, checkpoint.repo)
+    checkpoint.name_after(student)
+    student.float()
+    return student, processor, origin
 
 
-def _auto_classes(model_type: str, path: str) -> tuple[Any, Any]:
+def _task_config(checkpoint: Checkpoint, labels: Sequence[str]) -> Any:
+    """The model's configuration with the labels of the task."""
+    config = read_config(checkpoint)
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    if config.model_type == "timm_wrapper":
+        config.label_names = list(labels)
+    return config
+
+
+def _load_adapted_student(
+    checkpoint: Checkpoint, labels: Sequence[str], seed: int
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """Load the base of an adapter with a fresh head, and give its backbone what the adapter has learnt."""
+    adapted, processor_folder = load_adapted(checkpoint, random_head=True)
+    base: Any = checkpoint.base
+    student, processor, origin = load_pinned_student(base.repo, labels, revision=base.commit, seed=seed)
+    head = {name for name, _ in head_parameters(student)}
+    student.load_state_dict({k: v for k, v in adapted.state_dict().items() if k not in head}, strict=False)
+    if processor_folder == checkpoint.folder:
+        processor = load_processor(checkpoint, processor_folder, reads_text(student.config, checkpoint.what))
+    checkpoint.name_after(student)
+    return student, processor, {f"base_{name}": value for name, value in origin.items() if name != "revision"}
+
+
+def _auto_class(model_type: str, path: str) -> Any:
+    """The class of a student by its type, that of images where a type has both."""
     if model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or model_type == "timm_wrapper":
-        return AutoModelForImageClassification, AutoImageProcessor
+        return AutoModelForImageClassification
     if model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
-        return AutoModelForSequenceClassification, AutoTokenizer
+        return AutoModelForSequenceClassification
     raise ValueError(f"A student must be an image or text classification model, got '{model_type}' at '{path}'.")
 
 
@@ -280,6 +329,7 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
         plain = model
         if isinstance(model, PeftModel):
             model.save_pretrained(str(temporary / "adapter"))
+            (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # an empty form of peft's
             plain = copy.deepcopy(model).merge_and_unload()
         plain.save_pretrained(temporary)  # type: ignore[operator]
         # timm's processor is part of the configuration and only warns when it is asked to save itself.
@@ -291,6 +341,74 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
         _move_files(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# What a student's repository holds: the model, its processor, its story. No checkpoint, pool, pickle or folder else.
+STUDENT_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja"),
+    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
+    *("README.md", "history.json", "report.json", "pgr.png", "teacher_shares.png"),
+)
+
+
+def push_student(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    message: str = "Co-supervised student",
+    extra: Mapping[str, bytes] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """Upload an exported student in one commit: model, processor, card, history, report and figures, and nothing else.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            What [`export_student`] wrote, with a card.
+        repo_id (`str`):
+            The model repository, which exists.
+        message (`str`, *optional*):
+            Title of the commit.
+        extra (`Mapping[str, bytes]`, *optional*):
+            More files by name, such as `history.json`.
+        revision (`str`, *optional*):
+            Branch to commit to. Defaults to the main branch.
+        token (`str`, *optional*):
+            Instead of the token of the environment.
+
+    Returns:
+        `CommitInfo`: The commit.
+
+    Raises:
+        FileNotFoundError: If the folder holds no exported student.
+        OSError: If the Hub refuses it or cannot be reached; the repository is then as it was.
+        RuntimeError: If somebody else pushed at the same moment.
+    """
+    folder = Path(folder)
+    files: dict[str, Path | bytes] = {
+        str(path.relative_to(folder).as_posix()): path
+        for pattern in STUDENT_FILES for path in sorted(folder.glob(pattern)) if path.is_file()
+    }  # fmt: skip
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise FileNotFoundError(
+            f"'{folder}' must hold an exported student, got {sorted(files)}. Call `save_model` first."
+        )
+    if "adapter/adapter_config.json" in files:
+        files["adapter/adapter_config.json"] = _without_local_base(folder / "adapter" / "adapter_config.json")
+    return publish(
+        files | dict(extra or {}), repo_id, what="The student", message=message, replaced=STUDENT_FILES,
+        revision=revision, token=token,
+    )  # fmt: skip
+
+
+def _without_local_base(path: Path) -> bytes:
+    """An adapter's configuration without the folder of this machine that its base was read from."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if os.path.exists(config.get("base_model_name_or_path") or ""):
+        config["base_model_name_or_path"] = None
+    return (json.dumps(config, indent=2) + "\n").encode("utf-8")
 
 
 def _fit_timm(config_path: Path) -> None:

@@ -9,26 +9,24 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-)
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
+from .checkpoints import (
+    Checkpoint,
+    check_no_missing,
+    find_checkpoint,
+    find_kind,
+    load_adapted,
+    load_processor,
+    read_config,
+    reads_text,
+)
 from .inputs import InputProcessor, to_pil
 from .journal import check_free
 from .sparse import SUM_TOLERANCE
@@ -37,8 +35,6 @@ from .teachers import Teacher
 SKLEARN_FEATURE_KINDS = ("pixels", "values", "text")
 _SKLEARN_FILE = "model.skops"
 _SAFETENSORS_FILE = "model.safetensors"
-_WEIGHT_PATTERNS = ("*.safetensors", "*.skops")
-_TIMM_PREFIXES = ("hf-hub:", "local-dir:")
 
 
 class TeacherModel(Protocol):
@@ -81,28 +77,33 @@ class WrongColumnError(TypeError):
     """Texts were given to a model of images, or the other way round: no row is at fault, the column is."""
 
 
-def load_teacher(teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None) -> TeacherModel:
+def load_teacher(
+    teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None, *, commit: str | None = None
+) -> TeacherModel:
     """Load one teacher, mapped by label names onto the labels of the task.
 
     A label of the task that the teacher does not know gets probability 0; several labels of the teacher that are
     mapped to one label of the task add up. Only safetensors and skops files are read, and no code from the Hub is
-    executed.
+    executed. An adapter of peft is merged into its base.
 
     Args:
         teacher (`Teacher`):
-            Which one. `kind="auto"` is found out from the files: `config.json` with `model_type` is transformers, with
-            `architecture` timm; a skops file is scikit-learn.
+            Which one. `kind="auto"` is found out from the files: `config.json` with `model_type` or an
+            `adapter_config.json` is transformers, with `architecture` timm; a skops file is scikit-learn.
         labels (`Sequence[str]`):
             The task's label names.
         device (`str` or `torch.device`, *optional*):
             Where it runs. Defaults to the first GPU if there is one.
+        commit (`str`, *optional*):
+            Its commit on the Hub, where [`identify_teacher`] has found it already: a branch may move in between.
 
     Returns:
-        [`TeacherModel`]
+        [`TeacherModel`]: Its `facts` hold `kind`, `class`, `preprocessing`, `revision` (as it was asked for), `commit`
+        or for a folder `weights`; of an adapter also `base_model`, `base_commit` and, for a folder, `base_weights`.
 
     Raises:
-        FileNotFoundError: If the model or one of its files does not exist.
         ImportError: If its library is not installed.
+        OSError: If the model or one of its files does not exist, or the Hub refuses it or cannot be reached.
         ValueError: If its kind cannot be told, it has no trained head, its labels cannot be mapped, or its file holds
             types that are not trusted.
     """
@@ -110,8 +111,8 @@ def load_teacher(teacher: Teacher, labels: Sequence[str], device: str | torch.de
     if teacher.kind == "column":
         return _ColumnTeacher(teacher, labels)
     device = torch.device(device) if device is not None else default_device()
-    source = _find_source(teacher)
-    kind = _find_kind(source) if teacher.kind == "auto" else teacher.kind
+    source = _find_source(teacher, commit)
+    kind = find_kind(source.checkpoint, teacher.model) if teacher.kind == "auto" else teacher.kind
     if kind == "transformers":
         return _TransformersTeacher(source, labels, device)
     if kind == "timm":
@@ -186,8 +187,8 @@ def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:
     """
     if teacher.kind == "column":
         return {}, 0
-    source = _find_source(teacher)
-    return source.identity, sum(path.stat().st_size for path in source.weight_files)
+    checkpoint = _find_source(teacher).checkpoint
+    return checkpoint.identity, sum(path.stat().st_size for path in checkpoint.weight_files)
 
 
 # ── where a teacher is and what it is ───────────────────────────────────────────────────────────────────────────────
@@ -195,123 +196,39 @@ def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:
 
 @dataclass(frozen=True)
 class _Source:
-    """A teacher's files: a local folder, or a Hub repository pinned to one commit."""
+    """A teacher and its files."""
 
     teacher: Teacher
-    repo: str
-    is_local: bool
-    commit: str | None
-    config: dict[str, Any]
-    folder: Path
+    checkpoint: Checkpoint
 
     @property
-    def weight_files(self) -> list[Path]:
-        """Files of weights that are on this machine."""
-        return sorted(path for pattern in _WEIGHT_PATTERNS for path in self.folder.glob(pattern))
+    def name(self) -> str:
+        return self.teacher.name
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What tells these weights from others: the commit, or for a folder a hash of its files."""
-        if not self.is_local:
-            return {"commit": self.commit}
-        stats = [(path, path.stat()) for path in (self.folder / "config.json", *self.weight_files)]
-        return {
-            "commit": None,
-            "weights": _hash_files(tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)),
-        }
-
-    def file(self, name: str) -> Path:
-        """Path of one file, downloaded if need be."""
-        path = _fetch(self.teacher, self.repo, name, self.commit)
-        if path is None:
-            raise FileNotFoundError(
-                f"Teacher '{self.teacher.name}' must have a file '{name}', got none in '{self.repo}'. Save the model "
-                "again in that format."
-            )
-        return path
+    def config(self) -> dict[str, Any]:
+        return self.checkpoint.config
 
     def facts(self, kind: str, class_name: str, preprocessing: str) -> dict[str, Any]:
         """What is known about this run."""
+        where = {} if self.teacher.subfolder is None else {"subfolder": self.teacher.subfolder}
         return {
             "kind": kind,
-            "revision": self.teacher.revision,
-            **self.identity,
+            "revision": self.checkpoint.revision,
+            **where,
+            **self.checkpoint.identity,
             "class": class_name,
             "preprocessing": preprocessing,
         }
 
 
-@lru_cache(maxsize=256)
-def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
-    """Hash of files given as path, size and time of change: gigabytes of weights are read once a run."""
-    digest = hashlib.blake2b(digest_size=8)
-    for path, size, _ in files:
-        digest.update(f"{Path(path).name} {size} ".encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _find_source(teacher: Teacher) -> _Source:
-    """Read `config.json`, and pin a Hub repository to the commit that it came from."""
-    repo, revision = teacher.model, teacher.revision
-    for prefix in _TIMM_PREFIXES:
-        repo = repo.removeprefix(prefix)
-    is_local = Path(repo).is_dir()
-    if not is_local and teacher.model.startswith("hf-hub:") and "@" in repo:
-        repo, revision = repo.rsplit("@", 1)
-    path = _fetch(teacher, repo, "config.json", revision)
-    if path is None:
-        raise FileNotFoundError(
-            f"Teacher '{teacher.name}' must have a 'config.json', got none in '{repo}'. Save it with "
-            "`save_pretrained`, `timm.models.save_for_hf` or `save_sklearn_teacher`."
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"'config.json' of teacher '{teacher.name}' must be JSON, got: {error}. Save the model again."
-        ) from error
-    # A Hub file lies in the cache under snapshots/COMMIT/; everything else is then read at that commit.
-    commit = None if is_local else path.parent.name
-    return _Source(teacher, repo, is_local, commit, config, path.parent)
-
-
-def _fetch(teacher: Teacher, repo: str, name: str, revision: str | None) -> Path | None:
-    """Path of one file in a folder or on the Hub; `None` if the folder or repository has no such file."""
-    if Path(repo).is_dir():
-        path = Path(repo) / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(repo, name, revision=revision))
-    except (RepositoryNotFoundError, HFValidationError, FileNotFoundError) as error:
-        # Offline, the Hub's client raises a subclass of FileNotFoundError.
-        raise FileNotFoundError(
-            f"The `model` of teacher '{teacher.name}' must be a folder, or a model on the Hub that can be reached, "
-            f"got '{teacher.model}'. Check the path, the id and your access to it."
-        ) from error
-    except EntryNotFoundError:
-        return None
-
-
-def _find_kind(source: _Source) -> str:
-    """Tell the library by the files."""
-    name = source.teacher.name
-    if source.teacher.model.startswith(_TIMM_PREFIXES):
-        return "timm"
-    if "model_type" in source.config:
-        return "transformers"
-    if "architecture" in source.config:
-        return "timm"
-    has_skops = source.is_local and any(Path(source.repo).glob("*.skops"))
-    if has_skops or source.config.get("library_name") == "sklearn":
-        return "sklearn"
-    raise ValueError(
-        f"The kind of teacher '{name}' must show in its files: a 'config.json' with `model_type` (transformers) or "
-        f"`architecture` (timm), or a '{_SKLEARN_FILE}' (scikit-learn); got a 'config.json' with "
-        f"{sorted(source.config)}. Name it with `kind`."
-    )
+def _find_source(teacher: Teacher, commit: str | None = None) -> _Source:
+    """Read the configuration, and pin a Hub repository to one commit."""
+    checkpoint = find_checkpoint(
+        teacher.model, what=f"Teacher '{teacher.name}'", revision=teacher.revision, subfolder=teacher.subfolder,
+        commit=commit,
+    )  # fmt: skip
+    return _Source(teacher, checkpoint)
 
 
 def default_device() -> torch.device:
@@ -418,31 +335,19 @@ class _TransformersTeacher:
     column: str | None = None
 
     def __init__(self, source: _Source, labels: Sequence[str], device: torch.device) -> None:
-        name, repo, revision = source.teacher.name, source.repo, source.commit
-        config = AutoConfig.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        name = source.name
+        load = load_adapted if source.checkpoint.is_adapter else _load_classifier
+        model, processor_folder = load(source.checkpoint)
+        config = model.config
         if config.problem_type not in (None, "single_label_classification"):
             raise ValueError(
                 f"Teacher '{name}' must choose one label per example, got `problem_type` '{config.problem_type}'. "
                 "Use a single-label classifier."
             )
-        if config.model_type == "timm_wrapper" and config.model_args:
-            # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
-            config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
-        is_text = _reads_text(config, name)
-        auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-        model, info = auto_model.from_pretrained(
-            repo,
-            revision=revision,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        _check_no_missing(name, info["missing_keys"])
-        own_labels = [str(model.config.id2label[position]) for position in range(model.config.num_labels)]
+        own_labels = [str(config.id2label[position]) for position in range(config.num_labels)]
         _check_head(name, own_labels)
-        auto_processor = AutoTokenizer if is_text else AutoImageProcessor
-        processing_class = auto_processor.from_pretrained(repo, revision=revision, trust_remote_code=False)
+        is_text = reads_text(config, f"Teacher '{name}'")
+        processing_class = load_processor(source.checkpoint, processor_folder, is_text)
         self.positions, self.num_labels = _label_positions(source.teacher, own_labels, labels), len(labels)
         processor = InputProcessor(processing_class, config)
         self.prepare = _Preparation(name, is_text, processor)
@@ -467,14 +372,14 @@ class _TimmTeacher:
         try:
             import timm
         except ImportError as error:
-            raise ImportError(f"Teacher '{source.teacher.name}' is a timm model: `pip install timm`.") from error
-        name = source.teacher.name
+            raise ImportError(f"Teacher '{source.name}' is a timm model: `pip install timm`.") from error
+        name = source.name
         own_labels = _timm_labels(source)
         _check_head(name, own_labels)
-        weights = source.file(_SAFETENSORS_FILE)
+        folder = source.checkpoint.fetch()
+        source.checkpoint.file(_SAFETENSORS_FILE)
         try:
-            # On the Hub, both files lie in one folder of the cache; loading from there keeps to the pinned commit.
-            model = timm.create_model(f"local-dir:{weights.parent}", pretrained=True)
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         except RuntimeError as error:
             raise ValueError(
                 f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a "
@@ -503,10 +408,11 @@ class _SklearnTeacher:
 
     def __init__(self, source: _Source, labels: Sequence[str]) -> None:
         skops_io = _import_skops()
-        name = source.teacher.name
+        name = source.name
         declared = source.config.get("feature")
         feature = _feature_settings(declared, f"`feature` in 'config.json' of teacher '{name}'")
-        path = source.file(_SKLEARN_FILE)
+        source.checkpoint.fetch()
+        path = source.checkpoint.file(_SKLEARN_FILE)
         untrusted = set(skops_io.get_untrusted_types(file=path))
         if refused := sorted(untrusted - set(source.teacher.trusted_types)):
             raise ValueError(
@@ -615,28 +521,17 @@ def _for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def _reads_text(config: Any, name: str) -> bool:
-    """Whether a configuration belongs to a text classifier; by its architecture, else by what its type can be."""
-    architectures = config.architectures or []
-    for suffix, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
-        if any(architecture.endswith(suffix) for architecture in architectures):
-            return is_text
-    if type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        return False
-    if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        return True
-    raise ValueError(
-        f"Teacher '{name}' must be a classifier of images or of texts, got a model of type '{config.model_type}'. "
-        "Put its answers into a column and use `kind='column'`."
+def _load_classifier(checkpoint: Checkpoint) -> tuple[Any, Path]:
+    """A whole classifier, and the folder of its tokenizer or image processor."""
+    folder, config = checkpoint.fetch(), read_config(checkpoint)
+    is_text = reads_text(config, checkpoint.what)
+    auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
+    model, info = auto_model.from_pretrained(
+        folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
     )
-
-
-def _check_no_missing(name: str, missing_keys: Iterable[str]) -> None:
-    if missing := sorted(missing_keys):
-        raise ValueError(
-            f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a checkpoint "
-            f"without {shorten(missing, 5)}. Train its classifier first, or name a checkpoint that has one."
-        )
+    check_no_missing(checkpoint.what, info["missing_keys"])
+    checkpoint.name_after(model)
+    return model, folder
 
 
 def _timm_labels(source: _Source) -> list[str]:
@@ -648,7 +543,7 @@ def _timm_labels(source: _Source) -> list[str]:
         names = [names[key] for key in sorted(names, key=int)]
     if not names or len(names) != num_classes:
         raise ValueError(
-            f"'config.json' of teacher '{source.teacher.name}' must tell the names of its {num_classes} labels as "
+            f"'config.json' of teacher '{source.name}' must tell the names of its {num_classes} labels as "
             f"`label_names`, got {len(names or [])}. Save it with "
             "`save_for_hf(..., model_config={'label_names': ...})`; a model of ImageNet's 1,000 "
             "classes can be loaded with `kind='transformers'`."

@@ -29,7 +29,8 @@ class Teacher:
         level (`int`, *optional*, defaults to 0):
             Level in the hierarchy, 0 is the root.
         name (`str`, *optional*):
-            Unique name in the hierarchy: letters, digits, `.`, `_` and `-`. Defaults to the last part of `model`.
+            Unique name in the hierarchy: letters, digits, `.`, `_` and `-`. Defaults to the last part of `subfolder`,
+            else of `model`.
         kind (`str`, *optional*, defaults to `"auto"`):
             One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"column"`.
         revision (`str`, *optional*):
@@ -42,10 +43,13 @@ class Teacher:
             From the teacher's label names to the task's, where the names differ.
         trusted_types (`Sequence[str]`, *optional*):
             Types in a scikit-learn file that skops does not trust by itself and that you do.
+        subfolder (`str`, *optional*):
+            Folder in the repository or folder `model` that holds the files, such as `"low"` or `"level-1/cats"`.
 
     Raises:
-        ValueError: If the name, the kind, the level, the scope or the domains are not usable.
-        TypeError: If `scope`, `domains` or `trusted_types` is a single string instead of a list of them.
+        ValueError: If the name, the kind, the level, the scope, the domains or the folder in it are not usable.
+        TypeError: If `scope`, `domains` or `trusted_types` is a single string instead of a list of them, or
+            `label_map` is no mapping.
 
     Examples:
         >>> Teacher("org/cats-and-dogs", level=1, scope=["cat", "dog"]).name
@@ -61,12 +65,13 @@ class Teacher:
     domains: tuple[str, ...] | None = None
     label_map: Mapping[str, str] | None = field(default=None, hash=False)
     trusted_types: tuple[str, ...] = ()
+    subfolder: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ValueError(f"A teacher's `model` must be a Hub id, a folder or a column name, got {self.model!r}.")
         if not self.name:
-            object.__setattr__(self, "name", self.model.rstrip("/").split("/")[-1])
+            object.__setattr__(self, "name", (self.subfolder or self.model).rstrip("/").split("/")[-1])
         if not isinstance(self.name, str) or not _NAME_PATTERN.fullmatch(self.name):
             raise ValueError(
                 f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name`."
@@ -83,8 +88,18 @@ class Teacher:
             raise ValueError(
                 f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}."
             )
+        if self.subfolder is not None and not is_inner_folder(self.subfolder):
+            raise ValueError(
+                f"`subfolder` of teacher '{self.name}' must be a folder below `model` such as 'low' or 'a/low', "
+                f"without '..' and not from the root, got {self.subfolder!r}. Correct it."
+            )
         for key in _TUPLE_FIELDS:
             object.__setattr__(self, key, self._as_names(key))
+        if not isinstance(self.label_map, Mapping | None):
+            raise TypeError(
+                f"`label_map` of teacher '{self.name}' must map its label names to the task's, got "
+                f"{type(self.label_map).__name__}."
+            )
         if self.label_map is not None:
             object.__setattr__(
                 self, "label_map", MappingProxyType({str(k): str(v) for k, v in self.label_map.items()})
@@ -125,8 +140,29 @@ class Teacher:
         return facts
 
 
+def is_inner_folder(path: Any) -> bool:
+    """Tell whether a path leads to a folder below another one, and nowhere else.
+
+    Args:
+        path (`Any`):
+            What should be a relative POSIX path.
+
+    Returns:
+        `bool`
+
+    Examples:
+        >>> is_inner_folder("level-1/cats"), is_inner_folder("../cats"), is_inner_folder("/cats")
+        (True, False, False)
+    """
+    if not isinstance(path, str) or "\\" in path or ":" in path or path.startswith("~"):
+        return False
+    return all(part not in ("", ".", "..") for part in path.split("/"))
+
+
 def _teacher_from_dict(facts: Mapping[str, Any]) -> Teacher:
     known = {item.name for item in fields(Teacher)}
+    if not isinstance(facts, Mapping):
+        raise ValueError(f"A teacher must be a mapping of {sorted(known)}, got {facts!r}.")
     if unknown := sorted(set(facts) - known):
         raise ValueError(f"A teacher has the fields {sorted(known)}, got unknown {unknown} in {dict(facts)}.")
     if "model" not in facts:
@@ -304,6 +340,9 @@ class TeacherHierarchy:
         if not isinstance(facts, Mapping) or set(facts) != {"labels", "teachers"}:
             found = sorted(facts) if isinstance(facts, Mapping) else type(facts).__name__
             raise ValueError(f"A hierarchy has exactly the keys ['labels', 'teachers'], got {found}.")
+        for key, value in facts.items():
+            if not isinstance(value, Sequence) or isinstance(value, str):
+                raise ValueError(f"`{key}` of a hierarchy must be a list, got {value!r}.")
         return cls(facts["labels"], [_teacher_from_dict(teacher) for teacher in facts["teachers"]])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -341,15 +380,32 @@ class TeacherHierarchy:
             ValueError: If its content is not a hierarchy.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"No hierarchy file at '{path}'. Write one with `TeacherHierarchy.save`.")
-        text = path.read_text(encoding="utf-8")
-        try:
-            facts = json.loads(text) if _is_json(path) else yaml.safe_load(text)
-        except (json.JSONDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"'{path}' is not readable as {path.suffix[1:].upper()}: {error}") from error
-        hierarchy = cls.from_dict(facts)
+        hierarchy = read_hierarchy(path)
         return cls(hierarchy.labels, [_resolve(teacher, path.parent) for teacher in hierarchy.teachers])
+
+
+def read_hierarchy(path: Path) -> TeacherHierarchy:
+    """Read a hierarchy file as it stands there, without looking for the models that it names.
+
+    Args:
+        path (`pathlib.Path`):
+            A `.json`, `.yaml` or `.yml` file.
+
+    Returns:
+        `TeacherHierarchy`
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its content is not a hierarchy.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No hierarchy file at '{path}'. Write one with `TeacherHierarchy.save`.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        facts = json.loads(text) if _is_json(path) else yaml.safe_load(text)
+    except (json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"'{path}' is not readable as {path.suffix[1:].upper()}: {error}") from error
+    return TeacherHierarchy.from_dict(facts)
 
 
 def _is_json(path: Path) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import transformers
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.logging import get_logger
 from datasets import Dataset
+from huggingface_hub import CommitInfo, HfApi
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, set_seed
-from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput, speed_metrics
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalPrediction, HubStrategy, PredictionOutput, TrainOutput, speed_metrics
 
 from . import __version__
 from .callbacks import LevelCallbackHandler, LevelHistory
@@ -33,13 +35,21 @@ from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
 from .features import FeatureStore
 from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
+from .hub import open_repo
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level, row_chunks
 from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
 from .metrics import accuracy
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
-from .students import export_student, head_gives_logits, linear_head, load_student, prepare_student
-from .teachers import Teacher
+from .processes import Processes
+from .students import (
+    export_student,
+    head_gives_logits,
+    linear_head,
+    load_pinned_student,
+    prepare_student,
+    push_student,
+)
 
 logger = get_logger(__name__)
 
@@ -117,8 +127,11 @@ class CoSupervisedTrainer(Trainer):
         inputs = _match_inputs(pool, train_dataset, input_column)
         self.input_column = find_input_column(inputs, input_column)
         self._rows = inputs.add_column(ROW, np.arange(len(pool)))
+        origin: dict[str, Any] = {}
         if isinstance(model, (str, os.PathLike)):
-            model, loaded = load_student(model, pool.labels, seed=args.seed)
+            model, loaded, origin = load_pinned_student(
+                model, pool.labels, revision=args.student_revision, seed=args.seed
+            )
             processing_class = loaded if processing_class is None else processing_class
         _check_student(model, pool)
         if processing_class is None:
@@ -127,6 +140,8 @@ class CoSupervisedTrainer(Trainer):
             )
         self.processor = InputProcessor(processing_class, model.config)
         student = prepare_student(model, args.student_training, peft_config or _lora_config(args), seed=args.seed)
+        if isinstance(student, PeftModel) and origin:
+            student.peft_config[student.active_adapter].revision = origin["commit"]
         if data_collator is None:
             data_collator = DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs.setdefault("compute_metrics", _accuracy_metrics)
@@ -138,7 +153,7 @@ class CoSupervisedTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.callback_handler = LevelCallbackHandler(self.callback_handler)
-        self.history = LevelHistory(self.run_dir / "history.json")
+        self.history = LevelHistory(self.run_dir / "history.json", _describe_run(origin, pool))
         self.plans: list[LevelPlan] = []
         self._owns_run = False
         self._fresh = {name: value.detach().cpu().clone() for name, value in self._trained_tensors().items()}
@@ -315,6 +330,9 @@ class CoSupervisedTrainer(Trainer):
             save_file(tensors, folder / "student.tmp")
             os.replace(folder / "student.tmp", folder / "student.safetensors")  # its presence says: level finished
         self.accelerator.wait_for_everyone()
+        is_last = plan.level == self.pool.hierarchy.num_levels - 1
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
+            self.push_to_hub(commit_message=f"Student of level {plan.level}")
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
@@ -380,7 +398,12 @@ class CoSupervisedTrainer(Trainer):
 
     def _read_levels(self) -> int:
         """Read the finished levels of this output folder back."""
-        self.history.read()
+        known, own = self.history.read().get("student", {}), self.history.run["student"]
+        if self.history.records and any(known.get(key) != own.get(key) for key in ("model", "commit", "base_commit")):
+            raise ValueError(
+                f"The run in '{self.run_dir}' must go on with the student that it was begun with, {known}, got {own}. "
+                "Name its commit by `student_revision`, or choose another folder."
+            )
         for level in range(self.pool.hierarchy.num_levels):
             if not (self._level_dir(level) / "student.safetensors").is_file():
                 break
@@ -851,21 +874,112 @@ class CoSupervisedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the student as an ordinary model: it loads with plain `Auto…` classes, timm students with timm too.
 
+        With `args.push_to_hub` it is pushed as well.
+
         Args:
             output_dir (`str`, *optional*):
                 Folder, `args.output_dir` by default. A LoRA student is merged; its adapter goes to `adapter/`.
             _internal_call (`bool`, *optional*, defaults to `False`):
                 Set by the `Trainer` for its checkpoints, which stay as they are.
         """
-        if _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
             return
-        if self.args.should_save:
-            folder = output_dir or self.args.output_dir
+        self._export(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and output_dir in (None, self.args.output_dir):
+            self.push_to_hub()
+
+    def _export(self, folder: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super().save_model(folder, _internal_call=True)
+        elif self.args.should_save:
             export_student(self.accelerator.unwrap_model(self.model), folder, self.processing_class)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save without the pickle of the arguments, which nobody reads and which would hold the user's token."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    # --- the Hub -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _processes(self) -> Processes:
+        return Processes(self.args.process_index, self.args.world_size)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the model repository where there is none, and see that the token may write, before any work.
+
+        Args:
+            token (`str`, *optional*):
+                Defaults to `args.hub_token`, then to the token of the environment.
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to `args.hub_private_repo`.
+
+        Raises:
+            OSError: If the Hub refuses it or cannot be reached.
+        """
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        self.hub_model_id = self._processes.on_first(
+            partial(open_repo, name, what="The student", private=private, token=token or self.args.hub_token)
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "Co-supervised student",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Publish the student in one commit: the model as [`save_model`] writes it, its processor, card and history.
+
+        Pickles, pools, optimizers and whatever else lies in `output_dir` stay here. A card that was edited by hand is
+        kept, and ours is merged into it. All processes must call it; one of them pushes.
+
+        Args:
+            commit_message (`str`, *optional*):
+                Title of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Wait until it is there.
+            token (`str`, *optional*):
+                Defaults to `args.hub_token`, then to the token of the environment.
+            revision (`str`, *optional*):
+                Branch, made where it does not exist. Defaults to `args.hub_revision`, then to the main branch.
+            private (`bool`, *optional*):
+                Whether a new repository is private. Defaults to `args.hub_private_repo`.
+            kwargs (`Any`):
+                Passed on to [`create_model_card`], such as `license` and `report`.
+
+        Returns:
+            `CommitInfo`, or a `Future` of it with `blocking=False`; `None` in the other processes.
+
+        Raises:
+            OSError: If the Hub refuses it or cannot be reached. The repository is then as it was, and the student is
+                in `output_dir`.
+            RuntimeError: If somebody else pushed at the same moment.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self._export(self.args.output_dir)
+        self.create_model_card(**kwargs)
+        push = partial(
+            push_student, self.args.output_dir, str(self.hub_model_id),
+            message=commit_message or "Co-supervised student",
+            extra={"history.json": self.history.to_json().encode("utf-8")},
+            revision=revision or self.args.hub_revision, token=token or self.args.hub_token,
+        )  # fmt: skip
+        if not blocking:
+            return HfApi().run_as_future(push) if self.is_world_process_zero() else None
+        pushed: list[CommitInfo] = []
+        self._processes.on_first(lambda: pushed.append(push()))
+        return pushed[0] if pushed else None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leave checkpoints here: they hold pickles, and are of one level."""
 
     def create_model_card(
         self,
@@ -878,8 +992,13 @@ class CoSupervisedTrainer(Trainer):
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        *,
+        report: Mapping[str, Any] | None = None,
+        figure: str | None = None,
     ) -> None:
-        """Write a model card of what is known: teachers, levels and training arguments.
+        """Write a model card of what is known: teachers, levels, training arguments, and what was measured.
+
+        A card in `output_dir` that was edited by hand is kept, and this one is merged into it.
 
         Args:
             language (`str`, *optional*):
@@ -897,44 +1016,57 @@ class CoSupervisedTrainer(Trainer):
             dataset_tags (`str` or `list[str]`, *optional*):
                 Hub ids of the unlabelled data.
             dataset (`str` or `list[str]`, *optional*):
-                Not used: the card has no measured numbers of its own.
+                What the report was measured on.
             dataset_args (`str` or `list[str]`, *optional*):
-                Not used.
+                Its split.
+            report (`Mapping[str, Any]`, *optional*):
+                What [`~evaluation.merge_reports`] gave: accuracies and PGR of the methods, with seeds and levels.
+            figure (`str`, *optional*):
+                Name of a picture in `output_dir`, `pgr.png` or `teacher_shares.png`.
         """
         if not self.is_world_process_zero():
             return
         given = {
             "language": language,
             "license": license,
-            "tags": [tags] if isinstance(tags, str) else list(tags or []),
-            "datasets": [dataset_tags] if isinstance(dataset_tags, str) else list(dataset_tags or []),
+            "tags": _as_list(tags),
+            "report": report,
+            "figure": figure,
+            "dataset_name": next(iter(_as_list(dataset)), None),
+            "dataset_split": next(iter(_as_list(dataset_args)), None),
         }
         facts = self._card_facts() | given
+        facts["datasets"] = list(dict.fromkeys([*facts["datasets"], *_as_list(dataset_tags)]))
         facts["name"] = model_name or facts["name"]
         facts["base_model"] = finetuned_from or facts["base_model"]
         write_card(model_card(facts), self.args.output_dir)
 
     def _card_facts(self) -> dict[str, Any]:
         """What the trainer knows of its student; folders of this machine are nobody's business."""
-        base_model = getattr(self.model.config, "_name_or_path", None)
-        defaults = CoSupervisedConfig(output_dir=self.args.output_dir, use_cpu=self.args.use_cpu)
-        values = {item.name: getattr(self.args, item.name) for item in fields(CoSupervisedConfig) if item.init}
+        run, student = self.history.run, self.history.run["student"]
+        base_model = student.get("model") or getattr(self.model.config, "_name_or_path", None)
         return {
-            "name": Path(self.args.output_dir).name,
-            "hub_model_id": self.args.hub_model_id,
+            "name": str(self.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1],
+            "hub_model_id": self.hub_model_id or self.args.hub_model_id,
             "modality": "text" if self.processor.is_text else "image",
+            "library_name": "timm" if self.model.config.model_type == "timm_wrapper" else "transformers",
             "base_model": None if base_model is None or os.path.exists(base_model) else base_model,
+            "base_model_revision": student.get("revision"),
+            "base_model_commit": student.get("commit"),
             "student_training": self.args.student_training,
             "labels": list(self.pool.labels),
             "num_examples": len(self.pool),
+            "pool": run["pool"].get("repo_id"),
+            "pool_revision": run["pool"].get("commit"),
+            "datasets": [run["source"]["dataset"]] if "dataset" in run["source"] else [],
             "has_adapter": isinstance(self.model, PeftModel),
             "teachers": [
-                {**teacher.to_dict(), "model": None if _is_local(teacher) else teacher.model}
-                for teacher in self.pool.hierarchy.teachers
+                {**teacher.to_dict(), **known} for teacher, known in zip(self.pool.hierarchy.teachers, run["teachers"])
             ],
             "levels": [
                 {
                     "level": record["level"],
+                    "assignment": level_assignment(self.args, record["level"]),
                     "keep_rate": record["consistency/keep_rate"],
                     "num_kept": record["consistency/num_kept"],
                     "teachers": {
@@ -945,7 +1077,7 @@ class CoSupervisedTrainer(Trainer):
                 }
                 for record in self.history.records
             ],
-            "hyperparameters": {name: value for name, value in values.items() if value != getattr(defaults, name)},
+            "hyperparameters": self.args.changed_arguments(),
             "versions": {
                 "hf_cosupervise": __version__,
                 "transformers": transformers.__version__,
@@ -1032,8 +1164,39 @@ def _as_targets(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | SparseTarge
     return tensors[0] if len(tensors) == 1 else SparseTargets(*tensors)
 
 
-def _is_local(teacher: Teacher) -> bool:
-    return teacher.kind == "column" or os.path.exists(teacher.model)
+def _as_list(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _describe_run(student: dict[str, Any], pool: PseudolabelPool) -> dict[str, Any]:
+    """What a run is made of, at the commits that everything was pinned to; folders are nobody's business."""
+    return {
+        "student": student,
+        "teachers": [describe_teacher(pool, name) for name in pool.hierarchy.names],
+        "pool": {} if pool.repo_id is None else {"repo_id": pool.repo_id, "commit": pool.commit},
+        "source": dict(pool.source or {}),
+    }
+
+
+def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
+    """Tell which weights spoke for a teacher, as cards and histories show it.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The pool.
+        name (`str`):
+            Name of a teacher.
+
+    Returns:
+        `dict[str, Any]`: `name`, `level`, `model` (a Hub id or a column; `None` for a folder of this machine),
+        `revision` (as it was asked for) and `commit`, where they are known.
+    """
+    teacher, facts = pool.hierarchy.teachers[pool.hierarchy.index(name)], pool.facts.get(name, {})
+    is_local = teacher.kind != "column" and facts.get("commit") is None and os.path.exists(teacher.model)
+    return {
+        "name": name, "level": teacher.level, "model": None if is_local else teacher.model,
+        "revision": teacher.revision, "commit": facts.get("commit"),
+    }  # fmt: skip
 
 
 def _accuracy_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -2,9 +2,11 @@
 
     accelerate launch recipes/train.py                                     # embedded digits, no network
     accelerate launch recipes/train.py --config recipes/configs/fashion_c1.yaml --seeds 0,1,2,3,4
+    accelerate launch recipes/train.py --push_to_hub --hub_model_id me/digits       # publish it, then or later
 
 Trains the teachers where they are not there yet, labels the pool once, trains the student by every method with one
-recipe, and leaves the student of the first seed in `output_dir` with a model card, `report.json` and figures.
+recipe, and leaves the student of the first seed in `output_dir` with a model card, `report.json` and figures. Data,
+teachers (with `--teachers_revision`) and student may be ids on the Hub; each is pinned to one commit.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
-from train_teachers import CONTROL, TeacherArguments, control_hierarchy, train_teachers
+from train_teachers import CONTROL, TeacherArguments, control_hierarchy, is_on_hub, train_teachers
 from transformers.utils import logging as transformers_logging
 
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.cards import model_card, write_card
+from hf_cosupervise.config import HUB_FIELDS
 from hf_cosupervise.evaluation import (
     METHODS,
     compare_methods,
@@ -37,9 +40,13 @@ from hf_cosupervise.evaluation import (
     teacher_accuracies,
     weak_accuracy,
 )
+from hf_cosupervise.hub import hub_errors, open_repo, resolve_commit
 from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_column
 from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
+from hf_cosupervise.processes import Processes
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
+from hf_cosupervise.students import push_student
+from hf_cosupervise.trainer import describe_teacher
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -49,6 +56,7 @@ class DataArguments:
     """Say which data, and who gets what of it: `permutation(seed)` shares the training split out."""
 
     dataset: str = field(default="data/digits", metadata={"help": "Folder of `save_to_disk`, or Hub id."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a data set's id."})
     prepare_dataset: str | None = field(
         default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
     )
@@ -106,7 +114,7 @@ class Split:
 def load_split(args: DataArguments, seed: int) -> Split:
     """Load the data and share it out."""
     make_folder("prepare", args.prepare_dataset, args.dataset)
-    data: Any = load_from_disk(args.dataset) if Path(args.dataset).is_dir() else load_dataset(args.dataset)
+    data: Any = load_data(args)
     if not isinstance(data, DatasetDict) or args.train_split not in data:
         raise ValueError(
             f"`dataset` must have a split '{args.train_split}', got {data}. Name another by `train_split`."
@@ -126,6 +134,16 @@ def load_split(args: DataArguments, seed: int) -> Split:
     pool, rest = order[start : start + args.num_pool_examples], order[start + args.num_pool_examples :]
     test = data[args.test_split] if args.test_split else train.select(rest)
     return Split(feature.names, train.select(order[: args.num_teacher_examples]), train.select(pool), test)
+
+
+def load_data(args: DataArguments) -> Any:
+    """Open a folder, or a data set of the Hub at one commit."""
+    if Path(args.dataset).is_dir():
+        return load_from_disk(args.dataset)
+    what = {"what": "`dataset`", "repo_type": "dataset"}
+    commit = resolve_commit(args.dataset, args.dataset_revision, **what)
+    with PartialState().main_process_first(), hub_errors(repo_id=args.dataset, revision=commit, **what):
+        return load_dataset(args.dataset, revision=commit)
 
 
 def make_folder(module: str, function: str | None, folder: str) -> None:
@@ -210,7 +228,7 @@ def run_seed(
         extra["one teacher, all labels"] = label_data(split.pool, control, folder / "control_pool", data_args, quiet)
     args = copy.copy(config)
     args.seed = args.data_seed = seed
-    args.output_dir = str(folder / "student")
+    args.output_dir, args.push_to_hub = str(folder / "student"), False
     args.features_dir = config.features_dir or str(Path(config.output_dir) / "_run" / "features")
     report, trainer = compare_methods(
         student, args, pool, split.test,
@@ -230,7 +248,10 @@ def check_run(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / "_run" / "config.json"
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in {*known, *facts} - {"seeds"} if known.get(key) != facts.get(key))
+        different = sorted(
+            key for key in {*known, *facts} - {"seeds"}
+            if known.get(key) != facts.get(key) and not key.startswith(HUB_FIELDS)
+        )  # fmt: skip
         if different:
             changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)
             raise FileExistsError(
@@ -245,33 +266,45 @@ def check_run(folder: Path, facts: dict[str, Any]) -> None:
     path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
-def publish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Put the student of one seed, the report, figures and the card where a user looks for them."""
+def finish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Put the student of one seed, its history, the report, figures and the card where a user looks for them."""
     seed_dir = folder / "_run" / f"seed-{seed}"
     shutil.copytree(seed_dir / "model", folder, dirs_exist_ok=True)
+    history = json.loads((seed_dir / "student" / "_run" / "history.json").read_text(encoding="utf-8"))
+    save_report(history, folder / "history.json")
     save_report(report, folder / "report.json")
     plot_pgr(report, folder / "pgr.png")
     plot_teacher_shares(report, folder / "teacher_shares.png")
     pool = PseudolabelPool.load(seed_dir / "pool")
+    student, source = history["run"]["student"], history["run"]["source"].get("dataset")
     card = {
-        "name": folder.name,
+        "name": str(facts["hub_model_id"] or folder.name).split("/")[-1],
         "hub_model_id": facts["hub_model_id"],
         "modality": modality_of(pool),
+        "library_name": "timm" if "architecture" in json.loads((folder / "config.json").read_text()) else None,
         "labels": list(pool.labels),
         "num_examples": len(pool),
-        "base_model": hub_id(facts["student"]),
+        "base_model": student.get("model"),
+        "base_model_revision": student.get("revision"),
+        "base_model_commit": student.get("commit"),
         "student_training": facts["student_training"],
         "has_adapter": (folder / "adapter").is_dir(),
         "teachers": [
-            {**teacher.to_dict(), "model": hub_id(teacher.model), "accuracy": report["teachers"][teacher.name]}
-            for teacher in pool.hierarchy.teachers
+            {**teacher.to_dict(), **describe_teacher(pool, name), "accuracy": report["teachers"][name]}
+            for name, teacher in zip(pool.hierarchy.names, pool.hierarchy.teachers)
         ],
         "report": report,
         "seed": seed,
-        "dataset_name": facts["dataset"],
+        "datasets": [source] if source else [],
+        "dataset_name": source or Path(facts["dataset"]).name,
         "dataset_split": facts["test_split"],
         "figure": "pgr.png",
-        "hyperparameters": {key: facts[key] for key in defaults if facts[key] != defaults[key]},
+        "files": [
+            ("report.json", "every number of every seed"),
+            ("history.json", "the levels of this student, and the commits of all that it was made of"),
+            ("teacher_shares.png", "which teacher taught how much"),
+        ],
+        "hyperparameters": arguments,
         "versions": {name: version(name) for name in ("hf_cosupervise", "transformers", "torch", "datasets")},
     }
     write_card(model_card(card), folder)
@@ -284,9 +317,17 @@ def modality_of(pool: PseudolabelPool) -> str | None:
     return "text" if is_text_column(pool.inputs, find_input_column(pool.inputs)) else "image"
 
 
-def hub_id(model: str | None) -> str | None:
-    """Keep a Hub id, and leave a local folder out: where it lies on this machine concerns nobody."""
-    return None if model is None or Path(model).exists() else model
+def open_target(config: CoSupervisedConfig) -> str | None:
+    """See that the student may be pushed, before any work; its id with the user's name."""
+    if not config.push_to_hub:
+        return config.hub_model_id
+    state = PartialState()
+    return Processes(state.process_index, state.num_processes).on_first(
+        lambda: open_repo(
+            config.hub_model_id or Path(config.output_dir).absolute().name,
+            what="The student", private=config.hub_private_repo, token=config.hub_token,
+        )
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -296,32 +337,29 @@ def main() -> None:
     facts = recipe_arguments_to_dict(run)
     seeds = [int(seed) for seed in recipe_args.seeds.split(",")]
     folder = Path(config.output_dir)
-    if len(seeds) > 1 and run[1].teachers_dir and not Path(run[1].teachers_dir, "hierarchy.yaml").is_file():
+    is_new = run[1].teachers_dir and not Path(run[1].teachers_dir, "hierarchy.yaml").is_file()
+    if len(seeds) > 1 and is_new and not is_on_hub(run[1]):
         raise ValueError(
             "`teachers_dir` is one folder, and each of several seeds trains teachers of its own: leave it out, or "
             "train the teachers before by train_teachers.py."
-        )
-    if config.push_to_hub:
-        raise ValueError(
-            "`push_to_hub` is for scripts of your own; of a recipe, upload the finished folder: "
-            f'hf upload you/your-model {folder} --exclude "_run/*"'
         )
     config.device  # noqa: B018  # joins the other processes, on the device that the configuration names
     if config.disable_tqdm:
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
+    facts["hub_model_id"] = open_target(config)
+    push = {"revision": config.hub_revision, "token": config.hub_token}
     with PartialState().main_process_first():
         check_run(folder, facts)
     report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)
-    if PartialState().is_main_process:
-        publish(
-            report,
-            folder,
-            seeds[0],
-            facts,
-            recipe_arguments_to_dict([CoSupervisedConfig(output_dir=str(folder), use_cpu=config.use_cpu)]),
-        )
+    state = PartialState()
+    if state.is_main_process:
+        finish(report, folder, seeds[0], facts, config.changed_arguments())
         say(f"\n{format_report(report)}\n\nStudent, report.json, figures and model card: {folder}")
+    if config.push_to_hub:
+        Processes(state.process_index, state.num_processes).on_first(
+            lambda: say(f"Pushed: {push_student(folder, facts['hub_model_id'], **push)}")
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Train a hierarchy of weak teachers, each on few labels of its own part of the task, and keep them as folders.
 
     python recipes/train_teachers.py --config recipes/configs/digits.yaml --seeds 0 --teachers_dir outputs/teachers
+    python recipes/train_teachers.py --teachers_dir outputs/teachers --push_to_hub --hub_model_id me/digits-teachers
 
 Every teacher is an ordinary model: a transformers classifier built from a configuration, or a scikit-learn classifier
-kept by skops. `hierarchy.yaml` in the folder names them all and is what `TeacherHierarchy.load` reads.
+kept by skops. `hierarchy.yaml` in the folder names them all; the folder, and the repository that it is pushed to, is
+what `load_hierarchy` reads.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 from datasets import Dataset
 from torch.nn import functional
 
-from hf_cosupervise import Teacher, TeacherHierarchy
+from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, build_pool, load_hierarchy, push_hierarchy
+from hf_cosupervise.evaluation import teacher_accuracies
+from hf_cosupervise.hub import open_repo
 from hf_cosupervise.inputs import InputProcessor, find_input_column, find_label_column, read_labels, to_pil
 from hf_cosupervise.labeling import save_sklearn_teacher
 
@@ -66,7 +70,14 @@ class TeacherArguments:
     )
     specialize_by: str = field(default="label", metadata={"help": "Share out the 'label's or the 'domain's."})
     teachers_dir: str | None = field(
-        default=None, metadata={"help": "Where the teachers are, or are put. Default: in the run."}
+        default=None,
+        metadata={
+            "help": "Folder where the teachers are, or are put; with `teachers_revision` a hierarchy's id on the Hub. "
+            "Default: in the run."
+        },
+    )
+    teachers_revision: str | None = field(
+        default=None, metadata={"help": "Branch (such as 'main'), tag or commit of teachers on the Hub."}
     )
 
 
@@ -88,7 +99,7 @@ def train_teachers(
         args (`TeacherArguments`):
             What to train.
         folder (`pathlib.Path`):
-            Where they go; left alone where it is complete.
+            Where they go; left alone where it is complete, and where `args` names teachers on the Hub.
         seed (`int`):
             Decides which examples each teacher sees, and its first weights.
         domain_column (`str`, *optional*):
@@ -97,6 +108,8 @@ def train_teachers(
     Returns:
         `TeacherHierarchy`: without the control, which is the folder `all-labels` beside the teachers.
     """
+    if is_on_hub(args):
+        return _load_from_hub(args, labels)
     if not (folder / "hierarchy.yaml").is_file():
         targets = read_labels(data, find_label_column(data), labels)
         domains = None if domain_column is None else np.array([str(value) for value in data[domain_column]])
@@ -110,6 +123,26 @@ def train_teachers(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return TeacherHierarchy.load(folder / "hierarchy.yaml")
+
+
+def is_on_hub(args: TeacherArguments) -> bool:
+    """Tell whether teachers are named by an id on the Hub: `user/name`, a revision, and no such folder here."""
+    place = args.teachers_dir
+    if place is None or args.teachers_revision is None or Path(place).exists():
+        return False
+    return place.count("/") == 1 and not place.startswith((".", "/", "~"))
+
+
+def _load_from_hub(args: TeacherArguments, labels: Sequence[str]) -> TeacherHierarchy:
+    hierarchy = load_hierarchy(
+        str(args.teachers_dir), revision=args.teachers_revision, trust_types=args.teacher_trusted_types
+    )
+    if hierarchy.labels != tuple(labels):
+        raise ValueError(
+            f"The teachers '{args.teachers_dir}' must be of the data's labels {list(labels)[:8]}, got "
+            f"{list(hierarchy.labels)[:8]}. Name other teachers, or other data."
+        )
+    return hierarchy
 
 
 def plan_teachers(labels: Sequence[str], args: TeacherArguments, domains: Sequence[str]) -> list[Teacher]:
@@ -215,20 +248,52 @@ def control_hierarchy(hierarchy: TeacherHierarchy, folder: Path) -> TeacherHiera
     return TeacherHierarchy(hierarchy.labels, [teacher])
 
 
+def measure(test: Dataset, hierarchy: TeacherHierarchy, domain_column: str | None) -> dict[str, float]:
+    """Accuracy of each teacher on data that none of them was trained on."""
+    pool = build_pool(
+        test, hierarchy, oracle_column=find_label_column(test), oracle_domain_column=domain_column, batch_size=256,
+        disable_tqdm=True,
+    )  # fmt: skip
+    return teacher_accuracies(pool)
+
+
+def publish(
+    hierarchy: TeacherHierarchy, repo_id: str, config: CoSupervisedConfig, dataset: str, accuracy: dict[str, float]
+) -> str:
+    """Push the teachers with a card."""
+    facts = {"accuracy": accuracy, "datasets": [] if Path(dataset).exists() else [dataset]}
+    return push_hierarchy(
+        hierarchy, repo_id, private=config.hub_private_repo, token=config.hub_token, revision=config.hub_revision,
+        facts=facts,
+    ).commit_url  # fmt: skip
+
+
 def main() -> None:
     """Train the teachers of the first seed of a recipe."""
     from train import DEFAULT_CONFIG, RECIPE_TYPES, load_split
 
     from hf_cosupervise.script_utils import parse_recipe_args
 
-    data_args, args, _, recipe_args, _ = parse_recipe_args(RECIPE_TYPES, default_config=DEFAULT_CONFIG)
-    if args.teachers_dir is None:
-        raise ValueError("`teachers_dir` is needed, the folder to write, got none. Give it by `--teachers_dir`.")
+    data_args, args, _, recipe_args, config = parse_recipe_args(RECIPE_TYPES, default_config=DEFAULT_CONFIG)
+    if args.teachers_dir is None or is_on_hub(args):
+        raise ValueError(
+            f"`teachers_dir` must be the folder to write, got {args.teachers_dir!r}. Give it by `--teachers_dir`."
+        )
+    folder = Path(args.teachers_dir)
+    # Access is checked before the work, not after it.
+    repo_id = config.hub_model_id or folder.absolute().name
+    if config.push_to_hub:
+        repo_id = open_repo(repo_id, what="The teachers", private=config.hub_private_repo, token=config.hub_token)
     seed = int(recipe_args.seeds.split(",")[0])
     split = load_split(data_args, seed)
     domain_column = data_args.oracle_domain_column if args.specialize_by == "domain" else None
-    hierarchy = train_teachers(split.teachers, split.labels, args, Path(args.teachers_dir), seed, domain_column)
+    # Teachers of an earlier run may have seen what this seed keeps for the test.
+    is_new = not (folder / "hierarchy.yaml").is_file()
+    hierarchy = train_teachers(split.teachers, split.labels, args, folder, seed, domain_column)
     print(f"{hierarchy} in {args.teachers_dir}")
+    if config.push_to_hub:
+        accuracy = measure(split.test, hierarchy, data_args.oracle_domain_column) if is_new else {}
+        print(f"Pushed: {publish(hierarchy, repo_id, config, data_args.dataset, accuracy)}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,22 @@ PACKAGE = "hf_cosupervise"
 PACKAGE_DIR = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = {
     1: ("metrics", "losses", "teachers", "sparse"),
-    2: ("assignment", "consistency", "aggregation", "heads"),
-    3: ("inputs", "pool", "journal", "teacher_models", "labeling", "features", "collator", "cards"),
+    2: ("assignment", "consistency", "aggregation", "weighting", "heads"),
+    3: (
+        "processes",
+        "hub",
+        "checkpoints",
+        "hierarchies",
+        "inputs",
+        "pool",
+        "journal",
+        "teacher_models",
+        "labeling",
+        "features",
+        "collator",
+        "card_merging",
+        "cards",
+    ),
     4: ("config", "students", "callbacks", "levels", "trainer", "evaluation"),
     5: ("script_utils", "plotting"),
 }

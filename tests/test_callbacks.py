@@ -233,23 +233,26 @@ def test_one_story_of_two_levels(on_features, small_pool, tiny_vit, tmp_path):
     assert [(plan.level, plan.round) for plan in tracker.plans] == [(0, 0), (1, 0), (1, 1)]
     assert tracker.steps == [2, 4, 6]  # steps go on counting from level to level
     assert all(metrics["num_steps"] == 2 and np.isfinite(metrics["train_loss"]) for metrics in tracker.metrics)
-    assert json.loads((tmp_path / "_run" / "history.json").read_text()) == tracker.metrics
+    assert json.loads((tmp_path / "_run" / "history.json").read_text())["levels"] == tracker.metrics
 
 
 # ── the file beside it ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_history(tmp_path):
-    history = LevelHistory(tmp_path / "deep" / "history.json")
-    history.read()
+    history = LevelHistory(tmp_path / "deep" / "history.json", {"student": {"model": "someone/student"}})
+    assert history.read() == {}
     assert history.records == [] and not history.path.exists()
     history.add({"level": 0, "round": 0})
     history.add({"level": 1, "round": 0}, write=False)  # another process writes
-    assert json.loads(history.path.read_text()) == [{"level": 0, "round": 0}]
+    assert json.loads(history.path.read_text()) == {
+        "run": {"student": {"model": "someone/student"}},
+        "levels": [{"level": 0, "round": 0}],
+    }
     assert [record["level"] for record in history.records] == [0, 1]
     history.add({"level": 2, "round": 0})
     again = LevelHistory(history.path)
-    again.read()
+    assert again.read() == history.run
     assert again.records == history.records and len(again.records) == 3
     assert [path.name for path in history.path.parent.iterdir()] == ["history.json"]
     history.clear()
@@ -268,4 +271,4 @@ def test_history_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         history.add({"level": 1})
     monkeypatch.undo()
-    assert json.loads(history.path.read_text()) == [{"level": 0}]
+    assert json.loads(history.path.read_text())["levels"] == [{"level": 0}]

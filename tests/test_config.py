@@ -22,6 +22,7 @@ from hf_cosupervise.config import (
 from hf_cosupervise.consistency import SELECTION_RULES
 
 OWN = {
+    "student_revision": None,
     "student_training": "probe",
     "lora_r": 8,
     "lora_alpha": 16,
@@ -51,6 +52,7 @@ CHANGED = {
     "per_device_eval_batch_size": 64,
     "max_grad_norm": 0.0,
     "save_strategy": "no",
+    "hub_strategy": "end",
     "remove_unused_columns": False,
     "ddp_find_unused_parameters": False,
 }
@@ -93,6 +95,15 @@ def test_the_shuffle_order_has_a_seed_of_its_own(tmp_path):
     assert make(tmp_path).data_seed == 42
     assert make(tmp_path, seed=7).data_seed == 7
     assert make(tmp_path, seed=7, data_seed=0).data_seed == 0
+
+
+def test_what_was_chosen_is_told_and_nothing_else(tmp_path):
+    assert make(tmp_path).changed_arguments() == {"output_dir": str(tmp_path)}
+    args = make(tmp_path, learning_rate=0.1, hub_model_id="me/x", hub_token="hf_x", push_to_hub=True, seed=3)
+    args.assignment.append("agreement")  # a default that is changed later counts as well
+    assert args.changed_arguments() == {
+        "output_dir": str(tmp_path), "learning_rate": 0.1, "seed": 3, "assignment": ["scope", "agreement"],
+    }  # fmt: skip
 
 
 def test_lists_are_not_shared(tmp_path):

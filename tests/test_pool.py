@@ -330,7 +330,7 @@ def test_what_cannot_be_loaded(pool, tmp_path):
         PseudolabelPool.load(folder)
     (folder / "pool.json").write_text(json.dumps(header))
     (folder / "teachers" / "left" / "data.arrow").unlink()
-    with pytest.raises(FileNotFoundError, match="The pool lacks '.*left/data.arrow'"):
+    with pytest.raises(FileNotFoundError, match="Pool '.*' lacks '.*left/data.arrow'. Label the data again"):
         PseudolabelPool.load(folder)
 
 
@@ -360,6 +360,80 @@ def test_image_files_travel_with_the_pool(tmp_path):
     (tmp_path / "image.png").unlink()
     image = PseudolabelPool.load(tmp_path / "pool").inputs[1]["image"]
     assert np.asarray(image).tolist() == np.full((4, 4, 3), 9).tolist()
+
+
+def test_files_that_lie_in_a_pool_are_linked(pool, hierarchy, tmp_path):
+    pool.save(tmp_path / "one")
+    loaded = PseudolabelPool.load(tmp_path / "one")
+    loaded.with_hierarchy(hierarchy).save(tmp_path / "two")
+    for path in ("inputs", "teachers/root"):
+        assert (tmp_path / "one" / path / "data.arrow").samefile(tmp_path / "two" / path / "data.arrow")
+    assert (tmp_path / "one" / "pool.json").read_bytes() == (tmp_path / "two" / "pool.json").read_bytes()
+
+
+def test_a_file_that_took_the_place_of_the_inputs_is_not_taken_for_them(pool, hierarchy, inputs, tmp_path):
+    pool.save(tmp_path / "one")
+    loaded = PseudolabelPool.load(tmp_path / "one")
+    file = tmp_path / "one" / "inputs" / "data.arrow"
+    stat = file.stat()
+    other = tmp_path / "other.arrow"
+    write_arrow(inputs.map(lambda row: {"text": row["text"].upper()}), other)
+    assert other.stat().st_size == stat.st_size
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.replace(other, file)
+    loaded.save(tmp_path / "two")
+    assert PseudolabelPool.load(tmp_path / "two", verify=True).column("text") == ["one", "two", "three", "four"]
+    # neither are inputs that somebody put into the pool
+    again = PseudolabelPool.load(tmp_path / "two")
+    again.inputs = inputs.select_columns(["id"])
+    again.save(tmp_path / "three")
+    assert PseudolabelPool.load(tmp_path / "three", verify=True).inputs.column_names == ["id"]
+
+
+def test_damage_is_found(pool, tmp_path):
+    pool.save(tmp_path / "pool")
+    file = tmp_path / "pool" / "inputs" / "data.arrow"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"three", b"threw"))
+    assert PseudolabelPool.load(tmp_path / "pool").column("text")[2] == "threw"
+    with pytest.raises(ValueError) as error:
+        PseudolabelPool.load(tmp_path / "pool", verify=True)
+    assert str(error.value) == (
+        f"'{file}' of pool '{tmp_path / 'pool'}' must be the Arrow file that was written, got other content than its "
+        f"digest tells. Delete '{file}'. Label the data again, or copy the whole folder."
+    )
+    file.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=f"got {len(content) - 1} bytes instead of {len(content)}"):
+        PseudolabelPool.load(tmp_path / "pool")
+
+
+def test_garbage_is_an_error_and_no_crash(pool, tmp_path):
+    # Arrow follows whatever offsets a file names, so wrong ones end the process unless somebody looks at them first
+    pool.save(tmp_path / "pool")
+    header = json.loads((tmp_path / "pool" / "pool.json").read_text())
+    (tmp_path / "pool" / "pool.json").write_text(json.dumps({**header, "files": {}}))
+    rng = np.random.default_rng(0)
+    for path in ("inputs/data.arrow", "teachers/root/data.arrow"):
+        file = tmp_path / "pool" / path
+        content = file.read_bytes()
+        for place in rng.integers(len(content), size=60).tolist():
+            file.unlink()
+            file.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+            try:
+                loaded = PseudolabelPool.load(tmp_path / "pool")
+                loaded.inputs[:]
+            except ValueError as error:
+                assert str(error)
+        file.write_bytes(content)
+
+
+def test_the_source_stays_with_the_pool(pool, hierarchy, tmp_path):
+    source = {"dataset": "org/animals", "config": "default", "split": "train", "commit": "a" * 40}
+    pool = PseudolabelPool(hierarchy, pool.teachers, pool.inputs, source=source)
+    pool.select([0]).with_hierarchy(hierarchy).save(tmp_path / "pool")
+    loaded = PseudolabelPool.load(tmp_path / "pool")
+    assert loaded.source == source and (loaded.repo_id, loaded.commit) == (None, None)
+    assert "org/animals" in (tmp_path / "pool" / "README.md").read_text(encoding="utf-8")
 
 
 # ── ids ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -172,12 +172,11 @@ def test_unknown_keys_and_bad_seeds_are_refused(tmp_path):
     "arguments, message",
     [
         (["--seeds", "0,1", "--teachers_dir", "t"], "each of several seeds trains teachers of its own"),
-        (["--push_to_hub", "True"], "upload the finished folder: hf upload"),
         (["--prepare_dataset", "digit"], r"recipes/prepare.py has the functions \['digits'.*got 'digit'"),
         (["--pretrain", "_view"], r"recipes/pretrain.py has the functions \['vicreg'\], got '_view'"),
         (["--num_pool_examples", "5000"], "Teachers and pool need 5400 examples together, got 1797"),
     ],
-    ids=["teachers", "push", "prepare", "pretrain", "too many"],
+    ids=["teachers", "prepare", "pretrain", "too many"],
 )
 def test_bad_arguments_are_one_clear_error(tmp_path, monkeypatch, arguments, message):
     import train

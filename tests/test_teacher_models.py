@@ -252,7 +252,7 @@ def test_pickled_weights_are_refused(
         folder = copy_model(source, tmp_path / name)
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-        with pytest.raises(OSError, match="safetensors"):
+        with pytest.raises(ValueError, match=r"in safetensors .*got only \['pytorch_model.bin'\].*convert them"):
             load_teacher(Teacher(str(folder)), tiny_labels, "cpu")
 
 
@@ -263,7 +263,7 @@ def test_kind_that_shows_nowhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_folder_and_missing_config(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="must be a folder, or a model on the Hub that can be reached"):
+    with pytest.raises(FileNotFoundError, match=r"must be a folder, or a model on the Hub \(`user/name`\), got"):
         load_teacher(Teacher(str(tmp_path / "nowhere")), ("a", "b"))
     with pytest.raises(FileNotFoundError, match="must have a 'config.json'"):
         load_teacher(Teacher(str(tmp_path)), ("a", "b"))
@@ -331,24 +331,6 @@ def test_a_missing_skops_names_its_pip_line(tiny_sklearn: str, tiny_labels: tupl
     monkeypatch.setitem(sys.modules, "skops.io", None)
     with pytest.raises(ImportError, match=r'pip install "hf_cosupervise\[sklearn\]"'):
         load_teacher(Teacher(tiny_sklearn), tiny_labels)
-
-
-def test_a_teacher_on_the_hub_is_pinned_to_one_commit(
-    tiny_sklearn: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, tmp_path: Path, monkeypatch: Any
-) -> None:
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    cached = copy_model(tiny_sklearn, tmp_path / "snapshots" / commit)
-    asked = []
-
-    def download(repo: str, name: str, revision: str | None = None) -> str:
-        asked.append((repo, name, revision))
-        return str(cached / name)
-
-    monkeypatch.setattr(teacher_models, "hf_hub_download", download)
-    teacher = load_teacher(Teacher("org/tree", revision="v1"), tiny_labels)
-
-    assert asked == [("org/tree", "config.json", "v1"), ("org/tree", "model.skops", commit)]
-    assert teacher.facts["revision"] == "v1" and teacher.facts["commit"] == commit
 
 
 # ── answers in a column ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -41,6 +41,22 @@ def test_name_is_the_last_part_of_the_model(model, expected):
     assert Teacher(model).name == expected
 
 
+def test_a_subfolder_names_the_teacher_and_travels():
+    teacher = Teacher("org/many", subfolder="level-1/cats")
+    assert teacher.name == "cats" and teacher.to_dict()["subfolder"] == "level-1/cats"
+    assert pickle.loads(pickle.dumps(teacher)) == teacher and Teacher("org/one").to_dict().keys().isdisjoint(
+        {"subfolder"}
+    )
+
+
+@pytest.mark.parametrize(
+    "subfolder", ["", "/low", "low/", "../low", "a/../low", "./low", "a//low", "~/low", "a\\low", "C:low", 3]
+)
+def test_a_subfolder_leads_nowhere_else(subfolder):
+    with pytest.raises(ValueError, match="`subfolder` of teacher 't' must be a folder below `model`"):
+        Teacher("org/many", name="t", subfolder=subfolder)
+
+
 def test_defaults():
     teacher = Teacher("org/t")
     facts = {field.name: getattr(teacher, field.name) for field in dataclasses.fields(teacher)}
@@ -54,6 +70,7 @@ def test_defaults():
         "domains": None,
         "label_map": None,
         "trusted_types": (),
+        "subfolder": None,
     }
 
 

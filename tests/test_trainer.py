@@ -109,7 +109,7 @@ def test_train_walks_the_levels_and_tells_one_story(tmp_path, tiny_vit, tiny_ima
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6 and all(math.isfinite(loss) for loss in losses)
     assert output.training_loss == pytest.approx(np.mean(losses), rel=1e-5)
-    history = json.loads((tmp_path / "_run" / "history.json").read_text())
+    history = json.loads((tmp_path / "_run" / "history.json").read_text())["levels"]
     assert [record["level"] for record in history] == [0, 1]
     assert history[0]["assignment/generalist"] == 1.0 and history[0]["consistency/keep_rate"] == 1.0
     assert history[1]["assignment/insects"] + history[1]["assignment/pets"] == pytest.approx(1.0)

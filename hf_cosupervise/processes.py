@@ -1,0 +1,60 @@
+"""Several processes that work together: one does what is to be done once, and all learn how it went."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from PIL.Image import DecompressionBombError
+
+# What one broken row makes decoders, tokenizers and models raise; PIL raises SyntaxError for broken PNG files.
+ROW_ERRORS = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, DecompressionBombError, struct.error, zlib.error),
+)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one launch.
+
+    Args:
+        rank (`int`): Which one this is, from 0.
+        count (`int`): How many there are.
+    """
+
+    rank: int
+    count: int
+
+    def on_first(self, make: Callable[[], T]) -> T:
+        """Do something in the first process; all get its result, or its error instead of waiting forever.
+
+        Args:
+            make (`Callable[[], T]`):
+                What to do; what it gives or raises must be picklable where there are several processes.
+
+        Returns:
+            `T`: What it gave.
+        """
+        if self.count == 1:
+            return make()
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome[0] = make()
+            except (*ROW_ERRORS, ImportError, MemoryError) as error:
+                outcome[1] = error
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def wait(self) -> None:
+        """Wait until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
