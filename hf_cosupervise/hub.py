@@ -310,6 +310,7 @@ def publish(
     replaced: Sequence[str] = (),
     revision: str | None = None,
     token: str | None = None,
+    parent: str | None = None,
 ) -> CommitInfo:
     """Upload files in one commit: all of them are there afterwards, or none.
 
@@ -334,6 +335,8 @@ def publish(
             Branch to commit to, made where it does not exist. Defaults to the main branch.
         token (`str`, *optional*):
             Instead of the token of the environment.
+        parent (`str`, *optional*):
+            The commit that the repository must still be at. Defaults to the one it is at when this begins.
 
     Returns:
         `CommitInfo`: The commit; the last one, where nothing has changed.
@@ -363,7 +366,7 @@ def publish(
         try:
             return api.create_commit(
                 repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision,
-                parent_commit=info.sha,
+                parent_commit=parent or info.sha,
             )  # fmt: skip
         except RuntimeError as error:  # so the client tells that a large file has not arrived
             raise ConnectionError(_first_line(error.__cause__ or error)) from error

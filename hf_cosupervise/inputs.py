@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +276,19 @@ def _num_channels(config: Any) -> int:
     if pretrained_cfg and pretrained_cfg.get("input_size"):
         return int(pretrained_cfg["input_size"][0])
     return int(getattr(config, "num_channels", None) or 3)
+
+
+def shorten(names: Iterable[Any], limit: int = 20) -> str:
+    """Give the first names as a list, and how many more there are: a thousand labels make no readable error.
+
+    Args:
+        names (`Iterable`):
+            Names, ids or numbers.
+        limit (`int`, *optional*, defaults to 20):
+            How many to show.
+
+    Returns:
+        `str`
+    """
+    names = list(names)
+    return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"

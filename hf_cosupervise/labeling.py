@@ -6,13 +6,12 @@ import hashlib
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,27 +23,20 @@ from accelerate.utils.memory import should_reduce_batch_size
 from datasets import (
     ClassLabel,
     Dataset,
-    DatasetBuilder,
     Image,
     IterableDataset,
     Value,
-    get_dataset_config_names,
-    load_dataset_builder,
-    load_from_disk,
 )
-from datasets.arrow_writer import ArrowWriter
-from datasets.exceptions import DatasetsError
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from .hub import hub_errors, resolve_commit
-from .inputs import cell_digests, find_input_column, row_keys
+from .inputs import cell_digests, find_input_column, row_keys, shorten
 from .journal import Journal, Part, Segment, check_free, explain_full_disk
-from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, join_processes, match_ids, write_teacher
-from .processes import ROW_ERRORS, Processes
+from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
+from .pool_files import write_teacher
+from .processes import ROW_ERRORS, Processes, join_processes
+from .sources import DataChoice, find_data, tell_error
 from .sparse import SUM_TOLERANCE, default_pool_k, dropped_mass, encode_top_k, label_dtype
 from .teacher_models import SKLEARN_FEATURE_KINDS as SKLEARN_FEATURE_KINDS
 from .teacher_models import (
@@ -54,7 +46,6 @@ from .teacher_models import (
     find_label,
     identify_teacher,
     load_teacher,
-    shorten,
 )
 from .teacher_models import save_sklearn_teacher as save_sklearn_teacher
 from .teachers import Teacher, TeacherHierarchy
@@ -72,9 +63,6 @@ _GOLD_NAMES = frozenset(
     ("label", "labels", "target", "targets", "gold", "gold_label", "ground_truth", "class", "y", "coarse_label")
     + ("fine_label", "label_ids", ORACLE_LABEL, ORACLE_DOMAIN)
 )
-# Files that run code when they are read; `datasets` reads none of them.
-_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
-_HUB_FILE = re.compile(r"hf://datasets/([^@/]+(?:/[^@/]+)?)@([0-9a-f]{40})/")
 T = TypeVar("T")
 
 
@@ -100,6 +88,7 @@ def build_pool(
     num_workers: int = 0,
     on_error: str = "raise",
     reuse: PseudolabelPool | None = None,
+    source: Mapping[str, str] | None = None,
 ) -> PseudolabelPool:
     """Label a dataset with every teacher of a hierarchy, each of which is loaded and run once.
 
@@ -154,6 +143,9 @@ def build_pool(
         reuse (`PseudolabelPool`, *optional*):
             A pool of the same data. Its teachers that are in `hierarchy` too, at any level, are not run again, and
             their files are linked, not copied.
+        source (`Mapping[str, str]`, *optional*):
+            Where data that are loaded already are from, where you know it: `dataset` (a Hub id) and `commit`, `config`
+            or `split`. Of data given by their id it is found out.
 
     Returns:
         [`PseudolabelPool`]: Its `facts` hold for each teacher, besides those of [`TeacherModel`], `precision`,
@@ -176,9 +168,8 @@ def build_pool(
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
     reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
-    dataset, source = _find_data(dataset, _Choice(split, revision, config_name, streaming), processes)
-    if isinstance(dataset, IterableDataset):
-        dataset = _materialise(dataset)
+    dataset, found = find_data(dataset, DataChoice(split, revision, config_name, streaming), processes)
+    source = dict(source) if source else found
     dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise ValueError("`dataset` must hold at least one example, got none. Check its split or its filter.")
@@ -191,6 +182,7 @@ def build_pool(
         device=default_device() if device is None else torch.device(device), precision=precision,
         num_workers=num_workers, on_error=on_error, disable_tqdm=disable_tqdm, processes=processes,
         output_dir=None if output_dir is None else Path(output_dir), reuse=reuse, reused=reused, source=source,
+        commits={name: identity.get("commit") for name, identity in identities.items()},
     )  # fmt: skip
     return _run(job, identities, sizes)
 
@@ -243,160 +235,6 @@ def _check_options(
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of them.")
     if num_workers < 0:
         raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Which part of a data set that is given by its name."""
-
-    split: str
-    revision: str | None
-    config_name: str | None
-    streaming: bool
-
-
-def _find_data(
-    dataset: Dataset | IterableDataset | str, choice: _Choice, processes: Processes
-) -> tuple[Dataset | IterableDataset, dict[str, Any] | None]:
-    """The data, and where they came from as far as it is certain."""
-    is_hub_id = isinstance(dataset, str) and not Path(dataset).is_dir()
-    given = [name for name in ("revision", "config_name", "streaming") if getattr(choice, name)]
-    if given and not is_hub_id:
-        what = f"the folder '{dataset}'" if isinstance(dataset, str) else "data that are loaded already"
-        raise ValueError(f"`{given[0]}` is for data sets on the Hub, got it for {what}. Leave it out.")
-    if isinstance(dataset, str):
-        return _load_from_hub(dataset, choice, processes) if is_hub_id else _load_folder(dataset, choice.split)
-    if choice.split != "train":
-        raise ValueError(
-            f"`split` is for data that are given by name, got {choice.split!r} for data that are loaded already. Give "
-            "that split itself."
-        )
-    return dataset, _find_source(dataset)
-
-
-def _load_folder(folder: str, split: str) -> tuple[Dataset, dict[str, Any] | None]:
-    try:
-        data = load_from_disk(folder)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"`dataset` must be a folder that `save_to_disk` wrote, got '{folder}': {_tell(error)}. Load the data by "
-            "`datasets.load_dataset`, and give them or save them."
-        ) from error
-    splits = ["train"] if isinstance(data, Dataset) else list(data)
-    if split not in splits:
-        raise ValueError(f"`split` must be one of {splits} of '{folder}', got {split!r}. Choose one of them.")
-    data = data if isinstance(data, Dataset) else data[split]
-    return data, _find_source(data)
-
-
-def _find_source(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
-    """The commit on the Hub that all files of a data set are from, where `datasets` has noted it (5.0 does not)."""
-    found = [_HUB_FILE.match(url) for url in dataset.info.download_checksums or ()]
-    origins = {match and match.groups() for match in found}
-    if len(origins) != 1 or (origin := origins.pop()) is None:
-        return None
-    return {"dataset": origin[0], "commit": origin[1]}
-
-
-def _load_from_hub(
-    repo_id: str, choice: _Choice, processes: Processes
-) -> tuple[Dataset | IterableDataset, dict[str, Any]]:
-    """Pin a data set on the Hub to one commit, the same in every process, and load it."""
-    commit = processes.on_first(partial(_pin, repo_id, choice.revision))
-
-    def download() -> None:
-        _download(repo_id, commit, choice)
-
-    if processes.count > 1 and not choice.streaming:
-        processes.on_first(download)  # the others find it in the cache
-    builder = _download(repo_id, commit, choice)
-    source = {"dataset": repo_id, "config": builder.config.name, "split": choice.split, "commit": builder.hash}
-    if not choice.streaming:
-        return builder.as_dataset(split=choice.split), source
-    with _explained(repo_id, commit, choice.config_name):
-        return _materialise(builder.as_streaming_dataset(split=choice.split)), source
-
-
-def _pin(repo_id: str, revision: str | None) -> str | None:
-    try:
-        return resolve_commit(repo_id, revision, what="`dataset`", repo_type="dataset")
-    except ConnectionError:
-        if revision is not None:
-            raise
-        return None  # `datasets` may have one in a cache of its own
-
-
-def _download(repo_id: str, commit: str | None, choice: _Choice) -> DatasetBuilder:
-    """Fetch a data set into the cache of `datasets`, or refuse it before."""
-    with _explained(repo_id, commit, choice.config_name):
-        builder = load_dataset_builder(repo_id, choice.config_name, revision=commit)
-        # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
-        if commit is not None and builder.hash != commit:
-            raise DatasetsError(f"it cannot be read, and only commit {builder.hash} is in the cache")
-    _check_split(builder, choice)
-    if not choice.streaming:
-        with _explained(repo_id, commit, choice.config_name):
-            builder.download_and_prepare()
-    return builder
-
-
-@contextmanager
-def _explained(repo_id: str, commit: str | None, config_name: str | None) -> Iterator[None]:
-    """Turn what `datasets` raises into one sentence."""
-    with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
-        try:
-            yield
-        except (HfHubHTTPError, LocalEntryNotFoundError):
-            raise
-        except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
-            raise _explain(error, repo_id, commit, config_name) from error
-
-
-def _check_split(builder: DatasetBuilder, choice: _Choice) -> None:
-    """Refuse a split that does not exist before anything is downloaded."""
-    known = list(builder.info.splits or builder.config.data_files or ())
-    parts = [choice.split] if choice.streaming else [part.split("[")[0] for part in choice.split.split("+")]
-    if known and not {part.strip() for part in parts} <= {*known, "all"}:
-        raise ValueError(f"`split` must be one of {known}, got {choice.split!r}. Choose one of them.")
-
-
-def _explain(error: Exception, repo_id: str, commit: str | None, config_name: str | None) -> ValueError:
-    """Why `datasets` could not load what is on the Hub, where the Hub itself does not refuse it."""
-    api = HfApi()
-    api.auth_check(repo_id, repo_type="dataset")
-    files = api.list_repo_files(repo_id, revision=commit, repo_type="dataset")
-    if f"{repo_id.split('/')[-1]}.py" in files:
-        return ValueError(
-            f"`dataset` must consist of data files, got '{repo_id}', which is loaded by a script: no code from the "
-            "Hub is run. Ask its author for Parquet files, or give the data themselves."
-        )
-    if isinstance(error, FileNotFoundError):
-        pickles = [name for name in files if name.endswith(_PICKLES)]
-        why = "which could run code when they are read" if pickles else "none of which holds data"
-        return ValueError(
-            f"`dataset` must consist of data files such as Parquet, CSV or JSON, got '{repo_id}' with "
-            f"{shorten(pickles or files)}, {why}. Choose another data set, or give the data themselves."
-        )
-    if "onfig" in str(error):
-        names = get_dataset_config_names(repo_id, revision=commit)
-        return ValueError(f"`config_name` must be one of {names} of '{repo_id}', got {config_name!r}. Choose one.")
-    return ValueError(
-        f"`dataset` must be data that `datasets` can read, got '{repo_id}': "
-        f"{' '.join(_tell(error.__cause__ or error).split())}. Check it by `datasets.load_dataset`."  # type: ignore[arg-type]
-    )
-
-
-def _materialise(stream: IterableDataset) -> Dataset:
-    """Write a stream to a temporary Arrow file and map it: teachers walk over the data one after another."""
-    folder = tempfile.mkdtemp(prefix="cosupervise-stream-")
-    path = Path(folder) / "data.arrow"
-    with ArrowWriter(path=str(path), features=stream.features, embed_local_files=True) as writer:
-        for batch in stream.with_format(None).iter(batch_size=1000):
-            writer.write_batch(batch)
-        num_examples, _ = writer.finalize()
-    dataset = Dataset.from_file(str(path)) if num_examples else Dataset.from_dict({})
-    weakref.finalize(dataset.data, shutil.rmtree, folder, ignore_errors=True)
-    return dataset
 
 
 def _check_columns(
@@ -551,7 +389,8 @@ class _Job:
     output_dir: Path | None
     reuse: PseudolabelPool | None
     reused: frozenset[str]
-    source: dict[str, Any] | None
+    source: Mapping[str, Any] | None
+    commits: Mapping[str, str | None]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Mixed precision, where it is wanted."""
@@ -726,7 +565,7 @@ def _label_group(
     models = {
         teacher.name: job.models[teacher.name]
         if teacher.name in job.models
-        else load_teacher(teacher, job.hierarchy.labels, job.device)
+        else load_teacher(teacher, job.hierarchy.labels, job.device, commit=job.commits.get(teacher.name))
         for teacher in group
     }
     job.processes.on_first(partial(journal.add_facts, {name: model.facts for name, model in models.items()}))
@@ -828,7 +667,10 @@ class _Reader(TorchDataset):
                 try:
                     cells[place] = decoder.decode_example(cell)
                 except ROW_ERRORS as error:
-                    failed[place] = (f"Column '{name}' must hold images that can be read, got {_tell(error)}", None)
+                    failed[place] = (
+                        f"Column '{name}' must hold images that can be read, got {tell_error(error)}",
+                        None,
+                    )
         return cells, failed
 
     def _name(self, column: str | None) -> str:
@@ -851,10 +693,6 @@ def _as_it_is(batch: T) -> T:
     return batch
 
 
-def _tell(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).rstrip('.')}"
-
-
 def _answer(
     job: _Job, reader: _Reader, batch: _Batch, name: str, model: TeacherModel, failed: _Reasons, inputs: Any
 ) -> tuple[np.ndarray, _Reasons]:
@@ -867,7 +705,7 @@ def _answer(
         each = _ask_parts(job, name, model, cells)
         broken = {row: error for row, error in zip(rows.tolist(), each) if isinstance(error, Exception)}
         reasons |= {
-            row: (f"Teacher '{name}' must be able to label every row, got {_tell(error)}", error)
+            row: (f"Teacher '{name}' must be able to label every row, got {tell_error(error)}", error)
             for row, error in broken.items()
         }
         rows = np.setdiff1d(rows, list(broken))

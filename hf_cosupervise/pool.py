@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate import PartialState
-from datasets import Dataset, Features, List, Value, concatenate_datasets
-from datasets.arrow_writer import ArrowWriter
+from datasets import Dataset, List, concatenate_datasets
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RevisionNotFoundError
 
@@ -25,20 +21,30 @@ from .aggregation import mean_probs
 from .assignment import NOBODY
 from .cards import pool_card, write_card
 from .hub import CARD, fetch_files, hub_errors, open_repo, publish, resolve_commit
-from .inputs import read_labels
-from .processes import Processes
+from .inputs import read_labels, shorten
+from .pool_files import (
+    FORMAT_VERSION,
+    HEADER,
+    INPUTS,
+    dump_header,
+    file_digest,
+    file_names,
+    file_signature,
+    find_own_file,
+    ids_digest,
+    link_file,
+    map_arrow,
+    read_header,
+    teacher_dataset,
+    write_arrow,
+)
+from .processes import join_processes
 from .sparse import check_top_k, decode_top_k, default_pool_k, dropped_mass, encode_top_k, scale_top_k
 from .teachers import TeacherHierarchy
 
-FORMAT_VERSION = 1
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
-_HEADER = "pool.json"
-_INPUTS = "inputs/data.arrow"
 _CHUNK = 8192
-# What every header holds, and what pools of older versions lack.
-_NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": dict}
-_OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict}
 
 
 class PseudolabelPool:
@@ -524,9 +530,9 @@ class PseudolabelPool:
         try:
             files = self._write(temporary)
             for path, file in files.items():
-                _link(file, temporary / path)
+                link_file(file, temporary / path)
             write_card(pool_card(self._card_facts()), temporary)
-            (temporary / _HEADER).write_text(_dump(self._header(files)), encoding="utf-8")
+            (temporary / HEADER).write_text(dump_header(self._header(files)), encoding="utf-8")
             os.chmod(temporary, 0o755)
             os.replace(temporary, folder)
         finally:
@@ -537,13 +543,13 @@ class PseudolabelPool:
         files: dict[str, Path] = {}
         for name, dataset in self.teachers.items():
             path = f"teachers/{name}/data.arrow"
-            if (own := _own_file(dataset)) is None:
+            if (own := find_own_file(dataset)) is None:
                 write_arrow(dataset, folder / path)
             files[path] = own or folder / path
         if inputs and self.inputs is not None:
             if (own := self._own_inputs()) is None:
-                write_arrow(self.inputs, folder / _INPUTS)
-            files[_INPUTS] = own or folder / _INPUTS
+                write_arrow(self.inputs, folder / INPUTS)
+            files[INPUTS] = own or folder / INPUTS
         return files
 
     def _own_inputs(self) -> Path | None:
@@ -551,20 +557,20 @@ class PseudolabelPool:
         if self._inputs_file is None:
             return None
         dataset, path = self._inputs_file
-        return path if dataset is self.inputs and path.is_file() and _signature(path) in self._digests else None
+        return path if dataset is self.inputs and path.is_file() and file_signature(path) in self._digests else None
 
     def _header(self, files: Mapping[str, Path]) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,
             "num_examples": len(self),
-            "ids_digest": _ids_digest(self.ids),
-            "has_inputs": _INPUTS in files,
+            "ids_digest": ids_digest(self.ids),
+            "has_inputs": INPUTS in files,
             "pool_k": {name: int(self.label_ids(name).shape[1]) for name in self.hierarchy.names},
             "hierarchy": self.hierarchy.to_dict(),
             "facts": self.facts,
             **({} if self.source is None else {"source": self.source}),
             "files": {
-                path: [file.stat().st_size, self._digests.get(_signature(file)) or _file_digest(file)]
+                path: [file.stat().st_size, self._digests.get(file_signature(file)) or file_digest(file)]
                 for path, file in files.items()
             },
         }
@@ -671,12 +677,13 @@ class PseudolabelPool:
             files = self._write(Path(folder), inputs)
             header = self._header(files) | {"hierarchy": _without_paths(self.hierarchy)}
             # Writing may have taken long, and others may push too.
-            there = self._check_repo(repo_id, private, token, revision, inputs, replace).get("card", {})
+            header_there, parent = self._check_repo(repo_id, private, token, revision, inputs, replace)
+            there = header_there.get("card", {})
             card = {key: there[key] for key in ("license", "source_dataset", "tags") if key in there} | card
             facts = self._card_facts(inputs) | {"hub_dataset_id": repo_id}
             if card.get("source_dataset", facts["source_dataset"]) != facts["source_dataset"]:
                 facts |= {"source_revision": None, "source_split": None}  # those of another data set
-            contents = {CARD: pool_card(facts | card), _HEADER: _dump(header | ({"card": card} if card else {}))}
+            contents = {CARD: pool_card(facts | card), HEADER: dump_header(header | ({"card": card} if card else {}))}
             return publish(
                 {**files, **{path: text.encode("utf-8") for path, text in contents.items()}},
                 repo_id,
@@ -686,12 +693,13 @@ class PseudolabelPool:
                 replaced=["teachers/*", "inputs/*"],
                 revision=revision,
                 token=token,
+                parent=parent,
             )
 
     def _check_repo(
         self, repo_id: str, private: bool | None, token: str | None, revision: str | None, inputs: bool, replace: bool
-    ) -> dict[str, Any]:
-        """Refuse a repository in which a push would destroy something; the header of its pool, if it has one."""
+    ) -> tuple[dict[str, Any], str]:
+        """Refuse a repository in which a push would destroy something; its pool's header, if any, and its commit."""
         api, advice = HfApi(token=token), "Push to another repository, or delete this one."
         with hub_errors("The pool", repo_id, revision=revision, repo_type="dataset", token=token, writing=True):
             try:
@@ -704,14 +712,14 @@ class PseudolabelPool:
                 "it private in its settings, or push to another repository."
             )
         names = {sibling.rfilename for sibling in info.siblings or ()}
-        if _HEADER not in names:
+        if HEADER not in names:
             if others := sorted(names - {CARD, ".gitattributes"}):
                 raise ValueError(
-                    f"'{repo_id}' must be new, empty or hold a pool, got the files {_shorten(others)}. {advice}"
+                    f"'{repo_id}' must be new, empty or hold a pool, got the files {shorten(others)}. {advice}"
                 )
-            return {}
-        folder = fetch_files(repo_id, str(info.sha), [_HEADER], what="The pool", repo_type="dataset", token=token)
-        header = _read_header(folder / _HEADER, repo_id)
+            return {}, str(info.sha)
+        folder = fetch_files(repo_id, str(info.sha), [HEADER], what="The pool", repo_type="dataset", token=token)
+        header = read_header(folder / HEADER, repo_id)
         self._check_same(header, repo_id, advice)
         lost = [f"teacher '{teacher['name']}'" for teacher in header["hierarchy"]["teachers"]]
         lost = [name for name in lost if name not in {f"teacher '{known}'" for known in self.hierarchy.names}]
@@ -719,21 +727,21 @@ class PseudolabelPool:
             lost.append("the inputs")
         if lost and not replace:
             raise ValueError(
-                f"The pool must hold everything that the one in '{repo_id}' holds, got one without {_shorten(lost)}. "
+                f"The pool must hold everything that the one in '{repo_id}' holds, got one without {shorten(lost)}. "
                 "Add it to this pool by `build_pool(..., reuse=...)`, or delete it there by `replace=True`."
             )
-        return header
+        return header, str(info.sha)
 
     def _check_same(self, header: Mapping[str, Any], repo_id: str, advice: str) -> None:
         """Refuse a pool of another task or of other examples."""
         if (labels := header["hierarchy"]["labels"]) != list(self.labels):
             raise ValueError(
-                f"'{repo_id}' must hold a pool of the labels {_shorten(self.labels)}, got one of {_shorten(labels)}. "
+                f"'{repo_id}' must hold a pool of the labels {shorten(self.labels)}, got one of {shorten(labels)}. "
                 f"{advice}"
             )
         is_same = header["num_examples"] == len(self)
         if "ids_digest" in header:  # pools of older versions have none
-            is_same = is_same and header["ids_digest"] == _ids_digest(self.ids)
+            is_same = is_same and header["ids_digest"] == ids_digest(self.ids)
         if not is_same:
             raise ValueError(
                 f"'{repo_id}' must hold a pool of the same {len(self)} examples in the same order, got one of "
@@ -774,22 +782,20 @@ class PseudolabelPool:
             if revision is not None:
                 raise ValueError(f"`revision` is for pools on the Hub, got {revision!r} for '{source}'. Leave it out.")
             folder = Path(source)
-            if not (folder / _HEADER).is_file():
-                raise FileNotFoundError(
-                    f"'{folder}' is not a pool: it has no '{_HEADER}'. Make one with `build_pool`."
-                )
-            header = _read_header(folder / _HEADER, folder)
+            if not (folder / HEADER).is_file():
+                raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{HEADER}'. Make one with `build_pool`.")
+            header = read_header(folder / HEADER, folder)
             return cls._map_files(
                 folder, header, verify, f"'{folder}'", "Label the data again, or copy the whole folder."
             )
         repo_id = str(source)
         commit = resolve_commit(repo_id, revision, what="The pool", repo_type="dataset", token=token)
         fetch = partial(fetch_files, repo_id, commit, what="The pool", repo_type="dataset", token=token)
-        folder = fetch([_HEADER])
-        if not (folder / _HEADER).is_file():
+        folder = fetch([HEADER])
+        if not (folder / HEADER).is_file():
             raise _no_pool(repo_id, commit, token)
-        header = _read_header(folder / _HEADER, repo_id)
-        fetch(_file_names(header))
+        header = read_header(folder / HEADER, repo_id)
+        fetch(file_names(header))
         pool = cls._map_files(folder, header, verify, f"'{repo_id}' at {commit[:12]}", "Go online and load it again.")
         pool.repo_id, pool.commit = repo_id, commit
         return pool
@@ -797,137 +803,28 @@ class PseudolabelPool:
     @classmethod
     def _map_files(cls, folder: Path, header: dict[str, Any], verify: bool, what: str, advice: str) -> PseudolabelPool:
         """Map the files of a pool that are all there by now."""
-        if verify and not set(_file_names(header)) <= set(header.get("files", {})):
+        if verify and not set(file_names(header)) <= set(header.get("files", {})):
             raise ValueError(
                 f"Pool {what} must have digests to be verified, got one of an older version. Save it again."
             )
         hierarchy = TeacherHierarchy.from_dict(header["hierarchy"])
         datasets, digests = {}, {}
-        for path in _file_names(header):
+        for path in file_names(header):
             if not (folder / path).is_file():
                 raise FileNotFoundError(f"Pool {what} lacks '{folder / path}'. {advice}")
             size, digest = header.get("files", {}).get(path, (None, None))
-            digests[_signature(folder / path)] = digest
-            datasets[path] = _read_arrow(folder / path, size, digest, verify, what, advice)
+            digests[file_signature(folder / path)] = digest
+            datasets[path] = map_arrow(folder / path, size, digest, verify, what, advice)
         teachers = {name: datasets[f"teachers/{name}/data.arrow"] for name in hierarchy.names}
-        pool = cls(hierarchy, teachers, datasets.get(_INPUTS), header["facts"], header.get("source"))
+        pool = cls(hierarchy, teachers, datasets.get(INPUTS), header["facts"], header.get("source"))
         if len(pool) != header["num_examples"]:
             raise ValueError(
                 f"Pool {what} must hold {header['num_examples']} examples, got {len(pool)}. Label the data again."
             )
         pool._digests = digests
         if pool.inputs is not None:
-            pool._inputs_file = (pool.inputs, folder / _INPUTS)
+            pool._inputs_file = (pool.inputs, folder / INPUTS)
         return pool
-
-
-def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, label_probs: np.ndarray) -> Dataset:
-    """Wrap one teacher's pseudolabels as a dataset of fixed-size lists.
-
-    Args:
-        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
-            Id of each example.
-        label_ids (`np.ndarray` of shape `(num_examples, k)`):
-            Label ids.
-        label_probs (`np.ndarray` of shape `(num_examples, k)`, float16):
-            Their probabilities.
-
-    Returns:
-        `datasets.Dataset` of `id`, `label_ids` and `label_probs`, in one Arrow chunk.
-    """
-    k = label_ids.shape[1]
-    features = Features(
-        {
-            "id": Value("string" if len(ids) and isinstance(ids[0], str) else "int64"),
-            "label_ids": List(Value(str(label_ids.dtype)), length=k),
-            "label_probs": List(Value("float16"), length=k),
-        }
-    )
-    id_array = pa.array(list(ids) if not isinstance(ids, np.ndarray) else ids.tolist(), type=features["id"].pa_type)
-    schema = features.arrow_schema
-    lists = [
-        pa.FixedSizeListArray.from_arrays(
-            pa.Array.from_buffers(field.type.value_type, values.size, [None, pa.py_buffer(values)]), type=field.type
-        )
-        for field, values in zip(
-            list(schema)[1:], (np.ascontiguousarray(label_ids), np.ascontiguousarray(label_probs))
-        )
-    ]
-    digest = hashlib.blake2b(digest_size=8)
-    for buffer in (buffer for array in (id_array, *lists) for buffer in array.buffers() if buffer is not None):
-        digest.update(buffer)
-    # Without a fingerprint of ours, `datasets` makes one of a pickled copy of the whole table.
-    return Dataset(pa.Table.from_arrays([id_array, *lists], schema=schema), fingerprint=digest.hexdigest())
-
-
-def write_teacher(
-    path: Path, ids: Sequence[Any] | np.ndarray, pieces: Iterable[tuple[np.ndarray, np.ndarray]]
-) -> None:
-    """Write one teacher's pseudolabels to an Arrow file of a single chunk, without holding them in memory.
-
-    Args:
-        path (`pathlib.Path`):
-            File to write; its folder is made.
-        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
-            Id of each example.
-        pieces (`Iterable[tuple[np.ndarray, np.ndarray]]`):
-            Label ids and float16 probabilities, each `(num_rows, k)`, of at least one row and `num_examples` in all.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = (path.with_suffix(".ids"), path.with_suffix(".probs"))
-    with open(raw[0], "wb") as ids_file, open(raw[1], "wb") as probs_file:
-        for label_ids, label_probs in pieces:
-            ids_file.write(label_ids.tobytes())
-            probs_file.write(label_probs.tobytes())
-    shape = (len(ids), label_ids.shape[1])
-    views = [np.memmap(file, part.dtype, "r", shape=shape) for file, part in zip(raw, (label_ids, label_probs))]
-    write_arrow(teacher_dataset(ids, *views), path)
-    for file in raw:
-        file.unlink()
-
-
-def write_arrow(dataset: Dataset, path: Path) -> None:
-    """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            What to write; images that are still files are read in.
-        path (`pathlib.Path`):
-            File to write; its folder is made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
-    batch = len(dataset) if "label_ids" in dataset.column_names else 1000
-    with ArrowWriter(
-        path=str(path), features=dataset.features, writer_batch_size=max(batch, 1), embed_local_files=True
-    ) as writer:
-        for start in range(0, len(dataset), max(batch, 1)):
-            writer.write_table(dataset.with_format("arrow")[start : start + batch])
-        writer.finalize()
-
-
-def _link(source: Path, path: Path) -> None:
-    """Put a file at another path without a copy, where the disk allows it: files of a pool are never changed."""
-    if source == path:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # in the Hub's cache, a name is a symbolic link to the content
-    try:
-        os.link(source, path)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, path)
-
-
-def _own_file(dataset: Dataset) -> Path | None:
-    """The file of one chunk that holds these pseudolabels and nothing else, as it is on disk now."""
-    files = [Path(file["filename"]) for file in dataset.cache_files]
-    if "label_ids" not in dataset.column_names or dataset._indices is not None or len(files) != 1:
-        return None
-    if not files[0].is_file():
-        return None
-    whole = Dataset.from_file(str(files[0]))
-    is_one_chunk = whole.data.column("label_ids").num_chunks == 1
-    return files[0] if is_one_chunk and whole.data.table.equals(dataset.data.table, check_metadata=True) else None
 
 
 def match_ids(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
@@ -999,115 +896,7 @@ def _matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
     return matrix if dataset._indices is None else matrix[dataset._indices.column(0).to_numpy()]
 
 
-def _read_arrow(path: Path, size: int | None, digest: str | None, verify: bool, what: str, advice: str) -> Dataset:
-    """Map a file of a pool, of which the header may know what it must be."""
-    found, found_size = "", path.stat().st_size
-    if size not in (None, found_size):
-        found = f"{found_size} bytes instead of {size}"
-    elif verify and _file_digest(path) != digest:
-        found = "other content than its digest tells"
-    else:
-        try:
-            dataset = Dataset.from_file(str(path))
-            # Arrow follows wrong offsets blindly. This looks at all of them, and at 10 GB of text in a second.
-            dataset.data.validate(full=True)
-            return dataset
-        except (ValueError, LookupError, TypeError, AttributeError, OSError, NotImplementedError) as error:
-            found = f"{type(error).__name__}: {str(error).rstrip('.')}"
-    raise ValueError(
-        f"'{path}' of pool {what} must be the Arrow file that was written, got {found}. Delete '{path.resolve()}'. "
-        f"{advice}"
-    )
-
-
-# ── the header ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _dump(header: Mapping[str, Any]) -> str:
-    return json.dumps(header, indent=2) + "\n"
-
-
-def _read_header(path: Path, what: str | Path) -> dict[str, Any]:
-    """Read a header that anybody may have written."""
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _bad_header(what, f"no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _bad_header(what, f"a {type(header).__name__}")
-    if header.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"Pool '{what}' must have format version {FORMAT_VERSION}, got {header.get('format_version')}. "
-            "Update hf_cosupervise, or label the data again."
-        )
-    kinds = _NEEDED | {key: kind for key, kind in _OPTIONAL.items() if key in header}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]:
-        raise _bad_header(what, f"no {kinds[wrong[0]].__name__} as `{wrong[0]}`")
-    if not all(isinstance(facts, dict) for facts in header["facts"].values()):
-        raise _bad_header(what, "`facts` that are no dictionary per teacher")
-    if not all(isinstance(value, str) for value in header.get("source", {}).values()):
-        raise _bad_header(what, "a `source` that is not all text")
-    for entry in header.get("files", {}).values():
-        if not (isinstance(entry, list) and list(map(type, entry)) == [int, str]):
-            raise _bad_header(what, f"{entry!r} among `files`")
-    teachers = header["hierarchy"].get("teachers")
-    if not (isinstance(teachers, list) and all(isinstance(teacher, dict) for teacher in teachers)):
-        raise _bad_header(what, "no list of teachers")
-    if any(isinstance(level := teacher.get("level"), int) and level >= len(teachers) for teacher in teachers):
-        raise _bad_header(what, f"levels that {len(teachers)} teachers cannot fill")
-    try:
-        header["hierarchy"] = TeacherHierarchy.from_dict(header["hierarchy"]).to_dict()
-    except (ValueError, TypeError) as error:
-        raise _bad_header(what, str(error).rstrip(".")) from error
-    return header
-
-
-def _bad_header(what: str | Path, found: str) -> ValueError:
-    return ValueError(
-        f"'{_HEADER}' of pool '{what}' must be a header that `save` wrote, got {found}. Copy the whole pool again, or "
-        "delete it."
-    )
-
-
-def _file_names(header: Mapping[str, Any]) -> list[str]:
-    names = [f"teachers/{teacher['name']}/data.arrow" for teacher in header["hierarchy"]["teachers"]]
-    return [*names, _INPUTS] if header["has_inputs"] else names
-
-
-def _signature(path: Path) -> tuple[int, ...]:
-    """What tells a file from another one that took its place."""
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-def _file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=8)).hexdigest()  # type: ignore[arg-type]
-
-
-def _ids_digest(ids: np.ndarray) -> str:
-    """Hash of the ids in their order."""
-    digest = hashlib.blake2b(digest_size=8)
-    for start in range(0, len(ids), _CHUNK):
-        digest.update("".join(f"{value!r}\n" for value in ids[start : start + _CHUNK].tolist()).encode("utf-8"))
-    return digest.hexdigest()
-
-
 # ── the Hub ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def join_processes() -> Processes:
-    """Find the processes of this launch, and join them.
-
-    Returns:
-        `Processes`: This one alone, if it was not launched with others.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(0, 1)
-    if not torch.distributed.is_initialized():
-        # Joins the others. Without `cpu`, accelerate takes a launch on a machine without GPU for single processes.
-        PartialState(cpu=not torch.cuda.is_available())
-    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
 def _is_folder(source: str | os.PathLike[str]) -> bool:
@@ -1131,11 +920,6 @@ def _no_pool(repo_id: str, commit: str, token: str | None) -> FileNotFoundError:
     with hub_errors("The pool", repo_id, revision=commit, repo_type="dataset", token=token):
         files = HfApi(token=token).list_repo_files(repo_id, repo_type="dataset", revision=commit)
     return FileNotFoundError(
-        f"'{repo_id}' is no pool: it has no '{_HEADER}' but {_shorten(sorted(files))}. Make one with `build_pool` and "
+        f"'{repo_id}' is no pool: it has no '{HEADER}' but {shorten(sorted(files))}. Make one with `build_pool` and "
         "`push_to_hub`, or correct the id."
     )
-
-
-def _shorten(names: Sequence[str], limit: int = 8) -> str:
-    """A list of names for an error."""
-    return f"{list(names[:limit])}" + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from PIL.Image import DecompressionBombError
 
 # What one broken row makes decoders, tokenizers and models raise; PIL raises SyntaxError for broken PNG files.
@@ -58,3 +60,17 @@ class Processes:
         """Wait until all are here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+
+def join_processes() -> Processes:
+    """Find the processes of this launch, and join them.
+
+    Returns:
+        `Processes`: This one alone, if it was not launched with others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(0, 1)
+    if not torch.distributed.is_initialized():
+        # Joins the others. Without `cpu`, accelerate takes a launch on a machine without GPU for single processes.
+        PartialState(cpu=not torch.cuda.is_available())
+    return Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from .checkpoints import (
     read_config,
     reads_text,
 )
-from .inputs import InputProcessor, to_pil
+from .inputs import InputProcessor, shorten, to_pil
 from .journal import check_free
 from .sparse import SUM_TOLERANCE
 from .teachers import Teacher
@@ -300,22 +300,6 @@ def _add_up(own_probs: np.ndarray, positions: np.ndarray, num_labels: int) -> np
         for own, position in enumerate(positions):
             probs[:, position] += own_probs[:, own]
     return probs
-
-
-def shorten(names: Iterable[Any], limit: int = 20) -> str:
-    """Give the first names as a list, and how many more there are: a thousand labels make no readable error.
-
-    Args:
-        names (`Iterable`):
-            Names, ids or numbers.
-        limit (`int`, *optional*, defaults to 20):
-            How many to show.
-
-    Returns:
-        `str`
-    """
-    names = list(names)
-    return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"
 
 
 def _check_head(name: str, own_labels: Sequence[str]) -> None:

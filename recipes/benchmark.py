@@ -70,7 +70,7 @@ from hf_cosupervise import (
     TeacherHierarchy,
     build_pool,
 )
-from hf_cosupervise.pool import teacher_dataset
+from hf_cosupervise.pool_files import teacher_dataset
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
 from hf_cosupervise.sparse import decode_top_k, encode_top_k
 from hf_cosupervise.teacher_models import load_teacher

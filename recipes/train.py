@@ -109,12 +109,13 @@ class Split:
     teachers: Dataset
     pool: Dataset
     test: Dataset
+    commit: str | None
 
 
 def load_split(args: DataArguments, seed: int) -> Split:
     """Load the data and share it out."""
     make_folder("prepare", args.prepare_dataset, args.dataset)
-    data: Any = load_data(args)
+    data, commit = load_data(args)
     if not isinstance(data, DatasetDict) or args.train_split not in data:
         raise ValueError(
             f"`dataset` must have a split '{args.train_split}', got {data}. Name another by `train_split`."
@@ -133,17 +134,17 @@ def load_split(args: DataArguments, seed: int) -> Split:
     start = len(train) - args.num_pool_examples if args.pool_from_end else args.num_teacher_examples
     pool, rest = order[start : start + args.num_pool_examples], order[start + args.num_pool_examples :]
     test = data[args.test_split] if args.test_split else train.select(rest)
-    return Split(feature.names, train.select(order[: args.num_teacher_examples]), train.select(pool), test)
+    return Split(feature.names, train.select(order[: args.num_teacher_examples]), train.select(pool), test, commit)
 
 
-def load_data(args: DataArguments) -> Any:
+def load_data(args: DataArguments) -> tuple[Any, str | None]:
     """Open a folder, or a data set of the Hub at one commit."""
     if Path(args.dataset).is_dir():
-        return load_from_disk(args.dataset)
+        return load_from_disk(args.dataset), None
     what = {"what": "`dataset`", "repo_type": "dataset"}
     commit = resolve_commit(args.dataset, args.dataset_revision, **what)
     with PartialState().main_process_first(), hub_errors(repo_id=args.dataset, revision=commit, **what):
-        return load_dataset(args.dataset, revision=commit)
+        return load_dataset(args.dataset, revision=commit), commit
 
 
 def make_folder(module: str, function: str | None, folder: str) -> None:
@@ -174,7 +175,12 @@ def say(text: str) -> None:
 
 
 def label_data(
-    dataset: Dataset, hierarchy: TeacherHierarchy, folder: Path, data_args: DataArguments, quiet: bool
+    dataset: Dataset,
+    hierarchy: TeacherHierarchy,
+    folder: Path,
+    data_args: DataArguments,
+    quiet: bool,
+    commit: str | None = None,
 ) -> PseudolabelPool:
     """Label data once: now, each process its share, or in an earlier run."""
     if folder.exists():
@@ -182,6 +188,7 @@ def label_data(
     return build_pool(
         dataset, hierarchy, output_dir=folder, oracle_column=find_label_column(dataset),
         oracle_domain_column=data_args.oracle_domain_column, batch_size=256, disable_tqdm=quiet,
+        source=None if commit is None else {"dataset": data_args.dataset, "commit": commit},
     )  # fmt: skip
 
 
@@ -219,7 +226,7 @@ def run_seed(
             data_args.oracle_domain_column if teacher_args.specialize_by == "domain" else None,
         )  # fmt: skip
     say(f"seed {seed}: {hierarchy!r} in {teachers_dir}")
-    pool = label_data(split.pool, hierarchy, folder / "pool", data_args, quiet)
+    pool = label_data(split.pool, hierarchy, folder / "pool", data_args, quiet, split.commit)
     test_pool = label_data(split.test, hierarchy, folder / "test_pool", data_args, quiet)
     say(f"seed {seed}: {len(pool)} pool and {len(test_pool)} test examples labelled by every teacher")
     extra = {}

@@ -20,6 +20,8 @@ FLOORS = {
         "hub",
         "checkpoints",
         "hierarchies",
+        "pool_files",
+        "sources",
         "inputs",
         "pool",
         "journal",

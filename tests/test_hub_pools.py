@@ -473,20 +473,20 @@ def test_a_cache_that_vanishes_meanwhile(hub: HubServer, monkeypatch: pytest.Mon
     from hf_cosupervise import pool as pool_module
 
     make_pool().push_to_hub(ID)
-    read = pool_module._read_header
+    read = pool_module.read_header
 
     def read_and_lose(path: Path, what: Any) -> Any:
         found = read(path, what)
         shutil.rmtree(HF_HOME / "hub")
         return found
 
-    monkeypatch.setattr(pool_module, "_read_header", read_and_lose)
+    monkeypatch.setattr(pool_module, "read_header", read_and_lose)
     assert_same(PseudolabelPool.load(ID), make_pool())  # the other files come after the header
     hub.fault("GET .*data.arrow", "drop", times=math.inf)
     with pytest.raises(ConnectionError, match="no connection"):
         PseudolabelPool.load(ID)
     hub.clear_faults()
-    monkeypatch.setattr(pool_module, "_read_header", read)
+    monkeypatch.setattr(pool_module, "read_header", read)
     assert_same(PseudolabelPool.load(ID), make_pool())
 
 

@@ -125,10 +125,10 @@ def test_each_teacher_is_loaded_once_and_alone_where_memory_is_short(
     real: Any = load_teacher
     loaded, models = [], []
 
-    def watching(teacher: Teacher, *args: Any) -> Any:
+    def watching(teacher: Teacher, *args: Any, **keywords: Any) -> Any:
         assert all(model() is None for model in models), "the teacher before still takes memory"
         loaded.append(teacher.name)
-        answer = real(teacher, *args)
+        answer = real(teacher, *args, **keywords)
         models.append(weakref.ref(answer.model))
         return answer
 

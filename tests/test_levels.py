@@ -22,7 +22,8 @@ from datasets import Dataset
 from hf_cosupervise.assignment import AGREEMENT_RULES
 from hf_cosupervise.config import CoSupervisedConfig
 from hf_cosupervise.levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
-from hf_cosupervise.pool import PseudolabelPool, teacher_dataset
+from hf_cosupervise.pool import PseudolabelPool
+from hf_cosupervise.pool_files import teacher_dataset
 from hf_cosupervise.sparse import encode_top_k
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 

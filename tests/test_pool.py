@@ -13,7 +13,8 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
 
 from hf_cosupervise import pool as pool_module
-from hf_cosupervise.pool import FORMAT_VERSION, PseudolabelPool, match_ids, teacher_dataset, write_arrow
+from hf_cosupervise.pool import PseudolabelPool, match_ids
+from hf_cosupervise.pool_files import FORMAT_VERSION, teacher_dataset, write_arrow
 from hf_cosupervise.sparse import encode_top_k
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 

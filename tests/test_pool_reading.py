@@ -10,7 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_cosupervise.pool import PseudolabelPool, teacher_dataset
+from hf_cosupervise.pool import PseudolabelPool
+from hf_cosupervise.pool_files import teacher_dataset
 from hf_cosupervise.sparse import encode_top_k
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 

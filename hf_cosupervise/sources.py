@@ -1,0 +1,225 @@
+"""The data to be labelled: as they are given, or by the name of a folder or of a data set on the Hub, pinned."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import (
+    Dataset,
+    DatasetBuilder,
+    IterableDataset,
+    get_dataset_config_names,
+    load_dataset_builder,
+    load_from_disk,
+)
+from datasets.arrow_writer import ArrowWriter
+from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from .hub import hub_errors, resolve_commit
+from .inputs import shorten
+from .processes import Processes
+
+# Files that run code when they are read; `datasets` reads none of them.
+_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
+_HUB_FILE = re.compile(r"hf://datasets/([^@/]+(?:/[^@/]+)?)@([0-9a-f]{40})/")
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which part of a data set that is given by its name.
+
+    Args:
+        split (`str`): One of its splits, as `datasets.load_dataset` takes it.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        config_name (`str`, *optional*): One of its configurations.
+        streaming (`bool`): Read from the Hub while labelling, and keep nothing in the cache of `datasets`.
+    """
+
+    split: str
+    revision: str | None
+    config_name: str | None
+    streaming: bool
+
+
+def find_data(
+    dataset: Dataset | IterableDataset | str, choice: DataChoice, processes: Processes
+) -> tuple[Dataset, dict[str, Any] | None]:
+    """Give the data, and where they came from as far as it is certain.
+
+    Args:
+        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `str`):
+            Data, a folder of `save_to_disk`, or the id of a data set on the Hub, which is pinned to one commit.
+        choice (`DataChoice`):
+            Which part, for data given by name.
+        processes (`Processes`):
+            Who reads; one downloads.
+
+    Returns:
+        `tuple[datasets.Dataset, dict[str, Any] or None]`: data that can be read in any order; and `dataset`, `config`,
+        `split` and `commit`, or what is known of them.
+
+    Raises:
+        OSError: If the Hub refuses it or cannot be reached.
+        ValueError: If there is no such split, or the data would need code from the Hub.
+    """
+    is_hub_id = isinstance(dataset, str) and not Path(dataset).is_dir()
+    given = [name for name in ("revision", "config_name", "streaming") if getattr(choice, name)]
+    if given and not is_hub_id:
+        what = f"the folder '{dataset}'" if isinstance(dataset, str) else "data that are loaded already"
+        raise ValueError(f"`{given[0]}` is for data sets on the Hub, got it for {what}. Leave it out.")
+    if isinstance(dataset, str):
+        return _load_from_hub(dataset, choice, processes) if is_hub_id else _load_folder(dataset, choice.split)
+    if choice.split != "train":
+        raise ValueError(
+            f"`split` is for data that are given by name, got {choice.split!r} for data that are loaded already. Give "
+            "that split itself."
+        )
+    source = _find_source(dataset)
+    return _materialise(dataset) if isinstance(dataset, IterableDataset) else dataset, source
+
+
+def _load_folder(folder: str, split: str) -> tuple[Dataset, dict[str, Any] | None]:
+    try:
+        data = load_from_disk(folder)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"`dataset` must be a folder that `save_to_disk` wrote, got '{folder}': {tell_error(error)}. Load the "
+            "data by `datasets.load_dataset`, and give them or save them."
+        ) from error
+    splits = ["train"] if isinstance(data, Dataset) else list(data)
+    if split not in splits:
+        raise ValueError(f"`split` must be one of {splits} of '{folder}', got {split!r}. Choose one of them.")
+    data = data if isinstance(data, Dataset) else data[split]
+    return data, _find_source(data)
+
+
+def _find_source(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
+    """The commit on the Hub that all files of a data set are from, where `datasets` has noted it (5.0 does not)."""
+    found = [_HUB_FILE.match(url) for url in dataset.info.download_checksums or ()]
+    origins = {match and match.groups() for match in found}
+    if len(origins) != 1 or (origin := origins.pop()) is None:
+        return None
+    return {"dataset": origin[0], "commit": origin[1]}
+
+
+def _load_from_hub(repo_id: str, choice: DataChoice, processes: Processes) -> tuple[Dataset, dict[str, Any]]:
+    """Pin a data set on the Hub to one commit, the same in every process, and load it."""
+    commit = processes.on_first(partial(_pin, repo_id, choice.revision))
+
+    def download() -> None:
+        _download(repo_id, commit, choice)
+
+    if processes.count > 1 and not choice.streaming:
+        processes.on_first(download)  # the others find it in the cache
+    builder = _download(repo_id, commit, choice)
+    source = {"dataset": repo_id, "config": builder.config.name, "split": choice.split, "commit": builder.hash}
+    if not choice.streaming:
+        return builder.as_dataset(split=choice.split), source
+    with _explained(repo_id, commit, choice.config_name):
+        return _materialise(builder.as_streaming_dataset(split=choice.split)), source
+
+
+def _pin(repo_id: str, revision: str | None) -> str | None:
+    try:
+        return resolve_commit(repo_id, revision, what="`dataset`", repo_type="dataset")
+    except ConnectionError:
+        if revision is not None:
+            raise
+        return None  # `datasets` may have one in a cache of its own
+
+
+def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBuilder:
+    """Fetch a data set into the cache of `datasets`, or refuse it before."""
+    with _explained(repo_id, commit, choice.config_name):
+        builder = load_dataset_builder(repo_id, choice.config_name, revision=commit)
+        # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
+        if commit is not None and builder.hash != commit:
+            raise DatasetsError(f"it cannot be read, and only commit {builder.hash} is in the cache")
+    _check_split(builder, choice)
+    if not choice.streaming:
+        with _explained(repo_id, commit, choice.config_name):
+            builder.download_and_prepare()
+    return builder
+
+
+@contextmanager
+def _explained(repo_id: str, commit: str | None, config_name: str | None) -> Iterator[None]:
+    """Turn what `datasets` raises into one sentence."""
+    with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
+        try:
+            yield
+        except (HfHubHTTPError, LocalEntryNotFoundError):
+            raise
+        except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
+            raise _explain(error, repo_id, commit, config_name) from error
+
+
+def _check_split(builder: DatasetBuilder, choice: DataChoice) -> None:
+    """Refuse a split that does not exist before anything is downloaded."""
+    known = list(builder.info.splits or builder.config.data_files or ())
+    parts = [choice.split] if choice.streaming else [part.split("[")[0] for part in choice.split.split("+")]
+    if known and not {part.strip() for part in parts} <= {*known, "all"}:
+        raise ValueError(f"`split` must be one of {known}, got {choice.split!r}. Choose one of them.")
+
+
+def _explain(error: Exception, repo_id: str, commit: str | None, config_name: str | None) -> ValueError:
+    """Why `datasets` could not load what is on the Hub, where the Hub itself does not refuse it."""
+    api = HfApi()
+    api.auth_check(repo_id, repo_type="dataset")
+    files = api.list_repo_files(repo_id, revision=commit, repo_type="dataset")
+    if f"{repo_id.split('/')[-1]}.py" in files:
+        return ValueError(
+            f"`dataset` must consist of data files, got '{repo_id}', which is loaded by a script: no code from the "
+            "Hub is run. Ask its author for Parquet files, or give the data themselves."
+        )
+    if isinstance(error, FileNotFoundError):
+        pickles = [name for name in files if name.endswith(_PICKLES)]
+        why = "which could run code when they are read" if pickles else "none of which holds data"
+        return ValueError(
+            f"`dataset` must consist of data files such as Parquet, CSV or JSON, got '{repo_id}' with "
+            f"{shorten(pickles or files)}, {why}. Choose another data set, or give the data themselves."
+        )
+    if "onfig" in str(error):
+        names = get_dataset_config_names(repo_id, revision=commit)
+        return ValueError(f"`config_name` must be one of {names} of '{repo_id}', got {config_name!r}. Choose one.")
+    return ValueError(
+        f"`dataset` must be data that `datasets` can read, got '{repo_id}': "
+        f"{' '.join(tell_error(error.__cause__ or error).split())}. Check it by `datasets.load_dataset`."  # type: ignore[arg-type]
+    )
+
+
+def _materialise(stream: IterableDataset) -> Dataset:
+    """Write a stream to a temporary Arrow file and map it: teachers walk over the data one after another."""
+    folder = tempfile.mkdtemp(prefix="cosupervise-stream-")
+    path = Path(folder) / "data.arrow"
+    with ArrowWriter(path=str(path), features=stream.features, embed_local_files=True) as writer:
+        for batch in stream.with_format(None).iter(batch_size=1000):
+            writer.write_batch(batch)
+        num_examples, _ = writer.finalize()
+    dataset = Dataset.from_file(str(path)) if num_examples else Dataset.from_dict({})
+    weakref.finalize(dataset.data, shutil.rmtree, folder, ignore_errors=True)
+    return dataset
+
+
+def tell_error(error: BaseException) -> str:
+    """Give an error as words that fit into another one.
+
+    Args:
+        error (`BaseException`):
+            What was raised.
+
+    Returns:
+        `str`: Its class and what it says, without a full stop.
+    """
+    return f"{type(error).__name__}: {str(error).rstrip('.')}"
