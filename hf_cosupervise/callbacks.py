@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from .metrics import without_nan
+
 # They draw one bar per level, so they must hear of every beginning and end. By name: the notebook's needs IPython.
 _PER_LEVEL = {"ProgressCallback", "NotebookProgressCallback"}
 
@@ -119,7 +121,7 @@ class LevelHistory:
         Returns:
             `str`: JSON; it ends with a line break.
         """
-        return json.dumps({"run": self.run, "levels": self.records}, indent=2) + "\n"
+        return json.dumps(without_nan({"run": self.run, "levels": self.records}), indent=2) + "\n"
 
     def add(self, record: dict[str, Any], *, write: bool = True) -> None:
         """Add the record of a finished level.

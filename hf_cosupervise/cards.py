@@ -46,7 +46,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts (`Mapping[str, Any]`):
-            - `name`, `hub_model_id`, `license`, `language` (`str`);
+            - `name`, `hub_model_id`, `hub_branch` (where it is not the main one), `license`, `language` (`str`);
             - `modality` (`"image"` or `"text"`), which decides `pipeline_tag` and the snippet;
             - `library_name` (`str`, default `"transformers"`; with `"timm"` the snippet shows both libraries), `tags`
               and `datasets` (`list[str]`, Hub ids);
@@ -111,7 +111,7 @@ def pool_card(facts: Mapping[str, Any]) -> str:
             - `teachers` (`list[dict]`, not empty): `name` (the folder `teachers/<name>`), `model`, `kind`, `revision`,
               `commit`, `subfolder`, `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to
               1), `answered` (share of the examples, 0 to 1), `accuracy`;
-            - `name`, `hub_dataset_id`, `license` (`str`), `tags` (`list[str]`);
+            - `name`, `hub_dataset_id`, `hub_branch`, `license` (`str`), `tags` (`list[str]`);
             - `source_dataset`, `source_revision`, `source_split` (`str`): the unlabelled data, a Hub id;
             - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `num_examples` (`int`);
             - `input_columns` (`list[str]`): columns of `inputs`, absent where the pool holds no inputs;
@@ -139,7 +139,8 @@ def pool_card(facts: Mapping[str, Any]) -> str:
         + (f" (split {_code(facts['source_split'])})" if source and "source_split" in facts else ""),
         "has_inputs": bool(columns),
         "hub_dataset_id": repo_id,
-        "pool_place": json.dumps(repo_id or "."),
+        "pool_place": json.dumps(repo_id or ".") + _at_branch(facts),
+        "at_branch": _at_branch(facts),
         "first_teacher": json.dumps(names[0]),
         "oracle_columns": " and ".join(oracle),
         "many_oracle_columns": len(oracle) > 1,
@@ -161,7 +162,7 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
             - `teachers` (`list[dict]`, not empty): `name`, `level`, `scope`, `domains`, `kind` as in [`Teacher`],
               `subfolder` (where it is in this repository), `accuracy`; for one of another repository `model` (its
               Hub id), `revision`, `commit` and `subfolder` there;
-            - `name`, `hub_model_id`, `license` (`str`), `tags` and `datasets` (`list[str]`, Hub ids);
+            - `name`, `hub_model_id`, `hub_branch`, `license` (`str`), `tags` and `datasets` (`list[str]`, Hub ids);
             - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `versions` (`dict`).
 
     Returns:
@@ -187,9 +188,9 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
         "modality": facts.get("modality"),
         "num_labels": len(labels),
         "num_levels": len({teacher.get("level") for teacher in teachers}),
-        "place": json.dumps(repo_id or "."),
+        "place": json.dumps(repo_id or ".") + _at_branch(facts),
         "is_local": repo_id is None,
-        "teacher_usage": _teacher_usage(teachers, facts.get("modality"), repo_id or "."),
+        "teacher_usage": _teacher_usage(teachers, facts.get("modality"), repo_id or ".", facts.get("hub_branch")),
         "teachers_table": _teachers_table(teachers, with_kind=True),
         "labels_text": _label_list(labels),
         "versions_text": _versions_text(facts.get("versions", {})),
@@ -327,14 +328,15 @@ def _usage(facts: Mapping[str, Any]) -> str:
     if task is None:
         return ""
     where = "" if repo_id else "  # this folder, or its id on the Hub"
-    load = f'classifier = pipeline("{task}", model="{repo_id or "."}"){where}'
+    load = f'classifier = pipeline("{task}", model="{repo_id or "."}"{_at_branch(facts)}){where}'
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]
     lines.append('image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")')
     lines.append("print(classifier(image))")
     if facts.get("library_name") == "timm":
-        place = f"hf-hub:{repo_id}" if repo_id else "local-dir:."
+        branch = f"@{facts['hub_branch']}" if "hub_branch" in facts else ""
+        place = f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:."
         lines = ["import timm", *lines, "", "# The same model by timm alone."]
         lines.append(f'model = timm.create_model("{place}", pretrained=True).eval()')
         lines.append("transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
@@ -342,14 +344,20 @@ def _usage(facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, place: str) -> str:
+def _at_branch(facts: Mapping[str, Any]) -> str:
+    """What a call of the snippet needs where the files are not on the main branch."""
+    return f", revision={json.dumps(facts['hub_branch'])}" if "hub_branch" in facts else ""
+
+
+def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, place: str, branch: str | None) -> str:
     """How the first transformers teacher is loaded without this package."""
     for teacher in teachers:
         model, at = teacher.get("model"), teacher.get("commit") or teacher.get("revision")
         if modality is None or teacher.get("kind") != "transformers" or (model and not _is_hub_id(model)):
             continue
         arguments = json.dumps(model or place)
-        arguments += f", revision={json.dumps(at)}" if model and at else ""
+        at = at if model else branch  # of another repository, or of this one
+        arguments += f", revision={json.dumps(at)}" if at else ""
         arguments += f", subfolder={json.dumps(teacher['subfolder'])}" if "subfolder" in teacher else ""
         reader, auto_reader, auto_model = _AUTO_CLASSES[modality]
         return (

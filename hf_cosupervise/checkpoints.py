@@ -6,6 +6,7 @@ import fnmatch
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -40,10 +42,18 @@ LOADED_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors"),
     *("adapter_model.safetensors", "model.skops"),
 )
+# What a model consists of, to be published: nothing else that lies beside it. Names, not patterns of all JSON files.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "*.model", "chat_template.jinja", "chat_template.json"),
+)
 _MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.skops")
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.skops")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
+_ARCHITECTURE = re.compile(r"[\w.]+")  # timm would follow `hf-hub:` and `local-dir:` in a configuration too
 _TIMM_PREFIXES = ("hf-hub:", "local-dir:")
 _PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 _LEAST_WORDS = 5
@@ -123,6 +133,10 @@ class Checkpoint:
                 self.repo, self.commit, _within(self.subfolder, LOADED_FILES), what=self.what,
                 ignore=_within(self.subfolder, ["*/*"]),
             )  # fmt: skip
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.what} must be in '{self.folder}', got nothing there: it was deleted meanwhile. Load it again."
+            )
         names = {path.name for path in self.folder.iterdir()}
         has_model = any(fnmatch.filter(names, pattern) for pattern in _MODEL_WEIGHTS)
         if not (_ADAPTER_WEIGHTS in names if self.is_adapter else has_model):
@@ -232,6 +246,11 @@ def find_checkpoint(
     """
     repo, revision = _split_model(model, revision, what)
     if Path(repo).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{what} must be on the Hub to have a revision, got {revision!r} for the folder '{repo}'. Leave it "
+                "out."
+            )
         folder, commit = Path(repo, subfolder or ""), None
         if not folder.is_dir():
             raise FileNotFoundError(
@@ -418,6 +437,11 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"'{checkpoint.place}'. Code from a repository is never run: use a model without code of its own, or "
             "update transformers."
         )
+    if not _ARCHITECTURE.fullmatch(str(checkpoint.config.get("architecture", "none"))):
+        raise ValueError(
+            f"{checkpoint.what} must name an architecture of timm, got {checkpoint.config['architecture']!r} in "
+            f"'{checkpoint.place}', which leads elsewhere. Use a checkpoint that was saved by timm."
+        )
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if config.model_type == "timm_wrapper" and config.model_args:
         # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
@@ -495,6 +519,27 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+@contextmanager
+def whole_weights(checkpoint: Checkpoint) -> Iterator[None]:
+    """Say of which model a file of weights is damaged.
+
+    Args:
+        checkpoint ([`Checkpoint`]):
+            What is loaded inside.
+
+    Raises:
+        ValueError: If a file of weights is cut off or no such file.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        files = [str(path.resolve()) for path in checkpoint.weight_files]
+        raise ValueError(
+            f"{checkpoint.what} must have whole weights in '{checkpoint.place}', got a damaged file: {error}. Delete "
+            f"it ({', '.join(files)}) and load it again."
+        ) from error
+
+
 def load_adapted(checkpoint: Checkpoint, *, random_head: bool = False) -> tuple[Any, Path]:
     """Load an adapter of peft on its base, merged: an ordinary classifier of transformers.
 
@@ -523,12 +568,14 @@ def load_adapted(checkpoint: Checkpoint, *, random_head: bool = False) -> tuple[
         )
     _check_mergeable(checkpoint)
     folder, base_folder = checkpoint.fetch(), base.fetch()
-    saved = {name.removeprefix(_ADAPTED): value for name, value in load_file(folder / _ADAPTER_WEIGHTS).items()}
+    with whole_weights(checkpoint):
+        weights = load_file(folder / _ADAPTER_WEIGHTS)
+    saved = {name.removeprefix(_ADAPTED): value for name, value in weights.items()}
     config = read_config(base)
     is_text = reads_text(config, base.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
     _set_labels(config, _saved_labels(config, auto_model, saved), checkpoint.config.get("id2label"))
-    with quiet_loading():
+    with quiet_loading(), whole_weights(base):
         model, loading = auto_model.from_pretrained(
             base_folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from .aggregation import majority_vote
 from .config import CoSupervisedConfig
 from .levels import LevelPlan
-from .metrics import accuracy, mean_and_spread, performance_gap_recovered
+from .metrics import accuracy, mean_and_spread, performance_gap_recovered, without_nan
 from .pool import PseudolabelPool
 from .teachers import Teacher, TeacherHierarchy
 from .trainer import RUN_DIR, CoSupervisedTrainer
@@ -330,13 +329,5 @@ def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_without_nan(report), indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(without_nan(report), indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import glob
 import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ import yaml
 from huggingface_hub import CommitInfo, HfApi
 
 from .cards import hierarchy_card
-from .checkpoints import LOADED_FILES, Checkpoint, find_checkpoint, find_kind
-from .hub import CARD, fetch_files, hub_errors, open_repo, publish, resolve_commit
+from .checkpoints import MODEL_FILES, Checkpoint, find_checkpoint, find_kind
+from .hub import CARD, fetch_files, hub_errors, open_branch, open_repo, publish, resolve_commit
 from .teachers import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
 
 logger = logging.getLogger(__name__)
 
 HIERARCHY_FILES = ("hierarchy.yaml", "hierarchy.json")
+_TEACHER_FILES = (*MODEL_FILES, "model.skops", "adapter_config.json", "adapter_model.safetensors")
 _WHAT = "The hierarchy"
 _OF_ANY_REPO = (CARD, ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt")
 _FACTS = ("name", "license", "tags", "datasets", "modality", "accuracy", "versions")
@@ -63,6 +64,10 @@ def load_hierarchy(
         >>> hierarchy = load_hierarchy("user/weak-teachers", revision="v1")  # doctest: +SKIP
     """
     path = Path(source)
+    if revision is not None and path.exists():
+        raise ValueError(
+            f"`revision` is for hierarchies on the Hub, got {revision!r} for '{source}', which is here. Leave it out."
+        )
     if path.is_dir():
         found = [path / name for name in HIERARCHY_FILES if (path / name).is_file()]
         return TeacherHierarchy.load(found[0] if found else path / HIERARCHY_FILES[0])
@@ -100,7 +105,7 @@ def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
     inner = teacher.model.removeprefix("./")
     if is_inner_folder(inner) and (folder / inner).is_dir():
         within = inner if teacher.subfolder is None else f"{inner}/{teacher.subfolder}"
-        return replace(teacher, model=repo_id, subfolder=within, revision=commit)
+        return dataclasses.replace(teacher, model=repo_id, subfolder=within, revision=commit)
     other = teacher.model.removeprefix("hf-hub:").split("@")[0]
     if not is_inner_folder(other) or other.count("/") > 1:
         raise ValueError(
@@ -119,8 +124,9 @@ def _keep_trusted(teachers: Sequence[Teacher], repo_id: str, trust_types: Sequen
             f"'{repo_id}' trusts types in scikit-learn files of the teachers {list(dropped)}, which is its author's "
             f"word and not followed. If you trust its origin: `load_hierarchy({repo_id!r}, trust_types={types})`."
         )
+    trusted = set(trust_types)
     return [
-        replace(teacher, trusted_types=tuple(item for item in teacher.trusted_types if item in set(trust_types)))
+        dataclasses.replace(teacher, trusted_types=tuple(item for item in teacher.trusted_types if item in trusted))
         for teacher in teachers
     ]
 
@@ -133,13 +139,14 @@ def push_hierarchy(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Hierarchy of teachers",
+    replace: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> CommitInfo:
     """Push a hierarchy as one model repository, in one commit: `hierarchy.yaml`, a folder per teacher, and a card.
 
     Teachers that are folders are uploaded, only the files that loading reads. Teachers of the Hub stay where they are,
-    pinned to the commit that they are at now. Folders of teachers that are not in the hierarchy any more are deleted;
-    other files stay, and so does what was edited by hand in the card.
+    pinned to the commit that they are at now. Other files in the repository stay, and so does what was edited by hand
+    in the card.
 
     Args:
         hierarchy (`TeacherHierarchy`):
@@ -149,11 +156,13 @@ def push_hierarchy(
         private (`bool`, *optional*):
             Whether a new repository is private. Defaults to the user's or organisation's setting.
         token (`str`, *optional*):
-            Instead of the token of the environment.
+            Instead of the token of the environment, for the push; teachers of the Hub are read with the latter.
         revision (`str`, *optional*):
             Branch, made where it does not exist. Defaults to the main branch.
         commit_message (`str`, *optional*, defaults to `"Hierarchy of teachers"`):
             Title of the commit.
+        replace (`bool`, *optional*, defaults to `False`):
+            Delete the teachers of the repository that are not in this hierarchy, with their folders.
         facts (`Mapping[str, Any]`, *optional*):
             For the card: `name`, `license`, `modality` (`str`), `tags`, `datasets` (`list[str]`), `versions` (`dict`),
             and `accuracy` (`dict[str, float]`, by name of the teacher; only where it was measured on data that the
@@ -180,16 +189,17 @@ def push_hierarchy(
     repo_id = open_repo(repo_id, what=_WHAT, private=private, token=token)
     # A teacher that is in this repository already goes on living in it.
     inner = {name: item for name, item in found.items() if item.is_local or item.repo == repo_id}
-    stale = _check_repo(repo_id, inner, revision, token)
+    stale, parent = _check_repo(repo_id, hierarchy, inner, revision, token, replace)
     files: dict[str, str | Path | bytes] = {}
     for name, checkpoint in inner.items():
         files |= {f"{name}/{file}": content for file, content in _files_of(checkpoint).items()}
     written = [_write(teacher, found.get(teacher.name), teacher.name in inner) for teacher in hierarchy.teachers]
     content = TeacherHierarchy(hierarchy.labels, written).to_dict()
     files[HIERARCHY_FILES[0]] = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode("utf-8")
+    facts["hub_branch"] = revision
     files[CARD] = hierarchy_card(_card_facts(hierarchy, repo_id, found, inner, facts)).encode("utf-8")
     return publish(
-        files, repo_id, what=_WHAT, message=commit_message, revision=revision, token=token,
+        files, repo_id, what=_WHAT, message=commit_message, revision=revision, token=token, parent=parent,
         replaced=[glob.escape(name) for name in stale if name not in files],
     )  # fmt: skip
 
@@ -216,12 +226,15 @@ def _check_shareable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_repo(repo_id: str, inner: Iterable[str], revision: str | None, token: str | None) -> list[str]:
-    """See that a repository holds nothing else, and list the files that the hierarchy in it has left there."""
-    with hub_errors(_WHAT, repo_id, revision=revision, token=token):
+def _check_repo(
+    repo_id: str, hierarchy: TeacherHierarchy, inner: Iterable[str], revision: str | None, token: str | None,
+    replace: bool,
+) -> tuple[list[str], str]:  # fmt: skip
+    """See that nothing else would be lost; the files that the hierarchy there leaves behind, and its commit."""
+    with hub_errors(_WHAT, repo_id, revision=revision, token=token, writing=True):
         api = HfApi(token=token)
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            open_branch(api, repo_id, revision, "model")
         info = api.repo_info(repo_id, revision=revision)
     names = [sibling.rfilename for sibling in info.siblings or ()]
     held = [name for name in names if name in HIERARCHY_FILES]
@@ -231,6 +244,11 @@ def _check_repo(repo_id: str, inner: Iterable[str], revision: str | None, token:
             f"{others[:8]}. Choose another `repo_id`."
         )
     old = _read_from_hub(repo_id, info.sha, token)[0].teachers if held else ()
+    if (lost := [teacher.name for teacher in old if teacher.name not in hierarchy.names]) and not replace:
+        raise ValueError(
+            f"{_WHAT} must hold every teacher that the one in '{repo_id}' holds, got none called {lost}. Add them, or "
+            "delete them there by `replace=True`."
+        )
     folders = {teacher.model.removeprefix("./").rstrip("/") for teacher in old if teacher.kind != "column"}
     taken = {name.split("/")[0].casefold() for name in names if not name.startswith(tuple(f"{f}/" for f in folders))}
     if clashing := sorted(name for name in inner if name.casefold() in taken | {CARD.casefold(), *HIERARCHY_FILES}):
@@ -243,19 +261,22 @@ def _check_repo(repo_id: str, inner: Iterable[str], revision: str | None, token:
     # Of a teacher that stays, parts of earlier weights would mislead the loaders; other files are its owner's.
     stale += [
         name for name in names
-        if name.rpartition("/")[0] in inner and any(fnmatch.fnmatch(name.split("/")[1], p) for p in LOADED_FILES)
+        if name.rpartition("/")[0] in inner and any(fnmatch.fnmatch(name.split("/")[1], p) for p in _TEACHER_FILES)
     ]  # fmt: skip
-    return [*stale, *(name for name in held if name != HIERARCHY_FILES[0])]
+    return [*stale, *(name for name in held if name != HIERARCHY_FILES[0])], str(info.sha)
 
 
 def _files_of(checkpoint: Checkpoint) -> dict[str, Path | bytes]:
-    """What of a teacher's folder is uploaded: what loading reads."""
+    """What of a teacher's folder is uploaded: the model and nothing that lies beside it."""
     folder = checkpoint.fetch()
     files: dict[str, Path | bytes] = {
-        path.name: path for path in sorted(folder.iterdir())
-        if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in LOADED_FILES)
-        and path.name != "trainer_state.json"
-    }  # fmt: skip
+        path.name: path for pattern in _TEACHER_FILES for path in sorted(folder.glob(pattern)) if path.is_file()
+    }
+    for name in {"config.json", "tokenizer_config.json"} & set(files):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if {"_name_or_path", "name_or_path"} & set(content):  # so transformers 4 kept where a model was read from
+            content = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
+            files[name] = (json.dumps(content, indent=2) + "\n").encode("utf-8")
     if checkpoint.base is not None:
         pinned = {**(checkpoint.adapter or {}), "revision": checkpoint.base.commit}
         files["adapter_config.json"] = (json.dumps(pinned, indent=2) + "\n").encode("utf-8")
@@ -268,9 +289,9 @@ def _write(teacher: Teacher, checkpoint: Checkpoint | None, is_inner: bool) -> T
         return teacher
     if is_inner:
         kind = find_kind(checkpoint, teacher.model) if teacher.kind == "auto" else teacher.kind
-        return replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
+        return dataclasses.replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
     prefix = "hf-hub:" if teacher.model.startswith("hf-hub:") else ""
-    return replace(teacher, model=prefix + checkpoint.repo, revision=checkpoint.commit)
+    return dataclasses.replace(teacher, model=prefix + checkpoint.repo, revision=checkpoint.commit)
 
 
 def _card_facts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = {"model": "model", "dataset": "data set"}
 CARD = "README.md"
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _UNREACHABLE = (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, FileMetadataError, XetDownloadError)
 _UNREACHABLE += (RevisionResolutionError, ConnectionError, TimeoutError)  # type: ignore[assignment]
 
@@ -116,7 +118,7 @@ def _by_status(error: HfHubHTTPError, what: str, repo_id: str, kind: str, token:
     """The error of an answer that has no class of its own."""
     status = getattr(error.response, "status_code", 0)
     if status in (401, 403):
-        return _no_write(what, repo_id, kind, token)
+        return _no_write(what, repo_id, kind, token, error)
     if status == 412:
         return RuntimeError(
             f"{what} must be pushed onto the latest commit of '{repo_id}', got a newer one: somebody else pushed at "
@@ -131,7 +133,10 @@ def _by_status(error: HfHubHTTPError, what: str, repo_id: str, kind: str, token:
         return FileNotFoundError(
             f"{what} must have all of its files in '{repo_id}', got: {_first_line(error)}. Check the repository."
         )
-    return OSError(f"{what} could not use the {kind} '{repo_id}', got: {_first_line(error)}.")
+    return OSError(
+        f"{what} could not use the {kind} '{repo_id}', got status {status}: {_reason(error)}. Nothing was changed; "
+        "correct what it names and try again."
+    )
 
 
 def _unreachable(what: str, repo_id: str, kind: str, writing: bool, error: BaseException) -> ConnectionError:
@@ -147,11 +152,19 @@ def _unreachable(what: str, repo_id: str, kind: str, writing: bool, error: BaseE
     )
 
 
-def _no_write(what: str, repo_id: str, kind: str, token: str | None) -> PermissionError:
+def _no_write(
+    what: str, repo_id: str, kind: str, token: str | None, error: BaseException | None = None
+) -> PermissionError:
+    reason = f" ({_reason(error)})" if isinstance(error, HfHubHTTPError) else ""
     return PermissionError(
-        f"{what} needs a token that may use the {kind} '{repo_id}' in this way, got refused {_who(token)}. Log in by "
-        "`hf auth login` with a token of role `write`, or set HF_TOKEN."
+        f"{what} needs a token that may use the {kind} '{repo_id}' in this way, got refused {_who(token)}{reason}. "
+        "Log in by `hf auth login` with a token of role `write`, or set HF_TOKEN."
     )
+
+
+def _reason(error: HfHubHTTPError) -> str:
+    """What the Hub itself says, in one line."""
+    return " ".join((error.server_message or str(error)).split()).rstrip(".")
 
 
 def _who(token: str | None) -> str:
@@ -215,6 +228,8 @@ def resolve_commit(
         OSError: See [`hub_errors`].
         ValueError: If the id cannot be one.
     """
+    if revision == "":
+        raise ValueError(f"{what} must be at a branch, tag or commit of '{repo_id}', got ''. Leave `revision` out.")
     with hub_errors(what, repo_id, revision=revision, repo_type=repo_type, token=token):
         return HfApi(token=token).resolve_revision(repo_id, repo_type=repo_type, revision=revision).resolved
 
@@ -290,14 +305,20 @@ def open_repo(
 
     Raises:
         OSError: See [`hub_errors`].
-        ValueError: If the id cannot be one.
+        ValueError: If the id cannot be one, or the repository is there and public although `private` is wanted.
     """
     with hub_errors(what, repo_id, repo_type=repo_type, token=token, writing=True):
         api = HfApi(token=token)
         access = api.whoami().get("auth", {}).get("accessToken", {})
         if access.get("role") == "read":
             raise _no_write(what, repo_id, KINDS[repo_type], token)
-        return api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+            raise ValueError(
+                f"'{repo_id}' must be private for `private=True`, got a public {KINDS[repo_type]} that is there "
+                "already. Make it private in its settings, or push to another repository."
+            )
+        return repo_id
 
 
 def publish(
@@ -348,13 +369,13 @@ def publish(
     api = HfApi(token=token)
     with hub_errors(what, repo_id, revision=revision, repo_type=repo_type, token=token, writing=True):
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+            open_branch(api, repo_id, revision, repo_type)
         info: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         present = {sibling.rfilename for sibling in info.siblings or ()}
         contents = dict(files)
         if CARD in contents and CARD in present:
             there = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=info.sha)
-            contents[CARD] = _merge(Path(there).read_text(encoding="utf-8"), contents[CARD], repo_id)
+            contents[CARD] = _merge(Path(there).read_bytes(), contents[CARD], repo_id)
         gone = sorted(
             name for name in present - set(contents)
             if any(fnmatch.fnmatch(name, pattern) and ("/" in pattern or "/" not in name) for pattern in replaced)
@@ -365,16 +386,57 @@ def publish(
         ]
         try:
             return api.create_commit(
-                repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision,
+                repo_id, operations, commit_message=message or what, repo_type=repo_type, revision=revision,
                 parent_commit=parent or info.sha,
             )  # fmt: skip
         except RuntimeError as error:  # so the client tells that a large file has not arrived
             raise ConnectionError(_first_line(error.__cause__ or error)) from error
+        except ValueError as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            raise ValueError(
+                f"The card of '{repo_id}' must have metadata that the Hub takes, such as a licence by its short name "
+                f"('apache-2.0'), got: {' '.join(str(error).split())} Nothing was changed; correct it and push again."
+            ) from error
 
 
-def _merge(existing: str, new: str | Path | bytes, repo_id: str) -> bytes:
+def open_branch(api: HfApi, repo_id: str, revision: str, repo_type: str) -> None:
+    """Make a branch where it is missing; nothing can be pushed to a tag or a commit.
+
+    Args:
+        api (`HfApi`):
+            The client, inside [`hub_errors`].
+        repo_id (`str`):
+            The repository.
+        revision (`str`):
+            The branch.
+        repo_type (`str`):
+            `"model"` or `"dataset"`.
+
+    Raises:
+        ValueError: If it is no branch and cannot be one.
+    """
+    refs = api.list_repo_refs(repo_id, repo_type=repo_type)
+    if revision in {ref.name for ref in refs.branches}:
+        return
+    is_tag = revision in {ref.name for ref in refs.tags}
+    if is_tag or _COMMIT.fullmatch(revision) or revision.startswith("refs/") or not revision:
+        raise ValueError(
+            f"`revision` of a push to '{repo_id}' must be a branch, or the name of a new one, got "
+            f"{'the tag ' if is_tag else ''}{revision!r}. Leave it out for the main branch."
+        )
+    api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+
+
+def _merge(existing: bytes, new: str | Path | bytes, repo_id: str) -> bytes:
     text = new.decode("utf-8") if isinstance(new, bytes) else Path(new).read_text(encoding="utf-8")
-    merged = merge_card(existing, text)
+    try:
+        merged = merge_card(existing.decode("utf-8"), text)
+    except ValueError as error:  # a UnicodeDecodeError is one too
+        raise ValueError(
+            f"The card that is in '{repo_id}' must be text with a YAML header, to be kept and merged, got: "
+            f"{' '.join(str(error).split())} Correct or delete its {CARD} there, and push again."
+        ) from error
     if merged.kept:
         logger.warning(
             f"The card of '{repo_id}' was edited by hand; these parts of it are kept as they are: {list(merged.kept)}."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -162,3 +163,24 @@ def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
     if not known:
         return math.nan, math.nan
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0
+
+
+def without_nan(value: Any) -> Any:
+    """Give numbers as JSON can hold them, for which NaN is no number.
+
+    Args:
+        value (`Any`):
+            A number, or dictionaries and lists of them.
+
+    Returns:
+        `Any`: The same with `None` in place of NaN.
+
+    Examples:
+        >>> without_nan({"pgr": [0.5, float("nan")]})
+        {'pgr': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

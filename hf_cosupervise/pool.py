@@ -40,7 +40,7 @@ from .pool_files import (
 )
 from .processes import join_processes
 from .sparse import check_top_k, decode_top_k, default_pool_k, dropped_mass, encode_top_k, scale_top_k
-from .teachers import TeacherHierarchy
+from .teachers import Teacher, TeacherHierarchy
 
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
@@ -581,6 +581,7 @@ class PseudolabelPool:
                 "pool_k": int(self.label_ids(teacher.name).shape[1]),
                 "answered": float(self.answered(teacher.name).mean()) if len(self) else None,
                 **teacher.to_dict(),
+                "model": self.published_model(teacher),
                 **{
                     key: value
                     for key, value in self.facts.get(teacher.name, {}).items()
@@ -599,6 +600,29 @@ class PseudolabelPool:
             "source_revision": source.get("commit"),
             "source_split": source.get("split"),
         }
+
+    def published_model(self, teacher: Teacher) -> str | None:
+        """Tell where others find a teacher.
+
+        Args:
+            teacher (`Teacher`):
+                One of the hierarchy.
+
+        Returns:
+            `str`: Its Hub id, or its column; `None` for a folder and for whatever is not known to be on the Hub.
+        """
+        is_known = teacher.kind == "column" or self.facts.get(teacher.name, {}).get("commit") is not None
+        return teacher.model if is_known else None
+
+    def _published_hierarchy(self) -> dict[str, Any]:
+        """The hierarchy for others: of a teacher in a folder only the last name, the rest is nobody's business."""
+        hierarchy = self.hierarchy.to_dict()
+        for teacher, known in zip(hierarchy["teachers"], self.hierarchy.teachers):
+            # One that was labelled here and has no commit was in a folder, whether that still exists or not.
+            is_local = "commit" in self.facts.get(known.name, {}) or _is_folder(known.model)
+            if is_local and self.published_model(known) is None:
+                teacher["model"] = f"./{Path(known.model).name}"
+        return hierarchy
 
     def push_to_hub(
         self,
@@ -635,7 +659,8 @@ class PseudolabelPool:
                 Whether the inputs go along. Without them, training needs the data as `train_dataset`; inputs of an
                 earlier push are deleted, though its commit still holds them.
             replace (`bool`, *optional*, defaults to `False`):
-                Delete what the repository's pool has and this one has not: teachers, or the inputs.
+                Delete what the repository's pool has and this one has not, teachers or the inputs; and overwrite what
+                was pushed there since this pool was loaded.
             license (`str`, *optional*):
                 Licence for the card, as the Hub names it (`"cc-by-4.0"`). This, `source_dataset` and `tags` stay as
                 they were in a push before where they are not given.
@@ -672,15 +697,17 @@ class PseudolabelPool:
         card: dict[str, Any],
     ) -> CommitInfo:
         repo_id = open_repo(repo_id, what="The pool", repo_type="dataset", private=private, token=token)
-        self._check_repo(repo_id, private, token, revision, inputs, replace)
+        self._check_repo(repo_id, token, revision, inputs, replace)
         with tempfile.TemporaryDirectory(prefix="cosupervise-push-") as folder:
             files = self._write(Path(folder), inputs)
-            header = self._header(files) | {"hierarchy": _without_paths(self.hierarchy)}
+            header = self._header(files) | {"hierarchy": self._published_hierarchy()}
             # Writing may have taken long, and others may push too.
-            header_there, parent = self._check_repo(repo_id, private, token, revision, inputs, replace)
+            header_there, parent = self._check_repo(repo_id, token, revision, inputs, replace)
+            if parent != self.commit and repo_id == self.repo_id and not replace:
+                _check_not_overtaken(header_there, header, repo_id)
             there = header_there.get("card", {})
             card = {key: there[key] for key in ("license", "source_dataset", "tags") if key in there} | card
-            facts = self._card_facts(inputs) | {"hub_dataset_id": repo_id}
+            facts = self._card_facts(inputs) | {"hub_dataset_id": repo_id, "hub_branch": revision}
             if card.get("source_dataset", facts["source_dataset"]) != facts["source_dataset"]:
                 facts |= {"source_revision": None, "source_split": None}  # those of another data set
             contents = {CARD: pool_card(facts | card), HEADER: dump_header(header | ({"card": card} if card else {}))}
@@ -697,7 +724,7 @@ class PseudolabelPool:
             )
 
     def _check_repo(
-        self, repo_id: str, private: bool | None, token: str | None, revision: str | None, inputs: bool, replace: bool
+        self, repo_id: str, token: str | None, revision: str | None, inputs: bool, replace: bool
     ) -> tuple[dict[str, Any], str]:
         """Refuse a repository in which a push would destroy something; its pool's header, if any, and its commit."""
         api, advice = HfApi(token=token), "Push to another repository, or delete this one."
@@ -706,11 +733,6 @@ class PseudolabelPool:
                 info = api.repo_info(repo_id, repo_type="dataset", revision=revision)
             except RevisionNotFoundError:  # the branch will be made of the main one
                 info = api.repo_info(repo_id, repo_type="dataset")
-        if private and not info.private:
-            raise ValueError(
-                f"'{repo_id}' must be private for `private=True`, got a public data set that is there already. Make "
-                "it private in its settings, or push to another repository."
-            )
         names = {sibling.rfilename for sibling in info.siblings or ()}
         if HEADER not in names:
             if others := sorted(names - {CARD, ".gitattributes"}):
@@ -902,18 +924,21 @@ def _matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
 def _is_folder(source: str | os.PathLike[str]) -> bool:
     """Whether a pool is to be looked for on this machine: no id of the Hub looks like this, or the folder exists."""
     text = os.fspath(source)
+    if "://" in text:  # an address in place of an id: the client says so
+        return False
     is_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text
     return is_path or Path(text).is_dir()
 
 
-def _without_paths(hierarchy: TeacherHierarchy) -> dict[str, Any]:
-    """A hierarchy to publish: of a teacher in a folder only its name, for the rest is nobody's business."""
-    facts = hierarchy.to_dict()
-    for teacher in facts["teachers"]:
-        model = teacher["model"].removeprefix("local-dir:")
-        if teacher.get("kind") != "column" and not model.startswith("hf-hub:") and _is_folder(model):
-            teacher["model"] = f"./{Path(model).name}"
-    return facts
+def _check_not_overtaken(there: Mapping[str, Any], own: Mapping[str, Any], repo_id: str) -> None:
+    """Refuse to undo what somebody else has pushed since this pool was loaded from there."""
+    files, known = there.get("files", {}), own["files"]
+    if changed := sorted(path for path in set(files) & set(known) if files[path] != known[path]):
+        raise ValueError(
+            f"The pool must be the latest one of '{repo_id}' with what you add, got other content of "
+            f"{shorten(changed)}, which was pushed since it was loaded. Load it again and add to that, or overwrite "
+            "it by `replace=True`."
+        )
 
 
 def _no_pool(repo_id: str, commit: str, token: str | None) -> FileNotFoundError:

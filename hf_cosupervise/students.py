@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
+from transformers.pytorch_utils import Conv1D
 
 from .checkpoints import (
+    MODEL_FILES,
     Checkpoint,
     find_checkpoint,
     load_adapted,
@@ -34,6 +37,7 @@ from .checkpoints import (
     quiet_loading,
     read_config,
     reads_text,
+    whole_weights,
 )
 from .hub import publish
 
@@ -100,7 +104,7 @@ def load_pinned_student(
     config = _task_config(checkpoint, labels)
     auto_class = _auto_class(config.model_type, checkpoint.repo)
     folder = checkpoint.fetch()
-    with torch.random.fork_rng(devices=[]), quiet_loading():
+    with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(checkpoint):
         torch.manual_seed(seed)
         student, loading = auto_class.from_pretrained(
             folder, config=config, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
@@ -304,15 +308,22 @@ def _backbone_layers(model: nn.Module, heads: set[str]) -> list[str]:
         (name, module) for name, module in model.named_modules()
         if not any(name == head or name.startswith(f"{head}.") for head in heads)
     ]  # fmt: skip
-    linears = [name for name, module in outside if isinstance(module, nn.Linear)]
-    return linears or [name for name, module in outside if isinstance(module, nn.Conv2d) and module.groups == 1]
+    # GPT-2 and its kin keep their linear layers transposed, as `Conv1D`.
+    linears = [name for name, module in outside if isinstance(module, nn.Linear | Conv1D)]
+    found = linears or [name for name, module in outside if isinstance(module, nn.Conv2d) and module.groups == 1]
+    if not found:
+        raise ValueError(
+            f"Adapters need linear or plain convolution layers in the backbone, got none in {type(model).__name__}. "
+            "Name layers by `lora_target_modules`."
+        )
+    return found
 
 
 def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_class: Any = None) -> None:
     """Write the student as an ordinary model that loads without this package.
 
     A LoRA student is merged, and its adapter is kept beside it in `adapter/`. Files are written to a temporary folder
-    and moved when all of them are whole; other files in `folder` stay.
+    and moved when all of them are whole. Files of a model that was exported there before go, others stay.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -336,21 +347,21 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
         if processing_class is not None and not type(processing_class).__name__.startswith("TimmWrapper"):
             processing_class.save_pretrained(temporary)
         _fit_timm(temporary / "config.json")
-        if not isinstance(model, PeftModel):
-            shutil.rmtree(folder / "adapter", ignore_errors=True)  # of another student, exported here before
+        for pattern in (*MODEL_FILES, *_ADAPTER_FILES):  # of another student, exported here before
+            for path in folder.glob(pattern):
+                if not (temporary / path.relative_to(folder)).is_file():
+                    path.unlink()
+        with suppress(OSError):  # it stays where it holds something else
+            (folder / "adapter").rmdir()
         _move_files(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 # What a student's repository holds: the model, its processor, its story. No checkpoint, pool, pickle or folder else.
-STUDENT_FILES = (
-    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
-    *("model.safetensors.index.json", "preprocessor_config.json", "processor_config.json", "tokenizer*.json"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.jinja"),
-    *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
-    *("README.md", "history.json", "report.json", "pgr.png", "teacher_shares.png"),
-)
+_ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+STORY_FILES = ("README.md", "history.json", "report.json", "pgr.png", "teacher_shares.png")
+STUDENT_FILES = (*MODEL_FILES, *_ADAPTER_FILES, *STORY_FILES)
 
 
 def push_student(
@@ -358,7 +369,7 @@ def push_student(
     repo_id: str,
     *,
     message: str = "Co-supervised student",
-    extra: Mapping[str, bytes] | None = None,
+    story: Mapping[str, bytes | Path] | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
@@ -371,8 +382,8 @@ def push_student(
             The model repository, which exists.
         message (`str`, *optional*):
             Title of the commit.
-        extra (`Mapping[str, bytes]`, *optional*):
-            More files by name, such as `history.json`.
+        story (`Mapping[str, bytes | Path]`, *optional*):
+            History, report and figures of this very student, by their names among `STORY_FILES`.
         revision (`str`, *optional*):
             Branch to commit to. Defaults to the main branch.
         token (`str`, *optional*):
@@ -389,7 +400,8 @@ def push_student(
     folder = Path(folder)
     files: dict[str, Path | bytes] = {
         str(path.relative_to(folder).as_posix()): path
-        for pattern in STUDENT_FILES for path in sorted(folder.glob(pattern)) if path.is_file()
+        for pattern in (*MODEL_FILES, *_ADAPTER_FILES, "README.md")
+        for path in sorted(folder.glob(pattern)) if path.is_file()
     }  # fmt: skip
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise FileNotFoundError(
@@ -398,7 +410,7 @@ def push_student(
     if "adapter/adapter_config.json" in files:
         files["adapter/adapter_config.json"] = _without_local_base(folder / "adapter" / "adapter_config.json")
     return publish(
-        files | dict(extra or {}), repo_id, what="The student", message=message, replaced=STUDENT_FILES,
+        files | dict(story or {}), repo_id, what="The student", message=message, replaced=STUDENT_FILES,
         revision=revision, token=token,
     )  # fmt: skip
 
@@ -406,7 +418,7 @@ def push_student(
 def _without_local_base(path: Path) -> bytes:
     """An adapter's configuration without the folder of this machine that its base was read from."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    if os.path.exists(config.get("base_model_name_or_path") or ""):
+    if config.get("revision") is None:  # that of the Hub is pinned
         config["base_model_name_or_path"] = None
     return (json.dumps(config, indent=2) + "\n").encode("utf-8")
 

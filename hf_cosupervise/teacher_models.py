@@ -26,6 +26,7 @@ from .checkpoints import (
     load_processor,
     read_config,
     reads_text,
+    whole_weights,
 )
 from .inputs import InputProcessor, shorten, to_pil
 from .journal import check_free
@@ -363,7 +364,8 @@ class _TimmTeacher:
         folder = source.checkpoint.fetch()
         source.checkpoint.file(_SAFETENSORS_FILE)
         try:
-            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+            with whole_weights(source.checkpoint):
+                model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         except RuntimeError as error:
             raise ValueError(
                 f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a "
@@ -510,9 +512,10 @@ def _load_classifier(checkpoint: Checkpoint) -> tuple[Any, Path]:
     folder, config = checkpoint.fetch(), read_config(checkpoint)
     is_text = reads_text(config, checkpoint.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-    model, info = auto_model.from_pretrained(
-        folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
+    with whole_weights(checkpoint):
+        model, info = auto_model.from_pretrained(
+            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
     check_no_missing(checkpoint.what, info["missing_keys"])
     checkpoint.name_after(model)
     return model, folder

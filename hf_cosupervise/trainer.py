@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -39,7 +40,7 @@ from .hub import open_repo
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level, row_chunks
 from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
-from .metrics import accuracy
+from .metrics import accuracy, without_nan
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .processes import Processes
 from .students import (
@@ -892,9 +893,9 @@ class CoSupervisedTrainer(Trainer):
     def _export(self, folder: str) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super().save_model(folder, _internal_call=True)
-        elif self.args.should_save:
-            export_student(self.accelerator.unwrap_model(self.model), folder, self.processing_class)
-        self.accelerator.wait_for_everyone()
+        else:
+            student = self.accelerator.unwrap_model(self.model)
+            self._processes.on_first(partial(export_student, student, folder, self.processing_class))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save without the pickle of the arguments, which nobody reads and which would hold the user's token."""
@@ -962,20 +963,28 @@ class CoSupervisedTrainer(Trainer):
             RuntimeError: If somebody else pushed at the same moment.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
+        if self.hub_model_id is None or private:
             self.init_hf_repo(token, private)
         self._export(self.args.output_dir)
-        self.create_model_card(**kwargs)
+        revision = revision or self.args.hub_revision
+        story: dict[str, bytes | Path] = {"history.json": self.history.to_json().encode("utf-8")}
+        if kwargs.get("report"):
+            story["report.json"] = (json.dumps(without_nan(kwargs["report"]), indent=2) + "\n").encode("utf-8")
+        if kwargs.get("figure"):
+            story[kwargs["figure"]] = Path(self.args.output_dir, kwargs["figure"])
         push = partial(
             push_student, self.args.output_dir, str(self.hub_model_id),
-            message=commit_message or "Co-supervised student",
-            extra={"history.json": self.history.to_json().encode("utf-8")},
-            revision=revision or self.args.hub_revision, token=token or self.args.hub_token,
+            message=commit_message or "Co-supervised student", story=story, revision=revision,
+            token=token or self.args.hub_token,
         )  # fmt: skip
-        if not blocking:
-            return HfApi().run_as_future(push) if self.is_world_process_zero() else None
-        pushed: list[CommitInfo] = []
-        self._processes.on_first(lambda: pushed.append(push()))
+        pushed: list[CommitInfo | Future[CommitInfo]] = []
+
+        def publish() -> None:
+            self.create_model_card(**kwargs, branch=revision)
+            pushed.append(push() if blocking else HfApi().run_as_future(push))
+
+        # All of it in one process; the others must not wait for it where it fails.
+        self._processes.on_first(publish)
         return pushed[0] if pushed else None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -995,6 +1004,7 @@ class CoSupervisedTrainer(Trainer):
         *,
         report: Mapping[str, Any] | None = None,
         figure: str | None = None,
+        branch: str | None = None,
     ) -> None:
         """Write a model card of what is known: teachers, levels, training arguments, and what was measured.
 
@@ -1023,6 +1033,8 @@ class CoSupervisedTrainer(Trainer):
                 What [`~evaluation.merge_reports`] gave: accuracies and PGR of the methods, with seeds and levels.
             figure (`str`, *optional*):
                 Name of a picture in `output_dir`, `pgr.png` or `teacher_shares.png`.
+            branch (`str`, *optional*):
+                Where the student is pushed to, if not to the main branch.
         """
         if not self.is_world_process_zero():
             return
@@ -1032,6 +1044,7 @@ class CoSupervisedTrainer(Trainer):
             "tags": _as_list(tags),
             "report": report,
             "figure": figure,
+            "hub_branch": branch or self.args.hub_revision,
             "dataset_name": next(iter(_as_list(dataset)), None),
             "dataset_split": next(iter(_as_list(dataset_args)), None),
         }
@@ -1044,13 +1057,12 @@ class CoSupervisedTrainer(Trainer):
     def _card_facts(self) -> dict[str, Any]:
         """What the trainer knows of its student; folders of this machine are nobody's business."""
         run, student = self.history.run, self.history.run["student"]
-        base_model = student.get("model") or getattr(self.model.config, "_name_or_path", None)
         return {
             "name": str(self.hub_model_id or Path(self.args.output_dir).absolute().name).split("/")[-1],
             "hub_model_id": self.hub_model_id or self.args.hub_model_id,
             "modality": "text" if self.processor.is_text else "image",
             "library_name": "timm" if self.model.config.model_type == "timm_wrapper" else "transformers",
-            "base_model": None if base_model is None or os.path.exists(base_model) else base_model,
+            "base_model": student.get("model"),
             "base_model_revision": student.get("revision"),
             "base_model_commit": student.get("commit"),
             "student_training": self.args.student_training,
@@ -1191,11 +1203,10 @@ def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
         `dict[str, Any]`: `name`, `level`, `model` (a Hub id or a column; `None` for a folder of this machine),
         `revision` (as it was asked for) and `commit`, where they are known.
     """
-    teacher, facts = pool.hierarchy.teachers[pool.hierarchy.index(name)], pool.facts.get(name, {})
-    is_local = teacher.kind != "column" and facts.get("commit") is None and os.path.exists(teacher.model)
+    teacher = pool.hierarchy.teachers[pool.hierarchy.index(name)]
     return {
-        "name": name, "level": teacher.level, "model": None if is_local else teacher.model,
-        "revision": teacher.revision, "commit": facts.get("commit"),
+        "name": name, "level": teacher.level, "model": pool.published_model(teacher), "revision": teacher.revision,
+        "commit": pool.facts.get(name, {}).get("commit"),
     }  # fmt: skip
 
 

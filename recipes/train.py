@@ -45,7 +45,7 @@ from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_
 from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
 from hf_cosupervise.processes import Processes
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
-from hf_cosupervise.students import push_student
+from hf_cosupervise.students import STORY_FILES, push_student
 from hf_cosupervise.trainer import describe_teacher
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -287,6 +287,7 @@ def finish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any
     card = {
         "name": str(facts["hub_model_id"] or folder.name).split("/")[-1],
         "hub_model_id": facts["hub_model_id"],
+        "hub_branch": facts["hub_revision"],
         "modality": modality_of(pool),
         "library_name": "timm" if "architecture" in json.loads((folder / "config.json").read_text()) else None,
         "labels": list(pool.labels),
@@ -364,8 +365,9 @@ def main() -> None:
         finish(report, folder, seeds[0], facts, config.changed_arguments())
         say(f"\n{format_report(report)}\n\nStudent, report.json, figures and model card: {folder}")
     if config.push_to_hub:
+        story = {name: folder / name for name in STORY_FILES if name != "README.md"}
         Processes(state.process_index, state.num_processes).on_first(
-            lambda: say(f"Pushed: {push_student(folder, facts['hub_model_id'], **push)}")
+            lambda: say(f"Pushed: {push_student(folder, facts['hub_model_id'], story=story, **push)}")
         )
 
 

@@ -190,6 +190,46 @@ def test_a_branch_is_made_where_it_is_missing(hub):
     assert hub.files(repo_id, "draft")["a.json"] == b"2" and "a.json" not in hub.files(repo_id)
 
 
+def test_only_a_branch_can_be_pushed_to(hub):
+    commit = hub.create("someone/thing", {"a.json": b"1"})
+    HfApi().create_tag("someone/thing", tag="v1")
+    for revision in ("v1", commit, commit[:8], "refs/pr/1"):
+        with pytest.raises(ValueError, match="must be a branch, or the name of a new one, got"):
+            publish_files({"a.json": b"2"}, revision=revision)
+    publish_files({"a.json": b"2"}, revision="feature/x")
+    assert hub.files("someone/thing", "feature/x")["a.json"] == b"2" and hub.files("someone/thing")["a.json"] == b"1"
+
+
+def test_private_is_not_ignored_where_the_repository_is_public(hub):
+    hub.create("someone/thing")
+    with pytest.raises(ValueError, match="must be private for `private=True`, got a public model that is there"):
+        open_repo("someone/thing", what=WHAT, private=True)
+    assert open_repo("someone/secret", what=WHAT, private=True) == "someone/secret"
+    assert open_repo("someone/secret", what=WHAT, private=True) and HfApi().model_info("someone/secret").private
+
+
+def test_what_the_hub_says_is_passed_on(hub):
+    hub.create("someone/thing")
+    hub.fault("validate-yaml", 400)
+    with pytest.raises(ValueError, match="The card of 'someone/thing' must have metadata that the Hub takes"):
+        publish_files({"README.md": b"---\nlicense: my own\n---\n\n# Thing\n"})
+    hub.fault("POST .*/commit/", 400)
+    with pytest.raises(OSError, match="got status 400: .*Nothing was changed; correct what it names"):
+        publish_files({"a.json": b"1"})
+
+
+@pytest.mark.parametrize(
+    "card",
+    [b"---\n: [\n---\n\n# Broken\n", "---\n---\n\n# Gr\u00fc\u00dfe\n".encode("latin-1")],
+    ids=["yaml", "latin-1"],
+)
+def test_a_card_that_cannot_be_read_names_its_repository(hub, card):
+    hub.create("someone/thing", {"README.md": card})
+    with pytest.raises(ValueError, match="The card that is in 'someone/thing' must be text with a YAML header"):
+        publish_files({"README.md": b"---\ntags:\n- ours\n---\n\n# Ours\n"})
+    assert hub.files("someone/thing")["README.md"] == card
+
+
 def test_a_card_edited_by_hand_is_kept(hub, caplog):
     hub.create("someone/thing", {"README.md": b"---\nlicense: mit\n---\n\n# Mine\n\nBy hand.\n"})
     publish_files({"README.md": b"---\ntags:\n- ours\n---\n\n# Ours\n\n## Use\n\nLike this.\n"})

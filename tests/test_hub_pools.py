@@ -288,6 +288,26 @@ def test_other_contents_are_left_alone(hub: HubServer) -> None:
     assert b"# Mine" in hub.files("someone/new", repo_type="dataset")["README.md"]
 
 
+def test_what_somebody_else_pushed_since_is_not_overwritten(hub: HubServer) -> None:
+    make_pool().push_to_hub(ID)
+    mine = PseudolabelPool.load(ID)
+    probs = {name: np.roll(mine.decode(name), 1, axis=1) for name in mine.hierarchy.names}
+    corrected = PseudolabelPool.from_predictions(mine.hierarchy, mine.ids.tolist(), probs, inputs=mine.inputs)
+    corrected.push_to_hub(ID)
+    with pytest.raises(ValueError, match="must be the latest one of .* which was pushed since it was loaded"):
+        mine.push_to_hub(ID)
+    count = len(hub.commits(ID, "dataset"))
+    PseudolabelPool.load(ID).push_to_hub(ID)  # the latest one: nothing to do
+    assert len(hub.commits(ID, "dataset")) == count
+    mine.push_to_hub(ID, replace=True)
+    assert len(hub.commits(ID, "dataset")) == count + 1
+
+
+def test_an_address_is_no_id(hub: HubServer) -> None:
+    with pytest.raises(ValueError, match="The pool must be a folder or the id of a data set on the Hub"):
+        PseudolabelPool.load("https://huggingface.co/datasets/someone/pool")
+
+
 def test_private_means_private(hub: HubServer) -> None:
     make_pool().push_to_hub("someone/secret", private=True)
     with pytest.raises(FileNotFoundError, match="does not exist or is private"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -233,6 +234,30 @@ def test_a_push_that_dies_loses_nothing(hub, tmp_path, tiny_vit, tiny_image_data
     assert hub.files(STUDENT)["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
 
 
+def test_what_an_earlier_student_left_in_the_folder_is_not_published(
+    hub, tmp_path, tiny_vit, tiny_bert, tiny_image_dataset, tiny_text_dataset
+):
+    trained(tmp_path, tiny_text_dataset, tiny_bert).save_model()
+    shutil.rmtree(tmp_path / "_run")
+    for name in ("report.json", "pgr.png"):
+        (tmp_path / name).write_bytes(b"of another student")
+    trained(tmp_path, tiny_image_dataset, tiny_vit).push_to_hub()
+    assert set(hub.files(STUDENT)) == {
+        ".gitattributes", "README.md", "config.json", "history.json", "model.safetensors", "preprocessor_config.json",
+    }  # fmt: skip
+
+
+def test_on_a_branch_the_snippet_names_it(hub, tmp_path, tiny_timm, tiny_image_dataset):
+    trained(tmp_path, tiny_image_dataset, tiny_timm).push_to_hub(revision="feature/x")
+    card = hub.files(STUDENT, "feature/x")["README.md"].decode()
+    assert f'model="{STUDENT}", revision="feature/x"' in card and "config.json" not in hub.files(STUDENT)
+
+
+def test_a_folder_has_no_revision(tiny_vit):
+    with pytest.raises(ValueError, match="The student must be on the Hub to have a revision, got 'v9' for the folder"):
+        load_student(tiny_vit, LABELS, revision="v9")
+
+
 def test_a_folder_without_a_student_is_not_pushed(hub, tmp_path):
     (tmp_path / "README.md").write_text("# Nothing\n")
     with pytest.raises(FileNotFoundError, match=r"must hold an exported student, got \['README.md'\]"):
@@ -314,8 +339,28 @@ def test_two_processes_make_one_commit(hub, tmp_path, tiny_vit, tiny_image_datas
     assert sum(request.path.endswith("/commit/main") for request in hub.requests) == 1
 
 
+def _fail_in_the_first(student: str, data, folder: str) -> None:
+    args = make_args(Path(folder), hub_model_id=STUDENT, hub_token=WRITE_TOKEN, per_device_train_batch_size=4)
+    trainer = CoSupervisedTrainer(student, args, pool=make_pool(data))
+    trainer.train()
+    for attempt in ("broken", "whole"):
+        if args.process_index == 0:
+            Path(folder, "README.md").write_text("---\n: [\n---\n" if attempt == "broken" else "# Mine\n")
+        try:
+            trainer.push_to_hub()
+        except ValueError as error:
+            Path(folder, f"{attempt}-{args.process_index}").write_text(str(error))
+
+
 @pytest.mark.slow
-def test_both_processes_learn_that_the_push_is_refused(hub, tmp_path, tiny_vit, tiny_image_dataset):
+def test_both_processes_learn_what_fails_before_the_push_and_may_go_on(hub, tmp_path, tiny_vit, tiny_image_dataset):
+    debug_launcher(_fail_in_the_first, (tiny_vit, tiny_image_dataset, str(tmp_path)), num_processes=2)
+    assert (tmp_path / "broken-0").read_text() == (tmp_path / "broken-1").read_text() != ""
+    assert not (tmp_path / "whole-0").exists() and b"# Mine" in hub.files(STUDENT)["README.md"]
+
+
+@pytest.mark.slow
+def test_both_processes_learn_that_that_the_push_is_refused(hub, tmp_path, tiny_vit, tiny_image_dataset):
     debug_launcher(_push_from_two, (tiny_vit, tiny_image_dataset, str(tmp_path), READ_TOKEN), num_processes=2)
     first, second = (tmp_path / f"refused-{rank}" for rank in (0, 1))
     assert "role `write`" in first.read_text() and first.read_text() == second.read_text()
@@ -330,6 +375,28 @@ class _Payload:
 
     def __reduce__(self):
         return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("architecture", ["hf-hub:other/model", "local-dir:folder"])
+def test_a_configuration_leads_nowhere_else(hub, tmp_path, tiny_timm, architecture):
+    files = {path.name: path.read_bytes() for path in Path(tiny_timm).iterdir()}
+    config = json.loads(files["config.json"]) | {"architecture": architecture}
+    hub.create(BACKBONE, files | {"config.json": json.dumps(config).encode()})
+    with pytest.raises(ValueError, match="The student must name an architecture of timm, got '.*', which leads else"):
+        load_student(BACKBONE, LABELS)
+    assert not [request for request in hub.requests if "other/model" in request.path]
+
+
+def test_a_damaged_file_is_named(hub, tmp_path, tiny_vit):
+    commit = upload(hub, tiny_vit)
+    load_student(BACKBONE, LABELS)
+    [weights] = (HF_HOME / "hub").glob(f"**/{commit}/model.safetensors")
+    with open(weights.resolve(), "r+b") as file:
+        file.truncate(500)
+    with pytest.raises(ValueError, match="The student must have whole weights in .*, got a damaged file: .*Delete it"):
+        load_student(BACKBONE, LABELS)
+    weights.resolve().unlink()
+    load_student(BACKBONE, LABELS)
 
 
 def test_a_pickle_in_place_of_weights_is_refused(hub, tmp_path, tiny_vit):

@@ -718,8 +718,13 @@ def test_pushing_again_uploads_what_is_new_and_deletes_what_is_gone(
     }
     hub.create("someone/weak", mine)
 
+    fewer = TeacherHierarchy(tiny_labels, hierarchy.teachers[:2])
+    with pytest.raises(
+        ValueError, match=r"must hold every teacher that the one in 'someone/weak' holds, got none called"
+    ):
+        push_hierarchy(fewer, "weak")  # perhaps somebody else's
     hub.requests.clear()
-    push_hierarchy(TeacherHierarchy(tiny_labels, hierarchy.teachers[:2]), "weak")
+    push_hierarchy(fewer, "weak", replace=True)
 
     assert not [request for request in hub.requests if request.method == "PUT"]
     commit = hub.commits("someone/weak")[0]
@@ -729,7 +734,7 @@ def test_pushing_again_uploads_what_is_new_and_deletes_what_is_gone(
     assert load_hierarchy("someone/weak", revision=first.oid).names == hierarchy.names
     assert load_hierarchy("someone/weak").names == ("all", "net")
 
-    again = push_hierarchy(TeacherHierarchy(tiny_labels, hierarchy.teachers[:2]), "weak")
+    again = push_hierarchy(fewer, "weak")
     assert hub.commits("someone/weak")[0] == commit and again.oid == commit.oid
 
 
@@ -739,7 +744,7 @@ def test_a_loaded_hierarchy_is_pushed_onto_itself_and_elsewhere(
     push_all(hub, hierarchy, tiny_timm)
     loaded = load_hierarchy("someone/weak")
     renamed = [replace(loaded.teachers[0], name="root"), *loaded.teachers[1:]]
-    push_hierarchy(TeacherHierarchy(tiny_labels, renamed), "weak")
+    push_hierarchy(TeacherHierarchy(tiny_labels, renamed), "weak", replace=True)
     assert "root/model.safetensors" in hub.files("someone/weak") and "all/config.json" not in hub.files("someone/weak")
     assert load_hierarchy("someone/weak").teachers[0].subfolder == "root"
 
@@ -753,7 +758,7 @@ def test_a_loaded_hierarchy_is_pushed_onto_itself_and_elsewhere(
 def test_a_branch_of_its_own(hub: HubServer, hierarchy: TeacherHierarchy, tiny_timm: str) -> None:
     push_all(hub, hierarchy, tiny_timm)
     before = hub.commits("someone/weak")
-    push_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.teachers[:2]), "weak", revision="small")
+    push_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.teachers[:2]), "weak", revision="small", replace=True)
     assert hub.commits("someone/weak") == before
     assert [len(load_hierarchy("someone/weak", revision=name).names) for name in ("main", "small")] == [4, 2]
 
@@ -778,7 +783,13 @@ def test_pushes_that_are_refused_upload_nothing(
     for name in ("README.md", "readme.MD", "hierarchy.yaml"):
         refused(ValueError, rf"names that are free in 'someone/new', got \['{name}'\]", name=name)
     for name in ("docs", "Notes.txt"):
-        refused(ValueError, rf"names that are free in 'someone/weak', got \['{name}'\]", repo="weak", name=name)
+        refused(
+            ValueError,
+            rf"names that are free in 'someone/weak', got \['{name}'\]",
+            repo="weak",
+            name=name,
+            replace=True,
+        )
     refused(ValueError, r"onto another hierarchy, got 'someone/model' with \['config.json'", repo="model")
     refused(FileNotFoundError, "Teacher 't' must have weights in safetensors", model=str(tmp_path / "empty"))
     refused(ValueError, "must be an adapter whose base is on the Hub", model=str(tmp_path / "adapter"))
@@ -797,7 +808,7 @@ def test_a_push_that_breaks_off_leaves_the_repository_as_it_was(
     before = hub.commits("someone/weak")
     hub.fault(r"/commit/", 500, times=10)
     with pytest.raises(ConnectionError, match="The hierarchy "):
-        push_hierarchy(TeacherHierarchy(tiny_labels, hierarchy.teachers[:2]), "weak")
+        push_hierarchy(TeacherHierarchy(tiny_labels, hierarchy.teachers[:2]), "weak", replace=True)
     assert hub.commits("someone/weak") == before
 
 
