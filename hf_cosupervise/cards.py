@@ -222,7 +222,11 @@ def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")
     path, temporary = folder / "README.md", folder / ".README.md.tmp"
     if path.exists():
-        text, kept = merge_card(_read_card(path), text)
+        try:
+            text, kept = merge_card(_read_card(path), text)
+        except ValueError as error:
+            found = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"'{path}' must be a card to merge into, got: {found}. Correct or delete it.") from error
         if kept:
             logger.warning("'%s': edited by hand and kept: %s. For a fresh card, delete it.", path, ", ".join(kept))
     temporary.write_text(text, encoding="utf-8", newline="")  # the line ends are those of the card that was there
@@ -234,7 +238,7 @@ def _read_card(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' must be UTF-8, got {error.reason}. Save it as UTF-8, or delete it.") from error
+        raise ValueError(f"text that is not UTF-8 ({error.reason})") from error
 
 
 def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:

@@ -83,9 +83,10 @@ def hub_errors(
     try:
         yield
     except HFValidationError as error:
+        place = "pushed to" if writing else "a folder or"
         raise ValueError(
-            f"{what} must be a folder or the id of a {kind} on the Hub (`name` or `user/name`), got {repo_id!r}. "
-            "Check the path and the spelling."
+            f"{what} must be {place} the id of a {kind} on the Hub (`name` or `user/name`), got {repo_id!r}. Check "
+            f"the {'id' if writing else 'path and the spelling'}."
         ) from error
     except GatedRepoError as error:
         raise PermissionError(
@@ -93,8 +94,9 @@ def hub_errors(
             f"{_page(repo_id, repo_type)}, then log in by `hf auth login` or set HF_TOKEN."
         ) from error
     except RepositoryNotFoundError as error:
+        place = "pushed to" if writing else "a folder, or"
         raise FileNotFoundError(
-            f"{what} must be a folder, or a {kind} on the Hub that you can see, got '{repo_id}', which does not exist "
+            f"{what} must be {place} a {kind} on the Hub that you can see, got '{repo_id}', which does not exist "
             f"or is private{_other_type(repo_id, repo_type, token)}. Check the id{_ask_login(token)}."
         ) from error
     except RevisionNotFoundError as error:
@@ -164,7 +166,11 @@ def _no_write(
 
 def _reason(error: HfHubHTTPError) -> str:
     """What the Hub itself says, in one line."""
-    return " ".join((error.server_message or str(error)).split()).rstrip(".")
+    return _one_line(error.server_message or error)
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split()).rstrip(".")
 
 
 def _who(token: str | None) -> str:
@@ -396,7 +402,7 @@ def publish(
                 raise
             raise ValueError(
                 f"The card of '{repo_id}' must have metadata that the Hub takes, such as a licence by its short name "
-                f"('apache-2.0'), got: {' '.join(str(error).split())} Nothing was changed; correct it and push again."
+                f"('apache-2.0'), got: {_one_line(error)}. Nothing was changed; correct it and push again."
             ) from error
 
 
@@ -435,7 +441,7 @@ def _merge(existing: bytes, new: str | Path | bytes, repo_id: str) -> bytes:
     except ValueError as error:  # a UnicodeDecodeError is one too
         raise ValueError(
             f"The card that is in '{repo_id}' must be text with a YAML header, to be kept and merged, got: "
-            f"{' '.join(str(error).split())} Correct or delete its {CARD} there, and push again."
+            f"{_one_line(error)}. Correct or delete its {CARD} there, and push again."
         ) from error
     if merged.kept:
         logger.warning(

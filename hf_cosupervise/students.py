@@ -430,6 +430,8 @@ def _fit_timm(config_path: Path) -> None:
         return
     if isinstance(config.get("model_args"), dict):
         config["model_args"].pop("num_classes", None)
+    for name in ("file", "url", "hf_hub_id"):  # where its pre-trained weights came from, perhaps on this machine
+        (config.get("pretrained_cfg") or {}).pop(name, None)
     config["num_classes"] = len(config.get("label_names") or []) or config.get("num_classes")
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -43,7 +43,7 @@ from hf_cosupervise.evaluation import (
 from hf_cosupervise.hub import hub_errors, open_repo, resolve_commit
 from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_column
 from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
-from hf_cosupervise.processes import Processes
+from hf_cosupervise.processes import join_processes
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
 from hf_cosupervise.students import STORY_FILES, push_student
 from hf_cosupervise.trainer import describe_teacher
@@ -329,8 +329,7 @@ def open_target(config: CoSupervisedConfig) -> str | None:
     """See that the student may be pushed, before any work; its id with the user's name."""
     if not config.push_to_hub:
         return config.hub_model_id
-    state = PartialState()
-    return Processes(state.process_index, state.num_processes).on_first(
+    return join_processes().on_first(
         lambda: open_repo(
             config.hub_model_id or Path(config.output_dir).absolute().name,
             what="The student", private=config.hub_private_repo, token=config.hub_token,
@@ -360,15 +359,15 @@ def main() -> None:
     with PartialState().main_process_first():
         check_run(folder, facts)
     report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)
-    state = PartialState()
-    if state.is_main_process:
+
+    def conclude() -> None:
         finish(report, folder, seeds[0], facts, config.changed_arguments())
         say(f"\n{format_report(report)}\n\nStudent, report.json, figures and model card: {folder}")
-    if config.push_to_hub:
-        story = {name: folder / name for name in STORY_FILES if name != "README.md"}
-        Processes(state.process_index, state.num_processes).on_first(
-            lambda: say(f"Pushed: {push_student(folder, facts['hub_model_id'], story=story, **push)}")
-        )
+        if config.push_to_hub:
+            story = {name: folder / name for name in STORY_FILES if name != "README.md"}
+            say(f"Pushed: {push_student(folder, facts['hub_model_id'], story=story, **push)}")
+
+    join_processes().on_first(conclude)
 
 
 if __name__ == "__main__":

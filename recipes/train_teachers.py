@@ -274,6 +274,8 @@ def main() -> None:
 
     from hf_cosupervise.script_utils import parse_recipe_args
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RuntimeError("Teachers are trained by one process, got several. Start it by `python`.")
     data_args, args, _, recipe_args, config = parse_recipe_args(RECIPE_TYPES, default_config=DEFAULT_CONFIG)
     if args.teachers_dir is None or is_on_hub(args):
         raise ValueError(

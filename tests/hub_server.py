@@ -676,7 +676,7 @@ def _info(repo: _Repo, revision: str, blobs: bool = False) -> dict[str, Any]:
 
 def _validate_card(content: str) -> _Answer:
     """Look at the ends of a card's YAML header: the standard library has no parser for what is between."""
-    header = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)(^---[ \t]*$)", content + "\n", re.DOTALL | re.MULTILINE)
+    header = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)(^---[ \t]*\r?$)", content + "\n", re.DOTALL | re.MULTILINE)
     if not content.lstrip("\ufeff").startswith("---"):
         warning = "empty or missing yaml metadata in repo card"
         return _json({"errors": [], "warnings": [{"message": warning}]})
