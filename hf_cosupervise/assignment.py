@@ -153,7 +153,7 @@ def assign_by_agreement(
     scores = agreement_scores(
         student_log_probs, teacher_probs, rule, min_prob, label_ids=label_ids, rest_probs=rest_probs
     )
-    return _argmin_answered(scores, answered)
+    return choose_lowest(scores, answered)
 
 
 def assign_by_domain(
@@ -183,6 +183,26 @@ def assign_by_domain(
     ).reshape(len(names), len(teacher_domains))
     rows = torch.tensor([positions[name] for name in example_domains], dtype=torch.long)
     return _first(owned[rows].to(answered.device) & answered)
+
+
+def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Choose any teacher that answered: the control for every other assignment.
+
+    Args:
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+        generator (`torch.Generator`):
+            Of the CPU.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
+
+    Examples:
+        >>> answered = torch.tensor([[False, True], [False, False]])
+        >>> assign_by_chance(answered, torch.Generator().manual_seed(0)).tolist()
+        [1, -1]
+    """
+    return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
 
 
 def oracle_assign_by_scope(
@@ -240,7 +260,7 @@ def oracle_assign_by_loss(
         `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
     """
     index = oracle_labels.view(-1, 1, 1).expand(-1, teacher_probs.shape[1], 1)
-    return _argmin_answered(-teacher_probs.gather(2, index).squeeze(-1), answered)
+    return choose_lowest(-teacher_probs.gather(2, index).squeeze(-1), answered)
 
 
 def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
@@ -267,7 +287,18 @@ def _first(candidates: torch.Tensor) -> torch.Tensor:
     return torch.where(candidates.any(dim=1), first_argmax(candidates.to(torch.uint8)), NOBODY)
 
 
-def _argmin_answered(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+def choose_lowest(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    """Choose the teacher of the lowest score among those that answered.
+
+    Args:
+        scores (`torch.Tensor` of shape `(num_examples, num_teachers)`):
+            Such as [`agreement_scores`] gives.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
+    """
     scores = scores.masked_fill(~answered, torch.inf)
     return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)
 

@@ -14,7 +14,7 @@ from .assignment import AGREEMENT_RULES
 from .consistency import SELECTION_RULES
 
 ASSIGNMENTS = (
-    "scope", "agreement", "metadata", "ensemble", "oracle_scope", "oracle_domain", "oracle_loss",
+    "scope", "agreement", "metadata", "ensemble", "random", "oracle_scope", "oracle_domain", "oracle_loss",
 )  # fmt: skip
 REJECTIONS = ("none", "top_k", "parent_topk", "parent_confident")
 STUDENT_TRAININGS = ("probe", "lora", "full")
@@ -85,7 +85,7 @@ class CoSupervisedConfig(TrainingArguments):
         default_factory=lambda: ["scope"],
         metadata={
             "help": "How a level chooses its teachers: scope, agreement, metadata, ensemble, or for analysis "
-            "oracle_scope, oracle_domain, oracle_loss. One for all levels, or one per level from the root."
+            "random, oracle_scope, oracle_domain, oracle_loss. One for all levels, or one per level from the root."
         },
     )
     agreement_rule: str = field(
@@ -93,6 +93,13 @@ class CoSupervisedConfig(TrainingArguments):
     )
     agreement_min_prob: float = field(
         default=1e-6, metadata={"help": "Lowest probability inside the logarithms of the agreement rules, 0 to 1."}
+    )
+    agreement_neighbors: int = field(
+        default=0,
+        metadata={
+            "help": "Average each teacher's agreement over this many nearest examples in the backbone's features, for "
+            "a linear head on a frozen backbone; 0: each example alone. 10 is a good value."
+        },
     )
     metadata_column: str | None = field(
         default=None, metadata={"help": "Column of the pool that tells each example's domain, for 'metadata'."}
@@ -169,6 +176,11 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError(f"`rounds_per_level` must be at least 1, got {self.rounds_per_level}.")
         if not 0 < self.agreement_min_prob < 1:
             raise ValueError(f"`agreement_min_prob` must lie between 0 and 1, got {self.agreement_min_prob}.")
+        if self.agreement_neighbors < 0 or self.agreement_neighbors and "agreement" not in self.assignment:
+            raise ValueError(
+                "`agreement_neighbors` must be at least 0, and is for `assignment` 'agreement', got "
+                f"{self.agreement_neighbors} with {self.assignment}."
+            )
         for name in ("ridge_alpha", "ridge_logit_scale"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
 
-from .aggregation import majority_vote
+from .aggregation import AGGREGATORS, Aggregator, aggregate
 from .config import CoSupervisedConfig
 from .levels import LevelPlan
 from .metrics import accuracy, mean_and_spread, performance_gap_recovered, without_nan
@@ -28,7 +27,11 @@ from .trainer import RUN_DIR, CoSupervisedTrainer
 logger = logging.getLogger(__name__)
 
 METHODS = ("generalist", "ensemble", "csl", "ceiling")
-OTHER_METHODS = ("majority_vote", "oracle_scope", "oracle_domain", "oracle_loss")
+# All teachers into one pseudolabel, with no hierarchy.
+AGGREGATED_METHODS = tuple(name for name in AGGREGATORS if name != "mean_probs")  # which is `ensemble`
+# Co-supervision with another assignment: upper bounds, and chance.
+ASSIGNED_METHODS = ("oracle_scope", "oracle_domain", "oracle_loss", "random")
+OTHER_METHODS = (*AGGREGATED_METHODS, "generalist_rejection", *ASSIGNED_METHODS)
 
 
 def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
@@ -80,8 +83,9 @@ def method_pool(pool: PseudolabelPool, method: str) -> PseudolabelPool:
         pool (`PseudolabelPool`):
             All teachers; for `ceiling` and `oracle_…` with `oracle_label`.
         method (`str`):
-            `generalist` keeps the root only, `ensemble` and `majority_vote` put all teachers at the root, `ceiling`
-            has the ground truth as its one teacher; `csl` and `oracle_…` keep the pool as it is.
+            `generalist` keeps the root only, and `generalist_rejection` repeats it at every level; `ensemble` puts all
+            teachers at the root; a name of [`AGGREGATORS`] makes one pseudolabel of them; `ceiling` has the ground
+            truth as its one teacher; `csl`, `oracle_…` and `random` keep the pool as it is.
 
     Returns:
         `PseudolabelPool`
@@ -96,16 +100,57 @@ def method_pool(pool: PseudolabelPool, method: str) -> PseudolabelPool:
         return pool.with_hierarchy(
             TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers])
         )
-    if method == "majority_vote":
-        votes = torch.from_numpy(np.stack([pool.hard_labels(name) for name in hierarchy.names], axis=1))
-        return _single_teacher_pool(pool, "majority-vote", majority_vote(votes, hierarchy.num_labels).numpy())
+    if method == "generalist_rejection":
+        return _repeat_root(pool)
+    if method in AGGREGATED_METHODS:
+        return aggregated_pool(pool, method)
     if method == "ceiling":
         return _single_teacher_pool(
             pool, "ground-truth", np.eye(hierarchy.num_labels, dtype=np.float32)[_oracle_labels(pool)]
         )
-    if method == "csl" or method in OTHER_METHODS:
+    if method == "csl" or method in ASSIGNED_METHODS:
         return pool
     raise ValueError(f"`method` must be one of {[*METHODS, *OTHER_METHODS]}, got {method!r}.")
+
+
+def aggregated_pool(pool: PseudolabelPool, method: str | Aggregator, name: str | None = None) -> PseudolabelPool:
+    """Make one pseudolabel per example of all teachers, whatever their levels.
+
+    Args:
+        pool (`PseudolabelPool`):
+            All teachers.
+        method (`str` or `Callable`):
+            A name of [`AGGREGATORS`], or a function of your own from `teacher_probs` `(num_examples, num_teachers,
+            num_labels)` and `answered` `(num_examples, num_teachers)` to probabilities `(num_examples, num_labels)`.
+        name (`str`, *optional*):
+            What the one teacher is called. Defaults to the method's name.
+
+    Returns:
+        `PseudolabelPool`: of one teacher; what nobody answered stays missing.
+
+    Raises:
+        ImportError: If the method needs a package that is not installed.
+        ValueError: If the method is not known, or what it gives is not a pseudolabel per example.
+    """
+    title = name or str(method if isinstance(method, str) else getattr(method, "__name__", "aggregated"))
+    teacher_probs, answered = pool.decode_level(range(len(pool.hierarchy.teachers)), slice(None))
+    return _single_teacher_pool(pool, title.replace("_", "-"), aggregate(teacher_probs, answered, method).numpy())
+
+
+def _repeat_root(pool: PseudolabelPool) -> PseudolabelPool:
+    """The generalist at every level: rejection by the student alone, with nobody to choose among."""
+    hierarchy = pool.hierarchy
+    [root, *others] = hierarchy.levels[0]
+    if others:
+        raise ValueError(
+            f"'generalist_rejection' needs one teacher at the root, got {len(others) + 1}. Leave this method out."
+        )
+    teachers = [
+        replace(root, name=root.name if level == 0 else f"{root.name}-{level}", level=level)
+        for level in range(hierarchy.num_levels)
+    ]
+    datasets = {teacher.name: pool.teachers[root.name] for teacher in teachers}
+    return PseudolabelPool(TeacherHierarchy(hierarchy.labels, teachers), datasets, pool.inputs)
 
 
 def _single_teacher_pool(pool: PseudolabelPool, name: str, probs: np.ndarray) -> PseudolabelPool:
@@ -131,10 +176,14 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
         `CoSupervisedConfig`
     """
     args = copy.copy(args)
-    if method in ("csl", *OTHER_METHODS[1:]):
-        if method != "csl":
+    if method in ("csl", "generalist_rejection", *ASSIGNED_METHODS):
+        if method == "generalist_rejection":
+            args.assignment = ["scope"]
+        elif method != "csl":
             root = "ensemble" if args.assignment[0] == "ensemble" else method
             args.assignment = [root, *[method] * (num_levels - 1)]
+        if method != "csl":
+            args.agreement_neighbors = 0
         args.output_dir = args.output_dir if method == "csl" else _method_dir(args, method)
         return args
     args.output_dir = _method_dir(args, method)

@@ -13,9 +13,11 @@ import torch
 
 from .assignment import (
     NOBODY,
-    assign_by_agreement,
+    agreement_scores,
+    assign_by_chance,
     assign_by_domain,
     assign_by_scope,
+    choose_lowest,
     fall_back,
     oracle_assign_by_domain,
     oracle_assign_by_loss,
@@ -24,6 +26,7 @@ from .assignment import (
 from .config import CoSupervisedConfig
 from .consistency import default_top_k, in_top_k, parent_confident, parent_topk, pseudolabel_loss, select_consistent
 from .metrics import agreement, oracle_selection
+from .neighbors import mean_over_neighbors
 from .pool import ORACLE_DOMAIN, PseudolabelPool
 
 # Rows per chunk. Fixed, so that the same student gives the same numbers whatever the number of processes.
@@ -91,6 +94,7 @@ def plan_level(
     student_chunks: StudentChunks | None = None,
     *,
     round: int = 0,
+    chosen: torch.Tensor | None = None,
     sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
 ) -> LevelPlan:
     """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level).
@@ -109,6 +113,8 @@ def plan_level(
             Not needed at the root, where there is no student to ask.
         round (`int`, *optional*, defaults to 0):
             Round within the level.
+        chosen (`torch.LongTensor` of shape `(num_examples,)`, *optional*):
+            What [`assign_by_neighbors`] gave, in place of the level's own assignment.
         sum_over_processes (`Callable`, *optional*):
             Adds an array up over all processes, each of which has filled its own rows only.
 
@@ -126,7 +132,7 @@ def plan_level(
     # Not `or`: a process whose share is empty has no chunks, which is not the same as having no student.
     chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
     for part, log_probs in chunks:
-        _plan_chunk(rows, pool, level, args, previous, part, log_probs)
+        _plan_chunk(rows, pool, level, args, previous, part, log_probs, None if chosen is None else chosen[part])
     rows = _Rows(*(sum_over_processes(values) for values in vars(rows).values()))
     has_label = rows.labels >= 0
     if not has_label.any():
@@ -183,6 +189,7 @@ def _plan_chunk(
     previous: np.ndarray,
     part: slice,
     log_probs: torch.Tensor | None,
+    chosen: torch.Tensor | None,
 ) -> None:
     """Fill the remembered numbers of one chunk."""
     if log_probs is not None and torch.isnan(log_probs.sum()):
@@ -191,7 +198,8 @@ def _plan_chunk(
             f"{level}: its training diverged. Lower `learning_rate`, or set `max_grad_norm`."
         )
     parent = torch.from_numpy(np.asarray(previous[part], dtype=np.int64))
-    assigned = fall_back(_assign(pool, level, args, part, log_probs), parent)
+    own = _assign(pool, level, args, part, log_probs) if chosen is None else _in_hierarchy(pool, level, chosen)
+    assigned = fall_back(own, parent)
     positions = np.arange(part.start, part.stop)
     hard = pool.hard_pseudolabels(assigned.numpy(), positions)
     rows.assigned[part], rows.labels[part] = assigned, hard
@@ -241,8 +249,64 @@ def _assign(
         return torch.where(answered[:, 0], indices[0], NOBODY)
     if log_probs is None:
         raise ValueError(f"Level {level} is assigned by the student of the level above: give its `student_chunks`.")
-    inside = _assign_inside(pool, level, args, method, part, log_probs, answered)
-    return torch.where(inside == NOBODY, NOBODY, inside + indices[0])
+    return _in_hierarchy(pool, level, _assign_inside(pool, level, args, method, part, log_probs, answered))
+
+
+def _in_hierarchy(pool: PseudolabelPool, level: int, inside: torch.Tensor) -> torch.Tensor:
+    """Positions within a level as positions in the hierarchy."""
+    return torch.where(inside == NOBODY, NOBODY, inside + pool.hierarchy.level_indices(level)[0])
+
+
+def assign_by_neighbors(
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    student_chunks: StudentChunks,
+    neighbors: torch.Tensor,
+    sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> torch.Tensor:
+    """Choose the teacher that the student agrees with most on an example and on those next to it.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        level (`int`):
+            Level, from 1.
+        args (`CoSupervisedConfig`):
+            `agreement_rule` and `agreement_min_prob`.
+        student_chunks (`Iterable[tuple[slice, torch.Tensor]]`):
+            See [`plan_level`].
+        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
+            What [`nearest_neighbors`] gives for the pool.
+        sum_over_processes (`Callable`, *optional*):
+            See [`plan_level`].
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1 where none of
+        its teachers answered the example.
+
+    Source:
+        Ours: [`agreement_scores`] averaged by [`mean_over_neighbors`].
+    """
+    indices = pool.hierarchy.level_indices(level)
+    names = [pool.hierarchy.names[index] for index in indices]
+    scores = np.zeros((len(pool), len(indices)), dtype=np.float32)
+    for part, log_probs in student_chunks:
+        scores[part] = _agreement_scores(pool, level, args, part, log_probs)
+    answered = torch.from_numpy(np.stack([pool.answered(name) for name in names], axis=1))
+    smoothed = mean_over_neighbors(torch.from_numpy(sum_over_processes(scores)), neighbors, answered)
+    return choose_lowest(smoothed, answered)
+
+
+def _agreement_scores(
+    pool: PseudolabelPool, level: int, args: CoSupervisedConfig, part: slice, log_probs: torch.Tensor
+) -> torch.Tensor:
+    """How far each teacher of a level is from the student, `(num_rows, num_teachers)`."""
+    indices, rule, min_prob = pool.hierarchy.level_indices(level), args.agreement_rule, args.agreement_min_prob
+    if not pool.has_one_k:
+        return agreement_scores(log_probs, pool.decode_level(indices, part)[0], rule, min_prob)
+    ids, probs, rest = pool.sparse_level(indices, part)
+    return agreement_scores(log_probs, probs, rule, min_prob, label_ids=ids, rest_probs=rest)
 
 
 def _assign_inside(
@@ -259,11 +323,11 @@ def _assign_inside(
         student_labels = torch.from_numpy(log_probs.numpy().argmax(axis=1))
         return assign_by_scope(student_labels, hierarchy.scope_mask(level), answered)
     if method == "agreement":
-        indices, rule, min_prob = hierarchy.level_indices(level), args.agreement_rule, args.agreement_min_prob
-        if not pool.has_one_k:
-            return assign_by_agreement(log_probs, pool.decode_level(indices, part)[0], answered, rule, min_prob)
-        ids, probs, rest = pool.sparse_level(indices, part)
-        return assign_by_agreement(log_probs, probs, answered, rule, min_prob, label_ids=ids, rest_probs=rest)
+        return choose_lowest(_agreement_scores(pool, level, args, part, log_probs), answered)
+    if method == "random":
+        # By chunk, which is cut alike for any number of processes.
+        seed = np.random.SeedSequence([int(args.data_seed or 0), level, part.start]).generate_state(1)[0]
+        return assign_by_chance(answered, torch.Generator().manual_seed(int(seed)))
     domains = [teacher.domains for teacher in hierarchy.levels[level]]
     if method == "metadata":
         return assign_by_domain(_texts(pool, str(args.metadata_column), part), domains, answered)

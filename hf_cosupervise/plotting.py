@@ -1,4 +1,4 @@
-"""Pictures of a report: PGR by method and by level, and which teachers taught how much."""
+"""Pictures of a report: PGR by method and level, who taught how much and whom, what was kept, and calibration."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow last, the weakest on white.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442")
 _HATCHES = ("", "///", "...", "xxx")
+_MARKERS = ("o", "s", "^", "D")
 _OURS, _OTHERS, _INK = "#0072B2", "#B8C4CC", "#333333"
 _SMALLEST_LABELLED_SHARE = 0.06
 
@@ -86,9 +87,137 @@ def plot_teacher_shares(report: Mapping[str, Any], path: str | os.PathLike[str])
         )
     figure = _new_figure(width=10, height=max(1.4 + 0.6 * len(levels), 1.0 + 0.24 * len(names)))
     axes = figure.subplots()
-    _draw_shares(axes, levels, names)
+    _draw_shares(axes, {f"level {level}": shares for level, shares in levels.items()}, names)
     # Below a certain share only the legend tells who it is, so it always names everybody.
     axes.legend(title="teacher", loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=9)
+    return _save(figure, path)
+
+
+def plot_group_shares(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Draw which share of each class or domain every teacher got, a panel for each level below the root.
+
+    Args:
+        report (`Mapping[str, Any]`):
+            `levels`: dictionaries of `level` and `teachers_by_group`, by group (a class or a domain) a dictionary with
+            one list of shares, 0 to 1, per teacher: one share for each seed.
+        path (`str` or `os.PathLike`):
+            File to write, see [`plot_pgr`].
+
+    Returns:
+        `pathlib.Path`: The file.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If no level below the root has shares by group.
+    """
+    levels = {
+        str(level["level"]): level["teachers_by_group"]
+        for level in report.get("levels", [])[1:] if level.get("teachers_by_group")
+    }  # fmt: skip
+    if not levels:
+        raise ValueError(
+            f"A report needs a level below the root with `teachers_by_group`, got none among "
+            f"{len(report.get('levels', []))} levels. Measure co-supervision of several levels first."
+        )
+    height = max(0.26 * sum(len(rows) + 4 for rows in levels.values()), 2.4)
+    figure = _new_figure(width=10, height=height)
+    panels = figure.subplots(len(levels), 1, height_ratios=[len(rows) + 3 for rows in levels.values()], squeeze=False)
+    for axes, (level, rows) in zip(panels[:, 0], levels.items()):
+        names = list(dict.fromkeys(name for shares in rows.values() for name in shares))
+        _draw_shares(axes, rows, names)
+        axes.set_title(f"level {level}", loc="left", fontsize=11)
+        axes.legend(title="teacher", loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def plot_levels(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Draw PGR, and precision and recall of what was kept, level after level, one line for each method.
+
+    Lines are means over seeds, error bars the standard deviation (from two seeds on).
+
+    Args:
+        report (`Mapping[str, Any]`):
+            `methods`: by name a dictionary with `levels`, dictionaries of `level`, `pgr`, `kept_precision` and
+            `kept_recall`, each a list with one fraction per seed. Methods of one level are left out.
+        path (`str` or `os.PathLike`):
+            File to write, see [`plot_pgr`].
+
+    Returns:
+        `pathlib.Path`: The file.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If no method has several levels.
+    """
+    methods = {
+        name: numbers["levels"]
+        for name, numbers in report.get("methods", {}).items() if len(numbers.get("levels", [])) > 1
+    }  # fmt: skip
+    if not methods:
+        raise ValueError(
+            f"A report needs a method with several levels, got {sorted(report.get('methods', {}))} without one. "
+            "Measure co-supervision first."
+        )
+    keys = {
+        "pgr": "performance gap recovered",
+        "kept_precision": "kept that are right",
+        "kept_recall": "kept of those that are right",
+    }
+    figure = _new_figure(width=13, height=max(3.6, 1.2 + 0.22 * len(methods)))
+    panels = figure.subplots(1, len(keys))
+    for axes, (key, title) in zip(panels, keys.items()):
+        for position, (name, levels) in enumerate(methods.items()):
+            _draw_line(axes, name, position, len(methods), [_numbers(level.get(key)) for level in levels])
+        axes.set_xticks(range(max(map(len, methods.values()))))
+        axes.margins(x=0.12, y=0.1)
+        axes.set_xlabel("level (0 is the root)")
+        axes.set_ylabel("%")
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.grid(axis="y", alpha=0.3)
+    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
+def plot_reliability(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+    """Draw a reliability diagram for each model: accuracy by confidence, with the diagonal of the calibrated.
+
+    Dots grow with the number of examples in their bin.
+
+    Args:
+        curves (`Mapping[str, Mapping[str, Any]]`):
+            By name of a model `confidence`, `accuracy` (0 to 1, `None` or NaN in empty bins) and `count`, lists with
+            one number per bin, as [`~metrics.reliability_curve`] gives them.
+        path (`str` or `os.PathLike`):
+            File to write, see [`plot_pgr`].
+
+    Returns:
+        `pathlib.Path`: The file.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no curve.
+    """
+    if not curves:
+        raise ValueError("At least one curve is needed, got none. Compute them by `reliability_curve`.")
+    columns = min(len(curves), 5)
+    rows = -(-len(curves) // columns)
+    figure = _new_figure(width=2.4 * columns + 0.6, height=2.5 * rows + 0.6)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, (name, curve) in zip(panels, curves.items()):
+        axes.plot([0, 100], [0, 100], color=_OTHERS, linewidth=1)
+        count = np.asarray(curve["count"], dtype=float)
+        points = np.array([[np.nan if value is None else 100 * value for value in curve[key]]
+                           for key in ("confidence", "accuracy")])  # fmt: skip
+        known = count > 0
+        axes.plot(*points[:, known], color=_OURS, linewidth=1.4)
+        axes.scatter(*points[:, known], s=90 * count[known] / count.max() + 4, color=_OURS, alpha=0.7)
+        axes.set_title(_title(name), loc="left", fontsize=9)
+        axes.set(xlim=(0, 102), ylim=(0, 102), aspect="equal")
+        axes.grid(alpha=0.3)
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    figure.supxlabel("confidence (%)", fontsize=10)
+    figure.supylabel("accuracy (%)", fontsize=10)
     return _save(figure, path)
 
 
@@ -141,24 +270,42 @@ def _draw_seeds(axes: Axes, values: np.ndarray, positions: np.ndarray, *, horizo
     axes.scatter(first, second, s=14, facecolor="white", edgecolor=_INK, linewidth=0.8, zorder=3)
 
 
-def _draw_shares(axes: Axes, levels: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-    starts = np.zeros(len(levels))
+def _draw_shares(axes: Axes, rows: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    starts = np.zeros(len(rows))
     for position, name in enumerate(names):
-        found = [_numbers(shares.get(name)) for shares in levels.values()]
+        found = [_numbers(shares.get(name)) for shares in rows.values()]
         widths = np.array([values.mean() if len(values) else 0.0 for values in found])
         colour = _COLOURS[position % len(_COLOURS)]
         hatch = _HATCHES[position // len(_COLOURS) % len(_HATCHES)]
         style: dict[str, Any] = {"height": 0.7, "color": colour, "hatch": hatch, "edgecolor": "white"}
-        bars = axes.barh(range(len(levels)), widths, left=starts, label=name, **style)
+        bars = axes.barh(range(len(rows)), widths, left=starts, label=name, **style)
         labels = [f"{width:.0f}" if width >= 100 * _SMALLEST_LABELLED_SHARE else "" for width in widths]
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
         for text in axes.bar_label(bars, labels, label_type="center", fontsize=9, color=_INK):
             text.set_bbox(box if text.get_text() else None)
         starts += widths
-    axes.set_yticks(range(len(levels)), [f"level {level}" for level in levels])
+    axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("share of the examples (%)")
+
+
+def _draw_line(axes: Axes, name: str, position: int, num_lines: int, values: Sequence[np.ndarray]) -> None:
+    """One method from level to level, moved aside a little so that equal ones stay visible."""
+    aside = 0.16 * (position / max(num_lines - 1, 1) - 0.5)
+    known = [(row + aside, *mean_and_spread(found.tolist())) for row, found in enumerate(values) if len(found)]
+    if not known:
+        return
+    rows, means, spreads = zip(*known)
+    style: dict[str, Any] = {
+        "color": _COLOURS[position % len(_COLOURS)],
+        "marker": _MARKERS[position // len(_COLOURS) % len(_MARKERS)],
+        "linewidth": 2.4 if name == "csl" else 1.3,
+        "markersize": 4,
+        "capsize": 2,
+    }
+    has_spread = any(len(found) > 1 for found in values)
+    axes.errorbar(rows, means, yerr=spreads if has_spread else None, label=_title(name), **style)
 
 
 def _title(method: str) -> str:

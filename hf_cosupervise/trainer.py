@@ -38,9 +38,10 @@ from .features import FeatureStore
 from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .hub import open_repo
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
-from .levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level, row_chunks
+from .levels import CHUNK_ROWS, LevelPlan, assign_by_neighbors, level_assignment, plan_level, row_chunks
 from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
 from .metrics import accuracy, without_nan
+from .neighbors import nearest_neighbors
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .processes import Processes
 from .students import (
@@ -162,8 +163,19 @@ class CoSupervisedTrainer(Trainer):
         self._story = TrainerState()  # of all levels; `state` is that of the level in training
         self._pool_features: torch.Tensor | None = None
         self._gram: torch.Tensor | None = None
+        self._neighbors: torch.Tensor | None = None
         if args.head_solver == "ridge" and (reason := self._why_not_on_features()):
             raise ValueError(f"`head_solver` 'ridge' needs a linear head on features, but {reason}. Use 'steps'.")
+        if args.agreement_neighbors and self._head is None:
+            raise ValueError(
+                "`agreement_neighbors` needs a linear head on a frozen backbone, got another kind of student. Set it "
+                "to 0."
+            )
+        if args.agreement_neighbors >= len(pool):
+            raise ValueError(
+                f"`agreement_neighbors` must be below the {len(pool)} examples of the pool, got "
+                f"{args.agreement_neighbors}. Use fewer."
+            )
 
     def _find_head(self) -> nn.Linear | None:
         """Find the head if the rest of the student can be replaced by its features."""
@@ -270,10 +282,22 @@ class CoSupervisedTrainer(Trainer):
         previous = self.plans[level - 1].assigned_teacher if level else np.full(len(self.pool), -1)
         if level == 0:
             return plan_level(self.pool, level, self.args, previous, round=round)
+        chosen = None
+        if self.args.agreement_neighbors and level_assignment(self.args, level) == "agreement":
+            chosen = assign_by_neighbors(
+                self.pool, level, self.args, self.predict_log_probs(self._rows, share=True), self._nearest(),
+                self._sum_over_processes,
+            )  # fmt: skip
         return plan_level(
             self.pool, level, self.args, previous, self.predict_log_probs(self._rows, share=True), round=round,
-            sum_over_processes=self._sum_over_processes,
+            chosen=chosen, sum_over_processes=self._sum_over_processes,
         )  # fmt: skip
+
+    def _nearest(self) -> torch.Tensor:
+        """Give each example's neighbours in the features of the backbone, which is frozen: they are found once."""
+        if self._neighbors is None:
+            self._neighbors = nearest_neighbors(self._features_of(self._rows), self.args.agreement_neighbors)
+        return self._neighbors
 
     def train_level(self, plan: LevelPlan, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
         """Train the student on what a level kept.
@@ -960,8 +984,13 @@ class CoSupervisedTrainer(Trainer):
         Raises:
             OSError: If the Hub refuses it or cannot be reached. The repository is then as it was, and the student is
                 in `output_dir`.
-            RuntimeError: If somebody else pushed at the same moment.
+            RuntimeError: If the student is not trained, or somebody else pushed at the same moment.
         """
+        if not self.history.records:
+            raise RuntimeError(
+                "A student must be trained before it is pushed, got one without a finished level. Call `train()`, or "
+                "`train(resume_from_checkpoint=True)` where it was trained in another process."
+            )
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None or private:
             self.init_hf_repo(token, private)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,14 @@ from torch.nn import functional
 from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, build_pool, load_hierarchy, push_hierarchy
 from hf_cosupervise.evaluation import teacher_accuracies
 from hf_cosupervise.hub import open_repo
-from hf_cosupervise.inputs import InputProcessor, find_input_column, find_label_column, read_labels, to_pil
+from hf_cosupervise.inputs import (
+    InputProcessor,
+    find_input_column,
+    find_label_column,
+    is_text_column,
+    read_labels,
+    to_pil,
+)
 from hf_cosupervise.labeling import save_sklearn_teacher
 
 CONTROL = "all-labels"
@@ -49,6 +57,11 @@ class TeacherArguments:
     teacher_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Arguments of the configuration or of the scikit-learn class."}
     )
+    teacher_vectorizer: str | None = field(
+        default=None,
+        metadata={"help": "Class that makes a text's features, such as 'feature_extraction.text.TfidfVectorizer'."},
+    )
+    teacher_vectorizer_kwargs: dict = field(default_factory=dict, metadata={"help": "Its arguments."})
     teacher_num_examples: int | None = field(
         default=None, metadata={"help": "Labelled examples per teacher, drawn from its scope. Default: all of them."}
     )
@@ -69,6 +82,12 @@ class TeacherArguments:
         metadata={"help": "Teachers per level; each level shares the task out evenly."},
     )
     specialize_by: str = field(default="label", metadata={"help": "Share out the 'label's or the 'domain's."})
+    teachers: list[dict] = field(
+        default_factory=list,
+        metadata={
+            "help": "Teachers that need no training: the fields of `Teacher` of each, `kind: column` for people."
+        },
+    )
     teachers_dir: str | None = field(
         default=None,
         metadata={
@@ -99,7 +118,7 @@ def train_teachers(
         args (`TeacherArguments`):
             What to train.
         folder (`pathlib.Path`):
-            Where they go; left alone where it is complete, and where `args` names teachers on the Hub.
+            Where they go; left alone where it is complete, and where `args` names teachers, here or on the Hub.
         seed (`int`):
             Decides which examples each teacher sees, and its first weights.
         domain_column (`str`, *optional*):
@@ -108,6 +127,8 @@ def train_teachers(
     Returns:
         `TeacherHierarchy`: without the control, which is the folder `all-labels` beside the teachers.
     """
+    if args.teachers:
+        return _read_teachers(args, labels)
     if is_on_hub(args):
         return _load_from_hub(args, labels)
     if not (folder / "hierarchy.yaml").is_file():
@@ -123,6 +144,15 @@ def train_teachers(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return TeacherHierarchy.load(folder / "hierarchy.yaml")
+
+
+def _read_teachers(args: TeacherArguments, labels: Sequence[str]) -> TeacherHierarchy:
+    if args.teachers_dir is not None:
+        raise ValueError(
+            f"Either `teachers` or `teachers_dir` says which teachers, got both ({len(args.teachers)} teachers and "
+            f"'{args.teachers_dir}'). Leave one out."
+        )
+    return TeacherHierarchy.from_dict({"labels": list(labels), "teachers": args.teachers})
 
 
 def is_on_hub(args: TeacherArguments) -> bool:
@@ -187,18 +217,37 @@ def _train_all(
 def _sklearn_trainer(
     data: Dataset, targets: np.ndarray, labels: Sequence[str], args: TeacherArguments
 ) -> Callable[[np.ndarray, Path, int], None]:
-    module, _, name = f"sklearn.{args.teacher_model}".rpartition(".")
-    estimator = getattr(importlib.import_module(module), name)
-    feature = {"kind": "pixels", "divide_by": 255.0, **args.teacher_feature}
+    from sklearn.pipeline import make_pipeline
+
     column = find_input_column(data)
+    is_text = is_text_column(data, column)
+    feature = {"kind": "text"} if is_text else {"kind": "pixels", "divide_by": 255.0}
+    feature |= args.teacher_feature
+    if is_text and args.teacher_vectorizer is None:
+        raise ValueError(
+            "A scikit-learn teacher of texts needs `teacher_vectorizer`, got None. Name a class such as "
+            "'feature_extraction.text.TfidfVectorizer'."
+        )
 
     def train(rows: np.ndarray, folder: Path, seed: int) -> None:
-        pixels = [np.asarray(to_pil(cell, feature.get("mode"))).ravel() for cell in data[rows.tolist()][column]]
-        features = np.stack(pixels).astype(np.float32) / feature["divide_by"]
-        keywords = args.teacher_kwargs | ({"random_state": seed} if "random_state" in estimator().get_params() else {})
-        save_sklearn_teacher(estimator(**keywords).fit(features, targets[rows]), folder, feature, labels)
+        inputs = data[rows.tolist()][column]
+        model = _make_estimator(args.teacher_model, args.teacher_kwargs, seed)
+        if is_text:
+            vectorizer = _make_estimator(str(args.teacher_vectorizer), args.teacher_vectorizer_kwargs, seed)
+            model = make_pipeline(vectorizer, model)
+        else:
+            pixels = [np.asarray(to_pil(cell, feature.get("mode"))).ravel() for cell in inputs]
+            inputs = np.stack(pixels).astype(np.float32) / feature["divide_by"]
+        save_sklearn_teacher(model.fit(inputs, targets[rows]), folder, feature, labels)
 
     return train
+
+
+def _make_estimator(path: str, keywords: dict, seed: int) -> Any:
+    module, _, name = f"sklearn.{path}".rpartition(".")
+    estimator = getattr(importlib.import_module(module), name)
+    seeded = {"random_state": seed} if "random_state" in estimator().get_params() else {}
+    return estimator(**keywords | seeded)
 
 
 def _transformers_trainer(

