@@ -12,6 +12,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .assignment import AGREEMENT_RULES
 from .consistency import SELECTION_RULES
+from .losses import choose_loss
 
 ASSIGNMENTS = (
     "scope", "agreement", "metadata", "ensemble", "random", "oracle_scope", "oracle_domain", "oracle_loss",
@@ -123,6 +124,16 @@ class CoSupervisedConfig(TrainingArguments):
 
     # Training
     pseudolabels: str = field(default="soft", metadata={"help": "Train on 'soft' or 'hard' pseudolabels."})
+    loss: str = field(
+        default="cross_entropy",
+        metadata={
+            "help": "What is minimized: cross_entropy, kl_divergence, reverse_kl, confidence, product, adapt_conf or "
+            "generalized_cross_entropy."
+        },
+    )
+    loss_kwargs: dict = field(
+        default_factory=dict, metadata={"help": "Parameters of the loss by name, such as q or temperature."}
+    )
     fit_head_on_features: bool = field(
         default=True,
         metadata={"help": "Fit a linear head on features kept on disk, without running the backbone in every step."},
@@ -176,6 +187,9 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError(f"`rounds_per_level` must be at least 1, got {self.rounds_per_level}.")
         if not 0 < self.agreement_min_prob < 1:
             raise ValueError(f"`agreement_min_prob` must lie between 0 and 1, got {self.agreement_min_prob}.")
+        choose_loss(self.loss, self.loss_kwargs, lambda: 0.0)  # refuses what it does not know
+        if self.head_solver == "ridge" and self.loss != "cross_entropy":
+            raise ValueError(f"`head_solver` 'ridge' has a loss of its own, got `loss` {self.loss!r}. Use 'steps'.")
         if self.agreement_neighbors < 0 or self.agreement_neighbors and "agreement" not in self.assignment:
             raise ValueError(
                 "`agreement_neighbors` must be at least 0, and is for `assignment` 'agreement', got "

@@ -147,6 +147,7 @@ def fit_linear_head(
     scheduler: Any,
     *,
     reader: BatchReader | None = None,
+    loss: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None = None,
     max_grad_norm: float = 0.0,
     average_gradients: Callable[[torch.Tensor], None] | None = None,
     on_step: Callable[[torch.Tensor, float | None], None] | None = None,
@@ -171,6 +172,8 @@ def fit_linear_head(
             Stepped after each optimizer step.
         reader (`BatchReader`, *optional*):
             Of these features and targets, where it is to read ahead.
+        loss (`tuple[Callable, Callable]`, *optional*):
+            What [`choose_loss`] gave, with `targets` over all labels. Defaults to the cross-entropy.
         max_grad_norm (`float`, *optional*, defaults to 0):
             Largest norm of the gradient; 0 for no clipping.
         average_gradients (`Callable`, *optional*):
@@ -194,11 +197,15 @@ def fit_linear_head(
                 logits = product(weight, inputs)  # one column per example: the softmax is faster so
                 if offset is not None:
                     logits += offset
-                likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), wanted)
+                if loss is None:
+                    likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), wanted)
+                else:
+                    likelihood = -loss[0](logits.T, wanted).sum()
+                    gradient = loss[1](logits.T, wanted).T.contiguous()
                 scale = 1.0 / (rows.shape[0] * len(micro_batches))
                 parts = likelihood.mul_(-scale), product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
                 sums = [old.add_(new) for old, new in zip(sums, parts)] if sums else parts
-            loss, *gradients = sums
+            mean_loss, *gradients = sums
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient
                 if average_gradients is not None:
@@ -207,7 +214,7 @@ def fit_linear_head(
             step()
         scheduler.step()
         if on_step is not None:
-            on_step(loss, norm)
+            on_step(mean_loss, norm)
     optimizer.zero_grad(set_to_none=True)
 
 

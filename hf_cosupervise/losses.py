@@ -7,14 +7,17 @@ answered must be left out before.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 _MIN_PROB = 1e-6  # as in `assignment.agreement_scores`
+_GIVEN = ("logits", "target_probs", "fraction_done")  # arguments of a loss that are not its parameters
 
 
 def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
@@ -518,6 +521,40 @@ LOSSES: dict[str, _Loss] = {
     "adapt_conf": adapt_conf,
     "generalized_cross_entropy": generalized_cross_entropy,
 }
+
+
+def choose_loss(name: str, options: Mapping[str, float], fraction_done: Callable[[], float]) -> tuple[_Loss, _Loss]:
+    """Give a loss by its name, and its gradient in the logits, with its parameters set.
+
+    Args:
+        name (`str`):
+            A name in `LOSSES`, or `"confidence"`: [`confidence_loss`] with the weight of [`linear_warmup`].
+        options (`Mapping[str, float]`):
+            Parameters of the loss by name, of `confidence` those of [`linear_warmup`].
+        fraction_done (`Callable[[], float]`):
+            Asked at every call for the share of the steps done, 0 to 1.
+
+    Returns:
+        `tuple[Callable, Callable]`: from logits and pseudolabels `(num_examples, num_labels)` to losses
+        `(num_examples,)`, and to gradients `(num_examples, num_labels)`.
+
+    Raises:
+        ValueError: If the loss or a parameter of it is not known.
+    """
+    known = [*LOSSES, "confidence"]
+    if name not in known:
+        raise ValueError(f"`loss` must be one of {known}, got {name!r}.")
+    source = linear_warmup if name == "confidence" else LOSSES[name]
+    allowed = [key for key in inspect.signature(source).parameters if key not in _GIVEN]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"`loss_kwargs` of {name!r} must have keys among {allowed}, got {unknown}. Correct them.")
+    if name != "confidence":
+        return partial(LOSSES[name], **options), partial(LOGIT_GRADIENTS[name], **options)
+
+    def weighted(function: _Loss) -> _Loss:
+        return lambda logits, targets: function(logits, targets, linear_warmup(fraction_done(), **options))
+
+    return weighted(confidence_loss), weighted(LOGIT_GRADIENTS[name])
 
 
 def compute_pseudolabel_loss(loss: str | _Loss, logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:

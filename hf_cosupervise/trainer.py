@@ -39,7 +39,7 @@ from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, 
 from .hub import open_repo
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import CHUNK_ROWS, LevelPlan, assign_by_neighbors, level_assignment, plan_level, row_chunks
-from .losses import hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
+from .losses import choose_loss, hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
 from .metrics import accuracy, without_nan
 from .neighbors import nearest_neighbors
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
@@ -314,10 +314,9 @@ class CoSupervisedTrainer(Trainer):
         number = len(self.history.records)
         kept = np.flatnonzero(plan.keep_mask)
         self.train_dataset = self._rows.select(kept)
-        # A loss of the user's own is given all labels.
-        read = (
-            _sparse_pseudolabels if self.compute_loss_func is None and _pays_sparse(self.pool, plan) else _pseudolabels
-        )
+        # Losses other than the cross-entropy are given all labels.
+        is_plain = self.compute_loss_func is None and self.args.loss == "cross_entropy"
+        read = _sparse_pseudolabels if is_plain and _pays_sparse(self.pool, plan) else _pseudolabels
         self.data_collator.pseudolabels = partial(read, self.pool, plan, self.args.pseudolabels == "hard")
         if not self.args.warm_start:
             self._restore(self._fresh)
@@ -499,7 +498,7 @@ class CoSupervisedTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Compute the mean cross-entropy against pseudolabels, or against labels in evaluation.
+        """Compute the mean loss against pseudolabels, or the cross-entropy against labels in evaluation.
 
         Args:
             model (`nn.Module`):
@@ -522,12 +521,22 @@ class CoSupervisedTrainer(Trainer):
         if self.compute_loss_func is not None:
             wanted = labels if not targets else targets["target_probs"]
             loss = self.compute_loss_func(outputs, wanted, num_items_in_batch=None)
+        elif targets and self.args.loss != "cross_entropy":
+            loss = self._loss()[0](outputs.logits, self._smooth(targets["target_probs"])).mean()
         elif targets:
             wanted = {name: targets[name] if name == "target_ids" else self._smooth(targets[name]) for name in targets}
             loss = _pseudolabel_losses(outputs.logits, wanted).mean()
         else:
             loss = hard_cross_entropy(outputs.logits, labels).mean()
         return (loss, outputs) if return_outputs else loss
+
+    def _loss(self) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+        """The chosen loss and its gradient; a weight that climbs looks at the steps of the level."""
+
+        def fraction_done() -> float:
+            return min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
+
+        return choose_loss(self.args.loss, self.args.loss_kwargs, fraction_done)
 
     def _smooth(self, probs: torch.Tensor) -> torch.Tensor:
         """Spread a share of the pseudolabels evenly, as `label_smoothing_factor` says."""
@@ -718,6 +727,7 @@ class CoSupervisedTrainer(Trainer):
                 self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter, reader),
                 self.optimizer,  # type: ignore[arg-type]
                 self.lr_scheduler, reader=reader, max_grad_norm=self.args.max_grad_norm,
+                loss=None if self.args.loss == "cross_entropy" else self._loss(),
                 average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
                 on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
             )  # fmt: skip

@@ -39,6 +39,8 @@ OWN = {
     "rejection_k": None,
     "rejection_rule": "loss_rank",
     "pseudolabels": "soft",
+    "loss": "cross_entropy",
+    "loss_kwargs": {},
     "fit_head_on_features": True,
     "features_dir": None,
     "features_dtype": "float32",

@@ -33,8 +33,14 @@ def assert_equal_students(first, second, tolerance):
         {"optim": "sgd", "lr_scheduler_type": "linear", "warmup_steps": 2},
         {"max_steps": -1, "num_train_epochs": 2, "label_smoothing_factor": 0.1},
         {"pseudolabels": "hard", "dataloader_drop_last": True},
+        {"loss": "kl_divergence", "loss_kwargs": {"temperature": 2.0}},
+        {"loss": "reverse_kl", "gradient_accumulation_steps": 2},
+        {"loss": "confidence", "loss_kwargs": {"share": 0.5, "peak": 0.8}},
+        {"loss": "product"},
+        {"loss": "adapt_conf", "pseudolabels": "hard"},
+        {"loss": "generalized_cross_entropy", "loss_kwargs": {"q": 0.5}},
     ],
-    ids=lambda changes: "-".join(changes) or "default",
+    ids=lambda changes: "-".join([*changes, str(changes.get("loss", ""))]).strip("-") or "default",
 )
 def test_fast_head_and_standard_loop_give_the_same_student(tmp_path, tiny_vit, tiny_image_dataset, changes):
     pool = make_pool(tiny_image_dataset)

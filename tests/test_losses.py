@@ -15,6 +15,7 @@ from hf_cosupervise.losses import (
     LOSSES,
     EarlyLearningRegularization,
     adapt_conf,
+    choose_loss,
     compute_pseudolabel_loss,
     confidence_loss,
     confidence_targets,
@@ -779,3 +780,37 @@ def test_numbers_out_of_range(function, name):
 def test_elr_numbers_out_of_range(arguments):
     with pytest.raises(ValueError, match=r"`(beta|weight)` must be at least 0.*, got .*\. Leave it out for"):
         EarlyLearningRegularization(2, 2, **arguments)
+
+
+# ── by name ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name, options", [
+    *((name, {}) for name in LOSSES), ("kl_divergence", {"temperature": 3.0}), ("confidence", {"share": 0.4}),
+    ("generalized_cross_entropy", {"q": 0.2}),
+])  # fmt: skip
+def test_a_loss_by_name_has_its_own_gradient(name, options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 4, generator=generator).requires_grad_()
+    targets = torch.rand(5, 4, generator=generator).softmax(dim=1)
+    loss, gradient = choose_loss(name, options, lambda: 0.2)
+    [wanted] = torch.autograd.grad(loss(logits, targets).sum(), logits)
+    torch.testing.assert_close(gradient(logits.detach(), targets), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_weight_of_the_confidence_loss_climbs():
+    logits, targets, done = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]), [0.0]
+    loss, _ = choose_loss("confidence", {"share": 0.5, "peak": 1.0}, lambda: done[0])
+    assert loss(logits, targets).item() == pytest.approx(math.log1p(math.exp(2)))  # the pseudolabel alone
+    done[0] = 0.5
+    assert loss(logits, targets).item() == pytest.approx(math.log1p(math.exp(-2)))  # the student's own label alone
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("magic", {}, "`loss` must be one of .*'confidence'.*, got 'magic'"),
+    ("product", {"gamma": 1.0}, r"`loss_kwargs` of 'product' .* among \['alpha', 'beta'\], got \['gamma'\]"),
+    ("cross_entropy", {"q": 1.0}, r"must have keys among \[\], got \['q'\]"),
+])  # fmt: skip
+def test_what_is_not_known_is_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        choose_loss(name, options, lambda: 0.0)
