@@ -17,7 +17,9 @@ from .losses import choose_loss
 ASSIGNMENTS = (
     "scope", "agreement", "metadata", "ensemble", "random", "oracle_scope", "oracle_domain", "oracle_loss",
 )  # fmt: skip
-REJECTIONS = ("none", "top_k", "parent_topk", "parent_confident")
+REJECTIONS = (
+    "none", "top_k", "parent_topk", "parent_confident", "student_entropy", "vote_entropy", "confidence_window",
+)  # fmt: skip
 STUDENT_TRAININGS = ("probe", "lora", "full")
 HEAD_SOLVERS = ("steps", "ridge")
 FEATURES_DTYPES = ("float32", "float16")
@@ -112,7 +114,10 @@ class CoSupervisedConfig(TrainingArguments):
     # Rejection: which pseudolabels are trained on
     rejection: list[str] = field(
         default_factory=lambda: ["top_k"],
-        metadata={"help": "'none', or what an example must pass to be kept: top_k, parent_topk, parent_confident."},
+        metadata={
+            "help": "'none', or what an example must pass to be kept: top_k, parent_topk, parent_confident, "
+            "student_entropy, vote_entropy, confidence_window."
+        },
     )
     rejection_k: int | None = field(
         default=None, metadata={"help": "k of top_k and parent_topk, below the number of labels. Default min(3, C-1)."}
@@ -120,6 +125,21 @@ class CoSupervisedConfig(TrainingArguments):
     rejection_rule: str = field(
         default="loss_rank",
         metadata={"help": "'loss_rank' keeps as many examples as agree, those of lowest loss; 'agreement_set' those."},
+    )
+
+    rejection_share: float = field(
+        default=0.5, metadata={"help": "Share of the examples that student_entropy keeps, above 0 to 1."}
+    )
+    rejection_window: list[float] = field(
+        default_factory=lambda: [0.5, 1.0],
+        metadata={"help": "Lowest and highest confidence of a pseudolabel that confidence_window keeps."},
+    )
+    relabel_above: float | None = field(
+        default=None,
+        metadata={
+            "help": "A rejected example is trained on with the student's own label where the student is at least this "
+            "sure of it, 0 to 1. Default: rejected examples stay out."
+        },
     )
 
     # Training
@@ -183,6 +203,13 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError("`assignment` and `rejection` need at least one name each, got an empty list.")
         if "none" in self.rejection and len(self.rejection) > 1:
             raise ValueError(f"`rejection` 'none' stands alone, got {self.rejection}.")
+        if not 0 < self.rejection_share <= 1:
+            raise ValueError(f"`rejection_share` must lie above 0 and up to 1, got {self.rejection_share}.")
+        window = list(self.rejection_window)
+        if len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
+            raise ValueError(f"`rejection_window` must be [lowest, highest] within 0..1, got {window}.")
+        if self.relabel_above is not None and not 0 <= self.relabel_above <= 1:
+            raise ValueError(f"`relabel_above` must lie in 0..1, or be left out, got {self.relabel_above}.")
         if self.rounds_per_level < 1:
             raise ValueError(f"`rounds_per_level` must be at least 1, got {self.rounds_per_level}.")
         if not 0 < self.agreement_min_prob < 1:

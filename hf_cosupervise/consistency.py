@@ -163,6 +163,51 @@ def parent_confident(
     return (labels == parent_labels) & (confidence >= parent_confidence)
 
 
+def student_entropy(student_log_probs: torch.Tensor) -> torch.Tensor:
+    """Measure how unsure the student is, H(s_i) = -sum_c s_ic log s_ic.
+
+    Args:
+        student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
+            Log-probabilities of the student.
+
+    Returns:
+        `torch.Tensor` of shape `(num_examples,)`: 0 (sure) to log(num_labels).
+
+    Source:
+        arXiv 2509.24005, which keeps the share of examples that the student is surest of.
+
+    Examples:
+        >>> student_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log()).tolist()
+        [0.6931471824645996, 0.0]
+    """
+    return -torch.special.xlogy(student_log_probs.exp(), student_log_probs.exp()).sum(dim=1)
+
+
+def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Measure how far the teachers' votes are spread, H(v_i) with v_ic the share of votes for label c.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
+            Hard labels, -1 where a teacher has no answer.
+        num_labels (`int`):
+            Number of labels.
+
+    Returns:
+        `torch.Tensor` of shape `(num_examples,)`: 0 (all say the same, or nobody says anything) to log(num_labels).
+
+    Source:
+        arXiv 2406.19032, which keeps examples whose entropy is at most the median.
+
+    Examples:
+        >>> vote_entropy(torch.tensor([[1, 1], [0, 1], [2, -1]]), num_labels=3).tolist()
+        [0.0, 0.6931471824645996, 0.0]
+    """
+    votes = torch.nn.functional.one_hot(labels.clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
+    counts = votes.sum(dim=1)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    return -torch.special.xlogy(shares, shares).sum(dim=1)
+
+
 def select_consistent(
     losses: torch.Tensor, agrees: torch.Tensor, has_label: torch.Tensor, rule: str = "loss_rank"
 ) -> torch.Tensor:

@@ -24,7 +24,17 @@ from .assignment import (
     oracle_assign_by_scope,
 )
 from .config import CoSupervisedConfig
-from .consistency import default_top_k, in_top_k, parent_confident, parent_topk, pseudolabel_loss, select_consistent
+from .consistency import (
+    default_top_k,
+    in_top_k,
+    parent_confident,
+    parent_topk,
+    pseudolabel_loss,
+    select_by_loss_rank,
+    select_consistent,
+    student_entropy,
+    vote_entropy,
+)
 from .metrics import agreement, oracle_selection
 from .neighbors import mean_over_neighbors
 from .pool import ORACLE_DOMAIN, PseudolabelPool
@@ -52,6 +62,9 @@ class LevelPlan:
             What is trained on.
         metrics (`dict[str, float]`):
             Numbers for the log.
+        relabelled (`np.ndarray` of shape `(num_examples,)`, *optional*):
+            The student's own label of rejected examples that are trained on with it; -1 for all others. These have it
+            in `labels` too, and are in `keep_mask`.
     """
 
     level: int
@@ -60,6 +73,7 @@ class LevelPlan:
     labels: np.ndarray
     keep_mask: np.ndarray
     metrics: dict[str, float]
+    relabelled: np.ndarray | None = None
 
     @property
     def keep_rate(self) -> float:
@@ -77,13 +91,17 @@ class _Rows:
     in_student_top_k: np.ndarray
     passes_parent: np.ndarray
     student_labels: np.ndarray
+    student_entropy: np.ndarray
+    student_confidence: np.ndarray
+    passes_others: np.ndarray
+    vote_entropy: np.ndarray
 
     @classmethod
     def empty(cls, num_examples: int) -> _Rows:
         integers, flags = np.int32, np.int8
-        return cls(
-            *(np.zeros(num_examples, dtype=kind) for kind in (integers, integers, np.float32, flags, flags, integers))
-        )
+        floats = np.float32
+        kinds = (integers, integers, floats, flags, flags, integers, floats, floats, flags, floats)
+        return cls(*(np.zeros(num_examples, dtype=kind) for kind in kinds))
 
 
 def plan_level(
@@ -140,17 +158,37 @@ def plan_level(
             f"No teacher up to level {level} answered any of the {len(pool)} examples. Check their labels."
         )
     keep_mask = has_label & (rows.passes_parent > 0)
-    if level > 0 and "top_k" in args.rejection:
-        losses, agrees = torch.from_numpy(rows.losses), torch.from_numpy(rows.in_student_top_k > 0)
-        keep_mask &= select_consistent(losses, agrees, torch.from_numpy(has_label), args.rejection_rule).numpy()
+    if level > 0:
+        keep_mask &= _select(rows, args, has_label)
+    relabelled = None
+    if level > 0 and args.relabel_above is not None:
+        own = has_label & ~keep_mask & (rows.student_confidence >= args.relabel_above)
+        relabelled = np.where(own, rows.student_labels, -1)
+        keep_mask |= own
+        rows.labels = np.where(own, rows.student_labels, rows.labels)
     if not keep_mask.any():
         raise ValueError(
             f"Level {level} must keep at least one example, got none of {int(has_label.sum())}: student and teachers "
             f"never agree under `rejection` {args.rejection}. Use 'none', a larger `rejection_k`, or better teachers."
         )
-    plan = LevelPlan(level, round, rows.assigned, rows.labels, keep_mask, {})
+    plan = LevelPlan(level, round, rows.assigned, rows.labels, keep_mask, {}, relabelled)
     plan.metrics = _describe(pool, plan, rows, level > 0)
     return plan
+
+
+def _select(rows: _Rows, args: CoSupervisedConfig, has_label: np.ndarray) -> np.ndarray:
+    """What of the examples with a pseudolabel passes the tests that need the student, or all of the examples."""
+    keep = has_label & (rows.passes_others > 0)
+    if "top_k" in args.rejection:
+        losses, agrees = torch.from_numpy(rows.losses), torch.from_numpy(rows.in_student_top_k > 0)
+        keep &= select_consistent(losses, agrees, torch.from_numpy(has_label), args.rejection_rule).numpy()
+    if "student_entropy" in args.rejection:
+        num_keep = max(round(args.rejection_share * int(has_label.sum())), 1)
+        entropy = torch.from_numpy(rows.student_entropy)
+        keep &= select_by_loss_rank(entropy, num_keep, torch.from_numpy(has_label)).numpy()
+    if "vote_entropy" in args.rejection:
+        keep &= rows.vote_entropy <= np.median(rows.vote_entropy[has_label])
+    return keep
 
 
 def level_assignment(args: CoSupervisedConfig, level: int) -> str:
@@ -211,6 +249,17 @@ def _plan_chunk(
     rows.losses[part] = pseudolabel_loss(log_probs, labels)
     rows.in_student_top_k[part] = in_top_k(log_probs, labels, k)
     rows.student_labels[part] = log_probs.numpy().argmax(axis=1)  # numpy promises ties to the first
+    rows.passes_others[part] = 1
+    if "student_entropy" in args.rejection:
+        rows.student_entropy[part] = student_entropy(log_probs)
+    if args.relabel_above is not None:
+        rows.student_confidence[part] = log_probs.max(dim=1).values.exp()
+    if "confidence_window" in args.rejection:
+        confidence = pool.pseudolabels(assigned.numpy(), positions).max(axis=1)
+        rows.passes_others[part] = (args.rejection_window[0] <= confidence) & (confidence <= args.rejection_window[1])
+    if "vote_entropy" in args.rejection:
+        votes = np.stack([pool.hard_labels(name, part) for name in pool.hierarchy.names], axis=1)
+        rows.vote_entropy[part] = vote_entropy(torch.from_numpy(votes), pool.hierarchy.num_labels)
     if {"parent_topk", "parent_confident"} & set(args.rejection):
         own, above = (torch.from_numpy(pool.pseudolabels(who.numpy(), positions)) for who in (assigned, parent))
         rows.passes_parent[part] = _passes_parent(args, k, labels, own.max(dim=1).values, parent, above)

@@ -206,17 +206,19 @@ class PseudolabelPool:
         """
         return self.label_probs(name)[rows, 0] > 0
 
-    def hard_labels(self, name: str) -> np.ndarray:
+    def hard_labels(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:  # noqa: B008
         """Give a teacher's most probable label of each example.
 
         Args:
             name (`str`):
                 Name of a teacher.
+            rows (`np.ndarray` of int or `slice`, *optional*):
+                Which examples; all by default.
 
         Returns:
-            `np.ndarray` of shape `(num_examples,)`, int64; -1 where there is no answer.
+            `np.ndarray` of shape `(num_rows,)`, int64; -1 where there is no answer.
         """
-        return np.where(self.answered(name), self.label_ids(name)[:, 0].astype(np.int64), -1)
+        return np.where(self.answered(name, rows), self.label_ids(name)[rows, 0].astype(np.int64), -1)
 
     def decode(self, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:
         """Give full probability vectors of a teacher.

@@ -344,12 +344,12 @@ class CoSupervisedTrainer(Trainer):
         if self.args.should_save:
             folder = self._level_dir(plan.level)
             folder.mkdir(parents=True, exist_ok=True)
-            np.savez(
-                folder / "plan.npz",
-                assigned_teacher=plan.assigned_teacher,
-                labels=plan.labels,
-                keep_mask=plan.keep_mask,
-            )
+            arrays: dict[str, Any] = {
+                "assigned_teacher": plan.assigned_teacher, "labels": plan.labels, "keep_mask": plan.keep_mask
+            }  # fmt: skip
+            if plan.relabelled is not None:
+                arrays["relabelled"] = plan.relabelled
+            np.savez(folder / "plan.npz", **arrays)
             tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
             save_file(tensors, folder / "student.tmp")
             os.replace(folder / "student.tmp", folder / "student.safetensors")  # its presence says: level finished
@@ -440,7 +440,13 @@ class CoSupervisedTrainer(Trainer):
                 )
             self.plans.append(
                 LevelPlan(
-                    level, records[-1]["round"], saved["assigned_teacher"], saved["labels"], saved["keep_mask"], {}
+                    level,
+                    records[-1]["round"],
+                    saved["assigned_teacher"],
+                    saved["labels"],
+                    saved["keep_mask"],
+                    {},
+                    saved.get("relabelled"),
                 )
             )
         if self.plans:
@@ -1166,7 +1172,11 @@ class _LossMeter:
 
 def _pseudolabels(pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.ndarray) -> np.ndarray:
     """Give what is trained on; a plain function, so that workers of any start method can take it along."""
-    return pool.pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+    probs = pool.pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+    if plan.relabelled is not None:
+        own = plan.relabelled[rows]
+        probs[own >= 0] = np.eye(probs.shape[1], dtype=np.float32)[own[own >= 0]]
+    return probs
 
 
 def _sparse_pseudolabels(
@@ -1180,7 +1190,8 @@ def _pays_sparse(pool: PseudolabelPool, plan: LevelPlan) -> bool:
     """Tell whether rows of k labels are cheaper than rows of all; an ensemble has no stored rows."""
     num_teachers = len(pool.hierarchy.teachers)
     k = pool.label_ids(pool.hierarchy.names[0]).shape[1]
-    return pool.has_one_k and 4 * k <= pool.hierarchy.num_labels and bool((plan.assigned_teacher < num_teachers).all())
+    is_narrow = pool.has_one_k and 4 * k <= pool.hierarchy.num_labels
+    return is_narrow and plan.relabelled is None and bool((plan.assigned_teacher < num_teachers).all())
 
 
 def _read_batches(batch_sampler: Any, rows: torch.Tensor) -> Sequence[torch.Tensor]:

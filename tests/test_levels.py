@@ -708,3 +708,60 @@ def test_a_chunk_reads_its_own_rows_only(base_args, monkeypatch):
         plan_level(pool, 1, args, root.assigned_teacher, chunks)
         assert max(read) <= CHUNK_ROWS
         read.clear()
+
+
+# ── other ways to reject ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def small() -> PseudolabelPool:
+    """Two levels of two labels, six examples: the specialist says a, a, a, b, b, nothing, ever surer of a."""
+    root = np.array([[0.6, 0.4]] * 3 + [[0.4, 0.6]] * 2 + [[0.0, 0.0]])
+    own = np.array([[0.9, 0.1], [0.75, 0.25], [0.55, 0.45], [0.25, 0.75], [0.1, 0.9], [0.0, 0.0]])
+    hierarchy = TeacherHierarchy(["a", "b"], [Teacher("root"), Teacher("own", level=1)])
+    return PseudolabelPool.from_predictions(hierarchy, list(range(6)), {"root": root, "own": own})
+
+
+STUDENT = torch.tensor([[0.95, 0.05], [0.4, 0.6], [0.1, 0.9], [0.5, 0.5], [0.3, 0.7], [0.5, 0.5]]).log()
+
+
+def keep_of(pool: PseudolabelPool, args: CoSupervisedConfig, **values: object) -> LevelPlan:
+    changed = change(args, assignment=["ensemble"], **values)
+    return plan_level(pool, 1, changed, np.array([0, 0, 0, 0, 0, -1]), cut(STUDENT, [2, 5]))
+
+
+def test_the_share_that_the_student_is_surest_of(small, base_args):
+    # entropies rise in the order of rows 0, 2, 4, 1, 3; row 5 has no pseudolabel
+    for share, kept in ((0.2, [0]), (0.4, [0, 2]), (0.6, [0, 2, 4]), (1.0, [0, 1, 2, 3, 4])):
+        plan = keep_of(small, base_args, rejection=["student_entropy"], rejection_share=share)
+        assert np.flatnonzero(plan.keep_mask).tolist() == kept
+
+
+def test_examples_on_which_teachers_agree(base_args):
+    hierarchy = TeacherHierarchy(["a", "b"], [Teacher("root"), Teacher("x", level=1), Teacher("y", level=1)])
+    a, b = [1.0, 0.0], [0.0, 1.0]
+    answers = {"root": [a, a, b, b], "x": [a, b, b, a], "y": [a, a, b, b]}
+    pool = PseudolabelPool.from_predictions(hierarchy, range(4), {n: np.array(v) for n, v in answers.items()})
+    args = change(base_args, assignment=["ensemble"], rejection=["vote_entropy"])
+    plan = plan_level(pool, 1, args, np.zeros(4, dtype=int), cut(STUDENT[:4], [1]))
+    # rows 1 and 3 are two to one; the median lies between, and what is at most the median stays
+    assert np.flatnonzero(plan.keep_mask).tolist() == [0, 2]
+
+
+def test_a_window_of_confidence(small, base_args):
+    for window, kept in (([0.5, 1.0], [0, 1, 2, 3, 4]), ([0.7, 0.8], [1, 3]), ([0.88, 1.0], [0, 4])):
+        plan = keep_of(small, base_args, rejection=["confidence_window"], rejection_window=window)
+        assert np.flatnonzero(plan.keep_mask).tolist() == kept
+
+
+def test_rejected_examples_may_take_the_students_own_label(small, base_args):
+    rejected = keep_of(small, base_args, rejection=["top_k"], rejection_rule="agreement_set")
+    assert np.flatnonzero(~rejected.keep_mask).tolist() == [1, 2, 3, 5] and rejected.relabelled is None
+    plan = keep_of(small, base_args, rejection=["top_k"], rejection_rule="agreement_set", relabel_above=0.8)
+    # rows 1 and 2 are rejected (a, and the student says b); it is sure enough of row 2 only
+    assert plan.relabelled.tolist() == [-1, -1, 1, -1, -1, -1]
+    assert plan.labels.tolist() == [0, 0, 1, 1, 1, -1] and plan.keep_mask[2] and not plan.keep_mask[1]
+    from hf_cosupervise.trainer import _pseudolabels
+
+    rows = np.array([0, 2, 4])
+    np.testing.assert_allclose(_pseudolabels(small, plan, False, rows), [[0.9, 0.1], [0, 1], [0.1, 0.9]], atol=1e-3)

@@ -974,3 +974,26 @@ def test_only_a_frozen_backbone_has_features(tmp_path, tiny_vit, tiny_image_data
         assert str(error.value) == (
             "Only a linear head on a frozen backbone has features, got another kind of student."
         )
+
+
+def test_rejected_examples_are_trained_on_with_the_students_label(tmp_path, tiny_vit, tiny_image_dataset):
+    changes = {"relabel_above": 0.3, "rejection_rule": "agreement_set", "rejection_k": 1}
+    plain = CoSupervisedTrainer(
+        tiny_vit, make_args(tmp_path / "a", **changes | {"relabel_above": None}), pool=make_pool(tiny_image_dataset)
+    )
+    plain.train()
+    trainer = CoSupervisedTrainer(tiny_vit, make_args(tmp_path / "b", **changes), pool=make_pool(tiny_image_dataset))
+    trainer.train()
+    first, plan = plain.plans[1], trainer.plans[1]
+    own = plan.relabelled >= 0
+    assert own.any() and not (own & first.keep_mask).any() and (plan.keep_mask == (first.keep_mask | own)).all()
+    assert trainer.history.records[1]["consistency/num_kept"] == plan.keep_mask.sum()
+    slow = CoSupervisedTrainer(
+        tiny_vit, make_args(tmp_path / "c", fit_head_on_features=False, **changes), pool=make_pool(tiny_image_dataset)
+    )
+    slow.train()
+    for name, value in weights(trainer).items():
+        torch.testing.assert_close(value, weights(slow)[name], atol=1e-5, rtol=0)
+    again = CoSupervisedTrainer(tiny_vit, make_args(tmp_path / "b", **changes), pool=make_pool(tiny_image_dataset))
+    again.train(resume_from_checkpoint=True)
+    np.testing.assert_array_equal(again.plans[1].relabelled, plan.relabelled)
