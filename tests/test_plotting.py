@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
+from hf_cosupervise.plotting import plot_group_shares, plot_levels, plot_pgr, plot_reliability, plot_teacher_shares
 
 pytest.importorskip("matplotlib")
 
@@ -81,6 +82,60 @@ def test_shares_stack_to_what_was_answered(report, figures, tmp_path):
     assert len(looks) == 11  # more teachers than colours stay told apart
 
 
+def test_levels_have_a_line_per_method_of_several(figures, tmp_path):
+    def level(number: int, pgr: list[float | None], precision: float) -> dict[str, Any]:
+        return {"level": number, "pgr": pgr, "kept_precision": [precision, precision], "kept_recall": [1.0, None]}
+
+    methods = {
+        "top-1": {"levels": [level(0, [0.1, 0.3], 0.5), level(1, [0.5, None], 0.75), level(2, [None, None], 0.8)]},
+        "csl": {"levels": [level(0, [0.1, 0.3], 0.5), level(1, [0.6, 0.8], 0.9)]},
+        "ensemble": {"levels": [level(0, [0.1, 0.2], 0.5)]},
+    }
+    path = plot_levels({"methods": methods}, tmp_path / "levels.png")
+    assert Image.open(path).size[0] > 1000
+    pgr, precision, recall = figures[0].axes
+    assert [text.get_text() for text in recall.get_legend().get_texts()] == ["co-supervised", "top-1"]  # ours first
+    lines = [container.lines[0] for container in pgr.containers]
+    np.testing.assert_allclose(lines[0].get_ydata(orig=False), [20, 70])
+    np.testing.assert_allclose(lines[1].get_ydata(orig=False), [20, 50])  # nothing is known of its last level
+    np.testing.assert_allclose(np.round(lines[1].get_xdata(orig=False)), [0, 1])
+    np.testing.assert_allclose(precision.containers[1].lines[0].get_ydata(orig=False), [50, 75, 80])
+    assert lines[0].get_color() != lines[1].get_color()
+
+
+def test_levels_of_one_seed_without_ground_truth_in_the_pool(figures, tmp_path):
+    levels = [{"level": number, "pgr": [0.1 * number]} for number in range(2)]
+    plot_levels({"methods": {"csl": {"levels": levels}}}, tmp_path / "levels.png")
+    assert [len(axes.containers) for axes in figures[0].axes] == [1, 0, 0]
+    assert figures[0].axes[-1].get_legend() is not None
+
+
+def test_shares_of_groups_have_a_panel_per_level(figures, tmp_path):
+    shares = {"ant": {"low": [1.0, 0.5], "high": [0.0, 0.5]}, "bee": {"low": [0.25, 0.25], "high": [0.75, None]}}
+    root = {"level": 0, "teachers_by_group": {"ant": {"root": [1.0, 1.0]}}}
+    report = {"levels": [root, {"level": 1, "teachers_by_group": shares}, {"level": 2, "teachers_by_group": shares}]}
+    plot_group_shares(report, tmp_path / "shares.png")
+    first, second = figures[0].axes
+    assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("level 1", "level 2")
+    assert [label.get_text() for label in first.get_yticklabels()] == ["ant", "bee"]
+    assert [bar.get_width() for bar in first.patches] == pytest.approx([75, 25, 25, 75])
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["low", "high"]
+
+
+def test_reliability_diagrams(figures, tmp_path):
+    full = {"confidence": [0.3, None, 0.9], "accuracy": [0.5, None, 0.8], "count": [1, 0, 3]}
+    curves = {f"teacher-{number}": full for number in range(6)} | {"csl": {**full, "accuracy": [1.0, math.nan, 0.7]}}
+    plot_reliability(curves, tmp_path / "reliability.png")
+    panels = figures[0].axes
+    assert [axes.get_title(loc="left") for axes in panels][-2:] == ["teacher-5", "co-supervised"] and len(panels) == 7
+    diagonal, curve = panels[0].lines
+    assert diagonal.get_xdata().tolist() == diagonal.get_ydata().tolist() == [0, 100]
+    np.testing.assert_allclose(curve.get_xydata(), [[30, 50], [90, 80]])  # an empty bin has no dot
+    sizes = panels[0].collections[0].get_sizes()
+    assert sizes[1] == pytest.approx(94) and sizes[0] == pytest.approx(34)
+    np.testing.assert_allclose(panels[-1].lines[1].get_ydata(), [100, 70])
+
+
 def test_a_report_that_went_through_json_gives_the_same_picture(report, tmp_path):
     for method in report["methods"].values():
         method["pgr"] = [None if value != value else value for value in method.get("pgr", [])]
@@ -103,6 +158,19 @@ def test_a_report_that_went_through_json_gives_the_same_picture(report, tmp_path
             {"levels": [{"level": 0}]},
             "A report needs levels with `teachers`, got 1 without. Measure co-supervision first.",
         ),
+        (
+            plot_group_shares,
+            {"levels": [{"level": 0, "teachers_by_group": {"a": {"root": [1.0]}}}]},
+            "A report needs a level below the root with `teachers_by_group`, got none among 1 levels. "
+            "Measure co-supervision of several levels first.",
+        ),
+        (
+            plot_levels,
+            {"methods": {"ensemble": {"levels": [{"level": 0}]}, "plain": {}}},
+            "A report needs a method with several levels, got ['ensemble', 'plain'] without one. "
+            "Measure co-supervision first.",
+        ),
+        (plot_reliability, {}, "At least one curve is needed, got none. Compute them by `reliability_curve`."),
     ],
 )
 def test_a_report_without_numbers(plot, report, sentence, tmp_path):

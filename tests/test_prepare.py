@@ -1,4 +1,7 @@
-"""The recipes' local folders: digits for real, the larger ones where their packages are installed."""
+"""The recipes' local folders, and what of the recipes is for texts and people.
+
+Digits are made for real, the larger folders where their packages are installed.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, DatasetDict, load_from_disk
+import yaml
+from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
+
+from hf_cosupervise import PseudolabelPool
 
 PREPARE = Path(__file__).resolve().parents[1] / "recipes" / "prepare.py"
+sys.path.insert(0, str(PREPARE.parent))
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +200,69 @@ def test_sentiment_says_what_to_do_when_pip_cannot(prepare: ModuleType, tmp_path
     with pytest.raises(OSError, match=message):
         prepare.sentiment(tmp_path / "data")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def texts() -> Dataset:
+    """Forty texts of two domains with what two people said of some."""
+    words = {"negative": "the ant often stings", "positive": "the cat often purrs"}
+    rows = [
+        {"text": f"{words[label]} {number}", "label": label, "domain": "ab"[number % 2]}
+        | {"rater_1": label if number % 3 else None, "rater_2": label if number % 2 else None}
+        for number in range(20)
+        for label in words
+    ]
+    return Dataset.from_list(rows).cast_column("label", ClassLabel(names=list(words)))
+
+
+def test_text_teachers_specialize_by_a_hidden_domain(texts: Dataset, tmp_path: Path) -> None:
+    pytest.importorskip("skops")
+    import train_teachers
+
+    labels = texts.features["label"].names
+    args = train_teachers.TeacherArguments(
+        teacher_kind="sklearn", teacher_model="linear_model.LogisticRegression", teacher_num_examples=8,
+        teacher_vectorizer="feature_extraction.text.TfidfVectorizer",
+        teacher_vectorizer_kwargs={"ngram_range": [1, 2]},
+        level_sizes=[1, 2], specialize_by="domain",
+    )  # fmt: skip
+    hierarchy = train_teachers.train_teachers(texts, labels, args, tmp_path / "teachers", 0, "domain")
+    assert [teacher.domains for teacher in hierarchy.teachers] == [None, ("a",), ("b",)]
+    data = texts.select_columns(["text", "label"])
+    accuracies = train_teachers.measure(data, hierarchy, None)
+    assert set(accuracies) == {"generalist", "level-1-0", "level-1-1"} and min(accuracies.values()) == 1
+    assert train_teachers.measure(data, train_teachers.control_hierarchy(hierarchy, tmp_path / "teachers"), None)
+
+    args.teacher_vectorizer = None
+    with pytest.raises(ValueError, match="needs `teacher_vectorizer`, got None. Name a class such as"):
+        train_teachers.train_teachers(texts, labels, args, tmp_path / "others", 0, "domain")
+    assert not (tmp_path / "others").exists()
+
+
+def test_people_teach_by_their_columns_from_end_to_end(
+    texts: Dataset, tiny_bert: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import train
+
+    DatasetDict({"train": texts}).save_to_disk(str(tmp_path / "data"))
+    people = [{"model": "rater_1", "kind": "column"}, {"model": "rater_2", "kind": "column", "level": 1}]
+    recipe = {"dataset": "data", "num_teacher_examples": 16, "num_pool_examples": 16, "teachers": people}
+    recipe |= {"oracle_domain_column": "domain", "student": tiny_bert, "output_dir": "out", "head_solver": "ridge"}
+    recipe |= {"methods": ["csl", "ceiling"], "assignment": ["ensemble"], "rejection": ["none"], "disable_tqdm": True}
+    (tmp_path / "people.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "people.yaml"])
+    train.main()
+    report = json.loads(Path("out", "report.json").read_text())
+    assert set(report["teachers"]) == {"rater_1", "rater_2"} and len(report["levels"]) == 2
+    assert 0 < np.mean(PseudolabelPool.load("out/_run/seed-0/pool").hard_labels("rater_2") < 0) < 1
+    assert Path("out", "model.safetensors").is_file() and Path("out", "README.md").is_file()
+
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--config", "people.yaml", "--output_dir", "o", "--teachers_dir", "t"]
+    )
+    with pytest.raises(ValueError, match=r"Either `teachers` or `teachers_dir` .* got both \(2 teachers and 't'\)"):
+        train.main()
 
 
 @pytest.mark.slow
