@@ -328,7 +328,7 @@ def run_group(group: Group) -> None:
     try:
         bench = Bench(group)
         save_cell(group, TEACHERS, measure_teachers(bench))
-    except Exception:
+    except Exception:  # whatever it is, the other cells go on, and the end of the run tells it
         group.fail([method.name for method in todo], traceback.format_exc())
         return
     for method in todo:
