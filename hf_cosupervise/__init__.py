@@ -11,6 +11,7 @@ _EXPORTS = {
     "teachers": ["Teacher", "TeacherHierarchy"],
     "hierarchies": ["load_hierarchy", "push_hierarchy"],
     "pool": ["PseudolabelPool"],
+    "derived_pools": ["aggregated_pool", "boosted_pool", "calibrated_pool", "smoothed_pool"],
     "labeling": ["build_pool"],
     "collator": ["DataCollatorForCoSupervision"],
     "config": ["CoSupervisedConfig"],
@@ -28,16 +29,21 @@ __all__ = [
     "Teacher",
     "TeacherHierarchy",
     "__version__",
+    "aggregated_pool",
+    "boosted_pool",
     "build_pool",
+    "calibrated_pool",
     "load_hierarchy",
     "load_student",
     "performance_gap_recovered",
     "push_hierarchy",
+    "smoothed_pool",
 ]
 
 if TYPE_CHECKING:
     from .collator import DataCollatorForCoSupervision
     from .config import CoSupervisedConfig
+    from .derived_pools import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
     from .hierarchies import load_hierarchy, push_hierarchy
     from .labeling import build_pool
     from .metrics import performance_gap_recovered

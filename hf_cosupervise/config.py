@@ -147,12 +147,30 @@ class CoSupervisedConfig(TrainingArguments):
     loss: str = field(
         default="cross_entropy",
         metadata={
-            "help": "What is minimized: cross_entropy, kl_divergence, reverse_kl, confidence, product, adapt_conf or "
-            "generalized_cross_entropy."
+            "help": "What is minimized: cross_entropy, kl_divergence, reverse_kl, confidence, product, adapt_conf, "
+            "generalized_cross_entropy, early_learning_regularization or evidential."
         },
     )
     loss_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Parameters of the loss by name, such as q or temperature."}
+    )
+    weight_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the pool with a weight for each example's loss, at least 0; 1 each by default."},
+    )
+    teacher_neighbors: int = field(
+        default=0,
+        metadata={
+            "help": "Average each teacher's probabilities over this many nearest examples in the backbone's features, "
+            "for a linear head on a frozen backbone; 0: each example alone."
+        },
+    )
+    cross_fit_folds: int = field(
+        default=0,
+        metadata={
+            "help": "Let heads that were not trained on an example choose its teacher and judge its pseudolabel: one "
+            "more head per fold and level, for a linear head on a frozen backbone; 0: the student itself."
+        },
     )
     fit_head_on_features: bool = field(
         default=True,
@@ -214,13 +232,29 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError(f"`rounds_per_level` must be at least 1, got {self.rounds_per_level}.")
         if not 0 < self.agreement_min_prob < 1:
             raise ValueError(f"`agreement_min_prob` must lie between 0 and 1, got {self.agreement_min_prob}.")
-        choose_loss(self.loss, self.loss_kwargs, lambda: 0.0)  # refuses what it does not know
+        # Refuses what it does not know, and at its first call parameters out of range.
+        _, loss = choose_loss(self.loss, self.loss_kwargs, lambda: 0.0, (1, 2))
+        loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
         if self.head_solver == "ridge" and self.loss != "cross_entropy":
             raise ValueError(f"`head_solver` 'ridge' has a loss of its own, got `loss` {self.loss!r}. Use 'steps'.")
+        if self.head_solver == "ridge" and self.weight_column is not None:
+            raise ValueError(
+                f"`head_solver` 'ridge' weighs all examples alike, got `weight_column` {self.weight_column!r}. Use "
+                "'steps'."
+            )
+        if self.teacher_neighbors < 0:
+            raise ValueError(f"`teacher_neighbors` must be at least 0, got {self.teacher_neighbors}.")
+        if self.cross_fit_folds < 0 or self.cross_fit_folds == 1:
+            raise ValueError(f"`cross_fit_folds` must be 0, or at least 2, got {self.cross_fit_folds}.")
         if self.agreement_neighbors < 0 or self.agreement_neighbors and "agreement" not in self.assignment:
             raise ValueError(
                 "`agreement_neighbors` must be at least 0, and is for `assignment` 'agreement', got "
                 f"{self.agreement_neighbors} with {self.assignment}."
+            )
+        if self.cross_fit_folds and self.warm_start:
+            raise ValueError(
+                "`cross_fit_folds` needs a fresh head at each level, which has seen nothing, got `warm_start`. Leave "
+                "one out."
             )
         for name in ("ridge_alpha", "ridge_logit_scale"):
             if not getattr(self, name) > 0:

@@ -12,26 +12,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
 
-from .aggregation import AGGREGATORS, Aggregator, aggregate
+from .aggregation import AGGREGATORS
 from .config import CoSupervisedConfig
+from .derived_pools import FEATURE_AGGREGATORS, aggregated_pool, boosted_pool, single_teacher_pool
 from .levels import LevelPlan
 from .metrics import accuracy, mean_and_spread, performance_gap_recovered, without_nan
 from .pool import PseudolabelPool
-from .teachers import Teacher, TeacherHierarchy
+from .teachers import TeacherHierarchy
 from .trainer import RUN_DIR, CoSupervisedTrainer
+from .weighting import AdaptiveEnsembleDistillation
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("generalist", "ensemble", "csl", "ceiling")
 # All teachers into one pseudolabel, with no hierarchy.
-AGGREGATED_METHODS = tuple(name for name in AGGREGATORS if name != "mean_probs")  # which is `ensemble`
+AGGREGATED_METHODS = (
+    *(name for name in AGGREGATORS if name != "mean_probs"),  # which is `ensemble`
+    *FEATURE_AGGREGATORS,
+)
 # Co-supervision with another assignment: upper bounds, and chance.
 ASSIGNED_METHODS = ("oracle_scope", "oracle_domain", "oracle_loss", "random")
-OTHER_METHODS = (*AGGREGATED_METHODS, "generalist_rejection", *ASSIGNED_METHODS)
+OTHER_METHODS = (*AGGREGATED_METHODS, "boosting", "aekd", "generalist_rejection", *ASSIGNED_METHODS)
 
 
 def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
@@ -76,36 +82,54 @@ def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:
     return labels
 
 
-def method_pool(pool: PseudolabelPool, method: str) -> PseudolabelPool:
+def method_pool(
+    pool: PseudolabelPool,
+    method: str,
+    *,
+    features: torch.Tensor | None = None,
+    labelled_pool: PseudolabelPool | None = None,
+) -> PseudolabelPool:
     """Give the pool on which a method trains the student.
 
     Args:
         pool (`PseudolabelPool`):
             All teachers; for `ceiling` and `oracle_…` with `oracle_label`.
         method (`str`):
-            `generalist` keeps the root only, and `generalist_rejection` repeats it at every level; `ensemble` puts all
-            teachers at the root; a name of [`AGGREGATORS`] makes one pseudolabel of them; `ceiling` has the ground
-            truth as its one teacher; `csl`, `oracle_…` and `random` keep the pool as it is.
+            `generalist` keeps the root only, and `generalist_rejection` repeats it at every level; `ensemble` and
+            `aekd` put all teachers at the root; `boosting` and the names of [`aggregated_pool`] make one pseudolabel
+            of them; `ceiling` has the ground truth as its one teacher; `csl`, `oracle_…` and `random` keep the pool as
+            it is.
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
+            For `raven` and `crowdlab`, see [`aggregated_pool`].
+        labelled_pool (`PseudolabelPool`, *optional*):
+            For `boosting`, see [`boosted_pool`].
 
     Returns:
         `PseudolabelPool`
 
     Raises:
-        ValueError: If the method is not known, or needs ground truth that is not there.
+        ValueError: If the method is not known, or needs ground truth, features or a labelled pool that is not there.
     """
     hierarchy = pool.hierarchy
     if method == "generalist":
         return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.levels[0]))
-    if method == "ensemble":
+    if method in ("ensemble", "aekd"):
         return pool.with_hierarchy(
             TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers])
         )
     if method == "generalist_rejection":
         return _repeat_root(pool)
     if method in AGGREGATED_METHODS:
-        return aggregated_pool(pool, method)
+        return aggregated_pool(pool, method, features=features)
+    if method == "boosting":
+        if labelled_pool is None:
+            raise ValueError(
+                "'boosting' needs a `labelled_pool`, got none. Label other examples with the same teachers, with "
+                "their ground truth as `oracle_column`, or leave this method out."
+            )
+        return boosted_pool(pool, labelled_pool)
     if method == "ceiling":
-        return _single_teacher_pool(
+        return single_teacher_pool(
             pool, "ground-truth", np.eye(hierarchy.num_labels, dtype=np.float32)[_oracle_labels(pool)]
         )
     if method == "csl" or method in ASSIGNED_METHODS:
@@ -113,28 +137,21 @@ def method_pool(pool: PseudolabelPool, method: str) -> PseudolabelPool:
     raise ValueError(f"`method` must be one of {[*METHODS, *OTHER_METHODS]}, got {method!r}.")
 
 
-def aggregated_pool(pool: PseudolabelPool, method: str | Aggregator, name: str | None = None) -> PseudolabelPool:
-    """Make one pseudolabel per example of all teachers, whatever their levels.
+def method_loss(pool: PseudolabelPool, method: str) -> AdaptiveEnsembleDistillation | None:
+    """Give the loss with which a method trains, where it has one of its own.
 
     Args:
         pool (`PseudolabelPool`):
             All teachers.
-        method (`str` or `Callable`):
-            A name of [`AGGREGATORS`], or a function of your own from `teacher_probs` `(num_examples, num_teachers,
-            num_labels)` and `answered` `(num_examples, num_teachers)` to probabilities `(num_examples, num_labels)`.
-        name (`str`, *optional*):
-            What the one teacher is called. Defaults to the method's name.
+        method (`str`):
+            See [`method_pool`].
 
     Returns:
-        `PseudolabelPool`: of one teacher; what nobody answered stays missing.
-
-    Raises:
-        ImportError: If the method needs a package that is not installed.
-        ValueError: If the method is not known, or what it gives is not a pseudolabel per example.
+        [`AdaptiveEnsembleDistillation`] for `aekd`, for `CoSupervisedTrainer(loss_func=...)`; otherwise `None`.
     """
-    title = name or str(method if isinstance(method, str) else getattr(method, "__name__", "aggregated"))
-    teacher_probs, answered = pool.decode_level(range(len(pool.hierarchy.teachers)), slice(None))
-    return _single_teacher_pool(pool, title.replace("_", "-"), aggregate(teacher_probs, answered, method).numpy())
+    if method != "aekd":
+        return None
+    return AdaptiveEnsembleDistillation(*pool.decode_level(range(len(pool.hierarchy.teachers)), slice(None)))
 
 
 def _repeat_root(pool: PseudolabelPool) -> PseudolabelPool:
@@ -153,16 +170,11 @@ def _repeat_root(pool: PseudolabelPool) -> PseudolabelPool:
     return PseudolabelPool(TeacherHierarchy(hierarchy.labels, teachers), datasets, pool.inputs)
 
 
-def _single_teacher_pool(pool: PseudolabelPool, name: str, probs: np.ndarray) -> PseudolabelPool:
-    hierarchy = TeacherHierarchy(pool.labels, [Teacher(name, kind="column")])
-    return PseudolabelPool.from_predictions(hierarchy, pool.ids, {name: probs}, inputs=pool.inputs)
-
-
 def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> CoSupervisedConfig:
     """Give the configuration with which a method trains: the same recipe, with its own assignment.
 
     Where co-supervision goes on from level to level (`warm_start`), the methods of one level get as many steps as all
-    its levels together.
+    its levels together. `aekd` has its own loss in place of `args.loss`, see [`method_loss`].
 
     Args:
         args (`CoSupervisedConfig`):
@@ -174,6 +186,9 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
 
     Returns:
         `CoSupervisedConfig`
+
+    Raises:
+        ValueError: If the method cannot train as `head_solver` says.
     """
     args = copy.copy(args)
     if method in ("csl", "generalist_rejection", *ASSIGNED_METHODS):
@@ -188,6 +203,12 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
         return args
     args.output_dir = _method_dir(args, method)
     args.assignment = ["ensemble"]
+    if method == "aekd":
+        if args.head_solver == "ridge":
+            raise ValueError("'aekd' has a loss of its own, got `head_solver` 'ridge'. Use 'steps', or leave it out.")
+        args.loss, args.loss_kwargs = "cross_entropy", {}  # as much as to say: none
+    if method == "ceiling":
+        args.teacher_neighbors = 0  # ground truth is no teacher
     if args.warm_start:
         scale = 1 + (num_levels - 1) * args.rounds_per_level
         args.max_steps = args.max_steps * scale if args.max_steps > 0 else args.max_steps
@@ -209,6 +230,7 @@ def compare_methods(
     methods: Sequence[str] = METHODS,
     processing_class: Any = None,
     extra_pools: Mapping[str, PseudolabelPool] | None = None,
+    labelled_pool: PseudolabelPool | None = None,
     resume: bool = False,
     on_trained: Callable[[str, CoSupervisedTrainer], None] = lambda method, trainer: None,
 ) -> tuple[dict[str, Any], CoSupervisedTrainer]:
@@ -235,6 +257,8 @@ def compare_methods(
             The student's, where that is a model.
         extra_pools (`Mapping[str, PseudolabelPool]`, *optional*):
             Controls of one level, such as one teacher with all labels, by name.
+        labelled_pool (`PseudolabelPool`, *optional*):
+            For `boosting`: the same teachers' answers on other examples, with `oracle_label`.
         resume (`bool`, *optional*, defaults to `False`):
             Go on after the last finished level of each method, where an earlier run of the same recipe was cut off.
         on_trained (`Callable`, *optional*):
@@ -245,7 +269,7 @@ def compare_methods(
         co-supervision), all accuracies 0 to 1; and the trainer of co-supervision, with the final student.
 
     Raises:
-        ValueError: If `csl` or `ceiling` is left out, or a method is not known.
+        ValueError: If `csl` or `ceiling` is left out, or a method is not known or lacks what it needs.
     """
     if missing := {"csl", "ceiling"} - set(methods):
         raise ValueError(
@@ -253,14 +277,17 @@ def compare_methods(
         )
     args = copy.copy(args)
     args.push_to_hub = False
-    pools = {method: method_pool(pool, method) for method in methods} | dict(extra_pools or {})
+    names = [*methods, *(extra_pools or {})]
+    arguments = {name: method_arguments(args, name, pool.hierarchy.num_levels) for name in names}
+    pools = _method_pools(student, args, pool, methods, processing_class, labelled_pool) | dict(extra_pools or {})
     accuracies: dict[str, float] = {}
     levels: list[dict[str, Any]] = []
     main: CoSupervisedTrainer | None = None
     for method, own_pool in pools.items():
-        own_args = method_arguments(args, method, pool.hierarchy.num_levels)
-        copied = copy.deepcopy(student) if isinstance(student, nn.Module) else student
-        trainer = CoSupervisedTrainer(copied, own_args, pool=own_pool, processing_class=processing_class)
+        trainer = CoSupervisedTrainer(
+            _copy_model(student), arguments[method], pool=own_pool, processing_class=processing_class,
+            loss_func=method_loss(pool, method),
+        )  # fmt: skip
         trainer.pop_callback(PrinterCallback)  # the report tells it better than a log of every method
         trainer.train(resume_from_checkpoint=resume)
         on_trained(method, trainer)
@@ -279,6 +306,39 @@ def compare_methods(
         "levels": [{**level, "pgr": performance_gap_recovered(weak, level["accuracy"], ceiling)} for level in levels],
     }
     return report, main  # type: ignore[return-value]
+
+
+def _copy_model(student: str | PreTrainedModel) -> str | PreTrainedModel:
+    return copy.deepcopy(student) if isinstance(student, nn.Module) else student
+
+
+def _method_pools(
+    student: str | PreTrainedModel,
+    args: CoSupervisedConfig,
+    pool: PseudolabelPool,
+    methods: Sequence[str],
+    processing_class: Any,
+    labelled_pool: PseudolabelPool | None,
+) -> dict[str, PseudolabelPool]:
+    """What each method trains on; everything is refused that can be before the student is asked for features."""
+    on_features = [method for method in methods if method in FEATURE_AGGREGATORS]
+    pools = {
+        method: method_pool(pool, method, labelled_pool=labelled_pool)
+        for method in methods if method not in on_features
+    }  # fmt: skip
+    if on_features and args.student_training != "probe":
+        raise ValueError(
+            f"{on_features} need a student with a linear head on a frozen backbone, got `student_training` "
+            f"{args.student_training!r}. Use 'probe', or leave them out."
+        )
+    if on_features:
+        own_args = method_arguments(args, on_features[0], pool.hierarchy.num_levels)
+        trainer = CoSupervisedTrainer(
+            _copy_model(student), own_args, pool=method_pool(pool, "ensemble"), processing_class=processing_class
+        )
+        features = trainer.pool_features()
+        pools |= {method: method_pool(pool, method, features=features) for method in on_features}
+    return {method: pools[method] for method in methods}
 
 
 def _measure_levels(trainer: CoSupervisedTrainer, test_dataset: Dataset) -> list[dict[str, Any]]:

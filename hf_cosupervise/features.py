@@ -18,8 +18,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .inputs import InputProcessor, cell_digests
+from .neighbors import nearest_neighbors
 
-_KEYS, _VALUES, _OWNER = "keys.npy", "features.npy", "backbone.txt"
+_KEYS, _VALUES, _OWNER, _ROWS = "keys.npy", "features.npy", "backbone.txt", "rows.npy"
 _KEY_DTYPE = np.dtype("S32")
 # Rows that do not lie on disk in the order wanted are copied to memory up to this size, beyond it to a file.
 _MAX_COPIED_BYTES = 2**30
@@ -132,6 +133,53 @@ class FeatureStore:
                 "that it does. Give the others only, or another `features_dir`."
             )
         self._write_shard(digests, batches, disable_tqdm=True)
+
+    def neighbors(
+        self, dataset: Dataset, column: str, features: torch.Tensor, k: int, *, is_first: bool = True,
+        wait: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Give each row's nearest others among the rows, found once for the same rows in the same order.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Data.
+            column (`str`):
+                The column that the model reads.
+            features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+                What [`features`] gave for it.
+            k (`int`):
+                How many.
+            is_first (`bool`, *optional*, defaults to `True`):
+                Whether this process writes what others read.
+            wait (`Callable`, *optional*):
+                Barrier between processes.
+
+        Returns:
+            `torch.LongTensor` of shape `(num_examples, k)`, see [`nearest_neighbors`].
+
+        Raises:
+            ValueError: If a stored file is of other rows or not whole.
+        """
+        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        name = f"neighbors-{k}-" + hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
+        path = self.folder / name / _ROWS
+        if is_first and not path.is_file():
+            found = nearest_neighbors(features, k).numpy().astype(np.int32)
+            with self._unfinished(name) as folder:
+                np.save(folder / _ROWS, found, allow_pickle=False)
+        wait()
+        try:
+            rows = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"Neighbours in '{path.parent}' must be whole, got: {error}. Delete that folder: they are found again."
+            ) from error
+        if rows.shape != (len(digests), k) or rows.size and not 0 <= rows.min() <= rows.max() < len(digests):
+            raise ValueError(
+                f"Neighbours in '{path.parent}' must be {k} of {len(digests)} rows each, got {rows.shape} of others. "
+                "Delete that folder: they are found again."
+            )
+        return torch.from_numpy(rows.astype(np.int64))
 
     def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Keys and mapped features of every shard."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from .losses import LossAndGradient
+
 # Rows per matrix product of a Gram matrix: large enough for full speed, small enough to stay in the cache.
 _GRAM_ROWS = 4096
 _ORIGIN_ROWS = 1000
@@ -147,7 +149,7 @@ def fit_linear_head(
     scheduler: Any,
     *,
     reader: BatchReader | None = None,
-    loss: tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]] | None = None,
+    loss: LossAndGradient | None = None,
     max_grad_norm: float = 0.0,
     average_gradients: Callable[[torch.Tensor], None] | None = None,
     on_step: Callable[[torch.Tensor, float | None], None] | None = None,
@@ -172,8 +174,9 @@ def fit_linear_head(
             Stepped after each optimizer step.
         reader (`BatchReader`, *optional*):
             Of these features and targets, where it is to read ahead.
-        loss (`tuple[Callable, Callable]`, *optional*):
-            What [`choose_loss`] gave, with `targets` over all labels. Defaults to the cross-entropy.
+        loss (`Callable`, *optional*):
+            Losses with their gradient as [`choose_loss`] gives them, with `targets` over all labels. Defaults to the
+            cross-entropy.
         max_grad_norm (`float`, *optional*, defaults to 0):
             Largest norm of the gradient; 0 for no clipping.
         average_gradients (`Callable`, *optional*):
@@ -199,9 +202,9 @@ def fit_linear_head(
                     logits += offset
                 if loss is None:
                     likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), wanted)
-                else:
-                    likelihood = -loss[0](logits.T, wanted).sum()
-                    gradient = loss[1](logits.T, wanted).T.contiguous()
+                else:  # over all labels
+                    losses, gradient = loss(logits.T, wanted, batch)  # type: ignore[arg-type]
+                    likelihood, gradient = -losses.sum(), gradient.T.contiguous()
                 scale = 1.0 / (rows.shape[0] * len(micro_batches))
                 parts = likelihood.mul_(-scale), product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
                 sums = [old.add_(new) for old, new in zip(sums, parts)] if sums else parts

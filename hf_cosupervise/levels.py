@@ -43,6 +43,12 @@ from .pool import ORACLE_DOMAIN, PseudolabelPool
 CHUNK_ROWS = 1024
 
 StudentChunks = Iterable[tuple[slice, torch.Tensor]]
+# A user's own assignment: from the student's log-probabilities `(rows, num_labels)`, the probabilities of the level's
+# teachers `(rows, num_teachers, num_labels)` and who answered `(rows, num_teachers)`, to positions in it `(rows,)`.
+AssignFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# A user's own rejection: from the student's log-probabilities and the pseudolabels, `(rows, num_labels)` both, to what
+# is kept `(rows,)`.
+KeepFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -113,6 +119,8 @@ def plan_level(
     *,
     round: int = 0,
     chosen: torch.Tensor | None = None,
+    assign_func: AssignFunction | None = None,
+    keep_func: KeepFunction | None = None,
     sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
 ) -> LevelPlan:
     """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level).
@@ -133,6 +141,10 @@ def plan_level(
             Round within the level.
         chosen (`torch.LongTensor` of shape `(num_examples,)`, *optional*):
             What [`assign_by_neighbors`] gave, in place of the level's own assignment.
+        assign_func (`Callable`, *optional*):
+            Below the root in place of the level's own assignment, a chunk of rows at a time: see [`AssignFunction`].
+        keep_func (`Callable`, *optional*):
+            Below the root in place of the rejection, a chunk of rows at a time: see [`KeepFunction`].
         sum_over_processes (`Callable`, *optional*):
             Adds an array up over all processes, each of which has filled its own rows only.
 
@@ -140,7 +152,7 @@ def plan_level(
         `LevelPlan`
 
     Raises:
-        ValueError: If no example is left to train on.
+        ValueError: If no example is left to train on, or a function gives what cannot be.
 
     Source:
         arXiv 2402.15505, released code; see [`assignment`] and [`consistency`] for what is ours.
@@ -150,7 +162,10 @@ def plan_level(
     # Not `or`: a process whose share is empty has no chunks, which is not the same as having no student.
     chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
     for part, log_probs in chunks:
-        _plan_chunk(rows, pool, level, args, previous, part, log_probs, None if chosen is None else chosen[part])
+        inside = None if chosen is None else chosen[part]
+        if assign_func is not None and log_probs is not None:
+            inside = _assign_by_function(pool, level, part, log_probs, assign_func)
+        _plan_chunk(rows, pool, level, args, previous, part, log_probs, inside, keep_func)
     rows = _Rows(*(sum_over_processes(values) for values in vars(rows).values()))
     has_label = rows.labels >= 0
     if not has_label.any():
@@ -159,7 +174,7 @@ def plan_level(
         )
     keep_mask = has_label & (rows.passes_parent > 0)
     if level > 0:
-        keep_mask &= _select(rows, args, has_label)
+        keep_mask &= _select(rows, args, has_label) if keep_func is None else rows.passes_others > 0
     relabelled = None
     if level > 0 and args.relabel_above is not None:
         own = has_label & ~keep_mask & (rows.student_confidence >= args.relabel_above)
@@ -170,6 +185,8 @@ def plan_level(
         raise ValueError(
             f"Level {level} must keep at least one example, got none of {int(has_label.sum())}: student and teachers "
             f"never agree under `rejection` {args.rejection}. Use 'none', a larger `rejection_k`, or better teachers."
+            if keep_func is None
+            else f"`keep_func` must keep at least one example of level {level}, got none of {int(has_label.sum())}."
         )
     plan = LevelPlan(level, round, rows.assigned, rows.labels, keep_mask, {}, relabelled)
     plan.metrics = _describe(pool, plan, rows, level > 0)
@@ -228,6 +245,7 @@ def _plan_chunk(
     part: slice,
     log_probs: torch.Tensor | None,
     chosen: torch.Tensor | None,
+    keep_func: KeepFunction | None,
 ) -> None:
     """Fill the remembered numbers of one chunk."""
     if log_probs is not None and torch.isnan(log_probs.sum()):
@@ -250,10 +268,14 @@ def _plan_chunk(
     rows.in_student_top_k[part] = in_top_k(log_probs, labels, k)
     rows.student_labels[part] = log_probs.numpy().argmax(axis=1)  # numpy promises ties to the first
     rows.passes_others[part] = 1
-    if "student_entropy" in args.rejection:
-        rows.student_entropy[part] = student_entropy(log_probs)
     if args.relabel_above is not None:
         rows.student_confidence[part] = log_probs.max(dim=1).values.exp()
+    if keep_func is not None:
+        pseudolabels = torch.from_numpy(pool.pseudolabels(assigned.numpy(), positions))
+        rows.passes_others[part] = _check_function("keep_func", keep_func(log_probs, pseudolabels), part, torch.bool)
+        return
+    if "student_entropy" in args.rejection:
+        rows.student_entropy[part] = student_entropy(log_probs)
     if "confidence_window" in args.rejection:
         confidence = pool.pseudolabels(assigned.numpy(), positions).max(axis=1)
         rows.passes_others[part] = (args.rejection_window[0] <= confidence) & (confidence <= args.rejection_window[1])
@@ -299,6 +321,36 @@ def _assign(
     if log_probs is None:
         raise ValueError(f"Level {level} is assigned by the student of the level above: give its `student_chunks`.")
     return _in_hierarchy(pool, level, _assign_inside(pool, level, args, method, part, log_probs, answered))
+
+
+def _assign_by_function(
+    pool: PseudolabelPool, level: int, part: slice, log_probs: torch.Tensor, function: AssignFunction
+) -> torch.Tensor:
+    """Ask the user's own assignment, and see that who shall speak has something to say."""
+    teacher_probs, answered = pool.decode_level(pool.hierarchy.level_indices(level), part)
+    chosen = _check_function("assign_func", function(log_probs, teacher_probs, answered), part, torch.long)
+    num_teachers = answered.shape[1]
+    if len(chosen) and not -1 <= int(chosen.min()) <= int(chosen.max()) < num_teachers:
+        raise ValueError(
+            f"`assign_func` must give positions of level {level}, 0..{num_teachers - 1}, or -1 for nobody, got "
+            f"{int(chosen.min())}..{int(chosen.max())}."
+        )
+    silent = (chosen != NOBODY) & ~answered.gather(1, chosen.clamp(min=0).unsqueeze(1)).squeeze(1)
+    if silent.any():
+        raise ValueError(
+            f"`assign_func` must choose teachers that answered, got {int(silent.sum())} of {len(chosen)} rows without "
+            f"an answer, row {part.start + int(silent.nonzero()[0])} first. Look at its third argument, or give -1."
+        )
+    return chosen
+
+
+def _check_function(name: str, found: object, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    """What a user's function gave, if it can be used."""
+    shape, kind = (part.stop - part.start,), "booleans" if dtype is torch.bool else "integers"
+    if not isinstance(found, torch.Tensor) or found.shape != shape or found.dtype is not dtype:
+        given = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"`{name}` must give a tensor of {kind} ({dtype}) of shape {shape}, got {given}.")
+    return found.cpu()
 
 
 def _in_hierarchy(pool: PseudolabelPool, level: int, inside: torch.Tensor) -> torch.Tensor:

@@ -11,13 +11,16 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 _MIN_PROB = 1e-6  # as in `assignment.agreement_scores`
-_GIVEN = ("logits", "target_probs", "fraction_done")  # arguments of a loss that are not its parameters
+# Arguments of a loss that are not its parameters.
+_GIVEN = ("logits", "target_probs", "fraction_done", "teacher_probs", "answered", "teacher_weights", "num_examples",
+          "num_labels")  # fmt: skip
 
 
 def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
@@ -511,8 +514,12 @@ def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None = None) -> 
 # ── one door ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _Loss = Callable[..., torch.Tensor]
+# From logits and pseudolabels `(batch, num_labels)` and rows of the pool `(batch,)`, to losses `(batch,)`; and to
+# losses with their gradient in the logits.
+LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+LossAndGradient = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-# By name, what needs nothing but `(logits, target_probs)`; for other parameters pass a function of one's own.
+# By name, what needs nothing but `(logits, target_probs)`.
 LOSSES: dict[str, _Loss] = {
     "cross_entropy": soft_cross_entropy,
     "kl_divergence": kl_divergence,
@@ -521,76 +528,147 @@ LOSSES: dict[str, _Loss] = {
     "adapt_conf": adapt_conf,
     "generalized_cross_entropy": generalized_cross_entropy,
 }
+# What needs more: where the parameters of these come from.
+_OTHERS: dict[str, Callable[..., Any]] = {
+    "confidence": linear_warmup,
+    "early_learning_regularization": EarlyLearningRegularization,
+    "evidential": evidential_loss,
+}
 
 
-def choose_loss(name: str, options: Mapping[str, float], fraction_done: Callable[[], float]) -> tuple[_Loss, _Loss]:
-    """Give a loss by its name, and its gradient in the logits, with its parameters set.
-
-    Args:
-        name (`str`):
-            A name in `LOSSES`, or `"confidence"`: [`confidence_loss`] with the weight of [`linear_warmup`].
-        options (`Mapping[str, float]`):
-            Parameters of the loss by name, of `confidence` those of [`linear_warmup`].
-        fraction_done (`Callable[[], float]`):
-            Asked at every call for the share of the steps done, 0 to 1.
-
-    Returns:
-        `tuple[Callable, Callable]`: from logits and pseudolabels `(num_examples, num_labels)` to losses
-        `(num_examples,)`, and to gradients `(num_examples, num_labels)`.
-
-    Raises:
-        ValueError: If the loss or a parameter of it is not known.
-    """
-    known = [*LOSSES, "confidence"]
-    if name not in known:
-        raise ValueError(f"`loss` must be one of {known}, got {name!r}.")
-    source = linear_warmup if name == "confidence" else LOSSES[name]
-    allowed = [key for key in inspect.signature(source).parameters if key not in _GIVEN]
-    if unknown := sorted(set(options) - set(allowed)):
-        raise ValueError(f"`loss_kwargs` of {name!r} must have keys among {allowed}, got {unknown}. Correct them.")
-    if name != "confidence":
-        return partial(LOSSES[name], **options), partial(LOGIT_GRADIENTS[name], **options)
-
-    def weighted(function: _Loss) -> _Loss:
-        return lambda logits, targets: function(logits, targets, linear_warmup(fraction_done(), **options))
-
-    return weighted(confidence_loss), weighted(LOGIT_GRADIENTS[name])
-
-
-def compute_pseudolabel_loss(loss: str | _Loss, logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
-    """Compute a loss given by name, or by a function of one's own.
+def choose_loss(
+    loss: str | LossFunction,
+    options: Mapping[str, Any],
+    fraction_done: Callable[[], float],
+    shape: tuple[int, int],
+) -> tuple[LossFunction, LossAndGradient]:
+    """Give a loss by its name, or one of the user's own, and the same with its gradient in the logits.
 
     Args:
         loss (`str` or `Callable`):
-            A name in `LOSSES`, or a function from `(logits, target_probs)` to `(num_examples,)`.
-        logits, target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits and pseudolabels.
+            A name in `LOSSES`; `"confidence"`: [`confidence_loss`] with the weight of [`linear_warmup`];
+            `"early_learning_regularization"`, with a memory of its own; `"evidential"`: [`evidential_loss`] of one
+            teacher, which on the mean of several is the mean of their losses, as it is linear in the pseudolabels. Or
+            a function from logits, pseudolabels and rows to losses `(batch,)`.
+        options (`Mapping[str, Any]`):
+            Parameters of a named loss by name; of `confidence` those of [`linear_warmup`].
+        fraction_done (`Callable[[], float]`):
+            Asked at every call for the share of the steps done, 0 to 1.
+        shape (`tuple[int, int]`):
+            Examples in the pool and labels, for a loss that remembers each example.
 
     Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
+        `tuple[Callable, Callable]`: from logits and pseudolabels `(batch, num_labels)` and rows of the pool `(batch,)`
+        to losses `(batch,)`, and to these and their gradients `(batch, num_labels)`.
 
     Raises:
-        ValueError: If the name is unknown, or the shapes differ or are not one loss per example.
+        ValueError: If the loss or a parameter of it is not known.
         TypeError: If `loss` is neither a name nor a function.
-
-    Examples:
-        >>> logits, targets = torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
-        >>> compute_pseudolabel_loss(lambda s, y: (s.softmax(dim=1) - y).square().sum(dim=1), logits, targets).tolist()
-        [0.5]
     """
-    if isinstance(loss, str) and loss not in LOSSES:
-        raise ValueError(f"`loss` must be one of {list(LOSSES)}, got {loss!r}. Or pass a function.")
-    if not isinstance(loss, str) and not callable(loss):
-        raise TypeError(f"`loss` must be a name or a function, got {type(loss).__name__}. Names are {list(LOSSES)}.")
-    _check_pair(logits, target_probs)
-    losses = (LOSSES[loss] if isinstance(loss, str) else loss)(logits, target_probs)
-    if not isinstance(losses, torch.Tensor) or losses.shape != logits.shape[:1]:
-        found = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
-        name = loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__)
-        raise ValueError(
-            f"`{name}` must return one loss per example, shape ({len(logits)},), got {found}. Sum over labels only."
-        )
-    return losses
+    if not isinstance(loss, str):
+        return _with_autograd(_checked(loss))
+    known = [*LOSSES, *_OTHERS]
+    if loss not in known:
+        raise ValueError(f"`loss` must be one of {known}, got {loss!r}.")
+    allowed = [key for key in inspect.signature((LOSSES | _OTHERS)[loss]).parameters if key not in _GIVEN]
+    if unknown := sorted(set(options) - set(allowed)):
+        raise ValueError(f"`loss_kwargs` of {loss!r} must have keys among {allowed}, got {unknown}. Correct them.")
+    if loss == "early_learning_regularization":
+        return _with_autograd(EarlyLearningRegularization(*shape, **options))
+    if loss == "evidential":
+        return _with_autograd(partial(_evidential_of_one, fraction_done, dict(options)))
+    if loss == "confidence":
+
+        def weight() -> list[float]:
+            return [linear_warmup(fraction_done(), **options)]
+
+        return _with_gradient(confidence_loss, LOGIT_GRADIENTS[loss], weight)
+    return _with_gradient(partial(LOSSES[loss], **options), partial(LOGIT_GRADIENTS[loss], **options))
+
+
+def weigh_loss(
+    pair: tuple[LossFunction, LossAndGradient], weights: torch.Tensor
+) -> tuple[LossFunction, LossAndGradient]:
+    """Give every example a weight of its own.
+
+    Args:
+        pair (`tuple[Callable, Callable]`):
+            What [`choose_loss`] gave.
+        weights (`torch.Tensor` of shape `(num_examples,)`):
+            By row of the pool. With a mean of 1 over the training set the mean loss is [`weighted_mean`] of it,
+            however it is cut into batches.
+
+    Returns:
+        `tuple[Callable, Callable]`: the same, weighted.
+    """
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        own = weights[rows.to(weights.device)].to(logits.device)
+        return own * pair[0](logits, targets, rows)
+
+    def with_gradient(
+        logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        own = weights[rows.to(weights.device)].to(logits.device)
+        losses, gradient = pair[1](logits, targets, rows)
+        return own * losses, own.unsqueeze(1) * gradient
+
+    return loss, with_gradient
+
+
+def _with_gradient(
+    loss: _Loss, gradient: _Loss, more: Callable[[], list[float]] = lambda: []
+) -> tuple[LossFunction, LossAndGradient]:
+    """A loss that does not look at rows, and its gradient in closed form; `more` gives both another argument."""
+    return (
+        lambda logits, targets, rows: loss(logits, targets, *more()),
+        lambda logits, targets, rows: (loss(logits, targets, *(last := more())), gradient(logits, targets, *last)),
+    )
+
+
+def _with_autograd(loss: LossFunction) -> tuple[LossFunction, LossAndGradient]:
+    def with_gradient(
+        logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            logits = logits.detach().requires_grad_()
+            losses = loss(logits, targets, rows)
+            if not losses.requires_grad:
+                raise ValueError("A loss must depend on the logits, got one without a gradient. Do not detach them.")
+            [gradient] = torch.autograd.grad(losses.sum(), logits)
+        return losses.detach(), gradient
+
+    return loss, with_gradient
+
+
+def _checked(function: LossFunction) -> LossFunction:
+    """A user's function, the losses of which are looked at."""
+    name = getattr(function, "__name__", type(function).__name__)
+    if not callable(function):
+        raise TypeError(f"`loss` must be a name or a function, got {name}. Names are {[*LOSSES, *_OTHERS]}.")
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        losses = function(logits, targets, rows)
+        if not isinstance(losses, torch.Tensor) or losses.shape != logits.shape[:1]:
+            found = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+            raise ValueError(
+                f"`{name}` must return one loss per example, shape ({len(logits)},), got {found}. Sum over labels "
+                "only."
+            )
+        return losses
+
+    return loss
+
+
+def _evidential_of_one(
+    fraction_done: Callable[[], float],
+    options: Mapping[str, Any],
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    answered = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
+    return evidential_loss(logits, targets.unsqueeze(1), answered, fraction_done(), **options)
 
 
 # ── pieces ──────────────────────────────────────────────────────────────────────────────────────────────────────────

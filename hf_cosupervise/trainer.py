@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -31,17 +32,34 @@ from transformers.trainer_utils import EvalPrediction, HubStrategy, PredictionOu
 from . import __version__
 from .callbacks import LevelCallbackHandler, LevelHistory
 from .cards import model_card, write_card
-from .collator import ROW, TARGETS, DataCollatorForCoSupervision
+from .collator import ROW, ROWS, TARGETS, DataCollatorForCoSupervision
 from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
+from .derived_pools import smoothed_pool
 from .features import FeatureStore
 from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .hub import open_repo
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
-from .levels import CHUNK_ROWS, LevelPlan, assign_by_neighbors, level_assignment, plan_level, row_chunks
-from .losses import choose_loss, hard_cross_entropy, soft_cross_entropy, sparse_soft_cross_entropy
+from .levels import (
+    CHUNK_ROWS,
+    AssignFunction,
+    KeepFunction,
+    LevelPlan,
+    assign_by_neighbors,
+    level_assignment,
+    plan_level,
+    row_chunks,
+)
+from .losses import (
+    LossAndGradient,
+    LossFunction,
+    choose_loss,
+    hard_cross_entropy,
+    soft_cross_entropy,
+    sparse_soft_cross_entropy,
+    weigh_loss,
+)
 from .metrics import accuracy, without_nan
-from .neighbors import nearest_neighbors
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .processes import Processes
 from .students import (
@@ -56,6 +74,7 @@ from .students import (
 logger = get_logger(__name__)
 
 RUN_DIR = "_run"
+_FOLDS = "folds.safetensors"
 # Pseudolabels of a level are decoded once where they fit in this many bytes, else batch by batch.
 _MAX_DECODED_BYTES = 2**30
 
@@ -86,6 +105,17 @@ class CoSupervisedTrainer(Trainer):
             The column that the student reads. Found by itself where only one can be meant.
         peft_config (`peft.LoraConfig`, *optional*):
             Adapters for `student_training="lora"`, instead of the `lora_…` fields.
+        loss_func (`Callable`, *optional*):
+            A loss of your own, instead of `args.loss`: from logits and pseudolabels, `(batch, num_labels)` both, and
+            rows of the pool `(batch,)` to losses `(batch,)`. Unlike `compute_loss_func` it is fitted on features too.
+        assign_func (`Callable`, *optional*):
+            An assignment of your own for the levels below the root, instead of `args.assignment`: from the student's
+            log-probabilities `(rows, num_labels)`, the probabilities of the level's teachers `(rows, num_teachers,
+            num_labels)` and who answered `(rows, num_teachers)` to positions in the level `(rows,)`, -1 for nobody.
+        keep_func (`Callable`, *optional*):
+            A rejection of your own for the levels below the root, instead of `args.rejection`: from the student's
+            log-probabilities and the pseudolabels, `(rows, num_labels)` both, to booleans `(rows,)`, True to keep.
+            Both are called for chunks of 1,024 rows, on the CPU.
         kwargs (`Any`):
             Passed on to [`~transformers.Trainer`].
 
@@ -115,6 +145,9 @@ class CoSupervisedTrainer(Trainer):
         pool: PseudolabelPool,
         input_column: str | None = None,
         peft_config: LoraConfig | None = None,
+        loss_func: LossFunction | None = None,
+        assign_func: AssignFunction | None = None,
+        keep_func: KeepFunction | None = None,
         **kwargs: Any,
     ) -> None:
         args = CoSupervisedConfig() if args is None else args
@@ -124,8 +157,9 @@ class CoSupervisedTrainer(Trainer):
             raise ValueError(
                 "`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`."
             )
-        _check_levels(pool, args)
+        _check_levels(pool, args, has_own_assignment=assign_func is not None)
         self.pool = pool
+        self.loss_func, self.assign_func, self.keep_func = loss_func, assign_func, keep_func
         inputs = _match_inputs(pool, train_dataset, input_column)
         self.input_column = find_input_column(inputs, input_column)
         self._rows = inputs.add_column(ROW, np.arange(len(pool)))
@@ -164,17 +198,47 @@ class CoSupervisedTrainer(Trainer):
         self._pool_features: torch.Tensor | None = None
         self._gram: torch.Tensor | None = None
         self._neighbors: torch.Tensor | None = None
-        if args.head_solver == "ridge" and (reason := self._why_not_on_features()):
+        self._own_pool = pool  # as it was given: that in use may be smoothed
+        self._fold_heads: list[nn.Linear] = []
+        self._level_loss: tuple[LossFunction, LossAndGradient] | None = None
+        self._weights = None if args.weight_column is None else _read_weights(pool, args.weight_column)
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        """Refuse what does not go together, before any work starts."""
+        args, reason = self.args, self._why_not_on_features()
+        if args.head_solver == "ridge" and reason:
             raise ValueError(f"`head_solver` 'ridge' needs a linear head on features, but {reason}. Use 'steps'.")
-        if args.agreement_neighbors and self._head is None:
+        if args.cross_fit_folds and reason:
+            raise ValueError(f"`cross_fit_folds` needs a linear head on features, but {reason}. Leave it out.")
+        for name in ("agreement_neighbors", "teacher_neighbors"):
+            if getattr(args, name) and self._head is None:
+                raise ValueError(
+                    f"`{name}` needs a linear head on a frozen backbone, got another kind of student. Set it to 0."
+                )
+            if getattr(args, name) >= len(self.pool):
+                raise ValueError(
+                    f"`{name}` must be below the {len(self.pool)} examples of the pool, got {getattr(args, name)}. "
+                    "Use fewer."
+                )
+        given = [name for name in ("loss_func", "assign_func", "keep_func") if getattr(self, name) is not None]
+        if wrong := [name for name in given if not callable(getattr(self, name))]:
+            raise TypeError(f"`{wrong[0]}` must be a function, got {type(getattr(self, wrong[0])).__name__}.")
+        losses = [name for name in ("loss_func", "compute_loss_func") if getattr(self, name) is not None]
+        losses += [f"loss {args.loss!r}"] if args.loss != "cross_entropy" else []
+        if len(losses) > 1:
+            raise ValueError(f"One loss is needed, got {' and '.join(losses)}. Leave the others out.")
+        if self.loss_func is not None and args.head_solver == "ridge":
+            raise ValueError("`head_solver` 'ridge' has a loss of its own, got `loss_func`. Use 'steps'.")
+        if self.compute_loss_func is not None and args.weight_column is not None:
             raise ValueError(
-                "`agreement_neighbors` needs a linear head on a frozen backbone, got another kind of student. Set it "
-                "to 0."
+                f"`compute_loss_func` sees no `weight_column`, got {args.weight_column!r}. Use `loss_func`, which is "
+                "weighted."
             )
-        if args.agreement_neighbors >= len(pool):
+        if args.loss == "early_learning_regularization" and args.world_size > 1:
             raise ValueError(
-                f"`agreement_neighbors` must be below the {len(pool)} examples of the pool, got "
-                f"{args.agreement_neighbors}. Use fewer."
+                "`loss` 'early_learning_regularization' remembers every example, which several processes would share "
+                f"out anew in each epoch, got {args.world_size} processes. Use one."
             )
 
     def _find_head(self) -> nn.Linear | None:
@@ -279,25 +343,45 @@ class CoSupervisedTrainer(Trainer):
         Raises:
             ValueError: If nothing is left to train on.
         """
+        if self.args.teacher_neighbors and self.pool is self._own_pool:
+            self.pool = smoothed_pool(self.pool, self._nearest(self.args.teacher_neighbors))
         previous = self.plans[level - 1].assigned_teacher if level else np.full(len(self.pool), -1)
         if level == 0:
             return plan_level(self.pool, level, self.args, previous, round=round)
-        chosen = None
-        if self.args.agreement_neighbors and level_assignment(self.args, level) == "agreement":
+        chosen, asks_neighbors = None, self.args.agreement_neighbors and self.assign_func is None
+        if asks_neighbors and level_assignment(self.args, level) == "agreement":
             chosen = assign_by_neighbors(
-                self.pool, level, self.args, self.predict_log_probs(self._rows, share=True), self._nearest(),
+                self.pool, level, self.args, self._ask_student(), self._nearest(self.args.agreement_neighbors),
                 self._sum_over_processes,
             )  # fmt: skip
         return plan_level(
-            self.pool, level, self.args, previous, self.predict_log_probs(self._rows, share=True), round=round,
-            chosen=chosen, sum_over_processes=self._sum_over_processes,
+            self.pool, level, self.args, previous, self._ask_student(), round=round, chosen=chosen,
+            assign_func=self.assign_func, keep_func=self.keep_func, sum_over_processes=self._sum_over_processes,
         )  # fmt: skip
 
-    def _nearest(self) -> torch.Tensor:
+    def _ask_student(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Stream what the student says of this process's share of the pool; under cross-fitting, what heads say that
+        were not trained on the example."""
+        if not self._fold_heads:
+            yield from self.predict_log_probs(self._rows, share=True)
+            return
+        features, num_folds = self._features_of(self._rows), len(self._fold_heads)
+        for chunk in row_chunks(len(self.pool))[self.args.process_index :: self.args.world_size]:
+            logits = torch.empty(chunk.stop - chunk.start, self.pool.hierarchy.num_labels)
+            for fold, head in enumerate(self._fold_heads):
+                first = (fold - chunk.start) % num_folds  # example i is in fold i modulo their number
+                logits[first::num_folds] = linear_logits(head, features[chunk][first::num_folds]).cpu()
+            yield chunk, torch.log_softmax(logits, dim=1)
+
+    def _nearest(self, k: int) -> torch.Tensor:
         """Give each example's neighbours in the features of the backbone, which is frozen: they are found once."""
         if self._neighbors is None:
-            self._neighbors = nearest_neighbors(self._features_of(self._rows), self.args.agreement_neighbors)
-        return self._neighbors
+            most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
+            self._neighbors = self.feature_store.neighbors(
+                self._rows, self.input_column, self.pool_features(), most,
+                is_first=self.args.process_index == 0, wait=self.accelerator.wait_for_everyone,
+            )  # fmt: skip
+        return self._neighbors[:, :k]
 
     def train_level(self, plan: LevelPlan, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
         """Train the student on what a level kept.
@@ -314,8 +398,9 @@ class CoSupervisedTrainer(Trainer):
         number = len(self.history.records)
         kept = np.flatnonzero(plan.keep_mask)
         self.train_dataset = self._rows.select(kept)
+        self._level_loss = self._make_loss(plan)
         # Losses other than the cross-entropy are given all labels.
-        is_plain = self.compute_loss_func is None and self.args.loss == "cross_entropy"
+        is_plain = self.compute_loss_func is None and self._level_loss is None
         read = _sparse_pseudolabels if is_plain and _pays_sparse(self.pool, plan) else _pseudolabels
         self.data_collator.pseudolabels = partial(read, self.pool, plan, self.args.pseudolabels == "hard")
         if not self.args.warm_start:
@@ -330,8 +415,38 @@ class CoSupervisedTrainer(Trainer):
                 output = self._fit_ridge(kept)
             else:
                 output = self._train_on_features(kept)
+        is_last = plan.level == self.pool.hierarchy.num_levels - 1 and plan.round == self._num_rounds(plan.level) - 1
+        if self.args.cross_fit_folds and not is_last:
+            self._fold_heads = self._fit_folds(plan, kept, number)
         self._record_level(plan, output)
         return output
+
+    def _fit_folds(self, plan: LevelPlan, kept: np.ndarray, number: int) -> list[nn.Linear]:
+        """Fit a head for each fold on what a level kept outside of it, in silence; the student stays as it is."""
+        if self._head is None:
+            raise ValueError("Only a linear head on a frozen backbone has features.")
+        student, loud = copy.deepcopy(self._head.state_dict()), (self.callback_handler, self.control, self.state)
+        heads = []
+        self.callback_handler = copy.copy(self.callback_handler)
+        self.callback_handler.callbacks = []
+        try:
+            for fold in range(self.args.cross_fit_folds):
+                own = kept[kept % self.args.cross_fit_folds != fold]
+                if not len(own):
+                    raise ValueError(
+                        f"Level {plan.level} must keep examples outside of every fold, got {len(kept)} all in fold "
+                        f"{fold}. Leave `cross_fit_folds` out."
+                    )
+                self.control, self.train_dataset = TrainerControl(), self._rows.select(own)
+                self._level_loss = self._make_loss(plan)
+                self._restore(self._fresh)
+                with self._level_arguments(plan, number):
+                    self._fit_ridge(own) if self.args.head_solver == "ridge" else self._train_on_features(own)
+                heads.append(copy.deepcopy(self._head))
+        finally:
+            self.callback_handler, self.control, self.state = loud
+            self._head.load_state_dict(student)
+        return heads
 
     def finish_level(self, plan: LevelPlan) -> None:
         """Keep the level's student and what it was trained on: the next level, or another run, goes on from here.
@@ -350,6 +465,8 @@ class CoSupervisedTrainer(Trainer):
             if plan.relabelled is not None:
                 arrays["relabelled"] = plan.relabelled
             np.savez(folder / "plan.npz", **arrays)
+            if self._fold_heads and plan.level < self.pool.hierarchy.num_levels - 1:
+                self._save_folds(folder / _FOLDS)
             tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
             save_file(tensors, folder / "student.tmp")
             os.replace(folder / "student.tmp", folder / "student.safetensors")  # its presence says: level finished
@@ -357,6 +474,28 @@ class CoSupervisedTrainer(Trainer):
         is_last = plan.level == self.pool.hierarchy.num_levels - 1
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
             self.push_to_hub(commit_message=f"Student of level {plan.level}")
+
+    def _save_folds(self, path: Path) -> None:
+        tensors = {
+            f"{fold}.{name}": value.detach().cpu().contiguous()
+            for fold, head in enumerate(self._fold_heads)
+            for name, value in head.state_dict().items()
+        }
+        save_file(tensors, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def _load_folds(self, path: Path) -> list[nn.Linear]:
+        if self._head is None or not path.is_file():
+            raise FileNotFoundError(
+                f"No heads of `cross_fit_folds` at '{path}': the run was begun without them. Leave the option out, or "
+                "choose another folder."
+            )
+        tensors, heads = load_file(path), []
+        for fold in range(self.args.cross_fit_folds):
+            head = copy.deepcopy(self._head)
+            head.load_state_dict({name: tensors[f"{fold}.{name}"] for name in head.state_dict()})
+            heads.append(head)
+        return heads
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
@@ -410,7 +549,7 @@ class CoSupervisedTrainer(Trainer):
         )
         self.state = self._story
         self._restore(self._fresh)
-        self.plans = []
+        self.plans, self._fold_heads = [], []
         if resume:
             return self._read_levels()
         self.history.records = []
@@ -451,6 +590,8 @@ class CoSupervisedTrainer(Trainer):
             )
         if self.plans:
             self.load_level(self.plans[-1].level)
+            if self.args.cross_fit_folds and len(self.plans) < self.pool.hierarchy.num_levels:
+                self._fold_heads = self._load_folds(self._level_dir(self.plans[-1].level) / _FOLDS)
         self.history.records = [record for record in self.history.records if record["level"] < len(self.plans)]
         self._story.global_step = sum(record["num_steps"] for record in self.history.records)
         return len(self.plans)
@@ -522,13 +663,13 @@ class CoSupervisedTrainer(Trainer):
         if self.args.student_training == "probe":
             model.eval()  # a frozen backbone must not drift (BatchNorm) nor drop out
         targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
-        labels = inputs.pop("labels", None)
+        labels, rows = inputs.pop("labels", None), inputs.pop(ROWS, None)
         outputs = model(**inputs)
         if self.compute_loss_func is not None:
             wanted = labels if not targets else targets["target_probs"]
             loss = self.compute_loss_func(outputs, wanted, num_items_in_batch=None)
-        elif targets and self.args.loss != "cross_entropy":
-            loss = self._loss()[0](outputs.logits, self._smooth(targets["target_probs"])).mean()
+        elif targets and self._level_loss is not None:
+            loss = self._level_loss[0](outputs.logits, self._smooth(targets["target_probs"]), rows).mean()
         elif targets:
             wanted = {name: targets[name] if name == "target_ids" else self._smooth(targets[name]) for name in targets}
             loss = _pseudolabel_losses(outputs.logits, wanted).mean()
@@ -536,13 +677,25 @@ class CoSupervisedTrainer(Trainer):
             loss = hard_cross_entropy(outputs.logits, labels).mean()
         return (loss, outputs) if return_outputs else loss
 
-    def _loss(self) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
-        """The chosen loss and its gradient; a weight that climbs looks at the steps of the level."""
+    def _make_loss(self, plan: LevelPlan) -> tuple[LossFunction, LossAndGradient] | None:
+        """The loss of a level with a memory of its own, and its gradient; None for the plain cross-entropy."""
 
-        def fraction_done() -> float:
+        def fraction_done() -> float:  # a weight that climbs looks at the steps of the level
             return min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
 
-        return choose_loss(self.args.loss, self.args.loss_kwargs, fraction_done)
+        if self.loss_func is None and self.args.loss == "cross_entropy" and self._weights is None:
+            return None
+        shape = len(self.pool), self.pool.hierarchy.num_labels
+        pair = choose_loss(self.loss_func or self.args.loss, self.args.loss_kwargs, fraction_done, shape)
+        if self._weights is None:
+            return pair
+        total = self._weights[plan.keep_mask].sum()
+        if total == 0:
+            raise ValueError(
+                f"`weight_column` '{self.args.weight_column}' must be above 0 somewhere, got 0 for all that level "
+                f"{plan.level} keeps."
+            )
+        return weigh_loss(pair, torch.from_numpy((self._weights * (plan.keep_mask.sum() / total)).astype(np.float32)))
 
     def _smooth(self, probs: torch.Tensor) -> torch.Tensor:
         """Spread a share of the pseudolabels evenly, as `label_smoothing_factor` says."""
@@ -574,6 +727,7 @@ class CoSupervisedTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels", None)
         targets = {name: inputs.pop(name) for name in TARGETS if name in inputs}
+        inputs.pop(ROWS, None)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(**inputs).logits.float()
         loss = None
@@ -687,6 +841,17 @@ class CoSupervisedTrainer(Trainer):
             precision=precision, dtype=self.args.features_dtype,
         )  # fmt: skip
 
+    def pool_features(self) -> torch.Tensor:
+        """Give what a frozen backbone feeds the head, for each example of the pool.
+
+        Returns:
+            `torch.Tensor` of shape `(num_examples, feature_size)`: mapped from disk, or on the student's device.
+
+        Raises:
+            ValueError: If the student is not a linear head on a frozen backbone.
+        """
+        return self._features_of(self._rows)
+
     def _features_of(self, dataset: Dataset) -> torch.Tensor:
         """Give the head's inputs: mapped from disk, or on the student's device where that is another one."""
         if dataset is self._rows and self._pool_features is not None:
@@ -733,7 +898,7 @@ class CoSupervisedTrainer(Trainer):
                 self._head, features, targets, self._head_steps(dataloader, kept, per_epoch, meter, reader),
                 self.optimizer,  # type: ignore[arg-type]
                 self.lr_scheduler, reader=reader, max_grad_norm=self.args.max_grad_norm,
-                loss=None if self.args.loss == "cross_entropy" else self._loss(),
+                loss=None if self._level_loss is None else self._level_loss[1],
                 average_gradients=self._average_over_processes if self.args.world_size > 1 else None,
                 on_step=lambda loss, norm: self._after_head_step(meter, loss, norm, per_epoch),
             )  # fmt: skip
@@ -810,6 +975,8 @@ class CoSupervisedTrainer(Trainer):
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / per_epoch
         self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        if self.state.global_step >= self.state.max_steps:  # a callback's task, which heads of folds have none of
+            self.control.should_training_stop = True
         self._log_head_step(meter)
 
     def _log_head_step(self, meter: _LossMeter) -> None:
@@ -1123,7 +1290,7 @@ class CoSupervisedTrainer(Trainer):
             "levels": [
                 {
                     "level": record["level"],
-                    "assignment": level_assignment(self.args, record["level"]),
+                    "assignment": self._name_assignment(record["level"]),
                     "keep_rate": record["consistency/keep_rate"],
                     "num_kept": record["consistency/num_kept"],
                     "teachers": {
@@ -1134,13 +1301,27 @@ class CoSupervisedTrainer(Trainer):
                 }
                 for record in self.history.records
             ],
-            "hyperparameters": self.args.changed_arguments(),
+            "hyperparameters": self.args.changed_arguments() | self._name_functions(),
             "versions": {
                 "hf_cosupervise": __version__,
                 "transformers": transformers.__version__,
                 "torch": torch.__version__,
             },
         }
+
+    def _name_functions(self) -> dict[str, str]:
+        functions = {name: getattr(self, name) for name in ("loss_func", "assign_func", "keep_func")}
+        return {
+            name: getattr(function, "__name__", type(function).__name__)
+            for name, function in functions.items() if function is not None
+        }  # fmt: skip
+
+    def _name_assignment(self, level: int) -> str:
+        return (
+            level_assignment(self.args, level)
+            if not level
+            else self._name_functions().get("assign_func", level_assignment(self.args, level))
+        )
 
 
 class _LossMeter:
@@ -1271,7 +1452,20 @@ def _lora_config(args: CoSupervisedConfig) -> LoraConfig:
     )  # fmt: skip
 
 
-def _check_levels(pool: PseudolabelPool, args: CoSupervisedConfig) -> None:
+def _read_weights(pool: PseudolabelPool, column: str) -> np.ndarray:
+    """Give the examples' weights, float64."""
+    values = np.asarray(pool.column(column))
+    is_number = values.dtype.kind in "iuf"
+    if not is_number or not np.isfinite(values).all() or (values < 0).any() or not (values > 0).any():
+        found = f"{values.min()}..{values.max()}" if is_number else f"{values.dtype.name} values"
+        raise ValueError(
+            f"`weight_column` '{column}' must hold finite numbers of at least 0, and not all 0, got {found}. Correct "
+            "them, or name another column."
+        )
+    return values.astype(np.float64)
+
+
+def _check_levels(pool: PseudolabelPool, args: CoSupervisedConfig, has_own_assignment: bool) -> None:
     """Refuse an assignment or rejection that cannot work on this pool, before any work starts."""
     hierarchy = pool.hierarchy
     if len(args.assignment) not in (1, hierarchy.num_levels):
@@ -1286,7 +1480,7 @@ def _check_levels(pool: PseudolabelPool, args: CoSupervisedConfig) -> None:
             f"A root level of several teachers ({[teacher.name for teacher in hierarchy.levels[0]]}) needs the "
             f"assignment 'ensemble', got {level_assignment(args, 0)!r}: there is no student yet to choose among them."
         )
-    for level in range(1, hierarchy.num_levels):
+    for level in range(1, hierarchy.num_levels if not has_own_assignment else 1):
         _check_assignment(pool, args, level, level_assignment(args, level))
 
 

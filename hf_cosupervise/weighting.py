@@ -13,6 +13,7 @@ from .aggregation import check_labels, check_teacher_probs, harden
 from .losses import soft_cross_entropy
 
 _RIDGE = 1e-10
+_MIN_PROB = 1e-6
 
 
 def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -263,7 +264,7 @@ def aekd_weights(
     *,
     temperature: float = 4.0,
     cap: float = 0.6,
-    min_prob: float = 1e-6,
+    min_prob: float = _MIN_PROB,
 ) -> torch.Tensor:
     """Weigh the teachers of a batch so that their gradients on the student's outputs oppose each other least.
 
@@ -323,6 +324,72 @@ def aekd_weights(
         gradients.append(temperature * (student[rows] - teacher).mean(dim=0))
     weights[speakers] = min_norm_weights(torch.stack(gradients), max(cap, 1 / len(speakers))).to(weights.dtype)
     return weights
+
+
+class AdaptiveEnsembleDistillation:
+    """Distil from several teachers at once, with shares of [`aekd_weights`] for every batch.
+
+    The loss of example i is T^2 sum_m w_m KL(softmax(t_im/T) || softmax(s_i/T)) over the teachers that answered it,
+    with t the logarithm of their probabilities and w without gradient. Made for
+    `CoSupervisedTrainer(loss_func=...)` on a pool of the same examples.
+
+    Args:
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+            Rows sum to 1, or are all zero where there is no answer. All of them stay in memory.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+        temperature (`float`, *optional*, defaults to 4.0):
+            T, above 0.
+        cap (`float`, *optional*, defaults to 0.6):
+            See [`aekd_weights`].
+
+    Raises:
+        ValueError: If shapes or values are not as said above.
+
+    Source:
+        Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
+
+    Examples:
+        >>> probs, answered = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]]), torch.tensor([[True, True]])
+        >>> loss = AdaptiveEnsembleDistillation(probs, answered, temperature=1.0, cap=1.0)
+        >>> [round(value, 3) for value in loss(torch.zeros(1, 2), None, torch.tensor([0])).tolist()]
+        [0.268]
+    """
+
+    def __init__(
+        self, teacher_probs: torch.Tensor, answered: torch.Tensor, *, temperature: float = 4.0, cap: float = 0.6
+    ) -> None:
+        check_teacher_probs(teacher_probs, answered)
+        if not (0 < temperature < math.inf and 0 < cap <= 1):
+            raise ValueError(
+                f"Expected a `temperature` above 0 and a `cap` in (0, 1], got {temperature} and {cap}. Leave them out "
+                "for 4 and 0.6."
+            )
+        self.teacher_probs, self.answered = teacher_probs, answered
+        self.temperature, self.cap = temperature, cap
+
+    def __call__(self, logits: torch.Tensor, target_probs: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+        """Give the loss of each example of a batch.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, num_labels)`):
+                Student logits.
+            target_probs (`torch.Tensor`, *optional*):
+                Not looked at: the teachers are.
+            rows (`torch.LongTensor` of shape `(batch,)`):
+                Which of the examples these are.
+
+        Returns:
+            `torch.Tensor` of shape `(batch,)`: at least 0; 0 where nobody answered.
+        """
+        rows = rows.to(self.answered.device)
+        probs, answered = self.teacher_probs[rows].to(logits.device), self.answered[rows].to(logits.device)
+        options = {"temperature": self.temperature, "cap": self.cap, "min_prob": _MIN_PROB}
+        weights = aekd_weights(logits, probs, answered, **options) * answered
+        teacher = (probs.float().clamp(min=_MIN_PROB).log() / self.temperature).log_softmax(dim=-1)
+        student = (logits.float() / self.temperature).log_softmax(dim=-1)
+        divergences = (teacher.exp() * (teacher - student.unsqueeze(1))).sum(dim=-1)
+        return self.temperature**2 * (weights * divergences).sum(dim=1)
 
 
 # ── RAVEN ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -406,7 +473,7 @@ def fit_raven(
     """
     _check_raven(features, teacher_probs, answered, (epochs, batch_size), easy_epochs)
     usable = answered.any(dim=1).nonzero().flatten()
-    easy = usable[_unanimous(teacher_probs, answered)[usable]]
+    easy = usable[unanimous(teacher_probs, answered)[usable]]
     if len(easy if easy_epochs else usable) == 0:
         raise ValueError(
             f"Nothing to learn from: of {len(features)} examples {len(usable)} have an answer, and on {len(easy)} of "
@@ -447,8 +514,23 @@ def _project(weights: torch.Tensor, can_speak: torch.Tensor) -> torch.Tensor:
     return weights / torch.where(total > 0, total, 1.0)
 
 
-def _unanimous(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    """Whether all who answered have one most probable label, `(num_examples,)`."""
+def unanimous(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    """Tell where all teachers that answered have the same most probable label.
+
+    Args:
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+            Rows sum to 1, or are all zero where there is no answer.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.BoolTensor` of shape `(num_examples,)`: True where nobody answered, too.
+
+    Examples:
+        >>> probs = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.0, 0.0]]])
+        >>> unanimous(probs, torch.tensor([[True, True, False]])).tolist()
+        [True]
+    """
     labels = harden(teacher_probs, answered)
     highest = labels.amax(dim=1, keepdim=True)
     return ((labels == highest) | ~answered).all(dim=1)

@@ -396,6 +396,25 @@ def test_glad_equals_a_slow_em(iterations):
 
 
 @needs_crowd_kit
+@pytest.mark.parametrize(
+    ("num_labels", "missing", "iterations"), [(2, 0.0, 100), (5, 0.3, 100), (5, 0.6, 3), (9, 0.2, 1)]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The given NumPy array is not writable")
+def test_glad_equals_crowd_kit(num_labels, missing, iterations):
+    import pandas
+    from crowdkit.aggregation import GLAD
+
+    _, labels = make_labels(150, num_labels, [0.9, 0.3, 0.6, 0.7, 0.1], missing, seed=num_labels)
+    examples, teachers = torch.nonzero(labels >= 0, as_tuple=True)
+    frame = {"task": examples, "worker": teachers, "label": labels[examples, teachers]}
+    reference = GLAD(n_iter=iterations).fit_predict_proba(pandas.DataFrame(frame))
+    expected = torch.zeros(150, num_labels, dtype=torch.float64)
+    expected[reference.index.to_numpy()[:, None], reference.columns.to_numpy()] = torch.tensor(reference.to_numpy())
+    found = glad(labels, num_labels, max_iterations=iterations)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=0)
+
+
+@needs_crowd_kit
 @pytest.mark.parametrize("method", CROWDS)
 def test_crowds_do_not_depend_on_order(method):
     truth, labels = make_labels(80, 3, [0.9, 0.7, 0.5, 0.7])
@@ -441,7 +460,8 @@ def test_crowds_refuse_fewer_than_three(method):
 
 @pytest.mark.parametrize("method", CROWDS)
 def test_crowds_without_crowd_kit_say_what_to_install(method, monkeypatch):
-    monkeypatch.setitem(sys.modules, "crowdkit.aggregation.classification", None)
+    for module in ("crowdkit.aggregation.classification", "scipy.optimize"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'Run `pip install "hf_cosupervise\[crowd\]"`'):
         method(torch.tensor([[0, 1, 1]]), 2)
 

@@ -14,7 +14,7 @@ PACKAGE = "hf_cosupervise"
 PACKAGE_DIR = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = {
     1: ("metrics", "losses", "teachers", "sparse"),
-    2: ("assignment", "consistency", "aggregation", "weighting", "heads", "neighbors"),
+    2: ("assignment", "consistency", "aggregation", "weighting", "heads", "neighbors", "calibration"),
     3: (
         "processes",
         "hub",
@@ -24,6 +24,7 @@ FLOORS = {
         "sources",
         "inputs",
         "pool",
+        "derived_pools",
         "journal",
         "teacher_models",
         "labeling",

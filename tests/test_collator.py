@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_cosupervise.collator import ROW, TARGETS, DataCollatorForCoSupervision
+from hf_cosupervise.collator import ROW, ROWS, TARGETS, DataCollatorForCoSupervision
 from hf_cosupervise.inputs import InputProcessor
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
@@ -27,7 +27,7 @@ def look_up(rows: np.ndarray) -> np.ndarray:
 def test_rows_of_the_pool(text_processor):
     collator = DataCollatorForCoSupervision(text_processor, "text", look_up)
     batch = collator([{"text": "barks", ROW: 3}, {"text": "the animal", ROW: 0}, {"text": "barks", ROW: 3}])
-    assert set(batch) == {*text_processor.input_names, "target_probs"}
+    assert set(batch) == {*text_processor.input_names, "target_probs", ROWS} and batch[ROWS].tolist() == [3, 0, 3]
     assert batch["input_ids"].tolist() == [[2, 10, 3, 0], [2, 12, 13, 3], [2, 10, 3, 0]]
     assert batch["target_probs"].dtype == torch.float32
     torch.testing.assert_close(batch["target_probs"], torch.tensor([[0.3, 0.7], [0.0, 1.0], [0.3, 0.7]]))
@@ -102,7 +102,7 @@ def test_sparse_pseudolabels(text_processor):
     collator = DataCollatorForCoSupervision(text_processor, "text", sparse_look_up)
     batch = collator([{"text": "barks", ROW: 3}, {"text": "the animal", ROW: 0}, {"text": "barks", ROW: 3}])
     assert TARGETS == ("target_ids", "target_probs", "target_rest")
-    assert set(batch) == {*text_processor.input_names, *TARGETS}
+    assert set(batch) == {*text_processor.input_names, *TARGETS, ROWS}
     assert [batch[name].dtype for name in TARGETS] == [torch.long, torch.float32, torch.float32]
     assert batch["target_ids"].tolist() == [[3, 4], [0, 1], [3, 4]]
     torch.testing.assert_close(batch["target_probs"], torch.tensor([[0.7, 0.15], [1.0, 0.0], [0.7, 0.15]]))

@@ -22,6 +22,7 @@ from hf_cosupervise.evaluation import (
     mean_and_spread,
     merge_reports,
     method_arguments,
+    method_loss,
     method_pool,
     save_report,
     teacher_accuracies,
@@ -32,6 +33,7 @@ from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.students import load_student
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 from hf_cosupervise.trainer import CoSupervisedTrainer
+from hf_cosupervise.weighting import AdaptiveEnsembleDistillation
 
 A, B, C, NOBODY = [1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [0.0, 0, 0]
 
@@ -138,13 +140,39 @@ def test_an_aggregator_of_ones_own(pool):
         aggregated_pool(pool, "magic")
 
 
+def test_every_teacher_of_aekd_is_asked_by_its_loss(pool):
+    own, loss = method_pool(pool, "aekd"), method_loss(pool, "aekd")
+    assert own.hierarchy == method_pool(pool, "ensemble").hierarchy
+    assert isinstance(loss, AdaptiveEnsembleDistillation)
+    teachers, answered = own.decode_level(range(3), slice(None))
+    assert torch.equal(loss.teacher_probs, teachers) and torch.equal(loss.answered, answered)
+    for method in (*METHODS, "majority_vote", "raven", "boosting", "random"):
+        assert method_loss(pool, method) is None
+
+
+def test_methods_that_need_something_more(pool):
+    with pytest.raises(ValueError) as error:
+        method_pool(pool, "boosting")
+    assert str(error.value) == (
+        "'boosting' needs a `labelled_pool`, got none. Label other examples with the same teachers, with their ground "
+        "truth as `oracle_column`, or leave this method out."
+    )
+    with pytest.raises(ValueError, match="10 labelled examples .* got 3 and 4"):
+        method_pool(pool, "boosting", labelled_pool=pool)
+    for method in ("raven", "crowdlab"):
+        with pytest.raises(ValueError, match=f"'{method}' needs `features` of the 4 examples, got none"):
+            method_pool(pool, method)
+    raven = method_pool(pool, "raven", features=torch.eye(4))
+    assert raven.hierarchy.names == ("raven",) and raven.oracle_labels.tolist() == [0, 1, 2, 0]
+
+
 def test_unknown_method(pool):
     with pytest.raises(ValueError) as error:
         method_pool(pool, "magic")
     assert str(error.value) == (
         "`method` must be one of ['generalist', 'ensemble', 'csl', 'ceiling', 'mean_logits', 'majority_vote', "
-        "'dawid_skene', 'glad', 'mace', 'generalist_rejection', 'oracle_scope', "
-        "'oracle_domain', 'oracle_loss', 'random'], got 'magic'."
+        "'dawid_skene', 'glad', 'mace', 'raven', 'crowdlab', 'boosting', 'aekd', 'generalist_rejection', "
+        "'oracle_scope', 'oracle_domain', 'oracle_loss', 'random'], got 'magic'."
     )
 
 
@@ -162,7 +190,7 @@ def test_arguments(args, tmp_path):
     before = args.to_dict()
     csl = method_arguments(args, "csl", 3)
     assert csl.to_dict() == before
-    for method in ("generalist", "ensemble", "majority_vote", "ceiling", "a-control"):
+    for method in ("generalist", "ensemble", "majority_vote", "boosting", "aekd", "raven", "ceiling", "a-control"):
         own = method_arguments(args, method, 3)
         changed = {name for name, value in own.to_dict().items() if value != before[name]}
         assert changed == {"output_dir", "assignment"}, method
@@ -174,6 +202,26 @@ def test_arguments(args, tmp_path):
         assert own.assignment[1:] == [method] * 2 and own.output_dir.endswith(f"/_run/methods/{method}")
         assert own.rejection == args.rejection
     assert args.to_dict() == before  # nothing of the caller's changes
+
+
+def test_a_loss_of_its_own_takes_the_place_of_the_recipes(args):
+    args.loss, args.loss_kwargs = "confidence", {"max_weight": 0.3}
+    own = method_arguments(args, "aekd", 2)
+    assert (own.loss, own.loss_kwargs) == ("cross_entropy", {})
+    assert (args.loss, args.loss_kwargs) == ("confidence", {"max_weight": 0.3})
+    assert method_arguments(args, "ceiling", 2).loss == "confidence"
+    args.head_solver = "ridge"
+    with pytest.raises(ValueError) as error:
+        method_arguments(args, "aekd", 2)
+    assert str(error.value) == (
+        "'aekd' has a loss of its own, got `head_solver` 'ridge'. Use 'steps', or leave it out."
+    )
+
+
+def test_ground_truth_is_not_smoothed_over_neighbours(args):
+    args.teacher_neighbors = 5
+    assert method_arguments(args, "ceiling", 2).teacher_neighbors == 0
+    assert method_arguments(args, "generalist", 2).teacher_neighbors == 5 == args.teacher_neighbors
 
 
 @pytest.mark.parametrize(("num_levels", "rounds", "scale"), [(1, 1, 1), (3, 1, 3), (3, 2, 5)])
@@ -451,6 +499,41 @@ def test_every_method_gets_a_copy_of_a_model(task_pool, tiny_vit, tiny_labels, t
     assert trainer.model is not model
     for name, numbers in again["methods"].items():
         assert numbers == found["methods"][name], name
+
+
+@pytest.mark.filterwarnings("ignore:There is no example on which all teachers agree")
+def test_methods_that_need_features_labels_or_a_loss(task_pool, tiny_vit, tiny_image_dataset, compared, tmp_path):
+    labelled = PseudolabelPool(task_pool.hierarchy, task_pool.teachers, task_pool.inputs)
+    trainers = {}
+    found, _ = compare_methods(
+        tiny_vit, small_args(tmp_path / "run"), task_pool, tiny_image_dataset, weak=0.25,
+        methods=("raven", "csl", "crowdlab", "ceiling", "boosting", "aekd"), labelled_pool=labelled,
+        on_trained=trainers.__setitem__,
+    )  # fmt: skip
+    assert list(found["methods"]) == ["raven", "csl", "crowdlab", "ceiling", "boosting", "aekd"]
+    for name in ("csl", "ceiling"):  # the trainer that gave the features has changed nothing
+        assert found["methods"][name] == compared[0]["methods"][name]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"_run"}
+    assert {name for name, trainer in trainers.items() if trainer.loss_func is not None} == {"aekd"}
+    features = trainers["csl"].pool_features()
+    for name in ("raven", "crowdlab"):
+        expected = method_pool(task_pool, name, features=features)
+        assert trainers[name].pool.decode(name).tolist() == expected.decode(name).tolist()
+    # the generalist is right on two thirds, a specialist on half: all but chance have learnt something
+    assert all(numbers["accuracy"] > 0.4 for numbers in found["methods"].values())
+
+
+def test_methods_on_features_need_a_frozen_backbone(task_pool, tiny_vit, tiny_image_dataset, tmp_path):
+    with pytest.raises(ValueError) as error:
+        compare_methods(
+            tiny_vit, small_args(tmp_path / "run", student_training="full"), task_pool, tiny_image_dataset, weak=0.25,
+            methods=("csl", "ceiling", "raven"),
+        )  # fmt: skip
+    assert str(error.value) == (
+        "['raven'] need a student with a linear head on a frozen backbone, got `student_training` 'full'. Use "
+        "'probe', or leave them out."
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

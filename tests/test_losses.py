@@ -16,7 +16,6 @@ from hf_cosupervise.losses import (
     EarlyLearningRegularization,
     adapt_conf,
     choose_loss,
-    compute_pseudolabel_loss,
     confidence_loss,
     confidence_targets,
     evidential_loss,
@@ -28,6 +27,7 @@ from hf_cosupervise.losses import (
     reverse_kl,
     soft_cross_entropy,
     sparse_soft_cross_entropy,
+    weigh_loss,
     weighted_mean,
 )
 from hf_cosupervise.sparse import decode_top_k, encode_top_k, scale_top_k
@@ -686,46 +686,96 @@ def test_weighted_mean_refuses(losses, weights, sentence):
         weighted_mean(torch.tensor(losses), None if weights is None else torch.tensor(weights))
 
 
+def choose(loss, options=None, done=lambda: 0.2, shape=(6, 4)):
+    return choose_loss(loss, options or {}, done, shape)
+
+
+ROWS = torch.arange(6)
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_door_by_name_and_by_function(name):
+def test_the_door_by_name(name):
     logits, targets = draw()
-    found = compute_pseudolabel_loss(name, logits, targets)
-    assert found.shape == (6,) and torch.equal(found, compute_pseudolabel_loss(LOSSES[name], logits, targets))
+    found = choose(name)[0](logits, targets, ROWS)
+    assert found.shape == (6,) and torch.equal(found, LOSSES[name](logits, targets))
 
 
-def test_the_door_takes_a_users_function():
+def test_the_door_takes_a_users_function_and_finds_its_gradient():
     logits, targets = draw()
-    found = compute_pseudolabel_loss(partial(confidence_loss, weight=0.5), logits, targets)
-    assert torch.equal(found, confidence_loss(logits, targets, 0.5))
+
+    def distance(logits, targets, rows):  # Brier's, with the row as a weight
+        return rows * (logits.softmax(dim=1) - targets).square().sum(dim=1)
+
+    loss, with_gradient = choose(distance)
+    losses, gradient = with_gradient(logits, targets, ROWS)
+    assert torch.equal(losses, distance(logits, targets, ROWS)) and torch.equal(loss(logits, targets, ROWS), losses)
+    probs = logits.softmax(dim=1)
+    excess = 2 * (probs - targets)
+    by_hand = ROWS.unsqueeze(1) * probs * (excess - (excess * probs).sum(dim=1, keepdim=True))
+    torch.testing.assert_close(gradient, by_hand, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():  # as in the fast loop
+        assert torch.equal(with_gradient(logits, targets, ROWS)[1], gradient)
 
 
-def mean_loss(logits, targets):
+def mean_loss(logits, targets, rows):
     return soft_cross_entropy(logits, targets).mean()
 
 
 @pytest.mark.parametrize(
     ("loss", "error", "sentence"),
     [
-        ("focal", ValueError, r"`loss` must be one of \['cross_entropy', .*\], got 'focal'\. Or pass a function"),
+        ("focal", ValueError, r"`loss` must be one of \['cross_entropy', .*\], got 'focal'\."),
         (3, TypeError, r"`loss` must be a name or a function, got int\. Names are"),
         (
             mean_loss,
             ValueError,
             r"`mean_loss` must return one loss per example, shape \(6,\), got \(\)\. Sum over labels",
         ),
-        (lambda logits, targets: logits, ValueError, r"got \(6, 4\)"),
-        (partial(lambda logits, targets: 1.0), ValueError, r"`partial` must return .* got float"),
+        (lambda logits, targets, rows: logits, ValueError, r"got \(6, 4\)"),
+        (partial(lambda logits, targets, rows: 1.0), ValueError, r"`partial` must return .* got float"),
+        (lambda logits, targets, rows: targets.sum(dim=1), ValueError, r"must depend on the logits"),
     ],
 )
 def test_the_door_refuses(loss, error, sentence):
     with pytest.raises(error, match=sentence):
-        compute_pseudolabel_loss(loss, *draw())
+        choose(loss)[1](*draw(), ROWS)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "early_learning_regularization", "evidential", "confidence"])
+def test_weights_of_examples(name):
+    logits, targets = draw()
+    weights = torch.tensor([0.0, 0.5, 2.0, 1.0, 1.0, 1.5])
+    rows = torch.tensor([2, 0, 5, 4, 1, 3])
+    loss, with_gradient = choose(name)
+    plain, gradient = choose(name)[1](logits, targets, rows)
+    weighted, weighted_gradient = weigh_loss((loss, with_gradient), weights)[1](logits, targets, rows)
+    torch.testing.assert_close(weighted, weights[rows] * plain)
+    torch.testing.assert_close(weighted_gradient, weights[rows].unsqueeze(1) * gradient)
+    assert weighted.mean() == pytest.approx(weighted_mean(plain, weights[rows]).item())  # their mean is 1
+    again = weigh_loss(choose(name), weights)[0](logits, targets, rows)
+    torch.testing.assert_close(again, weighted)
+
+
+def test_the_evidential_loss_of_several_teachers_is_that_of_their_mean():
+    generator = torch.Generator().manual_seed(3)
+    logits, teachers = torch.randn(6, 4, generator=generator), torch.rand(6, 3, 4, generator=generator).softmax(dim=2)
+    answered = torch.ones(6, 3, dtype=torch.bool)
+    several = evidential_loss(logits, teachers, answered, 0.2, teacher_weights=torch.full((3,), 1 / 3))
+    torch.testing.assert_close(choose("evidential")[0](logits, teachers.mean(dim=1), ROWS), several)
+
+
+def test_early_learning_regularization_by_name_remembers_and_is_new_each_time():
+    logits, targets = draw()
+    own = EarlyLearningRegularization(6, 4, beta=0.5, weight=2.0)
+    loss, _ = choose("early_learning_regularization", {"beta": 0.5, "weight": 2.0})
+    for _ in range(2):
+        torch.testing.assert_close(loss(logits, targets, ROWS), own(logits, targets, ROWS))
+    first = choose("early_learning_regularization", {"beta": 0.5, "weight": 2.0})[0](logits, targets, ROWS)
+    assert not torch.equal(first, own(logits, targets, ROWS))
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (1, 4), (6, 4, 1)])
-@pytest.mark.parametrize(
-    "loss", [*EVERY_LOSS.values(), partial(compute_pseudolabel_loss, lambda logits, _: logits.sum(dim=1))]
-)
+@pytest.mark.parametrize("loss", EVERY_LOSS.values())
 def test_every_loss_refuses_shapes_that_differ(loss, shape):
     # (1, 4) would broadcast without a word
     with pytest.raises(ValueError, match=r"one shape|`answered` .* are needed, got .* Stack the teachers"):
@@ -787,30 +837,36 @@ def test_elr_numbers_out_of_range(arguments):
 
 @pytest.mark.parametrize("name, options", [
     *((name, {}) for name in LOSSES), ("kl_divergence", {"temperature": 3.0}), ("confidence", {"share": 0.4}),
-    ("generalized_cross_entropy", {"q": 0.2}),
+    ("generalized_cross_entropy", {"q": 0.2}), ("evidential", {"gamma": 0.3}), ("evidential", {}),
+    ("early_learning_regularization", {}), ("early_learning_regularization", {"beta": 0.2, "weight": 1.0}),
 ])  # fmt: skip
 def test_a_loss_by_name_has_its_own_gradient(name, options):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 4, generator=generator).requires_grad_()
     targets = torch.rand(5, 4, generator=generator).softmax(dim=1)
-    loss, gradient = choose_loss(name, options, lambda: 0.2)
-    [wanted] = torch.autograd.grad(loss(logits, targets).sum(), logits)
-    torch.testing.assert_close(gradient(logits.detach(), targets), wanted, rtol=1e-5, atol=1e-6)
+    rows = torch.arange(5)
+    wanted_losses = choose(name, options)[0](logits, targets, rows)
+    [wanted] = torch.autograd.grad(wanted_losses.sum(), logits)
+    losses, gradient = choose(name, options)[1](logits.detach(), targets, rows)
+    torch.testing.assert_close(losses, wanted_losses.detach())
+    torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_the_weight_of_the_confidence_loss_climbs():
     logits, targets, done = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]), [0.0]
-    loss, _ = choose_loss("confidence", {"share": 0.5, "peak": 1.0}, lambda: done[0])
-    assert loss(logits, targets).item() == pytest.approx(math.log1p(math.exp(2)))  # the pseudolabel alone
+    loss, _ = choose("confidence", {"share": 0.5, "peak": 1.0}, lambda: done[0])
+    assert loss(logits, targets, ROWS[:1]).item() == pytest.approx(math.log1p(math.exp(2)))  # the teacher
     done[0] = 0.5
-    assert loss(logits, targets).item() == pytest.approx(math.log1p(math.exp(-2)))  # the student's own label alone
+    assert loss(logits, targets, ROWS[:1]).item() == pytest.approx(math.log1p(math.exp(-2)))  # the student itself
 
 
 @pytest.mark.parametrize("name, options, message", [
     ("magic", {}, "`loss` must be one of .*'confidence'.*, got 'magic'"),
     ("product", {"gamma": 1.0}, r"`loss_kwargs` of 'product' .* among \['alpha', 'beta'\], got \['gamma'\]"),
     ("cross_entropy", {"q": 1.0}, r"must have keys among \[\], got \['q'\]"),
+    ("evidential", {"fraction_done": 1.0}, r"must have keys among \['gamma'\], got \['fraction_done'\]"),
+    ("early_learning_regularization", {"num_examples": 1}, r"keys among \['beta', 'weight'\]"),
 ])  # fmt: skip
 def test_what_is_not_known_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        choose_loss(name, options, lambda: 0.0)
+        choose(name, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -31,6 +32,20 @@ def test_the_python_example_prints_what_it_says(demo):  # noqa: F811
     assert re.sub(r"\d+\.\d+", "#", done.stdout) == re.sub(r"\d+\.\d+", "#", promised)
     assert _numbers(done.stdout) == pytest.approx(_numbers(promised), abs=0.05)
     assert (demo[0] / "my-student" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_functions_of_ones_own(demo):  # noqa: F811
+    script = Path(__file__).resolve().parents[1] / "recipes" / "own_functions.py"
+    code = [line for line in script.read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert len(code) <= 23  # what it is, two imports, twenty lines
+    done = subprocess.run([sys.executable, script], cwd=demo[0], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, last = done.stdout.splitlines()
+    assert last == "200 steps on the median of TeacherHierarchy(1-2-5 teachers, 10 labels)"
+    history = json.loads((demo[0] / "mine" / "_run" / "history.json").read_text(encoding="utf-8"))["levels"]
+    assert [level["level"] for level in history] == [0, 1, 2]
+    assert all(0 < level["consistency/keep_rate"] < 1 for level in history[1:])
 
 
 def test_commands_are_those_that_are_tested():

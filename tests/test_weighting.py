@@ -13,6 +13,7 @@ import torch
 from hf_cosupervise import weighting
 from hf_cosupervise.aggregation import mean_probs
 from hf_cosupervise.weighting import (
+    AdaptiveEnsembleDistillation,
     aekd_weights,
     boosting_weights,
     fit_raven,
@@ -279,6 +280,80 @@ def test_aekd_weights_of_a_batch_that_some_or_all_left_out():
         aekd_weights(logits[:, :2], probs, answered)
     with pytest.raises(ValueError, match="NaN is not an answer"):
         aekd_weights(logits, probs * torch.nan, answered)
+
+
+def slow_distillation(logits, probs, answered, temperature, weights):
+    """The loss of each example, one teacher at a time."""
+    losses = []
+    for row in range(len(logits)):
+        loss = logits[row].sum() * 0
+        for k in range(probs.shape[1]):
+            if answered[row, k]:
+                teacher = (probs[row, k].clamp(min=1e-6).log() / temperature).softmax(-1)
+                divergence = (teacher * (teacher.log() - (logits[row] / temperature).log_softmax(-1))).sum()
+                loss = loss + weights[k] * temperature**2 * divergence
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(("temperature", "cap", "hard"), [(4.0, 0.6, False), (1.0, 1.0, False), (2.0, 0.3, True)])
+def test_distillation_equals_a_slow_version_and_so_does_its_gradient(temperature, cap, hard):
+    probs, answered = make_probs()
+    if hard:
+        probs = torch.nn.functional.one_hot(probs.argmax(-1), 3) * answered[..., None].float()
+    rows = torch.tensor([17, 3, 0, 29, 8, 11, 35])  # nobody answered row 3
+    loss = AdaptiveEnsembleDistillation(probs, answered, temperature=temperature, cap=cap)
+    logits = torch.randn(7, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weights = aekd_weights(logits, probs[rows], answered[rows], temperature=temperature, cap=cap)
+    assert int((weights > 0).sum()) > 1
+    found, expected = (
+        loss(logits, None, rows), slow_distillation(logits, probs[rows], answered[rows], temperature, weights)
+    )  # fmt: skip
+    assert found.shape == (7,) and found[1] == 0 and float(found.detach().min()) > -1e-6
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    scale = torch.rand(7, generator=torch.Generator().manual_seed(2))
+    ours, slow = (torch.autograd.grad((values * scale).sum(), logits)[0] for values in (found, expected))
+    torch.testing.assert_close(ours, slow, atol=1e-5, rtol=1e-4)
+    # T sum_m w_m (softmax(s / T) - softmax(t_m / T)), the weights held fast
+    by_hand = torch.zeros(7, 3)
+    for k in range(4):
+        teacher = (probs[rows, k].clamp(min=1e-6).log() / temperature).softmax(-1)
+        pull = (logits.detach() / temperature).softmax(-1) - teacher
+        by_hand += temperature * weights[k] * pull * answered[rows, k, None]
+    torch.testing.assert_close(ours, by_hand * scale[:, None], atol=1e-5, rtol=1e-4)
+
+
+def test_distillation_of_one_teacher_is_plain_distillation():
+    probs, answered = make_probs(num_teachers=1, missing=0.0)
+    loss = AdaptiveEnsembleDistillation(probs, answered, temperature=1.0)
+    logits, rows = torch.randn(40, 3, generator=torch.Generator().manual_seed(1)), torch.arange(40)
+    expected = (probs[:, 0] * (probs[:, 0].log() - logits.log_softmax(-1))).sum(-1)
+    expected[3] = 0  # has no answer
+    torch.testing.assert_close(loss(logits, None, rows), expected.nan_to_num())
+
+
+def test_distillation_does_not_look_at_the_pseudolabels_nor_at_other_rows():
+    probs, answered = make_probs()
+    logits, rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([9, 4, 30, 22, 1])
+    expected = AdaptiveEnsembleDistillation(probs, answered)(logits, None, rows)
+    part = AdaptiveEnsembleDistillation(probs[rows], answered[rows])
+    torch.testing.assert_close(part(logits, torch.eye(3)[[0, 1, 2, 0, 1]], torch.arange(5)), expected)
+    nobody = AdaptiveEnsembleDistillation(probs * 0, torch.zeros_like(answered))
+    logits.requires_grad_()
+    nobody(logits, None, rows).sum().backward()
+    assert logits.grad.abs().sum() == 0
+    assert AdaptiveEnsembleDistillation(probs, answered)(logits.half(), None, rows).dtype == torch.float32
+
+
+def test_distillation_refuses_what_it_cannot_use():
+    probs, answered = make_probs()
+    for wrong in ({"temperature": 0.0}, {"temperature": math.nan}, {"cap": 0.0}, {"cap": 1.5}):
+        with pytest.raises(ValueError, match=r"Expected a `temperature` above 0 and a `cap` in \(0, 1\], got"):
+            AdaptiveEnsembleDistillation(probs, answered, **wrong)
+    with pytest.raises(ValueError, match="NaN is not an answer"):
+        AdaptiveEnsembleDistillation(probs * torch.nan, answered)
+    with pytest.raises(ValueError, match=r"Expected `student_logits` of shape \(2, 3\)"):
+        AdaptiveEnsembleDistillation(probs, answered)(torch.zeros(2, 4), None, torch.tensor([0, 1]))
 
 
 # ── RAVEN ───────────────────────────────────────────────────────────────────────────────────────────────────────────
