@@ -31,6 +31,9 @@ def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answ
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
 
+    Raises:
+        ValueError: If the shapes do not fit, or a label does not exist.
+
     Source:
         arXiv 2402.15505, released code; overlaps and missing answers are ours.
 
@@ -39,6 +42,9 @@ def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answ
         >>> assign_by_scope(torch.tensor([0, 1, 2]), scopes, torch.ones(3, 2, dtype=torch.bool)).tolist()
         [0, 0, 1]
     """
+    num_teachers, num_labels = scope_mask.shape
+    _check_labels(student_labels, len(answered), num_labels)
+    _check_answered(answered, (len(student_labels), num_teachers))
     return _first(scope_mask.T[student_labels] & answered)
 
 
@@ -79,15 +85,16 @@ def agreement_scores(
         `torch.Tensor` of shape `(num_examples, num_teachers)`.
 
     Raises:
-        ValueError: If the rule is unknown or `min_prob` is not in (0, 1).
+        ValueError: If the rule is unknown, `min_prob` is not in (0, 1), or the shapes do not fit.
 
     Source:
         `kl_student_teacher` is arXiv 2510.21332's rule; the others are ours, measured in `recipes/README.md`.
     """
     if rule not in AGREEMENT_RULES:
-        raise ValueError(f"`rule` must be one of {list(AGREEMENT_RULES)}, got {rule!r}.")
+        raise ValueError(f"`rule` must be one of {list(AGREEMENT_RULES)}, got {rule!r}. Choose one of them.")
     if not 0 < min_prob < 1:
-        raise ValueError(f"`min_prob` must lie between 0 and 1, got {min_prob}.")
+        raise ValueError(f"`min_prob` must lie between 0 and 1, got {min_prob}. Leave it out for 1e-6.")
+    _check_agreement(student_log_probs, teacher_probs, label_ids, rest_probs)
     num_labels, num_stored = student_log_probs.shape[1], teacher_probs.shape[2]
     rest = teacher_probs.new_zeros(teacher_probs.shape[:2]) if rest_probs is None else rest_probs
 
@@ -144,6 +151,9 @@ def assign_by_agreement(
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
 
+    Raises:
+        ValueError: See [`agreement_scores`] and [`choose_lowest`].
+
     Examples:
         >>> teachers = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
         >>> student, answered = torch.tensor([[0.3, 0.7]]).log(), torch.ones(1, 2, dtype=torch.bool)
@@ -172,10 +182,21 @@ def assign_by_domain(
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: position in the level (the first of several owners), or -1.
 
+    Raises:
+        ValueError: If the shapes do not fit.
+        TypeError: If a domain is no text, or a teacher's domains are no list.
+
     Examples:
         >>> assign_by_domain(["b", "a"], [["a"], ["b"]], torch.ones(2, 2, dtype=torch.bool)).tolist()
         [1, 0]
     """
+    _check_answered(answered, (len(example_domains), len(teacher_domains)))
+    if wrong := [name for name in example_domains if not isinstance(name, str)]:
+        raise TypeError(f"`example_domains` must be texts, got {wrong[0]!r}. Write '' where it is not known.")
+    if single := [domains for domains in teacher_domains if isinstance(domains, str)]:
+        raise TypeError(
+            f"`teacher_domains` must be lists, got the single string {single[0]!r}. Write [{single[0]!r}]."
+        )
     names = sorted(set(example_domains))
     positions = {name: position for position, name in enumerate(names)}
     owned = torch.tensor(
@@ -202,6 +223,7 @@ def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torc
         >>> assign_by_chance(answered, torch.Generator().manual_seed(0)).tolist()
         [1, -1]
     """
+    _check_answered(answered, tuple(answered.shape[:2]))
     return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
 
 
@@ -258,7 +280,11 @@ def oracle_assign_by_loss(
 
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a label does not exist.
     """
+    _check_labels(oracle_labels, len(teacher_probs), teacher_probs.shape[-1])
     index = oracle_labels.view(-1, 1, 1).expand(-1, teacher_probs.shape[1], 1)
     return choose_lowest(-teacher_probs.gather(2, index).squeeze(-1), answered)
 
@@ -275,11 +301,60 @@ def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`.
 
+    Raises:
+        ValueError: If the shapes differ.
+
     Examples:
         >>> fall_back(torch.tensor([2, -1, -1]), torch.tensor([0, 0, -1])).tolist()
         [2, 0, -1]
     """
+    if assigned.shape != previous.shape or assigned.ndim != 1:
+        raise ValueError(
+            "`assigned` and `previous` must have one shape (num_examples,), got "
+            f"{tuple(assigned.shape)} and {tuple(previous.shape)}. Give both for the same examples."
+        )
     return torch.where(assigned == NOBODY, previous, assigned)
+
+
+def _check_answered(answered: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if answered.dtype != torch.bool or tuple(answered.shape) != shape or len(shape) != 2 or shape[1] == 0:
+        raise ValueError(
+            "`answered` must be booleans of shape (num_examples, num_teachers) with at least one teacher, "
+            f"{shape} here, got {tuple(answered.shape)} of {answered.dtype}. Say of each teacher and example whether "
+            "it answered."
+        )
+
+
+def _check_labels(labels: torch.Tensor, num_examples: int, num_labels: int) -> None:
+    is_whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if labels.shape != (num_examples,) or not is_whole:
+        raise ValueError(
+            f"Labels must be label ids of shape ({num_examples},), got {tuple(labels.shape)} of {labels.dtype}. Give "
+            "one integer per example."
+        )
+    if num_examples and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
+        raise ValueError(
+            f"Labels must lie in 0..{num_labels - 1}, got {int(labels.min())}..{int(labels.max())}. Leave out "
+            "examples without a label."
+        )
+
+
+def _check_agreement(
+    student: torch.Tensor, teachers: torch.Tensor, label_ids: torch.Tensor | None, rest: torch.Tensor | None
+) -> None:
+    fits = student.ndim == 2 and teachers.ndim == 3 and len(student) == len(teachers)
+    if label_ids is None and rest is None:
+        fits = fits and teachers.shape[2] == student.shape[1]
+    else:
+        fits = fits and label_ids is not None and label_ids.shape == teachers.shape
+        fits = fits and rest is not None and rest.shape == teachers.shape[:2]
+    if not fits:
+        found = [None if values is None else tuple(values.shape) for values in (student, teachers, label_ids, rest)]
+        raise ValueError(
+            "`student_log_probs` (num_examples, num_labels) and `teacher_probs` (num_examples, num_teachers, "
+            "num_labels) are needed, or (num_examples, num_teachers, k) with `label_ids` of the same shape and "
+            f"`rest_probs` (num_examples, num_teachers), got {found}. Give all for the same examples and labels."
+        )
 
 
 def _first(candidates: torch.Tensor) -> torch.Tensor:
@@ -298,7 +373,11 @@ def choose_lowest(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
 
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
+
+    Raises:
+        ValueError: If the shapes differ, or the score of a teacher that answered is NaN.
     """
+    _check_answered(answered, tuple(scores.shape))
     scores = scores.masked_fill(~answered, torch.inf)
     return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)
 
@@ -308,9 +387,15 @@ def first_argmax(values: torch.Tensor) -> torch.Tensor:
 
     Args:
         values (`torch.Tensor` of shape `(..., num_values)`):
-            Anything that can be compared; no NaN.
+            Anything that can be compared.
 
     Returns:
         `torch.LongTensor` of shape `(...)`.
+
+    Raises:
+        ValueError: If a value is NaN.
     """
-    return (values == values.amax(dim=-1, keepdim=True)).int().cumsum(dim=-1).eq(0).sum(dim=-1)
+    found = (values == values.amax(dim=-1, keepdim=True)).int().cumsum(dim=-1).eq(0).sum(dim=-1)
+    if bool((found == values.shape[-1]).any()):  # nothing equals NaN
+        raise ValueError("Values must be numbers, got NaN. Check the outputs of the student and of the teachers.")
+    return found

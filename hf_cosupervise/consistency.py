@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 
 SELECTION_RULES = ("loss_rank", "agreement_set")
@@ -32,10 +34,10 @@ def check_top_k_value(k: int, num_labels: int) -> None:
     Raises:
         ValueError: If `k` is not in 1..`num_labels - 1`.
     """
-    if not 1 <= k < num_labels:
+    if not isinstance(k, numbers.Integral) or not 1 <= k < num_labels:
         raise ValueError(
-            f"`rejection_k` must lie in 1..{num_labels - 1}, got {k}: with {num_labels} labels every label is in the "
-            f"top {num_labels}. Leave it out for {default_top_k(num_labels)}, or use `rejection='none'`."
+            f"`rejection_k` must lie in 1..{num_labels - 1}, got {k!r}: with {num_labels} labels every label is in "
+            f"the top {num_labels}. Leave it out for {default_top_k(num_labels)}, or use `rejection='none'`."
         )
 
 
@@ -53,6 +55,9 @@ def in_top_k(probs: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         `torch.BoolTensor` of shape `(num_examples,)`.
 
+    Raises:
+        ValueError: If the shapes do not fit, a label does not exist, or `k` is below 1.
+
     Source:
         arXiv 2402.15505, released code: a_i = [argmax y_i in top-k of s(x_i)].
 
@@ -60,6 +65,9 @@ def in_top_k(probs: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
         >>> in_top_k(torch.tensor([[0.2, 0.4, 0.4]]), torch.tensor([2]), k=1).tolist()
         [False]
     """
+    _check_labels(labels, probs)
+    if not isinstance(k, numbers.Integral) or k < 1:
+        raise ValueError(f"`k` must be a whole number of at least 1, got {k!r}. Use 1 for the most probable label.")
     own = probs.gather(1, labels.unsqueeze(1))
     last = probs.topk(min(k, probs.shape[1]), dim=1).values[:, -1:]
     inside = (own > last).squeeze(1)
@@ -82,9 +90,13 @@ def pseudolabel_loss(student_log_probs: torch.Tensor, labels: torch.Tensor) -> t
     Returns:
         `torch.Tensor` of shape `(num_examples,)`, not negative.
 
+    Raises:
+        ValueError: If the shapes do not fit, or a label does not exist.
+
     Source:
         arXiv 2402.15505, released code.
     """
+    _check_labels(labels, student_log_probs)
     return -student_log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
@@ -103,17 +115,21 @@ def select_by_loss_rank(losses: torch.Tensor, num_keep: int, candidates: torch.T
         `torch.BoolTensor` of shape `(num_examples,)`.
 
     Raises:
-        ValueError: If `num_keep` is negative or larger than the number of candidates.
+        ValueError: If `num_keep` is negative or larger than the number of candidates, or the shapes differ.
 
     Examples:
         >>> select_by_loss_rank(torch.tensor([0.5, 0.1, 0.1, 0.1]), num_keep=2).tolist()
         [False, True, True, False]
     """
+    if candidates is not None:
+        _check_masks(losses, candidates=candidates)
     rows = (
         torch.arange(losses.shape[0], device=losses.device) if candidates is None else candidates.nonzero().squeeze(1)
     )
-    if not 0 <= num_keep <= rows.numel():
-        raise ValueError(f"`num_keep` must lie in 0..{rows.numel()} (the number of candidates), got {num_keep}.")
+    if not isinstance(num_keep, numbers.Integral) or not 0 <= num_keep <= rows.numel():
+        raise ValueError(
+            f"`num_keep` must lie in 0..{rows.numel()} (the number of candidates), got {num_keep!r}. Keep fewer."
+        )
     keep_mask = torch.zeros(losses.shape[0], dtype=torch.bool, device=losses.device)
     keep_mask[rows[torch.argsort(losses[rows], stable=True)[:num_keep]]] = True
     return keep_mask
@@ -157,9 +173,18 @@ def parent_confident(
     Returns:
         `torch.BoolTensor` of shape `(num_examples,)`.
 
+    Raises:
+        ValueError: If the shapes differ.
+
     Source:
         Ours, as [`parent_topk`].
     """
+    shapes = [tuple(values.shape) for values in (labels, confidence, parent_labels, parent_confidence)]
+    if shapes.count(shapes[0]) != len(shapes):
+        raise ValueError(
+            f"Labels and confidences of both levels must have one shape (num_examples,), got {shapes}. Give all for "
+            "the same examples."
+        )
     return (labels == parent_labels) & (confidence >= parent_confidence)
 
 
@@ -195,6 +220,9 @@ def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(num_examples,)`: 0 (all say the same, or nobody says anything) to log(num_labels).
 
+    Raises:
+        ValueError: If the shape does not fit, or a label does not exist.
+
     Source:
         arXiv 2406.19032, which keeps examples whose entropy is at most the median.
 
@@ -202,6 +230,11 @@ def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         >>> vote_entropy(torch.tensor([[1, 1], [0, 1], [2, -1]]), num_labels=3).tolist()
         [0.0, 0.6931471824645996, 0.0]
     """
+    if labels.ndim != 2 or labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < num_labels:
+        raise ValueError(
+            f"`labels` must have shape (num_examples, num_teachers) with values in -1..{num_labels - 1}, got "
+            f"{tuple(labels.shape)} with {labels.unique().tolist()[:8]}. Write -1 where a teacher has no answer."
+        )
     votes = torch.nn.functional.one_hot(labels.clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
     counts = votes.sum(dim=1)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
@@ -230,7 +263,7 @@ def select_consistent(
         `torch.BoolTensor` of shape `(num_examples,)`: the keep mask.
 
     Raises:
-        ValueError: If the rule is unknown.
+        ValueError: If the rule is unknown, or the shapes differ.
 
     Source:
         `loss_rank` is arXiv 2402.15505's released code, `agreement_set` is ours.
@@ -241,8 +274,33 @@ def select_consistent(
         [False, True, True]
     """
     if rule not in SELECTION_RULES:
-        raise ValueError(f"`rule` must be one of {list(SELECTION_RULES)}, got {rule!r}.")
+        raise ValueError(f"`rule` must be one of {list(SELECTION_RULES)}, got {rule!r}. Choose one of them.")
+    _check_masks(losses, agrees=agrees, has_label=has_label)
     agrees = agrees & has_label
     if rule == "agreement_set":
         return agrees
     return select_by_loss_rank(losses, int(agrees.sum()), has_label)
+
+
+def _check_labels(labels: torch.Tensor, probs: torch.Tensor) -> None:
+    """Refuse labels that are not one of the columns of each row."""
+    is_whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
+    if probs.ndim != 2 or labels.shape != probs.shape[:1] or not is_whole:
+        raise ValueError(
+            "Probabilities (num_examples, num_labels) and label ids (num_examples,) are needed, got "
+            f"{tuple(probs.shape)} and {tuple(labels.shape)} of {labels.dtype}. Give both for the same examples."
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < probs.shape[1]:
+        raise ValueError(
+            f"Labels must lie in 0..{probs.shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}. Leave out "
+            "examples without a label."
+        )
+
+
+def _check_masks(losses: torch.Tensor, **masks: torch.Tensor) -> None:
+    for name, mask in masks.items():
+        if losses.ndim != 1 or mask.shape != losses.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"`losses` and `{name}` must have one shape (num_examples,), the latter booleans, got "
+                f"{tuple(losses.shape)} and {tuple(mask.shape)} of {mask.dtype}. Give both for the same examples."
+            )

@@ -90,12 +90,7 @@ def _read_from_hub(repo_id: str, commit: str, token: str | None) -> tuple[Teache
             f"{_WHAT} must be a repository with a '{HIERARCHY_FILES[0]}', got none in '{repo_id}'. Push one with "
             "`push_hierarchy`; a single model is named in a `Teacher`."
         )
-    try:
-        return read_hierarchy(found[0]), folder
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"'{found[0].name}' in '{repo_id}' must be a hierarchy of teachers, got: {error} Correct it there."
-        ) from error
+    return read_hierarchy(found[0], f"'{found[0].name}' in '{repo_id}'"), folder
 
 
 def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
@@ -174,8 +169,11 @@ def push_hierarchy(
     Raises:
         OSError: If a teacher has no weights, or the Hub refuses the push or cannot be reached.
         RuntimeError: If somebody else pushed at the same moment.
+        TypeError: If `hierarchy` is no [`TeacherHierarchy`].
         ValueError: If the repository holds something else, a teacher cannot be shared, or its name is taken there.
     """
+    if not isinstance(hierarchy, TeacherHierarchy):
+        raise TypeError(f"`hierarchy` must be a `TeacherHierarchy`, got {type(hierarchy).__name__}. Make one first.")
     facts = _check_facts(facts or {}, hierarchy)
     found = {
         teacher.name: find_checkpoint(

@@ -49,6 +49,11 @@ def find_input_column(dataset: Any, input_column: str | None = None) -> str:
     return candidates[0]
 
 
+def _check_column(dataset: Dataset, column: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(f"The column must be one of {dataset.column_names}, got {column!r}. Correct the name.")
+
+
 def is_text_column(dataset: Dataset, column: str) -> bool:
     """Tell whether a column holds text.
 
@@ -60,7 +65,11 @@ def is_text_column(dataset: Dataset, column: str) -> bool:
 
     Returns:
         `bool`
+
+    Raises:
+        ValueError: If there is no such column.
     """
+    _check_column(dataset, column)
     feature = dataset.features[column]
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
@@ -102,8 +111,9 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
         `np.ndarray` of shape `(num_examples,)`, int64.
 
     Raises:
-        ValueError: If a value is not a label of the task.
+        ValueError: If there is no such column, or a value is not a label of the task.
     """
+    _check_column(dataset, column)
     feature, values = dataset.features[column], list(dataset[column])
     positions = {name: index for index, name in enumerate(labels)}
     if isinstance(feature, ClassLabel):
@@ -150,7 +160,11 @@ def cell_digests(dataset: Dataset, column: str) -> list[str]:
 
     Returns:
         `list[str]`: 32 hexadecimal digits each.
+
+    Raises:
+        ValueError: If there is no such column.
     """
+    _check_column(dataset, column)
     table_view = dataset.select_columns([column]).with_format("arrow")
     digests = []
     for start in range(0, len(dataset), _CHUNK):
@@ -185,11 +199,16 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
         TypeError: If the cell is no image.
     """
     if not isinstance(cell, PILImage.Image):
-        array = np.asarray(cell)
-        whole = array.ndim in (2, 3) and array.dtype.kind in "iu"
+        try:
+            array = np.asarray(cell)
+        except ValueError:  # rows of different lengths
+            array = np.asarray(None)
+        array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        whole = array.dtype.kind in "iu" and (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4))
         if not whole or array.size and not 0 <= array.min() <= array.max() <= 255:
             raise TypeError(
-                f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}."
+                f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}. Give "
+                "uint8 of shape (height, width) or (height, width, channels)."
             )
         cell = PILImage.fromarray(array.astype(np.uint8))
     return cell if mode is None or cell.mode == mode else cell.convert(mode)

@@ -25,6 +25,7 @@ _PLAN, _LOCK, _PARTS = "plan.json", "lock", "parts"
 # Full disk, used-up quota, and a limit on the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NUM_NOTED = 5
+_AFRESH = "Delete that folder to start afresh."
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,8 @@ class Journal:
         """
         found = []
         for path in sorted((self.folder / _PARTS / name).glob("*.journal")):
+            if not path.with_suffix(".data").is_file():
+                continue  # a copy of half of it
             with open(path.with_suffix(".data"), "rb") as data:
                 # What follows the last line break was cut off.
                 for line in path.read_bytes().split(b"\n")[:-1]:
@@ -258,7 +261,14 @@ class Journal:
             )
 
     def _read_plan(self) -> dict[str, Any]:
-        return json.loads((self.folder / _PLAN).read_text(encoding="utf-8"))
+        path = self.folder / _PLAN
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'{path}' must be what a run has begun, got no JSON: {error}. {_AFRESH}") from error
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("plan", "facts")):
+            raise ValueError(f"'{path}' must be what a run has begun, got no plan and facts. {_AFRESH}")
+        return content
 
     def _write_plan(self, content: Mapping[str, Any]) -> None:
         temporary = self.folder / f"{_PLAN}.tmp"

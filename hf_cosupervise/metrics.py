@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+# What half precision leaves of a row.
+_SUM_TOLERANCE = 2e-3
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,8 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
         raise ValueError(
-            f"Two label arrays of one shape (num_examples,) are needed, got {first.shape} and {second.shape}."
+            f"Two label arrays of one shape (num_examples,) are needed, got {first.shape} and {second.shape}. Give at "
+            "least one example."
         )
     return float((first == second).mean())
 
@@ -103,10 +108,19 @@ def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: n
         `dict[str, float]`: `precision`, the share of right ones among the kept, and `recall`, the share of kept ones
         among the right; NaN where there are none to count.
 
+    Raises:
+        ValueError: If the shapes differ.
+
     Examples:
         >>> oracle_selection(np.array([True, True, False]), np.array([0, 1, 1]), np.array([0, 0, 1]))
         {'precision': 0.5, 'recall': 0.5}
     """
+    shapes = [np.shape(values) for values in (keep_mask, labels, oracle_labels)]
+    if len(shapes[0]) != 1 or shapes.count(shapes[0]) != 3:
+        raise ValueError(
+            f"A mask, labels and ground truth of one shape (num_examples,) are needed, got {shapes}. Give all for the "
+            "same examples."
+        )
     keep = np.asarray(keep_mask, dtype=bool) & (np.asarray(labels) >= 0)
     right = np.asarray(labels) == np.asarray(oracle_labels)
     hits = int((keep & right).sum())
@@ -131,7 +145,8 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: 
         `float`: 0 (calibrated) to 1.
 
     Raises:
-        ValueError: If there are no examples, the shapes do not fit, or `num_bins` is less than 1.
+        ValueError: If there are no examples, the shapes do not fit, a row is no probabilities, or `num_bins` is less
+            than 1.
 
     Source:
         Guo et al., arXiv 1706.04599, equation 3.
@@ -157,7 +172,8 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15)
         `(num_bins,)`; the first two are NaN in empty bins.
 
     Raises:
-        ValueError: If there are no examples, the shapes do not fit, or `num_bins` is less than 1.
+        ValueError: If there are no examples, the shapes do not fit, a row is no probabilities, or `num_bins` is less
+            than 1.
 
     Examples:
         >>> curve = reliability_curve(np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1]), num_bins=2)
@@ -165,10 +181,18 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15)
         ([nan, 0.75], [nan, 0.5], [0, 2])
     """
     probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels)
-    if probs.ndim != 2 or labels.shape != probs.shape[:1] or labels.size == 0 or num_bins < 1:
+    is_whole = isinstance(num_bins, numbers.Integral) and num_bins >= 1
+    if probs.ndim != 2 or labels.shape != probs.shape[:1] or probs.size == 0 or not is_whole:
         raise ValueError(
             "`probs` (num_examples, num_labels), `labels` (num_examples,) and `num_bins` >= 1 are needed, "
-            f"got {probs.shape}, {labels.shape} and {num_bins}."
+            f"got {probs.shape}, {labels.shape} and {num_bins!r}. Give at least one example."
+        )
+    if wrong := np.flatnonzero(
+        ~((probs >= 0).all(axis=1) & (np.abs(probs.sum(axis=1) - 1) <= _SUM_TOLERANCE))
+    ).tolist():
+        raise ValueError(
+            f"Rows of `probs` must be probabilities that sum to 1, got {probs[wrong[0]].tolist()[:8]} in row "
+            f"{wrong[0]}. Give softmax outputs, and leave out examples without an answer."
         )
     confidence = probs.max(axis=1)
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)  # closed on the right
@@ -198,7 +222,7 @@ def group_accuracies(
         `dict`: accuracy by group, 0 to 1, in the order of their names.
 
     Raises:
-        ValueError: If there are no examples, or the shapes differ.
+        ValueError: If there are no examples, the shapes differ, or groups are neither integers nor strings.
 
     Examples:
         >>> group_accuracies(np.array([0, 1, 1]), np.array([0, 1, 0]), ["x", "y", "y"])
@@ -206,7 +230,14 @@ def group_accuracies(
     """
     predictions, labels, groups = np.asarray(predictions), np.asarray(labels), np.asarray(groups)
     if groups.shape != labels.shape:
-        raise ValueError(f"`groups` must name a group for each of the {labels.size} examples, got {groups.shape}.")
+        raise ValueError(
+            f"`groups` must name a group for each of the {labels.size} examples, got {groups.shape}. Name one "
+            "for each."
+        )
+    if groups.dtype.kind not in "iuUb":
+        raise ValueError(
+            f"`groups` must be all integers or all strings, got {groups.tolist()[:8]}. Name those that have none."
+        )
     accuracy(predictions, labels)  # checks the shapes of both
     return {
         group: accuracy(predictions[groups == group], labels[groups == group]) for group in np.unique(groups).tolist()
@@ -278,13 +309,19 @@ def deception_score(
     student_labels, labels = np.asarray(student_labels), np.asarray(labels)
     teacher_probs, ceiling_probs = np.asarray(teacher_probs), np.asarray(ceiling_probs)
     shapes = teacher_probs.shape, ceiling_probs.shape
-    if shapes[0] != shapes[1] or len(shapes[0]) != 2 or not student_labels.shape == labels.shape == shapes[0][:1]:
+    if (
+        shapes[0] != shapes[1]
+        or len(shapes[0]) != 2
+        or 0 in shapes[0][1:]
+        or not student_labels.shape == labels.shape == shapes[0][:1]
+    ):
         raise ValueError(
             "Labels (num_examples,) and probabilities (num_examples, num_labels) of the same examples are needed, got "
-            f"labels {student_labels.shape} and {labels.shape}, probabilities {shapes[0]} and {shapes[1]}."
+            f"labels {student_labels.shape} and {labels.shape}, probabilities {shapes[0]} and {shapes[1]}. "
+            "Give all for the same examples."
         )
     if not 0 <= threshold <= 1:
-        raise ValueError(f"`threshold` must lie in 0..1, got {threshold}.")
+        raise ValueError(f"`threshold` must lie in 0..1, got {threshold}. Leave it out for 0.75.")
     knows_teacher, knows_ceiling = (
         (probs.argmax(axis=1) == labels) & (probs.max(axis=1, initial=0.0) >= threshold) & probs.any(axis=1)
         for probs in (teacher_probs, ceiling_probs)
@@ -302,8 +339,13 @@ def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
 
     Returns:
         `tuple[float, float]`: mean, and sample standard deviation (0 for a single number, NaN for none).
+
+    Raises:
+        ValueError: If a number is infinite.
     """
     known = [value for value in values if value is not None and not math.isnan(value)]
+    if any(math.isinf(value) for value in known):
+        raise ValueError(f"Numbers of seeds must be finite, got {known}. Leave out the runs that failed.")
     if not known:
         return math.nan, math.nan
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0

@@ -76,6 +76,7 @@ class PseudolabelPool:
     Raises:
         ValueError: If a teacher of the hierarchy is missing, ids are repeated, missing or differ between datasets, or
             a row of pseudolabels is not valid.
+        TypeError: If `hierarchy` is no [`TeacherHierarchy`], or the data are no `datasets.Dataset`s.
     """
 
     def __init__(
@@ -86,6 +87,8 @@ class PseudolabelPool:
         facts: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> None:
+        _check_kind(hierarchy, TeacherHierarchy, "hierarchy")
+        _check_kind(inputs, Dataset, "inputs", optional=True)
         self.hierarchy = hierarchy
         self.inputs = inputs
         self.facts: dict[str, Any] = dict(facts or {})
@@ -103,6 +106,7 @@ class PseudolabelPool:
         self._oracle_labels = _read_oracle_labels(inputs, hierarchy.labels)
 
     def _check_teachers(self, teachers: Mapping[str, Dataset]) -> None:
+        _check_kind(teachers, Mapping, "teachers")
         if missing := [name for name in self.hierarchy.names if name not in teachers]:
             levels = sorted({self.hierarchy.teachers[self.hierarchy.index(name)].level for name in missing})
             raise ValueError(
@@ -110,6 +114,7 @@ class PseudolabelPool:
                 f"(level {levels}). Label the data with them by `build_pool`."
             )
         for name, dataset in teachers.items():
+            _check_kind(dataset, Dataset, f"teachers[{name!r}]")
             if lacking := [
                 column for column in ("id", "label_ids", "label_probs") if column not in dataset.column_names
             ]:
@@ -177,8 +182,11 @@ class PseudolabelPool:
 
         Returns:
             `np.ndarray` of shape `(num_examples, k)`, read-only, most probable first.
+
+        Raises:
+            KeyError: If no teacher has that name.
         """
-        return self._views[name][0]
+        return self._view(name)[0]
 
     def label_probs(self, name: str) -> np.ndarray:
         """Give the probabilities of [`label_ids`], as a view of the Arrow file.
@@ -189,8 +197,41 @@ class PseudolabelPool:
 
         Returns:
             `np.ndarray` of shape `(num_examples, k)`, float16, read-only; all zero where there is no answer.
+
+        Raises:
+            KeyError: If no teacher has that name.
         """
-        return self._views[name][1]
+        return self._view(name)[1]
+
+    def _view(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        if name not in self._views:
+            self.hierarchy.index(name)  # says who is there
+        return self._views[name]
+
+    def _check_rows(self, rows: Any) -> Any:
+        """Refuse rows that numpy would take for others, or for a mask."""
+        if isinstance(rows, slice):
+            return rows
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.size and rows.dtype.kind not in "iu":
+            raise ValueError(
+                f"`rows` must be positions of examples, integers of shape (num_rows,), got {rows.shape} of "
+                f"{rows.dtype}. Of a mask, take `np.flatnonzero`."
+            )
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise ValueError(
+                f"`rows` must lie in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}. Count from 0, in this pool."
+            )
+        return rows.astype(np.int64, copy=False)
+
+    def _check_sources(self, sources: Any, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        sources, rows = np.asarray(sources), self._check_rows(np.asarray(rows))
+        if sources.shape != rows.shape or sources.size and sources.dtype.kind not in "iu":
+            raise ValueError(
+                "`sources` and `rows` must be integers of one shape (num_rows,), got "
+                f"{sources.shape} of {sources.dtype} and {rows.shape}. Give one source for each row."
+            )
+        return sources, rows
 
     def answered(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:  # noqa: B008
         """Tell which examples a teacher answered.
@@ -204,7 +245,7 @@ class PseudolabelPool:
         Returns:
             `np.ndarray` of shape `(num_rows,)`, bool.
         """
-        return self.label_probs(name)[rows, 0] > 0
+        return self.label_probs(name)[self._check_rows(rows), 0] > 0
 
     def hard_labels(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:  # noqa: B008
         """Give a teacher's most probable label of each example.
@@ -218,6 +259,7 @@ class PseudolabelPool:
         Returns:
             `np.ndarray` of shape `(num_rows,)`, int64; -1 where there is no answer.
         """
+        rows = self._check_rows(rows)
         return np.where(self.answered(name, rows), self.label_ids(name)[rows, 0].astype(np.int64), -1)
 
     def decode(self, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:
@@ -232,7 +274,7 @@ class PseudolabelPool:
         Returns:
             `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero without an answer.
         """
-        rows = slice(None) if rows is None else rows
+        rows = slice(None) if rows is None else self._check_rows(rows)
         return decode_top_k(self.label_ids(name)[rows], self.label_probs(name)[rows], self.hierarchy.num_labels)
 
     @property
@@ -255,8 +297,9 @@ class PseudolabelPool:
             with zeros.
 
         Raises:
-            ValueError: If a source is an ensemble or does not exist.
+            ValueError: If a source is an ensemble or does not exist, or the shapes differ.
         """
+        sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
         order = np.argsort(sources, kind="stable")
         ordered_rows, ordered_sources = rows[order], sources[order]
@@ -289,7 +332,11 @@ class PseudolabelPool:
 
         Returns:
             `np.ndarray` of shape `(num_rows,)`, int64: ties to the lowest label, -1 where nobody speaks.
+
+        Raises:
+            ValueError: If a source does not exist, or the shapes differ.
         """
+        sources, rows = self._check_sources(sources, rows)
         if (sources >= len(self.hierarchy.names)).any():
             probs = self.pseudolabels(sources, rows)
             return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
@@ -338,7 +385,11 @@ class PseudolabelPool:
 
         Returns:
             `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero where nobody speaks.
+
+        Raises:
+            ValueError: If a source does not exist, or the shapes differ.
         """
+        sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
         probs = np.zeros((len(rows), self.hierarchy.num_labels), dtype=np.float32)
         for source in np.unique(sources[sources != NOBODY]).tolist():
@@ -371,11 +422,23 @@ class PseudolabelPool:
         Returns:
             `tuple[torch.Tensor, torch.BoolTensor]`: probabilities `(num_rows, num_teachers, num_labels)`, and who
             answered `(num_rows, num_teachers)`.
+
+        Raises:
+            ValueError: If there is no such teacher or row.
         """
-        names = [self.hierarchy.names[index] for index in indices]
+        names = self._names_of(indices)
         probs = np.stack([self.decode(name, rows) for name in names], axis=1)
         answered = np.stack([self.answered(name, rows) for name in names], axis=1)
         return torch.from_numpy(probs), torch.from_numpy(answered)
+
+    def _names_of(self, indices: Sequence[int]) -> list[str]:
+        names = self.hierarchy.names
+        if not len(indices) or not set(indices) <= set(range(len(names))):
+            raise ValueError(
+                f"`indices` must be one or more positions of teachers in 0..{len(names) - 1}, got {list(indices)}. "
+                "Take them from `hierarchy.level_indices`."
+            )
+        return [names[index] for index in indices]
 
     @property
     def has_one_k(self) -> bool:
@@ -396,8 +459,11 @@ class PseudolabelPool:
         Returns:
             `tuple[torch.LongTensor, torch.Tensor, torch.Tensor]`: label ids and their probabilities
             `(num_rows, num_teachers, k)`, and the probability of each other label `(num_rows, num_teachers)`.
+
+        Raises:
+            ValueError: If there is no such teacher or row.
         """
-        views = [self._views[self.hierarchy.names[index]] for index in indices]
+        views, rows = [self._views[name] for name in self._names_of(indices)], self._check_rows(rows)
         label_ids = np.stack([ids[rows] for ids, _ in views], axis=1).astype(np.int64)
         scaled = [scale_top_k(stored[rows], self.hierarchy.num_labels) for _, stored in views]
         probs, rest_probs = (np.stack(parts, axis=1) for parts in zip(*scaled))
@@ -435,12 +501,18 @@ class PseudolabelPool:
 
         Raises:
             ValueError: If shapes, ids or probabilities do not fit.
+            TypeError: If an argument is of another kind.
         """
+        _check_kind(hierarchy, TeacherHierarchy, "hierarchy")
+        _check_kind(predictions, Mapping, "predictions")
+        _check_kind(inputs, Dataset, "inputs", optional=True)
         k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
-        if np.asarray(ids).dtype.kind not in "iuU" and len(ids):
-            raise ValueError(f"`ids` must be integers or strings, got {ids[0]!r}. Number the examples.")
+        _check_id_values(ids)
         if inputs is not None and len(inputs) != len(ids):
-            raise ValueError(f"`inputs` must hold one row for each of the {len(ids)} ids, got {len(inputs)}.")
+            raise ValueError(
+                f"`inputs` must hold one row for each of the {len(ids)} ids, got {len(inputs)}. Select "
+                "the same examples."
+            )
         teachers, known = {}, {name: dict(known) for name, known in (facts or {}).items()}
         for name, probs in predictions.items():
             if np.shape(probs) != (len(ids), hierarchy.num_labels):
@@ -448,7 +520,7 @@ class PseudolabelPool:
                     f"Predictions of '{name}' must have shape {(len(ids), hierarchy.num_labels)}, "
                     f"got {np.shape(probs)}."
                 )
-            label_ids, label_probs = encode_top_k(probs, k)
+            label_ids, label_probs = encode_top_k(probs, k, f"'{name}'")
             teachers[name] = teacher_dataset(ids, label_ids, label_probs)
             num_answered = max(int((label_probs[:, 0] > 0).sum()), 1)
             known.setdefault(name, {}).setdefault(
@@ -471,9 +543,10 @@ class PseudolabelPool:
         Raises:
             ValueError: If the labels differ or a teacher is not in the pool.
         """
+        _check_kind(hierarchy, TeacherHierarchy, "hierarchy")
         if hierarchy.labels != self.labels:
             raise ValueError(
-                f"Both hierarchies must have the labels {list(self.labels)}, got {list(hierarchy.labels)}."
+                f"Both hierarchies must have the labels {shorten(self.labels)}, got {shorten(hierarchy.labels)}."
             )
         pool = PseudolabelPool(hierarchy, self.teachers, self.inputs, self.facts, self.source)
         pool.repo_id, pool.commit = self.repo_id, self.commit
@@ -489,8 +562,11 @@ class PseudolabelPool:
 
         Returns:
             `PseudolabelPool`
+
+        Raises:
+            ValueError: If a row does not exist or is there twice.
         """
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = self._check_rows(np.asarray(rows))
         teachers = {
             name: dataset.select(self._orders[name][rows] if name in self._orders else rows)
             for name, dataset in self.teachers.items()
@@ -840,7 +916,10 @@ class PseudolabelPool:
             digests[file_signature(folder / path)] = digest
             datasets[path] = map_arrow(folder / path, size, digest, verify, what, advice)
         teachers = {name: datasets[f"teachers/{name}/data.arrow"] for name in hierarchy.names}
-        pool = cls(hierarchy, teachers, datasets.get(INPUTS), header["facts"], header.get("source"))
+        try:
+            pool = cls(hierarchy, teachers, datasets.get(INPUTS), header["facts"], header.get("source"))
+        except ValueError as error:
+            raise ValueError(f"Pool {what} must be as it was saved, got: {error} {advice}") from error
         if len(pool) != header["num_examples"]:
             raise ValueError(
                 f"Pool {what} must hold {header['num_examples']} examples, got {len(pool)}. Label the data again."
@@ -849,6 +928,23 @@ class PseudolabelPool:
         if pool.inputs is not None:
             pool._inputs_file = (pool.inputs, folder / INPUTS)
         return pool
+
+
+def _check_kind(value: Any, kind: type, name: str, *, optional: bool = False) -> None:
+    if not (isinstance(value, kind) or optional and value is None):
+        raise TypeError(f"`{name}` must be a `{kind.__name__}`, got {type(value).__name__}. Make one first.")
+
+
+def _check_id_values(ids: Sequence[Any] | np.ndarray) -> None:
+    if isinstance(ids, str) or not isinstance(ids, Sequence | np.ndarray):
+        raise TypeError(
+            f"`ids` must be one integer or string per example, got {type(ids).__name__}. Make a list of them."
+        )
+    kind = str if len(ids) and isinstance(ids[0], str) else int | np.integer
+    if wrong := [value for value in ids if not isinstance(value, kind) or isinstance(value, bool)]:
+        raise ValueError(f"`ids` must be integers or strings, got {wrong[0]!r}. Number the examples.")
+    if kind is not str and len(ids) and not -(2**63) <= min(ids) <= max(ids) < 2**63:
+        raise ValueError(f"`ids` must be integers or strings, got {max(ids, key=abs)}. Number the examples.")
 
 
 def match_ids(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
@@ -885,8 +981,11 @@ def _read_ids(dataset: Dataset, what: str) -> np.ndarray:
         dataset.with_format("arrow")[:].column("id") if len(dataset) else pa.chunked_array([pa.array([], pa.int64())])
     )
     if column.null_count:
-        raise ValueError(f"Ids of {what} must not be missing, got {column.null_count} empty ones.")
-    ids = column.to_numpy() if pa.types.is_integer(column.type) else np.asarray(column.to_pylist())
+        raise ValueError(f"Ids of {what} must not be missing, got {column.null_count} empty ones. Fill them.")
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ValueError(f"Ids of {what} must be integers or strings, got {kind}. Number the examples.")
+    ids = column.to_numpy() if pa.types.is_integer(kind) else np.asarray(column.to_pylist())
     if len(np.unique(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)
         first = int(np.flatnonzero(counts > 1)[0])
@@ -903,11 +1002,19 @@ def _read_oracle_labels(inputs: Dataset | None, labels: Sequence[str]) -> np.nda
     return read_labels(inputs, ORACLE_LABEL, labels)
 
 
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
 def _matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
     """View a column of fixed-size lists as a matrix, without a copy where it is one chunk."""
     feature = dataset.features[column]
-    if not isinstance(feature, List) or feature.length < 1:
-        raise ValueError(f"Column `{column}` of '{name}' must hold lists of one fixed length, got {feature}.")
+    is_list = isinstance(feature, List) and feature.length >= 1
+    if not is_list or not _is_number(dataset.data.column(column).type.value_type):
+        what = "numbers" if is_list else "one fixed length"
+        raise ValueError(
+            f"Column `{column}` of '{name}' must hold lists of {what}, got {feature}. Make it with `build_pool`."
+        )
     chunks = dataset.data.column(column).chunks
     if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
         # Arrow leaves null rows out of the flat values, which would shift every later row.

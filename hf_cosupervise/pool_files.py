@@ -24,6 +24,8 @@ _CHUNK = 8192
 # What every header holds, and what pools of older versions lack.
 _NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": dict}
 _OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict}
+# What of the facts the card is made of.
+_FACTS = {"kind": str, "revision": str, "commit": str, "dropped_mass": int | float}
 
 
 def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, label_probs: np.ndarray) -> Dataset:
@@ -39,7 +41,15 @@ def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, labe
 
     Returns:
         `datasets.Dataset` of `id`, `label_ids` and `label_probs`, in one Arrow chunk.
+
+    Raises:
+        ValueError: If the shapes do not fit.
     """
+    if label_ids.ndim != 2 or not (len(ids), label_ids.shape[1]) == label_ids.shape == label_probs.shape:
+        raise ValueError(
+            f"Pseudolabels of {len(ids)} examples must have shape ({len(ids)}, k), got {label_ids.shape} and "
+            f"{label_probs.shape}. Give one row per id."
+        )
     k = label_ids.shape[1]
     features = Features(
         {
@@ -184,7 +194,15 @@ def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, wh
             # Arrow follows wrong offsets blindly. This looks at all of them, and at 10 GB of text in a second.
             dataset.data.validate(full=True)
             return dataset
-        except (ValueError, LookupError, TypeError, AttributeError, OSError, NotImplementedError) as error:
+        except (
+            pa.ArrowException,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            OSError,
+            RecursionError,
+        ) as error:
             found = f"{type(error).__name__}: {str(error).rstrip('.')}"
     raise ValueError(
         f"'{path}' of pool {what} must be the Arrow file that was written, got {found}. Delete '{path.resolve()}'. "
@@ -225,6 +243,7 @@ def read_header(path: Path, what: str | Path) -> dict[str, Any]:
     """
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # JSON can spell what is no text
     except (ValueError, RecursionError) as error:
         raise _bad_header(what, f"no JSON: {error}") from error
     if not isinstance(header, dict):
@@ -239,6 +258,11 @@ def read_header(path: Path, what: str | Path) -> dict[str, Any]:
         raise _bad_header(what, f"no {kinds[wrong[0]].__name__} as `{wrong[0]}`")
     if not all(isinstance(facts, dict) for facts in header["facts"].values()):
         raise _bad_header(what, "`facts` that are no dictionary per teacher")
+    for facts in header["facts"].values():
+        if wrong := [key for key, kind in _FACTS.items() if not isinstance(facts.get(key), kind | None)]:
+            raise _bad_header(what, f"{facts[wrong[0]]!r} as `{wrong[0]}` among `facts`")
+        if not 0 <= (facts.get("dropped_mass") or 0) <= 1.01:
+            raise _bad_header(what, "a `dropped_mass` that is no share among `facts`")
     if not all(isinstance(value, str) for value in header.get("source", {}).values()):
         raise _bad_header(what, "a `source` that is not all text")
     for entry in header.get("files", {}).values():

@@ -16,8 +16,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
+
+from .teachers import parse_yaml
 
 # YAML 1.1 takes a number for a float only if it has a dot and a signed exponent: 1e-3 and 1.0e5 arrive as strings.
 _EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -94,8 +95,8 @@ def read_recipe_config(path: str | os.PathLike[str], dataclass_types: Sequence[t
     if not path.is_file():
         raise FileNotFoundError(f"`--config` must name a YAML file, got '{path}'. Check the path.")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"'{path}' must be valid YAML, got an error. {error}") from error
     if not isinstance(values, dict | None):
         raise ValueError(f"'{path}' must hold one `name: value` per line, got a {type(values).__name__}.")
@@ -150,23 +151,17 @@ class _RecipeParser(HfArgumentParser):
             action.required = action.required and action.dest not in values
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuse a repeated key, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if repeated := [key for position, key in enumerate(keys) if key in keys[:position]]:
-            raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _read_json_dict(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"a dictionary is written as JSON, and {text!r} is not ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"a dictionary is written as JSON, and {text[:80]!r} is not ({error})"
+        ) from error
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"a dictionary is written as JSON, and {text!r} is a {type(value).__name__}")
+        raise argparse.ArgumentTypeError(
+            f"a dictionary is written as JSON, and {text[:80]!r} is a {type(value).__name__}"
+        )
     return value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import numpy as np
 import torch
 
@@ -44,7 +46,7 @@ def default_pool_k(num_labels: int) -> int:
     return min(16, num_labels)
 
 
-def encode_top_k(probs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.ndarray, np.ndarray]:
     """Keep the `k` most probable labels of each row, in float16.
 
     The order is by the *stored* (rounded) probability, descending, ties to the lowest label, so that the first stored
@@ -55,6 +57,8 @@ def encode_top_k(probs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
             Rows sum to 1, or are all zero where there is no answer.
         k (`int`):
             1 to `num_labels`.
+        name (`str`, *optional*):
+            Whose probabilities they are, for the error.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: label ids (smallest integer type) and float16 probabilities, both of shape
@@ -68,26 +72,29 @@ def encode_top_k(probs: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         >>> ids.tolist(), stored.tolist()
         ([[1, 0]], [[0.5, 0.25]])
     """
-    probs = np.asarray(probs, dtype=np.float32)
-    if probs.ndim != 2:
-        raise ValueError(f"`probs` must have shape (num_examples, num_labels), got {probs.shape}.")
-    num_labels = probs.shape[1]
-    if not 1 <= k <= num_labels:
-        raise ValueError(f"`k` must lie in 1..{num_labels} (the number of labels), got {k}.")
+    probs = np.asarray(probs)
+    if probs.ndim != 2 or probs.dtype.kind not in "fiub":
+        raise ValueError(
+            f"Probabilities of {name} must be numbers of shape (num_examples, num_labels), got {probs.shape} of "
+            f"{probs.dtype}. Give one row per example."
+        )
+    probs, num_labels = probs.astype(np.float32, copy=False), probs.shape[1]
+    if not isinstance(k, numbers.Integral) or not 1 <= k <= num_labels:
+        raise ValueError(f"`k` must lie in 1..{num_labels} (the number of labels), got {k!r}. Choose a whole number.")
     values = torch.from_numpy(np.require(probs, requirements=("C", "W")))  # torch is much faster here
     sums = values.sum(dim=1)
     if len(values) and not (values.amin() >= 0 and ((sums - 1).abs().le(SUM_TOLERANCE) | (sums == 0)).all()):
-        _check_rows(probs, "probs")
+        _check_rows(probs, name)
         if len(wrong := ((sums < 1 - SUM_TOLERANCE) & (sums != 0)).nonzero()):
             row = int(wrong[0])
-            raise ValueError(f"Rows of `probs` must sum to 1 or be all zero, got {sums[row]:.4f} in row {row}.")
+            raise ValueError(f"Rows of {name} must sum to 1 or be all zero, got {sums[row]:.4f} in row {row}.")
     # Scaled first, so that what is stored keeps within the tolerance whatever the rounding does.
     rounded = (values / torch.where(sums > 0, sums, 1)[:, None]).half().abs()  # -0 would sort below 0
     # Halves that are not negative are in the order of their bits; the label breaks ties, so no two keys are equal.
     key_dtype = torch.int32 if num_labels <= 2**16 else torch.int64
     lowest_first = torch.arange(num_labels - 1, -1, -1, dtype=key_dtype)
     bits = 16 if key_dtype is torch.int32 else 32
-    keys = torch.topk((rounded.view(torch.int16).to(key_dtype) << bits) | lowest_first, k, dim=1).values
+    keys = torch.topk((rounded.view(torch.int16).to(key_dtype) << bits) | lowest_first, int(k), dim=1).values
     label_ids = torch.where(sums[:, None] > 0, num_labels - 1 - (keys & (2**bits - 1)), 0)
     label_probs = (keys >> bits).to(torch.int16).view(torch.float16)
     return label_ids.numpy().astype(label_dtype(num_labels)), label_probs.numpy()
@@ -105,12 +112,21 @@ def dropped_mass(probs: np.ndarray, label_ids: np.ndarray) -> float:
     Returns:
         `float`: probability mass of all other labels, summed over the rows; not negative.
 
+    Raises:
+        ValueError: If there is not one row of existing labels per example.
+
     Examples:
         >>> dropped_mass(np.array([[0.25, 0.5, 0.25]]), np.array([[1, 0]]))
         0.25
     """
+    if probs.ndim != 2 or label_ids.ndim != 2 or len(label_ids) != len(probs):
+        raise ValueError(
+            "`probs` (num_examples, num_labels) and `label_ids` (num_examples, k) are needed, got "
+            f"{probs.shape} and {label_ids.shape}. Give both for the same examples."
+        )
     if label_ids.shape[1] == probs.shape[1]:
         return 0.0
+    _check_label_ids(label_ids, probs.shape[1], "`label_ids`")
     kept = np.take_along_axis(probs, label_ids.astype(np.int64), axis=1)
     answered = probs.sum(axis=1) > 0  # a row without an answer names label 0, which holds nothing
     return max(0.0, float(probs[answered].sum(dtype=np.float64) - kept[answered].sum(dtype=np.float64)))
@@ -131,12 +147,20 @@ def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, n
         `tuple[np.ndarray, np.ndarray]`: probabilities of the stored labels `(num_examples, k)` and of each other label
         `(num_examples,)`, float32; all zero where there is no answer.
 
+    Raises:
+        ValueError: If there are not 1 to `num_labels` probabilities in each row.
+
     Examples:
         >>> probs, rest_probs = scale_top_k(np.array([[0.5]]), num_labels=3)
         >>> probs.tolist(), rest_probs.tolist()
         ([[0.5]], [0.25])
     """
     stored = np.asarray(label_probs, dtype=np.float32)
+    if stored.ndim != 2 or not 1 <= stored.shape[1] <= num_labels:
+        raise ValueError(
+            f"`label_probs` must have shape (num_examples, k) with k in 1..{num_labels}, got {stored.shape}. Give the "
+            "task's number of labels as `num_labels`."
+        )
     sums, num_others = stored.sum(axis=1), num_labels - stored.shape[1]
     rest = np.zeros_like(sums)
     if num_others:
@@ -163,14 +187,24 @@ def decode_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int
     Returns:
         `np.ndarray` of shape `(num_examples, num_labels)`, float32: rows sum to 1, or are all zero.
 
+    Raises:
+        ValueError: If the shapes do not fit, or a label does not exist.
+
     Examples:
         >>> decode_top_k(np.array([[1]]), np.array([[0.5]]), num_labels=3).tolist()
         [[0.25, 0.5, 0.25]]
     """
     stored, rest = scale_top_k(label_probs, num_labels)
+    label_ids = np.asarray(label_ids)
+    if label_ids.shape != stored.shape:
+        raise ValueError(
+            f"`label_ids` and `label_probs` must have one shape (num_examples, k), got {label_ids.shape} and "
+            f"{stored.shape}. Give both for the same examples."
+        )
+    _check_label_ids(label_ids, num_labels, "`label_ids`")
     probs = np.empty((len(stored), num_labels), dtype=np.float32)
     probs[:] = rest[:, None]
-    np.put_along_axis(probs, np.asarray(label_ids, dtype=np.int64), stored, axis=1)
+    np.put_along_axis(probs, label_ids.astype(np.int64), stored, axis=1)
     return probs
 
 
@@ -194,15 +228,14 @@ def check_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int,
     if label_ids.shape != label_probs.shape or label_ids.ndim != 2 or not 1 <= label_ids.shape[1] <= num_labels:
         raise ValueError(
             f"Pseudolabels of '{name}' must be two arrays of one shape (num_examples, k) with k in 1..{num_labels}, "
-            f"got {label_ids.shape} and {label_probs.shape}."
+            f"got {label_ids.shape} and {label_probs.shape}. Build them with `encode_top_k`."
         )
+    if label_probs.dtype.kind != "f":
+        raise ValueError(f"Probabilities of '{name}' must be floats, got {label_probs.dtype}. Store them as float16.")
     _check_rows(label_probs, f"'{name}'")
+    _check_label_ids(label_ids, num_labels, f"'{name}'")
     if label_ids.size == 0:
         return
-    if label_ids.min() < 0 or label_ids.max() >= num_labels:
-        raise ValueError(
-            f"Label ids of '{name}' must lie in 0..{num_labels - 1}, got {label_ids.min()}..{label_ids.max()}."
-        )
     answered = label_probs[:, 0] > 0
     if (np.diff(label_probs.astype(np.float32), axis=1) > 0).any():
         raise ValueError(
@@ -220,6 +253,16 @@ def check_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int,
         )
 
 
+def _check_label_ids(label_ids: np.ndarray, num_labels: int, name: str) -> None:
+    if label_ids.dtype.kind not in "iu":
+        raise ValueError(f"Label ids of {name} must be integers, got {label_ids.dtype}. Number the labels from 0.")
+    if label_ids.size and (label_ids.min() < 0 or label_ids.max() >= num_labels):
+        raise ValueError(
+            f"Label ids of {name} must lie in 0..{num_labels - 1}, got {label_ids.min()}..{label_ids.max()}. Give "
+            "those of this task."
+        )
+
+
 def _check_rows(probs: np.ndarray, name: str) -> None:
     values = probs.astype(np.float32, copy=False)
     finite = np.isfinite(values).all(axis=1)
@@ -231,5 +274,6 @@ def _check_rows(probs: np.ndarray, name: str) -> None:
         if (rows := np.flatnonzero(bad)).size:
             raise ValueError(
                 f"Probabilities of {name} must be finite, not negative and sum to at most 1 in each row: "
-                f"row {rows[0]} {what} (got {values[rows[0]].tolist()[:8]}), {rows.size} such rows in all."
+                f"row {rows[0]} {what} (got {values[rows[0]].tolist()[:8]}), {rows.size} such rows in all. Give "
+                "softmax outputs, not logits."
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,7 @@ import torch
 import yaml
 
 TEACHER_KINDS = ("auto", "transformers", "timm", "sklearn", "column")
-_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # names become folders
 _TUPLE_FIELDS = ("scope", "domains", "trusted_types")
 
 
@@ -29,8 +30,8 @@ class Teacher:
         level (`int`, *optional*, defaults to 0):
             Level in the hierarchy, 0 is the root.
         name (`str`, *optional*):
-            Unique name in the hierarchy: letters, digits, `.`, `_` and `-`. Defaults to the last part of `subfolder`,
-            else of `model`.
+            Unique name in the hierarchy: up to 200 letters, digits, `.`, `_` and `-`. Defaults to the last part of
+            `subfolder`, else of `model`.
         kind (`str`, *optional*, defaults to `"auto"`):
             One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"column"`.
         revision (`str`, *optional*):
@@ -48,8 +49,8 @@ class Teacher:
 
     Raises:
         ValueError: If the name, the kind, the level, the scope, the domains or the folder in it are not usable.
-        TypeError: If `scope`, `domains` or `trusted_types` is a single string instead of a list of them, or
-            `label_map` is no mapping.
+        TypeError: If `scope`, `domains` or `trusted_types` is no list of names, `label_map` is no mapping of them, or
+            `revision` is no text.
 
     Examples:
         >>> Teacher("org/cats-and-dogs", level=1, scope=["cat", "dog"]).name
@@ -69,12 +70,20 @@ class Teacher:
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
-            raise ValueError(f"A teacher's `model` must be a Hub id, a folder or a column name, got {self.model!r}.")
+            raise ValueError(
+                f"A teacher's `model` must be a Hub id, a folder or a column name, got {self.model!r}. Name one."
+            )
+        if self.subfolder is not None and not is_inner_folder(self.subfolder):
+            raise ValueError(
+                f"`subfolder` of teacher '{self.name or self.model}' must be a folder below `model` such as 'low' or "
+                f"'a/low', without '..' and not from the root, got {self.subfolder!r}. Correct it."
+            )
         if not self.name:
             object.__setattr__(self, "name", (self.subfolder or self.model).rstrip("/").split("/")[-1])
         if not isinstance(self.name, str) or not _NAME_PATTERN.fullmatch(self.name):
             raise ValueError(
-                f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name`."
+                f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name` "
+                "of at most 200."
             )
         if self.name.lower() == "inputs":
             raise ValueError(
@@ -82,42 +91,44 @@ class Teacher:
             )
         if self.kind not in TEACHER_KINDS:
             raise ValueError(
-                f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}."
+                f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}. Leave it "
+                "out to have it found."
             )
         if isinstance(self.level, bool) or not isinstance(self.level, int) or self.level < 0:
             raise ValueError(
-                f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}."
+                f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}. Correct "
+                "it."
             )
-        if self.subfolder is not None and not is_inner_folder(self.subfolder):
-            raise ValueError(
-                f"`subfolder` of teacher '{self.name}' must be a folder below `model` such as 'low' or 'a/low', "
-                f"without '..' and not from the root, got {self.subfolder!r}. Correct it."
+        if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):
+            raise TypeError(
+                f"`revision` of teacher '{self.name}' must be a branch, tag or commit, got {self.revision!r}. Put it "
+                "in quotes, or leave it out."
             )
         for key in _TUPLE_FIELDS:
             object.__setattr__(self, key, self._as_names(key))
         if not isinstance(self.label_map, Mapping | None):
             raise TypeError(
                 f"`label_map` of teacher '{self.name}' must map its label names to the task's, got "
-                f"{type(self.label_map).__name__}."
+                f"{type(self.label_map).__name__}. Write `name: name` for each label."
             )
         if self.label_map is not None:
-            object.__setattr__(
-                self, "label_map", MappingProxyType({str(k): str(v) for k, v in self.label_map.items()})
-            )
+            what = f"`label_map` of teacher '{self.name}'"
+            pairs = zip(_as_names(self.label_map, what), _as_names(self.label_map.values(), what))
+            object.__setattr__(self, "label_map", MappingProxyType(dict(pairs)))
 
     def _as_names(self, key: str) -> tuple[str, ...] | None:
         value = getattr(self, key)
         if value is None:
             return None
-        if isinstance(value, str):
-            raise TypeError(
-                f"`{key}` of teacher '{self.name}' must be a list of names, got the single string {value!r}."
-            )
-        names = tuple(str(item) for item in value)
+        names = _as_names(value, f"`{key}` of teacher '{self.name}'")
         if not names and key != "trusted_types":
-            raise ValueError(f"`{key}` of teacher '{self.name}' is empty. Leave it out, or name at least one.")
+            raise ValueError(
+                f"`{key}` of teacher '{self.name}' must name at least one, got an empty list. Leave it out for all."
+            )
         if len(set(names)) != len(names):
-            raise ValueError(f"`{key}` of teacher '{self.name}' names something twice, got {list(names)}.")
+            raise ValueError(
+                f"`{key}` of teacher '{self.name}' must name each once, got one twice: {list(names)}. Drop it."
+            )
         return names
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -159,14 +170,29 @@ def is_inner_folder(path: Any) -> bool:
     return all(part not in ("", ".", "..") for part in path.split("/"))
 
 
+def _as_names(values: Any, what: str) -> tuple[str, ...]:
+    """Give names as text. YAML reads no and off as booleans and nothing as null, which nobody means as a name."""
+    if isinstance(values, str):
+        raise TypeError(f"{what} must be a list of names, got the single string {values!r}. Write [{values}].")
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{what} must be a list of names, got {values!r}. Write them as a list.")
+    names = tuple(values)
+    for name in names:
+        if isinstance(name, bool) or not isinstance(name, str | numbers.Integral):
+            raise TypeError(f"{what} must hold names, got {name!r} among them. Put names in quotes.")
+    return tuple(str(name) for name in names)
+
+
 def _teacher_from_dict(facts: Mapping[str, Any]) -> Teacher:
     known = {item.name for item in fields(Teacher)}
     if not isinstance(facts, Mapping):
-        raise ValueError(f"A teacher must be a mapping of {sorted(known)}, got {facts!r}.")
-    if unknown := sorted(set(facts) - known):
-        raise ValueError(f"A teacher has the fields {sorted(known)}, got unknown {unknown} in {dict(facts)}.")
+        raise ValueError(f"A teacher must be a mapping of {sorted(known)}, got {facts!r}. Write `model: …`.")
+    if unknown := sorted(map(str, set(facts) - known)):
+        raise ValueError(
+            f"A teacher has the fields {sorted(known)}, got unknown {unknown} in {dict(facts)}. Correct the names."
+        )
     if "model" not in facts:
-        raise ValueError(f"A teacher needs `model` (Hub id, folder or column name), got {dict(facts)}.")
+        raise ValueError(f"A teacher needs `model` (Hub id, folder or column name), got {dict(facts)}. Add it.")
     return Teacher(**facts)
 
 
@@ -184,6 +210,7 @@ class TeacherHierarchy:
     Raises:
         ValueError: If labels or names are repeated, a level has no teacher, or a scope or label map names a label
             that the task does not have.
+        TypeError: If `labels` is no list of names, or `teachers` no list of [`Teacher`].
 
     Examples:
         >>> hierarchy = TeacherHierarchy(["a", "b"], [Teacher("t/all"), Teacher("t/b", level=1, scope=["b"])])
@@ -194,7 +221,9 @@ class TeacherHierarchy:
     """
 
     def __init__(self, labels: Sequence[str], teachers: Sequence[Teacher]) -> None:
-        self.labels = tuple(str(label) for label in labels)
+        self.labels = _as_names(list(labels) if isinstance(labels, str) else labels, "`labels` of a hierarchy")
+        if not isinstance(teachers, Sequence) or not all(isinstance(teacher, Teacher) for teacher in teachers):
+            raise TypeError(f"`teachers` of a hierarchy must be a list of `Teacher`, got {teachers!r}. Make them so.")
         self.teachers = tuple(sorted(teachers, key=lambda teacher: teacher.level))
         self._check_names()
         self._check_levels()
@@ -202,7 +231,7 @@ class TeacherHierarchy:
 
     def _check_names(self) -> None:
         if len(self.labels) < 2:
-            raise ValueError(f"A task needs at least two labels, got {list(self.labels)}.")
+            raise ValueError(f"A task needs at least two labels, got {list(self.labels)}. Name them all.")
         for what, names in (("Labels", self.labels), ("Teacher names", self.names)):
             # Names become folders, and some file systems do not tell upper from lower case.
             keys = [name.lower() for name in names] if what == "Teacher names" else list(names)
@@ -211,7 +240,7 @@ class TeacherHierarchy:
 
     def _check_levels(self) -> None:
         if not self.teachers:
-            raise ValueError("A hierarchy needs at least one teacher, got none.")
+            raise ValueError("A hierarchy needs at least one teacher, got none. Add one.")
         found = {teacher.level for teacher in self.teachers}
         # A file may say anything; where a level is missing, one of the first so many is.
         if missing := sorted(set(range(min(max(found), len(found)) + 1)) - found):
@@ -278,8 +307,8 @@ class TeacherHierarchy:
         Raises:
             IndexError: If there is no such level.
         """
-        if not 0 <= level < self.num_levels:
-            raise IndexError(f"`level` must lie in 0..{self.num_levels - 1}, got {level}.")
+        if level not in range(self.num_levels):
+            raise IndexError(f"`level` must lie in 0..{self.num_levels - 1}, got {level!r}. Count from the root.")
         positions = [i for i, teacher in enumerate(self.teachers) if teacher.level == level]
         return range(positions[0], positions[-1] + 1)
 
@@ -309,10 +338,14 @@ class TeacherHierarchy:
 
         Returns:
             `torch.BoolTensor` of shape `(num_teachers_of_level, num_labels)`.
+
+        Raises:
+            IndexError: If there is no such level.
         """
         positions = {label: position for position, label in enumerate(self.labels)}
-        mask = torch.zeros(len(self.levels[level]), len(self.labels), dtype=torch.bool)
-        for row, teacher in zip(mask, self.levels[level], strict=True):
+        teachers = [self.teachers[index] for index in self.level_indices(level)]
+        mask = torch.zeros(len(teachers), len(self.labels), dtype=torch.bool)
+        for row, teacher in zip(mask, teachers, strict=True):
             row[[positions[label] for label in teacher.scope or self.labels]] = True
         return mask
 
@@ -337,13 +370,14 @@ class TeacherHierarchy:
 
         Raises:
             ValueError: If a key is missing or unknown, or the teachers do not fit together.
+            TypeError: If a name is none, or something is no list of names.
         """
         if not isinstance(facts, Mapping) or set(facts) != {"labels", "teachers"}:
-            found = sorted(facts) if isinstance(facts, Mapping) else type(facts).__name__
-            raise ValueError(f"A hierarchy has exactly the keys ['labels', 'teachers'], got {found}.")
+            found = sorted(map(str, facts)) if isinstance(facts, Mapping) else type(facts).__name__
+            raise ValueError(f"A hierarchy has exactly the keys ['labels', 'teachers'], got {found}. Correct them.")
         for key, value in facts.items():
             if not isinstance(value, Sequence) or isinstance(value, str):
-                raise ValueError(f"`{key}` of a hierarchy must be a list, got {value!r}.")
+                raise ValueError(f"`{key}` of a hierarchy must be a list, got {value!r}. Write it as [a, b].")
         return cls(facts["labels"], [_teacher_from_dict(teacher) for teacher in facts["teachers"]])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -355,8 +389,11 @@ class TeacherHierarchy:
 
         Raises:
             ValueError: If the suffix is another one.
+            FileNotFoundError: If the folder of that file does not exist.
         """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"A hierarchy file must lie in a folder that exists, got '{path}'. Make it first.")
         facts = self.to_dict()
         text = json.dumps(facts, indent=2) if _is_json(path) else yaml.safe_dump(facts, sort_keys=False)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -385,12 +422,14 @@ class TeacherHierarchy:
         return cls(hierarchy.labels, [_resolve(teacher, path.parent) for teacher in hierarchy.teachers])
 
 
-def read_hierarchy(path: Path) -> TeacherHierarchy:
+def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
     """Read a hierarchy file as it stands there, without looking for the models that it names.
 
     Args:
         path (`pathlib.Path`):
             A `.json`, `.yaml` or `.yml` file.
+        what (`str`, *optional*):
+            The file, for the error. Its path by default.
 
     Returns:
         `TeacherHierarchy`
@@ -401,12 +440,59 @@ def read_hierarchy(path: Path) -> TeacherHierarchy:
     """
     if not path.is_file():
         raise FileNotFoundError(f"No hierarchy file at '{path}'. Write one with `TeacherHierarchy.save`.")
+    what, is_json = what or f"'{path}'", _is_json(path)
     try:
         text = path.read_text(encoding="utf-8")
-        facts = json.loads(text) if _is_json(path) else yaml.safe_load(text)
-    except (json.JSONDecodeError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"'{path}' is not readable as {path.suffix[1:].upper()}: {error}") from error
-    return TeacherHierarchy.from_dict(facts)
+        facts = json.loads(text) if is_json else parse_yaml(text)
+    except (ValueError, RecursionError) as error:
+        kind = path.suffix[1:].upper()
+        found = f"what is not readable as {kind}: {str(error).rstrip('.')}."
+        raise ValueError(f"{what} must be a hierarchy of teachers, got {found} Correct it there.") from error
+    try:
+        return TeacherHierarchy.from_dict(facts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be a hierarchy of teachers, got: {error} Correct it there.") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuse a repeated key, of which YAML would silently take the last, and what holds itself."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # else lists and mappings are filled after their checks
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key) for key in own]
+        if repeated := [key for position, key in enumerate(keys) if key in keys[:position]]:
+            raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML that people write: each key once, nothing that holds itself, no code.
+
+    Args:
+        text (`str`):
+            One document.
+
+    Returns:
+        `Any`: Its value, `None` of an empty one.
+
+    Raises:
+        ValueError: If it is no such YAML.
+
+    Examples:
+        >>> parse_yaml("{rate: 0.1, names: [a, b]}")
+        {'rate': 0.1, 'names': ['a', 'b']}
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(str(error)) from error
+    except (LookupError, AttributeError, TypeError) as error:  # so PyYAML takes a value that does not fit its tag
+        raise ValueError(f"a value does not fit its tag ({error}).") from error
 
 
 def _is_json(path: Path) -> bool:
