@@ -3,35 +3,53 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import tokenize
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
 from .inputs import InputProcessor, cell_digests
+from .journal import explain_full_disk, write_all
 from .neighbors import nearest_neighbors
+from .pool_files import file_digest, file_signature
 
-_KEYS, _VALUES, _OWNER, _ROWS = "keys.npy", "features.npy", "backbone.txt", "rows.npy"
+logger = logging.getLogger(__name__)
+
+_KEYS, _VALUES, _OWNER, _ROWS, _BATCHES = "keys.npy", "features.npy", "backbone.txt", "rows.npy", "batches.txt"
+# Folders in progress: one that a later run goes on with, and one that is of use to its own process only.
+_PARTIAL, _PRIVATE, _LOCK = ".partial-", ".private-", ".lock"
+_WRITTEN = "-written"
 _KEY_DTYPE = np.dtype("S32")
 # Rows that do not lie on disk in the order wanted are copied to memory up to this size, beyond it to a file.
 _MAX_COPIED_BYTES = 2**30
 _CHUNK = 8192
+# What numpy raises for a file that is none of its own, or half of one.
+_UNREADABLE = (EOFError, OverflowError, SyntaxError, ValueError, tokenize.TokenError)
+# What this process has read and found to be as it was written: a file and its digest, see [`_verify`].
+_verified: set[tuple[tuple[int, ...], str]] = set()
 
 
 class FeatureStore:
     """Keep the head's inputs of each example, keyed by backbone, preprocessing and content.
 
     Rows are found by the digest of their content, so that training sets, test sets, levels, seeds and baselines that
-    share examples share their features, whatever the order.
+    share examples share their features, whatever the order. A run that was killed while the backbone ran is gone on
+    with by the next one of the same rows and batch size. Files are compared with their digests when a process first
+    uses them; what is spoilt is named in a warning and computed again.
 
     Args:
         folder (`pathlib.Path`):
@@ -92,24 +110,26 @@ class FeatureStore:
 
         Raises:
             FileNotFoundError: If what another process wrote cannot be seen.
-            OSError: If the disk is full; nothing half written is left.
-            ValueError: If a stored file is of another backbone or not whole.
+            OSError: If the disk is full; what is computed stays, and the next run goes on from there.
+            ValueError: If features that were put in by [`write`] are not as they were, or others are not finite.
         """
         digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
-        unknown = np.flatnonzero(self._find(digests) < 0)
+        self._load_ordered(digests)
+        unknown = np.flatnonzero(self._find(digests).rows < 0)
         _, first = np.unique(digests[unknown], return_index=True)
-        wait()  # nobody may write before everybody has seen what is missing
+        wait()  # nobody may write before everybody has seen what is missing or spoilt
         own = np.array_split(unknown[np.sort(first)], shard[1])[shard[0]]
         if len(own):
-            self._write_shard(digests[own], self._forward(dataset, column, own, batch_size), disable_tqdm)
+            self._compute(dataset, column, own, digests[own], batch_size, disable_tqdm)
         wait()
-        rows = self._find(digests)
-        if missing := int((rows < 0).sum()):
+        found = self._find(digests)
+        if missing := int((found.rows < 0).sum()):
             raise FileNotFoundError(
-                f"'{self.folder}' must hold the features of all {len(rows)} rows, got none of {missing}. Give a "
+                f"'{self.folder}' must hold the features of all {len(digests)} rows, got none of {missing}. Give a "
                 "`features_dir` that all processes see."
             )
-        return self._gather(rows, digests)
+        self._clean()
+        return self._gather(found, digests)
 
     def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
         """Put features in that were computed elsewhere, so that the backbone need not run for them.
@@ -123,16 +143,20 @@ class FeatureStore:
                 Arrays of shape `(num_rows, feature_size)`: what the head reads, in the order of the data.
 
         Raises:
+            OSError: If the disk is full; nothing half written is left.
             ValueError: If their sizes are not those of the head and the data, a value is not finite, or the features
                 of a row are known already.
         """
         digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
-        if num_known := int((self._find(digests) >= 0).sum()):
+        if num_known := int((self._find(digests).rows >= 0).sum()):
             raise ValueError(
                 f"Features must be of rows that '{self.folder}' does not hold yet, got {num_known} of {len(digests)} "
                 "that it does. Give the others only, or another `features_dir`."
             )
-        self._write_shard(digests, batches, disable_tqdm=True)
+        name, shape = _name("shard", digests) + _WRITTEN, (len(digests), self.head.in_features)
+        with self._unfinished(name, self._num_bytes(len(digests))) as folder:
+            _save_array(folder / _KEYS, digests)
+            _write_features(folder, lambda done: batches, shape, self.dtype)
 
     def neighbors(
         self, dataset: Dataset, column: str, features: torch.Tensor, k: int, *, is_first: bool = True,
@@ -158,105 +182,157 @@ class FeatureStore:
             `torch.LongTensor` of shape `(num_examples, k)`, see [`nearest_neighbors`].
 
         Raises:
-            ValueError: If a stored file is of other rows or not whole.
+            FileNotFoundError: If what the first process wrote cannot be seen.
         """
         digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
-        name = f"neighbors-{k}-" + hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
-        path = self.folder / name / _ROWS
-        if is_first and not path.is_file():
+        folder, shape = self.folder / _name(f"neighbors-{k}", digests), (len(digests), k)
+        if is_first and self._load(folder, _ROWS, np.dtype(np.int32), shape) is None:
             found = nearest_neighbors(features, k).numpy().astype(np.int32)
-            with self._unfinished(name) as folder:
-                np.save(folder / _ROWS, found, allow_pickle=False)
+            with self._unfinished(folder.name, found.nbytes) as unfinished:
+                _save_array(unfinished / _ROWS, found)
         wait()
-        try:
-            rows = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"Neighbours in '{path.parent}' must be whole, got: {error}. Delete that folder: they are found again."
-            ) from error
-        if rows.shape != (len(digests), k) or rows.size and not 0 <= rows.min() <= rows.max() < len(digests):
-            raise ValueError(
-                f"Neighbours in '{path.parent}' must be {k} of {len(digests)} rows each, got {rows.shape} of others. "
-                "Delete that folder: they are found again."
+        rows = self._load(folder, _ROWS, np.dtype(np.int32), shape)
+        if rows is None:
+            raise FileNotFoundError(
+                f"'{folder}' must hold the neighbours that the first process found, got none. Give a `features_dir` "
+                "that all processes see."
             )
         return torch.from_numpy(rows.astype(np.int64))
 
-    def _shards(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Keys and mapped features of every shard."""
-        shards = []
-        for path in sorted(path for path in self.folder.glob("shard-*") if path.is_dir()):
-            try:
-                keys = np.load(path / _KEYS, allow_pickle=False)
-                # Copy on write: torch wants memory that can be written, though nobody does.
-                values = np.load(path / _VALUES, mmap_mode="c", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
+    def _load(self, folder: Path, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.ndarray | None:
+        """Map a file; `None` if it is not there, or is spoilt, after which its folder is not there either."""
+        if not folder.is_dir():
+            return None
+        try:
+            _verify(folder / name, self.folder.name)
+            # Copy on write: torch wants memory that can be written, though nobody does.
+            array = np.load(folder / name, mmap_mode="c", allow_pickle=False)
+            if array.dtype != dtype or shape not in (None, array.shape):
+                raise ValueError(f"{array.shape} {array.dtype} instead of {shape} {dtype}")
+            return array
+        except (FileNotFoundError, *_UNREADABLE) as error:
+            fault = f"'{folder / name}' must be as it was written, got {error}."
+            if folder.name.endswith(_WRITTEN):
                 raise ValueError(
-                    f"Features in '{path}' must be whole, got: {error}. Delete that folder: they are computed again."
+                    f"{fault} These features were put in by `write`: delete that folder, and put them in again."
                 ) from error
-            owner = (path / _OWNER).read_text(encoding="utf-8") if (path / _OWNER).is_file() else "nobody"
-            expected = (len(keys), self.head.in_features), self.dtype, self.folder.name
-            if (values.shape, values.dtype, owner) != expected:
-                raise ValueError(
-                    f"Features in '{path}' must be {expected[0]} {expected[1]} of backbone {expected[2]}, got "
-                    f"{values.shape} {values.dtype} of {owner}. Delete that folder: they are computed again."
-                )
-            shards.append((keys, values))
-        return shards
+        logger.warning(f"{fault} Its folder is deleted; what is needed of it is computed again.")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
-    def _find(self, digests: np.ndarray) -> np.ndarray:
-        """Row of each digest, counted through all shards; -1 where it is not known."""
-        keys = np.concatenate([np.zeros(0, dtype=_KEY_DTYPE), *(keys for keys, _ in self._shards())])
-        if not len(keys):
-            return np.full(len(digests), -1)
-        order = np.argsort(keys, kind="stable")
-        rows = order[np.minimum(np.searchsorted(keys, digests, sorter=order), len(keys) - 1)]
-        return np.where(keys[rows] == digests, rows, -1)
+    def _keys(self) -> dict[Path, np.ndarray]:
+        """The keys of every shard, in the order of the names."""
+        folders = sorted(path for path in self.folder.glob("shard-*") if path.is_dir())
+        loaded = {folder: self._load(folder, _KEYS, _KEY_DTYPE, None) for folder in folders}
+        return {folder: keys for folder, keys in loaded.items() if keys is not None}
 
-    def _gather(self, rows: np.ndarray, digests: np.ndarray) -> np.ndarray:
-        """Rows that are counted through all shards, as one array."""
-        arrays = [values for _, values in self._shards()]
+    def _find(self, digests: np.ndarray) -> _Found:
+        """Where the features of each digest are; -1 where they are not known."""
+        shards, arrays = self._keys(), dict[Path, np.ndarray]()
+        while True:
+            folders = list(shards)
+            rows = _match(list(shards.values()), digests)
+            starts = np.cumsum([0, *(len(keys) for keys in shards.values())])
+            numbers = np.unique(np.searchsorted(starts, rows[rows >= 0], side="right") - 1).tolist()
+            wanted = [folders[number] for number in numbers if folders[number] not in arrays]
+            if not wanted:
+                return _Found(rows, starts, {number: arrays[folders[number]] for number in numbers})
+            for folder in wanted:
+                values = self._load(folder, _VALUES, self.dtype, (len(shards[folder]), self.head.in_features))
+                if values is None:
+                    del shards[folder]
+                else:
+                    arrays[folder] = values
+
+    def _gather(self, found: _Found, digests: np.ndarray) -> np.ndarray:
+        """The rows that were found as one array."""
+        rows, shape = found.rows, (len(digests), self.head.in_features)
         if not len(rows):
-            return np.zeros((0, self.head.in_features), dtype=self.dtype)
-        starts = np.cumsum([0, *(len(values) for values in arrays)])
-        number = int(np.searchsorted(starts, rows[0], side="right")) - 1
-        if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))) and rows[-1] < starts[number + 1]:
-            return arrays[number][rows[0] - starts[number] :][: len(rows)]
-        if len(rows) * self.head.in_features * self.dtype.itemsize <= _MAX_COPIED_BYTES:
-            return np.concatenate(list(_pieces(arrays, starts, rows)))
-        name = "ordered-" + hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
-        if not (self.folder / name).exists():
-            with self._unfinished(name) as folder:
-                _write_array(
-                    folder / _VALUES, _pieces(arrays, starts, rows), len(rows), self.head.in_features, self.dtype
-                )
-        return np.load(self.folder / name / _VALUES, mmap_mode="c", allow_pickle=False)
+            return np.zeros(shape, dtype=self.dtype)
+        number = int(np.searchsorted(found.starts, rows[0], side="right")) - 1
+        if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))) and rows[-1] < found.starts[number + 1]:
+            return found.arrays[number][rows[0] - found.starts[number] :][: len(rows)]
+        if self._num_bytes(len(rows)) <= _MAX_COPIED_BYTES:
+            return np.concatenate(list(_pieces(found)))
+        if (ordered := self._load_ordered(digests)) is not None:
+            return ordered
+        folder = self.folder / _name("ordered", digests)
+        with self._unfinished(folder.name, self._num_bytes(len(rows))) as unfinished:
+            _write_features(unfinished, lambda done: _pieces(found), shape, self.dtype)
+        return np.load(folder / _VALUES, mmap_mode="c", allow_pickle=False)
 
-    def _write_shard(self, keys: np.ndarray, batches: Iterable[np.ndarray], disable_tqdm: bool) -> None:
-        name = "shard-" + hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
-        with (
-            self._unfinished(name) as folder,
-            tqdm(total=len(keys), desc="Features", disable=disable_tqdm, leave=False) as progress,
-        ):
-            _write_array(
-                folder / _VALUES, batches, len(keys), self.head.in_features, self.dtype, on_batch=progress.update
-            )
-            np.save(folder / _KEYS, keys, allow_pickle=False)
-            (folder / _OWNER).write_text(self.folder.name, encoding="utf-8")
+    def _load_ordered(self, digests: np.ndarray) -> np.ndarray | None:
+        """Features that were put in the order of these digests on disk before."""
+        shape = len(digests), self.head.in_features
+        return self._load(self.folder / _name("ordered", digests), _VALUES, self.dtype, shape)
+
+    def _num_bytes(self, num_rows: int) -> int:
+        return num_rows * self.head.in_features * self.dtype.itemsize
+
+    # ── work in progress ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _compute(
+        self, dataset: Dataset, column: str, rows: np.ndarray, keys: np.ndarray, batch_size: int, disable_tqdm: bool
+    ) -> None:
+        """Run the backbone over rows, or over those that a run before has not got to."""
+        shape = (len(keys), self.head.in_features)
+        with self._unfinished(_name("shard", keys), self._num_bytes(len(keys)), keep=True) as folder:
+            _save_array(folder / _KEYS, keys)
+            _write_features(
+                folder, lambda done: self._forward(dataset, column, rows[done:], batch_size), shape, self.dtype,
+                batch_size=batch_size, disable_tqdm=disable_tqdm,
+            )  # fmt: skip
 
     @contextmanager
-    def _unfinished(self, name: str) -> Iterator[Path]:
-        """A folder that gets its name only when all in it is whole."""
+    def _unfinished(self, name: str, num_bytes: int, keep: bool = False) -> Iterator[Path]:
+        """A folder that gets its name only when all in it is whole.
+
+        With `keep`, a later run finds what was in it when this one died; if another is at it now, the folder is a
+        private one.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
-        try:
-            yield temporary
+        with ExitStack() as stack:
+            folder = self.folder / f"{_PARTIAL}{name}"
+            if not keep or not stack.enter_context(_held(folder)):
+                keep, folder = False, self.folder / f"{_PRIVATE}{name}-{secrets.token_hex(4)}"
+                stack.enter_context(_held(folder))  # so that nobody takes it for one that a dead run left
+            advice = "What is computed stays." if keep else "Nothing half written is left."
+            stack.enter_context(
+                explain_full_disk(self.folder, num_bytes, f"{advice} Free some space and run this again.")
+            )
             try:
-                os.replace(temporary, self.folder / name)
-            except OSError:
-                if not (self.folder / name).is_dir():  # else another process was first, with the same content
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                folder.mkdir(exist_ok=True)
+                yield folder
+                _seal(folder, self.folder.name)
+                _rename(folder, self.folder / name)
+                keep = False
+            except ValueError:  # the same rows would fail again
+                keep = False
+                raise
+            finally:
+                if not keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _clean(self) -> None:
+        """Delete what dead runs left, but for work that a later run may go on with."""
+        names = {path.name.removesuffix(_LOCK) for path in self.folder.glob(".p*")}
+        for folder in (self.folder / name for name in names if name.startswith((_PARTIAL, _PRIVATE))):
+            with _held(folder) as is_held:
+                if is_held and not self._is_wanted(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+        for path in self.folder.glob(f"shard-*/{_BATCHES}"):  # killed right after it had its name
+            with suppress(OSError):
+                path.unlink()
+
+    def _is_wanted(self, folder: Path) -> bool:
+        """Whether a folder in progress is of rows of which some are not known."""
+        try:
+            keys = np.load(folder / _KEYS, allow_pickle=False)
+        except (OSError, *_UNREADABLE):
+            return False
+        if not folder.name.startswith(_PARTIAL) or keys.dtype != _KEY_DTYPE:
+            return False
+        return bool((_match(list(self._keys().values()), keys) < 0).any())
 
     def _forward(self, dataset: Dataset, column: str, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         captured: list[torch.Tensor] = []
@@ -274,42 +350,180 @@ class FeatureStore:
             hook.remove()
 
 
-def _pieces(arrays: list[np.ndarray], starts: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows that are counted through all arrays, some at a time."""
-    for begin in range(0, len(rows), _CHUNK):
-        wanted = rows[begin : begin + _CHUNK]
-        numbers = np.searchsorted(starts, wanted, side="right") - 1
-        piece = np.empty((len(wanted), arrays[0].shape[1]), dtype=arrays[0].dtype)
+@dataclass(frozen=True)
+class _Found:
+    """Rows counted through all shards (-1 where not known), where each shard starts, and the shards that hold any."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    arrays: Mapping[int, np.ndarray]
+
+
+def _match(keys: list[np.ndarray], digests: np.ndarray) -> np.ndarray:
+    """Row of each digest, counted through all keys; -1 where there is none."""
+    joined = np.concatenate([np.zeros(0, dtype=_KEY_DTYPE), *keys])
+    if not len(joined):
+        return np.full(len(digests), -1)
+    order = np.argsort(joined, kind="stable")
+    rows = order[np.minimum(np.searchsorted(joined, digests, sorter=order), len(joined) - 1)]
+    return np.where(joined[rows] == digests, rows, -1)
+
+
+def _pieces(found: _Found) -> Iterator[np.ndarray]:
+    """The rows that were found, some at a time."""
+    some = next(iter(found.arrays.values()))
+    for begin in range(0, len(found.rows), _CHUNK):
+        wanted = found.rows[begin : begin + _CHUNK]
+        numbers = np.searchsorted(found.starts, wanted, side="right") - 1
+        piece = np.empty((len(wanted), some.shape[1]), dtype=some.dtype)
         for number in np.unique(numbers):
             here = numbers == number
-            piece[here] = arrays[number][wanted[here] - starts[number]]
+            piece[here] = found.arrays[number][wanted[here] - found.starts[number]]
         yield piece
 
 
-def _write_array(
-    path: Path, batches: Iterable[np.ndarray], num_rows: int, size: int, dtype: np.dtype,
-    on_batch: Callable[[int], Any] = lambda num_rows: None,
+def _name(what: str, keys: np.ndarray) -> str:
+    return f"{what}-" + hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """How a `.npy` file begins."""
+    file = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
+    return file.getvalue()
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file; what `np.save` raises on a full disk does not say so."""
+    with open(path, "wb", buffering=0) as file:
+        write_all(file.fileno(), _header(array.shape, array.dtype))
+        write_all(file.fileno(), array.tobytes())
+
+
+def _write_features(
+    folder: Path, batches: Callable[[int], Iterable[np.ndarray]], shape: tuple[int, int], dtype: np.dtype,
+    batch_size: int = 1, disable_tqdm: bool = True,
 ) -> None:  # fmt: skip
-    """Write a `.npy` file by plain writes: on a full disk, those to a map would kill the process."""
-    done = 0
-    with path.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_rows, size)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for batch in batches:
-            with np.errstate(over="ignore"):
-                values = np.ascontiguousarray(batch, dtype=dtype)
-            if values.ndim != 2 or values.shape[1] != size:
-                raise ValueError(f"Features must have shape (num_rows, {size}) like the head, got {values.shape}.")
-            if not np.isfinite(values).all():
-                raise ValueError(
-                    f"Features must be finite in {dtype}, got others in rows {done}..{done + len(values) - 1}. Check "
-                    "these inputs, or keep features in float32."
-                )
-            file.write(values.data)
-            done += len(values)
-            on_batch(len(values))
-    if done != num_rows:
-        raise ValueError(f"Features must be given for {num_rows} rows, got {done}.")
+    """Write features batch by batch, and after each a line with a checksum; go on where a run before was killed.
+
+    `batches` gives what comes after the number of rows that are there.
+    """
+    header = _header(shape, dtype)
+    done, checksum = _read_done(folder, header, shape, dtype, batch_size)
+    with (
+        open(folder / _VALUES, "ab", buffering=0) as values,
+        open(folder / _BATCHES, "ab", buffering=0) as lines,
+        tqdm(total=shape[0], initial=done, desc="Features", disable=disable_tqdm, leave=False) as progress,
+    ):
+        lines.truncate(9 * -(-done // batch_size))
+        values.truncate(len(header) + done * shape[1] * dtype.itemsize if done else 0)
+        if not done:
+            write_all(values.fileno(), header)
+        for batch in batches(done):
+            data = _check_batch(batch, done, shape[1], dtype)
+            write_all(values.fileno(), data)
+            checksum = zlib.crc32(data, checksum)
+            write_all(lines.fileno(), b"%08x\n" % checksum)
+            done += len(batch)
+            progress.update(len(batch))
+    if done != shape[0]:
+        raise ValueError(f"Features must be given for {shape[0]} rows, got {done}.")
+
+
+def _read_done(
+    folder: Path, header: bytes, shape: tuple[int, int], dtype: np.dtype, batch_size: int
+) -> tuple[int, int]:
+    """How many rows lie there in whole batches, cut as they would be now, and the checksum up to there."""
+    done, checksum = 0, zlib.crc32(header)
+    if not (folder / _VALUES).is_file() or not (folder / _BATCHES).is_file():
+        return done, checksum
+    with open(folder / _VALUES, "rb") as values:
+        is_same = values.read(len(header)) == header
+        # What follows the last line break was cut off.
+        for line in (folder / _BATCHES).read_bytes().split(b"\n")[:-1] if is_same else []:
+            count = min(batch_size, shape[0] - done)
+            found = zlib.crc32(values.read(count * shape[1] * dtype.itemsize), checksum)
+            if count == 0 or line != b"%08x" % found:
+                break
+            done, checksum = done + count, found
+    return done, checksum
+
+
+def _check_batch(batch: np.ndarray, done: int, size: int, dtype: np.dtype) -> bytes:
+    """A batch as it lies on disk."""
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(batch, dtype=dtype)
+    if values.ndim != 2 or values.shape[1] != size:
+        raise ValueError(f"Features must have shape (num_rows, {size}) like the head, got {values.shape}.")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"Features must be finite in {dtype}, got others in rows {done}..{done + len(values) - 1}. Check "
+            "these inputs, or keep features in float32."
+        )
+    return values.tobytes()
+
+
+def _note(path: Path) -> str:
+    return f"{path.stat().st_size} {file_digest(path)} {path.name}"
+
+
+def _seal(folder: Path, backbone: str) -> None:
+    """Note what the files of a folder are; the backbone comes last, so that half of the notes tell nothing."""
+    notes = {path: _note(path) for path in sorted(folder.glob("*.npy"))}
+    (folder / _OWNER).write_text("\n".join([*notes.values(), backbone]), encoding="utf-8")
+    _verified.update((file_signature(path), note) for path, note in notes.items())
+
+
+def _verify(path: Path, backbone: str) -> None:
+    """Compare a file with what was noted of it: its size each time, its content once per process.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is another one.
+    """
+    *notes, owner = (path.parent / _OWNER).read_text(encoding="utf-8").split("\n")
+    if owner != backbone:
+        raise ValueError(f"one of backbone '{owner}' instead of '{backbone}'")
+    if not notes:
+        return  # from before there were digests
+    note = next((note for note in notes if note.endswith(f" {path.name}")), "")
+    size, signature = path.stat().st_size, file_signature(path)
+    if not note.startswith(f"{size} "):
+        raise ValueError(f"{size} bytes instead of {note.partition(' ')[0]}")
+    if (signature, note) not in _verified:
+        if note != _note(path):
+            raise ValueError("other content than its digest tells")
+        _verified.add((signature, note))
+
+
+def _rename(folder: Path, target: Path) -> None:
+    try:
+        os.replace(folder, target)
+    except OSError:
+        if not target.is_dir():  # else another process was first, with the same content
+            raise
+    with suppress(OSError):  # needed until now: if this process is killed before, no batch is computed again
+        (target / _BATCHES).unlink()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder in progress, unless another process does; the kernel frees it when one dies."""
+    lock = FileLock(f"{folder}{_LOCK}", timeout=0)
+    with suppress(OSError, NotImplementedError):  # held, or a disk that cannot be written or has no locks
+        lock.acquire()
+    is_held = lock.is_locked
+    try:
+        yield is_held
+    finally:
+        if is_held:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
+            lock.release()
 
 
 def _channels_last(value: torch.Tensor) -> torch.Tensor:

@@ -390,7 +390,7 @@ def explain_full_disk(folder: Path, num_bytes: int, advice: str) -> Iterator[Non
         free = shutil.disk_usage(folder).free
         raise OSError(
             error.errno,
-            f"The disk of '{folder}' must have room for about {num_bytes / 1e6:.1f} MB in all while labelling, got it "
+            f"The disk of '{folder}' must have room for about {num_bytes / 1e6:.1f} MB in all, got it "
             f"full ({free / 1e6:.1f} MB free now): {error}. {advice}",
         ) from error
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,16 @@ from .losses import (
 from .metrics import accuracy, without_nan
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .processes import Processes
+from .runs import (
+    RunFolder,
+    Stage,
+    last_checkpoint,
+    make_output_dir,
+    model_digest,
+    pool_digest,
+    read_story,
+    seal_checkpoint,
+)
 from .students import (
     export_student,
     head_gives_logits,
@@ -74,7 +84,15 @@ from .students import (
 logger = get_logger(__name__)
 
 RUN_DIR = "_run"
-_FOLDS = "folds.safetensors"
+_BUFFERS = "buffers.safetensors"
+_STORY = ("global_step", "epoch", "total_flos", "log_history")
+# Arguments that do not change what is trained, but where and how loudly.
+_NEUTRAL = (
+    "output_dir", "features_dir", "disable_tqdm", "run_name", "project", "log_level", "logging_", "report_to", "hub_",
+    "push_to_hub", "dataloader_num_workers", "dataloader_prefetch", "dataloader_persistent", "dataloader_pin",
+    "save_total_limit", "use_cpu", "ddp_", "trackio_", "per_device_eval_batch_size",
+    "student_revision",
+)  # fmt: skip
 # Pseudolabels of a level are decoded once where they fit in this many bytes, else batch by batch.
 _MAX_DECODED_BYTES = 2**30
 
@@ -153,6 +171,7 @@ class CoSupervisedTrainer(Trainer):
         args = CoSupervisedConfig() if args is None else args
         if not isinstance(args, CoSupervisedConfig):
             raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")
+        make_output_dir(Path(args.output_dir))
         if any(kwargs.get("optimizers") or ()):
             raise ValueError(
                 "`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`."
@@ -191,7 +210,10 @@ class CoSupervisedTrainer(Trainer):
         self.callback_handler = LevelCallbackHandler(self.callback_handler)
         self.history = LevelHistory(self.run_dir / "history.json", _describe_run(origin, pool))
         self.plans: list[LevelPlan] = []
-        self._owns_run = False
+        self._run = RunFolder(self.run_dir)
+        self._loss_sum, self._num_losses = torch.zeros((), dtype=torch.float64), 0  # of the level in training
+        self._micro_losses: list[torch.Tensor] = []  # of the step in training
+        self._owns_run = self._goes_on = False
         self._fresh = {name: value.detach().cpu().clone() for name, value in self._trained_tensors().items()}
         self._head = self._find_head() if args.student_training == "probe" else None
         self._story = TrainerState()  # of all levels; `state` is that of the level in training
@@ -278,13 +300,13 @@ class CoSupervisedTrainer(Trainer):
         Raises:
             FileNotFoundError: If that level has not been finished in this output folder.
         """
-        path = self._level_dir(level) / "student.safetensors"
-        if not path.is_file():
-            raise FileNotFoundError(f"No student of level {level} at '{path}'. Call `train()` first.")
-        self._restore(load_file(path))
+        stage = self._run.load_stage(self._stage_dir(level, self._num_rounds(level) - 1))
+        if stage is None:
+            raise FileNotFoundError(f"No student of level {level} in '{self.run_dir}'. Call `train()` first.")
+        self._restore(stage.student)
 
-    def _level_dir(self, level: int) -> Path:
-        return self.run_dir / f"level-{level}"
+    def _stage_dir(self, level: int, round: int) -> Path:
+        return self._run.stage_dir(level, round, is_last=round == self._num_rounds(level) - 1)
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
 
@@ -298,7 +320,8 @@ class CoSupervisedTrainer(Trainer):
 
         Args:
             resume_from_checkpoint (`bool`, *optional*):
-                True to go on after the last level that was finished in this `output_dir`.
+                True to go on where an earlier run in this `output_dir` was cut off, or to begin where there is none.
+                What it finished is not done again, and the student is the same as if it had not been cut off.
             trial (`Any`, *optional*):
                 Not supported.
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -308,22 +331,40 @@ class CoSupervisedTrainer(Trainer):
             `TrainOutput`: steps of all levels, mean loss over them, and metrics of the whole.
 
         Raises:
-            FileExistsError: If `output_dir` holds another run.
-            ValueError: If a level keeps nothing to train on, or an argument is not supported.
+            FileExistsError: If `output_dir` holds another run, or another process works there.
+            FloatingPointError: If the loss is no longer a number.
+            ValueError: If a level keeps nothing to train on, the run that is gone on with was begun otherwise, or an
+                argument is not supported.
         """
         if trial is not None or isinstance(resume_from_checkpoint, str):
             raise ValueError(
-                "`train` takes `resume_from_checkpoint=True` or nothing: a run goes on after its last finished level."
+                "`train` takes `resume_from_checkpoint=True` or nothing: a run finds by itself where it was cut off."
             )
-        first = self._open_run(bool(resume_from_checkpoint))
-        started, outputs = time.time(), []
-        self.control = self.callback_handler.on_train_begin(self.args, self._story, self.control)
-        for level in range(first, self.pool.hierarchy.num_levels):
-            for round_ in range(self._num_rounds(level)):
+        with self._only_run():
+            finished = self._open_run(bool(resume_from_checkpoint))
+            started, outputs = time.time(), []
+            self.control = self.callback_handler.on_train_begin(self.args, self._story, self.control)
+            for level, round_ in self._stages()[finished:]:
                 plan = self.prepare_level(level, round_)
                 outputs.append(self.train_level(plan, ignore_keys_for_eval))
-            self.finish_level(plan)
-        return self._close_run(outputs, started)
+                self.finish_level(plan)
+                self._goes_on = False
+            return self._close_run(outputs, started)
+
+    def _stages(self) -> list[tuple[int, int]]:
+        """All levels and their rounds, in order."""
+        levels = range(self.pool.hierarchy.num_levels)
+        return [(level, round_) for level in levels for round_ in range(self._num_rounds(level))]
+
+    @contextmanager
+    def _only_run(self) -> Iterator[None]:
+        """Lock the output folder, by the first of all processes."""
+        with ExitStack() as stack:
+            if self.is_world_process_zero():
+                self._processes.on_first(lambda: None if stack.enter_context(self._run.lock()) else None)
+            else:
+                self._processes.on_first(lambda: None)
+            yield
 
     def _num_rounds(self, level: int) -> int:
         return self.args.rounds_per_level if level else 1  # the root has nothing to choose again
@@ -343,6 +384,10 @@ class CoSupervisedTrainer(Trainer):
         Raises:
             ValueError: If nothing is left to train on.
         """
+        with self._memory_advice("per_device_eval_batch_size", "Predicting before"):
+            return self._plan(level, round)
+
+    def _plan(self, level: int, round: int) -> LevelPlan:
         if self.args.teacher_neighbors and self.pool is self._own_pool:
             self.pool = smoothed_pool(self.pool, self._nearest(self.args.teacher_neighbors))
         previous = self.plans[level - 1].assigned_teacher if level else np.full(len(self.pool), -1)
@@ -406,18 +451,29 @@ class CoSupervisedTrainer(Trainer):
         if not self.args.warm_start:
             self._restore(self._fresh)
         with self._level_arguments(plan, number):
-            self._log_story({"level": plan.level, "round": plan.round, **plan.metrics})
-            self.callback_handler.call_event("on_level_begin", self.args, self._story, self.control, plan=plan)
-            if reason := self._why_not_on_features():
-                logger.info(f"Level {plan.level} is trained by the standard loop: {reason}.")
-                output = super().train(ignore_keys_for_eval=ignore_keys_for_eval)
-            elif self.args.head_solver == "ridge":
-                output = self._fit_ridge(kept)
+            self._loss_sum, self._num_losses, self._micro_losses = torch.zeros((), dtype=torch.float64), 0, []
+            checkpoint = self._find_checkpoint(plan)
+            if checkpoint is None:
+                self._log_story({"level": plan.level, "round": plan.round, **plan.metrics})
             else:
-                output = self._train_on_features(kept)
+                self._recall(checkpoint)
+            self.callback_handler.call_event("on_level_begin", self.args, self._story, self.control, plan=plan)
+            with self._memory_advice("per_device_train_batch_size", "Training"):
+                if reason := self._why_not_on_features():
+                    logger.info(f"Level {plan.level} is trained by the standard loop: {reason}.")
+                    # Bits hang on the layout of weights, which the run of the backbone for features may have changed.
+                    self.accelerator.unwrap_model(self.model).to(memory_format=torch.contiguous_format)
+                    output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+                    # The parent's mean is over its own steps, which after a crash are not all.
+                    output = output._replace(training_loss=float(self._loss_sum) / max(self._num_losses, 1))
+                elif self.args.head_solver == "ridge":
+                    output = self._fit_ridge(kept)
+                else:
+                    output = self._train_on_features(kept)
         is_last = plan.level == self.pool.hierarchy.num_levels - 1 and plan.round == self._num_rounds(plan.level) - 1
         if self.args.cross_fit_folds and not is_last:
             self._fold_heads = self._fit_folds(plan, kept, number)
+        self._check_loss()
         self._record_level(plan, output)
         return output
 
@@ -453,49 +509,43 @@ class CoSupervisedTrainer(Trainer):
 
         Args:
             plan (`LevelPlan`):
-                What the level (its last round) was trained on.
+                What the level (or a round of it) was trained on.
         """
         self.plans = [*self.plans[: plan.level], plan]
-        if self.args.should_save:
-            folder = self._level_dir(plan.level)
-            folder.mkdir(parents=True, exist_ok=True)
-            arrays: dict[str, Any] = {
-                "assigned_teacher": plan.assigned_teacher, "labels": plan.labels, "keep_mask": plan.keep_mask
-            }  # fmt: skip
-            if plan.relabelled is not None:
-                arrays["relabelled"] = plan.relabelled
-            np.savez(folder / "plan.npz", **arrays)
-            if self._fold_heads and plan.level < self.pool.hierarchy.num_levels - 1:
-                self._save_folds(folder / _FOLDS)
-            tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
-            save_file(tensors, folder / "student.tmp")
-            os.replace(folder / "student.tmp", folder / "student.safetensors")  # its presence says: level finished
-        self.accelerator.wait_for_everyone()
         is_last = plan.level == self.pool.hierarchy.num_levels - 1
-        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and not is_last:
+        if self.args.should_save:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
+            folds = [
+                {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+                for head in self._fold_heads
+            ]
+            stage = Stage(plan, tensors, folds, self.history.records[-1], self._tell_story())
+            self._run.save_stage(self._stage_dir(plan.level, plan.round), stage)
+        self.accelerator.wait_for_everyone()
+        is_whole = plan.round == self._num_rounds(plan.level) - 1
+        if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and is_whole and not is_last:
             self.push_to_hub(commit_message=f"Student of level {plan.level}")
 
-    def _save_folds(self, path: Path) -> None:
-        tensors = {
-            f"{fold}.{name}": value.detach().cpu().contiguous()
-            for fold, head in enumerate(self._fold_heads)
-            for name, value in head.state_dict().items()
-        }
-        save_file(tensors, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+    def _tell_story(self) -> dict[str, Any]:
+        return {name: getattr(self._story, name) for name in _STORY}
 
-    def _load_folds(self, path: Path) -> list[nn.Linear]:
-        if self._head is None or not path.is_file():
-            raise FileNotFoundError(
-                f"No heads of `cross_fit_folds` at '{path}': the run was begun without them. Leave the option out, or "
-                "choose another folder."
-            )
-        tensors, heads = load_file(path), []
-        for fold in range(self.args.cross_fit_folds):
+    def _load_folds(self, folds: Sequence[dict[str, torch.Tensor]]) -> list[nn.Linear]:
+        heads = []
+        for tensors in folds:
             head = copy.deepcopy(self._head)
-            head.load_state_dict({name: tensors[f"{fold}.{name}"] for name in head.state_dict()})
-            heads.append(head)
+            if head is not None:
+                head.load_state_dict(tensors)
+                heads.append(head)
         return heads
+
+    def _find_checkpoint(self, plan: LevelPlan) -> str | None:
+        """The last checkpoint of a level that was cut off; where there is none it is trained from its beginning."""
+        # What early-learning regularization remembers of each example is not in a checkpoint.
+        is_exact = self.args.loss != "early_learning_regularization" and self._why_not_on_features()
+        if not self._goes_on or not is_exact:
+            return None
+        found = self._processes.on_first(lambda: last_checkpoint(self._stage_dir(plan.level, plan.round)))
+        return None if found is None else str(found)
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
@@ -503,7 +553,6 @@ class CoSupervisedTrainer(Trainer):
     def _level_arguments(self, plan: LevelPlan, number: int) -> Iterator[None]:
         """Set what differs from level to level: epochs, shuffle order, place of checkpoints, a new optimizer."""
         output_dir, num_train_epochs = self.args.output_dir, self.args.num_train_epochs
-        level_dir = self._level_dir(plan.level)
         self.optimizer = self.lr_scheduler = None
         set_seed(self.args.seed + 1000 * number)  # dropout must not hang on what ran before
         # `args.data_seed` is read once, when the Trainer is made, so the order of a level is set where it is used.
@@ -511,13 +560,48 @@ class CoSupervisedTrainer(Trainer):
         if self.args.max_steps <= 0:
             scaled = num_train_epochs / plan.keep_rate
             self.args.num_train_epochs = math.floor(scaled) if scaled >= 1 else scaled
-        self.args.output_dir = str(level_dir)
+        self.args.output_dir = str(self._stage_dir(plan.level, plan.round))
         self.callback_handler.in_level = True
         try:
             yield
         finally:
             self.args.output_dir, self.args.num_train_epochs = output_dir, num_train_epochs
             self.callback_handler.in_level = False
+
+    @contextmanager
+    def _memory_advice(self, name: str, what: str) -> Iterator[None]:
+        """Say what to do where a batch does not fit."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+            if not is_full or name in str(error):
+                raise
+            more = " with more `gradient_accumulation_steps`" if name == "per_device_train_batch_size" else ""
+            raise torch.OutOfMemoryError(
+                f"{what} level {len(self.plans)} needs less memory, got too little for batches of "
+                f"{getattr(self.args, name)}. Use a smaller `{name}`{more}, or `bf16`; finished levels are kept."
+            ) from error
+
+    def _recall(self, checkpoint: str) -> None:
+        """Take up the story where a checkpoint left it."""
+        story = read_story(Path(checkpoint))
+        self._story.log_history = story["log_history"]
+        self._loss_sum, self._num_losses = torch.tensor(story["loss_sum"], dtype=torch.float64), story["num_losses"]
+
+    def _watch(self, loss: torch.Tensor) -> None:
+        """Add the loss of a step to those of the level; nothing waits for it."""
+        loss = loss.detach().double()
+        self._loss_sum, self._num_losses = self._loss_sum.to(loss.device) + loss, self._num_losses + 1
+
+    def _check_loss(self) -> None:
+        """Stop where the loss is no longer a number: nothing that is trained from there on is worth keeping."""
+        if self._num_losses and not torch.isfinite(self._sum_tensors(self._loss_sum.reshape(1))):
+            raise FloatingPointError(
+                f"The loss must be a number, got NaN or infinity by step {self.state.global_step} of level "
+                f"{len(self.history.records)}. Lower `learning_rate`, or set `max_grad_norm`, and begin in another "
+                f"folder; what was finished before stays in '{self.run_dir}'."
+            )
 
     def _record_level(self, plan: LevelPlan, output: TrainOutput) -> None:
         """Count the level's steps, and tell the numbers to whoever listens."""
@@ -535,8 +619,8 @@ class CoSupervisedTrainer(Trainer):
         )
 
     def _open_run(self, resume: bool) -> int:
-        """Begin a story, or go on with the one on disk. Gives the first level to train."""
-        found = self.history.path.is_file() or self._level_dir(0).is_dir()
+        """Begin a story, or go on with the one on disk. Gives the number of finished stages."""
+        found = self.history.path.is_file() or any(self.run_dir.glob("level-*"))
         if found and not resume and not self._owns_run:
             raise FileExistsError(
                 f"`output_dir` must not hold another run, got one in '{self.run_dir}'. Choose another folder, delete "
@@ -549,52 +633,59 @@ class CoSupervisedTrainer(Trainer):
         )
         self.state = self._story
         self._restore(self._fresh)
-        self.plans, self._fold_heads = [], []
-        if resume:
-            return self._read_levels()
+        self.plans, self._fold_heads, self._goes_on = [], [], resume
+        facts = self._describe_settings()
+        if resume and found:
+            self._check_commit()
+            self._processes.on_first(lambda: self._run.check(facts))
+            return self._read_stages()
         self.history.records = []
         if self.args.should_save:
             self.history.clear()
-            for finished in self.run_dir.glob("level-*/student.safetensors"):
-                finished.unlink()  # of this trainer's run before: nobody may go on from there
+            self._run.begin(facts)
         return 0
 
-    def _read_levels(self) -> int:
-        """Read the finished levels of this output folder back."""
+    def _describe_settings(self) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with."""
+        arguments = {
+            name: value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
+            for name, value in self.args.changed_arguments().items() if not name.startswith(_NEUTRAL)
+        }  # fmt: skip
+        return {
+            "arguments": {"seed": self.args.seed, "data_seed": self.args.data_seed, **arguments},
+            "functions": self._name_functions(),
+            "pool": pool_digest(self._own_pool),
+            "student": model_digest(self.accelerator.unwrap_model(self.model)),
+            "versions": {"hf_cosupervise": __version__, "transformers": transformers.__version__,
+                         "torch": torch.__version__},
+        }  # fmt: skip
+
+    def _check_commit(self) -> None:
+        """A student of the Hub must be gone on with at the commit that it was begun with."""
         known, own = self.history.read().get("student", {}), self.history.run["student"]
         if self.history.records and any(known.get(key) != own.get(key) for key in ("model", "commit", "base_commit")):
             raise ValueError(
                 f"The run in '{self.run_dir}' must go on with the student that it was begun with, {known}, got {own}. "
                 "Name its commit by `student_revision`, or choose another folder."
             )
-        for level in range(self.pool.hierarchy.num_levels):
-            if not (self._level_dir(level) / "student.safetensors").is_file():
+
+    def _read_stages(self) -> int:
+        """Read the finished stages of this output folder back; gives their number."""
+        self.history.records = []
+        finished, last = 0, None
+        for level, round_ in self._stages():
+            stage = self._run.load_stage(self._stage_dir(level, round_))
+            if stage is None:
                 break
-            saved = np.load(self._level_dir(level) / "plan.npz", allow_pickle=False)
-            records = [record for record in self.history.records if record["level"] == level]
-            if len(saved["keep_mask"]) != len(self.pool) or not records:
-                raise ValueError(
-                    f"Level {level} in '{self.run_dir}' must be of this pool ({len(self.pool)} examples), got "
-                    f"{len(saved['keep_mask'])}. Resume with the data it was begun with."
-                )
-            self.plans.append(
-                LevelPlan(
-                    level,
-                    records[-1]["round"],
-                    saved["assigned_teacher"],
-                    saved["labels"],
-                    saved["keep_mask"],
-                    {},
-                    saved.get("relabelled"),
-                )
-            )
-        if self.plans:
-            self.load_level(self.plans[-1].level)
-            if self.args.cross_fit_folds and len(self.plans) < self.pool.hierarchy.num_levels:
-                self._fold_heads = self._load_folds(self._level_dir(self.plans[-1].level) / _FOLDS)
-        self.history.records = [record for record in self.history.records if record["level"] < len(self.plans)]
-        self._story.global_step = sum(record["num_steps"] for record in self.history.records)
-        return len(self.plans)
+            finished, last = finished + 1, stage
+            self.plans = [*self.plans[:level], stage.plan]
+            self.history.records.append(stage.record)
+        if last is not None:
+            self._restore(last.student)
+            self._fold_heads = self._load_folds(last.folds)
+            for name, value in last.story.items():
+                setattr(self._story, name, value)
+        return finished
 
     def _close_run(self, outputs: list[TrainOutput], started: float) -> TrainOutput:
         """Sum the levels up in one `TrainOutput`."""
@@ -618,6 +709,7 @@ class CoSupervisedTrainer(Trainer):
             start_time (`float`, *optional*):
                 Start of training.
         """
+        self._check_loss()
         if not self.callback_handler.in_level:
             super().log(logs, start_time)
         elif "train_runtime" not in logs:  # a level's own summary is part of its record
@@ -675,6 +767,11 @@ class CoSupervisedTrainer(Trainer):
             loss = _pseudolabel_losses(outputs.logits, wanted).mean()
         else:
             loss = hard_cross_entropy(outputs.logits, labels).mean()
+        if targets:
+            self._micro_losses.append(loss.detach())
+            if self.accelerator.sync_gradients:  # the last of a step
+                self._watch(torch.stack(self._micro_losses).mean())
+                self._micro_losses = []
         return (loss, outputs) if return_outputs else loss
 
     def _make_loss(self, plan: LevelPlan) -> tuple[LossFunction, LossAndGradient] | None:
@@ -972,6 +1069,7 @@ class CoSupervisedTrainer(Trainer):
 
     def _after_head_step(self, meter: _LossMeter, loss: torch.Tensor, norm: float | None, per_epoch: int) -> None:
         meter.add(loss, norm)
+        self._watch(loss)
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / per_epoch
         self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
@@ -1061,6 +1159,32 @@ class CoSupervisedTrainer(Trainer):
             return
         best = type(model).from_pretrained(self.state.best_model_checkpoint, config=model.config, use_safetensors=True)
         model.load_state_dict(best.state_dict())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read a checkpoint back through `from_pretrained`, for the reason of [`_load_best_model`]."""
+        student = self.accelerator.unwrap_model(self.model)
+        if not isinstance(student, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if (buffers := Path(resume_from_checkpoint, _BUFFERS)).is_file():
+                self._restore(load_file(buffers))
+            return
+        saved = type(student).from_pretrained(resume_from_checkpoint, config=student.config, use_safetensors=True)
+        student.load_state_dict(saved.state_dict())
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Seal what the parent writes, so that a spoilt or half written checkpoint is never gone on from."""
+        self._check_loss()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save and folder.is_dir():
+            if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):  # an adapter leaves them out
+                buffers = {name: value for name, value in self._trained_tensors().items() if not value.requires_grad}
+                save_file(
+                    {name: value.detach().cpu().contiguous() for name, value in buffers.items()}, folder / _BUFFERS
+                )
+            told = {"log_history": self._story.log_history, "num_losses": self._num_losses}
+            seal_checkpoint(folder, {**told, "loss_sum": float(self._loss_sum)})
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict with the student, and measure where the data has labels.

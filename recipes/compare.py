@@ -9,6 +9,11 @@ file: the same command goes on where it was cut off, a cell that failed is tried
 Teachers, pools and features of a task and seed are made once for all methods. Every method is measured against the
 ceiling of its own training settings, a cell too. `output_dir` gets `table.md`, `results.csv`, `results.json` and
 `figures/`, of what was asked for and is there.
+
+A task may have `seeds` of its own (`--seeds` wins) and the names of the `methods` that run on it. A method with
+`calibrated: true`, and the method `boosting`, use the task's `num_heldout_examples`. A text task with `features:
+mean_pooled` is a control: the head is trained and tested on the mean over the tokens of the backbone's last hidden
+state, which sentence encoders are made for, but which the exported student, an ordinary model, does not compute.
 """
 
 from __future__ import annotations
@@ -32,8 +37,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, concatenate_datasets, disable_progress_bars
 from train import RECIPE_TYPES, check_run, find_student, label_data, load_split, make_folder, say
 from train_teachers import CONTROL, control_hierarchy, is_on_hub, train_teachers
 from transformers import PrinterCallback
@@ -41,10 +47,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, TeacherHierarchy
 from hf_cosupervise.config import HUB_FIELDS
+from hf_cosupervise.derived_pools import FEATURE_AGGREGATORS, calibrated_pool
 from hf_cosupervise.evaluation import (
     METHODS,
     OTHER_METHODS,
     method_arguments,
+    method_loss,
     method_pool,
     save_report,
     teacher_accuracies,
@@ -68,6 +76,12 @@ DEFAULT_PLAN = Path(__file__).parent / "compare.yaml"
 BASELINE, CEILING, TEACHERS = "csl", "ceiling", "_teachers"
 # The one method that `evaluation` does not know, because it needs a teacher of its own.
 ALL_LABELS = "one_teacher_all_labels"
+MEAN_POOLED = "mean_pooled"
+# What each key of a task or method is.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,), "config": (str,), "method": (str,), "set": (dict,), "tasks": (list,), "methods": (list,),
+    "seeds": (str, int), "features": (str,), "calibrated": (bool,),
+}  # fmt: skip
 # From this probability on a model counts as sure in the deception score.
 SURE = 0.75
 # Where something runs or is put, and what is run: not how a cell was made.
@@ -78,7 +92,10 @@ _NOT_SETTINGS = {
 # What a cell says of itself, which no number is.
 _FACTS = ("task", "method", "seed", "settings")
 # Ground truth is one level of one-hot labels, to which these mean nothing.
-_NOT_FOR_A_CEILING = ("assignment", "agreement", "metadata", "rejection", "pseudolabels")
+_NOT_FOR_A_CEILING = (
+    "assignment", "agreement", "metadata", "rejection", "relabel", "pseudolabels", "rounds", "cross_fit",
+    "teacher_neighbors",
+)  # fmt: skip
 _LEVEL_NUMBERS = {
     "consistency/keep_rate": "keep_rate",
     "oracle_selection/precision": "kept_precision",
@@ -98,6 +115,9 @@ class Task:
     name: str
     config: str
     set: dict = field(default_factory=dict)
+    seeds: str | None = None
+    methods: list[str] | None = None
+    features: str | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,7 @@ class Method:
     method: str
     set: dict = field(default_factory=dict)
     tasks: list[str] | None = None
+    calibrated: bool = False
 
 
 @dataclass
@@ -131,19 +152,36 @@ def parse_plan(argv: Sequence[str] | None) -> Plan:
     parser.add_argument("--output_dir", help="Where cells, tables and figures go.")
     parser.add_argument("--num_workers", type=int, help="Processes side by side, one thread each; 0: in this one.")
     args = parser.parse_args(argv)
-    plan = Plan(**read_recipe_config(args.config, [Plan]))
-    for name in ("seeds", "output_dir", "num_workers"):
+    values = read_recipe_config(args.config, [Plan])
+    if missing := [name for name in ("tasks", "methods") if not isinstance(values.get(name), list)]:
+        raise ValueError(
+            f"'{args.config}' must hold lists of `tasks` and `methods`, got {missing} as "
+            f"{[values.get(name) for name in missing]}. Add them."
+        )
+    plan = Plan(**values)
+    for name in ("output_dir", "num_workers"):
         setattr(plan, name, getattr(plan, name) if getattr(args, name) is None else getattr(args, name))
-    tasks = [_read(Task, facts) for facts in plan.tasks]
-    tasks = [replace(task, config=str(args.config.parent / task.config)) for task in tasks]
-    plan.tasks = _pick("tasks", tasks, args.tasks)
-    plan.methods = _pick("methods", [_read(Method, facts) for facts in plan.methods], args.methods)
-    for method in plan.methods:
+    tasks, methods = [_read(Task, facts) for facts in plan.tasks], [_read(Method, facts) for facts in plan.methods]
+    _check(tasks, methods)
+    for number, task in enumerate(tasks):
+        seeds = next(str(value) for value in (args.seeds, task.seeds, plan.seeds) if value is not None)
+        tasks[number] = replace(task, config=str(args.config.parent / task.config), seeds=seeds)
+    plan.tasks, plan.methods = _pick("tasks", tasks, args.tasks), _pick("methods", methods, args.methods)
+    return plan
+
+
+def _check(tasks: Sequence[Task], methods: Sequence[Method]) -> None:
+    for task in tasks:
+        names = [method.name for method in methods]
+        if task.methods is not None and (unknown := [name for name in task.methods if name not in names]):
+            raise ValueError(f"`methods` of task '{task.name}' must be among {names}, got {unknown}.")
+        if task.features not in (None, MEAN_POOLED):
+            raise ValueError(f"`features` of task '{task.name}' must be '{MEAN_POOLED}', got {task.features!r}.")
+    for method in methods:
         if method.method not in (known := [*METHODS, *OTHER_METHODS, ALL_LABELS]):
             raise ValueError(f"`method` of '{method.name}' must be one of {known}, got {method.method!r}.")
         if unknown := sorted(set(method.set) - {item.name for item in fields(CoSupervisedConfig)}):
             raise ValueError(f"`set` of method '{method.name}' must name fields of CoSupervisedConfig, got {unknown}.")
-    return plan
 
 
 def _read(kind: type, facts: Any) -> Any:
@@ -152,6 +190,13 @@ def _read(kind: type, facts: Any) -> Any:
         raise ValueError(
             f"A {kind.__name__.lower()} has `{names[0]}`, `{names[1]}` and maybe {names[2:]}, got {facts}."
         )
+    for name, value in facts.items():
+        kinds = _KINDS[name]
+        if not isinstance(value, kinds) or name == "seeds" and isinstance(value, bool):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"`{name}` of {facts['name']!r} must be {wanted}, got {value!r}. Leave it out, or correct it."
+            )
     if not re.fullmatch(r"[A-Za-z0-9][\w ,.+=-]*", facts["name"]):  # names are parts of paths
         raise ValueError(f"A name must be letters, digits, spaces and , . + = - _, got {facts['name']!r}.")
     return kind(**facts)
@@ -169,6 +214,7 @@ def _pick(what: str, items: list, wanted: Sequence[str] | None) -> list:
 def methods_of(task: Task, methods: Sequence[Method]) -> list[Method]:
     """Give the methods of a task, the ceilings that they are measured against first."""
     own = [method for method in methods if method.tasks is None or task.name in method.tasks]
+    own = [method for method in own if task.methods is None or method.name in task.methods]
     known = {method.name: method for method in own if method.method == CEILING}
     for method in own:
         name = ceiling_of(method, own)
@@ -212,7 +258,12 @@ def settings_of(run: Sequence[Any]) -> dict[str, Any]:
 
 def cell_settings(task: Task, method: Method) -> dict[str, Any]:
     """Give all that decides a cell, but for its seed."""
-    return {"method": method.method, **settings_of(resolve(task, method))}
+    own: dict[str, Any] = {"method": method.method} | ({"calibrated": True} if method.calibrated else {})
+    return own | _features_setting(task) | settings_of(resolve(task, method))
+
+
+def _features_setting(task: Task) -> dict[str, Any]:
+    return {} if task.features is None else {"features": task.features}
 
 
 @cache
@@ -243,13 +294,21 @@ class Group:
         return self.folder / "_run" / f"seed-{self.seed}"
 
     def cell(self, name: str, suffix: str = ".json") -> Path:
-        """The file of a cell; its error and, of a ceiling, its probabilities lie beside it."""
+        """The file of a cell; its error, and its predictions on the test set, lie beside it."""
         return self.folder / "cells" / f"seed-{self.seed}" / f"{name}{suffix}"
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A finished cell, None where there is none."""
         path = self.cell(name)
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def predictions(self, name: str) -> dict[str, np.ndarray] | None:
+        """What a cell predicts on the test set, None where that was not kept."""
+        path = self.cell(name, ".npz")
+        if not path.is_file():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
 
     def unfinished(self) -> list[Method]:
         """The methods that are still to be run."""
@@ -306,18 +365,67 @@ class Bench:
         source = root[0] if len(root) == 1 else len(self.hierarchy.teachers)
         return self.test_pool.pseudolabels(np.full(len(rows), source), rows)
 
+    def heldout_pool(self, name: str, hierarchy: TeacherHierarchy) -> PseudolabelPool:
+        """What teachers say about labelled examples that nobody else sees."""
+        if not len(self.split.heldout):
+            raise ValueError(
+                f"Task '{self.group.task.name}' has no labelled examples to spare, got `num_heldout_examples` 0. Set "
+                "it in the task, or leave this method out."
+            )
+        return self._label(self.split.heldout, name, hierarchy)
+
     def make_trainer(self, method: Method, output_dir: Path) -> CoSupervisedTrainer:
         """Give the trainer of a method."""
-        args = resolve(self.group.task, method)[-1]
+        *_, recipe_args, args = resolve(self.group.task, method)
         args.seed = args.data_seed = self.group.seed
-        args.features_dir = args.features_dir or str(self.group.folder / "_run" / "features")
         args.output_dir, args.push_to_hub, args.disable_tqdm = str(output_dir), False, True
+        if self.group.task.features is not None:
+            args.features_dir = str(self.group.run_dir / f"features-{self.group.task.features}")
+        args.features_dir = args.features_dir or str(self.group.folder / "_run" / "features")
         has_control = method.method == ALL_LABELS
-        pool = self.control_pool if has_control else method_pool(self.pool, method.method)
-        args = method_arguments(args, "generalist" if has_control else method.method, self.hierarchy.num_levels)
-        trainer = CoSupervisedTrainer(self.student, args, pool=pool)
+        pool = self.control_pool if has_control else self.pool
+        if method.calibrated or recipe_args.calibrate_teachers:
+            name = "control_heldout_pool" if has_control else "heldout_pool"
+            pool = calibrated_pool(pool, self.heldout_pool(name, pool.hierarchy))
+        own_args = method_arguments(args, "generalist" if has_control else method.method, self.hierarchy.num_levels)
+        if has_control:
+            return self._trainer(own_args, pool)
+        needs: dict[str, Any] = {}
+        if method.method in FEATURE_AGGREGATORS:
+            needs["features"] = self._trainer(own_args, pool).pool_features()
+        if method.method == "boosting":
+            needs["labelled_pool"] = self.heldout_pool("heldout_pool", self.hierarchy)
+        own_pool = method_pool(pool, method.method, **needs)
+        return self._trainer(own_args, own_pool, loss_func=method_loss(own_pool, method.method))
+
+    def _trainer(self, args: CoSupervisedConfig, pool: PseudolabelPool, **kwargs: Any) -> CoSupervisedTrainer:
+        trainer = CoSupervisedTrainer(self.student, args, pool=pool, **kwargs)
         trainer.pop_callback(PrinterCallback)
+        if self.group.task.features == MEAN_POOLED:
+            write_mean_pooled(trainer, [self.split.pool, self.split.test])
         return trainer
+
+
+def write_mean_pooled(trainer: CoSupervisedTrainer, datasets: Sequence[Dataset]) -> None:
+    """Write the mean over each text's tokens in place of what the head reads, once and whole."""
+    store, column = trainer.feature_store, trainer.input_column
+    if any(store.folder.glob("shard-*")):
+        return
+    data = concatenate_datasets([dataset.select_columns([column]) for dataset in datasets])
+    data = data.select(np.argsort([len(text) for text in data[column]], kind="stable"))  # alike ones need no padding
+
+    def batches(size: int = 64) -> Iterator[np.ndarray]:
+        for start in range(0, len(data), size):
+            inputs = {
+                name: value.to(trainer.args.device)
+                for name, value in trainer.processor(data[start : start + size][column]).items()
+            }
+            with torch.no_grad():
+                states = store.model.base_model(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"][:, :, None]
+            yield ((states * mask).sum(dim=1) / mask.sum(dim=1)).cpu().numpy()
+
+    store.write(data, column, batches())
 
 
 def run_group(group: Group) -> None:
@@ -327,7 +435,7 @@ def run_group(group: Group) -> None:
     todo = group.unfinished()
     try:
         bench = Bench(group)
-        save_cell(group, TEACHERS, measure_teachers(bench))
+        save_cell(group, TEACHERS, measure_teachers(bench), probs=bench.weak_probs, labels=bench.test_labels)
     except Exception:  # whatever it is, the other cells go on, and the end of the run tells it
         group.fail([method.name for method in todo], traceback.format_exc())
         return
@@ -343,25 +451,22 @@ def run_cell(bench: Bench, method: Method) -> dict[str, Any]:
     """Train and measure one method, and keep the cell."""
     group, work = bench.group, bench.group.run_dir / "work" / method.name
     shutil.rmtree(work, ignore_errors=True)  # of a run that was cut off
-    trainer = bench.make_trainer(method, work)
     started = time.time()
+    trainer = bench.make_trainer(method, work)
     trainer.train()
     runtime = time.time() - started
     numbers, probs = measure(trainer, bench)
-    ceiling = group.cell(ceiling_of(method, group.methods), ".npy")
-    if method.method == CEILING:
-        np.save(ceiling, probs, allow_pickle=False)
-    elif ceiling.is_file():  # it may have failed
-        knows = bench.weak_probs, np.load(ceiling, allow_pickle=False)
-        numbers["deception_score"] = deception_score(probs.argmax(axis=1), *knows, bench.test_labels, SURE)
-    save_cell(group, method.name, {"settings": cell_settings(group.task, method), **numbers, "runtime": runtime})
+    content = {"settings": cell_settings(group.task, method), **numbers, "runtime": runtime}
+    kept = {"probs": probs} if method.method == CEILING else {}
+    save_cell(group, method.name, content, predicted=probs.argmax(axis=1).astype(np.int32), **kept)
     shutil.rmtree(work, ignore_errors=True)
     return numbers
 
 
-def save_cell(group: Group, name: str, content: dict[str, Any]) -> None:
-    """Write a cell, whole or not at all."""
+def save_cell(group: Group, name: str, content: dict[str, Any], **predictions: np.ndarray) -> None:
+    """Write a cell, whole or not at all, and before it what it predicts on the test set."""
     group.cell(name).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(group.cell(name, ".npz"), **predictions)
     save_report({"task": group.task.name, "method": name, "seed": group.seed, **content}, group.cell(name))
     group.cell(name, ".error.txt").unlink(missing_ok=True)
 
@@ -404,7 +509,7 @@ def check_cells(groups: Sequence[Group]) -> None:
                     "field that is missing has its default). Choose another name or `output_dir`, or delete the cell."
                 )
     for group in groups:
-        check_run(group.folder, settings_of(resolve(group.task)[:3]))
+        check_run(group.folder, _features_setting(group.task) | settings_of(resolve(group.task)[:3]))
 
 
 def prepare(group: Group) -> bool:
@@ -502,12 +607,16 @@ def collect(groups: Sequence[Group]) -> dict[str, Any]:
     teachers = [group.read(TEACHERS) or {} for group in groups]
     weak = [facts.get("weak_accuracy") for facts in teachers]
     report: dict[str, Any] = {"seeds": [group.seed for group in groups], "weak_accuracy": weak}
+    report |= _features_setting(groups[0].task)
     report["teachers"] = merge([facts.get("teachers", {}) for facts in teachers])
     report["methods"] = {}
     for method in methods:
         if any(own := cells[method.name]):
-            for low, cell, top in zip(weak, own, cells[ceiling_of(method, methods)]):
+            ceiling = ceiling_of(method, methods)
+            for group, low, cell, top in zip(groups, weak, own, cells[ceiling]):
                 add_pgr(low, cell, top)
+                if method.method != CEILING and cell is not None and top is not None:
+                    add_deception(cell, *(group.predictions(name) for name in (method.name, TEACHERS, ceiling)))
             merged = merge([cell and {k: v for k, v in cell.items() if k not in _FACTS} for cell in own])
             merged["levels"] = [{"level": int(key), **level} for key, level in merged["levels"].items()]
             report["methods"][method.name] = {"method": method.method, **merged}
@@ -522,6 +631,13 @@ def add_pgr(weak: float | None, cell: dict[str, Any] | None, ceiling: Mapping[st
         numbers["pgr"] = (
             performance_gap_recovered(weak, numbers["accuracy"], ceiling["accuracy"]) if is_known else None
         )
+
+
+def add_deception(cell: dict[str, Any], own: Any, weak: Any, ceiling: Any) -> None:
+    """Say which errors the weak teacher hides from a student, where the predictions of all three were kept."""
+    if own and weak and ceiling:
+        knows = weak["probs"], ceiling["probs"], weak["labels"]
+        cell["deception_score"] = deception_score(own["predicted"], *knows, SURE)
 
 
 def merge(values: list[Any], missing: float | None = None) -> Any:
@@ -570,10 +686,13 @@ def format_table(report: Mapping[str, Any], task: str) -> str:
     heads = ["method", "accuracy", "PGR", f"PGR against {BASELINE}", "seeds won", "worst class"]
     heads += ["worst domain"] * has_domains + ["calibration error", "deception", "time, s"]
     weak = _percent(report["weak_accuracy"]) or "not measured"
-    about = (
-        f"Seeds {seeds}; weak teacher {weak}. All in percent, but for the time of training; deception counts a model "
-    )
-    lines = [f"## {task}", "", f"{about}as sure from {100 * SURE:.0f} % on.", ""]
+    about = f"Seeds {seeds}; weak teacher {weak}. All in percent, but for the time of pool and training; "
+    lines = [f"## {task}", "", f"{about}deception counts a model as sure from {100 * SURE:.0f} % on.", ""]
+    if "features" in report:
+        lines += [
+            "A control: the head reads the mean over a text's tokens. The exported student could not be used so.",
+            "",
+        ]
     lines += [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     base = report["methods"].get(BASELINE, {}).get("pgr", [])
     for name, numbers in report["methods"].items():
@@ -649,18 +768,28 @@ def pool_curves(curve: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, and write tables and figures; 1 where a cell failed."""
-    plan = parse_plan(argv)
-    seeds = [int(seed) for seed in plan.seeds.split(",")]
+    plan, started = parse_plan(argv), time.time()
     groups = [
-        Group(task, methods_of(task, plan.methods), seed, plan.output_dir) for task in plan.tasks for seed in seeds
+        Group(task, methods_of(task, plan.methods), int(seed), plan.output_dir)
+        for task in plan.tasks
+        for seed in task.seeds.split(",")
     ]
     check_cells(groups)
+    num_missing = count_unfinished(groups)
     todo = [group for group in groups if group.unfinished()]
     run_side_by_side([group for group in todo if prepare(group)], plan.num_workers)
     by_task = {task.name: [group for group in groups if group.task.name == task.name] for task in plan.tasks}
     reports = {name: collect(own) for name, own in by_task.items()}
     say(f"\n{write_results(reports, Path(plan.output_dir))}")
+    num_run = num_missing - count_unfinished(groups)
+    num_cells = sum(len(group.methods) for group in groups)
+    say(f"{num_run} of {num_cells} cells run in {(time.time() - started) / 60:.1f} min.")
     return say_failures(groups)
+
+
+def count_unfinished(groups: Sequence[Group]) -> int:
+    """Count the cells that are still to be run."""
+    return sum(len(group.unfinished()) for group in groups)
 
 
 def say_failures(groups: Sequence[Group]) -> int:

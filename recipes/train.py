@@ -15,6 +15,7 @@ import copy
 import importlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.cards import model_card, write_card
 from hf_cosupervise.config import HUB_FIELDS
+from hf_cosupervise.derived_pools import calibrated_pool
 from hf_cosupervise.evaluation import (
     METHODS,
     compare_methods,
@@ -67,6 +69,10 @@ class DataArguments:
     pool_from_end: bool = field(
         default=False, metadata={"help": "Take the pool from the end, not after the teachers'."}
     )
+    num_heldout_examples: int = field(
+        default=0,
+        metadata={"help": "Labelled examples that neither teachers nor pool see; without `test_split` nor the test."},
+    )
     split_seed_offset: int = field(default=0, metadata={"help": "Added to the seed of the permutation."})
     oracle_domain_column: str | None = field(
         default=None,
@@ -96,6 +102,9 @@ class RecipeArguments:
     seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What is compared."})
     control: bool = field(default=True, metadata={"help": "Also train on one teacher that saw all the labels."})
+    calibrate_teachers: bool = field(
+        default=False, metadata={"help": "Fit a temperature per teacher to the `num_heldout_examples`."}
+    )
 
 
 RECIPE_TYPES = [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig]
@@ -110,6 +119,7 @@ class Split:
     pool: Dataset
     test: Dataset
     commit: str | None
+    heldout: Dataset
 
 
 def load_split(args: DataArguments, seed: int) -> Split:
@@ -126,15 +136,28 @@ def load_split(args: DataArguments, seed: int) -> Split:
         raise ValueError(f"The label column must be a `ClassLabel`, got {feature}. Use `Dataset.class_encode_column`.")
     generator = torch.Generator().manual_seed(args.split_seed_offset + seed)
     order = torch.randperm(len(train), generator=generator).tolist()
-    needed = args.num_teacher_examples + args.num_pool_examples
-    if needed > len(train):
-        raise ValueError(
-            f"Teachers and pool need {needed} examples together, got {len(train)} in '{args.train_split}'."
-        )
-    start = len(train) - args.num_pool_examples if args.pool_from_end else args.num_teacher_examples
-    pool, rest = order[start : start + args.num_pool_examples], order[start + args.num_pool_examples :]
+    own, pool, heldout, rest = share_out_rows(order, args)
     test = data[args.test_split] if args.test_split else train.select(rest)
-    return Split(feature.names, train.select(order[: args.num_teacher_examples]), train.select(pool), test, commit)
+    return Split(feature.names, train.select(own), train.select(pool), test, commit, train.select(heldout))
+
+
+def share_out_rows(order: list[int], args: DataArguments) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Give the rows of teachers, pool and held-out examples, and what is left; held-out examples move nobody else."""
+    num_teachers, num_pool, num_heldout = args.num_teacher_examples, args.num_pool_examples, args.num_heldout_examples
+    needed, end = num_teachers + num_pool + num_heldout, len(order) - num_heldout
+    if needed > len(order):
+        who = "Teachers, pool and held-out examples" if num_heldout else "Teachers and pool"
+        raise ValueError(f"{who} need {needed} examples together, got {len(order)} in '{args.train_split}'.")
+    if args.pool_from_end:
+        start = len(order) - num_pool
+        return order[:num_teachers], order[start:], order[num_teachers : num_teachers + num_heldout], []
+    pool, rest = order[num_teachers : num_teachers + num_pool], order[num_teachers + num_pool : end]
+    if num_heldout and not rest and not args.test_split:
+        raise ValueError(
+            f"`num_heldout_examples` must leave some of the {end - num_teachers - num_pool + num_heldout} examples "
+            f"beside teachers and pool to test on, got {num_heldout}. Use fewer, or name a `test_split`."
+        )
+    return order[:num_teachers], pool, order[end:], rest
 
 
 def load_data(args: DataArguments) -> tuple[Any, str | None]:
@@ -233,13 +256,22 @@ def run_seed(
     if recipe_args.control and (teachers_dir / CONTROL).is_dir():
         control = control_hierarchy(hierarchy, teachers_dir)
         extra["one teacher, all labels"] = label_data(split.pool, control, folder / "control_pool", data_args, quiet)
+    heldout = (
+        label_data(split.heldout, hierarchy, folder / "heldout_pool", data_args, quiet) if len(split.heldout) else None
+    )
+    if recipe_args.calibrate_teachers and heldout is not None:
+        pool = calibrated_pool(pool, heldout)
+        for name, own in extra.items():
+            labelled = label_data(split.heldout, own.hierarchy, folder / "control_heldout_pool", data_args, quiet)
+            extra[name] = calibrated_pool(own, labelled)
     args = copy.copy(config)
     args.seed = args.data_seed = seed
     args.output_dir, args.push_to_hub = str(folder / "student"), False
     args.features_dir = config.features_dir or str(Path(config.output_dir) / "_run" / "features")
     report, trainer = compare_methods(
         student, args, pool, split.test,
-        weak=weak_accuracy(test_pool), methods=recipe_args.methods, extra_pools=extra, resume=True,
+        weak=weak_accuracy(test_pool), methods=recipe_args.methods, extra_pools=extra, labelled_pool=heldout,
+        resume=True,
         on_trained=lambda method, trainer: say(f"seed {seed}: {method} trained, {trainer.state.global_step} steps"),
     )  # fmt: skip
     report |= {"teachers": teacher_accuracies(test_pool), "runtime": time.time() - started}
@@ -254,7 +286,9 @@ def check_run(folder: Path, facts: dict[str, Any]) -> None:
     """See that a folder holds no other run, and write down which one this is."""
     path = folder / "_run" / "config.json"
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        # A field that is new since then had its default.
+        known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
+        facts = {key: facts.get(key, value) for key, value in known.items()} | facts
         different = sorted(
             key for key in {*known, *facts} - {"seeds"}
             if known.get(key) != facts.get(key) and not key.startswith(HUB_FIELDS)
@@ -265,12 +299,15 @@ def check_run(folder: Path, facts: dict[str, Any]) -> None:
                 f"'{folder}' must hold this run or none, got another one ({changes}). Choose another `output_dir`."
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if any(found.is_file() for found in folder.rglob("*")):  # folders alone are left by a run that died early
         raise FileExistsError(
             f"'{folder}' must be a run's folder or not exist, got other files. Choose another `output_dir`."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # a run that dies now leaves no file in the folder
+        whole = Path(place, path.name)
+        whole.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        whole.replace(path)
 
 
 def finish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any], arguments: dict[str, Any]) -> None:
@@ -343,6 +380,8 @@ def main() -> None:
     recipe_args, config = run[3:]
     facts = recipe_arguments_to_dict(run)
     seeds = [int(seed) for seed in recipe_args.seeds.split(",")]
+    if recipe_args.calibrate_teachers and not run[0].num_heldout_examples:
+        raise ValueError("`calibrate_teachers` needs labelled examples, got `num_heldout_examples` 0. Give it some.")
     folder = Path(config.output_dir)
     is_new = run[1].teachers_dir and not Path(run[1].teachers_dir, "hierarchy.yaml").is_file()
     if len(seeds) > 1 and is_new and not is_on_hub(run[1]):

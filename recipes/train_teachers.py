@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from PIL.Image import Resampling, getmodebase
 from torch.nn import functional
 
 from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, build_pool, load_hierarchy, push_hierarchy
@@ -38,6 +39,8 @@ from hf_cosupervise.inputs import (
 from hf_cosupervise.labeling import save_sklearn_teacher
 
 CONTROL = "all-labels"
+# Images that tell whether a data set is in colour.
+_NUM_LOOKED_AT = 100
 
 
 @dataclass
@@ -221,7 +224,9 @@ def _sklearn_trainer(
 
     column = find_input_column(data)
     is_text = is_text_column(data, column)
-    feature = {"kind": "text"} if is_text else {"kind": "pixels", "divide_by": 255.0}
+    feature = {"kind": "text"} if is_text else {"kind": "pixels", "size": None, "divide_by": 255.0}
+    if not is_text:  # written down, so that labelling reads images as training does
+        feature["mode"] = _image_mode(data[:_NUM_LOOKED_AT][column])
     feature |= args.teacher_feature
     if is_text and args.teacher_vectorizer is None:
         raise ValueError(
@@ -236,11 +241,23 @@ def _sklearn_trainer(
             vectorizer = _make_estimator(str(args.teacher_vectorizer), args.teacher_vectorizer_kwargs, seed)
             model = make_pipeline(vectorizer, model)
         else:
-            pixels = [np.asarray(to_pil(cell, feature.get("mode"))).ravel() for cell in inputs]
-            inputs = np.stack(pixels).astype(np.float32) / feature["divide_by"]
+            inputs = np.stack([_read_pixels(cell, feature) for cell in inputs]) / feature["divide_by"]
         save_sklearn_teacher(model.fit(inputs, targets[rows]), folder, feature, labels)
 
     return train
+
+
+def _image_mode(cells: Sequence[Any]) -> str:
+    """Grey, or colour where any of the images has some."""
+    return "L" if all(getmodebase(to_pil(cell).mode) == "L" for cell in cells) else "RGB"
+
+
+def _read_pixels(cell: Any, feature: dict[str, Any]) -> np.ndarray:
+    image = to_pil(cell, feature["mode"])
+    if feature["size"] is not None:
+        height, width = feature["size"]  # PIL names the width first
+        image = image if image.size == (width, height) else image.resize((width, height), Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.float32).ravel()
 
 
 def _make_estimator(path: str, keywords: dict, seed: int) -> Any:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,14 +113,15 @@ def test_cells_hold_what_was_measured(done):
     assert sum(csl["class_accuracy"].values()) / 4 == pytest.approx(csl["accuracy"], abs=0.2)
     assert csl["worst_class_accuracy"] == min(csl["class_accuracy"].values())
     assert sum(csl["reliability"]["count"]) == 30 and 0 <= csl["ece"] <= 1 and csl["runtime"] > 0
-    assert 0 <= csl["agreement_pseudolabels"] <= 1 and 0 <= csl["deception_score"] <= 1
+    assert 0 <= csl["agreement_pseudolabels"] <= 1
     level = csl["levels"]["1"]
     assert 0 < level["keep_rate"] <= 1 and {"kept_precision", "kept_recall", "assignment_accuracy"} <= set(level)
     assert sum(level["teachers"].values()) == pytest.approx(1.0)
     assert all(sum(shares.values()) == pytest.approx(1.0) for shares in level["teachers_by_class"].values())
     assert read_cell(out, "all kept")["levels"]["1"]["keep_rate"] == 1.0
     assert read_cell(out, "closed")["settings"]["head_solver"] == "ridge"
-    assert "deception_score" not in read_cell(out, "ceiling")
+    methods = json.loads((out / "results.json").read_text())["tiny"]["methods"]
+    assert 0 <= methods["csl"]["deception_score"][0] <= 1 and "deception_score" not in methods["ceiling"]
     assert set(teachers["teachers"]) == {"generalist", "level-1-0", "level-1-1"}
     assert teachers["weak_accuracy"] == teachers["teachers"]["generalist"]["accuracy"]
 
@@ -145,12 +147,23 @@ def test_a_finished_comparison_runs_nothing_again(done, runs):
     assert (out / "table.md").read_text() == table
 
 
-def test_what_is_missing_is_run_and_is_the_same(done, runs):
+def test_what_is_missing_is_run_and_is_the_same(done, runs, capsys):
     out, argv, _ = done
     before = read_cell(out, "csl", 1)
     (out / "tasks" / "tiny" / "cells" / "seed-1" / "csl.json").unlink()
     assert compare.main(argv) == 0 and runs == [("csl", 1)]
+    assert re.search(r"\n1 of 14 cells run in \d+\.\d min\.\n", capsys.readouterr().out)
     assert {**read_cell(out, "csl", 1), "runtime": 0} == {**before, "runtime": 0}
+
+
+def test_a_ceiling_that_comes_later_gives_a_deception_score_to_all(done, runs):
+    out, argv, table = done
+    before = json.loads((out / "results.json").read_text())["tiny"]["methods"]
+    for suffix in (".json", ".npz"):
+        (out / "tasks" / "tiny" / "cells" / "seed-0" / f"ceiling{suffix}").unlink()
+    assert compare.main(argv) == 0 and runs == [("ceiling", 0)]
+    after = json.loads((out / "results.json").read_text())["tiny"]["methods"]
+    assert all(after[name]["deception_score"] == before[name]["deception_score"] for name in ("csl", "chance"))
 
 
 def test_one_more_seed_and_a_part_of_the_methods(done, runs):
@@ -215,6 +228,47 @@ def test_a_task_that_cannot_be_prepared_fails_in_all_its_cells(data, tiny_vit, t
     printed = capsys.readouterr().out
     assert "Failed: large, seed 3: ceiling; csl: ValueError: Teachers and pool need 119 examples together" in printed
     assert "## fine" in printed and "Failed: fine" not in printed
+
+
+def test_methods_that_use_labels_or_features(data, tiny_vit, tmp_path, capsys):
+    methods = [
+        METHODS[0], {"name": "calibrated", "method": "csl", "calibrated": True},
+        {"name": "control", "method": "one_teacher_all_labels", "calibrated": True},
+        {"name": "boosting", "method": "boosting"}, {"name": "CROWDLAB", "method": "crowdlab"},
+        {"name": "AE-KD", "method": "aekd"},
+    ]  # fmt: skip
+    recipe = {"num_pool_examples": 30, "num_heldout_examples": 26, "max_steps": 20, "teacher_kwargs": {"max_depth": 2}}
+    tasks = [
+        {"name": "tiny", "config": "recipe.yaml", "seeds": 3, "set": recipe},
+        {"name": "bare", "config": "recipe.yaml", "seeds": "4,5", "methods": ["boosting", "AE-KD"]},
+    ]
+    argv = write_plan(tmp_path, data, tiny_vit, methods=methods, tasks=tasks)
+    assert compare.main([*argv, "--tasks", "tiny"]) == 0
+    names = [method["name"] for method in methods]
+    cells = {name: read_cell(tmp_path / "out", name, 3) for name in names}
+    assert sum(cells["csl"]["reliability"]["count"]) == 14  # of 40, for all methods
+    assert cells["calibrated"]["settings"]["calibrated"] and "calibrated" not in cells["csl"]["settings"]
+    task, plans = compare.parse_plan(argv).tasks[0], compare.parse_plan(argv).methods
+    bench = compare.Bench(compare.Group(task, plans, 3, str(tmp_path / "out")))
+    trainers = {method.name: bench.make_trainer(method, tmp_path / method.name) for method in plans}
+    assert all("temperature" in facts for facts in trainers["calibrated"].pool.facts.values())
+    assert "temperature" in trainers["control"].pool.facts["all-labels"]
+    assert [trainers[name].pool.hierarchy.names for name in names[3:5]] == [("boosting",), ("crowdlab",)]
+    assert trainers["AE-KD"].loss_func is not None and trainers["csl"].loss_func is None
+    ids = [set(part.pool.ids) for part in (trainers["csl"], trainers["boosting"])]
+    assert ids[0] == ids[1] and len(bench.split.heldout) == 26
+
+    run = compare.resolve(task)
+    run[3].calibrate_teachers, run[-1].output_dir = True, str(tmp_path / "run")
+    report = train.run_seed(3, *run)["methods"]
+    assert report["csl"]["accuracy"] == cells["calibrated"]["accuracy"]
+    assert report["one teacher, all labels"]["accuracy"] == cells["control"]["accuracy"]
+
+    assert compare.main([*argv, "--tasks", "bare"]) == 1
+    printed = capsys.readouterr().out
+    assert "Failed: bare, seed 5: boosting: ValueError: Task 'bare' has no labelled examples to spare" in printed
+    assert "bare, seed 4: AE-KD" in printed and "seed 3" not in printed.split("## bare")[1]
+    assert compare.parse_plan([*argv, "--seeds", "7"]).tasks[1].seeds == "7"
 
 
 @pytest.mark.slow
@@ -348,8 +402,9 @@ def test_who_taught_whom():
 
 
 def test_methods_share_the_ceiling_of_their_training():
+    no_ceiling = {"rejection_k": 1, "relabel_above": 0.9, "rounds_per_level": 2, "cross_fit_folds": 5}
     methods = [
-        compare.Method("a", "csl"), compare.Method("b", "csl", {"rejection_k": 1, "assignment": ["agreement"]}),
+        compare.Method("a", "csl"), compare.Method("b", "csl", no_ceiling | {"teacher_neighbors": 3}),
         compare.Method("c", "csl", {"learning_rate": 0.1, "rejection": ["none"]}),
         compare.Method("d", "generalist", {"learning_rate": 0.1}), compare.Method("top", "ceiling"),
         compare.Method("e", "csl", {"loss_kwargs": {"q": 0.5}}, ["elsewhere"]),
@@ -362,10 +417,13 @@ def test_methods_share_the_ceiling_of_their_training():
     ]  # fmt: skip
     elsewhere = compare.methods_of(compare.Task("elsewhere", "x.yaml"), methods)
     assert "ceiling, loss_kwargs=q-0.5" in [method.name for method in elsewhere]
+    few = compare.methods_of(compare.Task("t", "x.yaml", methods=["d", "e"]), methods)
+    assert [method.name for method in few] == ["ceiling, learning_rate=0.1", "d"]
 
 
-def test_the_plan_that_comes_with_it_is_readable():
-    plan = compare.parse_plan(["--seeds", "0"])
+@pytest.mark.parametrize("name", ["compare.yaml", "compare_finetuning.yaml"])
+def test_the_plans_that_come_with_it_are_readable(name):
+    plan = compare.parse_plan(["--seeds", "0", "--config", str(RECIPES / name)])
     cells = [(task, method) for task in plan.tasks for method in compare.methods_of(task, plan.methods)]
     assert {name for method in plan.methods for name in method.tasks or ()} <= {task.name for task in plan.tasks}
     tasks, methods = ({cell[which].name: cell for cell in cells}.values() for which in (0, 1))
@@ -373,6 +431,8 @@ def test_the_plan_that_comes_with_it_is_readable():
         settings = compare.cell_settings(task, method)
         assert "output_dir" not in settings and "seed" not in settings and settings["method"] == method.method
         assert all(settings.get(key, value) == value for key, value in method.set.items())
+        if method.calibrated or method.method == "boosting":
+            assert all(compare.resolve(task)[0].num_heldout_examples > 9 for task, own in cells if own == method)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +444,28 @@ def test_the_plan_that_comes_with_it_is_readable():
             r"`method` of 'x' must be one of \['generalist'.*'magic'",
         ),
         ({"methods": [{"name": "x", "method": "csl", "set": {"dataset": "y"}}]}, [], r"fields .* got \['dataset'\]"),
-        ({"methods": [{"name": "x"}]}, [], r"A method has `name`, `method` and maybe \['set', 'tasks'\], got"),
+        (
+            {"methods": [{"name": "x"}]},
+            [],
+            r"A method has `name`, `method` and maybe \['set', 'tasks', 'calibrated'\], got",
+        ),
         ({"methods": [METHODS[0], METHODS[0]]}, [], r"Names of methods must be unique, got \['csl'\]"),
         ({"tasks": [{"name": "../x", "config": "y"}]}, [], "A name must be letters.*got '../x'"),
+        (
+            {"tasks": [{"name": "x", "config": "y", "methods": ["cls"]}]},
+            [],
+            r"`methods` of task 'x' must be among \['csl', .*got \['cls'\]",
+        ),
+        (
+            {"tasks": [{"name": "x", "config": "y", "features": "mean"}]},
+            [],
+            "`features` of task 'x' must be 'mean_pooled', got 'mean'",
+        ),
+        (
+            {"methods": [{"name": "x", "method": "csl", "calibrated": 1}]},
+            [],
+            "`calibrated` of 'x' must be bool, got 1",
+        ),
         ({}, ["--tasks", "big"], r"`--tasks` must be among \['tiny'\], got \['big'\]"),
         ({"method": []}, [], "Did you mean `methods`"),
     ],

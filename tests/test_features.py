@@ -6,8 +6,8 @@ import copy
 import os
 import shutil
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import nn
 from hf_cosupervise import features as features_module
 from hf_cosupervise.features import FeatureStore, backbone_key
 from hf_cosupervise.inputs import InputProcessor
+from hf_cosupervise.neighbors import nearest_neighbors
 from hf_cosupervise.students import linear_head, load_student
 
 LABELS = ["ant", "bee", "cat", "dog"]
@@ -244,26 +245,185 @@ def left_over(path: Path) -> list[str]:
     )
 
 
-def test_interrupted_writing_leaves_nothing(vit, tiny_image_dataset):
-    store, whole = vit.store(), vit.processor
-    calls = []
+class StopError(Exception):
+    """What an interrupted run raises, instead of a `KeyboardInterrupt` that would end the tests."""
 
-    def die_in_the_third_batch(cells: list[Any]) -> dict[str, torch.Tensor]:
+
+def interrupt(student: Counter, dataset: Dataset, batch_size: int, num_batches: int, column: str = "image") -> None:
+    """Compute features, and stop in the batch after so many."""
+    store, calls = student.store(), []
+
+    def prepare(cells: list[Any]) -> dict[str, torch.Tensor]:
         calls.append(len(cells))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return whole(cells)
+        if len(calls) > num_batches:
+            raise StopError
+        return student.processor(cells)
 
-    store.processor = die_in_the_third_batch
-    with pytest.raises(KeyboardInterrupt):
-        store.features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
-    assert calls == [10, 10, 10] and list(store.folder.iterdir()) == []
-    assert not vit.head._forward_pre_hooks  # nor a hook that would keep every later batch
-    store.processor = whole
+    store.processor = prepare
+    with pytest.raises(StopError):
+        store.features(dataset, column, batch_size=batch_size, disable_tqdm=True)
+    assert student.batches == [batch_size] * num_batches
+    assert not student.head._forward_pre_hooks  # which would keep every later batch
+    student.batches.clear()
+
+
+def bits_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 4])
+def test_interrupted_work_is_gone_on_with(vit, bert, tiny_image_dataset, tiny_text_dataset, tmp_path, num_batches):
+    # texts are padded to the longest of their batch, so only batches that are cut alike give the same bits
+    for student, data, column in ((vit, tiny_image_dataset, "image"), (bert, tiny_text_dataset, "text")):
+        student.path = tmp_path / f"whole-{column}"
+        student.store().features(data, column, batch_size=10, disable_tqdm=True)
+        student.batches.clear()
+        whole, student.path = bits_in(student.path), tmp_path / f"interrupted-{column}"
+        interrupt(student, data, 10, num_batches, column)
+        (name,) = names_in(student.store().folder)
+        assert name.startswith(".partial-shard-")
+        student.store().features(data, column, batch_size=10, disable_tqdm=True)
+        assert student.batches == [10, 10, 10, 10, 8][num_batches:]
+        assert bits_in(student.path) == whole
+        student.batches.clear()
+
+
+@pytest.mark.parametrize(
+    ("damage", "num_left"),
+    [
+        ("none", 3), ("last row", 4), ("last line", 4), ("second line", 4), ("second batch", 4), ("header", 5),
+        ("no lines", 5), ("no values", 5), ("keys", 3), ("more rows", 3), ("longer lines", 3),
+    ],
+)  # fmt: skip
+def test_only_whole_batches_are_kept(vit, tiny_image_dataset, tmp_path, damage, num_left):
+    vit.path = tmp_path / "whole"
+    vit.store().features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
     vit.batches.clear()
-    features = store.features(tiny_image_dataset, "image", batch_size=100, disable_tqdm=True)
-    assert vit.batches == [48]
+    whole, vit.path = bits_in(vit.path), tmp_path / "interrupted"
+    interrupt(vit, tiny_image_dataset, 10, 2)
+    (folder,) = vit.store().folder.glob(".partial-*")
+    values, lines = folder / "features.npy", folder / "batches.txt"
+    if damage == "last row":
+        os.truncate(values, values.stat().st_size - 5)
+    elif damage == "last line":
+        os.truncate(lines, lines.stat().st_size - 1)
+    elif damage in ("second line", "second batch", "header"):
+        path, place = {"second line": (lines, 12), "second batch": (values, 128 + 900), "header": (values, 60)}[damage]
+        flip(path, place)
+    elif damage in ("no lines", "no values", "keys"):
+        {"no lines": lines, "no values": values, "keys": folder / "keys.npy"}[damage].unlink()
+    elif damage != "none":
+        with open(values if damage == "more rows" else lines, "ab") as file:
+            file.write(b"0" * 70)
+    interrupt(vit, tiny_image_dataset, 10, 1)  # what comes after the damage is found again, too
+    vit.store().features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
+    assert len(vit.batches) == num_left - 1 and bits_in(vit.path) == whole
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_another_batch_size_or_other_rows_begin_again(vit, tiny_image_dataset):
+    interrupt(vit, tiny_image_dataset, 10, 2)
+    part = vit.store().features(tiny_image_dataset.select(range(5, 48)), "image", batch_size=9, disable_tqdm=True)
+    assert vit.batches == [9, 9, 9, 9, 7] and len(names_in(vit.store().folder)) == 2
+    vit.batches.clear()
+    features = vit.store().features(tiny_image_dataset, "image", batch_size=16, disable_tqdm=True)
+    # 43 rows are known; what the first run began is of rows that all are known now, so it is gone
+    assert vit.batches == [5] and np.array_equal(features[5:], part)
+    assert all(name.startswith("shard-") for name in names_in(vit.store().folder))
     np.testing.assert_allclose(features, vit.direct(tiny_image_dataset["image"]), atol=1e-5)
+
+
+def test_another_batch_size_alone_begins_again(vit, tiny_image_dataset, tmp_path):
+    interrupt(vit, tiny_image_dataset, 10, 2)
+    features = vit.store().features(tiny_image_dataset, "image", batch_size=20, disable_tqdm=True)
+    assert vit.batches == [20, 20, 8]
+    vit.path = tmp_path / "whole"
+    assert np.array_equal(
+        vit.store().features(tiny_image_dataset, "image", batch_size=20, disable_tqdm=True), features
+    )
+
+
+def test_progress_starts_where_it_goes_on(vit, tiny_image_dataset, monkeypatch):
+    interrupt(vit, tiny_image_dataset, 10, 3)
+    bars = []
+    real = features_module.tqdm
+    monkeypatch.setattr(features_module, "tqdm", lambda **options: bars.append(options) or real(**options))
+    vit.store().features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
+    assert [(bar["initial"], bar["total"]) for bar in bars] == [(30, 48)]
+
+
+def test_two_runs_at_once_do_not_write_one_folder(vit, tiny_vit, tiny_image_dataset, tmp_path):
+    # the second begins while the first computes, and ends before it
+    first, second = vit.store(), Counter(tiny_vit, vit.path)
+    seen, found = [], []
+
+    def prepare(cells: list[Any]) -> dict[str, torch.Tensor]:
+        seen.append(names_in(first.folder))
+        if len(seen) == 3:
+            store, whole = second.store(), second.processor
+            store.processor = lambda cells: seen.append(names_in(first.folder)) or whole(cells)
+            found.append(np.array(store.features(tiny_image_dataset, "image", batch_size=16, disable_tqdm=True)))
+        return vit.processor(cells)
+
+    first.processor = prepare
+    features = first.features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
+    assert vit.batches == [10, 10, 10, 10, 8] and second.batches == [16, 16, 16]
+    # beside each folder in progress is its lock; from the fourth batch of the first on, there is the second's shard
+    kinds = [[name.split("-")[0] for name in names if not name.endswith(".lock")] for names in seen]
+    assert kinds == [[".partial"]] * 3 + [[".partial", ".private"]] * 3 + [[".partial", "shard"]] * 2
+    assert np.array_equal(features, found[0])  # who ends first is right for both
+    (name,) = names_in(first.folder)
+    assert name.startswith("shard-")
+
+
+def test_what_dead_runs_left_is_deleted_but_for_work_to_go_on_with(vit, tiny_image_dataset):
+    folder = vit.store().folder
+    interrupt(vit, tiny_image_dataset.select(range(20)), 10, 1)
+    (kept,) = names_in(folder)
+    for name in (
+        ".private-shard-0123456789abcdef-01234567",
+        ".private-ordered-0-0",
+        ".partial-broken",
+        ".partial-old",
+    ):
+        shutil.copytree(folder / kept, folder / name)
+    (folder / ".partial-broken" / "keys.npy").write_bytes(b"no keys")
+    np.save(folder / ".partial-old" / "keys.npy", np.zeros(3))
+    (folder / f"{kept}.lock").touch()
+    (folder / ".partial-gone.lock").touch()
+    vit.store().features(tiny_image_dataset.select(range(30, 40)), "image", disable_tqdm=True)
+    first, second = names_in(folder)
+    assert first == kept and second.startswith("shard-")
+
+
+def test_a_disk_without_locks(vit, tiny_image_dataset, monkeypatch):
+    def refuse(lock: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(features_module.FileLock, "acquire", refuse)
+    vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    (name,) = names_in(vit.store().folder)
+    assert name.startswith("shard-")
+
+
+def test_a_shard_that_another_run_adds_meanwhile_moves_no_row(vit, tiny_image_dataset, monkeypatch):
+    # its name may come first, so that every row would be counted from another place
+    given = draw_features(48)
+    for number, (own, others) in enumerate([(range(24), range(24, 48)), (range(24, 48), range(24))]):
+        store = vit.store(precision=f"try-{number}")
+        store.write(tiny_image_dataset.select(own), "image", [given[list(own)]])
+
+        def add(self: FeatureStore, store: Any = store, others: Any = others) -> None:
+            store.write(tiny_image_dataset.select(others), "image", [given[list(others)]])
+
+        monkeypatch.setattr(FeatureStore, "_clean", add)
+        found = store.features(tiny_image_dataset.select(own[::-1]), "image", disable_tqdm=True)
+        assert np.array_equal(found, given[list(own)[::-1]])
 
 
 def test_half_written_folder_is_not_read(vit, tiny_image_dataset):
@@ -515,6 +675,7 @@ def test_too_many_rows_for_the_memory_are_put_in_order_on_disk(three_shards, vit
     found = store.features(tiny_image_dataset.select(order), "image", disable_tqdm=True)
     assert isinstance(found, np.memmap) and np.array_equal(found, three_shards[order])
     (folder,) = store.folder.glob("ordered-*")
+    assert names_in(folder) == ["backbone.txt", "features.npy"]
     before = (folder / "features.npy").stat().st_mtime_ns
     again = vit.store().features(tiny_image_dataset.select(order), "image", disable_tqdm=True)
     assert np.array_equal(again, three_shards[order])
@@ -541,68 +702,187 @@ def test_rows_in_order_on_disk_are_those_that_were_asked_for(vit, tiny_image_dat
 # ── files that are not what they should be ──────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(
-    "damage", ["owner", "no owner", "width", "dtype", "rows", "truncated", "truncated keys", "no features"]
-)
-def test_a_shard_that_is_not_whole_or_not_ours_is_named(damage, vit, tiny_image_dataset):
+IN_KEYS = ("owner", "no owner", "half an owner", "keys", "truncated keys", "no keys")  # which are read first
+DAMAGES = {
+    "owner": lambda folder: (folder / "backbone.txt").write_text("0123456789abcdef"),
+    "no owner": lambda folder: (folder / "backbone.txt").unlink(),
+    "half an owner": lambda folder: os.truncate(folder / "backbone.txt", 90),
+    "a digest": lambda folder: flip(folder / "backbone.txt", 12),
+    "a size": lambda folder: flip(folder / "backbone.txt", 1),
+    "width": lambda folder: np.save(folder / "features.npy", np.zeros((48, 15), dtype=np.float32)),
+    "rows": lambda folder: np.save(folder / "features.npy", np.zeros((47, 16), dtype=np.float32)),
+    "dtype": lambda folder: np.save(folder / "features.npy", np.zeros((48, 8), dtype=np.float64)),
+    "values": lambda folder: np.save(folder / "features.npy", np.zeros((48, 16), dtype=np.float32)),
+    "a bit": lambda folder: flip(folder / "features.npy", 1234),
+    "header": lambda folder: flip(folder / "features.npy", 40),
+    "truncated": lambda folder: os.truncate(folder / "features.npy", 2000),
+    "empty": lambda folder: os.truncate(folder / "features.npy", 0),
+    "longer": lambda folder: (folder / "features.npy").open("ab").write(b"0"),
+    "no features": lambda folder: (folder / "features.npy").unlink(),
+    "keys": lambda folder: flip(folder / "keys.npy", 200),
+    "truncated keys": lambda folder: os.truncate(folder / "keys.npy", 300),
+    "no keys": lambda folder: (folder / "keys.npy").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_spoilt_shard_is_named_and_computed_again(damage, vit, tiny_image_dataset, caplog):
+    whole = np.array(vit.store().features(tiny_image_dataset, "image", batch_size=16, disable_tqdm=True))
+    (shard,) = vit.store().folder.iterdir()
+    DAMAGES[damage](shard)
+    vit.batches.clear()
+    again = vit.store().features(tiny_image_dataset, "image", batch_size=16, disable_tqdm=True)
+    assert np.array_equal(again, whole) and vit.batches == [16, 16, 16]
+    (record,) = caplog.records
+    file = "keys.npy" if damage in IN_KEYS else "features.npy"
+    assert record.message.startswith(f"'{shard / file}' must be as it was written, got ")
+    assert record.message.endswith(" Its folder is deleted; what is needed of it is computed again.")
+    vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert len(caplog.records) == 1 and len(vit.batches) == 3
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_spoilt_features_that_were_put_in_are_an_error(damage, vit, tiny_image_dataset):
     store = vit.store()
     store.write(tiny_image_dataset, "image", [draw_features(48)])
     (shard,) = store.folder.glob("shard-*")
-    if damage == "owner":
-        (shard / "backbone.txt").write_text("0123456789abcdef")
-    elif damage == "no owner":
-        (shard / "backbone.txt").unlink()
-    elif damage == "width":
-        np.save(shard / "features.npy", np.zeros((48, 15), dtype=np.float32))
-    elif damage == "dtype":
-        np.save(shard / "features.npy", np.zeros((48, 16), dtype=np.float64))
-    elif damage == "rows":
-        np.save(shard / "features.npy", np.zeros((47, 16), dtype=np.float32))
-    elif damage == "no features":
-        (shard / "features.npy").unlink()
-    else:
-        path = shard / ("keys.npy" if damage == "truncated keys" else "features.npy")
-        path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError) as error:
-        vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
-    assert str(error.value).startswith(f"Features in '{shard}' must be ")
-    assert str(error.value).endswith("Delete that folder: they are computed again.")
-    if damage in ("owner", "no owner"):
-        owner = {"owner": "0123456789abcdef", "no owner": "nobody"}[damage]
-        assert str(error.value) == (
-            f"Features in '{shard}' must be (48, 16) float32 of backbone {store.folder.name}, got (48, 16) float32 of "
-            f"{owner}. Delete that folder: they are computed again."
+    DAMAGES[damage](shard)
+    file = shard / ("keys.npy" if damage in IN_KEYS else "features.npy")
+    for _ in range(2):  # nothing is lost by the first try
+        with pytest.raises(ValueError) as error:
+            vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+        assert str(error.value).startswith(f"'{file}' must be as it was written, got ")
+        assert str(error.value).endswith(
+            " These features were put in by `write`: delete that folder, and put them in again."
         )
+    faults = {
+        "owner": f"got one of backbone '0123456789abcdef' instead of '{store.folder.name}'.",
+        "truncated": "got 2000 bytes instead of 3200.",
+        "a bit": "got other content than its digest tells.",
+    }
+    assert faults.get(damage, "") in str(error.value)
     assert vit.batches == []
 
 
-def test_a_full_disk_leaves_nothing_and_a_second_try_works(vit, tiny_image_dataset):
+def test_other_shards_are_left_alone(vit, tiny_image_dataset, caplog):
+    parts = [tiny_image_dataset.select(range(low, low + 16)) for low in (0, 16, 32)]
+    for part in parts:
+        vit.store().features(part, "image", disable_tqdm=True)
+    for path in vit.store().folder.glob("shard-*/features.npy"):
+        flip(path, 500)
+    vit.batches.clear()
+    vit.store().features(parts[1].select(range(3)), "image", batch_size=2, disable_tqdm=True)
+    # only rows that are asked for are computed, and only shards that hold them are read
+    assert vit.batches == [2, 1] and len(caplog.records) == 1 and len(names_in(vit.store().folder)) == 3
+
+
+def test_shards_from_before_there_were_digests(vit, tiny_image_dataset, caplog):
+    store = vit.store()
+    whole = np.array(store.features(tiny_image_dataset, "image", disable_tqdm=True))
+    (shard,) = store.folder.iterdir()
+    (shard / "backbone.txt").write_text(store.folder.name)
+    vit.batches.clear()
+    assert np.array_equal(store.features(tiny_image_dataset, "image", disable_tqdm=True), whole)
+    assert vit.batches == [] and not caplog.records
+    os.truncate(shard / "features.npy", 3000)
+    assert np.array_equal(store.features(tiny_image_dataset, "image", disable_tqdm=True), whole)
+    assert vit.batches == [48] and len(caplog.records) == 1
+
+
+def test_each_file_is_read_once_per_process(vit, tiny_image_dataset, monkeypatch):
+    read = []
+    real = features_module.file_digest
+    monkeypatch.setattr(features_module, "file_digest", lambda path: read.append(path.name) or real(path))
+    for _ in range(3):
+        vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert sorted(read) == ["features.npy", "keys.npy"]  # when they were written
+    read.clear()
+    monkeypatch.setattr(features_module, "_verified", set())  # as in another process
+    for _ in range(3):
+        vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert sorted(read) == ["features.npy", "keys.npy"]
+
+
+def test_spoilt_rows_in_order_and_neighbours_are_made_again(
+    three_shards, vit, tiny_image_dataset, monkeypatch, caplog
+):
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 0)
+    order, folder = np.arange(47, -1, -1), vit.store().folder
+    given = torch.from_numpy(three_shards)
+    for damage in (lambda path: flip(path, 300), lambda path: os.truncate(path, 200), Path.unlink):
+        for _ in range(2):
+            found = vit.store().features(tiny_image_dataset.select(order), "image", disable_tqdm=True)
+            near = vit.store().neighbors(tiny_image_dataset, "image", given, 5)
+            assert np.array_equal(found, three_shards[::-1])
+            assert torch.equal(near, nearest_neighbors(given, 5))
+        for path in (*folder.glob("ordered-*/features.npy"), *folder.glob("neighbors-*/rows.npy")):
+            damage(path)
+    assert len(caplog.records) == 4 and vit.batches == []
+
+
+def test_spoilt_rows_in_order_are_gone_before_anybody_writes(three_shards, vit, tiny_image_dataset, monkeypatch):
+    # else a slow process would delete what a quick one has just made again
+    monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 0)
+    order, seen = tiny_image_dataset.select(np.arange(47, -1, -1)), []
+    vit.store().features(order, "image", disable_tqdm=True)
+    (path,) = vit.store().folder.glob("ordered-*/features.npy")
+    flip(path, 300)
+    vit.store().features(order, "image", wait=lambda: seen.append(path.exists()), disable_tqdm=True)
+    assert seen == [False, False] and path.exists()
+
+
+def test_neighbours_that_the_first_process_did_not_write(vit, tiny_image_dataset):
+    with pytest.raises(FileNotFoundError, match="must hold the neighbours that the first process found, got none. G"):
+        vit.store().neighbors(tiny_image_dataset, "image", torch.from_numpy(draw_features(48)), 5, is_first=False)
+
+
+def limited(num_bytes: int) -> Any:
+    """Files may grow to so many bytes only, as if the disk were full then."""
     resource = pytest.importorskip("resource")  # not on Windows
-    store, limits = vit.store(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))  # 48 rows of 64 bytes do not fit
-    try:
-        with pytest.raises(OSError):
-            store.features(tiny_image_dataset, "image", disable_tqdm=True)
-        with pytest.raises(OSError):
-            store.write(tiny_image_dataset, "image", [draw_features(48)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert names_in(store.folder) == [] and not vit.head._forward_pre_hooks
-    found = store.features(tiny_image_dataset, "image", disable_tqdm=True)
+
+    @contextmanager
+    def limit() -> Iterator[None]:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return limit()
+
+
+def test_a_full_disk_keeps_what_is_whole_and_a_second_try_works(vit, tiny_image_dataset):
+    store = vit.store()
+    with limited(2048), pytest.raises(OSError, match="must have room for about 0.0 MB") as error:
+        store.features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
+    assert f"The disk of '{store.folder}' must" in str(error.value)
+    assert str(error.value).endswith("What is computed stays. Free some space and run this again.")
+    assert [name[:15] for name in names_in(store.folder)] == [".partial-shard-"] and not vit.head._forward_pre_hooks
+    vit.batches.clear()
+    with limited(2048), pytest.raises(OSError, match="Nothing half written is left. Free some space and run this ag"):
+        store.write(tiny_image_dataset, "image", [draw_features(48)])
+    found = store.features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
+    assert vit.batches == [10, 8]  # 30 rows of 64 bytes had room
+    np.testing.assert_allclose(found, vit.direct(tiny_image_dataset["image"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 50, 200, 1000])
+def test_a_disk_that_is_full_from_the_start(vit, tiny_image_dataset, num_bytes):
+    with limited(num_bytes), pytest.raises(OSError, match="must have room for about"):
+        vit.store().features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
+    assert vit.batches == []  # even the keys do not fit: the backbone need not run
+    found = vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
     np.testing.assert_allclose(found, vit.direct(tiny_image_dataset["image"]), atol=1e-5)
 
 
 def test_a_full_disk_while_rows_are_put_in_order(three_shards, vit, tiny_image_dataset, monkeypatch):
-    resource = pytest.importorskip("resource")
     monkeypatch.setattr(features_module, "_MAX_COPIED_BYTES", 0)
     order, before = tiny_image_dataset.select(np.arange(47, -1, -1)), names_in(vit.store().folder)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
-    try:
-        with pytest.raises(OSError):
-            vit.store().features(order, "image", disable_tqdm=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limited(2048), pytest.raises(OSError, match="must have room for about"):
+        vit.store().features(order, "image", disable_tqdm=True)
+    with limited(100), pytest.raises(OSError, match="must have room for about"):
+        vit.store().neighbors(order, "image", torch.from_numpy(three_shards), 5)
     assert names_in(vit.store().folder) == before
     found = vit.store().features(order, "image", disable_tqdm=True)
     assert isinstance(found, np.memmap) and np.array_equal(found, three_shards[::-1])
@@ -629,4 +909,4 @@ def test_another_process_may_finish_the_same_file_first(what, three_shards, vit,
     assert len(raced) == 1 and what in str(raced[0].name)
     if what == "ordered":
         assert np.array_equal(found, three_shards[::-1])
-    assert not [name for name in names_in(store.folder) if name.startswith(".partial")]
+    assert not [name for name in names_in(store.folder) if name.startswith(".p")]

@@ -149,7 +149,6 @@ def test_mutated_recipes(first, tmp_path):
         check(lambda: read_recipe_config(path, [CoSupervisedConfig, Settings]), path.name, (seed, text))
 
 
-@pytest.mark.xfail(strict=False, reason="compare.py leaves a plan without `tasks` or `methods` to Python's TypeError")
 @FIRST
 def test_mutated_plans_of_a_comparison(first, tmp_path):
     for extra in ("sklearn", "skops", "matplotlib"):

@@ -155,7 +155,7 @@ def test_a_full_disk_is_explained_and_other_errors_are_not_touched(tmp_path: Pat
         raise OSError(errno.ENOSPC, "No space left on device")
     text = str(error.value)
     assert error.value.errno == errno.ENOSPC and text.endswith("Free some space.")
-    assert f"The disk of '{tmp_path}' must have room for about 5.0 MB in all while labelling, got it full (" in text
+    assert f"The disk of '{tmp_path}' must have room for about 5.0 MB in all, got it full (" in text
     with pytest.raises(FileNotFoundError, match="^nothing$"), explain_full_disk(tmp_path, 1, ""):
         raise FileNotFoundError("nothing")
 

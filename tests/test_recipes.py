@@ -12,13 +12,15 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
+from PIL.Image import Resampling
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_cosupervise import PseudolabelPool
+from hf_cosupervise import PseudolabelPool, build_pool
 from hf_cosupervise.script_utils import read_recipe_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,8 +177,11 @@ def test_unknown_keys_and_bad_seeds_are_refused(tmp_path):
         (["--prepare_dataset", "digit"], r"recipes/prepare.py has the functions \['digits'.*got 'digit'"),
         (["--pretrain", "_view"], r"recipes/pretrain.py has the functions \['vicreg'\], got '_view'"),
         (["--num_pool_examples", "5000"], "Teachers and pool need 5400 examples together, got 1797"),
+        (["--num_heldout_examples", "400"], "Teachers, pool and held-out examples need 1800 examples together, got"),
+        (["--num_heldout_examples", "397"], "must leave some of the 397 examples beside teachers and pool to test on"),
+        (["--calibrate_teachers", "True"], "needs labelled examples, got `num_heldout_examples` 0"),
     ],
-    ids=["teachers", "prepare", "pretrain", "too many"],
+    ids=["teachers", "prepare", "pretrain", "too many", "held out too many", "no test", "no labels"],
 )
 def test_bad_arguments_are_one_clear_error(tmp_path, monkeypatch, arguments, message):
     import train
@@ -185,6 +190,58 @@ def test_bad_arguments_are_one_clear_error(tmp_path, monkeypatch, arguments, mes
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(ValueError, match=message):
         train.main()
+
+
+@pytest.mark.parametrize(
+    ("changes", "heldout", "rest"),
+    [
+        ({}, [8, 9], [5, 6, 7]),
+        ({"test_split": "test"}, [8, 9], [5, 6, 7]),
+        ({"pool_from_end": True, "test_split": "test"}, [2, 3], []),
+    ],
+)
+def test_held_out_examples_move_nobody(changes, heldout, rest):
+    import train
+
+    args = train.DataArguments(num_teacher_examples=2, num_pool_examples=3, **changes)
+    own, pool, nobody, all_rest = train.share_out_rows(list(range(10)), args)
+    assert nobody == [] and all_rest == (rest and [5, 6, 7, 8, 9])
+    args.num_heldout_examples = 2
+    assert train.share_out_rows(list(range(10)), args) == (own, pool, heldout, rest)
+    assert own == [0, 1] and pool == ([7, 8, 9] if args.pool_from_end else [2, 3, 4])
+    args.num_heldout_examples = 6
+    with pytest.raises(ValueError, match="Teachers, pool and held-out examples need 11 examples together, got 10"):
+        train.share_out_rows(list(range(10)), args)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_labelling_reads_images_as_training_did(mode, tiny_image_dataset, tmp_path):
+    pytest.importorskip("skops")
+    import train_teachers
+
+    images = [image.convert(mode).resize((9, 7)) for image in tiny_image_dataset["image"]]
+    columns = {"image": images, "label": tiny_image_dataset["label"][:]}
+    data = Dataset.from_dict(columns, features=tiny_image_dataset.features)
+    args = train_teachers.TeacherArguments(
+        teacher_kind="sklearn", teacher_model="linear_model.LogisticRegression", level_sizes=[1]
+    )
+    labels = data.features["label"].names
+    hierarchy = train_teachers.train_teachers(data, labels, args, tmp_path / "own", 0)
+    feature = json.loads((tmp_path / "own" / "generalist" / "config.json").read_text())["feature"]
+    assert feature == {"kind": "pixels", "size": None, "mode": mode, "divide_by": 255.0}
+    assert train_teachers.measure(data, hierarchy, None)["generalist"] > 0.9  # colours tell the labels, greys nearly
+    args.teacher_feature = {"mode": "L", "size": [3, 5]}
+    hierarchy = train_teachers.train_teachers(data, labels, args, tmp_path / "small", 0)
+    pool = build_pool(data, hierarchy, oracle_column="label", disable_tqdm=True)
+    grey = [np.asarray(image.convert("L").resize((5, 3), Resampling.BILINEAR)).ravel() / 255 for image in images]
+    model = skops_model(tmp_path / "small" / "generalist")
+    np.testing.assert_allclose(pool.decode("generalist", slice(None)), model.predict_proba(grey), atol=2e-3)
+
+
+def skops_model(folder: Path):
+    from skops.io import load
+
+    return load(folder / "model.skops")
 
 
 def test_teachers_share_the_task_out_evenly():

@@ -1,0 +1,384 @@
+"""The folder of a run: which run it is, that nobody else works in it, and what of it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+
+from .levels import LevelPlan
+from .metrics import without_nan
+from .pool import PseudolabelPool
+from .pool_files import file_digest
+
+logger = get_logger(__name__)
+
+_RUN, _STAGE, _DIGESTS = "run.json", "stage.json", "digests.json"
+_STORY = "story.json"
+_PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
+_ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
+
+
+@dataclass
+class Stage:
+    """One trained round of a level, as it lies on disk.
+
+    Args:
+        plan (`LevelPlan`):
+            What it was trained on.
+        student (`dict[str, torch.Tensor]`):
+            What training changed, by name.
+        folds (`list[dict[str, torch.Tensor]]`):
+            Heads of `cross_fit_folds`, none without.
+        record (`dict[str, Any]`):
+            Its record in the history.
+        story (`dict[str, Any]`):
+            What was logged up to its end: `global_step`, `epoch`, `total_flos` and `log_history`.
+    """
+
+    plan: LevelPlan
+    student: dict[str, torch.Tensor]
+    folds: list[dict[str, torch.Tensor]]
+    record: dict[str, Any]
+    story: dict[str, Any]
+
+
+class RunFolder:
+    """Keep what a run needs to go on, below `output_dir`.
+
+    A file has its name only when it is whole, and a stage is finished when its `stage.json` is there, which is written
+    last and tells the digests of the others.
+
+    Args:
+        path (`pathlib.Path`):
+            The folder, made when something is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """See that no other process works here; a process that dies frees the folder.
+
+        Raises:
+            FileExistsError: If another process does.
+            OSError: If the folder cannot be written.
+        """
+        make_output_dir(self.path)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise FileExistsError(
+                f"`output_dir` must be used by one run at a time, got another that works in '{self.path}' now. Wait "
+                "for it, or choose another folder."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # --- which run it is ---------------------------------------------------------------------------------------------
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Write down which run this is, and forget the finished stages of the one before.
+
+        Args:
+            facts (`Mapping[str, Any]`):
+                JSON values.
+        """
+        for path in self.path.glob(f"level-*/{_STAGE}"):
+            path.unlink()
+        for path in self.path.glob("level-*/checkpoint-*"):
+            shutil.rmtree(path)
+        _write_json(self.path / _RUN, dict(facts))
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """See that the run that was begun here is this one.
+
+        Args:
+            facts (`Mapping[str, Any]`):
+                What [`begin`] would be given. Other `versions` are logged, everything else must be the same.
+
+        Raises:
+            ValueError: If it is another run; the sentence says in what.
+        """
+        if not (self.path / _RUN).is_file():
+            return
+        known, own = _read_json(self.path / _RUN), json.loads(json.dumps(without_nan(dict(facts))))
+        versions = [f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}" for name, value in
+                    own.pop("versions", {}).items() if known.get("versions", {}).get(name) != value]  # fmt: skip
+        known.pop("versions", None)
+        if different := _differences(known, own):
+            raise ValueError(
+                f"The run in '{self.path}' must be gone on with as it was begun, got other settings "
+                f"({'; '.join(different)}). Take them back, or choose another `output_dir`."
+            )
+        if versions:
+            logger.warning(f"The run in '{self.path}' was begun with other versions ({'; '.join(versions)}).")
+
+    # --- what is finished --------------------------------------------------------------------------------------------
+
+    def stage_dir(self, level: int, round: int, is_last: bool) -> Path:
+        """Give the folder of a round of a level.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+            round (`int`):
+                Round, from 0.
+            is_last (`bool`):
+                Whether it is the last of its level, whose folder has the level's own name.
+
+        Returns:
+            `pathlib.Path`
+        """
+        return self.path / (f"level-{level}" if is_last else f"level-{level}-round-{round}")
+
+    def save_stage(self, folder: Path, stage: Stage) -> None:
+        """Write a finished round; it counts from the moment when all of it is there.
+
+        Args:
+            folder (`pathlib.Path`):
+                What [`stage_dir`] gave.
+            stage (`Stage`):
+                What to keep.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: getattr(stage.plan, name) for name in _ARRAYS if getattr(stage.plan, name) is not None}
+        # Through an open file: `savez` would add an ending to the temporary name.
+        write_whole(folder / _PLAN, lambda path: _save_arrays(path, arrays))
+        write_whole(folder / _STUDENT, lambda path: save_file(stage.student, path))
+        names = [_PLAN, _STUDENT]
+        if stage.folds:
+            tensors = {f"{fold}.{name}": value for fold, own in enumerate(stage.folds) for name, value in own.items()}
+            write_whole(folder / _FOLDS, lambda path: save_file(tensors, path))
+            names.append(_FOLDS)
+        facts = {
+            "level": stage.plan.level, "round": stage.plan.round, "record": stage.record, "story": stage.story,
+            "files": {name: file_digest(folder / name) for name in names},
+        }  # fmt: skip
+        facts = json.loads(json.dumps(without_nan(facts)))
+        _write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
+
+    def load_stage(self, folder: Path) -> Stage | None:
+        """Read a finished round.
+
+        Args:
+            folder (`pathlib.Path`):
+                What [`stage_dir`] gave.
+
+        Returns:
+            `Stage`, or `None` where the round is not finished, or a file of it is spoilt: a warning names that file,
+            and the round can be trained again.
+        """
+        if not (folder / _STAGE).is_file():
+            return None
+        try:
+            facts = _read_json(folder / _STAGE)
+            if facts.pop("digest") != _json_digest(facts):
+                logger.warning(f"'{folder / _STAGE}' is not as it was written: this round is trained again.")
+                return None
+            for name, digest in facts["files"].items():
+                if not (folder / name).is_file() or file_digest(folder / name) != digest:
+                    logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")
+                    return None
+            with np.load(folder / _PLAN, allow_pickle=False) as saved:
+                arrays = {name: saved[name] for name in _ARRAYS if name in saved}
+            saved_folds = load_file(folder / _FOLDS) if _FOLDS in facts["files"] else {}
+            folds: list[dict[str, torch.Tensor]] = [{} for _ in {key.split(".")[0] for key in saved_folds}]
+            for key, value in saved_folds.items():
+                fold, _, name = key.partition(".")
+                folds[int(fold)][name] = value
+            plan = LevelPlan(facts["level"], facts["round"], metrics={}, **arrays)
+            return Stage(plan, load_file(folder / _STUDENT), folds, facts["record"], facts["story"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logger.warning(f"'{folder / _STAGE}' cannot be read ({error!r}): this round is trained again.")
+            return None
+
+
+# ── checkpoints within a round ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
+    """Write down the digests of a checkpoint's files, last: one without them is not whole.
+
+    Args:
+        folder (`pathlib.Path`):
+            A `checkpoint-…` folder.
+        story (`Mapping[str, Any]`):
+            JSON values that [`read_story`] gives back.
+    """
+    _write_json(folder / _STORY, dict(story))
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    _write_json(folder / _DIGESTS, {name: file_digest(folder / name) for name in names if name != _DIGESTS})
+
+
+def read_story(folder: Path) -> dict[str, Any]:
+    """Read what was told to [`seal_checkpoint`].
+
+    Args:
+        folder (`pathlib.Path`):
+            A `checkpoint-…` folder.
+
+    Returns:
+        `dict[str, Any]`
+    """
+    return _read_json(folder / _STORY)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Find the last whole checkpoint of a round that is not finished.
+
+    Args:
+        folder (`pathlib.Path`):
+            The round's folder.
+
+    Returns:
+        `pathlib.Path`, or `None`. One after the very last step is passed over: the `Trainer` would take another step.
+        Spoilt ones are named in a warning.
+    """
+    paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        if not (path / _DIGESTS).is_file():
+            continue  # it was being written
+        try:
+            digests = _read_json(path / _DIGESTS)
+            spoilt = [name for name, digest in digests.items()
+                      if not (path / name).is_file() or file_digest(path / name) != digest]  # fmt: skip
+            if spoilt:
+                logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
+                continue
+            state = _read_json(path / "trainer_state.json")
+            if state["global_step"] < state["max_steps"]:
+                return path
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logger.warning(f"'{path}' cannot be read ({error!r}): the checkpoint before it is taken.")
+    return None
+
+
+# ── fingerprints ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pool_digest(pool: PseudolabelPool) -> str:
+    """Hash what is trained on: ids, hierarchy and every stored pseudolabel.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The pool.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    teachers = [(teacher.name, teacher.level, teacher.scope, teacher.domains) for teacher in pool.hierarchy.teachers]
+    digest = hashlib.blake2b(json.dumps([pool.labels, teachers]).encode(), digest_size=8)
+    digest.update("\n".join(map(str, pool.ids.tolist())).encode())
+    for name in pool.hierarchy.names:
+        for values in (pool.label_ids(name), pool.label_probs(name)):
+            digest.update(f"{values.dtype} {values.shape}".encode())
+            for start in range(0, len(values), 2**16):
+                digest.update(np.ascontiguousarray(values[start : start + 2**16]).data)
+    return digest.hexdigest()
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """Hash all weights of a model.
+
+    Args:
+        model (`torch.nn.Module`):
+            The model.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _json_digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make_output_dir(path: Path) -> None:
+    """Make a folder that a run writes to.
+
+    Args:
+        path (`pathlib.Path`):
+            The folder; its parents are made too.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"`output_dir` must be a folder that can be written, got '{path}': {error.strerror or error}. Choose "
+            "another one."
+        ) from error
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under a temporary name, then rename it.
+
+    Args:
+        path (`pathlib.Path`):
+            Its name at last.
+        write (`Callable[[pathlib.Path], Any]`):
+            Writes it under the name that it is given.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(without_nan(value), indent=2) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+
+
+def _differences(known: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What differs, in words; dictionaries are compared by key."""
+    found = []
+    for key in sorted({*known, *own}):
+        before, now = known.get(key), own.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now)
+        elif before != now:
+            found.append(f"{key}: {before!r} -> {now!r}")
+    return found

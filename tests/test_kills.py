@@ -1,0 +1,96 @@
+"""The whole recipe, killed again and again: what comes out is what an undisturbed run gives, to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = 20240215
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, but for times."""
+    outputs = folder / "outputs" / "digits"
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: timeless(item) for key, item in value.items() if "runtime" not in key}
+        return [timeless(item) for item in value] if isinstance(value, list) else value
+
+    texts = {name: timeless(json.loads((outputs / name).read_text())) for name in ("report.json", "history.json")}
+    return {"model": (outputs / "model.safetensors").read_bytes(), **texts}
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The default recipe with less pre-training, so that most of the time goes where something can be gone on with."""
+    settings = yaml.safe_load((ROOT / "recipes" / "configs" / "digits.yaml").read_text(encoding="utf-8"))
+    settings["pretrain_kwargs"]["steps"] = 60
+    path = tmp_path_factory.mktemp("config") / "digits.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return ["--config", str(path), "--num_train_epochs", "10"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_fifty_kills(arguments, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "data", tmp_path / "data")
+    script = [sys.executable, str(ROOT / "tests" / "killing.py"), str(tmp_path), str(SEED), "50", *arguments]
+    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"seed {SEED}: {found['kills']} in {len(found['folders'])} runs")
+    assert sum(found["kills"].values()) == 50 and min(found["kills"].values()) >= 16
+    assert found["repeated"] == []
+    expected = read_result(undisturbed)
+    for folder in found["folders"]:
+        assert read_result(Path(folder)) == expected, folder
+
+
+@pytest.mark.slow
+def test_five_kills_of_the_launcher(arguments, undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "data", tmp_path / "data")
+    accelerate = Path(sys.executable).with_name("accelerate")
+    launch = [str(accelerate), "launch", "--cpu", "--num_processes", "1"]
+    command = [*launch, str(ROOT / "recipes" / "train.py"), *arguments]
+    generator, log = random.Random(SEED), tmp_path / "log.txt"
+    for number in range(6):
+        with log.open("a") as file:
+            process = subprocess.Popen(
+                command, cwd=tmp_path, env=environment(), stdout=file, stderr=file, start_new_session=True
+            )
+            run_dir = tmp_path / "outputs" / "digits" / "_run"
+            if number < 5:
+                deadline, before = time.time() + 120, len(list(run_dir.rglob("*")))
+                # Wait until it does something new, so that the clock does not hang on how long imports take.
+                while time.time() < deadline and process.poll() is None and len(list(run_dir.rglob("*"))) <= before:
+                    time.sleep(0.05)
+                time.sleep(generator.uniform(0, 1.5))
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=600)
+    assert process.returncode == 0, log.read_text()[-3000:]
+    assert read_result(tmp_path) == read_result(undisturbed)
