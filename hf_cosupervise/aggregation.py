@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from importlib import import_module
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def aggregate(teacher_probs: torch.Tensor, answered: torch.Tensor, method: str |
 
     Raises:
         ValueError: If the method is unknown, or if what goes in or comes out is not as said above.
-        TypeError: If the function returns something else than a tensor.
+        TypeError: If the method is neither a name nor a function, or returns something else than a tensor.
 
     Examples:
         >>> probs = torch.tensor([[[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]]])
@@ -59,8 +60,10 @@ def aggregate(teacher_probs: torch.Tensor, answered: torch.Tensor, method: str |
                 f"Unknown `method` '{method}'. Choose one of {', '.join(AGGREGATORS)}, or give a function."
             )
         name, function = method, AGGREGATORS[method]
-    else:
+    elif callable(method):
         name, function = getattr(method, "__name__", repr(method)), method
+    else:
+        raise TypeError(f"`method` must be a name or a function, got {method!r}. Names are {', '.join(AGGREGATORS)}.")
     check_teacher_probs(teacher_probs, answered)
     found = function(teacher_probs, answered)
     _check_result(found, name, (teacher_probs.shape[0], teacher_probs.shape[2]))
@@ -201,11 +204,15 @@ def majority_vote(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         `torch.Tensor` of shape `(num_examples, num_labels)`: 1 at the label with most votes (ties to the lowest
         label), all zero where nobody answered.
 
+    Raises:
+        ValueError: If `labels` or `num_labels` are not as said above.
+
     Examples:
         >>> majority_vote(torch.tensor([[2, 1, 2], [1, 0, -1]]), num_labels=3).argmax(dim=1).tolist()
         [2, 0]
     """
-    votes = functional.one_hot(labels.clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
+    check_labels(labels, num_labels)
+    votes = functional.one_hot(labels.long().clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
     counts = votes.sum(dim=1)
     winner = functional.one_hot(first_argmax(counts), num_labels)
     return (winner * (counts.sum(dim=-1, keepdim=True) > 0)).float()
@@ -238,11 +245,13 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
             Hard labels, -1 where a teacher has no answer.
         num_labels (`int`):
-            Number of labels.
+            Number of labels, at least 1.
 
     Raises:
         ValueError: If the shape, the kind or a value is not as said above.
     """
+    if not isinstance(num_labels, Integral) or num_labels < 1:
+        raise ValueError(f"`num_labels` must be a whole number of at least 1, got {num_labels!r}. Give the task's.")
     if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             "Expected `labels` as whole numbers of shape (num_examples, num_teachers), got shape "
@@ -525,7 +534,7 @@ def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
     posteriors = torch.zeros_like(student_probs, dtype=torch.promote_types(student_probs.dtype, torch.float32))
     if not bool(some.any()):
         return posteriors
-    labels, probs = labels[some], student_probs[some].double()
+    labels, probs = labels[some].long(), student_probs[some].double()
     if not bool(((labels >= 0).sum(dim=1) > 1).any()):
         raise ValueError("`crowdlab` needs an example that two teachers answered, got none. Use `majority_vote`.")
     consensus = _majority_with_student(labels, probs)

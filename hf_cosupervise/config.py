@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any  # HfArgumentParser reads Optional
 
 import torch
@@ -23,6 +27,18 @@ REJECTIONS = (
 STUDENT_TRAININGS = ("probe", "lora", "full")
 HEAD_SOLVERS = ("steps", "ridge")
 FEATURES_DTYPES = ("float32", "float16")
+# What a number must be, in words and as a test, and the fields that hold one.
+_NUMBERS = (
+    ("a whole number of at least 0", Integral, lambda value: value >= 0,
+     ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds")),
+    ("a whole number of at least 1", Integral, lambda value: value >= 1,
+     ("lora_r", "lora_alpha", "rounds_per_level", "rejection_k")),
+    ("a number above 0 and below 1", Real, lambda value: 0 < value < 1, ("agreement_min_prob",)),
+    ("a number above 0 and at most 1", Real, lambda value: 0 < value <= 1, ("rejection_share",)),
+    ("a number of at least 0 and at most 1", Real, lambda value: 0 <= value <= 1, ("lora_dropout", "relabel_above")),
+    ("a finite number above 0", Real, lambda value: 0 < value < math.inf, ("ridge_alpha", "ridge_logit_scale")),
+)  # fmt: skip
+_LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules")
 # How arguments begin that say where a student is published, not how it is trained.
 HUB_FIELDS = ("hub_", "push_to_hub")
 
@@ -196,74 +212,19 @@ class CoSupervisedConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._given = {item.name for item in fields(self) if item.init and getattr(self, item.name) != _default(item)}
         if not torch.accelerator.is_available():
-            # bf16 runs on CPU too, but the parent wants to be told; and pinned memory would only warn there.
-            self.use_cpu = self.use_cpu or self.bf16  # type: ignore[has-type]
+            # bf16 runs on CPU too, and so do several processes, but the parent wants to be told, or each of them would
+            # take itself for the only one; and pinned memory would only warn there.
+            is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+            self.use_cpu = self.use_cpu or self.bf16 or is_one_of_several  # type: ignore[has-type]
             self.dataloader_pin_memory = False
         super().__post_init__()
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
         if self.data_seed is None:  # type: ignore[has-type]
             self.data_seed = self.seed
-        for name in ("assignment", "rejection", "lora_target_modules"):
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
-        for name, known in (
-            ("student_training", STUDENT_TRAININGS),
-            ("assignment", ASSIGNMENTS),
-            ("agreement_rule", AGREEMENT_RULES),
-            ("rejection", REJECTIONS),
-            ("rejection_rule", SELECTION_RULES),
-            ("pseudolabels", ("soft", "hard")),
-            ("features_dtype", FEATURES_DTYPES),
-            ("head_solver", HEAD_SOLVERS),
-        ):
-            self._check_choice(name, known)
-        if not self.assignment or not self.rejection:
-            raise ValueError("`assignment` and `rejection` need at least one name each, got an empty list.")
-        if "none" in self.rejection and len(self.rejection) > 1:
-            raise ValueError(f"`rejection` 'none' stands alone, got {self.rejection}.")
-        if not 0 < self.rejection_share <= 1:
-            raise ValueError(f"`rejection_share` must lie above 0 and up to 1, got {self.rejection_share}.")
-        window = list(self.rejection_window)
-        if len(window) != 2 or not 0 <= window[0] <= window[1] <= 1:
-            raise ValueError(f"`rejection_window` must be [lowest, highest] within 0..1, got {window}.")
-        if self.relabel_above is not None and not 0 <= self.relabel_above <= 1:
-            raise ValueError(f"`relabel_above` must lie in 0..1, or be left out, got {self.relabel_above}.")
-        if self.rounds_per_level < 1:
-            raise ValueError(f"`rounds_per_level` must be at least 1, got {self.rounds_per_level}.")
-        if not 0 < self.agreement_min_prob < 1:
-            raise ValueError(f"`agreement_min_prob` must lie between 0 and 1, got {self.agreement_min_prob}.")
-        # Refuses what it does not know, and at its first call parameters out of range.
-        _, loss = choose_loss(self.loss, self.loss_kwargs, lambda: 0.0, (1, 2))
-        loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
-        if self.head_solver == "ridge" and self.loss != "cross_entropy":
-            raise ValueError(f"`head_solver` 'ridge' has a loss of its own, got `loss` {self.loss!r}. Use 'steps'.")
-        if self.head_solver == "ridge" and self.weight_column is not None:
-            raise ValueError(
-                f"`head_solver` 'ridge' weighs all examples alike, got `weight_column` {self.weight_column!r}. Use "
-                "'steps'."
-            )
-        if self.teacher_neighbors < 0:
-            raise ValueError(f"`teacher_neighbors` must be at least 0, got {self.teacher_neighbors}.")
-        if self.cross_fit_folds < 0 or self.cross_fit_folds == 1:
-            raise ValueError(f"`cross_fit_folds` must be 0, or at least 2, got {self.cross_fit_folds}.")
-        if self.agreement_neighbors < 0 or self.agreement_neighbors and "agreement" not in self.assignment:
-            raise ValueError(
-                "`agreement_neighbors` must be at least 0, and is for `assignment` 'agreement', got "
-                f"{self.agreement_neighbors} with {self.assignment}."
-            )
-        if self.cross_fit_folds and self.warm_start:
-            raise ValueError(
-                "`cross_fit_folds` needs a fresh head at each level, which has seen nothing, got `warm_start`. Leave "
-                "one out."
-            )
-        for name in ("ridge_alpha", "ridge_logit_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        if self.head_solver == "ridge" and (self.student_training != "probe" or self.warm_start):
-            raise ValueError(
-                "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` "
-                f"{self.student_training!r} and `warm_start` {self.warm_start}. Use 'probe' without `warm_start`."
-            )
+        self._check_names()
+        self._check_numbers()
+        self._check_loss()
+        self._check_neighbors_and_folds()
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 "`hub_strategy` must be 'end' or 'every_save', got "
@@ -289,11 +250,94 @@ class CoSupervisedConfig(TrainingArguments):
             and name != "use_cpu" and not name.startswith(HUB_FIELDS)
         }  # fmt: skip
 
-    def _check_choice(self, name: str, known: tuple[str, ...]) -> None:
-        value: Any = getattr(self, name)
-        for item in value if isinstance(value, list) else [value]:
-            if item not in known:
-                raise ValueError(f"`{name}` must be one of {list(known)}, got {item!r}.")
+    def _check_names(self) -> None:
+        for name in _LISTS_OF_NAMES:
+            value = [] if getattr(self, name) is None else getattr(self, name)
+            names = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [None]
+            if not all(isinstance(item, str) for item in names):
+                raise ValueError(f"`{name}` must be a name or a list of names, got {value!r}. Write names in quotes.")
+            setattr(self, name, names)
+        for name in ("student_revision", "metadata_column", "weight_column"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"`{name}` must be a name, got {value!r}. Put it in quotes, or leave it out.")
+        for name, known in (
+            ("student_training", STUDENT_TRAININGS),
+            ("assignment", ASSIGNMENTS),
+            ("agreement_rule", AGREEMENT_RULES),
+            ("rejection", REJECTIONS),
+            ("rejection_rule", SELECTION_RULES),
+            ("pseudolabels", ("soft", "hard")),
+            ("features_dtype", FEATURES_DTYPES),
+            ("head_solver", HEAD_SOLVERS),
+        ):
+            value = getattr(self, name)
+            for item in value if name in _LISTS_OF_NAMES else [value]:
+                if item not in known:
+                    raise ValueError(f"`{name}` must be one of {list(known)}, got {item!r}.")
+        if not self.assignment or not self.rejection:
+            raise ValueError("`assignment` and `rejection` need at least one name each, got an empty list.")
+        if "none" in self.rejection and len(self.rejection) > 1:
+            raise ValueError(f"`rejection` 'none' stands alone, got {self.rejection}.")
+
+    def _check_numbers(self) -> None:
+        defaults = {item.name: _default(item) for item in fields(self)}
+        for wanted, kind, fits, names in _NUMBERS:
+            for name in names:
+                value, default = getattr(self, name), defaults[name]
+                if value is None and default is None or _is_number(value, kind) and fits(value):
+                    continue
+                advice = "" if default is None else f" for {default}"
+                raise ValueError(f"`{name}` must be {wanted}, got {value!r}. Leave it out{advice}.")
+        window = self.rejection_window
+        is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(map(_is_number, window))
+        if not is_pair or not 0 <= window[0] <= window[1] <= 1:
+            raise ValueError(
+                f"`rejection_window` must be [lowest, highest] within 0..1, got {window!r}. Leave it out for "
+                f"{defaults['rejection_window']}."
+            )
+
+    def _check_loss(self) -> None:
+        if not isinstance(self.loss_kwargs, dict):
+            raise ValueError(
+                f"`loss_kwargs` must be a dictionary of parameters by name, got {self.loss_kwargs!r}. Leave it out "
+                "for none."
+            )
+        # Refuses what it does not know, and at its first call parameters out of range.
+        _, loss = choose_loss(self.loss, self.loss_kwargs, lambda: 0.0, (1, 2))
+        loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+        if self.head_solver != "ridge":
+            return
+        if self.loss != "cross_entropy":
+            raise ValueError(f"`head_solver` 'ridge' has a loss of its own, got `loss` {self.loss!r}. Use 'steps'.")
+        if self.weight_column is not None:
+            raise ValueError(
+                f"`head_solver` 'ridge' weighs all examples alike, got `weight_column` {self.weight_column!r}. Use "
+                "'steps'."
+            )
+        if self.student_training != "probe" or self.warm_start:
+            raise ValueError(
+                "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` "
+                f"{self.student_training!r} and `warm_start` {self.warm_start}. Use 'probe' without `warm_start`."
+            )
+
+    def _check_neighbors_and_folds(self) -> None:
+        if self.agreement_neighbors and "agreement" not in self.assignment:
+            raise ValueError(
+                f"`agreement_neighbors` is for `assignment` 'agreement', got {self.agreement_neighbors} with "
+                f"{self.assignment}. Leave it out for 0."
+            )
+        if self.cross_fit_folds == 1:
+            raise ValueError("`cross_fit_folds` must be 0, or at least 2, got 1. Leave it out for 0.")
+        if self.cross_fit_folds and self.warm_start:
+            raise ValueError(
+                "`cross_fit_folds` needs a fresh head at each level, which has seen nothing, got `warm_start`. Leave "
+                "one out."
+            )
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    """Whether it is one; `True` and `False` are none here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _default(item: Field) -> Any:

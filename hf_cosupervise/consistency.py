@@ -205,7 +205,8 @@ def student_entropy(student_log_probs: torch.Tensor) -> torch.Tensor:
         >>> student_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log()).tolist()
         [0.6931471824645996, 0.0]
     """
-    return -torch.special.xlogy(student_log_probs.exp(), student_log_probs.exp()).sum(dim=1)
+    probs = student_log_probs.exp()
+    return 0.0 - torch.special.xlogy(probs, probs).sum(dim=1)  # which is never -0
 
 
 def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
@@ -238,7 +239,7 @@ def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     votes = torch.nn.functional.one_hot(labels.clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
     counts = votes.sum(dim=1)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    return -torch.special.xlogy(shares, shares).sum(dim=1)
+    return 0.0 - torch.special.xlogy(shares, shares).sum(dim=1)  # which is never -0
 
 
 def select_consistent(

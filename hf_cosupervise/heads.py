@@ -322,6 +322,13 @@ def fit_ridge_head(
 
     Source:
         Ridge regression; the scale of the logits is ours, measured in `recipes/README.md`.
+
+    Examples:
+        >>> features, pseudolabels, rows = torch.tensor([[1.0], [-1.0]]), torch.eye(2), torch.arange(2)
+        >>> head, targets, gram = nn.Linear(1, 2), pseudolabels.__getitem__, gram_matrix(features, rows)
+        >>> loss = fit_ridge_head(head, features, rows, targets, gram, alpha=0.01, logit_scale=10.0)
+        >>> linear_logits(head, features).argmax(dim=1).tolist()
+        [0, 1]
     """
     size, num_labels = features.shape[1], head.weight.shape[0]
     cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)

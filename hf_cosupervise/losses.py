@@ -3,6 +3,9 @@
 First what the method uses, then published alternatives. These take pseudolabels over all labels, compute in float32
 (float64 if the logits are), and promise gradients for the logits only. Rows of pseudolabels sum to 1; rows that nobody
 answered must be left out before.
+
+Shapes and parameters are checked everywhere. Values on an accelerator are not where a loss runs in every step: to look
+at them means to wait for all that was queued before.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -38,16 +42,13 @@ def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torc
         `torch.Tensor` of shape `(num_examples,)`.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes are not as said above.
 
     Examples:
         >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]])).tolist()
         [0.6931471824645996]
     """
-    if logits.shape != target_probs.shape:
-        raise ValueError(
-            f"`logits` and `target_probs` must have one shape, got {logits.shape} and {target_probs.shape}."
-        )
+    _check_shapes(logits, target_probs)
     return -(target_probs.float() * functional.log_softmax(logits.float(), dim=-1)).sum(dim=-1)
 
 
@@ -72,11 +73,25 @@ def sparse_soft_cross_entropy(
     Returns:
         `torch.Tensor` of shape `(num_examples,)`.
 
+    Raises:
+        ValueError: If the shapes do not fit, or, on the CPU, a label is out of range. An accelerator stops by itself.
+
     Examples:
         >>> ids, probs, rest = torch.tensor([[1]]), torch.tensor([[0.5]]), torch.tensor([0.25])
         >>> sparse_soft_cross_entropy(torch.zeros(1, 3), ids, probs, rest).tolist()
         [1.0986123085021973]
     """
+    if logits.ndim != 2 or not label_ids.shape == label_probs.shape == (len(logits), *label_ids.shape[-1:]):
+        raise ValueError(
+            "`logits` (num_examples, num_labels), and `label_ids` and `label_probs` (num_examples, k) are needed, got "
+            f"{tuple(logits.shape)}, {tuple(label_ids.shape)} and {tuple(label_probs.shape)}. Give all for the same "
+            "examples."
+        )
+    if rest_probs.shape != logits.shape[:1]:
+        raise ValueError(
+            f"`rest_probs` must have shape ({len(logits)},), got {tuple(rest_probs.shape)}. Give one per example."
+        )
+    _check_label_ids("label_ids", label_ids, logits.shape[1])
     log_probs = functional.log_softmax(logits.float(), dim=-1)
     excess = label_probs.float() - rest_probs.float().unsqueeze(-1)
     return -(excess * log_probs.gather(1, label_ids)).sum(dim=1) - rest_probs.float() * log_probs.sum(dim=1)
@@ -94,11 +109,18 @@ def hard_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     Returns:
         `torch.Tensor` of shape `(num_examples,)`.
 
+    Raises:
+        ValueError: If the shapes do not fit, or, on the CPU, a label is out of range. An accelerator stops by itself.
+
     Examples:
         >>> hard_cross_entropy(torch.zeros(1, 2), torch.tensor([1])).tolist()
         [0.6931471824645996]
     """
-    return functional.cross_entropy(logits.float(), labels, reduction="none")
+    _check_hard_labels(logits, labels)
+    # No label is ignored: torch's default takes -100 for a loss of 0, on an accelerator without a word.
+    return functional.cross_entropy(
+        logits.float(), labels, reduction="none", ignore_index=torch.iinfo(torch.int64).min
+    )
 
 
 # ── published alternatives ──────────────────────────────────────────────────────────────────────────────────────────
@@ -291,7 +313,7 @@ def adapt_conf(logits: torch.Tensor, target_probs: torch.Tensor, temperature: fl
         `torch.Tensor` of shape `(num_examples,)`.
 
     Raises:
-        ValueError: If the shapes differ, or the temperature is out of range.
+        ValueError: If the shapes differ, the temperature is out of range, or, on the CPU, a label id is.
 
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # a = 0.2² / (0.2² + 0.8²) = 1 / 17
@@ -363,6 +385,9 @@ class EarlyLearningRegularization(nn.Module):
 
     def __init__(self, num_examples: int, num_labels: int, beta: float = 0.7, weight: float = 3.0) -> None:
         super().__init__()
+        for name, size in (("num_examples", num_examples), ("num_labels", num_labels)):
+            if not isinstance(size, Integral) or size < 0:
+                raise ValueError(f"`{name}` must be a whole number of at least 0, got {size!r}. Give the pool's.")
         _check_number("beta", beta, "Leave it out for 0.7.")
         _check_number("weight", weight, "Leave it out for 3.", highest=math.inf)
         self.beta, self.weight = beta, weight
@@ -456,16 +481,16 @@ def evidential_loss(
             f"needed, got {tuple(teacher_probs.shape)} and {tuple(answered.shape)}. Stack the teachers in dimension 1."
         )
     teacher_probs = _as_float(teacher_probs)
-    if teacher_weights is None:
-        teacher_weights = teacher_probs.new_ones(teacher_probs.shape[1])
-    weights = teacher_weights.to(teacher_probs)
-    if weights.shape != answered.shape[1:] or not bool((weights.isfinite() & (weights >= 0)).all()):
-        raise ValueError(
-            f"`teacher_weights` must be {answered.shape[1]} finite numbers of at least 0, one per teacher, got "
-            f"{weights.tolist()}. Leave it out for 1 each."
-        )
     # not as a matrix product, which autocast would run in half precision
-    said = torch.where(answered.bool().unsqueeze(-1), teacher_probs, 0) * weights.unsqueeze(-1)
+    said = torch.where(answered.bool().unsqueeze(-1), teacher_probs, 0)
+    if teacher_weights is not None:
+        weights = teacher_weights.to(teacher_probs)
+        if weights.shape != answered.shape[1:] or not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError(
+                f"`teacher_weights` must be {answered.shape[1]} finite numbers of at least 0, one per teacher, got "
+                f"{weights.tolist()}. Leave it out for 1 each."
+            )
+        said = said * weights.unsqueeze(-1)
     logits, targets = _check_pair(logits, said.sum(dim=1))
     alpha = functional.relu(logits) + 1
     losses = alpha.sum(dim=-1, keepdim=True).log() - alpha.log() + fraction_done * _misplaced_evidence(alpha)
@@ -678,22 +703,48 @@ def _as_float(values: torch.Tensor) -> torch.Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _check_pair(logits: torch.Tensor, target_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as float32, or float64 if the logits are."""
+def _check_shapes(logits: torch.Tensor, target_probs: torch.Tensor) -> None:
     if logits.ndim != 2 or logits.shape != target_probs.shape:
         raise ValueError(
             "`logits` and `target_probs` must have one shape (num_examples, num_labels), got "
             f"{tuple(logits.shape)} and {tuple(target_probs.shape)}. Pass a probability for each label."
         )
+
+
+def _check_pair(logits: torch.Tensor, target_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as float32, or float64 if the logits are."""
+    _check_shapes(logits, target_probs)
     logits = _as_float(logits)
     return logits, target_probs.to(logits.dtype)
 
 
+def _check_hard_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"`logits` (num_examples, num_labels) and `labels` (num_examples,) are needed, got {tuple(logits.shape)} "
+            f"and {tuple(labels.shape)}. Give both for the same examples."
+        )
+    _check_label_ids("labels", labels, logits.shape[1])
+
+
+def _check_label_ids(name: str, label_ids: torch.Tensor, num_labels: int) -> None:
+    """On the CPU; elsewhere to look at them would cost more than the loss, and a label out of range stops the run."""
+    if label_ids.dtype != torch.int64:
+        raise ValueError(f"`{name}` must be label ids of torch.int64, got {label_ids.dtype}. Give one per example.")
+    if label_ids.device.type != "cpu" or label_ids.numel() == 0:
+        return
+    lowest, highest = (int(value) for value in label_ids.aminmax())
+    if lowest < 0 or highest >= num_labels:
+        raise ValueError(
+            f"`{name}` must lie in 0..{num_labels - 1}, got {lowest}..{highest}. Leave out examples without a label."
+        )
+
+
 def _check_number(name: str, value: float, advice: str, highest: float = 1.0, *, above: bool = False) -> None:
     """From 0, or above 0, to the highest; never infinite or NaN."""
-    if not 0 <= value <= highest or value == math.inf or (above and value == 0):
+    if not isinstance(value, Real) or not 0 <= value <= highest or value == math.inf or (above and value == 0):
         wanted = ("above 0" if above else "at least 0") + ("" if highest == math.inf else f" and at most {highest:g}")
-        raise ValueError(f"`{name}` must be {wanted}, got {value}. {advice}")
+        raise ValueError(f"`{name}` must be {wanted}, got {value!r}. {advice}")
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -728,6 +779,7 @@ def _adapt_conf_targets(logits: torch.Tensor, target_probs: torch.Tensor, temper
     """Both cross-entropies as one, against (1 - a) y + a · onehot(argmax s)."""
     _check_number("temperature", temperature, "Leave it out for 0.5.", math.inf, above=True)
     if target_probs.ndim == 1:
+        _check_hard_labels(logits, target_probs)
         target_probs = functional.one_hot(target_probs, logits.shape[-1])
     logits, targets = _check_pair(logits, target_probs)
     named, own = _one_hot_argmax(targets), _one_hot_argmax(logits)

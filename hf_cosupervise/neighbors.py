@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch.nn import functional
 
@@ -19,24 +21,35 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
 
     Args:
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            What the backbone gives; any floating type, may be mapped from disk.
+            What the backbone gives, finite; any floating type, may be mapped from disk.
         k (`int`):
-            How many, 1 to `num_examples - 1`.
+            How many, a whole number from 1 to `num_examples - 1`.
 
     Returns:
         `torch.LongTensor` of shape `(num_examples, k)`, on the CPU: rows, most similar first, never the example's own.
 
     Raises:
-        ValueError: If `k` is out of range.
+        ValueError: If `k` is out of range, or the features are not finite numbers of this shape.
 
     Examples:
         >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]), k=1).flatten().tolist()
         [1, 0, 3, 2]
     """
+    if features.ndim != 2:
+        raise ValueError(
+            f"`features` must have shape (num_examples, feature_size), got {tuple(features.shape)}. Give one row each."
+        )
     num_examples = features.shape[0]
-    if not 1 <= k < num_examples:
-        raise ValueError(f"`k` must lie in 1..{num_examples - 1} for {num_examples} examples, got {k}.")
+    if not isinstance(k, Integral) or not 1 <= k < num_examples:
+        raise ValueError(
+            f"`k` must be a whole number in 1..{num_examples - 1} for {num_examples} examples, got {k!r}. Ask for "
+            "fewer neighbours."
+        )
     unit = functional.normalize(features.float(), dim=1)
+    if not bool(unit.isfinite().all()):  # which tells of the features, too
+        raise ValueError(
+            "`features` must be finite, got NaN or infinity. Check the inputs, and whether half precision is enough."
+        )
     found = torch.empty(num_examples, k, dtype=torch.long)
     for start in range(0, num_examples, _BLOCK):
         similarity = product(unit[start : start + _BLOCK], unit)
@@ -53,12 +66,15 @@ def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: to
         values (`torch.Tensor` of shape `(num_examples, num_columns)`):
             Numbers per example, such as how far each teacher is from the student.
         neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
-            What [`nearest_neighbors`] gives.
+            What [`nearest_neighbors`] gives: rows of `values`.
         known (`torch.BoolTensor` of shape `(num_examples, num_columns)`):
             Which of the values count.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_columns)`: means, infinity where nothing is known.
+
+    Raises:
+        ValueError: If shapes do not fit, or a neighbour is no row of `values`.
 
     Source:
         Ours: one student's agreement with a teacher on one example is noisy; teachers that are good at a part of the
@@ -69,6 +85,7 @@ def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: to
         >>> mean_over_neighbors(values, torch.tensor([[1], [2], [1]]), known).flatten().tolist()
         [2.0, 3.0, 3.0]
     """
+    _check_neighbors(values, neighbors, known)
     counted = torch.where(known, values, values.new_zeros(()))
     total, count = counted.clone(), known.to(values.dtype)
     share = count.clone()
@@ -76,3 +93,21 @@ def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: to
         total += counted[column]
         count += share[column]
     return torch.where(count > 0, total / count.clamp(min=1), torch.inf)
+
+
+def _check_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: torch.Tensor) -> None:
+    if values.ndim != 2 or known.shape != values.shape or known.dtype != torch.bool:
+        raise ValueError(
+            "`values` and booleans `known` must have one shape (num_examples, num_columns), got "
+            f"{tuple(values.shape)} and {tuple(known.shape)} of {known.dtype}. Give both for the same examples."
+        )
+    if neighbors.ndim != 2 or len(neighbors) != len(values) or neighbors.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"`neighbors` must be rows of shape ({len(values)}, k), got {tuple(neighbors.shape)} of "
+            f"{neighbors.dtype}. Use `nearest_neighbors` on the same examples."
+        )
+    if neighbors.numel() and not (int(neighbors.min()) >= 0 and int(neighbors.max()) < len(values)):
+        raise ValueError(
+            f"`neighbors` must lie in 0..{len(values) - 1}, got {int(neighbors.min())}..{int(neighbors.max())}. Use "
+            "`nearest_neighbors` on the same examples."
+        )

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from PIL.Image import DecompressionBombError
+from safetensors import SafetensorError
 
 # What one broken row makes decoders, tokenizers and models raise; PIL raises SyntaxError for broken PNG files.
 ROW_ERRORS = (
@@ -49,7 +50,7 @@ class Processes:
         if self.rank == 0:
             try:
                 outcome[0] = make()
-            except (*ROW_ERRORS, ImportError, MemoryError) as error:
+            except (*ROW_ERRORS, ImportError, MemoryError, SafetensorError) as error:
                 outcome[1] = error
         torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .levels import LevelPlan
@@ -30,6 +32,9 @@ _RUN, _STAGE, _DIGESTS = "run.json", "stage.json", "digests.json"
 _STORY = "story.json"
 _PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
 _ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
+_PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Full disk, used-up quota, and a limit on the size of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -87,6 +92,8 @@ class RunFolder:
                 f"`output_dir` must be used by one run at a time, got another that works in '{self.path}' now. Wait "
                 "for it, or choose another folder."
             ) from error
+        except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+            logger.info(f"'{self.path}' cannot be locked ({error}): use it by one run at a time.")
         try:
             yield
         finally:
@@ -95,24 +102,36 @@ class RunFolder:
     # --- which run it is ---------------------------------------------------------------------------------------------
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Write down which run this is, and forget the finished stages of the one before.
+        """Write down which run this is, and forget all stages of the one before.
 
         Args:
             facts (`Mapping[str, Any]`):
                 JSON values.
         """
-        for path in self.path.glob(f"level-*/{_STAGE}"):
-            path.unlink()
-        for path in self.path.glob("level-*/checkpoint-*"):
-            shutil.rmtree(path)
+        self.forget(path for path in self.path.glob("level-*") if path.is_dir())
         _write_json(self.path / _RUN, dict(facts))
+
+    def forget(self, folders: Iterable[Path]) -> None:
+        """Delete stages and their checkpoints, which are about to be made anew or come after one that is.
+
+        Args:
+            folders (`Iterable[pathlib.Path]`):
+                What [`stage_dir`] gave; those that are not there are passed over.
+        """
+        for folder in folders:
+            # What makes them count goes first, so that nothing counts of which a part is gone.
+            for path in (folder / _STAGE, *folder.glob(f"checkpoint-*/{_DIGESTS}")):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def check(self, facts: Mapping[str, Any]) -> None:
         """See that the run that was begun here is this one.
 
         Args:
             facts (`Mapping[str, Any]`):
-                What [`begin`] would be given. Other `versions` are logged, everything else must be the same.
+                What [`begin`] would be given. Other `versions` and another `num_processes` are logged, everything else
+                must be the same; under another `num_processes` with equal `examples_per_step` a process may have
+                another share of them.
 
         Raises:
             ValueError: If it is another run; the sentence says in what.
@@ -123,6 +142,7 @@ class RunFolder:
         versions = [f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}" for name, value in
                     own.pop("versions", {}).items() if known.get("versions", {}).get(name) != value]  # fmt: skip
         known.pop("versions", None)
+        self._compare_processes(known, own)
         if different := _differences(known, own):
             raise ValueError(
                 f"The run in '{self.path}' must be gone on with as it was begun, got other settings "
@@ -130,6 +150,25 @@ class RunFolder:
             )
         if versions:
             logger.warning(f"The run in '{self.path}' was begun with other versions ({'; '.join(versions)}).")
+
+    def _compare_processes(self, known: dict[str, Any], own: dict[str, Any]) -> None:
+        """Tell of another number of processes, and take out what depends on it."""
+        before, now = (
+            (facts.pop("num_processes", None), facts.pop("examples_per_step", None)) for facts in (known, own)
+        )
+        if None in before or before == now:
+            return
+        tell = logger.warning
+        if before[1] == now[1]:
+            tell = logger.info
+            for facts in (known, own):
+                facts["arguments"] = {
+                    name: value for name, value in facts["arguments"].items() if name not in _PER_PROCESS
+                }
+        tell(
+            f"The run in '{self.path}' was begun with {before[1]} examples per step in {before[0]} process(es), and "
+            f"goes on with {now[1]} in {now[0]}. Finished levels are kept."
+        )
 
     # --- what is finished --------------------------------------------------------------------------------------------
 
@@ -241,16 +280,19 @@ def read_story(folder: Path) -> dict[str, Any]:
     return _read_json(folder / _STORY)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
     """Find the last whole checkpoint of a round that is not finished.
 
     Args:
         folder (`pathlib.Path`):
             The round's folder.
+        num_processes (`int`, *optional*, defaults to 1):
+            How many processes there are now.
 
     Returns:
         `pathlib.Path`, or `None`. One after the very last step is passed over: the `Trainer` would take another step.
-        Spoilt ones are named in a warning.
+        So is one of another number of processes, which shared the examples out otherwise. Spoilt ones are named in a
+        warning.
     """
     paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
@@ -264,7 +306,9 @@ def last_checkpoint(folder: Path) -> Path | None:
                 logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
                 continue
             state = _read_json(path / "trainer_state.json")
-            if state["global_step"] < state["max_steps"]:
+            if (own := read_story(path).get("num_processes", 1)) != num_processes:
+                logger.info(f"'{path}' is of {own} process(es), not of {num_processes}: it is passed over.")
+            elif state["global_step"] < state["max_steps"]:
                 return path
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning(f"'{path}' cannot be read ({error!r}): the checkpoint before it is taken.")
@@ -338,6 +382,37 @@ def make_output_dir(path: Path) -> None:
             f"`output_dir` must be a folder that can be written, got '{path}': {error.strerror or error}. Choose "
             "another one."
         ) from error
+
+
+@contextmanager
+def explain_full_disk(folder: Path, advice: str) -> Iterator[None]:
+    """Say in one sentence that a disk is full, whatever the writer of a file makes of it.
+
+    Args:
+        folder (`pathlib.Path`):
+            Where is written.
+        advice (`str`):
+            What to do when there is room again: how a sentence ends.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError):
+            is_full = error.errno in _FULL
+        elif isinstance(error, SafetensorError):
+            is_full = any(f"(os error {number})" in str(error) for number in _FULL)
+        else:  # how `torch.save` says that less was written than it gave
+            is_full = "inline_container.cc" in str(error) or "iostream error" in str(error)
+        if not is_full:
+            raise
+        number = error.errno if isinstance(error, OSError) else errno.ENOSPC
+        raise OSError(
+            number, f"The disk of '{folder}' must have room for what is kept there, got it full: {error}. Free some "
+            f"space and {advice}.",
+        ) from error  # fmt: skip
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -65,12 +66,14 @@ from .processes import Processes
 from .runs import (
     RunFolder,
     Stage,
+    explain_full_disk,
     last_checkpoint,
     make_output_dir,
     model_digest,
     pool_digest,
     read_story,
     seal_checkpoint,
+    write_whole,
 )
 from .students import (
     export_student,
@@ -85,6 +88,7 @@ logger = get_logger(__name__)
 
 RUN_DIR = "_run"
 _BUFFERS = "buffers.safetensors"
+_GO_ON = "call `train(resume_from_checkpoint=True)`: what was finished is kept"
 _STORY = ("global_step", "epoch", "total_flos", "log_history")
 # Arguments that do not change what is trained, but where and how loudly.
 _NEUTRAL = (
@@ -208,15 +212,15 @@ class CoSupervisedTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self.callback_handler = LevelCallbackHandler(self.callback_handler)
-        self.history = LevelHistory(self.run_dir / "history.json", _describe_run(origin, pool))
+        self._run = RunFolder(Path(args.output_dir) / RUN_DIR)
+        self.history = LevelHistory(self.run_dir / "history.json", _describe_run(origin, pool, args.world_size))
         self.plans: list[LevelPlan] = []
-        self._run = RunFolder(self.run_dir)
         self._loss_sum, self._num_losses = torch.zeros((), dtype=torch.float64), 0  # of the level in training
         self._micro_losses: list[torch.Tensor] = []  # of the step in training
         self._owns_run = self._goes_on = False
         self._fresh = {name: value.detach().cpu().clone() for name, value in self._trained_tensors().items()}
         self._head = self._find_head() if args.student_training == "probe" else None
-        self._story = TrainerState()  # of all levels; `state` is that of the level in training
+        self._story = self._new_story()  # of all levels; `state` is that of the level in training
         self._pool_features: torch.Tensor | None = None
         self._gram: torch.Tensor | None = None
         self._neighbors: torch.Tensor | None = None
@@ -276,7 +280,7 @@ class CoSupervisedTrainer(Trainer):
     @property
     def run_dir(self) -> Path:
         """`pathlib.Path`: Levels, features, history and checkpoints, inside `output_dir` but not part of the model."""
-        return Path(self.args.output_dir) / RUN_DIR
+        return self._run.path  # `args.output_dir` is another one within a level
 
     def _trained_tensors(self) -> dict[str, torch.Tensor]:
         """What training can change: parameters that learn, and buffers where the backbone is not frozen."""
@@ -321,7 +325,8 @@ class CoSupervisedTrainer(Trainer):
         Args:
             resume_from_checkpoint (`bool`, *optional*):
                 True to go on where an earlier run in this `output_dir` was cut off, or to begin where there is none.
-                What it finished is not done again, and the student is the same as if it had not been cut off.
+                What it finished is not done again, and the student is the same as if it had not been cut off. Another
+                number of processes takes over finished levels, and begins the one that was cut off anew.
             trial (`Any`, *optional*):
                 Not supported.
             ignore_keys_for_eval (`list[str]`, *optional*):
@@ -382,8 +387,15 @@ class CoSupervisedTrainer(Trainer):
             `LevelPlan`
 
         Raises:
-            ValueError: If nothing is left to train on.
+            FileExistsError: If `output_dir` holds another run.
+            ValueError: If nothing is left to train on, or the level above is not finished.
         """
+        if len(self.plans) < level:
+            raise ValueError(
+                f"Level {level} must follow a finished level {level - 1} of this trainer, got {len(self.plans)} "
+                "finished. Prepare, train and finish those above, or call `train(resume_from_checkpoint=True)`."
+            )
+        self._claim_folder()
         with self._memory_advice("per_device_eval_batch_size", "Predicting before"):
             return self._plan(level, round)
 
@@ -439,7 +451,12 @@ class CoSupervisedTrainer(Trainer):
 
         Returns:
             `TrainOutput` of this level.
+
+        Raises:
+            FileExistsError: If `output_dir` holds another run.
+            FloatingPointError: If the loss is no longer a number.
         """
+        self._claim_folder()
         number = len(self.history.records)
         kept = np.flatnonzero(plan.keep_mask)
         self.train_dataset = self._rows.select(kept)
@@ -454,6 +471,8 @@ class CoSupervisedTrainer(Trainer):
             self._loss_sum, self._num_losses, self._micro_losses = torch.zeros((), dtype=torch.float64), 0, []
             checkpoint = self._find_checkpoint(plan)
             if checkpoint is None:
+                # Checkpoints of an attempt that nobody goes on with must not pass for those of this one.
+                self._processes.on_first(lambda: self._run.forget([self._stage_dir(plan.level, plan.round)]))
                 self._log_story({"level": plan.level, "round": plan.round, **plan.metrics})
             else:
                 self._recall(checkpoint)
@@ -463,9 +482,13 @@ class CoSupervisedTrainer(Trainer):
                     logger.info(f"Level {plan.level} is trained by the standard loop: {reason}.")
                     # Bits hang on the layout of weights, which the run of the backbone for features may have changed.
                     self.accelerator.unwrap_model(self.model).to(memory_format=torch.contiguous_format)
-                    output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+                    with self._batch_advice(plan):
+                        output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                     # The parent's mean is over its own steps, which after a crash are not all.
-                    output = output._replace(training_loss=float(self._loss_sum) / max(self._num_losses, 1))
+                    num_losses = max(self._num_losses, 1) * self.args.world_size
+                    output = output._replace(
+                        training_loss=float(self._sum_tensors(self._loss_sum.reshape(1))) / num_losses
+                    )
                 elif self.args.head_solver == "ridge":
                     output = self._fit_ridge(kept)
                 else:
@@ -513,21 +536,24 @@ class CoSupervisedTrainer(Trainer):
         """
         self.plans = [*self.plans[: plan.level], plan]
         is_last = plan.level == self.pool.hierarchy.num_levels - 1
-        if self.args.should_save:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
-            folds = [
-                {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-                for head in self._fold_heads
-            ]
-            stage = Stage(plan, tensors, folds, self.history.records[-1], self._tell_story())
-            self._run.save_stage(self._stage_dir(plan.level, plan.round), stage)
-        self.accelerator.wait_for_everyone()
+        self._processes.on_first(lambda: self._save_stage(plan))
         is_whole = plan.round == self._num_rounds(plan.level) - 1
         if self.args.push_to_hub and self.args.hub_strategy == HubStrategy.EVERY_SAVE and is_whole and not is_last:
             self.push_to_hub(commit_message=f"Student of level {plan.level}")
 
-    def _tell_story(self) -> dict[str, Any]:
-        return {name: getattr(self._story, name) for name in _STORY}
+    def _save_stage(self, plan: LevelPlan) -> None:
+        own = plan.level, plan.round
+        # What comes after was made from another student of this level.
+        self._run.forget(self._stage_dir(*stage) for stage in self._stages() if stage > own)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self._trained_tensors().items()}
+        folds = [
+            {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+            for head in self._fold_heads
+        ]
+        story = {name: getattr(self._story, name) for name in _STORY}
+        with explain_full_disk(self.run_dir, _GO_ON):
+            stage = Stage(plan, tensors, folds, self.history.records[-1], story)
+            self._run.save_stage(self._stage_dir(*own), stage)
 
     def _load_folds(self, folds: Sequence[dict[str, torch.Tensor]]) -> list[nn.Linear]:
         heads = []
@@ -544,7 +570,15 @@ class CoSupervisedTrainer(Trainer):
         is_exact = self.args.loss != "early_learning_regularization" and self._why_not_on_features()
         if not self._goes_on or not is_exact:
             return None
-        found = self._processes.on_first(lambda: last_checkpoint(self._stage_dir(plan.level, plan.round)))
+        release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+        if self.args.world_size > 1 and self.args.device.type == "cpu" and release < (5, 23):
+            logger.warning(
+                f"Level {plan.level} is begun anew: on CPU several processes go on inside a level with transformers "
+                "5.23 or later only."
+            )
+            return None
+        folder, num_processes = self._stage_dir(plan.level, plan.round), self.args.world_size
+        found = self._processes.on_first(lambda: last_checkpoint(folder, num_processes))
         return None if found is None else str(found)
 
     # --- one level ---------------------------------------------------------------------------------------------------
@@ -583,16 +617,32 @@ class CoSupervisedTrainer(Trainer):
                 f"{getattr(self.args, name)}. Use a smaller `{name}`{more}, or `bf16`; finished levels are kept."
             ) from error
 
+    @contextmanager
+    def _batch_advice(self, plan: LevelPlan) -> Iterator[None]:
+        """Say what to do where the examples that a level keeps leave one alone in a batch."""
+        try:
+            yield
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                "A student with batch normalization needs batches of at least 2 examples, got one of 1 among the "
+                f"{int(plan.keep_mask.sum())} examples that level {plan.level} keeps. Set `dataloader_drop_last`, or "
+                "another `per_device_train_batch_size`."
+            ) from error
+
     def _recall(self, checkpoint: str) -> None:
         """Take up the story where a checkpoint left it."""
         story = read_story(Path(checkpoint))
         self._story.log_history = story["log_history"]
-        self._loss_sum, self._num_losses = torch.tensor(story["loss_sum"], dtype=torch.float64), story["num_losses"]
+        own = story["loss_sums"][self.args.process_index]
+        self._loss_sum, self._num_losses = torch.tensor(own, dtype=torch.float64), story["num_losses"]
 
     def _watch(self, loss: torch.Tensor) -> None:
         """Add the loss of a step to those of the level; nothing waits for it."""
-        loss = loss.detach().double()
-        self._loss_sum, self._num_losses = self._loss_sum.to(loss.device) + loss, self._num_losses + 1
+        dtype = torch.float32 if loss.device.type == "mps" else torch.float64  # which Apple's devices do not have
+        self._loss_sum = self._loss_sum.to(dtype).to(loss.device) + loss.detach().to(dtype)
+        self._num_losses += 1
 
     def _check_loss(self) -> None:
         """Stop where the loss is no longer a number: nothing that is trained from there on is worth keeping."""
@@ -613,37 +663,61 @@ class CoSupervisedTrainer(Trainer):
             "train_loss": output.training_loss, "train_runtime": output.metrics["train_runtime"],
         }  # fmt: skip
         self.state = self._story
-        self.history.add(record, write=self.args.should_save)
+        self.history.add(record, write=False)
+        self._processes.on_first(self._write_history)
         self.callback_handler.call_event(
             "on_level_end", self.args, self._story, self.control, plan=plan, metrics=record
         )
 
     def _open_run(self, resume: bool) -> int:
         """Begin a story, or go on with the one on disk. Gives the number of finished stages."""
-        found = self.history.path.is_file() or any(self.run_dir.glob("level-*"))
-        if found and not resume and not self._owns_run:
-            raise FileExistsError(
-                f"`output_dir` must not hold another run, got one in '{self.run_dir}'. Choose another folder, delete "
-                "that one, or go on with `resume_from_checkpoint=True`."
-            )
-        self.accelerator.wait_for_everyone()
-        self._owns_run = True
-        self._story = TrainerState(
-            is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero()
-        )
+        found = self._find_run(resume)
+        self._story = self._new_story()
         self.state = self._story
         self._restore(self._fresh)
         self.plans, self._fold_heads, self._goes_on = [], [], resume
         facts = self._describe_settings()
         if resume and found:
-            self._check_commit()
-            self._processes.on_first(lambda: self._run.check(facts))
+            self._processes.on_first(lambda: self._check_run(facts))
+            self._owns_run = True
             return self._read_stages()
-        self.history.records = []
-        if self.args.should_save:
-            self.history.clear()
-            self._run.begin(facts)
+        self._begin_run(facts)
         return 0
+
+    def _find_run(self, resume: bool) -> bool:
+        """Tell whether a run is in this output folder; one that is not gone on with must be this trainer's own."""
+        found = self._processes.on_first(lambda: self.history.path.is_file() or any(self.run_dir.glob("level-*")))
+        if found and not resume and not self._owns_run:
+            raise FileExistsError(
+                f"`output_dir` must not hold another run, got one in '{self.run_dir}'. Choose another folder, delete "
+                "that one, or go on with `resume_from_checkpoint=True`."
+            )
+        return found
+
+    def _claim_folder(self) -> None:
+        """Begin the run of a notebook that does not call `train`."""
+        if not self._owns_run:
+            self._find_run(resume=False)
+            self._begin_run(self._describe_settings())
+
+    def _new_story(self) -> TrainerState:
+        return TrainerState(
+            is_world_process_zero=self.is_world_process_zero(), is_local_process_zero=self.is_local_process_zero()
+        )
+
+    def _begin_run(self, facts: dict[str, Any]) -> None:
+        def begin() -> None:
+            with explain_full_disk(self.run_dir, _GO_ON):
+                self.history.clear()
+                self._run.begin(facts)
+
+        self.history.records = []
+        self._processes.on_first(begin)
+        self._owns_run = True
+
+    def _check_run(self, facts: dict[str, Any]) -> None:
+        self._check_commit()
+        self._run.check(facts)
 
     def _describe_settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
@@ -656,13 +730,20 @@ class CoSupervisedTrainer(Trainer):
             "functions": self._name_functions(),
             "pool": pool_digest(self._own_pool),
             "student": model_digest(self.accelerator.unwrap_model(self.model)),
+            "num_processes": self.args.world_size,
+            "examples_per_step": self.args.train_batch_size * self.args.gradient_accumulation_steps
+            * self.args.world_size,
             "versions": {"hf_cosupervise": __version__, "transformers": transformers.__version__,
                          "torch": torch.__version__},
         }  # fmt: skip
 
     def _check_commit(self) -> None:
         """A student of the Hub must be gone on with at the commit that it was begun with."""
-        known, own = self.history.read().get("student", {}), self.history.run["student"]
+        try:
+            known, own = self.history.read().get("student", {}), self.history.run["student"]
+        except (ValueError, AttributeError) as error:  # stages are what counts, and tell all of it again
+            logger.warning(f"'{self.history.path}' cannot be read ({error}): it is written anew.")
+            return
         if self.history.records and any(known.get(key) != own.get(key) for key in ("model", "commit", "base_commit")):
             raise ValueError(
                 f"The run in '{self.run_dir}' must go on with the student that it was begun with, {known}, got {own}. "
@@ -680,12 +761,41 @@ class CoSupervisedTrainer(Trainer):
             finished, last = finished + 1, stage
             self.plans = [*self.plans[:level], stage.plan]
             self.history.records.append(stage.record)
+        self._check_same_everywhere(finished)
+        num_processes = self._processes.on_first(self._repair_history)
+        if finished == len(self._stages()):  # whoever publishes it has not trained it
+            self.history.run["num_processes"] = num_processes
         if last is not None:
             self._restore(last.student)
             self._fold_heads = self._load_folds(last.folds)
             for name, value in last.story.items():
                 setattr(self._story, name, value)
         return finished
+
+    def _check_same_everywhere(self, finished: int) -> None:
+        """See that all processes read the same stages: they would wait for each other forever."""
+        counts = self.accelerator.gather(torch.tensor([finished], device=self.args.device)).tolist()
+        if len(set(counts)) > 1:
+            raise FileNotFoundError(
+                f"All processes must see the same levels in '{self.run_dir}', got {counts} finished ones. Choose an "
+                "`output_dir` that they share."
+            )
+
+    def _repair_history(self) -> int:
+        """Write the history anew where it does not tell of the stages that are there; gives by how many."""
+        known, run = LevelHistory(self.history.path), dict[str, Any]()
+        try:
+            run = known.read()
+        except (ValueError, AttributeError):
+            known.records = []
+        if known.records[: len(self.history.records)] != json.loads(json.dumps(without_nan(self.history.records))):
+            self._write_history()
+        return int(run.get("num_processes") or self.args.world_size)
+
+    def _write_history(self) -> None:
+        content = self.history.to_json()
+        with explain_full_disk(self.run_dir, _GO_ON):
+            write_whole(self.history.path, lambda path: path.write_text(content, encoding="utf-8"))
 
     def _close_run(self, outputs: list[TrainOutput], started: float) -> TrainOutput:
         """Sum the levels up in one `TrainOutput`."""
@@ -709,7 +819,9 @@ class CoSupervisedTrainer(Trainer):
             start_time (`float`, *optional*):
                 Start of training.
         """
-        self._check_loss()
+        # All processes add their losses up: not where only one of them may call this.
+        if self.callback_handler.in_level and "loss" in logs:
+            self._check_loss()
         if not self.callback_handler.in_level:
             super().log(logs, start_time)
         elif "train_runtime" not in logs:  # a level's own summary is part of its record
@@ -760,19 +872,25 @@ class CoSupervisedTrainer(Trainer):
         if self.compute_loss_func is not None:
             wanted = labels if not targets else targets["target_probs"]
             loss = self.compute_loss_func(outputs, wanted, num_items_in_batch=None)
-        elif targets and self._level_loss is not None:
-            loss = self._level_loss[0](outputs.logits, self._smooth(targets["target_probs"]), rows).mean()
-        elif targets:
-            wanted = {name: targets[name] if name == "target_ids" else self._smooth(targets[name]) for name in targets}
-            loss = _pseudolabel_losses(outputs.logits, wanted).mean()
         else:
-            loss = hard_cross_entropy(outputs.logits, labels).mean()
+            with torch.autocast(outputs.logits.device.type, enabled=False):  # losses are float32 at any precision
+                loss = self._mean_loss(outputs.logits.float(), targets, labels, rows)
         if targets:
             self._micro_losses.append(loss.detach())
             if self.accelerator.sync_gradients:  # the last of a step
                 self._watch(torch.stack(self._micro_losses).mean())
                 self._micro_losses = []
         return (loss, outputs) if return_outputs else loss
+
+    def _mean_loss(
+        self, logits: torch.Tensor, targets: dict[str, torch.Tensor], labels: torch.Tensor | None, rows: Any
+    ) -> torch.Tensor:
+        if not targets:
+            return hard_cross_entropy(logits, labels).mean()  # type: ignore[arg-type]
+        wanted = {name: targets[name] if name == "target_ids" else self._smooth(targets[name]) for name in targets}
+        if self._level_loss is not None:
+            return self._level_loss[0](logits, wanted["target_probs"], rows).mean()
+        return _pseudolabel_losses(logits, wanted).mean()
 
     def _make_loss(self, plan: LevelPlan) -> tuple[LossFunction, LossAndGradient] | None:
         """The loss of a level with a memory of its own, and its gradient; None for the plain cross-entropy."""
@@ -796,7 +914,7 @@ class CoSupervisedTrainer(Trainer):
 
     def _smooth(self, probs: torch.Tensor) -> torch.Tensor:
         """Spread a share of the pseudolabels evenly, as `label_smoothing_factor` says."""
-        share = self.args.label_smoothing_factor
+        share, probs = self.args.label_smoothing_factor, probs.float()
         return probs * (1 - share) + share / self.pool.hierarchy.num_labels if share else probs
 
     def prediction_step(
@@ -1042,7 +1160,9 @@ class CoSupervisedTrainer(Trainer):
         return torch.from_numpy(np.array_split(rows, self.args.world_size)[self.args.process_index])
 
     def _sum_tensors(self, values: torch.Tensor) -> torch.Tensor:
-        return values if self.args.world_size == 1 else self.accelerator.reduce(values, reduction="sum")
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum")
 
     def _head_steps(
         self, dataloader: DataLoader, kept: np.ndarray, per_epoch: int, meter: _LossMeter, reader: BatchReader
@@ -1156,6 +1276,7 @@ class CoSupervisedTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_best_model()
+            self._load_buffers(self.state.best_model_checkpoint)
             return
         best = type(model).from_pretrained(self.state.best_model_checkpoint, config=model.config, use_safetensors=True)
         model.load_state_dict(best.state_dict())
@@ -1165,18 +1286,31 @@ class CoSupervisedTrainer(Trainer):
         student = self.accelerator.unwrap_model(self.model)
         if not isinstance(student, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if (buffers := Path(resume_from_checkpoint, _BUFFERS)).is_file():
-                self._restore(load_file(buffers))
+            self._load_buffers(resume_from_checkpoint)
             return
         saved = type(student).from_pretrained(resume_from_checkpoint, config=student.config, use_safetensors=True)
         student.load_state_dict(saved.state_dict())
 
+    def _load_buffers(self, checkpoint: Any) -> None:
+        """Read what [`_save_checkpoint`] wrote beside an adapter."""
+        if (buffers := Path(checkpoint, _BUFFERS)).is_file():
+            self._restore(load_file(buffers))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Seal what the parent writes, so that a spoilt or half written checkpoint is never gone on from."""
         self._check_loss()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        loss_sums = self.accelerator.gather(self._loss_sum.reshape(1).to(self.args.device)).tolist()
+        try:
+            with explain_full_disk(self.run_dir, _GO_ON):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                self._seal(folder, loss_sums)
+        except OSError:  # half of it would only take room
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _seal(self, folder: Path, loss_sums: list[float]) -> None:
         if self.args.should_save and folder.is_dir():
             if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):  # an adapter leaves them out
                 buffers = {name: value for name, value in self._trained_tensors().items() if not value.requires_grad}
@@ -1184,7 +1318,7 @@ class CoSupervisedTrainer(Trainer):
                     {name: value.detach().cpu().contiguous() for name, value in buffers.items()}, folder / _BUFFERS
                 )
             told = {"log_history": self._story.log_history, "num_losses": self._num_losses}
-            seal_checkpoint(folder, {**told, "loss_sum": float(self._loss_sum)})
+            seal_checkpoint(folder, {**told, "loss_sums": loss_sums, "num_processes": self.args.world_size})
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict with the student, and measure where the data has labels.
@@ -1226,7 +1360,8 @@ class CoSupervisedTrainer(Trainer):
             super().save_model(folder, _internal_call=True)
         else:
             student = self.accelerator.unwrap_model(self.model)
-            self._processes.on_first(partial(export_student, student, folder, self.processing_class))
+            with explain_full_disk(Path(folder), "save it again: the trained levels are kept"):
+                self._processes.on_first(partial(export_student, student, folder, self.processing_class))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save without the pickle of the arguments, which nobody reads and which would hold the user's token."""
@@ -1535,9 +1670,10 @@ def _as_list(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _describe_run(student: dict[str, Any], pool: PseudolabelPool) -> dict[str, Any]:
+def _describe_run(student: dict[str, Any], pool: PseudolabelPool, num_processes: int) -> dict[str, Any]:
     """What a run is made of, at the commits that everything was pinned to; folders are nobody's business."""
     return {
+        "num_processes": num_processes,
         "student": student,
         "teachers": [describe_teacher(pool, name) for name in pool.hierarchy.names],
         "pool": {} if pool.repo_id is None else {"repo_id": pool.repo_id, "commit": pool.commit},

@@ -30,11 +30,31 @@ def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, wei
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody of weight answered.
 
+    Raises:
+        ValueError: If the shapes do not fit, or a weight is negative, infinite or NaN.
+
     Examples:
         >>> probs, weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([3.0, 1.0])
         >>> weighted_mean_probs(probs, torch.tensor([[True, True]]), weights).tolist()
         [[0.75, 0.25]]
     """
+    if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2] or answered.dtype != torch.bool:
+        raise ValueError(
+            "Expected `teacher_probs` (num_examples, num_teachers, num_labels) and boolean `answered` (num_examples, "
+            f"num_teachers), got {tuple(teacher_probs.shape)} and {tuple(answered.shape)} of {answered.dtype}. Give "
+            "both for the same examples."
+        )
+    is_fit = weights.shape in (answered.shape, answered.shape[1:])
+    if not is_fit or not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise ValueError(
+            f"Expected finite `weights` of shape {tuple(answered.shape[1:])} or {tuple(answered.shape)}, each at "
+            f"least 0, got {weights}. Give one for each teacher."
+        )
+    return _weighted_mean(teacher_probs, answered, weights)
+
+
+def _weighted_mean(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What is checked already, for loops."""
     dtype = torch.promote_types(teacher_probs.dtype, weights.dtype)
     shares = weights.to(dtype).expand(answered.shape) * answered
     total = shares.sum(dim=1, keepdim=True)
@@ -68,7 +88,7 @@ def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) 
     if weights.shape != labels.shape[1:] or not bool((weights >= 0).all()):
         raise ValueError(f"Expected `weights` of shape {tuple(labels.shape[1:])}, each at least 0, got {weights}.")
     votes = weights.new_zeros(labels.shape[0], num_labels)
-    votes.scatter_add_(1, labels.clamp(min=0), weights.expand(labels.shape) * (labels >= 0))
+    votes.scatter_add_(1, labels.long().clamp(min=0), weights.expand(labels.shape) * (labels >= 0))
     total = votes.sum(dim=1, keepdim=True)
     return votes / torch.where(total > 0, total, 1.0)
 
@@ -492,7 +512,7 @@ def fit_raven(
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         for batch in rows[order].split(batch_size):
             current = (teacher_weights[batch] if per_example else teacher_weights).clone().requires_grad_()
-            targets = weighted_mean_probs(teacher_probs[batch], answered[batch], current)
+            targets = _weighted_mean(teacher_probs[batch], answered[batch], current)
             logits = torch.nn.functional.linear(features[batch], weight, bias)
             optimizer.zero_grad()
             soft_cross_entropy(logits, targets).mean().backward()

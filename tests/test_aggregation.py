@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import sys
 from importlib.util import find_spec
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cosupervise import aggregation
 from hf_cosupervise.aggregation import (
     AGGREGATORS,
     aggregate,
@@ -52,11 +50,6 @@ def make_probs(num_examples: int = 40, num_teachers: int = 4, num_labels: int = 
     return probs * answered.unsqueeze(-1), answered
 
 
-@pytest.mark.skipif(find_spec("crowdkit") is None, reason="some examples need crowd-kit")
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(aggregation).failed == 0
-
-
 # ── means and votes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -95,6 +88,7 @@ def test_mean_probs_of_several_rows_sum_to_one_or_zero():
         ([-1, -1], 3, [0, 0, 0]),  # nobody: all zero
         ([-1, -1, 0, 1, 1], 2, [0, 1]),  # missing answers are no votes for label 0
         ([1], 2, [0, 1]),
+        ([0, -1], 1, [1]),  # a task of one label
     ],
 )
 def test_majority_vote(labels, num_labels, expected):

@@ -32,7 +32,7 @@ from hf_cosupervise import (
     push_hierarchy,
 )
 from hf_cosupervise import losses as losses_module
-from hf_cosupervise.aggregation import AGGREGATORS, aggregate, crowdlab, dawid_skene, mean_logits
+from hf_cosupervise.aggregation import AGGREGATORS, aggregate, crowdlab, dawid_skene, majority_vote, mean_logits
 from hf_cosupervise.assignment import (
     agreement_scores,
     assign_by_agreement,
@@ -72,13 +72,20 @@ from hf_cosupervise.metrics import (
     mean_and_spread,
     oracle_selection,
 )
-from hf_cosupervise.neighbors import nearest_neighbors
+from hf_cosupervise.neighbors import mean_over_neighbors, nearest_neighbors
 from hf_cosupervise.plotting import plot_pgr, plot_reliability
 from hf_cosupervise.pool import match_ids
 from hf_cosupervise.pool_files import teacher_dataset
 from hf_cosupervise.script_utils import parse_recipe_args, read_recipe_config
 from hf_cosupervise.sparse import check_top_k, decode_top_k, dropped_mass, encode_top_k, scale_top_k
-from hf_cosupervise.weighting import aekd_weights, boosting_weights, fit_raven, min_norm_weights, weighted_vote
+from hf_cosupervise.weighting import (
+    aekd_weights,
+    boosting_weights,
+    fit_raven,
+    min_norm_weights,
+    weighted_mean_probs,
+    weighted_vote,
+)
 
 LABELS = ["a", "b", "c"]
 IDS = ["w", "x", "y", "z"]
@@ -320,8 +327,8 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`losses` and `agrees` must have one shape (num_examples,), … Give both for the same examples."),
     ("agreement that is no mask", ValueError, lambda _: select_consistent(LOSSES, LOSSES, LOSSES > 0),
      "`losses` and `agrees` must have one shape (num_examples,), … Give both for the same examples."),
-    ("a vote for no label", ValueError, lambda _: vote_entropy(tensor([[0, 7]]), 3),
-     "`labels` must have shape (num_examples, num_teachers) with … 7]. Write -1 where a teacher has no answer."),
+    ("a vote for no label", ValueError, lambda _: vote_entropy(tensor([[0, 3]]), 3),
+     "`labels` must have shape (num_examples, num_teachers) with … 3]. Write -1 where a teacher has no answer."),
     ("votes without teachers", ValueError, lambda _: vote_entropy(THREE, 3),
      "`labels` must have shape (num_examples, num_teachers) with … 2]. Write -1 where a teacher has no answer."),
     ("levels of different examples", ValueError, lambda _: parent_confident(THREE, LOSSES, THREE[:2], LOSSES),
@@ -353,12 +360,54 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("deception without labels", ValueError,
      lambda _: deception_score(array([0]), np.ones((1, 0)), np.ones((1, 0)), array([0])),
      "Labels (num_examples,) and probabilities (num_examples, … and (1, 0). Give all for the same examples."),
+    ("deception of other labels", ValueError,
+     lambda _: deception_score(array([0]), np.ones((1, 2)) / 2, np.ones((1, 3)) / 3, array([0])),
+     "Labels (num_examples,) and probabilities (num_examples, … and (1, 3). Give all for the same examples."),
+    ("deception of a single row", ValueError,
+     lambda _: deception_score(array([0]), np.ones(1), np.ones(1), array([0])),
+     "Labels (num_examples,) and probabilities (num_examples, … and (1,). Give all for the same examples."),
+    ("deception of other examples", ValueError,
+     lambda _: deception_score(array([0, 0]), np.eye(2), np.eye(2), array([0])),
+     "Labels (num_examples,) and probabilities (num_examples, … and (2, 2). Give all for the same examples."),
     ("an infinite seed", ValueError, lambda _: mean_and_spread([0.5, math.inf]),
      "Numbers of seeds must be finite, got [0.5, inf]. Leave out the runs that failed."),
     # losses
     ("a loss of different shapes", ValueError,
      lambda _: losses_module.soft_cross_entropy(torch.zeros(3, 2), torch.zeros(2, 2)),
-     "`logits` and `target_probs` must have one shape, got torch.Size([3, 2]) and torch.Size([2, 2])."),
+     "`logits` and `target_probs` must have one shape … (3, 2) and (2, 2). Pass a probability for each label."),
+    ("a single row of pseudolabels", ValueError,
+     lambda _: losses_module.soft_cross_entropy(torch.zeros(2), torch.zeros(2)),
+     "`logits` and `target_probs` must have one shape … (2,) and (2,). Pass a probability for each label."),
+    ("a hard label that does not exist", ValueError,
+     lambda _: losses_module.hard_cross_entropy(LOGS, tensor([0, 1, 3])),
+     "`labels` must lie in 0..2, got 0..3. Leave out examples without a label."),
+    ("a hard label that torch would ignore", ValueError,
+     lambda _: losses_module.hard_cross_entropy(LOGS, tensor([0, 1, -100])),
+     "`labels` must lie in 0..2, got -100..1. Leave out examples without a label."),
+    ("hard labels that are no integers", ValueError,
+     lambda _: losses_module.hard_cross_entropy(LOGS, torch.ones(3)),
+     "`labels` must be label ids of torch.int64, got torch.float32. Give one per example."),
+    ("hard labels of other examples", ValueError, lambda _: losses_module.hard_cross_entropy(LOGS, tensor([0, 1])),
+     "`logits` (num_examples, num_labels) and `labels` (num_examples,) … (2,). Give both for the same examples."),
+    ("a label of AdaptConf that does not exist", ValueError,
+     lambda _: losses_module.adapt_conf(LOGS, tensor([0, 1, 3])),
+     "`labels` must lie in 0..2, got 0..3. Leave out examples without a label."),
+    ("a named label that does not exist", ValueError,
+     lambda _: losses_module.sparse_soft_cross_entropy(LOGS, THREE[:, None] - 1, torch.ones(3, 1), torch.zeros(3)),
+     "`label_ids` must lie in 0..2, got -1..1. Leave out examples without a label."),
+    ("named labels without their probabilities", ValueError,
+     lambda _: losses_module.sparse_soft_cross_entropy(LOGS, THREE[:, None], torch.ones(3), torch.zeros(3)),
+     "`logits` (num_examples, num_labels), and `label_ids` … (3, 1) and (3,). Give all for the same examples."),
+    ("a rest for one example only", ValueError,
+     lambda _: losses_module.sparse_soft_cross_entropy(LOGS, THREE[:, None], torch.ones(3, 1), torch.zeros(1)),
+     "`rest_probs` must have shape (3,), got (1,). Give one per example."),
+    ("a memory of less than nothing", ValueError, lambda _: losses_module.EarlyLearningRegularization(-1, 2),
+     "`num_examples` must be a whole number of at least 0, got -1. Give the pool's."),
+    ("a memory of half a label", ValueError, lambda _: losses_module.EarlyLearningRegularization(3, 1.5),
+     "`num_labels` must be a whole number of at least 0, got 1.5. Give the pool's."),
+    ("a power that is a text", ValueError,
+     lambda _: losses_module.product_loss(torch.zeros(1, 2), torch.ones(1, 2), alpha="1"),
+     "`alpha` must be at least 0, got '1'. Leave it out for 1."),
     ("a single row of logits", ValueError, lambda _: losses_module.kl_divergence(torch.zeros(2), torch.zeros(2)),
      "`logits` and `target_probs` must have one shape … (2,). Pass a probability for each label."),
     ("a temperature of zero", ValueError,
@@ -388,6 +437,24 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     # aggregators and weights
     ("an unknown aggregator", ValueError, lambda _: aggregate(EVEN, ALL, "best"),
      "Unknown `method` 'best'. Choose one of mean_probs, … glad, mace, or give a function."),
+    ("an aggregator that is no function", TypeError, lambda _: aggregate(EVEN, ALL, 3),
+     "`method` must be a name or a function, got 3. Names are mean_probs, … glad, mace."),
+    ("votes for a label that does not exist", ValueError, lambda _: majority_vote(tensor([[0, 3]]), 3),
+     "`labels` must be in [0, 3), or -1 where there is no answer, got values from 0 to 3."),
+    ("votes that are no integers", ValueError, lambda _: majority_vote(torch.ones(2, 2), 3),
+     "Expected `labels` as whole numbers of … got shape (2, 2) of torch.float32. Use `harden` on probabilities."),
+    ("votes of one teacher without its column", ValueError, lambda _: majority_vote(THREE, 3),
+     "Expected `labels` as whole numbers of shape … got shape (3,) of torch.int64. Use `harden` on probabilities."),
+    ("votes among no labels", ValueError, lambda _: majority_vote(tensor([[-1]]), 0),
+     "`num_labels` must be a whole number of at least 1, got 0. Give the task's."),
+    ("one weight for two teachers", ValueError, lambda _: weighted_mean_probs(EVEN, ALL, tensor([1.0])),
+     "Expected finite `weights` of shape (2,) or (3, 2), each … got tensor([1.]). Give one for each teacher."),
+    ("a mean with a negative weight", ValueError, lambda _: weighted_mean_probs(EVEN, ALL, tensor([1.0, -1.0])),
+     "Expected finite `weights` of shape (2,) or (3, 2), each … -1.]). Give one for each teacher."),
+    ("a mean with a weight that is NaN", ValueError, lambda _: weighted_mean_probs(EVEN, ALL, tensor([1.0, math.nan])),
+     "Expected finite `weights` of shape (2,) or (3, 2), each … nan]). Give one for each teacher."),
+    ("a weighted mean of other answers", ValueError, lambda _: weighted_mean_probs(EVEN, ALL[:2], tensor([1.0, 1.0])),
+     "Expected `teacher_probs` (num_examples, … (2, 2) of torch.bool. Give both for the same examples."),
     ("answers of other teachers", ValueError, lambda _: aggregate(EVEN, ALL[:, :1], "mean_probs"),
      "Expected `teacher_probs` of shape (num_examples, … got (3, 2, 3) and (3, 1) of torch.bool."),
     ("a NaN for a missing answer", ValueError, lambda _: aggregate(EVEN * math.nan, ALL, "majority_vote"),
@@ -420,7 +487,29 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("features of other examples", ValueError, lambda _: fit_raven(torch.zeros(2, 3), EVEN, ALL),
      "Expected finite `features` of shape (3, feature_size), got (2, 3)."),
     ("more neighbours than examples", ValueError, lambda _: nearest_neighbors(torch.eye(3), 3),
-     "`k` must lie in 1..2 for 3 examples, got 3."),
+     "`k` must be a whole number in 1..2 for 3 examples, got 3. Ask for fewer neighbours."),
+    ("half a neighbour", ValueError, lambda _: nearest_neighbors(torch.eye(3), 1.5),
+     "`k` must be a whole number in 1..2 for 3 examples, got 1.5. Ask for fewer neighbours."),
+    ("neighbours of a single row", ValueError, lambda _: nearest_neighbors(torch.ones(3), 1),
+     "`features` must have shape (num_examples, feature_size), got (3,). Give one row each."),
+    ("neighbours by features that are NaN", ValueError, lambda _: nearest_neighbors(torch.eye(3) * math.nan, 1),
+     "`features` must be finite, got NaN or infinity. Check the inputs, and whether half precision is enough."),
+    ("neighbours by features that are infinite", ValueError, lambda _: nearest_neighbors(torch.eye(3) / 0, 1),
+     "`features` must be finite, got NaN or infinity. Check the inputs, and whether half precision is enough."),
+    ("a neighbour that does not exist", ValueError,
+     lambda _: mean_over_neighbors(LOGS, tensor([[1], [2], [3]]), LOGS < 0),
+     "`neighbors` must lie in 0..2, got 1..3. Use `nearest_neighbors` on the same examples."),
+    ("a neighbour before the first", ValueError,
+     lambda _: mean_over_neighbors(LOGS, tensor([[1], [2], [-1]]), LOGS < 0),
+     "`neighbors` must lie in 0..2, got -1..2. Use `nearest_neighbors` on the same examples."),
+    ("a mean over neighbours of other examples", ValueError,
+     lambda _: mean_over_neighbors(LOGS, THREE[:2, None], LOGS < 0),
+     "`neighbors` must be rows of shape (3, k), got (2, 1) of … Use `nearest_neighbors` on the same examples."),
+    ("neighbours that are no rows", ValueError, lambda _: mean_over_neighbors(LOGS, torch.ones(3, 1), LOGS < 0),
+     "`neighbors` must be rows of shape (3, k), got (3, 1) of … Use `nearest_neighbors` on the same examples."),
+    ("a mean over what is known of others", ValueError,
+     lambda _: mean_over_neighbors(LOGS, THREE[:, None], LOGS[:, :1] < 0),
+     "`values` and booleans `known` must have one shape … torch.bool. Give both for the same examples."),
     ("a temperature from nine examples", ValueError,
      lambda _: fit_temperature(torch.full((9, 2), 0.5), torch.zeros(9, dtype=torch.long)),
      "A temperature needs 10 labelled examples with an answer, … or leave the probabilities as they are."),
@@ -932,24 +1021,20 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"assignment": []}, "`assignment` and `rejection` need at least one name each, got an empty list."),
     ({"agreement_rule": "cosine"},
      "`agreement_rule` must be one of ['ce_teacher_student', … 'kl_student_teacher'], got 'cosine'."),
-    ({"agreement_min_prob": 0.0}, "`agreement_min_prob` must lie between 0 and 1, got 0.0."),
-    ({"agreement_min_prob": math.nan}, "`agreement_min_prob` must lie between 0 and 1, got nan."),
-    ({"agreement_neighbors": -1},
-     "`agreement_neighbors` must be at least 0, and is for `assignment` 'agreement', got -1 with ['scope']."),
     ({"agreement_neighbors": 3},
-     "`agreement_neighbors` must be at least 0, and is for `assignment` 'agreement', got 3 with ['scope']."),
-    ({"rounds_per_level": 0}, "`rounds_per_level` must be at least 1, got 0."),
+     "`agreement_neighbors` is for `assignment` 'agreement', got 3 with ['scope']. Leave it out for 0."),
     ({"rejection": "all"},
      "`rejection` must be one of ['none', 'top_k', 'parent_topk', … 'confidence_window'], got 'all'."),
     ({"rejection": []}, "`assignment` and `rejection` need at least one name each, got an empty list."),
     ({"rejection": ["none", "top_k"]}, "`rejection` 'none' stands alone, got ['none', 'top_k']."),
     ({"rejection_rule": "best"}, "`rejection_rule` must be one of ['loss_rank', 'agreement_set'], got 'best'."),
-    ({"rejection_share": 0.0}, "`rejection_share` must lie above 0 and up to 1, got 0.0."),
-    ({"rejection_share": math.nan}, "`rejection_share` must lie above 0 and up to 1, got nan."),
-    ({"rejection_window": [0.5]}, "`rejection_window` must be [lowest, highest] within 0..1, got [0.5]."),
-    ({"rejection_window": [0.9, 0.1]}, "`rejection_window` must be [lowest, highest] within 0..1, got [0.9, 0.1]."),
-    ({"rejection_window": [0.5, 1.5]}, "`rejection_window` must be [lowest, highest] within 0..1, got [0.5, 1.5]."),
-    ({"relabel_above": 2.0}, "`relabel_above` must lie in 0..1, or be left out, got 2.0."),
+    ({"rejection_window": [0.5]},
+     "`rejection_window` must be [lowest, highest] within 0..1, got [0.5]. Leave it out for [0.5, 1.0]."),
+    ({"rejection_window": [0.9, 0.1]}, "`rejection_window` must be [lowest, highest] within 0..1, got [0.9, 0.1]. …"),
+    ({"rejection_window": [0.5, 1.5]}, "`rejection_window` must be [lowest, highest] within 0..1, got [0.5, 1.5]. …"),
+    ({"rejection_window": ["0", "1"]}, "`rejection_window` must be [lowest, highest] within 0..1, got ['0', '1']. …"),
+    ({"rejection_window": "01"}, "`rejection_window` must be [lowest, highest] within 0..1, got '01'. …"),
+    ({"rejection_window": None}, "`rejection_window` must be [lowest, highest] within 0..1, got None. …"),
     ({"pseudolabels": "firm"}, "`pseudolabels` must be one of ['soft', 'hard'], got 'firm'."),
     ({"loss": "hinge"}, "`loss` must be one of ['cross_entropy', 'kl_divergence', … 'evidential'], got 'hinge'."),
     ({"loss_kwargs": {"q": 0.5}},
@@ -966,16 +1051,41 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
      "`head_solver` 'ridge' fits a fresh head on a frozen … False. Use 'probe' without `warm_start`."),
     ({"head_solver": "ridge", "warm_start": True},
      "`head_solver` 'ridge' fits a fresh head on a frozen … True. Use 'probe' without `warm_start`."),
-    ({"ridge_alpha": 0.0}, "`ridge_alpha` must be above 0, got 0.0."),
-    ({"ridge_alpha": math.nan}, "`ridge_alpha` must be above 0, got nan."),
-    ({"ridge_logit_scale": -1.0}, "`ridge_logit_scale` must be above 0, got -1.0."),
-    ({"teacher_neighbors": -1}, "`teacher_neighbors` must be at least 0, got -1."),
-    ({"cross_fit_folds": 1}, "`cross_fit_folds` must be 0, or at least 2, got 1."),
+    ({"cross_fit_folds": 1}, "`cross_fit_folds` must be 0, or at least 2, got 1. Leave it out for 0."),
+    ({"student_training": ["probe"]}, "`student_training` must be one of ['probe', 'lora', 'full'], got ['probe']."),
+    ({"assignment": 3}, "`assignment` must be a name or a list of names, got 3. Write names in quotes."),
+    ({"rejection": False}, "`rejection` must be a name or a list of names, got False. Write names in quotes."),
+    ({"lora_target_modules": [3]},
+     "`lora_target_modules` must be a name or a list of names, got [3]. Write names in quotes."),
+    ({"weight_column": 3}, "`weight_column` must be a name, got 3. Put it in quotes, or leave it out."),
+    ({"metadata_column": ["a"]}, "`metadata_column` must be a name, got ['a']. Put it in quotes, or leave it out."),
+    ({"student_revision": 1.1}, "`student_revision` must be a name, got 1.1. Put it in quotes, or leave it out."),
+    ({"loss_kwargs": None},
+     "`loss_kwargs` must be a dictionary of parameters by name, got None. Leave it out for none."),
+    ({"loss_kwargs": "q"},
+     "`loss_kwargs` must be a dictionary of parameters by name, got 'q'. Leave it out for none."),
+    ({"loss": "generalized_cross_entropy", "loss_kwargs": {"q": "0.7"}},
+     "`q` must be above 0 and at most 1, got '0.7'. Leave it out for 0.7."),
     ({"hub_strategy": "checkpoint"},
      "`hub_strategy` must be 'end' or 'every_save', got … hold pickles, which are never uploaded."),
     ({"remove_unused_columns": True}, "`remove_unused_columns` must stay False: the collator reads the raw columns."),
 ]
 # fmt: on
+NUMBERS = {  # what each field must be, and values that it is not, beside text, booleans and NaN
+    "agreement_neighbors": ("a whole number of at least 0", (-1, 1.5, None)),
+    "teacher_neighbors": ("a whole number of at least 0", (-1, 2.0, None)),
+    "cross_fit_folds": ("a whole number of at least 0", (-1, 2.5, None)),
+    "lora_r": ("a whole number of at least 1", (0, -1, 1.5, None)),
+    "lora_alpha": ("a whole number of at least 1", (0, -16, 0.5, None)),
+    "rounds_per_level": ("a whole number of at least 1", (0, 1.5, None)),
+    "rejection_k": ("a whole number of at least 1", (0, -1, 1.5)),
+    "agreement_min_prob": ("a number above 0 and below 1", (0.0, 1.0, None)),
+    "rejection_share": ("a number above 0 and at most 1", (0.0, 1.01, None)),
+    "lora_dropout": ("a number of at least 0 and at most 1", (-0.1, 1.5, None)),
+    "relabel_above": ("a number of at least 0 and at most 1", (-0.1, 2.0)),
+    "ridge_alpha": ("a finite number above 0", (0.0, -1.0, math.inf, None)),
+    "ridge_logit_scale": ("a finite number above 0", (0, -1.0, math.inf, None)),
+}
 
 
 def check(make: Callable[[], object], kind: type[Exception], sentence: str, folder: Path) -> None:
@@ -995,6 +1105,16 @@ def test_wrong_input_is_one_clear_error(kind, make, sentence, tmp_path):
 @pytest.mark.parametrize(("values", "sentence"), FIELDS, ids=str)
 def test_a_field_that_cannot_work_is_one_clear_error(values, sentence, tmp_path):
     check(functools.partial(config, tmp_path, **values), ValueError, sentence, tmp_path)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_field_that_is_no_such_number_is_one_clear_error(name, tmp_path):
+    wanted, values = NUMBERS[name]
+    default = getattr(config(tmp_path), name)
+    advice = "Leave it out." if default is None else f"Leave it out for {default}."
+    for value in (*values, "1", "1e-3", "many", True, math.nan, [1]):
+        sentence = f"`{name}` must be {wanted}, got {value!r}. {advice}"
+        check(functools.partial(config, tmp_path, **{name: value}), ValueError, sentence, tmp_path)
 
 
 def test_no_name_is_there_twice():

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from hf_cosupervise import calibration
 from hf_cosupervise.calibration import apply_temperature, fit_temperature
-
-
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(calibration).failed == 0
 
 
 def sample(temperature: float, num_examples: int, num_labels: int, seed: int = 0):

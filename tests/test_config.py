@@ -164,12 +164,15 @@ def test_one_unknown_name_among_several(tmp_path):
         ({"assignment": []}, "`assignment` and `rejection` need at least one name each, got an empty list."),
         ({"rejection": []}, "`assignment` and `rejection` need at least one name each, got an empty list."),
         ({"rejection": ["none", "top_k"]}, "`rejection` 'none' stands alone, got ['none', 'top_k']."),
-        ({"rounds_per_level": 0}, "`rounds_per_level` must be at least 1, got 0."),
-        ({"agreement_min_prob": 0.0}, "`agreement_min_prob` must lie between 0 and 1, got 0.0."),
-        ({"agreement_min_prob": 1.0}, "`agreement_min_prob` must lie between 0 and 1, got 1.0."),
-        ({"ridge_alpha": 0.0}, "`ridge_alpha` must be above 0, got 0.0."),
-        ({"ridge_alpha": float("nan")}, "`ridge_alpha` must be above 0, got nan."),
-        ({"ridge_logit_scale": -1.0}, "`ridge_logit_scale` must be above 0, got -1.0."),
+        (
+            {"rounds_per_level": 0},
+            "`rounds_per_level` must be a whole number of at least 1, got 0. Leave it out for 1.",
+        ),
+        (
+            {"agreement_min_prob": 1.0},
+            "`agreement_min_prob` must be a number above 0 and below 1, got 1.0. Leave it out for 1e-06.",
+        ),
+        ({"ridge_alpha": 0.0}, "`ridge_alpha` must be a finite number above 0, got 0.0. Leave it out for 0.01."),
         (
             {"head_solver": "ridge", "student_training": "lora"},
             "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` 'lora' and "

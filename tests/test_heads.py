@@ -13,6 +13,7 @@ from torch import nn
 
 from hf_cosupervise import heads
 from hf_cosupervise.heads import SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix
+from hf_cosupervise.losses import choose_loss
 from hf_cosupervise.sparse import decode_top_k, encode_top_k, scale_top_k
 
 NUM_EXAMPLES, FEATURE_SIZE, NUM_LABELS = 40, 7, 5
@@ -509,14 +510,15 @@ def test_a_larger_scale_makes_a_surer_student(data):
     assert probs[0] < 0.5 < probs[1]
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])  # whose weight decay is another one
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [True, False])
-def test_fused_adamw_takes_the_same_steps(bias, weight_decay, data):
+def test_fused_adam_takes_the_same_steps(bias, weight_decay, kind, data):
     features, targets = data
     steps, found = draw_steps(30, (8, 3)), []
     for fused in (False, True):
         head = new_head(bias)
-        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=weight_decay, fused=fused)
+        optimizer = kind(head.parameters(), lr=1e-2, weight_decay=weight_decay, fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step, 5) / 5)  # the first rate is 0
         if fused:
             fit_linear_head(head, features, lambda rows: targets[rows], steps, optimizer, scheduler)
@@ -613,3 +615,28 @@ def test_the_number_of_threads_is_given_back(two_threads):
     with reader.reading_ahead(2):  # one thread was all there was: no other is started
         reader.announce([torch.tensor([0])])
         assert reader._next is None
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "generalized_cross_entropy"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_loss_that_is_given(name, bias, data):
+    features, targets = data
+    function, loss_and_gradient = choose_loss(name, {}, lambda: 0.0, (NUM_EXAMPLES, NUM_LABELS))
+    steps, told = draw_steps(20, (8, 3)), []
+    fast, slow = new_head(bias), new_head(bias)
+    optimizer = make_optimizer("sgd", fast)
+    fit_linear_head(
+        fast, features, lambda rows: targets[rows], steps, optimizer, make_scheduler(optimizer, 20),
+        loss=loss_and_gradient, on_step=lambda loss, norm: told.append(float(loss)),
+    )  # fmt: skip
+    optimizer, means = make_optimizer("sgd", slow), []
+    scheduler = make_scheduler(optimizer, 20)
+    for batches in steps:  # as any training script does
+        optimizer.zero_grad()
+        losses = [function(slow(features[rows]), targets[rows], rows).mean() / len(batches) for rows in batches]
+        sum(losses).backward()
+        means.append(sum(losses).item())
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(fast.weight, slow.weight, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(told, means, atol=2e-6)

@@ -148,6 +148,36 @@ def test_no_error_and_no_log_shows_a_token(hub, caplog):
     assert "TokenOfTheTests" not in caplog.text
 
 
+def test_a_revision_of_nothing(hub):
+    with pytest.raises(
+        ValueError, match="at a branch, tag or commit of 'someone/thing', got ''. Leave `revision` out"
+    ):
+        resolve_commit("someone/thing", "", what=WHAT)
+
+
+def test_where_nothing_more_can_be_learned_the_error_stays(hub):
+    hub.create("someone/thing", {"config.json": b"{}"})
+    hub.fault("GET .*/datasets/someone/nothing.*", 500, times=50)
+    with pytest.raises(FileNotFoundError, match="'someone/nothing', which does not exist or is private. Check the id"):
+        resolve_commit("someone/nothing", what=WHAT)
+    hub.fault("GET .*/someone/thing/refs.*", 500, times=50)
+    with pytest.raises(FileNotFoundError, match="got revision 'v2', which is none. Correct the revision"):
+        resolve_commit("someone/thing", "v2", what=WHAT)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [("Cannot send a request, as the client has been closed.", ConnectionError), ("Out of order.", RuntimeError)],
+)
+def test_of_several_downloads_the_first_to_fail_closes_the_others(message, kind, hub, monkeypatch):
+    def fail(*args, **keywords):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr("hf_cosupervise.hub.snapshot_download", fail)
+    with pytest.raises(kind, match="what has arrived is kept" if kind is ConnectionError else message):
+        fetch_files("someone/thing", "0" * 40, ["*"], what=WHAT)
+
+
 # ── fetching ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -56,15 +58,61 @@ def test_fast_head_and_standard_loop_give_the_same_student(tmp_path, tiny_vit, t
     np.testing.assert_allclose(logs[0], logs[1], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("training", ["probe", "full"])
-def test_a_batch_of_8_is_4_micro_batches_of_2(tmp_path, tiny_vit, tiny_image_dataset, training):
-    pool = make_pool(tiny_image_dataset)
+def weighted(pool: PseudolabelPool) -> PseudolabelPool:
+    values = np.random.default_rng(1).uniform(0.2, 3.0, len(pool))
+    return PseudolabelPool(pool.hierarchy, pool.teachers, pool.inputs.add_column("weight", values))
+
+
+@pytest.mark.parametrize("weight_column", [None, "weight"])
+@pytest.mark.parametrize("training", ["probe", "lora", "full"])
+def test_a_batch_of_8_is_4_micro_batches_of_2(tmp_path, tiny_vit, tiny_image_dataset, training, weight_column):
+    pool = weighted(make_pool(tiny_image_dataset))
     changes = {"student_training": training, "rejection": "none", "optim": "sgd", "learning_rate": 0.01}
+    changes["weight_column"] = weight_column
     whole = train(tiny_vit, tmp_path / "8", pool, **changes)
-    parts = train(
-        tiny_vit, tmp_path / "2x4", pool, per_device_train_batch_size=2, gradient_accumulation_steps=4, **changes
-    )
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    parts = train(tiny_vit, tmp_path / "2x4", pool, **changes, **cut)
     assert_equal_students(whole, parts, 1e-5)
+    for one, other in zip(whole.history.records, parts.history.records, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+    unweighted = train(tiny_vit, tmp_path / "plain", pool, **changes | {"weight_column": None})
+    difference = [(weights(whole)[name] - value).abs().max() for name, value in weights(unweighted).items()]
+    assert (max(difference) > 1e-4) == (weight_column is not None)
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_a_last_step_of_fewer_examples_is_the_only_one_that_hangs_on_how_it_is_cut(
+    tmp_path, tiny_vit, tiny_image_dataset, training
+):
+    """Micro-batches of a step count alike, as in every `Trainer`, also the last of 47 = 5 x 8 + 2 + 2 + 2 + 1."""
+    pool = make_pool(tiny_image_dataset.select(range(47)))
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    for steps, equal in ((5, True), (6, False)):
+        changes = {"student_training": training, "rejection": "none", "optim": "sgd", "max_steps": steps}
+        changes["learning_rate"] = 0.01
+        one = pool.with_hierarchy(TeacherHierarchy(LABELS, pool.hierarchy.levels[0]))
+        whole = train(tiny_vit, tmp_path / f"8-{steps}", one, **changes)
+        parts = train(tiny_vit, tmp_path / f"2x4-{steps}", one, **changes, **cut)
+        assert_equal_students(whole, parts, 1e-6 if equal else 1e-2)
+
+
+@pytest.mark.parametrize("weight_column", [None, "weight"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (5, 1), (8, 4), (5, 3)])
+def test_uneven_last_batches_in_both_loops(tmp_path, tiny_vit, tiny_image_dataset, batch, accumulation, weight_column):
+    pool = weighted(make_pool(tiny_image_dataset.select(range(47))))
+    changes = {
+        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": -1,
+        "num_train_epochs": 2, "rejection": "none", "weight_column": weight_column, "logging_steps": 1,
+    }  # fmt: skip
+    fast = train(tiny_vit, tmp_path / "fast", pool, **changes)
+    slow = train(tiny_vit, tmp_path / "slow", pool, fit_head_on_features=False, **changes)
+    assert_equal_students(fast, slow, 1e-5)
+    steps = 2 * math.ceil(math.ceil(47 / batch) / accumulation)
+    for one, other in zip(fast.history.records, slow.history.records, strict=True):
+        assert one["num_steps"] == other["num_steps"] == steps
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+    logs = [[(e["step"], e["loss"]) for e in t.state.log_history if "loss" in e] for t in (fast, slow)]
+    np.testing.assert_allclose(logs[0], logs[1], rtol=1e-3)
 
 
 def test_one_teacher_is_plain_distillation(tmp_path, tiny_vit, tiny_image_dataset):

@@ -783,7 +783,7 @@ def test_every_loss_refuses_shapes_that_differ(loss, shape):
 
 
 def test_adapt_conf_refuses_label_ids_of_other_examples():
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match=r"`labels` \(num_examples,\) are needed, got \(6, 4\) and \(1,\)"):
         adapt_conf(torch.zeros(6, 4), torch.zeros(1, dtype=torch.long))
 
 

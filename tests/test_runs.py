@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_vit
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from test_faults import fill, small_disk
 from test_trainer import LABELS, make_args, make_pool, weights
 from transformers import (
     BertTokenizerFast,
@@ -25,7 +29,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_cosupervise import CoSupervisedTrainer
+from hf_cosupervise import CoSupervisedTrainer, runs
+from hf_cosupervise import trainer as trainer_module
 from hf_cosupervise.runs import RunFolder, last_checkpoint, write_whole
 
 
@@ -120,7 +125,7 @@ def run(folder, student, data, changes=None, *, stop=None, resume=False, **argum
 
 CASES = [
     *((name, training) for name in ("vit", "timm", "bert", "dinov2", "distilbert") for training in ("lora", "full")),
-    *((name, "probe") for name in ("vit", "timm", "bert", "dinov2")),
+    *((name, "probe") for name in ("vit", "timm", "bert", "dinov2", "distilbert")),
 ]  # fmt: skip
 
 
@@ -393,3 +398,305 @@ def test_a_file_is_whole_or_not_there(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_whole(tmp_path / "name", fail)
     assert (tmp_path / "name").read_text() == "old" and os.listdir(tmp_path) == ["name"]
+
+
+# ── a full disk ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+SAFE = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+TORCH = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534")  # what `torch.save` says
+
+
+def fill_up(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Exception, ending: str) -> None:
+    """Let one function fail wherever it writes a file whose name ends so."""
+    own = getattr(place, name)
+
+    def full(*args, **kwargs):
+        names = [arg if isinstance(arg, (str, Path)) else getattr(arg, "name", "") for arg in args]
+        if any(str(name).endswith(ending) for name in names):
+            raise error
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, full)
+
+
+@pytest.mark.parametrize("training, place, name, error, ending", [
+    ("probe", os, "replace", FULL, "_run/run.json"),
+    ("probe", os, "replace", FULL, "_run/history.json"),
+    ("probe", runs, "save_file", FULL, "level-1/.student.safetensors.tmp"),
+    ("probe", runs, "save_file", SAFE, "level-1/.student.safetensors.tmp"),
+    ("probe", np, "savez", FULL, "level-1/.plan.npz.tmp"),
+    ("probe", os, "replace", FULL, "level-1/stage.json"),
+    ("lora", trainer_module, "save_file", SAFE, "level-1/checkpoint-2/buffers.safetensors"),
+    ("full", torch, "save", TORCH, "level-0/checkpoint-2/optimizer.pt"),
+    ("full", torch, "save", TORCH, "level-1/checkpoint-4/rng_state.pth"),
+    ("full", os, "replace", FULL, "level-1/checkpoint-4/digests.json"),
+])  # fmt: skip
+def test_a_full_disk_is_told_and_gone_on_from(
+    tmp_path, tiny_vit, tiny_image_dataset, monkeypatch, training, place, name, error, ending
+):
+    changes = {"student_training": training}
+    changes |= {} if training == "probe" else {"save_strategy": "steps", "save_steps": 2}
+    whole = run(tmp_path / "whole", tiny_vit, tiny_image_dataset, changes)
+    message = (
+        r"The disk of '.*/cut/_run' must have room .*, got it full: .* Free some space and call `train\(resume_from"
+    )
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=message) as caught:
+        fill_up(patch, place, name, error, ending)
+        run(tmp_path / "cut", tiny_vit, tiny_image_dataset, changes)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list((tmp_path / "cut").rglob("*.tmp"))
+    for folder in (tmp_path / "cut").rglob("checkpoint-*"):
+        assert (folder / "digests.json").is_file(), folder
+    again = run(tmp_path / "cut", tiny_vit, tiny_image_dataset, changes, resume=True)
+    assert_same_student(again, whole)
+    assert_same_story(again, whole)
+
+
+@pytest.mark.parametrize("training", ["probe", "full"])
+def test_a_disk_that_is_really_full(tmp_path, tiny_vit, tiny_image_dataset, training):
+    changes = {"student_training": training}
+    changes |= {} if training == "probe" else {"save_strategy": "steps", "save_steps": 2}
+    whole = run(tmp_path / "whole", tiny_vit, tiny_image_dataset, changes)
+    with small_disk(tmp_path / "disk", 2 << 20) as disk:
+        folder, told = disk / "out", 0
+        for num_free in (0, 8192, 60000, 120000, 250000, 400000):
+            args = make_args(folder, **{"learning_rate": 1e-2, "logging_steps": 1} | changes)
+            trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+            ballast = fill(disk, num_free)
+            try:
+                trainer.train(resume_from_checkpoint=True)
+            except OSError as error:
+                assert error.errno == errno.ENOSPC and f"The disk of '{folder / '_run'}" in str(error), error
+                told += 1
+            ballast.unlink()
+            assert not list(folder.rglob("*.tmp"))
+        assert told >= (2 if training == "probe" else 4)
+        again = run(folder, tiny_vit, tiny_image_dataset, changes, resume=True)
+        assert_same_student(again, whole)
+        assert_same_story(again, whole)
+        ballast = fill(disk, 8192)
+        with pytest.raises(OSError, match=r"The disk of '.*/out' must have room .* space and save it again"):
+            again.save_model()
+        ballast.unlink()
+        assert not list(folder.glob("*.safetensors")) and not list(folder.glob("_student-*"))
+        again.save_model()
+
+
+# ── one trainer, several calls ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("changes", [{}, {"student_training": "full", "save_strategy": "steps", "save_steps": 2}])
+def test_the_same_trainer_goes_on_after_a_crash(tmp_path, tiny_vit, tiny_image_dataset, changes):
+    whole = run(tmp_path / "whole", tiny_vit, tiny_image_dataset, changes)
+    again = run(tmp_path / "cut", tiny_vit, tiny_image_dataset, changes, stop=(1, 3))
+    again.pop_callback(StopAt)
+    again.train(resume_from_checkpoint=True)
+    assert_same_student(again, whole)
+    assert_same_story(again, whole)
+
+
+def test_a_run_that_was_refused_is_not_deleted_afterwards(tmp_path, tiny_vit, tiny_image_dataset):
+    run(tmp_path, tiny_vit, tiny_image_dataset)
+    args = make_args(tmp_path, learning_rate=5e-2)
+    trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+    with pytest.raises(ValueError, match="other settings"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(FileExistsError, match="must not hold another run"):
+        trainer.train()
+    assert (tmp_path / "_run" / "level-1" / "stage.json").is_file()
+
+
+def test_training_anew_leaves_nothing_of_the_run_before(tmp_path, tiny_vit, tiny_image_dataset):
+    args = make_args(tmp_path, rounds_per_level=3, learning_rate=1e-2)
+    trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+    trainer.train()
+    trainer.args.rounds_per_level = 2
+    trainer.train()
+    names = sorted(path.name for path in (tmp_path / "_run").glob("level-*"))
+    assert names == ["level-0", "level-1", "level-1-round-0"]
+    again = run(tmp_path, tiny_vit, tiny_image_dataset, {"logging_steps": 2, "rounds_per_level": 2}, resume=True)
+    assert_same_student(again, trainer)
+
+
+def test_a_level_that_is_trained_again_takes_those_below_it_along(tmp_path, tiny_vit, tiny_image_dataset):
+    changes = {"student_training": "full", "save_strategy": "steps", "save_steps": 2}
+    whole = run(tmp_path, tiny_vit, tiny_image_dataset, changes)
+    spoil(tmp_path / "_run" / "level-0" / "student.safetensors", "flipped")
+    run(tmp_path, tiny_vit, tiny_image_dataset, changes, stop=(1, 1), resume=True)
+    assert not (tmp_path / "_run" / "level-1").exists()
+    assert_same_student(run(tmp_path, tiny_vit, tiny_image_dataset, changes, resume=True), whole)
+
+
+@pytest.mark.parametrize("how", ["gone", "truncated", "a list"])
+def test_a_spoilt_history_is_written_anew(tmp_path, tiny_vit, tiny_image_dataset, how):
+    run(tmp_path, tiny_vit, tiny_image_dataset)
+    path = tmp_path / "_run" / "history.json"
+    content = path.read_text()
+    path.write_text("3") if how == "a list" else spoil(path, how)
+    run(tmp_path, tiny_vit, tiny_image_dataset, resume=True)
+    assert path.read_text() == content
+    path.chmod(0o444)
+    (tmp_path / "_run" / "level-1" / "stage.json").chmod(0o444)
+    (tmp_path / "_run" / "level-1" / "student.safetensors").unlink()
+    run(tmp_path, tiny_vit, tiny_image_dataset, resume=True)
+    assert json.loads(path.read_text())["levels"][0] == json.loads(content)["levels"][0]
+
+
+def test_the_three_verbs_are_a_run_too(tmp_path, tiny_vit, tiny_image_dataset):
+    whole = run(tmp_path / "whole", tiny_vit, tiny_image_dataset)
+    args = make_args(tmp_path / "verbs", learning_rate=1e-2, logging_steps=1)
+    verbs = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+    with pytest.raises(ValueError, match=r"Level 1 must follow a finished level 0 of this trainer, got 0 finished"):
+        verbs.prepare_level(1)
+    plan = verbs.prepare_level(0)
+    verbs.train_level(plan)
+    verbs.finish_level(plan)
+    with pytest.raises(ValueError, match=r"learning_rate: 0\.01 -> 0\.02"):
+        run(tmp_path / "verbs", tiny_vit, tiny_image_dataset, {"learning_rate": 2e-2}, resume=True)
+    other = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+    for verb in (lambda: other.prepare_level(0), lambda: other.train_level(plan)):
+        with pytest.raises(FileExistsError, match="must not hold another run"):
+            verb()
+    again = run(tmp_path / "verbs", tiny_vit, tiny_image_dataset, resume=True)
+    assert_same_student(again, whole)
+    assert_same_story(again, whole)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError()])
+def test_a_disk_without_locks_can_be_used(tmp_path, tiny_vit, tiny_image_dataset, monkeypatch, error):
+    def refuse(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    run(tmp_path, tiny_vit, tiny_image_dataset)
+
+
+def test_each_level_is_pushed_once_whatever_its_rounds(hub, tmp_path, tiny_vit, tiny_image_dataset):
+    changes = {"rounds_per_level": 2, "push_to_hub": True, "hub_model_id": "someone/rounds"}
+    trainer = run(tmp_path, tiny_vit, tiny_image_dataset, changes | {"hub_strategy": "every_save"})
+    trainer.save_model()
+    titles = [commit.title for commit in hub.commits("someone/rounds")]
+    assert titles[:-1] == ["Co-supervised student", "Student of level 0"]
+
+
+def test_another_number_of_processes_is_told(tmp_path, caplog):
+    facts = {"arguments": {"per_device_train_batch_size": 8, "seed": 1}, "num_processes": 1, "examples_per_step": 8}
+    folder = RunFolder(tmp_path)
+    folder.begin(facts)
+    half = {"arguments": {"per_device_train_batch_size": 4, "seed": 1}, "num_processes": 2, "examples_per_step": 8}
+    with caplog.at_level(logging.WARNING):
+        folder.check(half)  # another share of the same steps
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        folder.check({**facts, "num_processes": 2, "examples_per_step": 16})
+    assert "begun with 8 examples per step in 1 process(es), and goes on with 16 in 2" in caplog.text
+    with pytest.raises(ValueError, match=r"\(per_device_train_batch_size: 8 -> 4\)"):
+        folder.check({**half, "num_processes": 1, "examples_per_step": 4})
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_passed_over(tmp_path, tiny_vit, tiny_image_dataset):
+    changes = {"student_training": "full", "save_strategy": "steps", "save_steps": 2}
+    run(tmp_path, tiny_vit, tiny_image_dataset, changes, stop=(0, 3))
+    folder = tmp_path / "_run" / "level-0"
+    assert last_checkpoint(folder) == folder / "checkpoint-2" and last_checkpoint(folder, 2) is None
+
+
+# ── the best checkpoint ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("student, training", CASES)
+def test_the_best_checkpoint_of_each_level_comes_back_whole(
+    tmp_path, students, student, training, tiny_image_dataset, tiny_text_dataset
+):
+    data = tiny_text_dataset if "bert" in student else tiny_image_dataset
+    scores, seen = iter([0.1, 0.9, 0.2, 0.3] * 2), []
+
+    class Keep(TrainerCallback):
+        def on_evaluate(self, args, state, control, model, **kwargs):
+            seen.append({name: value.detach().clone() for name, value in model.state_dict().items()})
+
+    args = make_args(
+        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, learning_rate=0.05,
+        student_training=training, rejection="none",
+    )  # fmt: skip
+    trainer = CoSupervisedTrainer(
+        students[student], args, eval_dataset=data, pool=make_pool(data), callbacks=[Keep()],
+        compute_metrics=lambda prediction: {"score": next(scores)},
+    )  # fmt: skip
+    trainer.train()
+    own = weights(trainer)
+    moving = {name for name, value in seen[5].items() if not torch.equal(value, seen[7][name])}
+    if student == "timm" and training != "probe":
+        assert any("running_mean" in name for name in moving)
+    assert moving and all(torch.equal(value, own[name]) for name, value in seen[5].items())
+    trainer.load_level(0)
+    own = weights(trainer)
+    assert all(torch.equal(value, own[name]) for name, value in seen[1].items())
+
+
+# ── precision ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+HALF = [
+    "bf16",
+    pytest.param("fp16", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize("training", ["probe", "lora", "full"])
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_losses_and_e_step_are_float32_at_any_precision(
+    tmp_path, tiny_vit, tiny_image_dataset, monkeypatch, precision, training, own_loss
+):
+    seen, layers = {"loss": set(), "e-step": set()}, set()
+
+    def loss(logits, targets, rows):
+        seen["loss"] |= {logits.dtype, targets.dtype, (logits @ targets.T).dtype}
+        return -(torch.log_softmax(logits, dim=1) * targets).sum(dim=1)
+
+    def assign(student, teachers, answered):
+        seen["e-step"] |= {student.dtype, teachers.dtype, (student @ student.T).dtype}
+        return torch.zeros(len(student), dtype=torch.long)
+
+    plain = trainer_module._pseudolabel_losses
+    monkeypatch.setattr(
+        trainer_module, "_pseudolabel_losses", lambda logits, targets: loss(logits, targets["target_probs"], None)
+    )
+    args = make_args(
+        tmp_path, student_training=training, learning_rate=1e-2, logging_steps=1, max_steps=3,
+        fit_head_on_features=False, use_cpu=precision == "bf16", **{precision: True},
+    )  # fmt: skip
+    arguments = {"loss_func": loss} if own_loss else {}
+    trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset), assign_func=assign, **arguments)
+    for layer in trainer.model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda module, inputs, output: layers.add(output.dtype))
+    trainer.train()
+    assert layers == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert seen == {"loss": {torch.float32}, "e-step": {torch.float32}} and plain is not None
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and np.isfinite(losses).all() and trainer._loss_sum.dtype is torch.float64
+    for _, log_probs in trainer.predict_log_probs(trainer._rows):
+        assert log_probs.dtype is torch.float32 and torch.isfinite(log_probs).all()
+    if precision == "bf16":
+        assert len({loss for loss in losses if float(torch.tensor(loss).bfloat16()) != loss}) > 0
+
+
+def test_one_example_alone_in_a_batch_of_a_student_with_batch_normalization(tmp_path, tiny_timm, tiny_image_dataset):
+    changes = {"student_training": "full", "per_device_train_batch_size": 47}
+    message = (
+        r"needs batches of at least 2 examples, got one of 1 among the 48 examples that level 0 keeps\. Set `dataload"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "a", tiny_timm, tiny_image_dataset, changes)
+    changes |= {"dataloader_drop_last": True, "rejection": "none"}
+    run(tmp_path / "b", tiny_timm, tiny_image_dataset, changes)
+    assert (tmp_path / "b" / "_run" / "level-1" / "stage.json").is_file()
+
+
+def test_features_lie_beside_the_levels(tmp_path, tiny_vit, tiny_image_dataset):
+    run(tmp_path, tiny_vit, tiny_image_dataset)
+    assert list((tmp_path / "_run" / "features").glob("*/shard-*"))
+    assert not list((tmp_path / "_run").glob("level-*/_run"))

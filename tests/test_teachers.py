@@ -286,6 +286,7 @@ def test_an_unreadable_file(name, text, tmp_path):
         ({"labels": ["a", "b"], "teachers": [], "lables": []}, "got.*lables"),
         ({"labels": ["a", "b"], "teachers": [{"model": "t", "lvl": 1}]}, r"fields.*level.*unknown \['lvl'\]"),
         ({"labels": ["a", "b"], "teachers": [{"level": 0}]}, "needs `model`"),
+        ({"labels": ["a", "b"], "teachers": ["t"]}, r"A teacher must be a mapping of .*, got 't'"),
         ({"labels": ["a", "b"], "teachers": [{"model": "t", "scope": ["c"]}]}, "`scope`.*'t'"),
     ],
 )
@@ -297,3 +298,8 @@ def test_facts_that_are_no_hierarchy(facts, message, dump, tmp_path):
         TeacherHierarchy.load(path)
     with pytest.raises(ValueError, match=message):
         TeacherHierarchy.from_dict(facts)
+
+
+def test_a_hierarchy_in_one_line():
+    hierarchy = TeacherHierarchy(["a", "b"], [Teacher("t/x"), Teacher("t/y", level=1), Teacher("t/z", level=1)])
+    assert repr(hierarchy) == "TeacherHierarchy(1-2 teachers, 2 labels)"

@@ -461,7 +461,7 @@ def _other_head(tiny_vit: str) -> Any:
 
 BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], dict[str, Any]], str]] = [
     ("k too large", {"rejection_k": 4}, lambda pool, data: {}, r"`rejection_k` must lie in 1..3, got 4"),
-    ("k too small", {"rejection_k": 0}, lambda pool, data: {}, r"`rejection_k` must lie in 1..3, got 0"),
+    ("k too small", {"rejection_k": 0}, lambda pool, data: {}, r"`rejection_k` must be a whole number of at least 1"),
     (
         "assignments", {"assignment": ["scope"] * 3}, lambda pool, data: {},
         r"one for each of the 2 levels, got \['scope'",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import itertools
 import math
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cosupervise import weighting
 from hf_cosupervise.aggregation import mean_probs
 from hf_cosupervise.weighting import (
     AdaptiveEnsembleDistillation,
@@ -29,10 +27,6 @@ def make_probs(num_examples: int = 40, num_teachers: int = 4, num_labels: int = 
     answered[3] = False
     probs = (2 * torch.randn(num_examples, num_teachers, num_labels, generator=generator)).softmax(-1)
     return probs * answered.unsqueeze(-1), answered
-
-
-def test_examples_of_the_docstrings():
-    assert doctest.testmod(weighting).failed == 0
 
 
 # ── means and votes ─────────────────────────────────────────────────────────────────────────────────────────────────
