@@ -87,7 +87,7 @@ SURE = 0.75
 # Where something runs or is put, and what is run: not how a cell was made.
 _NOT_SETTINGS = {
     "output_dir", "features_dir", "seeds", "methods", "control", "seed", "data_seed", "disable_tqdm", "use_cpu",
-    "dataloader_pin_memory",
+    "dataloader_pin_memory", "resume",
 }  # fmt: skip
 # What a cell says of itself, which no number is.
 _FACTS = ("task", "method", "seed", "settings")

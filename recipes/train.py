@@ -102,6 +102,10 @@ class RecipeArguments:
     seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
     methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What is compared."})
     control: bool = field(default=True, metadata={"help": "Also train on one teacher that saw all the labels."})
+    resume: bool = field(
+        default=True,
+        metadata={"help": "Go on with the run in `output_dir`, where there is one; False: refuse such a folder."},
+    )
     calibrate_teachers: bool = field(
         default=False, metadata={"help": "Fit a temperature per teacher to the `num_heldout_examples`."}
     )
@@ -282,15 +286,20 @@ def run_seed(
     return report
 
 
-def check_run(folder: Path, facts: dict[str, Any]) -> None:
+def check_run(folder: Path, facts: dict[str, Any], resume: bool = True) -> None:
     """See that a folder holds no other run, and write down which one this is."""
     path = folder / "_run" / "config.json"
+    if path.is_file() and not resume:
+        raise FileExistsError(
+            f"'{folder}' must not hold a run where `resume` is off, got one. Choose another `output_dir`, or go on "
+            "with it by `--resume`."
+        )
     if path.is_file():
         # A field that is new since then had its default.
         known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
         facts = {key: facts.get(key, value) for key, value in known.items()} | facts
         different = sorted(
-            key for key in {*known, *facts} - {"seeds"}
+            key for key in {*known, *facts} - {"seeds", "resume"}
             if known.get(key) != facts.get(key) and not key.startswith(HUB_FIELDS)
         )  # fmt: skip
         if different:
@@ -396,7 +405,7 @@ def main() -> None:
     facts["hub_model_id"] = open_target(config)
     push = {"revision": config.hub_revision, "token": config.hub_token}
     with PartialState().main_process_first():
-        check_run(folder, facts)
+        check_run(folder, facts, recipe_args.resume)
     report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)
 
     def conclude() -> None:

@@ -110,6 +110,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 # 45 examples do not divide evenly: two processes repeat the first ones. A ridge sums in another order.
 @pytest.mark.parametrize(("changes", "num_rows", "tolerance"), [
     ({}, 48, 1e-5), ({"fit_head_on_features": False}, 48, 1e-5), ({"student_training": "full"}, 48, 1e-5),
+    ({"student_training": "lora"}, 48, 1e-5),
     ({}, 45, 2e-3), ({"fit_head_on_features": False}, 45, 2e-3), ({"student_training": "full"}, 45, 2e-3),
     ({"head_solver": "ridge"}, 45, 1e-3),
 ], ids=str)  # fmt: skip

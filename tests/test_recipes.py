@@ -95,13 +95,15 @@ def test_the_student_loads_without_us_and_predicts_what_was_reported(demo):
 @pytest.mark.slow
 def test_again_prints_the_table_and_another_configuration_is_refused(demo):
     folder, printed, _ = demo
-    again = run(folder)
+    again = run(folder, "--resume")
     assert again.returncode == 0, again.stderr[-3000:]
     table = printed[printed.index("level  ") :]
     assert table in again.stdout and "trained" not in again.stdout
     other = run(folder, "--learning_rate", "1e-4")
     assert other.returncode != 0
     assert re.search(r"must hold this run or none, got another one \(learning_rate: 0.003 -> 0.0001\)", other.stderr)
+    new = run(folder, "--resume", "False")
+    assert new.returncode != 0 and "must not hold a run where `resume` is off, got one" in new.stderr
 
 
 @pytest.mark.slow
