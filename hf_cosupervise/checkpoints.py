@@ -5,8 +5,6 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +34,14 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from .hub import fetch_files, hub_errors, resolve_commit
+from .model_files import (
+    INDEX_FILE,
+    check_config,
+    check_processor_files,
+    check_safetensors,
+    read_json,
+    read_shards,
+)
 
 # Everything that the loaders read, and nothing that could hold a pickle or code.
 LOADED_FILES = (
@@ -53,7 +59,6 @@ _MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.skops"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.skops")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
-_ARCHITECTURE = re.compile(r"[\w.]+")  # timm would follow `hf-hub:` and `local-dir:` in a configuration too
 _TIMM_PREFIXES = ("hf-hub:", "local-dir:")
 _PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 _LEAST_WORDS = 5
@@ -146,14 +151,33 @@ class Checkpoint:
                 f"{self.what} must be a whole model or an adapter, got both in '{self.place}'. Keep them "
                 "in two folders."
             )
-        if self.is_adapter or "model.safetensors" in names or "model.skops" in names:
-            return self.folder
-        if lost := sorted(_shards(self.folder / "model.safetensors.index.json") - names):
+        self._check_files(names)
+        return self.folder
+
+    def _check_files(self, names: set[str]) -> None:
+        """See that what the libraries will open is what they take it for."""
+        if spread := fnmatch.filter(names, "shard-*-model-*-of-*.safetensors"):
+            raise ValueError(
+                f"{self.what} must be saved as one model, got the distributed checkpoint '{spread[0]}' in "
+                f"'{self.place}'. Save it again by `save_pretrained`."
+            )
+        if self.is_adapter:
+            weights = {_ADAPTER_WEIGHTS}
+        elif "model.safetensors" in names:
+            weights = {"model.safetensors"}
+        else:
+            weights = read_shards(self.folder / INDEX_FILE, self.what)
+            if not weights and "model.skops" not in names:
+                weights = {INDEX_FILE}  # which is missing
+        if lost := sorted(weights - names):
             raise FileNotFoundError(
                 f"{self.what} must have all parts of its weights, got '{self.place}' without {lost[:3]}. Save it "
                 "again."
             )
-        return self.folder
+        with whole_weights(self):
+            for name in sorted(weights):
+                check_safetensors(self.folder / name)
+        check_processor_files(self.folder, self.what)
 
     @property
     def place(self) -> str:
@@ -221,7 +245,13 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    model: str, *, what: str, revision: str | None = None, subfolder: str | None = None, commit: str | None = None
+    model: str,
+    *,
+    what: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    commit: str | None = None,
+    is_base: bool = False,
 ) -> Checkpoint:
     """Find a model and pin it: only its configuration is read.
 
@@ -236,6 +266,8 @@ def find_checkpoint(
             Folder in it that holds the model.
         commit (`str`, *optional*):
             The commit, where it is known already; the Hub is then not asked for it again.
+        is_base (`bool`, *optional*, defaults to `False`):
+            Whether an adapter needs it as its base, so that it may not be an adapter itself.
 
     Returns:
         [`Checkpoint`]
@@ -265,9 +297,12 @@ def find_checkpoint(
         commit = commit or resolve_commit(repo, revision, what=what)
         names = _within(subfolder, ["config.json", "adapter_config.json"])
         folder = fetch_files(repo, commit, names, what=what) / (subfolder or "")
-    config, adapter = (_read_json(folder / name, what) for name in ("config.json", "adapter_config.json"))
+    config, adapter = (_read_config(folder / name, what) for name in ("config.json", "adapter_config.json"))
     if config is None and adapter is None:
         raise _without_config(what, repo, commit, subfolder)
+    if is_base and adapter is not None:
+        # Before its own base is looked for: adapters may name each other in a circle.
+        raise ValueError(f"{what} must be a whole model, got another adapter, '{model}'. Merge that one first.")
     base = None if adapter is None else _find_base(adapter, repo, is_local=commit is None)
     return Checkpoint(what, repo, revision, commit, subfolder, folder, config or {}, adapter, base)
 
@@ -329,21 +364,12 @@ def _within(subfolder: str | None, patterns: Iterable[str]) -> list[str]:
     return [f"{glob.escape(subfolder)}/{pattern}" if subfolder else pattern for pattern in patterns]
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any] | None:
+def _read_config(path: Path, what: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{what} must have a '{path.name}' that is JSON, got: {error}. Save the model again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{what} must have a '{path.name}' that is a JSON object, got a {type(content).__name__}. Save the model "
-            "again."
-        )
-    return content
+    config = read_json(path, what)
+    check_config(config, what, path.name)
+    return config
 
 
 def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> Checkpoint:
@@ -354,10 +380,10 @@ def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> Checkpo
             f"{what} must be named by its Hub id as `base_model_name_or_path`, got {name!r}. Correct its "
             "'adapter_config.json', or save the merged model instead."
         )
-    base = find_checkpoint(name, what=what, revision=adapter.get("revision"))
-    if base.is_adapter:
-        raise ValueError(f"{what} must be a whole model, got another adapter, '{name}'. Merge that one first.")
-    return base
+    revision = adapter.get("revision")
+    if not isinstance(revision, str | None):
+        raise ValueError(f"{what} must be at a branch, tag or commit by name, got {revision!r}. Correct `revision`.")
+    return find_checkpoint(name, what=what, revision=revision, is_base=True)
 
 
 def _list_files(what: str, repo: str, commit: str | None, subfolder: str | None) -> list[str]:
@@ -397,11 +423,6 @@ def _first(names: list[str]) -> str:
     return "no file" if not names else str(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-def _shards(index: Path) -> set[str]:
-    content = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
-    return {str(name) for name in content.get("weight_map", {}).values()}
-
-
 @lru_cache(maxsize=256)
 def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
     """Hash of files given as path, size and time of change: gigabytes of weights are read once a run."""
@@ -436,11 +457,6 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.what} must be of a type that transformers knows, got {model_type!r} in "
             f"'{checkpoint.place}'. Code from a repository is never run: use a model without code of its own, or "
             "update transformers."
-        )
-    if not _ARCHITECTURE.fullmatch(str(checkpoint.config.get("architecture", "none"))):
-        raise ValueError(
-            f"{checkpoint.what} must name an architecture of timm, got {checkpoint.config['architecture']!r} in "
-            f"'{checkpoint.place}', which leads elsewhere. Use a checkpoint that was saved by timm."
         )
     config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if config.model_type == "timm_wrapper" and config.model_args:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from .checkpoints import (
@@ -36,6 +38,11 @@ from .teachers import Teacher
 SKLEARN_FEATURE_KINDS = ("pixels", "values", "text")
 _SKLEARN_FILE = "model.skops"
 _SAFETENSORS_FILE = "model.safetensors"
+# What a model of timm says of its inputs and outputs; where its weights came from is not read.
+_TIMM_SETTINGS = (
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes"),
+    *("pool_size", "first_conv", "classifier"),
+)
 
 
 class TeacherModel(Protocol):
@@ -363,9 +370,10 @@ class _TimmTeacher:
         _check_head(name, own_labels)
         folder = source.checkpoint.fetch()
         source.checkpoint.file(_SAFETENSORS_FILE)
+        model = _build_timm(source)
         try:
             with whole_weights(source.checkpoint):
-                model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+                model.load_state_dict(load_file(folder / _SAFETENSORS_FILE))
         except RuntimeError as error:
             raise ValueError(
                 f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a "
@@ -399,7 +407,13 @@ class _SklearnTeacher:
         feature = _feature_settings(declared, f"`feature` in 'config.json' of teacher '{name}'")
         source.checkpoint.fetch()
         path = source.checkpoint.file(_SKLEARN_FILE)
-        untrusted = set(skops_io.get_untrusted_types(file=path))
+        try:
+            untrusted = set(skops_io.get_untrusted_types(file=path))
+        except (BadZipFile, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Teacher '{name}' must have a '{_SKLEARN_FILE}' that skops wrote, got another or a damaged file: "
+                f"{error}. Save it again by `save_sklearn_teacher`."
+            ) from error
         if refused := sorted(untrusted - set(source.teacher.trusted_types)):
             raise ValueError(
                 f"Teacher '{name}' must hold types that skops or you trust, got {refused}. If you trust its origin, "
@@ -519,6 +533,35 @@ def _load_classifier(checkpoint: Checkpoint) -> tuple[Any, Path]:
     check_no_missing(checkpoint.what, info["missing_keys"])
     checkpoint.name_after(model)
     return model, folder
+
+
+def _build_timm(source: _Source) -> Any:
+    """A model of timm as its configuration describes it, with fresh weights.
+
+    timm would read `config.json` itself, by `local-dir:`, and would then open whatever files that names.
+    """
+    import timm
+
+    config = source.config
+    try:
+        args = dict(config.get("model_args") or {})
+        described = config.get("pretrained_cfg") or config
+        settings = {key: described[key] for key in _TIMM_SETTINGS if described.get(key) is not None}
+        settings["num_classes"] = config.get("num_classes", settings.get("num_classes"))
+        # timm 1.0.31 takes the size of the inputs from the arguments where it was not saved elsewhere.
+        if args.get("dynamic_img_size") or args.get("strict_img_size") is False:
+            settings["fixed_input_size"] = False
+        channels, *size = settings.get("input_size", (3, 224, 224))
+        if settings.get("fixed_input_size") and args.get("img_size"):
+            size = [args["img_size"]] * 2 if isinstance(args["img_size"], int) else args["img_size"]
+        settings["input_size"] = (args.get("in_chans", channels), *size)
+        return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=settings, **args)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"Teacher '{source.name}' must be a model that timm {timm.__version__} knows, got architecture "
+            f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: {error}. Update timm, or "
+            "save the model again."
+        ) from error
 
 
 def _timm_labels(source: _Source) -> list[str]:

@@ -18,6 +18,7 @@ FLOORS = {
     3: (
         "processes",
         "hub",
+        "model_files",
         "checkpoints",
         "hierarchies",
         "pool_files",
