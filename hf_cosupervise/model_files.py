@@ -125,7 +125,7 @@ def _other_file(what: str, where: str, value: Any) -> ValueError:
 def _check_timm_args(arguments: Any, what: str, where: str) -> None:
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{what} must have a JSON object as {where}, got {_short(arguments)}. Save the model again.")
-    if unknown := sorted(set(arguments) - _TIMM_ARGS):
+    if unknown := sorted(set(arguments).difference(_TIMM_ARGS)):
         raise ValueError(
             f"{what} must be built from sizes and kinds of layers, got `{unknown[0]}` in {where}, which is none of "
             "them. Remove it; weights are read from 'model.safetensors' alone."
