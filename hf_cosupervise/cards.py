@@ -23,6 +23,7 @@ from huggingface_hub import (
 )
 
 from .card_merging import merge_card, sign_card
+from .files import write_text
 
 logger = logging.getLogger(__name__)
 TAGS = ("co-supervised-learning", "weak-to-strong")
@@ -220,7 +221,7 @@ def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")
-    path, temporary = folder / "README.md", folder / ".README.md.tmp"
+    path = folder / "README.md"
     if path.exists():
         try:
             text, kept = merge_card(_read_card(path), text)
@@ -229,8 +230,7 @@ def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
             raise ValueError(f"'{path}' must be a card to merge into, got: {found}. Correct or delete it.") from error
         if kept:
             logger.warning("'%s': edited by hand and kept: %s. For a fresh card, delete it.", path, ", ".join(kept))
-    temporary.write_text(text, encoding="utf-8", newline="")  # the line ends are those of the card that was there
-    os.replace(temporary, path)
+    write_text(path, text, newline="")  # the line ends are those of the card that was there
     return path
 
 

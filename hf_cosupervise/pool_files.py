@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 
+from .files import file_digest
 from .teachers import TeacherHierarchy
 
 FORMAT_VERSION = 1
@@ -119,25 +118,6 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
         for start in range(0, len(dataset), max(batch, 1)):
             writer.write_table(dataset.with_format("arrow")[start : start + batch])
         writer.finalize()
-
-
-def link_file(source: Path, path: Path) -> None:
-    """Put a file at another path without a copy, where the disk allows it: files of a pool are never changed.
-
-    Args:
-        source (`pathlib.Path`):
-            The file.
-        path (`pathlib.Path`):
-            Where it is wanted; its folder is made.
-    """
-    if source == path:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # in the Hub's cache, a name is a symbolic link to the content
-    try:
-        os.link(source, path)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, path)
 
 
 def find_own_file(dataset: Dataset) -> Path | None:
@@ -299,34 +279,6 @@ def file_names(header: Mapping[str, Any]) -> list[str]:
     """
     names = [f"teachers/{teacher['name']}/data.arrow" for teacher in header["hierarchy"]["teachers"]]
     return [*names, INPUTS] if header["has_inputs"] else names
-
-
-def file_signature(path: Path) -> tuple[int, ...]:
-    """Give what tells a file from another one that took its place.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-
-    Returns:
-        `tuple[int, ...]`: Device, inode, size and time of change.
-    """
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-def file_digest(path: Path) -> str:
-    """Hash a file as the Hub does.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-
-    Returns:
-        `str`: SHA-256, 64 hexadecimal digits.
-    """
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ids_digest(ids: np.ndarray) -> str:
