@@ -246,6 +246,8 @@ def _what_is_wrong(path: Path) -> str:
 def is_inside(path: Path, folder: Path) -> bool:
     """Tell whether a path leads into a folder when all links on the way are followed.
 
+    In the Hub's cache, a snapshot's files are links to contents beside it, which count as inside.
+
     Args:
         path (`pathlib.Path`):
             Any path.
@@ -255,7 +257,11 @@ def is_inside(path: Path, folder: Path) -> bool:
     Returns:
         `bool`
     """
-    return path.resolve().is_relative_to(folder.resolve())
+    folder = folder.resolve()
+    snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
+    return any(
+        path.resolve().is_relative_to(root) for root in (folder, *(found.parent / "blobs" for found in snapshots))
+    )
 
 
 # ── a full disk ─────────────────────────────────────────────────────────────────────────────────────────────────────

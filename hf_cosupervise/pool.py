@@ -19,7 +19,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from .aggregation import mean_probs
 from .assignment import NOBODY
 from .cards import pool_card, write_card
-from .files import check_free, file_digest, file_signature, link_file, whole_folder, write_text
+from .files import check_free, file_digest, file_signature, is_inside, link_file, whole_folder, write_text
 from .hub import CARD, fetch_files, hub_errors, open_repo, publish, resolve_commit
 from .inputs import read_labels, shorten
 from .pool_files import (
@@ -873,6 +873,10 @@ class PseudolabelPool:
             folder = Path(source)
             if not (folder / HEADER).is_file():
                 raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{HEADER}'. Make one with `build_pool`.")
+            if not is_inside(folder / HEADER, folder):
+                raise ValueError(
+                    f"Pool '{folder}' must hold its '{HEADER}' itself, got a link. Copy it without links."
+                )
             header = read_header(folder / HEADER, folder)
             return cls._map_files(
                 folder, header, verify, f"'{folder}'", "Label the data again, or copy the whole folder."
@@ -901,6 +905,11 @@ class PseudolabelPool:
         for path in file_names(header):
             if not (folder / path).is_file():
                 raise FileNotFoundError(f"Pool {what} lacks '{folder / path}'. {advice}")
+            if not is_inside(folder / path, folder):
+                raise ValueError(
+                    f"Pool {what} must hold its files itself, got '{path}' as a link to somewhere else. It was not "
+                    "opened; copy the whole pool without links."
+                )
             size, digest = header.get("files", {}).get(path, (None, None))
             digests[file_signature(folder / path)] = digest
             datasets[path] = map_arrow(folder / path, size, digest, verify, what, advice)
