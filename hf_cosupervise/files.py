@@ -69,7 +69,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def _new_name(path: Path) -> Path:
     """A hidden name beside a path, too long to guess and short enough for every disk."""
-    return path.with_name(f".{path.stem[:100]}-{secrets.token_hex(8)}{path.suffix[-20:]}")
+    return path.with_name(f".{path.stem[:40]}-{secrets.token_hex(8)}{path.suffix[-20:]}")
 
 
 def write_text(path: Path, text: str, newline: str | None = None) -> None:

@@ -506,12 +506,12 @@ TRICKS = {
 
 
 def every_field(trick: str) -> list[tuple[Callable[[dict[str, Any]], str], dict[str, Any]]]:
-    """Each card with each of its fields in turn holding a trick, and with all of them at once."""
+    """Each card with a trick in each of its fields, and with its own id, without which its snippets name no place."""
     found = []
     for write, facts in PLAIN:
-        singles = [{**facts, key: _nasty(value, trick)} for key, value in facts.items() if key not in _FIXED]
         everything = {key: value if key in _FIXED else _nasty(value, trick) for key, value in facts.items()}
-        found += [(write, case) for case in (*singles, everything)]
+        ids = {key: facts[key] for key in ("hub_model_id", "hub_dataset_id") if key in facts}
+        found += [(write, everything), (write, everything | ids)]
     return found
 
 

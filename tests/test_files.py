@@ -21,7 +21,7 @@ from hf_cosupervise.cards import model_card, write_card
 from hf_cosupervise.evaluation import save_report
 from hf_cosupervise.files import is_inside, open_work_folder, whole_file, whole_folder, write_json, write_text
 from hf_cosupervise.journal import Journal
-from hf_cosupervise.plotting import plot_levels
+from hf_cosupervise.plotting import plot_pgr
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.runs import RunFolder, seal_checkpoint
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
@@ -30,10 +30,10 @@ HIERARCHY = TeacherHierarchy(["a", "b"], [Teacher("t/root")])
 PACKAGE = Path(files_module.__file__).parent
 
 
-def plot(path: Path) -> None:
-    plot_levels({"levels": [{"level": 0, "accuracy": 0.5, "keep_rate": 1.0, "pgr": 0.1, "teachers": {}}]}, path)
-
-
+REPORT = {"weak_accuracy": 0.4, "methods": {"csl": {"accuracy": 0.5, "pgr": 0.5}, "ceiling": {"accuracy": 0.6}}}
+    "weak_accuracy": [0.4],
+    "methods": {"csl": {"accuracy": [0.5], "pgr": [0.5]}, "ceiling": {"accuracy": [0.6]}},
+}
 # Who writes which file, with the name that its temporary file once had.
 WRITERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "card": (lambda folder: write_card(model_card({"name": "x"}), folder), "README.md", ".README.md.tmp"),
@@ -45,7 +45,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "journal": (
         lambda folder: Journal(folder / "work", 1, 1, np.dtype("u1")).open({}), "work/plan.json", "work/plan.json.tmp"
     ),
-    "figure": (lambda folder: plot(folder / "f.png"), "f.png", ".f.tmp.png"),
+    "figure": (lambda folder: plot_pgr(REPORT, folder / "f.png"), "f.png", ".f.tmp.png"),
 }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_a_file_or_folder_is_whole_or_not_there(tmp_path):
     assert (tmp_path / "name").read_text() == "old" and os.listdir(tmp_path) == ["name"]
 
 
-@pytest.mark.parametrize("name", ["x" * 240 + ".json", "é" * 120, "a" + "." * 100 + "b" * 100, ".hidden", "x.tar.gz"])
+@pytest.mark.parametrize("name", ["x" * 240 + ".json", "é" * 120, "😀" * 60, "a" + "." * 100 + "b" * 100, ".hidden", "x.tar.gz"])
 def test_long_and_odd_names_can_be_written(name, tmp_path):
     write_json(tmp_path / name, {"a": float("nan")})
     assert json.loads((tmp_path / name).read_text()) == {"a": None} and os.listdir(tmp_path) == [name]
