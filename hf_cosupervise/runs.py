@@ -17,7 +17,7 @@ from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
-from .files import file_digest, make_output_dir, read_json, whole_file, write_json
+from .files import file_digest, is_inside, make_output_dir, read_json, whole_file, write_json
 from .levels import LevelPlan
 from .metrics import without_nan
 from .pool import PseudolabelPool
@@ -229,7 +229,7 @@ class RunFolder:
                 logger.warning(f"'{folder / _STAGE}' is not as it was written: this round is trained again.")
                 return None
             for name, digest in facts["files"].items():
-                if not (folder / name).is_file() or file_digest(folder / name) != digest:
+                if not _is_as_written(folder, name, digest):
                     logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")
                     return None
             with np.load(folder / _PLAN, allow_pickle=False) as saved:
@@ -296,8 +296,7 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
             continue  # it was being written
         try:
             digests = read_json(path / _DIGESTS)
-            spoilt = [name for name, digest in digests.items()
-                      if not (path / name).is_file() or file_digest(path / name) != digest]  # fmt: skip
+            spoilt = [name for name, digest in digests.items() if not _is_as_written(path, name, digest)]
             if spoilt:
                 logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
                 continue
@@ -309,6 +308,12 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning(f"'{path}' cannot be read ({error!r}): the checkpoint before it is taken.")
     return None
+
+
+def _is_as_written(folder: Path, name: str, digest: str) -> bool:
+    """Whether a file is in a folder, not behind a link or a path that leads out of it, and is the one noted."""
+    path = folder / name
+    return is_inside(path, folder) and path.is_file() and file_digest(path) == digest
 
 
 # ── fingerprints ────────────────────────────────────────────────────────────────────────────────────────────────────

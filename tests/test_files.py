@@ -23,7 +23,7 @@ from hf_cosupervise.files import is_inside, open_work_folder, whole_file, whole_
 from hf_cosupervise.journal import Journal
 from hf_cosupervise.plotting import plot_pgr
 from hf_cosupervise.pool import PseudolabelPool
-from hf_cosupervise.runs import RunFolder, seal_checkpoint
+from hf_cosupervise.runs import RunFolder, last_checkpoint, seal_checkpoint
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
 HIERARCHY = TeacherHierarchy(["a", "b"], [Teacher("t/root")])
@@ -31,9 +31,6 @@ PACKAGE = Path(files_module.__file__).parent
 
 
 REPORT = {"weak_accuracy": 0.4, "methods": {"csl": {"accuracy": 0.5, "pgr": 0.5}, "ceiling": {"accuracy": 0.6}}}
-    "weak_accuracy": [0.4],
-    "methods": {"csl": {"accuracy": [0.5], "pgr": [0.5]}, "ceiling": {"accuracy": [0.6]}},
-}
 # Who writes which file, with the name that its temporary file once had.
 WRITERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "card": (lambda folder: write_card(model_card({"name": "x"}), folder), "README.md", ".README.md.tmp"),
@@ -115,7 +112,10 @@ def test_a_file_or_folder_is_whole_or_not_there(tmp_path):
     assert (tmp_path / "name").read_text() == "old" and os.listdir(tmp_path) == ["name"]
 
 
-@pytest.mark.parametrize("name", ["x" * 240 + ".json", "é" * 120, "😀" * 60, "a" + "." * 100 + "b" * 100, ".hidden", "x.tar.gz"])
+LONG = ["x" * 240 + ".json", "é" * 120, "😀" * 60, "a" + "." * 100 + "b" * 100, ".hidden", "x.tar.gz"]
+
+
+@pytest.mark.parametrize("name", LONG)
 def test_long_and_odd_names_can_be_written(name, tmp_path):
     write_json(tmp_path / name, {"a": float("nan")})
     assert json.loads((tmp_path / name).read_text()) == {"a": None} and os.listdir(tmp_path) == [name]
@@ -177,6 +177,21 @@ def test_a_pool_is_not_saved_through_a_planted_folder(tmp_path, victim):
     )
     pool.save(tmp_path / "pool")
     assert os.listdir(elsewhere) == [] and len(PseudolabelPool.load(tmp_path / "pool")) == 1
+
+
+@pytest.mark.parametrize("how", ["relative", "absolute", "link"])
+def test_a_checkpoint_whose_digests_lead_elsewhere_is_passed_over(how, tmp_path, victim, caplog):
+    folder = tmp_path / "level-0/checkpoint-1"
+    folder.mkdir(parents=True)
+    write_json(folder / "trainer_state.json", {"global_step": 1, "max_steps": 2})
+    seal_checkpoint(folder, {})
+    assert last_checkpoint(tmp_path / "level-0") == folder
+    name = {"relative": "../../victim", "absolute": str(victim), "link": "link"}[how]
+    if how == "link":
+        (folder / "link").symlink_to(victim)
+    write_json(folder / "digests.json", {name: files_module.file_digest(victim)})
+    assert last_checkpoint(tmp_path / "level-0") is None
+    assert "is not as it was written" in caplog.text
 
 
 # ── where a path leads ──────────────────────────────────────────────────────────────────────────────────────────────
