@@ -259,6 +259,10 @@ def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBu
         # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
         if commit is not None and builder.hash != commit:
             raise DatasetsError(f"it cannot be read, and only commit {builder.hash} is in the cache")
+        files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
+        # Later versions of `datasets` see to this themselves.
+        if elsewhere := [file for file in files if (_HUB_FILE.match(file) or [""] * 3)[2] != builder.hash]:
+            raise DatasetsError(f"its card names data that are not in it: {elsewhere[0]}")
     _check_split(builder, choice)
     if not choice.streaming:
         with _explained(repo_id, commit, choice.config_name):

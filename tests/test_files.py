@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from datasets import Dataset
 
 from hf_cosupervise import files as files_module
@@ -181,6 +182,7 @@ def test_a_pool_is_not_saved_through_a_planted_folder(tmp_path, victim):
 
 @pytest.mark.parametrize("how", ["relative", "absolute", "link"])
 def test_a_checkpoint_whose_digests_lead_elsewhere_is_passed_over(how, tmp_path, victim, caplog):
+    PartialState()  # the logger asks it
     folder = tmp_path / "level-0/checkpoint-1"
     folder.mkdir(parents=True)
     write_json(folder / "trainer_state.json", {"global_step": 1, "max_steps": 2})
@@ -191,7 +193,7 @@ def test_a_checkpoint_whose_digests_lead_elsewhere_is_passed_over(how, tmp_path,
         (folder / "link").symlink_to(victim)
     write_json(folder / "digests.json", {name: files_module.file_digest(victim)})
     assert last_checkpoint(tmp_path / "level-0") is None
-    assert "is not as it was written" in caplog.text
+    assert f"'{folder / name}' is not as it was written" in caplog.text
 
 
 # ── where a path leads ──────────────────────────────────────────────────────────────────────────────────────────────

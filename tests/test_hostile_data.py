@@ -363,6 +363,15 @@ def test_metadata_of_an_image_folder_lead_nowhere_else(name, streaming, hub: Hub
         find_data("someone/images", choose(streaming=streaming), ALONE)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_card_names_no_data_files_elsewhere(streaming, hub: HubServer, secret, monkeypatch):
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {secret}\n---\n"
+    upload("someone/evil", {"1.png": png(1), "README.md": card.encode()})
+    nothing_opened(monkeypatch, secret)
+    with pytest.raises(ValueError, match="`dataset` must be data that `datasets` can read, got 'someone/evil'"):
+        find_data("someone/evil", choose(streaming=streaming), ALONE)
+
+
 def test_a_pool_of_the_hub_with_a_path_for_a_cell_is_refused(hub: HubServer, tmp_path, secret, monkeypatch):
     folder = make_pool(tmp_path / "pool")
     PseudolabelPool.load(folder).push_to_hub("someone/pool")
