@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
+from .files import write_text
 from .metrics import without_nan
 
 # They draw one bar per level, so they must hear of every beginning and end. By name: the notebook's needs IPython.
@@ -135,6 +136,4 @@ class LevelHistory:
         self.records.append(record)
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(self.to_json(), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_text(self.path, self.to_json())

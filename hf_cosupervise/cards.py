@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
+from unicodedata import category
 from urllib.parse import quote
 
 import numpy as np
@@ -23,6 +23,7 @@ from huggingface_hub import (
 )
 
 from .card_merging import merge_card, sign_card
+from .files import write_text
 
 logger = logging.getLogger(__name__)
 TAGS = ("co-supervised-learning", "weak-to-strong")
@@ -34,6 +35,7 @@ _AUTO_CLASSES = {
 _TEMPLATES = Path(__file__).parent / "templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile("[0-9a-f]{40}")
+_UNSEEN = ("Cc", "Cf", "Cs")
 _MAX_NAMES = 6
 _MAX_LABELS = 100
 
@@ -92,7 +94,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "evaluation_intro": _evaluation_intro(facts, report),
         "evaluation_table": _evaluation_table(report),
         "pgr_text": _pgr_text(report),
-        "figure": quote(_in_repo(facts.get("figure", ""))),
+        "figure": _quote(_in_repo(facts.get("figure", ""))),
         "teachers_table": _teachers_table(facts.get("teachers", [])),
         "levels_table": _levels_table(_join_levels(facts.get("levels", []), report.get("levels", []))),
         "hyperparameters_table": _hyperparameters_table(facts.get("hyperparameters", {})),
@@ -138,10 +140,10 @@ def pool_card(facts: Mapping[str, Any]) -> str:
         "source_text": source
         + (f" (split {_code(facts['source_split'])})" if source and "source_split" in facts else ""),
         "has_inputs": bool(columns),
-        "hub_dataset_id": repo_id,
-        "pool_place": json.dumps(repo_id or ".") + _at_branch(facts),
+        "repo_id": repo_id and _literal(repo_id),
+        "pool_place": _literal(repo_id or ".") + _at_branch(facts),
         "at_branch": _at_branch(facts),
-        "first_teacher": json.dumps(names[0]),
+        "first_teacher": _literal(names[0]),
         "oracle_columns": " and ".join(oracle),
         "many_oracle_columns": len(oracle) > 1,
         "labels_text": _label_list(facts.get("labels", [])),
@@ -188,7 +190,7 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
         "modality": facts.get("modality"),
         "num_labels": len(labels),
         "num_levels": len({teacher.get("level") for teacher in teachers}),
-        "place": json.dumps(repo_id or ".") + _at_branch(facts),
+        "place": _literal(repo_id or ".") + _at_branch(facts),
         "is_local": repo_id is None,
         "teacher_usage": _teacher_usage(teachers, facts.get("modality"), repo_id or ".", facts.get("hub_branch")),
         "teachers_table": _teachers_table(teachers, with_kind=True),
@@ -220,7 +222,7 @@ def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")
-    path, temporary = folder / "README.md", folder / ".README.md.tmp"
+    path = folder / "README.md"
     if path.exists():
         try:
             text, kept = merge_card(_read_card(path), text)
@@ -229,8 +231,7 @@ def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
             raise ValueError(f"'{path}' must be a card to merge into, got: {found}. Correct or delete it.") from error
         if kept:
             logger.warning("'%s': edited by hand and kept: %s. For a fresh card, delete it.", path, ", ".join(kept))
-    temporary.write_text(text, encoding="utf-8", newline="")  # the line ends are those of the card that was there
-    os.replace(temporary, path)
+    write_text(path, text, newline="")  # the line ends are those of the card that was there
     return path
 
 
@@ -243,6 +244,7 @@ def _read_card(path: Path) -> str:
 
 def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:
     # The client reads a template by the encoding of the machine, so it gets the text.
+    metadata.__dict__.update(_yaml({key: value for key, value in metadata.__dict__.items() if key != "eval_results"}))
     card = kind.from_template(metadata, template_str=(_TEMPLATES / template).read_text(encoding="utf-8"), **body)
     return sign_card(str(card))
 
@@ -277,15 +279,16 @@ def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
     values = report.get("methods", {}).get("csl", {}).get("accuracy")
     if facts.get("seed") in report.get("seeds", []):
         values = values[report["seeds"].index(facts["seed"])]  # of this student, not of all of them
-    numbers, dataset, task = _numbers(values), facts.get("dataset_name"), _pipeline_tag(facts)
+    numbers, task = _numbers(values), _pipeline_tag(facts)
+    dataset, kind, split = (_yaml(facts.get(f"dataset_{key}")) for key in ("name", "type", "split"))
     if not len(numbers) or not dataset or not task:
         return []
     return [
         EvalResult(
             task_type=task,
-            dataset_type=facts.get("dataset_type", dataset),
+            dataset_type=kind or dataset,
             dataset_name=dataset,
-            dataset_split=facts.get("dataset_split"),
+            dataset_split=split,
             metric_type="accuracy",
             metric_name="Accuracy" if len(numbers) == 1 else f"Accuracy (mean of {len(numbers)} seeds)",
             metric_value=round(float(numbers.mean()), 4),
@@ -332,7 +335,7 @@ def _usage(facts: Mapping[str, Any]) -> str:
     if task is None:
         return ""
     where = "" if repo_id else "  # this folder, or its id on the Hub"
-    load = f'classifier = pipeline("{task}", model="{repo_id or "."}"{_at_branch(facts)}){where}'
+    load = f"classifier = pipeline({_literal(task)}, model={_literal(repo_id or '.')}{_at_branch(facts)}){where}"
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]
@@ -342,7 +345,7 @@ def _usage(facts: Mapping[str, Any]) -> str:
         branch = f"@{facts['hub_branch']}" if "hub_branch" in facts else ""
         place = f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:."
         lines = ["import timm", *lines, "", "# The same model by timm alone."]
-        lines.append(f'model = timm.create_model("{place}", pretrained=True).eval()')
+        lines.append(f"model = timm.create_model({_literal(place)}, pretrained=True).eval()")
         lines.append("transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
         lines.append("print(model(transform(image).unsqueeze(0)).softmax(-1))")
     return "\n".join(lines)
@@ -350,7 +353,7 @@ def _usage(facts: Mapping[str, Any]) -> str:
 
 def _at_branch(facts: Mapping[str, Any]) -> str:
     """What a call of the snippet needs where the files are not on the main branch."""
-    return f", revision={json.dumps(facts['hub_branch'])}" if "hub_branch" in facts else ""
+    return f", revision={_literal(facts['hub_branch'])}" if "hub_branch" in facts else ""
 
 
 def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, place: str, branch: str | None) -> str:
@@ -359,10 +362,10 @@ def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, 
         model, at = teacher.get("model"), teacher.get("commit") or teacher.get("revision")
         if modality is None or teacher.get("kind") != "transformers" or (model and not _is_hub_id(model)):
             continue
-        arguments = json.dumps(model or place)
+        arguments = _literal(model or place)
         at = at if model else branch  # of another repository, or of this one
-        arguments += f", revision={json.dumps(at)}" if at else ""
-        arguments += f", subfolder={json.dumps(teacher['subfolder'])}" if "subfolder" in teacher else ""
+        arguments += f", revision={_literal(at)}" if at else ""
+        arguments += f", subfolder={_literal(teacher['subfolder'])}" if "subfolder" in teacher else ""
         reader, auto_reader, auto_model = _AUTO_CLASSES[modality]
         return (
             f"from transformers import {', '.join(sorted([auto_reader, auto_model]))}\n\n"
@@ -501,19 +504,48 @@ def _count(value: Any) -> str:
     return f"{numbers.mean():,.0f}" if len(numbers) else ""
 
 
+# Each place in a card has one function through which all values go: text and table cells, inline code, Python, YAML.
 def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
+    """Text on one line."""
+    return _visible(" ".join(str(value).split()))
+
+
+def _visible(text: str) -> str:
+    """Text in which nothing is hidden or turned round; joiners are not seen either, but some scripts need them."""
+    is_hidden = {char for char in set(text) if category(char) in _UNSEEN and char not in "\n\t\u200c\u200d"}
+    return "".join("\ufffd" if char in is_hidden else char for char in text)
 
 
 def _escape(value: Any) -> str:
     """Text that starts no link, comment or tag, and does not leave its table cell."""
     text = re.sub(r"([\\|\[\]])", r"\\\1", _one_line(value))
-    return text.replace("<", "&lt;").replace("`", "'")
+    return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace("`", "'")
 
 
 def _code(value: Any) -> str:
     """Inline code; a pipe is escaped, by an odd number of backslashes, to stay in its table cell."""
-    return "`" + re.sub(r"(\\*)\|", r"\1\1\\|", _one_line(value)).replace("`", "'") + "`"
+    text = re.sub(r"(\\*)\|", r"\1\1\\|", _one_line(value)).replace("`", "'")
+    return f"`{text or ' '}`"
+
+
+def _literal(text: str) -> str:
+    """Python that gives exactly this text, on one line and in characters that can be seen."""
+    is_plain = text.isprintable() and not {'"', "\\"} & set(text)
+    return f'"{text}"' if is_plain else ascii(text)
+
+
+def _yaml(value: Any) -> Any:
+    """A value for the header, which the YAML library quotes as it needs."""
+    if isinstance(value, Mapping):
+        return {_yaml(key): _yaml(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_yaml(item) for item in value]
+    return _visible(value) if isinstance(value, str) else value
+
+
+def _quote(path: str) -> str:
+    """A path in an address."""
+    return quote(path, errors="replace")
 
 
 def _join(values: Sequence[Any]) -> str:
@@ -579,9 +611,9 @@ def _repo_link(repo: str | None, at: str | None = None, subfolder: str | None = 
         return _code(PureWindowsPath(repo).name)  # knows both kinds of slashes
     url, text = f"https://huggingface.co/{prefix}{repo}", repo
     if subfolder or (at and _COMMIT.fullmatch(at)):
-        url += f"/tree/{quote(at or 'main', safe='')}"
+        url += f"/tree/{_quote(at or 'main').replace('/', '%2F')}"
     if subfolder:
-        url, text = f"{url}/{quote(subfolder)}", f"{repo}/{subfolder}"
+        url, text = f"{url}/{_quote(subfolder)}", f"{repo}/{subfolder}"
     return f"[{_escape(text)}]({url})"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,9 @@ from transformers import PreTrainedModel, PrinterCallback
 from .aggregation import AGGREGATORS
 from .config import CoSupervisedConfig
 from .derived_pools import FEATURE_AGGREGATORS, aggregated_pool, boosted_pool, single_teacher_pool
+from .files import write_json
 from .levels import LevelPlan
-from .metrics import accuracy, mean_and_spread, performance_gap_recovered, without_nan
+from .metrics import accuracy, mean_and_spread, performance_gap_recovered
 from .pool import PseudolabelPool
 from .teachers import TeacherHierarchy
 from .trainer import RUN_DIR, CoSupervisedTrainer
@@ -436,7 +436,4 @@ def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         path (`str` or `os.PathLike`):
             File to write.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(without_nan(report), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(Path(path), report)

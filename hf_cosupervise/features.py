@@ -22,10 +22,9 @@ from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
+from .files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, write_all, write_text
 from .inputs import InputProcessor, cell_digests
-from .journal import explain_full_disk, write_all
 from .neighbors import nearest_neighbors
-from .pool_files import file_digest, file_signature
 
 logger = logging.getLogger(__name__)
 
@@ -298,10 +297,10 @@ class FeatureStore:
                 stack.enter_context(_held(folder))  # so that nobody takes it for one that a dead run left
             advice = "What is computed stays." if keep else "Nothing half written is left."
             stack.enter_context(
-                explain_full_disk(self.folder, num_bytes, f"{advice} Free some space and run this again.")
+                explain_full_disk(self.folder, f"{advice} Free some space and run this again.", num_bytes)
             )
             try:
-                folder.mkdir(exist_ok=True)
+                open_work_folder(folder)
                 yield folder
                 _seal(folder, self.folder.name)
                 _rename(folder, self.folder / name)
@@ -474,7 +473,7 @@ def _note(path: Path) -> str:
 def _seal(folder: Path, backbone: str) -> None:
     """Note what the files of a folder are; the backbone comes last, so that half of the notes tell nothing."""
     notes = {path: _note(path) for path in sorted(folder.glob("*.npy"))}
-    (folder / _OWNER).write_text("\n".join([*notes.values(), backbone]), encoding="utf-8")
+    write_text(folder / _OWNER, "\n".join([*notes.values(), backbone]))
     _verified.update((file_signature(path), note) for path, note in notes.items())
 
 
@@ -502,7 +501,7 @@ def _verify(path: Path, backbone: str) -> None:
 
 def _rename(folder: Path, target: Path) -> None:
     try:
-        os.replace(folder, target)
+        move_file(folder, target)
     except OSError:
         if not target.is_dir():  # else another process was first, with the same content
             raise

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from .files import open_work_folder, write_all, write_json
 
 try:
     import fcntl
@@ -22,8 +22,6 @@ except ImportError:  # Windows, where a second run in the same folder goes unnot
     fcntl = None  # type: ignore[assignment]
 
 _PLAN, _LOCK, _PARTS = "plan.json", "lock", "parts"
-# Full disk, used-up quota, and a limit on the size of a file.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NUM_NOTED = 5
 _AFRESH = "Delete that folder to start afresh."
 
@@ -83,10 +81,11 @@ class Journal:
                 What is being made, JSON values. Work under another plan is refused.
 
         Raises:
+            FileExistsError: If the folder is not one that a run of this user has left.
             RuntimeError: If another run holds the folder.
             ValueError: If the folder holds work under another plan.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        open_work_folder(self.folder)
         self._acquire()
         shutil.rmtree(self.scratch, ignore_errors=True)
         if (self.folder / _PLAN).is_file():
@@ -271,9 +270,7 @@ class Journal:
         return content
 
     def _write_plan(self, content: Mapping[str, Any]) -> None:
-        temporary = self.folder / f"{_PLAN}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / _PLAN)
+        write_json(self.folder / _PLAN, content)
 
 
 class Part:
@@ -330,69 +327,6 @@ class Part:
         """Close the files."""
         os.close(self._data)
         os.close(self._journal)
-
-
-def write_all(file: int, data: bytes) -> None:
-    """Write bytes to a file descriptor.
-
-    Plain writing: where the disk is full, storing into a mapped file would kill the process instead of raising.
-
-    Args:
-        file (`int`):
-            Descriptor of an open file.
-        data (`bytes`):
-            What to write.
-
-    Raises:
-        OSError: If the disk is full or broken.
-    """
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(file, rest) :]
-
-
-def check_free(folder: Path, advice: str) -> None:
-    """Refuse to write where something is already.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder to make.
-        advice (`str`):
-            What to do otherwise, a sentence.
-
-    Raises:
-        FileExistsError: If it holds files, or is a file.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. {advice}")
-
-
-@contextmanager
-def explain_full_disk(folder: Path, num_bytes: int, advice: str) -> Iterator[None]:
-    """Turn the error of a full disk into one that says how much is needed.
-
-    Args:
-        folder (`pathlib.Path`):
-            Where the work lies.
-        num_bytes (`int`):
-            About how much the work takes in all.
-        advice (`str`):
-            What becomes of the work so far, and what to do: a sentence.
-
-    Raises:
-        OSError: If the disk is full, with the same `errno`.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        free = shutil.disk_usage(folder).free
-        raise OSError(
-            error.errno,
-            f"The disk of '{folder}' must have room for about {num_bytes / 1e6:.1f} MB in all, got it "
-            f"full ({free / 1e6:.1f} MB free now): {error}. {advice}",
-        ) from error
 
 
 def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:

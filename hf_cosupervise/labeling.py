@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
+from .files import check_free, explain_full_disk, move_file
 from .inputs import cell_digests, find_input_column, row_keys, shorten
-from .journal import Journal, Part, Segment, check_free, explain_full_disk
+from .journal import Journal, Part, Segment
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .pool_files import write_teacher
 from .processes import ROW_ERRORS, Processes, join_processes
@@ -490,7 +491,7 @@ def _run(job: _Job, identities: Mapping[str, Mapping[str, Any]], sizes: Mapping[
             advice = "Free some space and run this again: what is labelled stays."
         journal = Journal(folder, len(job.dataset), job.k, label_dtype(job.hierarchy.num_labels))
         stack.callback(journal.close)
-        stack.enter_context(explain_full_disk(folder, job.disk_needs(journal.row_bytes), advice))
+        stack.enter_context(explain_full_disk(folder, advice, job.disk_needs(journal.row_bytes)))
         missing = processes.on_first(partial(_open, job, journal, identities))
         for group in _group_teachers(job, missing, sizes):
             _label_group(job, journal, group, missing)
@@ -884,6 +885,6 @@ def _save(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> None:
     """Save the pool beside the journal, rename it into its place, and throw the journal away."""
     finished = journal.scratch / "pool"
     _open_pool(job, journal, facts).save(finished)
-    os.replace(finished, str(job.output_dir))
+    move_file(finished, Path(str(job.output_dir)))
     journal.close()
     shutil.rmtree(journal.folder, ignore_errors=True)

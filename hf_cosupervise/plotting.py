@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .files import whole_file
 from .metrics import mean_and_spread
 
 if TYPE_CHECKING:
@@ -339,10 +340,6 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix or '.png'}")
-    try:
-        figure.savefig(temporary, bbox_inches="tight")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight", format=path.suffix[1:] or "png")
     return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 from .aggregation import mean_probs
 from .assignment import NOBODY
 from .cards import pool_card, write_card
+from .files import check_free, file_digest, file_signature, is_inside, link_file, whole_folder, write_text
 from .hub import CARD, fetch_files, hub_errors, open_repo, publish, resolve_commit
 from .inputs import read_labels, shorten
 from .pool_files import (
@@ -27,12 +27,9 @@ from .pool_files import (
     HEADER,
     INPUTS,
     dump_header,
-    file_digest,
     file_names,
-    file_signature,
     find_own_file,
     ids_digest,
-    link_file,
     map_arrow,
     read_header,
     teacher_dataset,
@@ -599,22 +596,14 @@ class PseudolabelPool:
             FileExistsError: If there is something at that path already.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(
-                f"'{folder}' must not exist or be empty, got files there. Load it, or choose another folder."
-            )
+        check_free(folder, "Load it, or choose another folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with whole_folder(folder) as temporary:
             files = self._write(temporary)
             for path, file in files.items():
                 link_file(file, temporary / path)
             write_card(pool_card(self._card_facts()), temporary)
-            (temporary / HEADER).write_text(dump_header(self._header(files)), encoding="utf-8")
-            os.chmod(temporary, 0o755)
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            write_text(temporary / HEADER, dump_header(self._header(files)))
 
     def _write(self, folder: Path, inputs: bool = True) -> dict[str, Path]:
         """Write the Arrow files that do not lie on disk already; where each file of the pool is now."""
@@ -884,6 +873,10 @@ class PseudolabelPool:
             folder = Path(source)
             if not (folder / HEADER).is_file():
                 raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{HEADER}'. Make one with `build_pool`.")
+            if not is_inside(folder / HEADER, folder):
+                raise ValueError(
+                    f"Pool '{folder}' must hold its '{HEADER}' itself, got a link. Copy it without links."
+                )
             header = read_header(folder / HEADER, folder)
             return cls._map_files(
                 folder, header, verify, f"'{folder}'", "Label the data again, or copy the whole folder."
@@ -912,6 +905,11 @@ class PseudolabelPool:
         for path in file_names(header):
             if not (folder / path).is_file():
                 raise FileNotFoundError(f"Pool {what} lacks '{folder / path}'. {advice}")
+            if not is_inside(folder / path, folder):
+                raise ValueError(
+                    f"Pool {what} must hold its files itself, got '{path}' as a link to somewhere else. It was not "
+                    "opened; copy the whole pool without links."
+                )
             size, digest = header.get("files", {}).get(path, (None, None))
             digests[file_signature(folder / path)] = digest
             datasets[path] = map_arrow(folder / path, size, digest, verify, what, advice)

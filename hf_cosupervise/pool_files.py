@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from datasets.table import embed_table_storage, table_cast
 
+from .files import file_digest
+from .inputs import check_cells
 from .teachers import TeacherHierarchy
 
 FORMAT_VERSION = 1
@@ -106,38 +107,18 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
 
     Args:
         dataset (`datasets.Dataset`):
-            What to write; images that are still files are read in.
+            What to write; images that are still files or addresses are read in.
         path (`pathlib.Path`):
             File to write; its folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
     batch = len(dataset) if "label_ids" in dataset.column_names else 1000
-    with ArrowWriter(
-        path=str(path), features=dataset.features, writer_batch_size=max(batch, 1), embed_local_files=True
-    ) as writer:
+    with ArrowWriter(path=str(path), features=dataset.features, writer_batch_size=max(batch, 1)) as writer:
         for start in range(0, len(dataset), max(batch, 1)):
-            writer.write_table(dataset.with_format("arrow")[start : start + batch])
+            table = table_cast(dataset.with_format("arrow")[start : start + batch], dataset.features.arrow_schema)
+            writer.write_table(embed_table_storage(table))
         writer.finalize()
-
-
-def link_file(source: Path, path: Path) -> None:
-    """Put a file at another path without a copy, where the disk allows it: files of a pool are never changed.
-
-    Args:
-        source (`pathlib.Path`):
-            The file.
-        path (`pathlib.Path`):
-            Where it is wanted; its folder is made.
-    """
-    if source == path:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # in the Hub's cache, a name is a symbolic link to the content
-    try:
-        os.link(source, path)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(source, path)
 
 
 def find_own_file(dataset: Dataset) -> Path | None:
@@ -181,7 +162,7 @@ def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, wh
         `datasets.Dataset`
 
     Raises:
-        ValueError: If the file is another one, or damaged.
+        ValueError: If the file is another one, or damaged, or names files in place of its content.
     """
     found, found_size = "", path.stat().st_size
     if size not in (None, found_size):
@@ -193,7 +174,6 @@ def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, wh
             dataset = Dataset.from_file(str(path))
             # Arrow follows wrong offsets blindly. This looks at all of them, and at 10 GB of text in a second.
             dataset.data.validate(full=True)
-            return dataset
         except (
             pa.ArrowException,
             ValueError,
@@ -204,6 +184,11 @@ def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, wh
             RecursionError,
         ) as error:
             found = f"{type(error).__name__}: {str(error).rstrip('.')}"
+    if not found:
+        check_cells(
+            dataset.data.table, f"'{path.name}' of pool {what}", "Use no pool of that origin, or have it built anew."
+        )
+        return dataset
     raise ValueError(
         f"'{path}' of pool {what} must be the Arrow file that was written, got {found}. Delete '{path.resolve()}'. "
         f"{advice}"
@@ -277,6 +262,8 @@ def read_header(path: Path, what: str | Path) -> dict[str, Any]:
         header["hierarchy"] = TeacherHierarchy.from_dict(header["hierarchy"]).to_dict()
     except (ValueError, TypeError) as error:
         raise _bad_header(what, str(error).rstrip(".")) from error
+    if unknown := sorted(set(header.get("files", {})) - set(file_names(header))):
+        raise _bad_header(what, f"{unknown[0]!r} among `files`, which is no file of this pool")
     return header
 
 
@@ -299,34 +286,6 @@ def file_names(header: Mapping[str, Any]) -> list[str]:
     """
     names = [f"teachers/{teacher['name']}/data.arrow" for teacher in header["hierarchy"]["teachers"]]
     return [*names, INPUTS] if header["has_inputs"] else names
-
-
-def file_signature(path: Path) -> tuple[int, ...]:
-    """Give what tells a file from another one that took its place.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-
-    Returns:
-        `tuple[int, ...]`: Device, inode, size and time of change.
-    """
-    stat = path.stat()
-    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-
-def file_digest(path: Path) -> str:
-    """Hash a file as the Hub does.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-
-    Returns:
-        `str`: SHA-256, 64 hexadecimal digits.
-    """
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def ids_digest(ids: np.ndarray) -> str:

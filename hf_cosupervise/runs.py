@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +15,12 @@ import numpy as np
 import torch
 from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .files import file_digest, is_inside, make_output_dir, read_json, whole_file, write_json
 from .levels import LevelPlan
 from .metrics import without_nan
 from .pool import PseudolabelPool
-from .pool_files import file_digest
 
 logger = get_logger(__name__)
 
@@ -33,8 +29,6 @@ _STORY = "story.json"
 _PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
 _ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
 _PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
-# Full disk, used-up quota, and a limit on the size of a file.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
@@ -109,7 +103,7 @@ class RunFolder:
                 JSON values.
         """
         self.forget(path for path in self.path.glob("level-*") if path.is_dir())
-        _write_json(self.path / _RUN, dict(facts))
+        write_json(self.path / _RUN, dict(facts))
 
     def forget(self, folders: Iterable[Path]) -> None:
         """Delete stages and their checkpoints, which are about to be made anew or come after one that is.
@@ -138,7 +132,7 @@ class RunFolder:
         """
         if not (self.path / _RUN).is_file():
             return
-        known, own = _read_json(self.path / _RUN), json.loads(json.dumps(without_nan(dict(facts))))
+        known, own = read_json(self.path / _RUN), json.loads(json.dumps(without_nan(dict(facts))))
         versions = [f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}" for name, value in
                     own.pop("versions", {}).items() if known.get("versions", {}).get(name) != value]  # fmt: skip
         known.pop("versions", None)
@@ -199,20 +193,22 @@ class RunFolder:
         """
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(stage.plan, name) for name in _ARRAYS if getattr(stage.plan, name) is not None}
-        # Through an open file: `savez` would add an ending to the temporary name.
-        write_whole(folder / _PLAN, lambda path: _save_arrays(path, arrays))
-        write_whole(folder / _STUDENT, lambda path: save_file(stage.student, path))
+        with whole_file(folder / _PLAN) as path:
+            np.savez(path, **arrays)  # type: ignore[arg-type]
+        with whole_file(folder / _STUDENT) as path:
+            save_file(stage.student, path)
         names = [_PLAN, _STUDENT]
         if stage.folds:
             tensors = {f"{fold}.{name}": value for fold, own in enumerate(stage.folds) for name, value in own.items()}
-            write_whole(folder / _FOLDS, lambda path: save_file(tensors, path))
+            with whole_file(folder / _FOLDS) as path:
+                save_file(tensors, path)
             names.append(_FOLDS)
         facts = {
             "level": stage.plan.level, "round": stage.plan.round, "record": stage.record, "story": stage.story,
             "files": {name: file_digest(folder / name) for name in names},
         }  # fmt: skip
         facts = json.loads(json.dumps(without_nan(facts)))
-        _write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
+        write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
 
     def load_stage(self, folder: Path) -> Stage | None:
         """Read a finished round.
@@ -228,12 +224,12 @@ class RunFolder:
         if not (folder / _STAGE).is_file():
             return None
         try:
-            facts = _read_json(folder / _STAGE)
+            facts = read_json(folder / _STAGE)
             if facts.pop("digest") != _json_digest(facts):
                 logger.warning(f"'{folder / _STAGE}' is not as it was written: this round is trained again.")
                 return None
             for name, digest in facts["files"].items():
-                if not (folder / name).is_file() or file_digest(folder / name) != digest:
+                if not _is_as_written(folder, name, digest):
                     logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")
                     return None
             with np.load(folder / _PLAN, allow_pickle=False) as saved:
@@ -262,9 +258,9 @@ def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
         story (`Mapping[str, Any]`):
             JSON values that [`read_story`] gives back.
     """
-    _write_json(folder / _STORY, dict(story))
+    write_json(folder / _STORY, dict(story))
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    _write_json(folder / _DIGESTS, {name: file_digest(folder / name) for name in names if name != _DIGESTS})
+    write_json(folder / _DIGESTS, {name: file_digest(folder / name) for name in names if name != _DIGESTS})
 
 
 def read_story(folder: Path) -> dict[str, Any]:
@@ -277,7 +273,7 @@ def read_story(folder: Path) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`
     """
-    return _read_json(folder / _STORY)
+    return read_json(folder / _STORY)
 
 
 def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
@@ -299,13 +295,12 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
         if not (path / _DIGESTS).is_file():
             continue  # it was being written
         try:
-            digests = _read_json(path / _DIGESTS)
-            spoilt = [name for name, digest in digests.items()
-                      if not (path / name).is_file() or file_digest(path / name) != digest]  # fmt: skip
+            digests = read_json(path / _DIGESTS)
+            spoilt = [name for name, digest in digests.items() if not _is_as_written(path, name, digest)]
             if spoilt:
                 logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
                 continue
-            state = _read_json(path / "trainer_state.json")
+            state = read_json(path / "trainer_state.json")
             if (own := read_story(path).get("num_processes", 1)) != num_processes:
                 logger.info(f"'{path}' is of {own} process(es), not of {num_processes}: it is passed over.")
             elif state["global_step"] < state["max_steps"]:
@@ -313,6 +308,12 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning(f"'{path}' cannot be read ({error!r}): the checkpoint before it is taken.")
     return None
+
+
+def _is_as_written(folder: Path, name: str, digest: str) -> bool:
+    """Whether a file is in a folder, not behind a link or a path that leads out of it, and is the one noted."""
+    path = folder / name
+    return is_inside(path, folder) and path.is_file() and file_digest(path) == digest
 
 
 # ── fingerprints ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -358,93 +359,6 @@ def model_digest(model: torch.nn.Module) -> str:
 
 def _json_digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def make_output_dir(path: Path) -> None:
-    """Make a folder that a run writes to.
-
-    Args:
-        path (`pathlib.Path`):
-            The folder; its parents are made too.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"`output_dir` must be a folder that can be written, got '{path}': {error.strerror or error}. Choose "
-            "another one."
-        ) from error
-
-
-@contextmanager
-def explain_full_disk(folder: Path, advice: str) -> Iterator[None]:
-    """Say in one sentence that a disk is full, whatever the writer of a file makes of it.
-
-    Args:
-        folder (`pathlib.Path`):
-            Where is written.
-        advice (`str`):
-            What to do when there is room again: how a sentence ends.
-
-    Raises:
-        OSError: If the disk is full.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError):
-            is_full = error.errno in _FULL
-        elif isinstance(error, SafetensorError):
-            is_full = any(f"(os error {number})" in str(error) for number in _FULL)
-        else:  # how `torch.save` says that less was written than it gave
-            is_full = "inline_container.cc" in str(error) or "iostream error" in str(error)
-        if not is_full:
-            raise
-        number = error.errno if isinstance(error, OSError) else errno.ENOSPC
-        raise OSError(
-            number, f"The disk of '{folder}' must have room for what is kept there, got it full: {error}. Free some "
-            f"space and {advice}.",
-        ) from error  # fmt: skip
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name, then rename it.
-
-    Args:
-        path (`pathlib.Path`):
-            Its name at last.
-        write (`Callable[[pathlib.Path], Any]`):
-            Writes it under the name that it is given.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(without_nan(value), indent=2) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
 
 def _differences(known: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

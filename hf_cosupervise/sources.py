@@ -6,33 +6,43 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import (
     Dataset,
     DatasetBuilder,
+    DatasetDict,
+    Features,
     IterableDataset,
+    config,
     get_dataset_config_names,
     load_dataset_builder,
     load_from_disk,
 )
 from datasets.arrow_writer import ArrowWriter
 from datasets.exceptions import DatasetsError
+from datasets.table import embed_table_storage, table_cast
 from huggingface_hub import HfApi
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
+from .files import is_inside, read_json
 from .hub import hub_errors, resolve_commit
-from .inputs import shorten
+from .inputs import OutsideCellError, check_cells, outside_cells, shorten
 from .processes import Processes
 
 # Files that run code when they are read; `datasets` reads none of them.
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
 _HUB_FILE = re.compile(r"hf://datasets/([^@/]+(?:/[^@/]+)?)@([0-9a-f]{40})/")
+# How a file in an archive begins where archives are read as they are.
+_IN_ARCHIVE = re.compile(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://")
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,38 @@ def find_data(
 
 
 def _load_folder(folder: str, split: str) -> tuple[Dataset, dict[str, Any] | None]:
+    data = load_folder(folder)
+    splits = ["train"] if isinstance(data, Dataset) else list(data)
+    if split not in splits:
+        raise ValueError(f"`split` must be one of {splits} of '{folder}', got {split!r}. Choose one of them.")
+    data = data if isinstance(data, Dataset) else data[split]
+    return data, _find_source(data)
+
+
+def load_folder(folder: str) -> Dataset | DatasetDict:
+    """Open a folder that may be from anybody: all that it names must lie in it.
+
+    Args:
+        folder (`str`):
+            What `save_to_disk` wrote.
+
+    Returns:
+        `datasets.Dataset` or `datasets.DatasetDict`
+
+    Raises:
+        ValueError: If it is no such folder, leads out of itself, or names files in place of their content.
+    """
+    splits = _listed(Path(folder, "dataset_dict.json"), "splits")
+    for part in (Path(folder), *(Path(folder, str(split)) for split in splits)):
+        names = [
+            entry.get("filename") for entry in _listed(part / "state.json", "_data_files") if isinstance(entry, dict)
+        ]
+        for path in (part, part / "state.json", part / "dataset_info.json", *(part / str(name) for name in names)):
+            if not is_inside(path, Path(folder)):
+                raise ValueError(
+                    f"`dataset` must be a folder that holds all of its files itself, got '{folder}', which leads to "
+                    f"'{path}'. It was not opened; copy the whole folder without links."
+                )
     try:
         data = load_from_disk(folder)
     except (FileNotFoundError, ValueError) as error:
@@ -97,11 +139,21 @@ def _load_folder(folder: str, split: str) -> tuple[Dataset, dict[str, Any] | Non
             f"`dataset` must be a folder that `save_to_disk` wrote, got '{folder}': {tell_error(error)}. Load the "
             "data by `datasets.load_dataset`, and give them or save them."
         ) from error
-    splits = ["train"] if isinstance(data, Dataset) else list(data)
-    if split not in splits:
-        raise ValueError(f"`split` must be one of {splits} of '{folder}', got {split!r}. Choose one of them.")
-    data = data if isinstance(data, Dataset) else data[split]
-    return data, _find_source(data)
+    for part in [data] if isinstance(data, Dataset) else data.values():
+        check_cells(
+            part.data.table, f"The data in '{folder}'", "If the files are yours, give the data themselves, loaded by "
+            "`datasets`; `save_to_disk` reads in files of this machine."
+        )  # fmt: skip
+    return data
+
+
+def _listed(path: Path, key: str) -> list[Any]:
+    """A list in a JSON file; an empty one where there is none, for the loader to say so."""
+    try:
+        found = read_json(path)[key]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _find_source(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
@@ -125,9 +177,70 @@ def _load_from_hub(repo_id: str, choice: DataChoice, processes: Processes) -> tu
     builder = _download(repo_id, commit, choice)
     source = {"dataset": repo_id, "config": builder.config.name, "split": choice.split, "commit": builder.hash}
     if not choice.streaming:
-        return builder.as_dataset(split=choice.split), source
+        return _hold(builder.as_dataset(split=choice.split), builder, repo_id), source
     with _explained(repo_id, commit, choice.config_name):
-        return _materialise(builder.as_streaming_dataset(split=choice.split)), source
+        stream = builder.as_streaming_dataset(split=choice.split)
+        return _read_in(_checked_tables(stream, builder, repo_id), stream.features), source
+
+
+def _checked_tables(stream: IterableDataset, builder: DatasetBuilder, repo_id: str) -> Iterator[pa.Table]:
+    """The rows as they come, none of them opened before it is looked at."""
+    as_stored, start = stream if stream.features is None else stream.decode(False), 0
+    for table in as_stored.with_format("arrow").iter(batch_size=1000):
+        yield _check_hub(table, builder, repo_id, start)
+        start += len(table)
+
+
+def load_splits(repo_id: str, commit: str | None) -> DatasetDict:
+    """Load all splits of a data set on the Hub, as [`find_data`] loads one.
+
+    Args:
+        repo_id (`str`):
+            Its id.
+        commit (`str`, *optional*):
+            What [`resolve_commit`] gave.
+
+    Returns:
+        `datasets.DatasetDict`
+
+    Raises:
+        OSError: If the Hub refuses it or cannot be reached.
+        ValueError: If it would need code from the Hub, or names files elsewhere in place of their content.
+    """
+    builder = _download(repo_id, commit, DataChoice(split="all", revision=commit, config_name=None, streaming=False))
+    return DatasetDict({name: _hold(split, builder, repo_id) for name, split in builder.as_dataset().items()})
+
+
+def _hold(dataset: Dataset, builder: DatasetBuilder, repo_id: str) -> Dataset:
+    """Data of the Hub that hold every cell, but for plain image files of the repository, which stay in the cache."""
+    _check_hub(dataset.data.table, builder, repo_id)
+    if not any("://" in path for _, _, path in outside_cells(dataset.data.table)):
+        return dataset
+    return _read_in(dataset.with_format("arrow").iter(1000), dataset.features)
+
+
+def _check_hub(table: pa.Table, builder: DatasetBuilder, repo_id: str, start: int = 0) -> pa.Table:
+    """Refuse data in which anything but a folder of image files names its files."""
+    # What is in the cache already is loaded by a builder that only knows the one that made it.
+    name = (builder.info.builder_name if builder.name == "cache" else builder.name) or ""
+    roots = [
+        Path(HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type="dataset")),
+        Path(config.EXTRACTED_DATASETS_PATH),
+    ]
+
+    def is_own(path: str) -> bool:
+        *archives, file = path.split("::")
+        if not name.endswith("folder") or len(archives) > 1 or not all(map(_IN_ARCHIVE.match, archives)):
+            return False
+        if (hub_file := _HUB_FILE.match(file)) is not None:
+            return hub_file[2] == builder.hash
+        return "://" not in file and any(is_inside(Path(file), root) for root in roots)
+
+    check_cells(
+        table, f"The data set '{repo_id}'", "Ask its author for the content (`push_to_hub` puts it in), or give the "
+        "data themselves.", is_own, start
+    )  # fmt: skip
+    return table
 
 
 def _pin(repo_id: str, revision: str | None) -> str | None:
@@ -146,6 +259,10 @@ def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBu
         # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
         if commit is not None and builder.hash != commit:
             raise DatasetsError(f"it cannot be read, and only commit {builder.hash} is in the cache")
+        files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
+        # Later versions of `datasets` see to this themselves.
+        if elsewhere := [file for file in files if (_HUB_FILE.match(file) or [""] * 3)[2] != builder.hash]:
+            raise DatasetsError(f"its card names data that are not in it: {elsewhere[0]}")
     _check_split(builder, choice)
     if not choice.streaming:
         with _explained(repo_id, commit, choice.config_name):
@@ -159,7 +276,7 @@ def _explained(repo_id: str, commit: str | None, config_name: str | None) -> Ite
     with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
         try:
             yield
-        except (HfHubHTTPError, LocalEntryNotFoundError):
+        except (HfHubHTTPError, LocalEntryNotFoundError, OutsideCellError):
             raise
         except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
             raise _explain(error, repo_id, commit, config_name) from error
@@ -201,11 +318,30 @@ def _explain(error: Exception, repo_id: str, commit: str | None, config_name: st
 
 def _materialise(stream: IterableDataset) -> Dataset:
     """Write a stream to a temporary Arrow file and map it: teachers walk over the data one after another."""
-    folder = tempfile.mkdtemp(prefix="cosupervise-stream-")
-    path = Path(folder) / "data.arrow"
-    with ArrowWriter(path=str(path), features=stream.features, embed_local_files=True) as writer:
+
+    def fill(writer: ArrowWriter) -> None:
         for batch in stream.with_format(None).iter(batch_size=1000):
             writer.write_batch(batch)
+
+    return _map_written(stream.features, fill)
+
+
+def _read_in(tables: Iterable[pa.Table], features: Features | None) -> Dataset:
+    """Write data to a temporary file with the content of every cell."""
+
+    def fill(writer: ArrowWriter) -> None:
+        for table in tables:
+            table = table if features is None else table_cast(table, features.arrow_schema)
+            writer.write_table(embed_table_storage(table))
+
+    return _map_written(features, fill)
+
+
+def _map_written(features: Features | None, fill: Callable[[ArrowWriter], None]) -> Dataset:
+    folder = tempfile.mkdtemp(prefix="cosupervise-stream-")
+    path = Path(folder) / "data.arrow"
+    with ArrowWriter(path=str(path), features=features, embed_local_files=True) as writer:
+        fill(writer)
         num_examples, _ = writer.finalize()
     dataset = Dataset.from_file(str(path)) if num_examples else Dataset.from_dict({})
     weakref.finalize(dataset.data, shutil.rmtree, folder, ignore_errors=True)

@@ -39,6 +39,7 @@ from .checkpoints import (
     reads_text,
     whole_weights,
 )
+from .files import move_file
 from .hub import publish
 
 logger = logging.getLogger(__name__)
@@ -441,4 +442,4 @@ def _move_files(source: Path, target: Path) -> None:
         if path.is_file():
             place = target / path.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
+            move_file(path, place)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +28,8 @@ from .checkpoints import (
     reads_text,
     whole_weights,
 )
+from .files import check_free, whole_folder, write_json
 from .inputs import InputProcessor, shorten, to_pil
-from .journal import check_free
 from .sparse import SUM_TOLERANCE
 from .teachers import Teacher
 
@@ -169,14 +167,9 @@ def save_sklearn_teacher(
     folder = Path(folder)
     check_free(folder, "Load the teacher that is there, or choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as unfinished:
         skops_io.dump(model, unfinished / _SKLEARN_FILE)
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        unfinished.chmod(0o755)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        write_json(unfinished / "config.json", config)
 
 
 def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:

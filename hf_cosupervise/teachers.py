@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import yaml
 
+from .files import write_text
+
 TEACHER_KINDS = ("auto", "transformers", "timm", "sklearn", "column")
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # names become folders
 _TUPLE_FIELDS = ("scope", "domains", "trusted_types")
@@ -396,9 +398,7 @@ class TeacherHierarchy:
             raise FileNotFoundError(f"A hierarchy file must lie in a folder that exists, got '{path}'. Make it first.")
         facts = self.to_dict()
         text = json.dumps(facts, indent=2) if _is_json(path) else yaml.safe_dump(facts, sort_keys=False)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text + "\n" * (not text.endswith("\n")), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, text + "\n" * (not text.endswith("\n")))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TeacherHierarchy:

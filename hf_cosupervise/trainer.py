@@ -38,6 +38,7 @@ from .config import CoSupervisedConfig
 from .consistency import check_top_k_value
 from .derived_pools import smoothed_pool
 from .features import FeatureStore
+from .files import explain_full_disk, make_output_dir, write_text
 from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .hub import open_repo
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
@@ -66,14 +67,11 @@ from .processes import Processes
 from .runs import (
     RunFolder,
     Stage,
-    explain_full_disk,
     last_checkpoint,
-    make_output_dir,
     model_digest,
     pool_digest,
     read_story,
     seal_checkpoint,
-    write_whole,
 )
 from .students import (
     export_student,
@@ -88,7 +86,7 @@ logger = get_logger(__name__)
 
 RUN_DIR = "_run"
 _BUFFERS = "buffers.safetensors"
-_GO_ON = "call `train(resume_from_checkpoint=True)`: what was finished is kept"
+_GO_ON = "Free some space and call `train(resume_from_checkpoint=True)`: what was finished is kept."
 _STORY = ("global_step", "epoch", "total_flos", "log_history")
 # Arguments that do not change what is trained, but where and how loudly.
 _NEUTRAL = (
@@ -795,7 +793,7 @@ class CoSupervisedTrainer(Trainer):
     def _write_history(self) -> None:
         content = self.history.to_json()
         with explain_full_disk(self.run_dir, _GO_ON):
-            write_whole(self.history.path, lambda path: path.write_text(content, encoding="utf-8"))
+            write_text(self.history.path, content)
 
     def _close_run(self, outputs: list[TrainOutput], started: float) -> TrainOutput:
         """Sum the levels up in one `TrainOutput`."""
@@ -1360,7 +1358,7 @@ class CoSupervisedTrainer(Trainer):
             super().save_model(folder, _internal_call=True)
         else:
             student = self.accelerator.unwrap_model(self.model)
-            with explain_full_disk(Path(folder), "save it again: the trained levels are kept"):
+            with explain_full_disk(Path(folder), "Free some space and save it again: the trained levels are kept."):
                 self._processes.on_first(partial(export_student, student, folder, self.processing_class))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -70,6 +70,7 @@ from hf_cosupervise import (
     TeacherHierarchy,
     build_pool,
 )
+from hf_cosupervise.files import write_text
 from hf_cosupervise.pool_files import teacher_dataset
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
 from hf_cosupervise.sparse import decode_top_k, encode_top_k
@@ -1172,9 +1173,7 @@ def run_section(name: str, args: BenchmarkArguments, device: torch.device) -> li
 def write_json(content: Any, path: Path) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def format_number(value: float) -> str:

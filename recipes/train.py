@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars
 from train_teachers import CONTROL, TeacherArguments, control_hierarchy, is_on_hub, train_teachers
 from transformers.utils import logging as transformers_logging
 
@@ -47,6 +47,7 @@ from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_
 from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
 from hf_cosupervise.processes import join_processes
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
+from hf_cosupervise.sources import load_folder, load_splits
 from hf_cosupervise.students import STORY_FILES, push_student
 from hf_cosupervise.trainer import describe_teacher
 
@@ -167,11 +168,11 @@ def share_out_rows(order: list[int], args: DataArguments) -> tuple[list[int], li
 def load_data(args: DataArguments) -> tuple[Any, str | None]:
     """Open a folder, or a data set of the Hub at one commit."""
     if Path(args.dataset).is_dir():
-        return load_from_disk(args.dataset), None
+        return load_folder(args.dataset), None
     what = {"what": "`dataset`", "repo_type": "dataset"}
     commit = resolve_commit(args.dataset, args.dataset_revision, **what)
     with PartialState().main_process_first(), hub_errors(repo_id=args.dataset, revision=commit, **what):
-        return load_dataset(args.dataset, revision=commit), commit
+        return load_splits(args.dataset, commit), commit
 
 
 def make_folder(module: str, function: str | None, folder: str) -> None:

@@ -55,6 +55,7 @@ from hf_cosupervise.consistency import (
 )
 from hf_cosupervise.derived_pools import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
 from hf_cosupervise.evaluation import method_pool, teacher_accuracies
+from hf_cosupervise.files import check_free
 from hf_cosupervise.inputs import (
     InputProcessor,
     find_input_column,
@@ -63,7 +64,7 @@ from hf_cosupervise.inputs import (
     read_labels,
     to_pil,
 )
-from hf_cosupervise.journal import Journal, check_free
+from hf_cosupervise.journal import Journal
 from hf_cosupervise.metrics import (
     accuracy,
     deception_score,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import DatasetCard, ModelCard
@@ -472,3 +475,114 @@ def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
 def test_a_card_needs_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="`folder` must exist, got '.*nowhere'. Save the model or pool there"):
         write_card("text", tmp_path / "nowhere")
+
+
+# ── every field, every trick ────────────────────────────────────────────────────────────────────────────────────────
+
+TRICKS = {
+    "line break": "x\n## Use\n\ny",
+    "carriage return": "x\r## Use\r\ny",
+    "pipe": "x | y || z",
+    "escaped pipe": "x \\| y \\",
+    "backtick": "x ` y",
+    "triple backticks": "x\n```\n# y\n```python\nz",
+    "tildes": "x\n~~~\ny",
+    "quotes": 'x" + \'y\' + """z',
+    "link": "x](javascript:alert(1)) [y](javascript:alert(2)) ![z](http://z)",
+    "reference": "[x]: http://y\n[x]",
+    "tag": "<script>alert(1)</script><img src=x onerror=y>",
+    "entity": "&lt;script&gt; &#91;x&#93;(y)",
+    "header": "x\n---\nlicense: other\n---\ny",
+    "comment": "x --> <!-- hf_cosupervise {} --> y",
+    "template": "{{ 7 * 7 }} {% raw %} {# x #}",
+    "yaml": "x: [y, {z: !!python/object:os.system {}}] # &a *a",
+    "lone surrogate": "x\ud800y",
+    "right to left": "x\u202ey\u2066z",
+    "invisible": "x\u200b\u2060\ufeffy\x00\x1b[31m",
+    "empty": "",
+    "spaces": "  ",
+    "line separators": "x\u2028## y\u2029\x85z",
+}
+
+
+def every_field(trick: str) -> list[tuple[Callable[[dict[str, Any]], str], dict[str, Any]]]:
+    """Each card with a trick in each of its fields, and with its own id, without which its snippets name no place."""
+    found = []
+    for write, facts in PLAIN:
+        everything = {key: value if key in _FIXED else _nasty(value, trick) for key, value in facts.items()}
+        ids = {key: facts[key] for key in ("hub_model_id", "hub_dataset_id") if key in facts}
+        found += [(write, everything), (write, everything | ids)]
+    return found
+
+
+_FIXED = ("modality", "library_name", "levels", "report")  # of words or numbers that are checked or ours
+
+
+def _nasty(value: Any, trick: str) -> Any:
+    if isinstance(value, str):
+        return trick
+    if isinstance(value, dict):  # names of teachers, methods and packages are fields, too
+        return {key: item if key in ("level", "kind") else _nasty(item, trick) for key, item in value.items()}
+    return type(value)(_nasty(item, trick) for item in value) if isinstance(value, list | tuple) else value
+
+
+@pytest.mark.parametrize("name", TRICKS)
+def test_no_field_of_a_card_breaks_out(name):
+    for write, facts in every_field(TRICKS[name]):
+        card = write(facts)
+        card.encode("utf-8")
+        header, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
+        keys, titles, calls = KNOWN[write]
+        assert set(yaml.safe_load(header)) <= keys, "a key of somebody else's"
+        assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\x00\x1b]", card)
+        for code in _snippets(body):
+            tree = ast.parse(code)
+            assert _calls(tree) <= calls
+            for node in ast.walk(tree):
+                if isinstance(node, ast.keyword) and node.arg in ("revision", "subfolder"):
+                    assert isinstance(node.value, ast.Constant) and node.value.value in (TRICKS[name], *PINNED)
+        text = re.sub(r"^```.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
+        assert "```" not in text and "~~~\n" not in text
+        assert _titles(text) <= titles
+        shown = re.sub(r"`[^`\n]+`", "", text)
+        assert "`" not in shown, "code that does not end"
+        assert "<" not in shown.replace("<!-- hf_cosupervise", "", 1) and not re.search("&#91|&lt;script&gt;", shown)
+        for url in re.findall(r"(?<!\\)\]\(([^)]*)\)", shown):
+            assert url.startswith(("https://huggingface.co/", "https://arxiv.org/abs/2402.15505")) or ":" not in url
+    assert merge_card(card, card).text == card
+
+
+def _snippets(body: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)\n```$", body, re.DOTALL | re.MULTILINE)
+
+
+def _titles(text: str) -> set[str]:
+    return set(re.findall("^##+ .*", text, re.MULTILINE))
+
+
+def _calls(tree: ast.AST) -> set[str]:
+    return {ast.unparse(node.func).split(".")[-1] for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+PINNED = {COMMIT, "next", "mails", "posts"}
+PLAIN = (
+    (model_card, FULL),
+    (model_card, {**TIMM, "hub_branch": "next"}),
+    (pool_card, {**POOL, "hub_dataset_id": "someone/pool", "hub_branch": "next", "license": "mit"}),
+    (hierarchy_card, HIERARCHY),
+)
+
+
+def _known(write: Callable[[dict[str, Any]], str]) -> tuple[set[str], set[str], set[str]]:
+    """Keys, titles and calls of cards that hold everything, also what is there only where a fact is missing."""
+    keys, titles, calls = set[str](), set[str](), set[str]()
+    own = [facts for kind, facts in PLAIN if kind is write]
+    for facts in (*own, *({**facts, **dict.fromkeys(("hub_model_id", "hub_dataset_id", "license"))} for facts in own)):
+        card = write(facts)
+        keys |= set(yaml.safe_load(card[4:].split("\n---\n")[0]))
+        titles |= _titles(card)
+        calls |= {call for code in _snippets(card) for call in _calls(ast.parse(code))}
+    return keys, titles, calls
+
+
+KNOWN = {write: _known(write) for write in (model_card, pool_card, hierarchy_card)}

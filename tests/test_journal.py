@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from hf_cosupervise import journal as journal_module
-from hf_cosupervise.journal import Journal, check_free, explain_full_disk
+from hf_cosupervise.files import check_free, explain_full_disk
+from hf_cosupervise.journal import Journal
 
 PLAN = {"pool_k": 2, "hierarchy": {"labels": ["a", "b"]}}
 
@@ -151,12 +152,12 @@ def test_writing_goes_on_after_a_short_write(tmp_path: Path, monkeypatch: Any) -
 
 
 def test_a_full_disk_is_explained_and_other_errors_are_not_touched(tmp_path: Path) -> None:
-    with pytest.raises(OSError) as error, explain_full_disk(tmp_path, 5_000_000, "Free some space."):
+    with pytest.raises(OSError) as error, explain_full_disk(tmp_path, "Free some space.", 5_000_000):
         raise OSError(errno.ENOSPC, "No space left on device")
     text = str(error.value)
     assert error.value.errno == errno.ENOSPC and text.endswith("Free some space.")
     assert f"The disk of '{tmp_path}' must have room for about 5.0 MB in all, got it full (" in text
-    with pytest.raises(FileNotFoundError, match="^nothing$"), explain_full_disk(tmp_path, 1, ""):
+    with pytest.raises(FileNotFoundError, match="^nothing$"), explain_full_disk(tmp_path, "", 1):
         raise FileNotFoundError("nothing")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -301,7 +302,7 @@ def test_killed_for_good_leaves_no_pool(pool, tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(pool_module.os, "replace", die_at_the_last_move)
-    monkeypatch.setattr(pool_module.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
         pool.save(tmp_path / "pool")
     monkeypatch.undo()

@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_cosupervise import CoSupervisedTrainer, runs
 from hf_cosupervise import trainer as trainer_module
-from hf_cosupervise.runs import RunFolder, last_checkpoint, write_whole
+from hf_cosupervise.runs import RunFolder, last_checkpoint
 
 
 class Stop(Exception):
@@ -387,17 +387,6 @@ def test_a_clock_that_jumps(tmp_path, tiny_vit, tiny_image_dataset, monkeypatch)
     monkeypatch.setattr(time, "time", lambda: real() - 3600.0 * next(calls))
     run(tmp_path / "cut", tiny_vit, tiny_image_dataset, stop=(1, 2))
     assert_same_student(run(tmp_path / "cut", tiny_vit, tiny_image_dataset, resume=True), whole)
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    def fail(path: Path) -> Any:
-        path.write_text("half")
-        raise OSError("No space left on device")
-
-    write_whole(tmp_path / "name", lambda path: path.write_text("old"))
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(tmp_path / "name", fail)
-    assert (tmp_path / "name").read_text() == "old" and os.listdir(tmp_path) == ["name"]
 
 
 # ── a full disk ─────────────────────────────────────────────────────────────────────────────────────────────────────

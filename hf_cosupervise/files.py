@@ -1,0 +1,334 @@
+"""How anything is written: under a name that nobody can guess, then renamed; and never through somebody's link."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .metrics import without_nan
+
+# Full disk, used-up quota, and a limit on the size of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# ── whole or not at all ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give an empty file of a new name to write to, which gets its own name when the block ends well.
+
+    Args:
+        path (`pathlib.Path`):
+            Its name at last, in a folder that exists. A link of that name is replaced, not followed.
+
+    Returns:
+        `Iterator[pathlib.Path]`: Where to write; it has the ending of `path`.
+    """
+    temporary = _new_name(path)
+    # With the rights that any new file gets, and only if nothing is there, not even a link.
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a new, empty folder to fill, which gets its own name when the block ends well.
+
+    Args:
+        path (`pathlib.Path`):
+            Its name at last, free or that of an empty folder, in a folder that exists.
+
+    Returns:
+        `Iterator[pathlib.Path]`: Where to write.
+    """
+    temporary = _new_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _new_name(path: Path) -> Path:
+    """A hidden name beside a path, too long to guess and short enough for every disk."""
+    return path.with_name(f".{path.stem[:40]}-{secrets.token_hex(8)}{path.suffix[-20:]}")
+
+
+def write_text(path: Path, text: str, newline: str | None = None) -> None:
+    """Write a text file in UTF-8, whole or not at all.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+        text (`str`):
+            What to write.
+        newline (`str`, *optional*):
+            As of `open`; `""` leaves line ends as they are.
+    """
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline=newline)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all; its folder is made, and NaN becomes null.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+        value (`Any`):
+            JSON values.
+    """
+    text = json.dumps(without_nan(value), indent=2) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def read_json(path: Path) -> Any:
+    """Read what [`write_json`] wrote.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+
+    Returns:
+        `Any`: JSON values.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write bytes to a file descriptor.
+
+    Plain writing: where the disk is full, storing into a mapped file would kill the process instead of raising.
+
+    Args:
+        file (`int`):
+            Descriptor of an open file.
+        data (`bytes`):
+            What to write.
+
+    Raises:
+        OSError: If the disk is full or broken.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def move_file(source: Path, target: Path) -> None:
+    """Give a whole file, or a whole folder, another name on the same disk; what has that name is replaced.
+
+    Args:
+        source (`pathlib.Path`):
+            What was written.
+        target (`pathlib.Path`):
+            Its new name; a folder there must be empty.
+    """
+    os.replace(source, target)
+
+
+def link_file(source: Path, path: Path) -> None:
+    """Put a file at another path without a copy, where the disk allows it: files of a pool are never changed.
+
+    Args:
+        source (`pathlib.Path`):
+            The file.
+        path (`pathlib.Path`):
+            Where it is wanted; its folder is made.
+    """
+    if source == path:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # in the Hub's cache, a name is a symbolic link to the content
+    try:
+        os.link(source, path)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, path)
+
+
+# ── where to write, and from where to read ──────────────────────────────────────────────────────────────────────────
+
+
+def check_free(folder: Path, advice: str) -> None:
+    """Refuse to write where something is already.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder to make.
+        advice (`str`):
+            What to do otherwise, a sentence.
+
+    Raises:
+        FileExistsError: If it holds files, or is a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. {advice}")
+
+
+def make_output_dir(path: Path) -> None:
+    """Make a folder that a run writes to.
+
+    Args:
+        path (`pathlib.Path`):
+            The folder; its parents are made too.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"`output_dir` must be a folder that can be written, got '{path}': {error.strerror or error}. Choose "
+            "another one."
+        ) from error
+
+
+def open_work_folder(path: Path) -> None:
+    """Make a folder of a fixed name for work in progress, or see that the one that is there is of a run of this user.
+
+    Args:
+        path (`pathlib.Path`):
+            The folder; its parents are made too.
+
+    Raises:
+        FileExistsError: If it is or holds a link, is no folder, or is somebody else's.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir()
+        return
+    except FileExistsError:
+        found = _what_is_wrong(path)
+    if found:
+        raise FileExistsError(
+            f"'{path}' must be a folder in which a run of yours has left its work, got {found}. See what it is, and "
+            "delete it."
+        )
+
+
+def _what_is_wrong(path: Path) -> str:
+    """Why a folder cannot be gone on in; empty where it can."""
+    known = path.lstat()
+    if stat.S_ISLNK(known.st_mode):
+        return "a symbolic link"
+    if not stat.S_ISDIR(known.st_mode):
+        return "a file"
+    with tempfile.TemporaryFile(dir=path) as file:  # some network disks call us by another number than the system does
+        if os.fstat(file.fileno()).st_uid != known.st_uid:
+            return "a folder of another user"
+    for folder, folders, files in os.walk(path):
+        if links := [name for name in (*folders, *files) if Path(folder, name).is_symlink()]:
+            return f"the symbolic link '{Path(folder, links[0]).relative_to(path)}' in it"
+    return ""
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Tell whether a path leads into a folder when all links on the way are followed.
+
+    In the Hub's cache, a snapshot's files are links to contents beside it, which count as inside.
+
+    Args:
+        path (`pathlib.Path`):
+            Any path.
+        folder (`pathlib.Path`):
+            The folder.
+
+    Returns:
+        `bool`
+    """
+    folder = folder.resolve()
+    snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
+    return any(
+        path.resolve().is_relative_to(root) for root in (folder, *(found.parent / "blobs" for found in snapshots))
+    )
+
+
+# ── a full disk ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def explain_full_disk(folder: Path, advice: str, num_bytes: int | None = None) -> Iterator[None]:
+    """Say in one sentence that a disk is full, whatever the writer of a file makes of it.
+
+    Args:
+        folder (`pathlib.Path`):
+            Where is written.
+        advice (`str`):
+            What becomes of the work so far, and what to do: sentences.
+        num_bytes (`int`, *optional*):
+            About how much the work takes in all.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError):
+            is_full = error.errno in _FULL
+        elif isinstance(error, SafetensorError):
+            is_full = any(f"(os error {number})" in str(error) for number in _FULL)
+        else:  # how `torch.save` says that less was written than it gave
+            is_full = "inline_container.cc" in str(error) or "iostream error" in str(error)
+        if not is_full:
+            raise
+        number = error.errno if isinstance(error, OSError) else errno.ENOSPC
+        needs, free = "what is kept there", ""
+        if num_bytes is not None:
+            needs = f"about {num_bytes / 1e6:.1f} MB in all"
+            free = f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB free now)"
+        raise OSError(
+            number, f"The disk of '{folder}' must have room for {needs}, got it full{free}: {error}. {advice}"
+        ) from error
+
+
+# ── comparing ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def file_signature(path: Path) -> tuple[int, ...]:
+    """Give what tells a file from another one that took its place.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+
+    Returns:
+        `tuple[int, ...]`: Device, inode, size and time of change.
+    """
+    found = path.stat()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def file_digest(path: Path) -> str:
+    """Hash a file as the Hub does.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+
+    Returns:
+        `str`: SHA-256, 64 hexadecimal digits.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
