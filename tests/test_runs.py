@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -402,7 +403,7 @@ def fill_up(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Excep
 
     def full(*args, **kwargs):
         names = [arg if isinstance(arg, (str, Path)) else getattr(arg, "name", "") for arg in args]
-        if any(str(name).endswith(ending) for name in names):
+        if any(fnmatch(str(name), f"*{ending}") for name in names):
             raise error
         return own(*args, **kwargs)
 
@@ -412,9 +413,9 @@ def fill_up(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Excep
 @pytest.mark.parametrize("training, place, name, error, ending", [
     ("probe", os, "replace", FULL, "_run/run.json"),
     ("probe", os, "replace", FULL, "_run/history.json"),
-    ("probe", runs, "save_file", FULL, "level-1/.student.safetensors.tmp"),
-    ("probe", runs, "save_file", SAFE, "level-1/.student.safetensors.tmp"),
-    ("probe", np, "savez", FULL, "level-1/.plan.npz.tmp"),
+    ("probe", runs, "save_file", FULL, "level-1/.student-*.safetensors"),
+    ("probe", runs, "save_file", SAFE, "level-1/.student-*.safetensors"),
+    ("probe", np, "savez", FULL, "level-1/.plan-*.npz"),
     ("probe", os, "replace", FULL, "level-1/stage.json"),
     ("lora", trainer_module, "save_file", SAFE, "level-1/checkpoint-2/buffers.safetensors"),
     ("full", torch, "save", TORCH, "level-0/checkpoint-2/optimizer.pt"),
@@ -434,7 +435,7 @@ def test_a_full_disk_is_told_and_gone_on_from(
         fill_up(patch, place, name, error, ending)
         run(tmp_path / "cut", tiny_vit, tiny_image_dataset, changes)
     assert caught.value.errno == errno.ENOSPC
-    assert not list((tmp_path / "cut").rglob("*.tmp"))
+    assert not list((tmp_path / "cut").rglob(".*-*"))
     for folder in (tmp_path / "cut").rglob("checkpoint-*"):
         assert (folder / "digests.json").is_file(), folder
     again = run(tmp_path / "cut", tiny_vit, tiny_image_dataset, changes, resume=True)
@@ -459,7 +460,7 @@ def test_a_disk_that_is_really_full(tmp_path, tiny_vit, tiny_image_dataset, trai
                 assert error.errno == errno.ENOSPC and f"The disk of '{folder / '_run'}" in str(error), error
                 told += 1
             ballast.unlink()
-            assert not list(folder.rglob("*.tmp"))
+            assert not list(folder.rglob(".*-*"))
         assert told >= (2 if training == "probe" else 4)
         again = run(folder, tiny_vit, tiny_image_dataset, changes, resume=True)
         assert_same_student(again, whole)
