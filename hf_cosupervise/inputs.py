@@ -78,7 +78,7 @@ def check_column_name(column: Any, what: str) -> None:
         TypeError: If it is something else.
     """
     if not isinstance(column, str | None):
-        advice = "Make text pairs one text first, such as `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`"
+        advice = "Make pairs one text first: `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`"
         advice = advice if isinstance(column, list | tuple) and what == "input_column" else "Give its name"
         raise TypeError(f"`{what}` must be the name of one column, got {column!r}. {advice}.")
 
@@ -246,8 +246,21 @@ def cell_digests(dataset: Dataset, column: str) -> list[str]:
     digests = []
     for start in range(0, len(dataset), _CHUNK):
         for cell in table_view[start : start + _CHUNK].column(column).to_pylist():
-            digests.append(hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest())
+            digests.append(cell_digest(cell))
     return digests
+
+
+def cell_digest(cell: Any) -> str:
+    """Hash the raw content of one cell, as [`cell_digests`] does.
+
+    Args:
+        cell (`Any`):
+            What Arrow holds, as a Python value.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    return hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest()
 
 
 def _cell_bytes(cell: Any) -> bytes:
@@ -372,7 +385,7 @@ class InputProcessor:
             if not isinstance(cell, str):
                 raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
             if not is_writable_text(cell.replace("\0", "")):
-                raise RowError(f"A text must hold no halves of characters (lone surrogates), got {cell!r}. Correct it.")
+                raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
         batch = self.processing_class(
             list(cells), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
             return_attention_mask=True,

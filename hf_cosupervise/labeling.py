@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from .inputs import (
     RowError,
     as_label_id,
-    cell_digests,
+    cell_digest,
     check_column_name,
     find_input_column,
     row_keys,
@@ -441,7 +441,7 @@ class _Job:
             "precision": self.precision,
             "num_rows": len(self.dataset),
             "ids": digest.hexdigest(),
-            "columns": _sample_columns(self.dataset, [c for c in dict.fromkeys(read) if c in known]),
+            "columns": _sample_columns(self.dataset, [name for name in dict.fromkeys(read) if name and name in known]),
         }
 
     def disk_needs(self, row_bytes: int) -> int:
@@ -457,16 +457,18 @@ def _is_column(teacher: Teacher) -> bool:
 
 
 def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str, str]]:
-    """Types of columns and hashes of a few of their cells: other data are to be noticed without reading all of them."""
+    """Types of columns and hashes of a few of their cells: other data are to be noticed without reading all of it."""
+    if not columns:
+        return {}
     rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int))
-    few = dataset.select_columns(columns).select(rows).flatten_indices()  # once: a selection takes from every column
-    digests = {column: "".join(cell_digests(few, column)).encode() for column in columns}
+    few = dataset.select_columns(columns).with_format("arrow")[rows]  # all at once: a row is taken from every column
+    digests = {name: "".join(map(cell_digest, few.column(name).to_pylist())) for name in columns}
     return {
-        column: {
-            "type": str(dataset.features[column]),
-            "cells": hashlib.blake2b(digest, digest_size=8).hexdigest(),
+        name: {
+            "type": str(dataset.features[name]),
+            "cells": hashlib.blake2b(digest.encode(), digest_size=8).hexdigest(),
         }
-        for column, digest in digests.items()
+        for name, digest in digests.items()
     }
 
 
@@ -912,7 +914,46 @@ def _open_pool(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> Pseudol
             teachers[name] = Dataset.from_file(str(path))
         else:
             teachers[name] = job.reuse.teachers[name]
-    return PseudolabelPool(job.hierarchy, teachers, job.inputs, facts, job.source)
+    pool = PseudolabelPool(
+        job.hierarchy, teachers, job.inputs, facts, job.source, input_column=job.columns.inputs
+    )  # fmt: skip
+    if (unreadable := _find_unreadable(job, pool)).size and pool.inputs is not None:
+        pool.inputs = _empty_cells(pool.inputs, str(job.columns.inputs), unreadable)
+    return pool
+
+
+def _find_unreadable(job: _Job, pool: PseudolabelPool) -> np.ndarray:
+    """Rows of which the pool would keep an image that no model can read; looked for only where a teacher failed."""
+    column, models = job.columns.inputs, job.models
+    readers = [
+        teacher.name
+        for teacher in job.hierarchy.teachers
+        if (models[teacher.name].column is None if teacher.name in models else not _is_column(teacher))
+    ]
+    failed = [name for name in readers if pool.facts[name].get("num_failed")]
+    feature = pool.inputs.features.get(column) if pool.inputs is not None else None
+    if not failed or pool.inputs is None or column is None or not isinstance(feature, Image):
+        return np.zeros(0, dtype=np.int64)
+    rows = np.flatnonzero(np.all([~pool.answered(name) for name in readers], axis=0))
+    cells = pool.inputs.select_columns([column]).cast_column(column, Image(decode=False)).select(rows)
+    decoder = Image(mode=feature.mode)
+    return rows[[not _is_readable(cell[column], decoder) for cell in cells]]
+
+
+def _is_readable(cell: Any, decoder: Image) -> bool:
+    try:
+        return cell is None or to_pil(decoder.decode_example(cell)) is not None
+    except _DECODE_ERRORS:
+        return False
+
+
+def _empty_cells(inputs: Dataset, column: str, rows: np.ndarray) -> Dataset:
+    """The same inputs without what is in some rows of a column; nothing but those rows is copied."""
+    few = inputs.select_columns([name for name in inputs.column_names if name != column]).select(rows)
+    few = few.add_column(column, [None] * len(rows), feature=inputs.features[column])
+    order = np.arange(len(inputs))
+    order[rows] = len(inputs) + np.arange(len(rows))
+    return concatenate_datasets([inputs, few.select_columns(inputs.column_names)]).select(order)
 
 
 def _save(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> None:

@@ -100,8 +100,8 @@ def check_teacher_model(model: Any, name: str) -> None:
         found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise TypeError(
             f"`models[{name!r}]` must be a teacher object with `prepare(cells)`, `__call__(inputs)`, `column` and "
-            f"`facts`, got {found}{' without ' + ', '.join(lacking) if lacking else ''}. Give an object of a class that "
-            "has them (see `TeacherModel`), or put its answers into a column and read them by `kind='column'`."
+            f"`facts`, got {found}{' without ' + ', '.join(lacking) if lacking else ''}. Give an object of a class "
+            "that has them (see `TeacherModel`), or put its answers into a column and read them by `kind='column'`."
         )
 
 
