@@ -354,10 +354,13 @@ def _pool_inputs(
     return inputs if inputs.column_names != ["id"] else None
 
 
-def _read_names(dataset: Dataset, column: str, rows: slice = slice(None)) -> list[Any]:  # noqa: B008
-    """A column's values, those of a `ClassLabel` as names: its ids need not be those of the task."""
-    values = dataset.select_columns([column])[rows][column]
-    feature = dataset.features[column]
+def _read_names(dataset: Dataset, column: str) -> list[Any]:
+    """A column's values, those of a `ClassLabel` as names."""
+    return _as_names(dataset.select_columns([column])[:][column], dataset.features[column])
+
+
+def _as_names(values: list[Any], feature: Any) -> list[Any]:
+    """Values of a column, those of a `ClassLabel` as names: its ids need not be those of the task."""
     if not isinstance(feature, ClassLabel):
         return list(values)
     return [None if value is None or value < 0 else feature.int2str(value) for value in values]
@@ -462,10 +465,11 @@ def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str,
         return {}
     rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int))
     few = dataset.select_columns(columns).with_format("arrow")[rows]  # all at once: a row is taken from every column
+    features = dataset.features  # a copy of all of them each time
     digests = {name: "".join(map(cell_digest, few.column(name).to_pylist())) for name in columns}
     return {
         name: {
-            "type": str(dataset.features[name]),
+            "type": str(features[name]),
             "cells": hashlib.blake2b(digest.encode(), digest_size=8).hexdigest(),
         }
         for name, digest in digests.items()
@@ -661,17 +665,18 @@ class _Reader(TorchDataset):
     def __init__(self, job: _Job, models: Mapping[str, TeacherModel], batches: Sequence[_Batch]) -> None:
         self.batches, self.input_column = batches, job.columns.inputs
         self.keys: dict[str, tuple[str | None, str]] = {}
-        self.sources: dict[tuple[str | None, str], Callable[[Sequence[Any]], Any]] = {}
+        self.sources: dict[tuple[str | None, str], tuple[str, Callable[[Sequence[Any]], Any]]] = {}
         for name, model in models.items():
             key = self.keys[name] = (model.column, model.facts.get("preprocessing") or f"of '{name}' alone")
-            self.sources.setdefault(key, model.prepare)
-        self.views, self.images = {}, {}
-        for column in {self._name(column) for column, _ in self.sources}:
-            self.views[column] = job.dataset.select_columns([column])
-            if isinstance(feature := job.dataset.features[column], Image):
-                # Decoded here, a row at a time: one broken image must not take its batch along.
-                self.images[column] = Image(mode=feature.mode)
-                self.views[column] = self.views[column].cast_column(column, Image(decode=False))
+            self.sources.setdefault(key, (name, model.prepare))
+        # All columns in one view: each view of its own would copy what is known of every column of the data.
+        self.view = job.dataset.select_columns(sorted({self._name(column) for column, _ in self.sources}))
+        self.features = self.view.features
+        self.images = {name: Image(mode=kind.mode) for name, kind in self.features.items() if isinstance(kind, Image)}
+        for name in self.images:
+            # Decoded here, a row at a time: one broken image must not take its batch along.
+            self.view = self.view.cast_column(name, Image(decode=False))
+        self.last: tuple[_Batch, dict[str, list[Any]]] | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -684,8 +689,9 @@ class _Reader(TorchDataset):
         for key in keys:
             if cells := list(read[key[0]][0].values()):
                 # Where it fails, nothing is given, and the main process finds the row that is at fault.
-                with suppress(RowError):
-                    inputs[key] = self.sources[key](cells)
+                name, prepare = self.sources[key]
+                with suppress(RowError), _told(name, len(cells)):
+                    inputs[key] = prepare(cells)
         return {column: failed for column, (_, failed) in read.items()}, inputs
 
     def read(self, column: str | None, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
@@ -694,7 +700,9 @@ class _Reader(TorchDataset):
         decoder = self.images.get(name)
         cells: dict[int, Any] = {}
         failed: _Reasons = {}
-        for place, cell in enumerate(_read_names(self.views[name], name, slice(batch.start, batch.stop))):
+        if self.last is None or self.last[0] is not batch:
+            self.last = (batch, self.view[batch.start : batch.stop])
+        for place, cell in enumerate(_as_names(self.last[1][name], self.features[name])):
             if cell is None and column is None:
                 failed[place] = (f"Column '{name}' must hold an input in every row, got None", None)
             elif decoder is None or cell is None:
