@@ -268,8 +268,8 @@ def _cell_bytes(cell: Any) -> bytes:
         if cell["bytes"] is not None:
             return cell["bytes"]
         try:
-            return Path(cell["path"]).read_bytes()
-        except OSError:  # whoever reads the image says so, and names the row
+            return Path(cell["path"] or "").read_bytes()
+        except (OSError, ValueError):  # whoever reads the image says so, and names the row
             return f"no file: {cell['path']}".encode()
     if isinstance(cell, str):
         return cell.encode("utf-8")

@@ -250,6 +250,9 @@ def test_a_file_that_is_gone_has_a_key(tmp_path: Path) -> None:
     data = Dataset.from_dict({"image": cells}, features=Features({"image": Image()}))
     one, two, again = cell_digests(data, "image")
     assert one == again != two and len(set(row_keys(data, "image"))) == 3
+    nowhere = [{"bytes": None, "path": path} for path in (None, "", "a\0b", str(tmp_path))]
+    data = Dataset.from_dict({"image": nowhere}, features=Features({"image": Image()}))
+    assert len(cell_digests(data, "image")) == 4
 
 
 # ── texts without tokens, and tokenizers without padding ────────────────────────────────────────────────────────────
