@@ -612,11 +612,15 @@ def _harden_first(method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggreg
     return hardened
 
 
+# What makes each row of that row alone, and what needs no more than hard labels `(num_examples, num_teachers)`.
+ROW_AGGREGATORS: dict[str, Aggregator] = {"mean_probs": mean_probs, "mean_logits": mean_logits}
+VOTE_AGGREGATORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "majority_vote": majority_vote,
+    "dawid_skene": dawid_skene,
+    "glad": glad,
+    "mace": mace,
+}
 AGGREGATORS: dict[str, Aggregator] = {
-    "mean_probs": mean_probs,
-    "mean_logits": mean_logits,
-    "majority_vote": _harden_first(majority_vote),
-    "dawid_skene": _harden_first(dawid_skene),
-    "glad": _harden_first(glad),
-    "mace": _harden_first(mace),
+    **ROW_AGGREGATORS,
+    **{name: _harden_first(method) for name, method in VOTE_AGGREGATORS.items()},
 }

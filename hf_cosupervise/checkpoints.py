@@ -522,10 +522,10 @@ def load_processor(checkpoint: Checkpoint, folder: Path, is_text: bool) -> Any:
             f"'{checkpoint.place}': {_first_line(error)}. Save it there too by `save_pretrained`."
         ) from error
     # Without its files, transformers 5 makes a tokenizer that knows its special tokens only, and says nothing.
-    if is_text and len(processor) - len(set(processor.all_special_tokens)) < _LEAST_WORDS:
+    if is_text and (num_words := len(processor) - len(set(processor.all_special_tokens))) < _LEAST_WORDS:
         raise ValueError(
-            f"{checkpoint.what} must come with the vocabulary of its tokenizer, got special tokens only in "
-            f"'{checkpoint.place}'. Save the tokenizer there too by `save_pretrained`."
+            f"{checkpoint.what} must come with the vocabulary of its tokenizer, got {num_words} words "
+            f"besides its special tokens in '{checkpoint.place}'. Save the tokenizer there too by `save_pretrained`."
         )
     checkpoint.name_after(processor)
     return processor

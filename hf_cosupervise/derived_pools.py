@@ -11,7 +11,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .aggregation import AGGREGATORS, Aggregator, aggregate, crowdlab, harden, majority_vote
+from .aggregation import (
+    AGGREGATORS,
+    ROW_AGGREGATORS,
+    VOTE_AGGREGATORS,
+    Aggregator,
+    aggregate,
+    crowdlab,
+    harden,
+    majority_vote,
+)
 from .calibration import MIN_EXAMPLES, apply_temperature, fit_temperature
 from .heads import fit_ridge_head, gram_matrix, linear_logits
 from .pool import PseudolabelPool
@@ -48,7 +57,7 @@ def single_teacher_pool(pool: PseudolabelPool, name: str, probs: np.ndarray) -> 
     """
     hierarchy = TeacherHierarchy(pool.labels, [Teacher(name, kind="column")])
     single = PseudolabelPool.from_predictions(hierarchy, pool.ids, {name: probs}, inputs=pool.inputs)
-    single.source = pool.source
+    single.source, single.input_column = pool.source, pool.input_column
     return single
 
 
@@ -89,7 +98,15 @@ def aggregated_pool(
     if isinstance(method, str) and method not in (known := [*AGGREGATORS, *FEATURE_AGGREGATORS]):
         raise ValueError(f"Unknown `method` '{method}'. Choose one of {', '.join(known)}, or give a function.")
     title = name or str(method if isinstance(method, str) else getattr(method, "__name__", "aggregated"))
-    teacher_probs, answered = pool.decode_level(range(len(pool.hierarchy.teachers)), slice(None))
+    title = title.replace("_", "-")
+    everybody = range(len(pool.hierarchy.teachers))
+    if isinstance(method, str) and method in ROW_AGGREGATORS:  # not all probabilities of all teachers at once
+        pieces = [aggregate(*pool.decode_level(everybody, rows), method).numpy() for rows in _chunks(len(pool))]
+        return single_teacher_pool(pool, title, np.concatenate(pieces))
+    if isinstance(method, str) and method in VOTE_AGGREGATORS:
+        found = VOTE_AGGREGATORS[method](_hard_labels(pool, pool.hierarchy.names), pool.hierarchy.num_labels)
+        return single_teacher_pool(pool, title, found.numpy())
+    teacher_probs, answered = pool.decode_level(everybody, slice(None))
     if isinstance(method, str) and method in FEATURE_AGGREGATORS:
         known_features = _check_features(features, len(pool), method)
         found = FEATURE_AGGREGATORS[method](
@@ -97,7 +114,7 @@ def aggregated_pool(
         )
     else:
         found = aggregate(teacher_probs, answered, method)
-    return single_teacher_pool(pool, title.replace("_", "-"), found.cpu().numpy())
+    return single_teacher_pool(pool, title, found.cpu().numpy())
 
 
 def _check_features(features: torch.Tensor | None, num_examples: int, method: str) -> torch.Tensor:
@@ -346,7 +363,9 @@ def _rewritten_pool(
         teachers[name] = teacher_dataset(pool.ids, label_ids, label_probs)
         num_answered = max(int((label_probs[:, 0] > 0).sum()), 1)
         known[name] = {**known.get(name, {}), "dropped_mass": dropped / num_answered, **facts[name]}
-    return PseudolabelPool(pool.hierarchy, teachers, pool.inputs, known, pool.source)
+    return PseudolabelPool(
+        pool.hierarchy, teachers, pool.inputs, known, pool.source, input_column=pool.input_column
+    )  # fmt: skip
 
 
 def _chunks(num_examples: int) -> Iterator[slice]:

@@ -341,10 +341,15 @@ class FeatureStore:
         try:
             for start in range(0, len(rows), batch_size):
                 cells = dataset[rows[start : start + batch_size]][column]
-                inputs = {name: _channels_last(value.to(device)) for name, value in self.processor(cells).items()}
-                with torch.no_grad(), self.autocast():
-                    self.model(**inputs)
-                yield captured.pop().float().cpu().numpy()
+                is_there = [cell is not None for cell in cells]  # a pool keeps no cell that could not be read
+                values = np.zeros((len(cells), self.head.in_features), dtype=np.float32)
+                if any(is_there):
+                    batch = self.processor([cell for cell in cells if cell is not None])
+                    inputs = {name: _channels_last(value.to(device)) for name, value in batch.items()}
+                    with torch.no_grad(), self.autocast():
+                        self.model(**inputs)
+                    values[is_there] = captured.pop().float().cpu().numpy()
+                yield values
         finally:
             hook.remove()
 

@@ -13,12 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitInfo, HfApi
 
 from .cards import hierarchy_card
 from .checkpoints import MODEL_FILES, Checkpoint, find_checkpoint, find_kind
 from .hub import CARD, fetch_files, hub_errors, open_branch, open_repo, publish, resolve_commit
+from .strict_yaml import dump_yaml
 from .teachers import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def push_hierarchy(
         files |= {f"{name}/{file}": content for file, content in _files_of(checkpoint).items()}
     written = [_write(teacher, found.get(teacher.name), teacher.name in inner) for teacher in hierarchy.teachers]
     content = TeacherHierarchy(hierarchy.labels, written).to_dict()
-    files[HIERARCHY_FILES[0]] = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode("utf-8")
+    files[HIERARCHY_FILES[0]] = dump_yaml(content).encode("utf-8")
     facts["hub_branch"] = revision
     files[CARD] = hierarchy_card(_card_facts(hierarchy, repo_id, found, inner, facts)).encode("utf-8")
     return publish(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,20 @@ import torch
 from datasets import ClassLabel, Dataset, Image, Value
 from PIL import Image as PILImage
 
+from .teachers import is_writable_text
+
+logger = logging.getLogger(__name__)
+
 LABEL_NAMES = ("label", "labels", "oracle_label")
 INPUT_NAMES = ("image", "img", "pixel_values", "text", "sentence")
 _CHUNK = 1000
+
+
+class RowError(TypeError, ValueError):
+    """A row's input cannot be made into what a model reads; a teacher's `prepare` may raise it to say so.
+
+    Nothing else that a teacher raises is taken for the fault of a row.
+    """
 
 
 def find_input_column(dataset: Any, input_column: str | None = None) -> str:
@@ -34,8 +48,10 @@ def find_input_column(dataset: Any, input_column: str | None = None) -> str:
         `str`
 
     Raises:
+        TypeError: If it is no name.
         ValueError: If the column does not exist, or none or several could be meant.
     """
+    check_column_name(input_column, "input_column")
     columns = list(dataset.column_names or (dataset.features or {}))
     if input_column is not None:
         if input_column not in columns:
@@ -49,6 +65,24 @@ def find_input_column(dataset: Any, input_column: str | None = None) -> str:
             f"{candidates or 'none'} among {columns}. Name it with `input_column`."
         )
     return candidates[0]
+
+
+def check_column_name(column: Any, what: str) -> None:
+    """Refuse what names no single column.
+
+    Args:
+        column (`Any`):
+            What should be a name, or `None`.
+        what (`str`):
+            The argument, for the error.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(column, str | None):
+        advice = "Make pairs one text first: `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`"
+        advice = advice if isinstance(column, list | tuple) and what == "input_column" else "Give its name"
+        raise TypeError(f"`{what}` must be the name of one column, got {column!r}. {advice}.")
 
 
 def _check_column(dataset: Dataset, column: str) -> None:
@@ -105,7 +139,7 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
         dataset (`datasets.Dataset`):
             Data.
         column (`str`):
-            A column of `ClassLabel`, of label names, or of label ids.
+            A column of `ClassLabel`, of label names, or of label ids; whole floats are ids too.
         labels (`Sequence[str]`):
             The task's label names.
 
@@ -120,7 +154,7 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
     positions = {name: index for index, name in enumerate(labels)}
     if isinstance(feature, ClassLabel):
         values = [feature.names[value] if value is not None and value >= 0 else value for value in values]
-    ids = [positions.get(value, -1) if isinstance(value, str) else value for value in values]
+    ids = [positions.get(value, -1) if isinstance(value, str) else as_label_id(value) for value in values]
     wrong = [row for row, value in enumerate(ids) if not isinstance(value, int) or not 0 <= value < len(labels)]
     if wrong:
         raise ValueError(
@@ -128,6 +162,49 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
             f"{wrong[0]} ({len(wrong)} such rows)."
         )
     return np.asarray(ids, dtype=np.int64)
+
+
+def as_label_id(value: Any) -> Any:
+    """Give a whole float as an integer: pandas makes 0.0, 1.0 and NaN of label ids of which one is missing.
+
+    Args:
+        value (`Any`):
+            What a label column holds.
+
+    Returns:
+        `Any`: an `int` for a whole number, `None` for NaN, anything else as it is.
+
+    Examples:
+        >>> as_label_id(1.0), as_label_id(float("nan")), as_label_id(0.5)
+        (1, None, 0.5)
+    """
+    if isinstance(value, np.generic) and not isinstance(value, np.bool_):
+        value = value.item()
+    if not isinstance(value, float | Decimal):
+        return value
+    if math.isnan(value):
+        return None
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
+def has_input(dataset: Dataset, column: str) -> np.ndarray:
+    """Tell which rows hold anything: a pool stores what could not be read as missing.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            Name of a column.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, bool.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    _check_column(dataset, column)
+    is_there = dataset.data.column(column).is_valid().to_numpy()
+    return is_there if dataset._indices is None else is_there[dataset._indices.column(0).to_numpy()]
 
 
 def row_keys(dataset: Dataset, column: str) -> list[str]:
@@ -152,7 +229,7 @@ def row_keys(dataset: Dataset, column: str) -> list[str]:
 
 
 def cell_digests(dataset: Dataset, column: str) -> list[str]:
-    """Hash the raw content of each cell; equal cells have equal digests.
+    """Hash the raw content of each cell; equal cells have equal digests. Of a file that is gone, its name is hashed.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -171,13 +248,31 @@ def cell_digests(dataset: Dataset, column: str) -> list[str]:
     digests = []
     for start in range(0, len(dataset), _CHUNK):
         for cell in table_view[start : start + _CHUNK].column(column).to_pylist():
-            digests.append(hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest())
+            digests.append(cell_digest(cell))
     return digests
+
+
+def cell_digest(cell: Any) -> str:
+    """Hash the raw content of one cell, as [`cell_digests`] does.
+
+    Args:
+        cell (`Any`):
+            What Arrow holds, as a Python value.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    return hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest()
 
 
 def _cell_bytes(cell: Any) -> bytes:
     if isinstance(cell, Mapping) and set(cell) == {"bytes", "path"}:  # an image, encoded or still a file
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        try:
+            return Path(cell["path"] or "").read_bytes()
+        except (OSError, ValueError):  # whoever reads the image says so, and names the row
+            return f"no file: {cell['path']}".encode()
     if isinstance(cell, str):
         return cell.encode("utf-8")
     if isinstance(cell, bytes):
@@ -259,30 +354,49 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
 
     Args:
         cell (`PIL.Image.Image`, `np.ndarray` or nested `list`):
-            A decoded image; arrays are uint8 of shape `(height, width)` or `(height, width, channels)`.
+            A decoded image; arrays are of shape `(height, width)` or `(height, width, channels)`, of uint8 or of other
+            whole numbers in 0..255, of uint16, or bool.
         mode (`str`, *optional*):
             PIL mode such as `"RGB"` or `"L"`. The image's own by default.
 
     Returns:
-        `PIL.Image.Image`
+        `PIL.Image.Image`: of 8 bits per channel. Of 16 bits (PIL's `I;16` and its kin, uint16) the upper 8 stay, as
+        PIL does it for colours. Pixels that are floats or 32 bits have no range that is certain: they are refused.
 
     Raises:
-        TypeError: If the cell is no image.
+        RowError: If the cell is no image, or one that cannot be made one of 8 bits. It is a `TypeError`.
     """
+    if isinstance(cell, PILImage.Image):
+        if cell.mode in ("I", "F"):
+            raise RowError(
+                f"An image must have pixels of 8 or 16 bits, got one of mode {cell.mode!r}, the range of which nobody "
+                "can know. Scale it to 0..255 by the range that it has, and make it one of uint8."
+            )
+        if cell.mode.startswith("I;16"):
+            cell = np.asarray(cell)
     if not isinstance(cell, PILImage.Image):
         try:
             array = np.asarray(cell)
         except ValueError:  # rows of different lengths
             array = np.asarray(None)
         array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        if array.dtype.kind == "b":
+            array = array * np.uint8(255)
+        elif array.dtype.kind == "u" and array.dtype.itemsize == 2:  # the type decides, not the values of one row
+            array = array >> 8
         whole = array.dtype.kind in "iu" and (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4))
         if not whole or array.size and not 0 <= array.min() <= array.max() <= 255:
-            raise TypeError(
+            raise RowError(
                 f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}. Give "
                 "uint8 of shape (height, width) or (height, width, channels)."
             )
         cell = PILImage.fromarray(array.astype(np.uint8))
-    return cell if mode is None or cell.mode == mode else cell.convert(mode)
+    if mode is None or cell.mode == mode:
+        return cell
+    try:
+        return cell.convert(mode)
+    except ValueError as error:
+        raise RowError(f"An image must be one that PIL can make {mode!r}, got {error}. Convert it first.") from error
 
 
 class InputProcessor:
@@ -292,13 +406,17 @@ class InputProcessor:
         processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
             What `AutoTokenizer` or `AutoImageProcessor` gives for the model.
         config (`PreTrainedConfig`, *optional*):
-            The model's configuration, for the number of channels it reads (3 where it does not tell).
+            The model's configuration, for the number of channels it reads (3 where it does not tell). Where it names
+            no pad token, it gets the tokenizer's; a tokenizer without one pads with its end of a text.
+        what (`str`, *optional*):
+            Whose it is, for the error.
 
     Raises:
         TypeError: If `processing_class` can be called neither on text nor on images.
+        ValueError: If a tokenizer has no token to pad with.
     """
 
-    def __init__(self, processing_class: Any, config: Any = None) -> None:
+    def __init__(self, processing_class: Any, config: Any = None, what: str = "`processing_class`") -> None:
         if not callable(processing_class):
             raise TypeError(
                 "`processing_class` must be a tokenizer or an image processor, got "
@@ -306,6 +424,9 @@ class InputProcessor:
             )
         self.processing_class = processing_class
         self.is_text = hasattr(processing_class, "pad") and hasattr(processing_class, "vocab_size")
+        self.what = what
+        if self.is_text:
+            _set_pad_token(processing_class, config, what)
         self.mode = "L" if _num_channels(config) == 1 else "RGB"
         self.max_length = _max_length(processing_class, config) if self.is_text else None
         self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
@@ -319,14 +440,62 @@ class InputProcessor:
 
         Returns:
             `dict[str, torch.Tensor]`: What the model's forward reads, first dimension `len(cells)`.
+
+        Raises:
+            RowError: If a cell is no image or no text, or a text has no token: alone it could not be read, and beside
+                longer ones it would be all padding.
         """
         if self.is_text:
-            batch = self.processing_class(
-                list(cells), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            )
+            batch = self._tokenize(cells)
         else:
             batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
         return {name: batch[name] for name in self.input_names if name in batch}
+
+    def _tokenize(self, cells: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+        for cell in cells:
+            if not isinstance(cell, str):
+                raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+            if not is_writable_text(cell.replace("\0", "")):
+                raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+        batch = self.processing_class(
+            list(cells), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
+            return_attention_mask=True,
+        )  # fmt: skip
+        is_empty = batch["attention_mask"].sum(dim=1) == 0
+        if bool(is_empty.any()):
+            raise RowError(f"A text must have at least one token, got {cells[int(is_empty.nonzero()[0])]!r}.")
+        return batch
+
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Process two examples that every model of this kind can read: what fails here is no row's fault.
+
+        Returns:
+            `dict[str, torch.Tensor]`: As for cells; two texts of different length, or two grey images.
+
+        Raises:
+            ValueError: If they cannot be processed.
+        """
+        if not self.is_text:
+            cells: list[Any] = [PILImage.new(self.mode, (64, 64))] * 2
+        else:
+            cells = [(text := self._find_text()), f"{text} {text}"]
+        try:
+            return self(cells)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            kind = "texts" if self.is_text else "images"
+            raise ValueError(
+                f"{self.what} must be able to prepare {kind}, got {type(error).__name__}: {str(error).rstrip('.')}. "
+                "Correct its settings, or save it again by `save_pretrained`."
+            ) from error
+
+    def _find_text(self) -> str:
+        """A text that has tokens."""
+        tokenizer = self.processing_class
+        if len(tokenizer("a text")["input_ids"]):
+            return "a text"
+        special = set(tokenizer.all_special_tokens)
+        words = [word for word in tokenizer.get_vocab() if word not in special]
+        return tokenizer.convert_tokens_to_string(sorted(words, key=len)[-1:])
 
     @property
     def fingerprint(self) -> str:
@@ -340,6 +509,23 @@ class InputProcessor:
             facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]
         text = json.dumps([type(processor).__name__, facts], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def _set_pad_token(tokenizer: Any, config: Any, what: str) -> None:
+    """Give a tokenizer and its model one and the same token to pad with: GPT-2, Llama and their kin come without."""
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        eos, size = getattr(tokenizer, "eos_token_id", None), getattr(config, "vocab_size", None)
+        if eos is None or size is not None and eos >= size:
+            raise ValueError(
+                f"{what} must have a token to pad texts with, got a tokenizer with neither a pad token nor an end of "
+                "a text that its model knows. Set its `pad_token` to one of its tokens, and save it again by "
+                "`save_pretrained`."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info(f"{what} has no pad token: texts are padded with {tokenizer.eos_token!r}.")
+    for owner in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
+        if getattr(owner, "pad_token_id", None) is None:
+            owner.pad_token_id = tokenizer.pad_token_id
 
 
 def _tokenizer_facts(tokenizer: Any) -> Any:

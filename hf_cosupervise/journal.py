@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -22,7 +23,7 @@ except ImportError:  # Windows, where a second run in the same folder goes unnot
     fcntl = None  # type: ignore[assignment]
 
 _PLAN, _LOCK, _PARTS = "plan.json", "lock", "parts"
-_NUM_NOTED = 5
+_NUM_NOTED, _NUM_LETTERS = 5, 300
 _AFRESH = "Delete that folder to start afresh."
 
 
@@ -39,6 +40,7 @@ class Segment:
         num_failed (`int`): Rows that are missing because the teacher failed on them.
         failed_rows (`tuple[int, ...]`): The first few of those.
         dropped (`float`): Sum of the probability mass that was not kept, over the answered rows.
+        reason (`str`): Why the first of the failed rows is missing.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Segment:
     num_failed: int
     failed_rows: tuple[int, ...]
     dropped: float
+    reason: str
 
 
 class Journal:
@@ -203,23 +206,24 @@ class Journal:
             yield label_ids[new], label_probs[new]
             done = segment.stop
 
-    def drop(self, name: str) -> None:
-        """Forget a teacher and what it has labelled.
+    def drop(self, *names: str) -> None:
+        """Forget teachers and what they have labelled.
 
         Args:
-            name (`str`):
-                Name of the teacher.
+            names (`str`):
+                Names of the teachers.
         """
-        shutil.rmtree(self.folder / _PARTS / name, ignore_errors=True)
         content = self._read_plan()
-        content["facts"].pop(name, None)
+        for name in names:
+            shutil.rmtree(self.folder / _PARTS / name, ignore_errors=True)
+            content["facts"].pop(name, None)
         self._write_plan(content)
 
     def _parse(self, line: bytes, data: BinaryIO) -> Segment | None:
         """The segment that a line tells of, if its bytes are whole."""
         head, _, checksum = line.rpartition(b" ")
         try:
-            numbers, rows, dropped = head.split()[:-2], *head.split()[-2:]
+            numbers, rows, reason, dropped = head.split()[:-3], *head.split()[-3:]
             offset, start, stop, num_answered, num_failed = map(int, numbers)
             failed_rows = tuple(int(row) for row in rows.split(b",") if row != b"-")
             expected, mass = int(checksum), float(dropped)
@@ -231,7 +235,8 @@ class Journal:
         found = data.read((stop - start) * self.row_bytes)
         if zlib.crc32(found, zlib.crc32(head)) != expected:
             return None
-        return Segment(Path(data.name), offset, start, stop, num_answered, num_failed, failed_rows, mass)
+        why = unquote(reason.decode()).removeprefix("-")
+        return Segment(Path(data.name), offset, start, stop, num_answered, num_failed, failed_rows, mass, why)
 
     def _acquire(self) -> None:
         """Take the lock, which the kernel gives back when this process ends, however it ends."""
@@ -296,6 +301,7 @@ class Part:
         label_probs: np.ndarray,
         failed_rows: Sequence[int] = (),
         dropped: float = 0.0,
+        reason: str = "",
     ) -> None:
         """Write a batch, and then the line that makes it count.
 
@@ -310,6 +316,8 @@ class Part:
                 Rows that are missing because the teacher failed on them.
             dropped (`float`, *optional*, defaults to 0.0):
                 Sum of the probability mass that was not kept.
+            reason (`str`, *optional*, defaults to `""`):
+                Why the first of the failed rows is missing; its first letters are kept.
 
         Raises:
             OSError: If it cannot be written.
@@ -317,7 +325,9 @@ class Part:
         data = label_ids.tobytes() + label_probs.tobytes()
         num_answered = int(np.count_nonzero(label_probs[:, 0]))
         noted = ",".join(str(row) for row in failed_rows[:_NUM_NOTED]) or "-"
-        head = f"{self._offset} {start} {start + len(label_ids)} {num_answered} {len(failed_rows)} {noted} {dropped!r}"
+        why = quote(f"-{reason[:_NUM_LETTERS]}", errors="replace")
+        head = f"{self._offset} {start} {start + len(label_ids)} {num_answered} {len(failed_rows)} {noted} {why} "
+        head += repr(dropped)
         checksum = zlib.crc32(data, zlib.crc32(head.encode()))
         write_all(self._data, data)
         write_all(self._journal, f"{head} {checksum}\n".encode())

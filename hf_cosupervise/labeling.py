@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import shutil
+import struct
 import tempfile
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
@@ -26,30 +28,41 @@ from datasets import (
     Image,
     IterableDataset,
     Value,
+    concatenate_datasets,
 )
+from PIL.Image import DecompressionBombError
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from .files import check_free, explain_full_disk, move_file
-from .inputs import cell_digests, find_input_column, row_keys, shorten
+from .inputs import (
+    RowError,
+    as_label_id,
+    cell_digest,
+    check_column_name,
+    find_input_column,
+    row_keys,
+    shorten,
+    to_pil,
+)
 from .journal import Journal, Part, Segment
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
 from .pool_files import write_teacher
-from .processes import ROW_ERRORS, Processes, join_processes
+from .processes import Processes, join_processes
 from .sources import DataChoice, find_data, tell_error
 from .sparse import SUM_TOLERANCE, default_pool_k, dropped_mass, encode_top_k, label_dtype
 from .teacher_models import SKLEARN_FEATURE_KINDS as SKLEARN_FEATURE_KINDS
 from .teacher_models import (
     TeacherModel,
-    WrongColumnError,
+    check_teacher_model,
     default_device,
-    find_label,
     identify_teacher,
+    label_finder,
     load_teacher,
 )
 from .teacher_models import save_sklearn_teacher as save_sklearn_teacher
-from .teachers import Teacher, TeacherHierarchy
+from .teachers import Teacher, TeacherHierarchy, is_writable_text
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +76,11 @@ _CHUNK = 8192
 _GOLD_NAMES = frozenset(
     ("label", "labels", "target", "targets", "gold", "gold_label", "ground_truth", "class", "y", "coarse_label")
     + ("fine_label", "label_ids", ORACLE_LABEL, ORACLE_DOMAIN)
+)
+# What decoders make of bytes that are no image; PIL raises SyntaxError for broken PNG files.
+_DECODE_ERRORS = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, DecompressionBombError, struct.error, zlib.error),
 )
 T = TypeVar("T")
 
@@ -139,8 +157,10 @@ def build_pool(
         num_workers (`int`, *optional*, defaults to 0):
             Processes that decode and prepare inputs; 0 for this process.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do with a row that cannot be read or that breaks a teacher: `"raise"` an error that names it, or
-            leave it `"missing"` for the teachers concerned, counted as `num_failed` in their facts.
+            What to do with a row that cannot be read or made into what a teacher reads, or whose answer is no
+            distribution: `"raise"` an error that names it, or leave it `"missing"` for the teachers concerned, counted
+            as `num_failed` in their facts. An input that no model could read is missing in the pool too. Any other
+            error of a teacher is raised in any case.
         reuse (`PseudolabelPool`, *optional*):
             A pool of the same data. Its teachers that are in `hierarchy` too, at any level, are not run again, and
             their files are linked, not copied.
@@ -158,13 +178,20 @@ def build_pool(
         OSError: If the disk is full: what is labelled stays beside `output_dir`. If a data set on the Hub cannot be
             reached, does not exist or may not be read.
         RuntimeError: If another run is labelling into `output_dir`.
-        TypeError: If `dataset` is not one split of data.
+        TypeError: If `dataset` is not one split of data, or a column or an object among `models` is none.
         ValueError: If it has no such split or configuration, would need code from the Hub, is empty, holds undeclared
             ground truth or unusable ids, a teacher's answer is not valid, or the work that was begun beside
             `output_dir` is that of another pool.
     """
-    models = dict(models or {})
     _check_arguments(dataset, hierarchy, pool_k, batch_size, output_dir)
+    for name, column in (
+        ("input_column", input_column), ("oracle_column", oracle_column),
+        ("oracle_domain_column", oracle_domain_column),
+    ):  # fmt: skip
+        check_column_name(column, name)
+    if not isinstance(models, Mapping | None):
+        raise TypeError(f"`models` must be teacher objects by their names, got {type(models).__name__}. Make a dict.")
+    models = dict(models or {})
     _check_options(hierarchy, models, precision, num_workers, on_error)
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
@@ -231,6 +258,8 @@ def _check_options(
             f"`models` must be named as teachers of the hierarchy {list(hierarchy.names)}, got {unknown}. Add them to "
             "the hierarchy, or correct the names."
         )
+    for name, model in models.items():
+        check_teacher_model(model, name)
     for name, value, allowed in (("precision", precision, list(PRECISIONS)), ("on_error", on_error, list(ON_ERROR))):
         if value not in allowed:
             raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of them.")
@@ -292,6 +321,8 @@ def _find_ids(dataset: Dataset, input_column: str | None) -> list[int] | list[st
             f"Column `id` must hold a string, or else an integer, in every row, got {ids[wrong[0]]!r} in "
             f"row {wrong[0]}. Fill it, or drop the column to have ids made of the content."
         )
+    if wanted is str and (wrong := [row for row, value in enumerate(ids) if not is_writable_text(value)]):
+        raise ValueError(f"Column `id` must hold no NUL, got {ids[wrong[0]]!r} in row {wrong[0]}. Rename it.")
     if len(set(ids)) < len(ids):
         [(repeated, count)] = Counter(ids).most_common(1)
         raise ValueError(
@@ -324,10 +355,13 @@ def _pool_inputs(
     return inputs if inputs.column_names != ["id"] else None
 
 
-def _read_names(dataset: Dataset, column: str, rows: slice = slice(None)) -> list[Any]:  # noqa: B008
-    """A column's values, those of a `ClassLabel` as names: its ids need not be those of the task."""
-    values = dataset.select_columns([column])[rows][column]
-    feature = dataset.features[column]
+def _read_names(dataset: Dataset, column: str) -> list[Any]:
+    """A column's values, those of a `ClassLabel` as names."""
+    return _as_names(dataset.select_columns([column])[:][column], dataset.features[column])
+
+
+def _as_names(values: list[Any], feature: Any) -> list[Any]:
+    """Values of a column, those of a `ClassLabel` as names: its ids need not be those of the task."""
     if not isinstance(feature, ClassLabel):
         return list(values)
     return [None if value is None or value < 0 else feature.int2str(value) for value in values]
@@ -337,11 +371,13 @@ def _oracle_label_ids(dataset: Dataset, column: str, labels: Sequence[str]) -> l
     """Ground truth as label ids of the task, mapped by name where it has names."""
     values = _read_names(dataset, column)
     positions: dict[Any, int | None] = {}
+    find = label_finder(labels)
     for value in set(values):
         if isinstance(value, str):
-            positions[value] = find_label(value, labels)
+            positions[value] = find(value)
         else:
-            positions[value] = value if isinstance(value, int) and 0 <= value < len(labels) else None
+            label = as_label_id(value)
+            positions[value] = label if isinstance(label, int) and 0 <= label < len(labels) else None
     if unknown := [value for value, position in positions.items() if position is None]:
         raise ValueError(
             f"Column '{column}' must hold labels of the task {shorten(labels)} (or their ids) in every row, got "
@@ -401,6 +437,7 @@ class _Job:
     def plan(self) -> dict[str, Any]:
         """What decides the labels, besides the weights of the teachers: work under another plan is not continued."""
         read = [self.columns.inputs, *(teacher.model for teacher in self.hierarchy.teachers if _is_column(teacher))]
+        known = set(self.dataset.column_names)
         digest = hashlib.blake2b("\n".join(map(repr, self.ids)).encode("utf-8"), digest_size=8)
         return {
             "hierarchy": self.hierarchy.to_dict(),
@@ -408,11 +445,7 @@ class _Job:
             "precision": self.precision,
             "num_rows": len(self.dataset),
             "ids": digest.hexdigest(),
-            "columns": {
-                column: _sample_column(self.dataset, column)
-                for column in read
-                if column is not None and column in self.dataset.column_names
-            },
+            "columns": _sample_columns(self.dataset, [name for name in dict.fromkeys(read) if name and name in known]),
         }
 
     def disk_needs(self, row_bytes: int) -> int:
@@ -427,15 +460,21 @@ def _is_column(teacher: Teacher) -> bool:
     return teacher.kind == "column"
 
 
-def _sample_column(dataset: Dataset, column: str) -> dict[str, str]:
-    """Type of a column and a hash of a few of its cells: other data are to be noticed without reading all of them."""
-    digest = hashlib.blake2b(digest_size=8)
-    for row in np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int)).tolist():
-        try:
-            digest.update(cell_digests(dataset.select([row]), column)[0].encode())
-        except OSError as error:  # an image whose file is gone: for `on_error` to deal with
-            digest.update(type(error).__name__.encode())
-    return {"type": str(dataset.features[column]), "cells": digest.hexdigest()}
+def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str, str]]:
+    """Types of columns and hashes of a few of their cells: other data are to be noticed without reading all of it."""
+    if not columns:
+        return {}
+    rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int))
+    few = dataset.select_columns(columns).with_format("arrow")[rows]  # all at once: a row is taken from every column
+    features = dataset.features  # a copy of all of them each time
+    digests = {name: "".join(map(cell_digest, few.column(name).to_pylist())) for name in columns}
+    return {
+        name: {
+            "type": str(features[name]),
+            "cells": hashlib.blake2b(digest.encode(), digest_size=8).hexdigest(),
+        }
+        for name, digest in digests.items()
+    }
 
 
 def _identify(
@@ -533,9 +572,10 @@ def _group_teachers(
     answers = [teacher for teacher in teachers if _is_column(teacher) and teacher.name not in job.models]
     if answers:
         yield answers
+    done = {teacher.name for teacher in answers}
     group: list[Teacher] = []
     for teacher in teachers:
-        if teacher in answers:
+        if teacher.name in done:
             continue
         # What is loaded already takes no more memory, and what is not on this disk yet cannot be known.
         size = sizes.get(teacher.name, 0)
@@ -626,17 +666,18 @@ class _Reader(TorchDataset):
     def __init__(self, job: _Job, models: Mapping[str, TeacherModel], batches: Sequence[_Batch]) -> None:
         self.batches, self.input_column = batches, job.columns.inputs
         self.keys: dict[str, tuple[str | None, str]] = {}
-        self.sources: dict[tuple[str | None, str], Callable[[Sequence[Any]], Any]] = {}
+        self.sources: dict[tuple[str | None, str], tuple[str, Callable[[Sequence[Any]], Any]]] = {}
         for name, model in models.items():
             key = self.keys[name] = (model.column, model.facts.get("preprocessing") or f"of '{name}' alone")
-            self.sources.setdefault(key, model.prepare)
-        self.views, self.images = {}, {}
-        for column in {self._name(column) for column, _ in self.sources}:
-            self.views[column] = job.dataset.select_columns([column])
-            if isinstance(feature := job.dataset.features[column], Image):
-                # Decoded here, a row at a time: one broken image must not take its batch along.
-                self.images[column] = Image(mode=feature.mode)
-                self.views[column] = self.views[column].cast_column(column, Image(decode=False))
+            self.sources.setdefault(key, (name, model.prepare))
+        # All columns in one view: each view of its own would copy what is known of every column of the data.
+        self.view = job.dataset.select_columns(sorted({self._name(column) for column, _ in self.sources}))
+        self.features = self.view.features
+        self.images = {name: Image(mode=kind.mode) for name, kind in self.features.items() if isinstance(kind, Image)}
+        for name in self.images:
+            # Decoded here, a row at a time: one broken image must not take its batch along.
+            self.view = self.view.cast_column(name, Image(decode=False))
+        self.last: tuple[_Batch, dict[str, list[Any]]] | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -649,8 +690,9 @@ class _Reader(TorchDataset):
         for key in keys:
             if cells := list(read[key[0]][0].values()):
                 # Where it fails, nothing is given, and the main process finds the row that is at fault.
-                with suppress(*ROW_ERRORS):
-                    inputs[key] = self.sources[key](cells)
+                name, prepare = self.sources[key]
+                with suppress(RowError), _told(name, len(cells)):
+                    inputs[key] = prepare(cells)
         return {column: failed for column, (_, failed) in read.items()}, inputs
 
     def read(self, column: str | None, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
@@ -659,7 +701,9 @@ class _Reader(TorchDataset):
         decoder = self.images.get(name)
         cells: dict[int, Any] = {}
         failed: _Reasons = {}
-        for place, cell in enumerate(_read_names(self.views[name], name, slice(batch.start, batch.stop))):
+        if self.last is None or self.last[0] is not batch:
+            self.last = (batch, self.view[batch.start : batch.stop])
+        for place, cell in enumerate(_as_names(self.last[1][name], self.features[name])):
             if cell is None and column is None:
                 failed[place] = (f"Column '{name}' must hold an input in every row, got None", None)
             elif decoder is None or cell is None:
@@ -667,7 +711,7 @@ class _Reader(TorchDataset):
             else:
                 try:
                     cells[place] = decoder.decode_example(cell)
-                except ROW_ERRORS as error:
+                except _DECODE_ERRORS as error:
                     failed[place] = (
                         f"Column '{name}' must hold images that can be read, got {tell_error(error)}",
                         None,
@@ -700,13 +744,14 @@ def _answer(
     """A teacher's probabilities of a batch, `(num_rows, num_labels)` with zeros where it failed, and why it did."""
     count, reasons = batch.stop - batch.start, dict(failed)
     rows = np.setdiff1d(np.arange(count), list(failed))
-    answers = _ask(job, name, model, inputs, len(rows)) if inputs is not None else None
-    if not isinstance(answers, np.ndarray):
+    if inputs is not None:
+        answers = _ask(job, name, model, inputs, len(rows))
+    else:
         cells = [cell for place, cell in reader.read(model.column, batch)[0].items() if place not in failed]
         each = _ask_parts(job, name, model, cells)
-        broken = {row: error for row, error in zip(rows.tolist(), each) if isinstance(error, Exception)}
+        broken = {row: error for row, error in zip(rows.tolist(), each) if isinstance(error, RowError)}
         reasons |= {
-            row: (f"Teacher '{name}' must be able to label every row, got {tell_error(error)}", error)
+            row: (f"Teacher '{name}' must be able to read every row, got: {str(error).rstrip('.')}", error)
             for row, error in broken.items()
         }
         rows = np.setdiff1d(rows, list(broken))
@@ -731,13 +776,10 @@ def _tell_invalid(name: str, answers: np.ndarray, rows: np.ndarray, is_invalid: 
     return reasons
 
 
-def _ask(job: _Job, name: str, model: TeacherModel, inputs: Any, num_rows: int) -> np.ndarray | Exception:
-    """A model's answers, or the error of a row that breaks it."""
-    try:
-        with job.autocast():
-            probs = np.asarray(model(inputs), dtype=np.float32)
-    except (*ROW_ERRORS, MemoryError) as error:
-        return _row_error(error, name, num_rows)
+def _ask(job: _Job, name: str, model: TeacherModel, inputs: Any, num_rows: int) -> np.ndarray:
+    """A model's answers."""
+    with _told(name, num_rows), job.autocast():
+        probs = np.asarray(model(inputs), dtype=np.float32)
     if probs.shape != (num_rows, job.hierarchy.num_labels):
         raise ValueError(
             f"Teacher '{name}' must give probabilities of shape {(num_rows, job.hierarchy.num_labels)}, got "
@@ -746,36 +788,37 @@ def _ask(job: _Job, name: str, model: TeacherModel, inputs: Any, num_rows: int) 
     return probs
 
 
-def _ask_parts(job: _Job, name: str, model: TeacherModel, cells: list[Any]) -> list[np.ndarray | Exception]:
-    """An answer or an error for each cell: what breaks a model is halved until the rows at fault are alone."""
+def _ask_parts(job: _Job, name: str, model: TeacherModel, cells: list[Any]) -> list[np.ndarray | RowError]:
+    """An answer or an error for each cell: what cannot be prepared is halved until the rows at fault are alone."""
     if not cells:
         return []
-    answers: np.ndarray | Exception
     try:
-        inputs = model.prepare(cells)
-    except (*ROW_ERRORS, MemoryError) as error:
-        answers = _row_error(error, name, len(cells))
+        with _told(name, len(cells)):
+            inputs = model.prepare(cells)
+    except RowError as error:
+        if len(cells) == 1:
+            return [error]
     else:
-        answers = _ask(job, name, model, inputs, len(cells))
-    if isinstance(answers, np.ndarray):
-        return list(answers)
-    if len(cells) == 1:
-        return [answers]
+        return list(_ask(job, name, model, inputs, len(cells)))
     half = len(cells) // 2
     return _ask_parts(job, name, model, cells[:half]) + _ask_parts(job, name, model, cells[half:])
 
 
-def _row_error(error: Exception, name: str, num_rows: int) -> Exception:
-    """Give back an error that a row may have caused, and raise any other."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
-        raise MemoryError(
-            f"A batch of {num_rows} rows for teacher '{name}' must fit into memory, got: {error} Choose a smaller "
-            "`batch_size`."
-        ) from error
-    # After an error of its own kernels a GPU answers nothing more: every later row would seem broken.
-    if isinstance(error, WrongColumnError) or "CUDA error" in str(error):
-        raise error
-    return error
+class _told(AbstractContextManager[None]):  # noqa: N801
+    """Say of what a teacher raises, which is no fault of a row, whose it is; and what to do where memory runs out."""
+
+    def __init__(self, name: str, num_rows: int) -> None:
+        self.name, self.num_rows = name, num_rows
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, RowError):
+            return
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise MemoryError(
+                f"A batch of {self.num_rows} rows for teacher '{self.name}' must fit into memory, got: {error} Choose "
+                "a smaller `batch_size`."
+            ) from error
+        error.add_note(f"Raised by teacher '{self.name}' on a batch of {self.num_rows} rows; no row is blamed for it.")
 
 
 def _is_valid(probs: np.ndarray) -> np.ndarray:
@@ -795,7 +838,8 @@ def _append(job: _Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, 
             'row, or leave such rows without labels by `on_error="missing"`.'
         ) from error
     label_ids, label_probs = encode_top_k(probs, job.k)
-    part.append(batch.start, label_ids, label_probs, failed_rows, dropped_mass(probs, label_ids))
+    reason = reasons[min(reasons)][0] if reasons else ""
+    part.append(batch.start, label_ids, label_probs, failed_rows, dropped_mass(probs, label_ids), reason)
 
 
 # ── finishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -810,8 +854,7 @@ def _finish(job: _Job, journal: Journal) -> PseudolabelPool:
     pool = _open_pool(job, journal, facts)
     job.processes.wait()  # everybody has mapped the files before the first process may delete them
     if job.processes.rank == 0:
-        for name in facts:
-            journal.drop(name)
+        journal.drop(*facts)
         weakref.finalize(pool, shutil.rmtree, journal.folder, ignore_errors=True)
     return pool
 
@@ -823,6 +866,7 @@ def _teacher_file(journal: Journal, name: str) -> Path:
 def _write_teachers(job: _Job, journal: Journal) -> dict[str, dict[str, Any]]:
     """Put each teacher's labels in the order of the rows into a file; the facts of all teachers."""
     facts: dict[str, dict[str, Any]] = {}
+    known = journal.facts
     for name in job.hierarchy.names:
         if name in job.reused and job.reuse is not None:
             facts[name] = dict(job.reuse.facts.get(name, {}))
@@ -833,7 +877,7 @@ def _write_teachers(job: _Job, journal: Journal) -> dict[str, dict[str, Any]]:
         num_failed = _check_segments(job, journal, name, segments)
         write_teacher(_teacher_file(journal, name), job.ids, journal.rows(segments))
         num_answered = sum(segment.num_answered for segment in segments)
-        facts[name] = journal.facts[name] | {
+        facts[name] = known[name] | {
             "precision": job.precision,
             "num_failed": num_failed,
             "dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1),
@@ -845,17 +889,18 @@ def _check_segments(job: _Job, journal: Journal, name: str, segments: Sequence[S
     """Number of rows that a teacher failed on; an error if it is all of them."""
     num_failed = sum(segment.num_failed for segment in segments)
     ids = [job.ids[row] for segment in segments for row in segment.failed_rows]
+    reason = next((segment.reason for segment in segments if segment.num_failed), "")
     if num_failed == len(job.ids):
         journal.drop(name)
         raise ValueError(
             f"Teacher '{name}' must be able to label at least one row, got {num_failed} of {len(job.ids)} rows that "
-            f'it failed on. Label the data with `on_error="raise"` to see why.'
+            f"it failed on, id {ids[0]!r} first: {reason}. Correct the teacher, or the column that it reads."
         )
     if num_failed:
         first = shorten(ids[:5]) if num_failed <= 5 else f"{shorten(ids[:5])} and others"
         logger.warning(
             f"Teacher '{name}' failed on {num_failed} of {len(job.ids)} rows, which are missing in its pseudolabels: "
-            f"ids {first}."
+            f"ids {first}. Of id {ids[0]!r}: {reason}."
         )
     return num_failed
 
@@ -878,7 +923,46 @@ def _open_pool(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> Pseudol
             teachers[name] = Dataset.from_file(str(path))
         else:
             teachers[name] = job.reuse.teachers[name]
-    return PseudolabelPool(job.hierarchy, teachers, job.inputs, facts, job.source)
+    pool = PseudolabelPool(
+        job.hierarchy, teachers, job.inputs, facts, job.source, input_column=job.columns.inputs
+    )  # fmt: skip
+    if (unreadable := _find_unreadable(job, pool)).size and pool.inputs is not None:
+        pool.inputs = _empty_cells(pool.inputs, str(job.columns.inputs), unreadable)
+    return pool
+
+
+def _find_unreadable(job: _Job, pool: PseudolabelPool) -> np.ndarray:
+    """Rows of which the pool would keep an image that no model can read; looked for only where a teacher failed."""
+    column, models = job.columns.inputs, job.models
+    readers = [
+        teacher.name
+        for teacher in job.hierarchy.teachers
+        if (models[teacher.name].column is None if teacher.name in models else not _is_column(teacher))
+    ]
+    failed = [name for name in readers if pool.facts[name].get("num_failed")]
+    feature = pool.inputs.features.get(column) if pool.inputs is not None else None
+    if not failed or pool.inputs is None or column is None or not isinstance(feature, Image):
+        return np.zeros(0, dtype=np.int64)
+    rows = np.flatnonzero(np.all([~pool.answered(name) for name in readers], axis=0))
+    cells = pool.inputs.select_columns([column]).cast_column(column, Image(decode=False)).select(rows)
+    decoder = Image(mode=feature.mode)
+    return rows[[not _is_readable(cell[column], decoder) for cell in cells]]
+
+
+def _is_readable(cell: Any, decoder: Image) -> bool:
+    try:
+        return cell is None or to_pil(decoder.decode_example(cell)) is not None
+    except _DECODE_ERRORS:
+        return False
+
+
+def _empty_cells(inputs: Dataset, column: str, rows: np.ndarray) -> Dataset:
+    """The same inputs without what is in some rows of a column; nothing but those rows is copied."""
+    few = inputs.select_columns([name for name in inputs.column_names if name != column]).select(rows)
+    few = few.add_column(column, [None] * len(rows), feature=inputs.features[column])
+    order = np.arange(len(inputs))
+    order[rows] = len(inputs) + np.arange(len(rows))
+    return concatenate_datasets([inputs, few.select_columns(inputs.column_names)]).select(order)
 
 
 def _save(job: _Job, journal: Journal, facts: Mapping[str, Any]) -> None:

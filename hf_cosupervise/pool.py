@@ -37,11 +37,12 @@ from .pool_files import (
 )
 from .processes import join_processes
 from .sparse import check_top_k, decode_top_k, default_pool_k, dropped_mass, encode_top_k, scale_top_k
-from .teachers import Teacher, TeacherHierarchy
+from .teachers import Teacher, TeacherHierarchy, is_writable_text
 
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
 _CHUNK = 8192
+_DECODED = 1024  # rows of which all probabilities of all teachers are in memory at a time
 
 
 class PseudolabelPool:
@@ -63,6 +64,8 @@ class PseudolabelPool:
         source (`Mapping[str, Any]`, *optional*):
             Where the data came from, as far as it is certain: `dataset` (a Hub id) and its `commit`, and if the pool
             is of all rows of them, `config` and `split`.
+        input_column (`str`, *optional*):
+            The column of the data that models read, where it is known: `inputs` may hold others, or not hold it.
 
     Attributes:
         repo_id (`str` or `None`):
@@ -83,10 +86,14 @@ class PseudolabelPool:
         inputs: Dataset | None = None,
         facts: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
+        *,
+        input_column: str | None = None,
     ) -> None:
         _check_kind(hierarchy, TeacherHierarchy, "hierarchy")
         _check_kind(inputs, Dataset, "inputs", optional=True)
+        _check_kind(input_column, str, "input_column", optional=True)
         self.hierarchy = hierarchy
+        self.input_column = input_column
         self.inputs = inputs
         self.facts: dict[str, Any] = dict(facts or {})
         self.source = None if source is None else dict(source)
@@ -335,8 +342,12 @@ class PseudolabelPool:
         """
         sources, rows = self._check_sources(sources, rows)
         if (sources >= len(self.hierarchy.names)).any():
-            probs = self.pseudolabels(sources, rows)
-            return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
+            labels = np.empty(len(rows), dtype=np.int64)
+            for start in range(0, len(rows), _DECODED):
+                part = slice(start, start + _DECODED)
+                probs = self.pseudolabels(sources[part], rows[part])
+                labels[part] = np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
+            return labels
         label_ids, label_probs = self.gather(sources, rows)
         return np.where(label_probs[:, 0] > 0, label_ids[:, 0].astype(np.int64), -1)
 
@@ -545,7 +556,9 @@ class PseudolabelPool:
             raise ValueError(
                 f"Both hierarchies must have the labels {shorten(self.labels)}, got {shorten(hierarchy.labels)}."
             )
-        pool = PseudolabelPool(hierarchy, self.teachers, self.inputs, self.facts, self.source)
+        pool = PseudolabelPool(
+            hierarchy, self.teachers, self.inputs, self.facts, self.source, input_column=self.input_column
+        )
         pool.repo_id, pool.commit = self.repo_id, self.commit
         pool._inputs_file, pool._digests = self._inputs_file, self._digests
         return pool
@@ -569,7 +582,9 @@ class PseudolabelPool:
             for name, dataset in self.teachers.items()
         }
         inputs = None if self.inputs is None else self.inputs.select(rows)
-        return PseudolabelPool(self.hierarchy, teachers, inputs, self.facts, self.source)
+        return PseudolabelPool(
+            self.hierarchy, teachers, inputs, self.facts, self.source, input_column=self.input_column
+        )
 
     def to_dataset(self) -> Dataset:
         """Give the wide view for looking at: inputs, and per teacher its most probable label and probability.
@@ -636,6 +651,7 @@ class PseudolabelPool:
             "hierarchy": self.hierarchy.to_dict(),
             "facts": self.facts,
             **({} if self.source is None else {"source": self.source}),
+            **({} if self.input_column is None else {"input_column": self.input_column}),
             "files": {
                 path: [file.stat().st_size, self._digests.get(file_signature(file)) or file_digest(file)]
                 for path, file in files.items()
@@ -915,7 +931,10 @@ class PseudolabelPool:
             datasets[path] = map_arrow(folder / path, size, digest, verify, what, advice)
         teachers = {name: datasets[f"teachers/{name}/data.arrow"] for name in hierarchy.names}
         try:
-            pool = cls(hierarchy, teachers, datasets.get(INPUTS), header["facts"], header.get("source"))
+            pool = cls(
+                hierarchy, teachers, datasets.get(INPUTS), header["facts"], header.get("source"),
+                input_column=header.get("input_column"),
+            )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"Pool {what} must be as it was saved, got: {error} {advice}") from error
         if len(pool) != header["num_examples"]:
@@ -941,6 +960,8 @@ def _check_id_values(ids: Sequence[Any] | np.ndarray) -> None:
     kind = str if len(ids) and isinstance(ids[0], str) else int | np.integer
     if wrong := [value for value in ids if not isinstance(value, kind) or isinstance(value, bool)]:
         raise ValueError(f"`ids` must be integers or strings, got {wrong[0]!r}. Number the examples.")
+    if kind is str and (wrong := [value for value in ids if not is_writable_text(value)]):
+        raise ValueError(f"`ids` must hold no NUL and no halves of characters, got {wrong[0]!r}. Rename it.")
     if kind is not str and len(ids) and not -(2**63) <= min(ids) <= max(ids) < 2**63:
         raise ValueError(f"`ids` must be integers or strings, got {max(ids, key=abs)}. Number the examples.")
 
@@ -983,6 +1004,8 @@ def _read_ids(dataset: Dataset, what: str) -> np.ndarray:
     kind = column.type
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(f"Ids of {what} must be integers or strings, got {kind}. Number the examples.")
+    if not pa.types.is_integer(kind) and (wrong := [v for v in column.to_pylist() if not is_writable_text(v)]):
+        raise ValueError(f"Ids of {what} must hold no NUL, got {wrong[0]!r}. Rename it.")  # numpy would cut it off
     ids = column.to_numpy() if pa.types.is_integer(kind) else np.asarray(column.to_pylist())
     if len(np.unique(ids)) != len(ids):
         values, counts = np.unique(ids, return_counts=True)

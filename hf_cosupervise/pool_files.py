@@ -24,7 +24,7 @@ INPUTS = "inputs/data.arrow"
 _CHUNK = 8192
 # What every header holds, and what pools of older versions lack.
 _NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": dict}
-_OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict}
+_OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict, "input_column": str}
 # What of the facts the card is made of.
 _FACTS = {"kind": str, "revision": str, "commit": str, "dropped_mass": int | float}
 

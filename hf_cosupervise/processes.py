@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from PIL.Image import DecompressionBombError
-from safetensors import SafetensorError
 
-# What one broken row makes decoders, tokenizers and models raise; PIL raises SyntaxError for broken PNG files.
-ROW_ERRORS = (
-    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
-    *(ValueError, DecompressionBombError, struct.error, zlib.error),
-)
 T = TypeVar("T")
 
 
@@ -48,10 +39,9 @@ class Processes:
             return make()
         outcome: list[Any] = [None, None]
         if self.rank == 0:
-            try:
+            with (kept := _KeptError()):
                 outcome[0] = make()
-            except (*ROW_ERRORS, ImportError, MemoryError, SafetensorError) as error:
-                outcome[1] = error
+            outcome[1] = kept.error
         torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
             raise outcome[1]
@@ -61,6 +51,19 @@ class Processes:
         """Wait until all are here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+
+class _KeptError:
+    """Hold on to an error, whatever it is: it is raised in every process, where the others would wait forever."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
 
 
 def join_processes() -> Processes:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from transformers import HfArgumentParser
 
-from .teachers import parse_yaml
+from .strict_yaml import parse_yaml
 
 # YAML 1.1 takes a number for a float only if it has a dot and a signed exponent: 1e-3 and 1.0e5 arrive as strings.
 _EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -262,7 +262,7 @@ def _advise(value: Any, hint: Any) -> str:
     """Say what to do about a wrong value, for the mistakes that YAML invites."""
     expected = _type_name(hint)
     if isinstance(value, bool) and "bool" not in expected:
-        return " YAML reads yes, no, on and off as booleans: put the word in quotes."
+        return " If it is a word, put it in quotes."
     if isinstance(value, str) and "list" in expected:
         return f" Write a list of one as [{value}]."
     if isinstance(value, dict):

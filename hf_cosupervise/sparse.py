@@ -50,7 +50,8 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
     """Keep the `k` most probable labels of each row, in float16.
 
     The order is by the *stored* (rounded) probability, descending, ties to the lowest label, so that the first stored
-    label is the argmax of what is read back.
+    label is the argmax of what is read back. It is the argmax of `probs` in their own precision as well: where half
+    precision makes another label equal to it, it is stored as the next larger number.
 
     Args:
         probs (`np.ndarray` of shape `(num_examples, num_labels)`):
@@ -78,7 +79,7 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
             f"Probabilities of {name} must be numbers of shape (num_examples, num_labels), got {probs.shape} of "
             f"{probs.dtype}. Give one row per example."
         )
-    probs, num_labels = probs.astype(np.float32, copy=False), probs.shape[1]
+    exact, probs, num_labels = probs, probs.astype(np.float32, copy=False), probs.shape[1]
     if not isinstance(k, numbers.Integral) or not 1 <= k <= num_labels:
         raise ValueError(f"`k` must lie in 1..{num_labels} (the number of labels), got {k!r}. Choose a whole number.")
     values = torch.from_numpy(np.require(probs, requirements=("C", "W")))  # torch is much faster here
@@ -94,7 +95,17 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
     key_dtype = torch.int32 if num_labels <= 2**16 else torch.int64
     lowest_first = torch.arange(num_labels - 1, -1, -1, dtype=key_dtype)
     bits = 16 if key_dtype is torch.int32 else 32
-    keys = torch.topk((rounded.view(torch.int16).to(key_dtype) << bits) | lowest_first, int(k), dim=1).values
+
+    def top_keys(halves: torch.Tensor) -> torch.Tensor:
+        return torch.topk((halves.view(torch.int16).to(key_dtype) << bits) | lowest_first, int(k), dim=1).values
+
+    keys = top_keys(rounded)
+    first = num_labels - 1 - (keys[:, 0] & (2**bits - 1))
+    best = torch.from_numpy(exact.argmax(axis=1))
+    lost = ((first != best) & (sums > 0)).nonzero()[:, 0]
+    if len(lost):
+        rounded.view(torch.int16)[lost, best[lost]] += 1
+        keys[lost] = top_keys(rounded[lost])
     label_ids = torch.where(sums[:, None] > 0, num_labels - 1 - (keys & (2**bits - 1)), 0)
     label_probs = (keys >> bits).to(torch.int16).view(torch.float16)
     return label_ids.numpy().astype(label_dtype(num_labels)), label_probs.numpy()

@@ -29,7 +29,7 @@ from .checkpoints import (
     whole_weights,
 )
 from .files import check_free, whole_folder, write_json
-from .inputs import InputProcessor, shorten, to_pil
+from .inputs import InputProcessor, RowError, as_label_id, shorten, to_pil
 from .sparse import SUM_TOLERANCE
 from .teachers import Teacher
 
@@ -59,6 +59,8 @@ class TeacherModel(Protocol):
     def prepare(self, cells: Sequence[Any]) -> Any:
         """Turn cells into what the model reads. It may run in a worker process, so it leaves the device alone.
 
+        For a cell that cannot be read it raises [`RowError`]; any other error is taken for its own, not for the row's.
+
         Args:
             cells (`Sequence` of length `num_rows`): PIL images, texts or vectors; or the values of `column`.
 
@@ -77,6 +79,35 @@ class TeacherModel(Protocol):
             `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1; a row of zeros is no answer.
         """
         ...
+
+
+def check_teacher_model(model: Any, name: str) -> None:
+    """See that an object can be run as a teacher.
+
+    Args:
+        model (`Any`):
+            What should be a [`TeacherModel`].
+        name (`str`):
+            Its name in the hierarchy, for the error.
+
+    Raises:
+        TypeError: If it lacks a part of one, or its facts are no JSON values.
+    """
+    lacking = [] if callable(model) else ["`__call__(inputs)`"]
+    lacking += [] if callable(getattr(model, "prepare", None)) else ["`prepare(cells)`"]
+    lacking += [] if isinstance(getattr(model, "column", 0), str | None) else ["`column` (a name or None)"]
+    try:
+        is_json = json.dumps(facts := getattr(model, "facts", None)) and isinstance(facts, Mapping)
+    except (TypeError, ValueError):
+        is_json = False
+    lacking += [] if is_json else ["`facts` (a dictionary of JSON values)"]
+    if lacking or isinstance(model, type):
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"`models[{name!r}]` must be a teacher object with `prepare(cells)`, `__call__(inputs)`, `column` and "
+            f"`facts`, got {found}{' without ' + ', '.join(lacking) if lacking else ''}. Give an object of a class "
+            "that has them (see `TeacherModel`), or put its answers into a column and read them by `kind='column'`."
+        )
 
 
 class WrongColumnError(TypeError):
@@ -254,7 +285,8 @@ def _label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequen
             f"`label_map` of teacher '{teacher.name}' must start from its own labels {shorten(own_labels)}, got "
             f"{shorten(unknown)}."
         )
-    positions = [find_label(label_map.get(name, name), labels) for name in own_labels]
+    find = label_finder(labels)
+    positions = [find(label_map.get(name, name)) for name in own_labels]
     unmapped = [name for name, position in zip(own_labels, positions, strict=True) if position is None]
     if not unmapped:
         return np.array(positions, dtype=np.int64)
@@ -269,22 +301,26 @@ def _label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequen
     )
 
 
-def find_label(name: str, labels: Sequence[str]) -> int | None:
-    """Find the position of a name, exactly or else by the only label that differs in case alone.
+def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
+    """Give a function that finds a name, exactly or else by the only label that differs in case alone.
 
     Args:
-        name (`str`):
-            Name of a label.
         labels (`Sequence[str]`):
             The task's label names.
 
     Returns:
-        `int` or `None`: `None` where no label, or more than one, is meant.
+        `Callable[[str], int | None]`: From a name to its position; `None` where no label, or more than one, is meant.
+
+    Examples:
+        >>> find = label_finder(["cat", "Dog"])
+        >>> find("cat"), find("DOG"), find("cow")
+        (0, 1, None)
     """
-    if name in labels:
-        return labels.index(name)
-    alike = [position for position, label in enumerate(labels) if label.casefold() == name.casefold()]
-    return alike[0] if len(alike) == 1 else None
+    exact = {label: position for position, label in enumerate(labels)}
+    alike: dict[str, int | None] = {}
+    for position, label in enumerate(labels):
+        alike[label.casefold()] = None if label.casefold() in alike else position
+    return lambda name: exact[name] if name in exact else alike.get(name.casefold())
 
 
 def _add_up(own_probs: np.ndarray, positions: np.ndarray, num_labels: int) -> np.ndarray:
@@ -334,7 +370,8 @@ class _TransformersTeacher:
         is_text = reads_text(config, f"Teacher '{name}'")
         processing_class = load_processor(source.checkpoint, processor_folder, is_text)
         self.positions, self.num_labels = _label_positions(source.teacher, own_labels, labels), len(labels)
-        processor = InputProcessor(processing_class, config)
+        processor = InputProcessor(processing_class, config, f"Teacher '{name}'")
+        processor.probe()  # what fails later is a row's fault
         self.prepare = _Preparation(name, is_text, processor)
         self.device = device
         self.model = _for_inference(model, device)
@@ -418,7 +455,8 @@ class _SklearnTeacher:
         classes = [str(value) for value in np.asarray(self.model.classes_).tolist()]
         own_labels = [str(id2label.get(value, value)) for value in classes]
         self.positions, self.num_labels = _label_positions(source.teacher, own_labels, labels), len(labels)
-        self.prepare = _Preparation(name, feature["kind"] == "text", partial(_feature_matrix, feature=feature))
+        matrix = partial(_feature_matrix, feature=feature, model_needs=_needs(self.model))
+        self.prepare = _Preparation(name, feature["kind"] == "text", matrix)
         self.facts = source.facts("sklearn", type(self.model).__name__, _fingerprint(feature))
 
     def __call__(self, inputs: Any) -> np.ndarray:
@@ -432,30 +470,35 @@ class _ColumnTeacher:
 
     def __init__(self, teacher: Teacher, labels: Sequence[str]) -> None:
         self.teacher, self.labels, self.column = teacher, tuple(labels), teacher.model
+        self.find_label = label_finder(self.labels)
         self.facts: dict[str, Any] = {"kind": "column", "revision": None, "commit": None, "class": "column"}
         self.facts["preprocessing"] = None
 
-    def prepare(self, cells: Sequence[Any]) -> list[Any]:
-        return list(cells)
+    def prepare(self, cells: Sequence[Any]) -> list[int | np.ndarray]:
+        return [
+            self._read_vector(value) if isinstance(value, list | tuple | np.ndarray) else self._read_label(value)
+            for value in cells
+        ]
 
-    def __call__(self, inputs: Sequence[Any]) -> np.ndarray:
+    def __call__(self, inputs: Sequence[int | np.ndarray]) -> np.ndarray:
         probs = np.zeros((len(inputs), len(self.labels)), dtype=np.float32)
-        for row, value in enumerate(inputs):
-            if isinstance(value, list | tuple | np.ndarray):
-                probs[row] = self._read_vector(value)
-            elif (label := self._read_label(value)) >= 0:
-                probs[row, label] = 1.0
+        for row, answer in enumerate(inputs):
+            if isinstance(answer, np.ndarray):
+                probs[row] = answer
+            elif answer >= 0:
+                probs[row, answer] = 1.0
         return probs
 
     def _read_label(self, value: Any) -> int:
         """Label id of one answer; -1 where there is none."""
-        if value is None or value == "":
+        value = as_label_id(value)
+        if value is None or isinstance(value, str) and value == "":
             return -1
-        if isinstance(value, int | np.integer) and not isinstance(value, bool) and -1 <= value < len(self.labels):
-            return int(value)
+        if isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(self.labels):
+            return value
         if isinstance(value, str):
             name = (self.teacher.label_map or {}).get(value, value)
-            if (position := find_label(name, self.labels)) is not None:
+            if (position := self.find_label(name)) is not None:
                 return position
         raise self._bad(value)
 
@@ -471,12 +514,16 @@ class _ColumnTeacher:
             raise self._bad(value)
         return vector
 
-    def _bad(self, value: Any) -> ValueError:
-        return ValueError(
+    def _bad(self, value: Any) -> RowError:
+        return RowError(
             f"Answers in column '{self.teacher.model}' must be label names of the task ({shorten(self.labels)}; "
             f"other names can be mapped with `label_map`), label ids 0..{len(self.labels) - 1}, {len(self.labels)} "
             f"probabilities that sum to 1, or None, '' or -1 for no answer; got {value!r}"
         )
+
+
+# What tokenizers and image processors of libraries make of a row that they cannot read.
+_PREPARE_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -490,11 +537,17 @@ class _Preparation:
     def __call__(self, cells: Sequence[Any]) -> Any:
         if cells and isinstance(cells[0], str) != self.is_text:
             wanted = "texts" if self.is_text else "images or vectors"
+            pairs = ", and make pairs of texts one text each" if self.is_text and isinstance(cells[0], list) else ""
             raise WrongColumnError(
                 f"Teacher '{self.name}' must be given {wanted}, got {type(cells[0]).__name__}. Name the right column "
-                "with `input_column`."
+                f"with `input_column`{pairs}."
             )
-        inputs = self.make(cells)
+        try:
+            inputs = self.make(cells)
+        except (RowError, torch.OutOfMemoryError):
+            raise
+        except _PREPARE_ERRORS as error:
+            raise RowError(f"{type(error).__name__}: {error}") from error
         if isinstance(inputs, Mapping):
             return {key: _channels_last(value) for key, value in inputs.items()}
         return _channels_last(inputs)
@@ -621,18 +674,35 @@ def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
     return settings | {"size": None if size is None else list(size), "divide_by": float(settings["divide_by"])}
 
 
-def _feature_matrix(cells: Sequence[Any], feature: Mapping[str, Any]) -> Any:
+def _needs(model: Any) -> tuple[int | None, bool]:
+    """How many features a classifier was fitted on, and whether they must be finite; as far as it tells."""
+    tags = getattr(model, "__sklearn_tags__", None)  # from scikit-learn 1.6 on
+    return getattr(model, "n_features_in_", None), tags is not None and not tags().input_tags.allow_nan
+
+
+def _feature_matrix(cells: Sequence[Any], feature: Mapping[str, Any], model_needs: tuple[int | None, bool]) -> Any:
     """What the classifier reads: `(num_rows, num_features)` float32, or the texts as they are."""
     if feature["kind"] == "text":
         return list(cells)
+    vectors = _read_vectors(cells, feature)
+    num_features, is_finite = model_needs
+    for vector in vectors:
+        if num_features is not None and len(vector) != num_features:
+            raise RowError(f"An input must give the {num_features} numbers of the classifier, got {len(vector)}")
+        if is_finite and not np.isfinite(vector).all():
+            raise RowError("An input must hold finite numbers, got one that is missing or infinite")
+    return np.stack(vectors)
+
+
+def _read_vectors(cells: Sequence[Any], feature: Mapping[str, Any]) -> list[np.ndarray]:
     if feature["kind"] == "values":
-        return np.stack([np.asarray(cell, dtype=np.float32).ravel() for cell in cells])
+        return [np.asarray(cell, dtype=np.float32).ravel() for cell in cells]
     images = [to_pil(cell, feature["mode"]) for cell in cells]
     if feature["size"] is not None:
         height, width = feature["size"]
         # PIL names the width first; 2 is its bilinear filter.
         images = [image if image.size == (width, height) else image.resize((width, height), 2) for image in images]
-    return np.stack([np.asarray(image, dtype=np.float32).ravel() for image in images]) / feature["divide_by"]
+    return [np.asarray(image, dtype=np.float32).ravel() / feature["divide_by"] for image in images]
 
 
 def _fingerprint(facts: Any) -> str:

@@ -6,6 +6,7 @@ import json
 import numbers
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,13 +14,15 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import yaml
 
 from .files import write_text
+from .strict_yaml import dump_yaml, parse_json, parse_yaml
 
 TEACHER_KINDS = ("auto", "transformers", "timm", "sklearn", "column")
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # names become folders
 _TUPLE_FIELDS = ("scope", "domains", "trusted_types")
+# Half of a character, which no file can hold, and the end of a text for numpy and for file systems.
+_UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Teacher:
     """Describe one weak classifier: where it is, at which level it stands and what it is good at.
 
     Args:
-        model (`str`):
+        model (`str` or `os.PathLike`):
             Hub id, local folder or, for `kind="column"`, the name of the column that already holds the answers.
         level (`int`, *optional*, defaults to 0):
             Level in the hierarchy, 0 is the root.
@@ -71,7 +74,9 @@ class Teacher:
     subfolder: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", Path(self.model).as_posix())
+        if not isinstance(self.model, str) or not self.model or not is_writable_text(self.model):
             raise ValueError(
                 f"A teacher's `model` must be a Hub id, a folder or a column name, got {self.model!r}. Name one."
             )
@@ -182,7 +187,29 @@ def _as_names(values: Any, what: str) -> tuple[str, ...]:
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | numbers.Integral):
             raise TypeError(f"{what} must hold names, got {name!r} among them. Put names in quotes.")
+        if isinstance(name, str) and not is_writable_text(name):
+            raise ValueError(
+                f"{what} must hold text without NUL and without halves of characters (lone surrogates), got {name!r}. "
+                "Correct it."
+            )
     return tuple(str(name) for name in names)
+
+
+def is_writable_text(text: str) -> bool:
+    """Tell whether a text can be an id or a name: without NUL, and without halves of characters.
+
+    Args:
+        text (`str`):
+            Any text.
+
+    Returns:
+        `bool`
+
+    Examples:
+        >>> is_writable_text("naïve 🐝"), is_writable_text("a\\0b"), is_writable_text("\\ud83d")
+        (True, False, False)
+    """
+    return _UNWRITABLE.search(text) is None
 
 
 def _teacher_from_dict(facts: Mapping[str, Any]) -> Teacher:
@@ -234,10 +261,15 @@ class TeacherHierarchy:
     def _check_names(self) -> None:
         if len(self.labels) < 2:
             raise ValueError(f"A task needs at least two labels, got {list(self.labels)}. Name them all.")
-        for what, names in (("Labels", self.labels), ("Teacher names", self.names)):
-            # Names become folders, and some file systems do not tell upper from lower case.
-            keys = [name.lower() for name in names] if what == "Teacher names" else list(names)
-            if repeated := sorted({name for name, key in zip(names, keys) if keys.count(key) > 1}):
+        if blank := [label for label in self.labels if not label.strip()]:
+            raise ValueError(f"Labels must not be blank, got {blank[0]!r} among them. Give each a name.")
+        # Names become folders, and some file systems do not tell upper from lower case; nobody sees a space at an end.
+        for what, names, keys in (
+            ("Labels", self.labels, [label.strip() for label in self.labels]),
+            ("Teacher names", self.names, [name.lower() for name in self.names]),
+        ):
+            counts = Counter(keys)
+            if repeated := sorted({name for name, key in zip(names, keys) if counts[key] > 1}):
                 raise ValueError(f"{what} must be unique, got {repeated} more than once. Rename them.")
 
     def _check_levels(self) -> None:
@@ -351,6 +383,27 @@ class TeacherHierarchy:
             row[[positions[label] for label in teacher.scope or self.labels]] = True
         return mask
 
+    def has_distinct_scopes(self, level: int) -> bool:
+        """Tell whether scopes say who of a level is asked about which label.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+
+        Returns:
+            `bool`: `False` if several teachers of the level all have the same scope, listed or not.
+
+        Raises:
+            IndexError: If there is no such level.
+
+        Examples:
+            >>> both = [Teacher("t/x", scope=["a", "b"]), Teacher("t/y", scope=["b", "a"])]
+            >>> TeacherHierarchy(["a", "b"], both).has_distinct_scopes(0)
+            False
+        """
+        mask = self.scope_mask(level)
+        return len(mask) == 1 or not bool((mask == mask[0]).all())
+
     def to_dict(self) -> dict[str, Any]:
         """Give the hierarchy as plain JSON values.
 
@@ -397,7 +450,7 @@ class TeacherHierarchy:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"A hierarchy file must lie in a folder that exists, got '{path}'. Make it first.")
         facts = self.to_dict()
-        text = json.dumps(facts, indent=2) if _is_json(path) else yaml.safe_dump(facts, sort_keys=False)
+        text = json.dumps(facts, indent=2) if _is_json(path) else dump_yaml(facts)
         write_text(path, text + "\n" * (not text.endswith("\n")))
 
     @classmethod
@@ -443,7 +496,7 @@ def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
     what, is_json = what or f"'{path}'", _is_json(path)
     try:
         text = path.read_text(encoding="utf-8")
-        facts = json.loads(text) if is_json else parse_yaml(text)
+        facts = parse_json(text) if is_json else parse_yaml(text)
     except (ValueError, RecursionError) as error:
         kind = path.suffix[1:].upper()
         found = f"what is not readable as {kind}: {str(error).rstrip('.')}."
@@ -452,47 +505,6 @@ def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
         return TeacherHierarchy.from_dict(facts)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{what} must be a hierarchy of teachers, got: {error} Correct it there.") from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuse a repeated key, of which YAML would silently take the last, and what holds itself."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        return super().construct_object(node, deep=True)  # else lists and mappings are filled after their checks
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key) for key in own]
-        if repeated := [key for position, key in enumerate(keys) if key in keys[:position]]:
-            raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
-
-
-def parse_yaml(text: str) -> Any:
-    """Read YAML that people write: each key once, nothing that holds itself, no code.
-
-    Args:
-        text (`str`):
-            One document.
-
-    Returns:
-        `Any`: Its value, `None` of an empty one.
-
-    Raises:
-        ValueError: If it is no such YAML.
-
-    Examples:
-        >>> parse_yaml("{rate: 0.1, names: [a, b]}")
-        {'rate': 0.1, 'names': ['a', 'b']}
-    """
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(str(error)) from error
-    except (LookupError, AttributeError, TypeError) as error:  # so PyYAML takes a value that does not fit its tag
-        raise ValueError(f"a value does not fit its tag ({error}).") from error
 
 
 def _is_json(path: Path) -> bool:

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = "hf_cosupervise"
 PACKAGE_DIR = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = {
-    1: ("files", "metrics", "losses", "teachers", "sparse"),
+    1: ("files", "metrics", "losses", "strict_yaml", "teachers", "sparse"),
     2: ("assignment", "consistency", "aggregation", "weighting", "heads", "neighbors", "calibration"),
     3: (
         "processes",

@@ -103,6 +103,7 @@ def test_find_label_column():
     ("values", "feature"),
     [
         ([2, 0, 1], Value("int64")),  # ids of the task
+        ([2.0, 0.0, 1.0], Value("float64")),  # as pandas gives them
         (["c", "a", "b"], Value("string")),  # names of the task
         ([0, 2, 1], ClassLabel(names=["c", "b", "a"])),  # the data's own order: names decide, not numbers
         ([0, 3, 2], ClassLabel(names=["c", "x", "b", "a"])),  # a name that no row uses does no harm
@@ -123,7 +124,8 @@ def test_read_labels(values, feature):
         (["a", "b", "d"], Value("string"), "'d'", 1),
         ([0, 1, 1], ClassLabel(names=["a", "z"]), "'z'", 2),
         ([0, -1, 1], ClassLabel(names=["a", "b"]), -1, 1),
-        ([0.0, 1.5, 2.0], Value("float64"), 0.0, 3),
+        ([0.0, 1.5, 2.0], Value("float64"), 1.5, 1),
+        ([0.0, float("nan"), 1.0], Value("float64"), "nan", 1),
     ],
 )
 def test_read_labels_that_are_not_the_task_s(values, feature, got, count):

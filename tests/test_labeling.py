@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_teacher_models import copy_model, label
 
 from hf_cosupervise import journal, labeling
+from hf_cosupervise.inputs import RowError
 from hf_cosupervise.journal import Journal
 from hf_cosupervise.labeling import build_pool, load_teacher, save_sklearn_teacher
 from hf_cosupervise.pool import PseudolabelPool
@@ -587,9 +588,9 @@ def test_rows_that_cannot_be_read_are_missing_where_that_is_wanted(
         np.testing.assert_array_equal(pool.answered(name), ~failed)
         np.testing.assert_array_equal(pool.label_probs(name)[~failed], whole.label_probs(name)[~failed])
         assert pool.facts[name]["num_failed"] == 4
-    assert [record.message for record in caplog.records] == [
+    assert [record.message.partition("got ")[0] for record in caplog.records] == [
         f"Teacher '{name}' failed on 4 of 48 rows, which are missing in its pseudolabels: "
-        "ids ['row-3', 'row-5', 'row-8', 'row-11']."
+        "ids ['row-3', 'row-5', 'row-8', 'row-11']. Of id 'row-3': Column 'image' must hold images that can be read, "
         for name in "ab"
     ]
 
@@ -601,10 +602,14 @@ class Moody(MeanColour):
         super().__init__(30, preprocessing=None)
         self.moods = moods
 
+    def prepare(self, cells: Any) -> np.ndarray:
+        inputs = super().prepare(cells)
+        if "raise" in [self.moods.get(row.tobytes(), "") for row in inputs]:
+            raise RowError("no such colour.")
+        return inputs
+
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         moods = [self.moods.get(row.tobytes(), "") for row in inputs]
-        if "raise" in moods:
-            raise LookupError("no such colour")
         if "memory" in moods:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         probs = super().__call__(inputs)
@@ -621,7 +626,7 @@ def make_moody(images: Dataset, moods: dict[int, str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("mood", "message"),
     [
-        ("raise", "Teacher 'b' must be able to label every row, got LookupError: no such colour in row 13 (id 13)"),
+        ("raise", "Teacher 'b' must be able to read every row, got: no such colour in row 13 (id 13)"),
         ("nan", "must be finite, not negative and sum to 1, got [nan, nan, nan, nan] (sum nan) in row 13 (id 13)"),
         ("sum", "(sum 2.0000) in row 13 (id 13)"),
     ],
@@ -646,8 +651,8 @@ def test_a_teacher_that_fails_on_every_row_is_an_error(images: Dataset, two: Tea
     with pytest.raises(ValueError) as error:
         build(models=make_moody(images, dict.fromkeys(range(3), "raise")))
     assert str(error.value) == (
-        "Teacher 'b' must be able to label at least one row, got 3 of 3 rows that it failed on. Label the data with "
-        '`on_error="raise"` to see why.'
+        "Teacher 'b' must be able to label at least one row, got 3 of 3 rows that it failed on, id 0 first: Teacher "
+        "'b' must be able to read every row, got: no such colour. Correct the teacher, or the column that it reads."
     )
     # Its failures are forgotten, so that a repaired one can go on.
     assert build(models=make_models()).answered("b").all()

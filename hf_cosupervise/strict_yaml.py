@@ -1,0 +1,138 @@
+"""YAML and JSON that people write: each key once, and nothing that its readers take for different values."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+_YAML = "tag:yaml.org,2002:"
+_AMBIGUOUS = "!ambiguous"
+_WORDS = ("true", "false")
+# What YAML 1.1 and 1.2 both take for that number; and what 1.1 takes for text and 1.2 for a number.
+_NUMBERS = {"int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"), "float": re.compile(r"[^:_]+")}
+_NUMBER_ELSEWHERE = re.compile(r"[-+]?0o?[0-9]+")
+
+
+class _OneMeaning:
+    """Mark words that YAML 1.1 takes for something else than what stands there: `no`, `1:30`, `017`, `1_0`, a date."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[misc]
+        if kind is not yaml.ScalarNode or not implicit[0]:
+            return tag
+        name = tag.removeprefix(_YAML)
+        if name == "bool":
+            is_clear = value.lower() in _WORDS
+        elif name in _NUMBERS:
+            is_clear = _NUMBERS[name].fullmatch(value) is not None
+        else:
+            is_clear = name != "timestamp" and not _NUMBER_ELSEWHERE.fullmatch(value)
+        return tag if is_clear else _AMBIGUOUS
+
+
+class _StrictLoader(_OneMeaning, yaml.SafeLoader):
+    """Refuse a repeated key, of which YAML would silently take the last, and what holds itself."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # else lists and mappings are filled after their checks
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key for key, _ in node.value if key.tag != f"{_YAML}merge"]
+        if repeated := _find_repeated([self.construct_object(key) for key in own]):
+            raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_ambiguous(self, node: yaml.ScalarNode) -> Any:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"`{node.value}` means different things to different readers of YAML; write it in quotes, or "
+            "as `true`, `false` or a plain decimal number", node.start_mark,
+        )  # fmt: skip
+
+
+class _StrictDumper(_OneMeaning, yaml.SafeDumper):
+    """Quote what the loader would refuse."""
+
+
+_StrictLoader.add_constructor(_AMBIGUOUS, _StrictLoader.construct_ambiguous)
+
+
+def parse_yaml(text: str) -> Any:
+    """Read YAML that people write: each key once, nothing that holds itself or has two meanings, no code.
+
+    Args:
+        text (`str`):
+            One document.
+
+    Returns:
+        `Any`: Its value, `None` of an empty one.
+
+    Raises:
+        ValueError: If it is no such YAML.
+
+    Examples:
+        >>> parse_yaml("{rate: 0.1, names: [a, b]}")
+        {'rate': 0.1, 'names': ['a', 'b']}
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(str(error)) from error
+    except (LookupError, AttributeError, TypeError) as error:  # so PyYAML takes a value that does not fit its tag
+        raise ValueError(f"a value does not fit its tag ({error}).") from error
+
+
+def dump_yaml(values: Any) -> str:
+    """Write YAML that [`parse_yaml`] reads as the same values, keys in their order.
+
+    Args:
+        values (`Any`):
+            JSON values.
+
+    Returns:
+        `str`
+
+    Examples:
+        >>> dump_yaml({"labels": ["no", "0o17"]})
+        "labels:\\n- 'no'\\n- '0o17'\\n"
+    """
+    return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_json(text: str) -> Any:
+    """Read JSON that people write: each key once.
+
+    Args:
+        text (`str`):
+            One document.
+
+    Returns:
+        `Any`: Its value.
+
+    Raises:
+        ValueError: If it is no such JSON.
+
+    Examples:
+        >>> parse_json('{"rate": 0.1}')
+        {'rate': 0.1}
+    """
+    return json.loads(text, object_pairs_hook=_as_mapping)
+
+
+def _as_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if repeated := _find_repeated([key for key, _ in pairs]):
+        raise ValueError(f"`{repeated[0]}` is there twice")
+    return dict(pairs)
+
+
+def _find_repeated(keys: list[Any]) -> list[Any]:
+    """Keys that are there more than once; in linear time where they can be hashed, as nearly all can."""
+    try:
+        seen: set[Any] = set()
+        return [key for key in keys if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+    except TypeError:
+        return [key for position, key in enumerate(keys) if key in keys[:position]]
