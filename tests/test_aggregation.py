@@ -23,6 +23,8 @@ from hf_cosupervise.aggregation import (
     mean_probs,
 )
 
+pytestmark = pytest.mark.core
+
 needs_crowd_kit = pytest.mark.skipif(find_spec("crowdkit") is None, reason="needs crowd-kit")
 CROWDS = (dawid_skene, glad, mace)
 

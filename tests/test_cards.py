@@ -24,6 +24,8 @@ from hf_cosupervise.cards import TAGS, hierarchy_card, model_card, pool_card, wr
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
+pytestmark = pytest.mark.core
+
 GOLDEN = Path(__file__).parent / "golden"
 TEACHERS = [
     {"name": "generalist", "model": "someone/generalist", "revision": "0123456789abcdef" * 2 + "01234567", "level": 0,

@@ -30,6 +30,8 @@ from hf_cosupervise.labeling import build_pool
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
+pytestmark = pytest.mark.core
+
 LABELS = ("ant", "bee", "cat")
 ID = "someone/pool"
 TEACHERS = [Teacher("org/root"), Teacher("org/left", level=1), Teacher("org/right", level=1)]

@@ -29,6 +29,8 @@ from transformers import (
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, load_student
 from hf_cosupervise.students import push_student
 
+pytestmark = pytest.mark.core
+
 BACKBONE, STUDENT = "someone/backbone", "someone/student"
 
 

@@ -25,6 +25,8 @@ from hf_cosupervise.checkpoints import find_checkpoint
 from hf_cosupervise.teacher_models import TeacherModel, identify_teacher, load_teacher
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
+pytestmark = pytest.mark.core
+
 
 def read_folder(folder: str | Path, under: str = "") -> dict[str, bytes]:
     """A folder's files as the Hub holds them."""

@@ -27,6 +27,8 @@ from hf_cosupervise.labeling import build_pool, load_teacher, save_sklearn_teach
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
+pytestmark = pytest.mark.core
+
 quiet_pool = partial(build_pool, disable_tqdm=True)
 
 

@@ -11,6 +11,8 @@ import pytest
 from hf_cosupervise.metric_modules import performance_gap_recovered_dir
 from hf_cosupervise.metrics import accuracy, performance_gap_recovered
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module")
 def metric(tmp_path_factory: pytest.TempPathFactory) -> Any:

@@ -15,6 +15,8 @@ from PIL import Image
 
 from hf_cosupervise.plotting import plot_group_shares, plot_levels, plot_pgr, plot_reliability, plot_teacher_shares
 
+pytestmark = pytest.mark.core
+
 pytest.importorskip("matplotlib")
 
 

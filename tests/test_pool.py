@@ -19,6 +19,8 @@ from hf_cosupervise.pool_files import FORMAT_VERSION, teacher_dataset, write_arr
 from hf_cosupervise.sparse import encode_top_k
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
+pytestmark = pytest.mark.core
+
 LABELS = ["a", "b", "c"]
 ROOT = np.array([[0.5, 0.25, 0.25], [0, 1.0, 0], [0, 0, 0], [0.25, 0.25, 0.5]])
 LEFT = np.array([[0, 0.5, 0.5], [0, 0, 0], [0, 0, 0], [0.125, 0.75, 0.125]])

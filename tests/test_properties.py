@@ -47,6 +47,8 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402 - the test extra
 from hypothesis import strategies as st  # noqa: E402
 
+pytestmark = pytest.mark.core
+
 FEW = settings(
     deadline=None, derandomize=True, database=None, max_examples=20, suppress_health_check=list(HealthCheck)
 )

@@ -34,6 +34,8 @@ from hf_cosupervise import CoSupervisedTrainer, runs
 from hf_cosupervise import trainer as trainer_module
 from hf_cosupervise.runs import RunFolder, last_checkpoint
 
+pytestmark = pytest.mark.core
+
 
 class Stop(Exception):
     """Stands for a crash."""

@@ -20,6 +20,8 @@ from hf_cosupervise import teacher_models
 from hf_cosupervise.teacher_models import TeacherModel, identify_teacher, load_teacher, save_sklearn_teacher
 from hf_cosupervise.teachers import Teacher
 
+pytestmark = pytest.mark.core
+
 
 def copy_model(folder: str, target: Path) -> Path:
     return Path(shutil.copytree(folder, target))

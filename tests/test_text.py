@@ -16,6 +16,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, Teacher, TeacherHierarchy, build_pool
 
+pytestmark = pytest.mark.core
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 LABELS = ("negative", "positive")
 TRAININGS = {"probe": 0.3, "lora": 0.03, "full": 0.005}

@@ -30,6 +30,8 @@ from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelP
 from hf_cosupervise import trainer as trainer_module
 from hf_cosupervise.inputs import row_keys
 
+pytestmark = pytest.mark.core
+
 LABELS = ("ant", "bee", "cat", "dog")
 
 
@@ -913,7 +915,14 @@ def test_a_loss_of_the_user_s_own_gets_all_labels(tmp_path, vit_of_many, tiny_im
 def test_evaluation_within_a_level_of_sparse_pseudolabels(tmp_path, vit_of_many, tiny_image_dataset):
     labels = [MANY[10 * label] for label in tiny_image_dataset["label"]]
     held_out = tiny_image_dataset.remove_columns("label").add_column("label", labels)
-    args = make_args(tmp_path, assignment="agreement", eval_strategy="steps", eval_steps=3, student_training="full")
+    args = make_args(
+        tmp_path,
+        assignment="agreement",
+        rejection="none",
+        eval_strategy="steps",
+        eval_steps=3,
+        student_training="full",
+    )
     trainer = CoSupervisedTrainer(vit_of_many, args, pool=make_pool_of_many(tiny_image_dataset), eval_dataset=held_out)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

@@ -1,0 +1,14 @@
+"""Print the lowest versions that pyproject.toml allows, as constraints for pip: `name>=x` becomes `name==x`."""
+
+import re
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8"))[
+    "project"
+]
+extras = project["optional-dependencies"]
+for line in chain(project["dependencies"], *(extras[name] for name in extras if name != "dev")):
+    if bound := re.match(r"([\w.-]+)>=([\w.]+)", line):
+        print("==".join(bound.groups()))
