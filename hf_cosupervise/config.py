@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any  # HfArgumentParser reads Optional
 
@@ -16,6 +16,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .assignment import AGREEMENT_RULES
 from .consistency import SELECTION_RULES
+from .inherited import Numbers, check_inherited, check_numbers, default_of, is_number
 from .losses import choose_loss
 
 ASSIGNMENTS = (
@@ -28,7 +29,7 @@ STUDENT_TRAININGS = ("probe", "lora", "full")
 HEAD_SOLVERS = ("steps", "ridge")
 FEATURES_DTYPES = ("float32", "float16")
 # What a number must be, in words and as a test, and the fields that hold one.
-_NUMBERS = (
+_NUMBERS: Numbers = (
     ("a whole number of at least 0", Integral, lambda value: value >= 0,
      ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds")),
     ("a whole number of at least 1", Integral, lambda value: value >= 1,
@@ -210,19 +211,23 @@ class CoSupervisedConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self._given = {item.name for item in fields(self) if item.init and getattr(self, item.name) != _default(item)}
+        self._given = {
+            item.name for item in fields(self) if item.init and getattr(self, item.name) != default_of(item)
+        }
         if not torch.accelerator.is_available():
             # bf16 runs on CPU too, and so do several processes, but the parent wants to be told, or each of them would
             # take itself for the only one; and pinned memory would only warn there.
             is_one_of_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
             self.use_cpu = self.use_cpu or self.bf16 or is_one_of_several  # type: ignore[has-type]
             self.dataloader_pin_memory = False
+        check_inherited(self)
         super().__post_init__()
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
         if self.data_seed is None:  # type: ignore[has-type]
             self.data_seed = self.seed
         self._check_names()
-        self._check_numbers()
+        check_numbers(self, _NUMBERS)
+        self._check_window()
         self._check_loss()
         self._check_neighbors_and_folds()
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
@@ -230,9 +235,6 @@ class CoSupervisedConfig(TrainingArguments):
                 "`hub_strategy` must be 'end' or 'every_save', got "
                 f"{self.hub_strategy!r}: checkpoints hold pickles, which are never uploaded."
             )
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must stay False: the collator reads the raw columns.")
-
         self._settled = {item.name: copy.copy(getattr(self, item.name)) for item in fields(self) if item.init}
 
     def changed_arguments(self) -> dict[str, Any]:
@@ -279,21 +281,13 @@ class CoSupervisedConfig(TrainingArguments):
         if "none" in self.rejection and len(self.rejection) > 1:
             raise ValueError(f"`rejection` 'none' stands alone, got {self.rejection}.")
 
-    def _check_numbers(self) -> None:
-        defaults = {item.name: _default(item) for item in fields(self)}
-        for wanted, kind, fits, names in _NUMBERS:
-            for name in names:
-                value, default = getattr(self, name), defaults[name]
-                if value is None and default is None or _is_number(value, kind) and fits(value):
-                    continue
-                advice = "" if default is None else f" for {default}"
-                raise ValueError(f"`{name}` must be {wanted}, got {value!r}. Leave it out{advice}.")
+    def _check_window(self) -> None:
         window = self.rejection_window
-        is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(map(_is_number, window))
+        is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(map(is_number, window))
         if not is_pair or not 0 <= window[0] <= window[1] <= 1:
             raise ValueError(
                 f"`rejection_window` must be [lowest, highest] within 0..1, got {window!r}. Leave it out for "
-                f"{defaults['rejection_window']}."
+                f"[0.5, 1.0]."
             )
 
     def _check_loss(self) -> None:
@@ -326,6 +320,10 @@ class CoSupervisedConfig(TrainingArguments):
                 f"`agreement_neighbors` is for `assignment` 'agreement', got {self.agreement_neighbors} with "
                 f"{self.assignment}. Leave it out for 0."
             )
+        if self.neftune_noise_alpha is not None and self.student_training == "probe":  # type: ignore[has-type]
+            raise ValueError(
+                "`neftune_noise_alpha` is for a backbone that learns, got `student_training` 'probe'. Leave one out."
+            )
         if self.cross_fit_folds == 1:
             raise ValueError("`cross_fit_folds` must be 0, or at least 2, got 1. Leave it out for 0.")
         if self.cross_fit_folds and self.warm_start:
@@ -333,13 +331,3 @@ class CoSupervisedConfig(TrainingArguments):
                 "`cross_fit_folds` needs a fresh head at each level, which has seen nothing, got `warm_start`. Leave "
                 "one out."
             )
-
-
-def _is_number(value: Any, kind: type = Real) -> bool:
-    """Whether it is one; `True` and `False` are none here."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _default(item: Field) -> Any:
-    """What a field is where nobody gives it."""
-    return item.default_factory() if item.default_factory is not MISSING else item.default

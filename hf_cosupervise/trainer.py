@@ -41,6 +41,7 @@ from .features import FeatureStore
 from .files import explain_full_disk, make_output_dir, write_text
 from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .hub import open_repo
+from .inherited import check_together
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
 from .levels import (
     CHUNK_ROWS,
@@ -178,6 +179,10 @@ class CoSupervisedTrainer(Trainer):
             raise ValueError(
                 "`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`."
             )
+        if kwargs.get("model_init") is not None:
+            raise ValueError(
+                "`model_init` cannot be given: each level begins with a fresh head. Give a model or its id."
+            )
         _check_levels(pool, args, has_own_assignment=assign_func is not None)
         self.pool = pool
         self.loss_func, self.assign_func, self.keep_func = loss_func, assign_func, keep_func
@@ -201,6 +206,7 @@ class CoSupervisedTrainer(Trainer):
             student.peft_config[student.active_adapter].revision = origin["commit"]
         if data_collator is None:
             data_collator = DataCollatorForCoSupervision(self.processor, self.input_column)
+        check_together(args, student, has_own_metrics=kwargs.get("compute_metrics") is not None)
         kwargs.setdefault("compute_metrics", _accuracy_metrics)
         super().__init__(
             student, args, data_collator, self._rows, self._label(eval_dataset),
@@ -1030,6 +1036,10 @@ class CoSupervisedTrainer(Trainer):
             "a ReduceLROnPlateau or Greedy schedule is asked for": args.lr_scheduler_type
             in ("reduce_lr_on_plateau", "greedy"),
             "fp16 scales the loss": args.fp16,
+            "evaluation before the first step is asked for": args.eval_on_start,
+            "`debug` looks into the backbone": bool(args.debug),
+            "memory is measured": not args.skip_memory_metrics,
+            "input tokens are counted": args.include_num_input_tokens_seen not in (False, "no"),
             f"`optim` {args.optim} has a step of its own": str(args.optim).startswith(
                 ("lomo", "adalomo", "schedule_free")
             ),
@@ -1317,6 +1327,13 @@ class CoSupervisedTrainer(Trainer):
                 )
             told = {"log_history": self._story.log_history, "num_losses": self._num_losses}
             seal_checkpoint(folder, {**told, "loss_sums": loss_sums, "num_processes": self.args.world_size})
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: it would choose by labels, of which there are none."""
+        raise NotImplementedError(
+            "`hyperparameter_search` would choose by labels, which co-supervision does without. Compare "
+            "configurations by runs of their own."
+        )
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict with the student, and measure where the data has labels.

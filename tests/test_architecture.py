@@ -34,7 +34,7 @@ FLOORS = {
         "card_merging",
         "cards",
     ),
-    4: ("config", "students", "callbacks", "levels", "runs", "trainer", "evaluation"),
+    4: ("inherited", "config", "students", "callbacks", "levels", "runs", "trainer", "evaluation"),
     5: ("script_utils", "plotting"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}

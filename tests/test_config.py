@@ -190,7 +190,7 @@ def test_one_unknown_name_among_several(tmp_path):
         ),
         (
             {"remove_unused_columns": True},
-            "`remove_unused_columns` must stay False: the collator reads the raw columns.",
+            "`remove_unused_columns` must stay False: the collator reads the raw columns. Leave it out.",
         ),
     ],
 )
