@@ -202,6 +202,8 @@ ROWS: list[tuple[str, str, Spoil, str]] = [
      "must be read by a class of its own kind, got `tokenizer_class` in its 'tokenizer_config.json': 'AutoTokenizer'"),
     ("tokenizer-model", "bert", with_json("tokenizer_config.json", tokenizer_class="AutoModel"),
      "must be read by a class of its own kind, got `tokenizer_class`"),
+    ("tokenizer-fast", "bert", with_json("tokenizer_config.json", tokenizer_class="AutoTokenizerFastFast"),
+     "must be read by a class of its own kind, got `tokenizer_class`"),
     ("tokenizer-in-config", "bert", config(tokenizer_class="RagRetriever"), "a class of its own kind, .*'RagRetri"),
     ("tokenizer-inputs", "bert", with_json("tokenizer_config.json", init_inputs=["/etc/passwd"]),
      elsewhere("init_inputs", "tokenizer_config.json")),
