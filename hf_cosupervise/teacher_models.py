@@ -523,8 +523,8 @@ def _for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Mod
 
 def _load_classifier(checkpoint: Checkpoint) -> tuple[Any, Path]:
     """A whole classifier, and the folder of its tokenizer or image processor."""
-    config = read_config(checkpoint)
-    is_text, folder = reads_text(config, checkpoint.what), checkpoint.fetch()
+    folder, config = checkpoint.fetch(), read_config(checkpoint)
+    is_text = reads_text(config, checkpoint.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
     with whole_weights(checkpoint):
         model, info = auto_model.from_pretrained(
