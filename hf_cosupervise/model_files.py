@@ -39,9 +39,10 @@ _CLASSES = {
 # timm would follow `hf-hub:` and `local-dir:` here too.
 _ARCHITECTURES = ("architecture", "backbone")
 _BARE_NAME = re.compile(r"[\w.\-]*")
-# Other weights, positional arguments of a tokenizer (paths), caches that peft opens by `torch.load`, further models.
+# A configuration to be read in place of this one, other weights, positional arguments of a tokenizer (paths), caches
+# that peft opens by `torch.load`, further models.
 _OTHER_FILES = (
-    *("transformers_weights", "use_pretrained_backbone", "backbone_kwargs", "init_inputs"),
+    *("configuration_files", "transformers_weights", "use_pretrained_backbone", "backbone_kwargs", "init_inputs"),
     *("cache_file", "covariance_file", "shadow_model"),
 )
 # What timm's models may be told: sizes and kinds of layers. `checkpoint_path`, `pretrained_strict`, `features_only`
