@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import SafetensorError
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -28,7 +29,8 @@ _MAX_JSON_BYTES, _MAX_DEPTH, _MAX_DIGITS = 256 << 20, 64, 64
 _IMPLEMENTATION = re.compile(r"\w*_implementation(_internal)?")
 _INSTALLED = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
 _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-# A class of transformers that is looked up by name. An `Auto…` class would begin again, without our arguments.
+# transformers looks these up by name among all that it has. An `Auto…` class would begin again, without our arguments,
+# and a model would read its own weights. A name that it does not know does no harm.
 _CLASSES = {
     "tokenizer_class": re.compile(r"(?!Auto)\w*(Tokenizer|Backend)\w*"),
     "image_processor_type": re.compile(r"(?!Auto)\w*(ImageProcessor|FeatureExtractor)\w*"),
@@ -37,9 +39,10 @@ _CLASSES = {
 # timm would follow `hf-hub:` and `local-dir:` here too.
 _ARCHITECTURES = ("architecture", "backbone")
 _BARE_NAME = re.compile(r"[\w.\-]*")
-# Other weights, positional arguments of a tokenizer (paths), caches that peft opens by `torch.load`, further models.
+# A configuration to be read in place of this one, other weights, positional arguments of a tokenizer (paths), caches
+# that peft opens by `torch.load`, further models.
 _OTHER_FILES = (
-    *("transformers_weights", "use_pretrained_backbone", "backbone_kwargs", "init_inputs"),
+    *("configuration_files", "transformers_weights", "use_pretrained_backbone", "backbone_kwargs", "init_inputs"),
     *("cache_file", "covariance_file", "shadow_model"),
 )
 # What timm's models may be told: sizes and kinds of layers. `checkpoint_path`, `pretrained_strict`, `features_only`
@@ -82,7 +85,7 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
                         "would be downloaded. Set it to 'sdpa' or 'eager', or remove it."
                     )
         elif key in _CLASSES and value is not None:
-            if not isinstance(value, str) or not _CLASSES[key].fullmatch(value):
+            if not isinstance(value, str) or _is_other_class(value, _CLASSES[key]):
                 raise ValueError(
                     f"{what} must be read by a class of its own kind, got {where}: {_short(value)}. Name a class of "
                     "transformers, such as 'BertTokenizer' or 'ViTImageProcessor'."
@@ -113,6 +116,11 @@ def _is_installed(implementation: Any) -> bool:
     if not isinstance(implementation, str):
         return False
     return _FLASH[implementation]() if implementation in _FLASH else implementation in _INSTALLED
+
+
+def _is_other_class(name: str, kind: re.Pattern[str]) -> bool:
+    bare = re.sub("(Fast|Pil)*$", "", name)  # endings that transformers drops to find a class
+    return not kind.fullmatch(bare) and hasattr(transformers, bare)
 
 
 def _other_file(what: str, where: str, value: Any) -> ValueError:

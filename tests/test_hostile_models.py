@@ -195,12 +195,17 @@ ROWS: list[tuple[str, str, Spoil, str]] = [
     ("quantised", "bert", config(quantization_config={"quant_method": "mxfp4"}), "must have plain weights, .*'mxfp4'"),
     ("quantised-inside", "vit", config(text_config={"quantization_config": {"quant_method": "fp8"}}),
      "must have plain weights, got `text_config.quantization_config` in"),
+    ("other-config", "vit",
+     both(with_json("config.4.0.json", attn_implementation="a/b"), config(configuration_files=["config.4.0.json"])),
+     elsewhere("configuration_files")),
     ("other-weights", "vit", config(transformers_weights="adapter_model.bin"), elsewhere("transformers_weights")),
     ("backbone-weights", "vit", config(use_pretrained_backbone=True), elsewhere("use_pretrained_backbone")),
     ("backbone-arguments", "vit", config(backbone_kwargs={"checkpoint_path": "x"}), elsewhere("backbone_kwargs")),
     ("tokenizer-auto", "bert", with_json("tokenizer_config.json", tokenizer_class="AutoTokenizer"),
      "must be read by a class of its own kind, got `tokenizer_class` in its 'tokenizer_config.json': 'AutoTokenizer'"),
     ("tokenizer-model", "bert", with_json("tokenizer_config.json", tokenizer_class="AutoModel"),
+     "must be read by a class of its own kind, got `tokenizer_class`"),
+    ("tokenizer-fast", "bert", with_json("tokenizer_config.json", tokenizer_class="AutoTokenizerFastFast"),
      "must be read by a class of its own kind, got `tokenizer_class`"),
     ("tokenizer-in-config", "bert", config(tokenizer_class="RagRetriever"), "a class of its own kind, .*'RagRetri"),
     ("tokenizer-inputs", "bert", with_json("tokenizer_config.json", init_inputs=["/etc/passwd"]),
@@ -271,7 +276,7 @@ def refuses(load: Callable[[], Any], sentence: str, folder: Path) -> None:
     with pytest.raises((OSError, ValueError), match=sentence) as caught:
         load()
     assert not marker(folder).exists()
-    assert str(caught.value).endswith(".") or "it again" in str(caught.value)
+    assert str(caught.value).endswith(".")
 
 
 @pytest.mark.parametrize(("base", "spoil", "sentence"), [pytest.param(*row[1:], id=row[0]) for row in ROWS])

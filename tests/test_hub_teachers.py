@@ -487,7 +487,7 @@ def test_models_for_other_tasks_are_refused(hub: HubServer, tiny_labels: tuple[s
     save_tiny_bert(tmp_path / "score", ("score",))
     detector = {"model_type": "yolos", "architectures": ["YolosForObjectDetection"]}
     unknown = {"model_type": "brand_new", "auto_map": {"AutoConfig": "model.Config"}}
-    weights = {"model.safetensors": b"x"}
+    weights = {"model.safetensors": b"\2\0\0\0\0\0\0\0{}"}
     hub.create("org/detector", {"config.json": json.dumps(detector).encode()} | weights)
     hub.create("org/unknown", {"config.json": json.dumps(unknown).encode()} | weights)
     for name in ("gpt", "mlm", "multi", "score"):
