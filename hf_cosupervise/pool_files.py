@@ -262,7 +262,7 @@ def read_header(path: Path, what: str | Path) -> dict[str, Any]:
         header["hierarchy"] = TeacherHierarchy.from_dict(header["hierarchy"]).to_dict()
     except (ValueError, TypeError) as error:
         raise _bad_header(what, str(error).rstrip(".")) from error
-    if unknown := sorted(set(header.get("files", {})) - set(file_names(header))):
+    if unknown := sorted(set(header.get("files", {})) - {*file_names(header), INPUTS}):
         raise _bad_header(what, f"{unknown[0]!r} among `files`, which is no file of this pool")
     return header
 
