@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
-from .files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, write_all, write_text
+from .files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, write_all
 from .inputs import InputProcessor, cell_digests
 from .neighbors import nearest_neighbors
 
@@ -478,7 +478,7 @@ def _note(path: Path) -> str:
 def _seal(folder: Path, backbone: str) -> None:
     """Note what the files of a folder are; the backbone comes last, so that half of the notes tell nothing."""
     notes = {path: _note(path) for path in sorted(folder.glob("*.npy"))}
-    write_text(folder / _OWNER, "\n".join([*notes.values(), backbone]))
+    (folder / _OWNER).write_text("\n".join([*notes.values(), backbone]), encoding="utf-8")
     _verified.update((file_signature(path), note) for path, note in notes.items())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .teachers import TeacherHierarchy
 FORMAT_VERSION = 1
 HEADER = "pool.json"
 INPUTS = "inputs/data.arrow"
+_FILE = re.compile(r"(inputs|teachers/[A-Za-z0-9][A-Za-z0-9._-]*)/data\.arrow")
 _CHUNK = 8192
 # What every header holds, and what pools of older versions lack.
 _NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": dict}
@@ -262,8 +264,8 @@ def read_header(path: Path, what: str | Path) -> dict[str, Any]:
         header["hierarchy"] = TeacherHierarchy.from_dict(header["hierarchy"]).to_dict()
     except (ValueError, TypeError) as error:
         raise _bad_header(what, str(error).rstrip(".")) from error
-    if unknown := sorted(set(header.get("files", {})) - set(file_names(header))):
-        raise _bad_header(what, f"{unknown[0]!r} among `files`, which is no file of this pool")
+    if unknown := [name for name in header.get("files", {}) if not _FILE.fullmatch(name)]:
+        raise _bad_header(what, f"{unknown[0]!r} among `files`, which is no file of a pool")
     return header
 
 

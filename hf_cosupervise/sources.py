@@ -307,7 +307,7 @@ def _explain(error: Exception, repo_id: str, commit: str | None, config_name: st
             f"`dataset` must consist of data files such as Parquet, CSV or JSON, got '{repo_id}' with "
             f"{shorten(pickles or files)}, {why}. Choose another data set, or give the data themselves."
         )
-    if "onfig" in str(error):
+    if re.search("BuilderConfig|Config name", str(error)):
         names = get_dataset_config_names(repo_id, revision=commit)
         return ValueError(f"`config_name` must be one of {names} of '{repo_id}', got {config_name!r}. Choose one.")
     return ValueError(

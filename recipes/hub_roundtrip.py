@@ -271,9 +271,9 @@ def run_stage(args: argparse.Namespace, folder: Path) -> None:
     else:
         found = {"label": label, "train": train, "check": check}[args.stage](args, folder, known)
     if os.environ.get("RANK", "0") == "0":
-        from hf_cosupervise.files import write_json
-
-        write_json(results, known | found)
+        temporary = results.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known | found, indent=2) + "\n")
+        os.replace(temporary, results)
         print(f"{args.stage}: {json.dumps(found)}", flush=True)
 
 

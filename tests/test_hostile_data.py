@@ -180,7 +180,7 @@ def test_inputs_of_teachers_are_looked_at_too(tmp_path, secret):
 def test_the_header_names_only_files_of_the_pool(name, tmp_path):
     folder = make_pool(tmp_path / "pool")
     change_header(folder, {name: [3, "abc"]})
-    with pytest.raises(ValueError, match="among `files`, which is no file of this pool"):
+    with pytest.raises(ValueError, match="among `files`, which is no file of a pool"):
         PseudolabelPool.load(folder)
 
 
