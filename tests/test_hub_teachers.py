@@ -266,7 +266,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(
     files = read_folder(tiny_bert)
     del files["tokenizer.json"]
     hub.create("org/silent", files | {"tokenizer_config.json": b'{"tokenizer_class": "BertTokenizer"}'})
-    with pytest.raises(ValueError, match="vocabulary of its tokenizer, got 0 words besides its special tokens in 'org/silent'"):
+    with pytest.raises(ValueError, match="its tokenizer, got 0 words besides its special tokens"):
         load_teacher(Teacher("org/silent"), tiny_labels, "cpu")
     hub.create("org/loud", files)
     with pytest.raises(ValueError, match="must come with its tokenizer, and without code .*got in 'org/loud': Couldn"):
