@@ -33,8 +33,6 @@ from hf_cosupervise import CoSupervisedTrainer, runs
 from hf_cosupervise import trainer as trainer_module
 from hf_cosupervise.runs import RunFolder, last_checkpoint, write_whole
 
-pytestmark = pytest.mark.core
-
 
 class Stop(Exception):
     """Stands for a crash."""
@@ -131,6 +129,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("student, training", CASES)
 def test_inside_and_between_levels(tmp_path, students, student, training, tiny_image_dataset, tiny_text_dataset):
     data = tiny_text_dataset if "bert" in student else tiny_image_dataset
