@@ -10,5 +10,5 @@ project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml")
 ]
 extras = project["optional-dependencies"]
 for line in chain(project["dependencies"], *(extras[name] for name in extras if name != "dev")):
-    if bound := re.match(r"([\w.-]+)>=([\w.]+)", line):
-        print("==".join(bound.groups()))
+    if not line.startswith(project["name"]):
+        print("{}=={}".format(*re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,<\w+)?", line).groups()))

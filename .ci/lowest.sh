@@ -10,7 +10,7 @@ tar -xzf dist/*.tar.gz
 rm -r hf_cosupervise-*/hf_cosupervise # only the wheel can be imported from here on
 python3 -m venv lowest
 source lowest/bin/activate
-pip install --quiet --constraint lowest.txt "hf-cosupervise[test] @ $(echo "file://$PWD"/dist/*.whl)"
+pip install --quiet --constraint lowest.txt "$(echo dist/*.whl)[test]"
 cd hf_cosupervise-*/recipes
 python -c "import hf_cosupervise; [getattr(hf_cosupervise, name) for name in hf_cosupervise.__all__]"
 cd ../tests

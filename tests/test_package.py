@@ -32,14 +32,6 @@ def test_import_is_light():
     assert done.returncode == 0, done.stderr
 
 
-def test_files_beside_the_code_are_shipped():
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["hf_cosupervise"]
-    shipped = {path for pattern in patterns for path in PACKAGE.glob(pattern)}
-    data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert PACKAGE / "py.typed" in data
-    assert data <= shipped, sorted(str(path.relative_to(PACKAGE)) for path in data - shipped)
-
-
 def test_no_upper_cap_on_torch():
     torch = [line for line in PROJECT["project"]["dependencies"] if re.match(r"torch(vision)?\b", line)]
     assert torch and not any("<" in line or "==" in line for line in torch)

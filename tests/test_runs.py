@@ -34,8 +34,6 @@ from hf_cosupervise import CoSupervisedTrainer, runs
 from hf_cosupervise import trainer as trainer_module
 from hf_cosupervise.runs import RunFolder, last_checkpoint
 
-pytestmark = pytest.mark.core
-
 
 class Stop(Exception):
     """Stands for a crash."""
@@ -132,6 +130,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("student, training", CASES)
 def test_inside_and_between_levels(tmp_path, students, student, training, tiny_image_dataset, tiny_text_dataset):
     data = tiny_text_dataset if "bert" in student else tiny_image_dataset
