@@ -116,7 +116,7 @@ def test_the_choice_is_that_of_fits_and_of_no_order(seed):
     errors = []
     for alpha in RIDGE_ALPHAS:
         left_out = [refit(features, targets, torch.ones(20), alpha * strength, True, row) for row in range(20)]
-        errors.append((torch.stack(left_out) - targets).square().sum())
+        errors.append((torch.stack(left_out) - torch.eye(NUM_LABELS)[targets.argmax(dim=1)]).square().sum())
     expected = RIDGE_ALPHAS[torch.stack(errors).argmin()]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
     assert choose(features, targets) == choose(features[order], targets[order]) == expected
@@ -129,23 +129,28 @@ def test_what_was_taken_off_the_features_changes_nothing(bias):
     assert len(found) == 1
 
 
+def clusters(num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features that tell the label almost exactly, these labels, and labels that have nothing to do with them."""
+    generator = torch.Generator().manual_seed(0)
+    clear, noisy = torch.eye(NUM_LABELS).double()[torch.randint(NUM_LABELS, (2, num_rows), generator=generator)]
+    return clear + 1e-3 * torch.randn(num_rows, NUM_LABELS, generator=generator), clear, noisy
+
+
 def test_noise_wants_a_strong_penalty_and_a_clear_rule_a_weak_one():
-    features, _, _ = draw(60, 8)
-    noise = torch.softmax(torch.randn(60, NUM_LABELS, generator=torch.Generator().manual_seed(1)).double(), dim=1)
-    assert choose(features, noise) == max(RIDGE_ALPHAS)
-    assert choose(features, features[:, :NUM_LABELS]) == min(RIDGE_ALPHAS)
-    assert choose(features, features[:, :NUM_LABELS], alphas=[0.5, 0.2]) == 0.2
+    features, clear, noisy = clusters(60)
+    assert choose(features, noisy) == max(RIDGE_ALPHAS)
+    assert choose(features, clear) == min(RIDGE_ALPHAS)
+    assert choose(features, clear, alphas=[0.5, 0.2]) == 0.2
 
 
 def test_weights_decide_which_rows_count():
-    features, clear, _ = draw(80, 8)
-    clear = features[:, :NUM_LABELS].clone()
-    noisy = torch.arange(80) % 2 == 0
-    targets = torch.where(noisy.unsqueeze(1), torch.randn(80, NUM_LABELS, dtype=torch.float64), clear)
+    features, clear, noisy = clusters(80)
+    is_noisy = torch.arange(80) % 2 == 0
+    targets = torch.where(is_noisy.unsqueeze(1), noisy, clear)
     for weight, expected in ((1e-6, min(RIDGE_ALPHAS)), (1e6, max(RIDGE_ALPHAS))):
-        weights = torch.where(noisy, weight, 1.0).double()
+        weights = torch.where(is_noisy, weight, 1.0).double()
+        rows, origin = torch.arange(80), torch.zeros(NUM_LABELS)
         gram, cross = sums(features, targets, weights)
-        rows, origin = torch.arange(80), torch.zeros(8)
         found = choose_ridge_alpha(features, targets.__getitem__, rows, gram, cross, origin, weights=weights)
         assert found == expected
 
