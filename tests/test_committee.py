@@ -86,7 +86,7 @@ def test_the_order_of_members_and_the_size_of_one_change_no_label(features, head
     sizes, order = torch.tensor([100.0, 1.0, 0.01]).double(), [2, 0, 1]
     expected = committee_head(weights, biases, features)
     found = committee_head((weights * sizes[:, None, None])[order], (biases * sizes[:, None])[order], features)
-    spreads = [one.statistics.spreads[one.speaks].mean() for one in (found, expected)]
+    spreads = [one.statistics.spreads[one.speaks].log().mean().exp() for one in (found, expected)]
     for name in ("weight", "bias"):
         torch.testing.assert_close(
             getattr(found, name), spreads[0] / spreads[1] * getattr(expected, name), rtol=1e-5, atol=1e-5
@@ -104,7 +104,7 @@ def test_a_committee_is_the_scaled_average_of_those_who_speak(features, heads):
     found = committee_head(weights, biases, features)
     assert found.speaks.tolist() == [True, True, True, False]
     mean_logits = torch.from_numpy(standardise_slowly(logits[:3]))
-    scale = found.statistics.spreads[:3].mean()
+    scale = found.statistics.spreads[:3].prod() ** (1 / 3)
     own = features.double() @ found.weight.double().T + found.bias
     torch.testing.assert_close(own, scale * mean_logits, rtol=0, atol=1e-5)
 
@@ -127,6 +127,7 @@ def test_a_committee_of_one_is_that_member(features, heads):
         ([[99, 1], [50, 50]], [False, False]),
         ([[100, 0]], [False]),
         ([[0, 30, 30], [30, 0, 30], [20, 20, 20]], [True, True, False]),
+        ([[0, 30, 30], [30, 0, 30], [30, 30, 0]], [False] * 3),
     ],
 )
 def test_a_member_that_lost_a_label_that_others_have_is_flagged(counts, expected):
