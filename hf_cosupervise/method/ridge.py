@@ -1,0 +1,220 @@
+"""How strong a ridge penalty is right: found by leave-one-out on the pseudolabels, all penalties at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..assignment import first_argmax
+from ..heads import product
+
+RIDGE_ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# Rows that are left out in turn: the mean over more of them would not tell more.
+MAX_LEFT_OUT = 4096
+# Scores that differ by less are equal, or the order of the rows would decide.
+_TIE = 1e-9
+
+
+def draw_left_out(rows: torch.Tensor, seed: int, max_rows: int = MAX_LEFT_OUT) -> torch.Tensor:
+    """Draw the rows that are left out in turn, all of them where they are few.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(num_rows,)`):
+            What a head is trained on.
+        seed (`int`):
+            Decides which are drawn.
+        max_rows (`int`, *optional*, defaults to 4096):
+            How many at most.
+
+    Returns:
+        `torch.LongTensor` of shape `(min(num_rows, max_rows),)`: in the order of `rows`.
+
+    Examples:
+        >>> draw_left_out(torch.tensor([7, 8, 9]), seed=0).tolist()
+        [7, 8, 9]
+    """
+    if len(rows) <= max_rows:
+        return rows
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:max_rows]
+    return rows[drawn.sort().values.to(rows.device)]
+
+
+@torch.no_grad()
+def left_out_predictions(
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    gram: torch.Tensor,
+    cross: torch.Tensor,
+    alphas: Sequence[float] = RIDGE_ALPHAS,
+    *,
+    bias: bool = True,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Predict rows by the ridge regressions of all other rows, without fitting any of them.
+
+    With w_i the weight of row i, A = X^T W X of the centred inputs, lambda the penalty of [`fit_ridge_head`] for all
+    rows (of which a single row is too small a part to change it), r_i the residual of the fit to all rows and
+
+        h_i = w_i (1 / sum(w) + x_i^T (A + lambda I)^-1 x_i),
+
+    the residual of the fit without row i is r_i / (1 - h_i), exactly. One eigendecomposition of A gives (A + lambda
+    I)^-1 for every lambda.
+
+    Args:
+        inputs (`torch.Tensor` of shape `(num_left_out, feature_size)`):
+            Rows to leave out in turn. All is computed in their type: in float64 to 1e-8, in float32 fast.
+        targets (`torch.Tensor` of shape `(num_left_out, num_labels)`):
+            Their pseudolabels.
+        gram (`torch.Tensor` of shape `(feature_size + 1, feature_size + 1)`):
+            Sum of w z z^T over *all* rows of the training set, with z an input and a 1 appended.
+        cross (`torch.Tensor` of shape `(feature_size + 1, num_labels)`):
+            Sum of w z y^T over the same.
+        alphas (`Sequence[float]`, *optional*):
+            Penalties, above 0, relative to the mean variance of a feature. Defaults to `RIDGE_ALPHAS`.
+        bias (`bool`, *optional*, defaults to `True`):
+            Whether the head has a bias; without one nothing is centred.
+        weights (`torch.Tensor` of shape `(num_left_out,)`, *optional*):
+            Weights of the rows to leave out, above 0. Defaults to 1 each.
+
+    Returns:
+        `torch.Tensor` of shape `(num_alphas, num_left_out, num_labels)`: the regressions' predictions, not scaled to
+        logits.
+
+    Raises:
+        ValueError: If a shape does not fit.
+
+    Source:
+        Leave-one-out of a linear smoother (Allen's PRESS, 1974); which rows are left out of how large a fit is ours.
+
+    Examples:
+        >>> x, y = torch.tensor([[-1.0], [0.0], [1.0]]).double(), torch.tensor([[0.0], [0.0], [1.0]]).double()
+        >>> z = torch.cat([x, torch.ones_like(x)], dim=1)
+        >>> found = left_out_predictions(x, y, z.T @ z, z.T @ y, [0.5])  # lambda 1
+        >>> [abs(round(value, 6)) for value in found.flatten().tolist()]
+        [0.0, 0.5, 0.0]
+    """
+    size, num_labels = inputs.shape[-1], targets.shape[-1]
+    _check_shapes(inputs, targets, gram, cross, weights)
+    dtype, total = inputs.dtype, gram[size, size]
+    weights = torch.ones_like(inputs[:, 0]) if weights is None else weights.to(inputs)
+    second, products = gram[:size, :size], cross[:size]
+    least = 1e-6 * second.diagonal().mean() + 1e-12  # as in `fit_ridge_head`
+    mean, label_mean = torch.zeros_like(inputs[0]), targets.new_zeros(num_labels)
+    if bias:
+        mean, label_mean = (gram[:size, size] / total).to(dtype), (cross[size] / total).to(targets)
+        second = second - torch.outer(gram[:size, size], gram[:size, size]) / total
+        products = products - torch.outer(gram[:size, size], cross[size]) / total
+    strength = second.diagonal().mean()
+    values, vectors = torch.linalg.eigh(second.to(dtype))
+    values, turned = values.clamp(min=0), product((inputs - mean), vectors.T.contiguous())
+    projected, squared = vectors.T @ products.to(dtype), turned.square()
+    found = targets.new_empty(len(alphas), *targets.shape)
+    for number, alpha in enumerate(alphas):
+        inverse = 1 / (values + torch.maximum(alpha * strength, least).to(dtype))
+        leverage = weights * (squared @ inverse + (1 / total if bias else 0))
+        residuals = targets - label_mean - turned @ (inverse.unsqueeze(1) * projected)
+        found[number] = targets - residuals / (1 - leverage).unsqueeze(1)
+    return found
+
+
+@torch.no_grad()
+def choose_ridge_alpha(
+    features: torch.Tensor,
+    targets: Callable[[torch.Tensor], torch.Tensor],
+    left_out: torch.Tensor,
+    gram: torch.Tensor,
+    cross: torch.Tensor,
+    origin: torch.Tensor,
+    alphas: Sequence[float] = RIDGE_ALPHAS,
+    *,
+    bias: bool = True,
+    weights: torch.Tensor | None = None,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+) -> float:
+    """Choose the penalty of [`fit_ridge_head`] whose regression predicts pseudolabels best that it has not seen.
+
+    The score of a penalty is the mean squared distance of [`left_out_predictions`] from the label that each
+    pseudolabel names, whatever probability it gives it; ties go to the strongest penalty.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+            Inputs of the head; may be mapped from disk.
+        targets (`Callable`):
+            From row positions `(batch,)` to pseudolabels `(batch, num_labels)`, rows sum to 1.
+        left_out (`torch.LongTensor` of shape `(num_left_out,)`):
+            What this process leaves out in turn, of what [`draw_left_out`] gave for the training set.
+        gram (`torch.Tensor` of shape `(feature_size + 1, feature_size + 1)`, float64):
+            What [`gram_matrix`] gives for the training set of all processes.
+        cross (`torch.Tensor` of shape `(feature_size + 1, num_labels)`, float64):
+            Sum of z y^T over the same, with z a row of features less `origin`, and a 1 appended.
+        origin (`torch.Tensor` of shape `(feature_size,)`):
+            What was taken off the features in `gram` and `cross`.
+        alphas (`Sequence[float]`, *optional*):
+            What to choose from, see [`left_out_predictions`]. Defaults to `RIDGE_ALPHAS`.
+        bias (`bool`, *optional*, defaults to `True`):
+            Whether the head has a bias.
+        weights (`torch.Tensor` of shape `(num_left_out,)`, *optional*):
+            Weights of the rows to leave out, above 0, which `gram` and `cross` have too. Defaults to 1 each.
+        sum_over_processes (`Callable`, *optional*):
+            Adds a tensor up over all processes.
+
+    Returns:
+        `float`: one of `alphas`.
+
+    Raises:
+        ValueError: If a shape does not fit, or there are no `alphas`.
+
+    Source:
+        Ours. On development tasks the squared distance from soft pseudolabels chose penalties that are too strong
+        where teachers are unsure and rows few, the cross-entropy of the scaled logits everywhere, and the share of
+        labels that agree ones that are too weak.
+
+    Examples:
+        >>> features = torch.linspace(-1, 1, 8).unsqueeze(1)
+        >>> labels, rows = torch.eye(2)[(features[:, 0] > 0).long()], torch.arange(8)
+        >>> z = torch.cat([features, torch.ones(8, 1)], dim=1).double()
+        >>> choose_ridge_alpha(features, labels.__getitem__, rows, z.T @ z, z.T @ labels.double(), torch.zeros(1))
+        0.1
+    """
+    if not len(alphas):
+        raise ValueError("`alphas` must name penalties to choose from, got none. Leave it out for the grid.")
+    errors = torch.zeros(len(alphas) + 1, dtype=torch.float64, device=features.device)
+    if len(left_out) and gram[-1, -1] >= 3:  # of two rows each is predicted by the other alone, whatever the penalty
+        inputs, wanted = features[left_out].float() - origin, targets(left_out).float()
+        if not bias:
+            inputs, gram, cross = inputs + origin, *_move_back(gram, cross, origin)
+        found = left_out_predictions(inputs, wanted, gram, cross, alphas, bias=bias, weights=weights)
+        own = torch.ones_like(inputs[:, 0]) if weights is None else weights.to(inputs)
+        named = torch.nn.functional.one_hot(first_argmax(wanted), wanted.shape[1])
+        errors[:-1] = (found - named).square().sum(dim=2).double() @ own.double()
+        errors[-1] = own.sum()
+    errors = sum_over_processes(errors)
+    scores = errors[:-1] / errors[-1].clamp(min=1e-12)
+    is_best = scores <= scores.min() * (1 + _TIE) + _TIE
+    return max(alpha for alpha, best in zip(alphas, is_best.tolist()) if best)
+
+
+def _move_back(gram: torch.Tensor, cross: torch.Tensor, origin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both of the features as they are: with z + (o, 0) in place of z."""
+    move = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    move[:-1, -1] = origin.to(gram)
+    return move @ gram @ move.T, move @ cross
+
+
+def _check_shapes(
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    gram: torch.Tensor,
+    cross: torch.Tensor,
+    weights: torch.Tensor | None,
+) -> None:
+    fits = inputs.ndim == targets.ndim == 2 and len(inputs) == len(targets)
+    fits = fits and gram.shape == (inputs.shape[1] + 1,) * 2 and cross.shape == (len(gram), targets.shape[1])
+    if not fits or weights is not None and weights.shape != inputs.shape[:1]:
+        found = [None if value is None else tuple(value.shape) for value in (inputs, targets, gram, cross, weights)]
+        raise ValueError(
+            "`inputs` (num_left_out, feature_size), `targets` (num_left_out, num_labels), `gram` (feature_size + 1, "
+            "feature_size + 1), `cross` (feature_size + 1, num_labels) and `weights` (num_left_out,) are needed, got "
+            f"{found}. Give all for the same features and labels."
+        )
