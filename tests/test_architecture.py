@@ -13,7 +13,7 @@ import pytest
 PACKAGE = "hf_cosupervise"
 PACKAGE_DIR = Path(__file__).resolve().parents[1] / PACKAGE
 FLOORS = {
-    1: ("metrics", "losses", "teachers", "sparse"),
+    1: ("method", "metrics", "losses", "teachers", "sparse"),
     2: ("assignment", "consistency", "aggregation", "weighting", "heads", "neighbors", "calibration"),
     3: (
         "processes",
@@ -25,6 +25,7 @@ FLOORS = {
         "inputs",
         "pool",
         "derived_pools",
+        "votes",
         "journal",
         "teacher_models",
         "labeling",
@@ -39,6 +40,8 @@ FLOORS = {
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 HEAVY = {"datasets", "transformers", "accelerate"}
 
+# A package counts as one module.
+PACKAGES = ("method",)
 MODULES = sorted(path.stem for path in PACKAGE_DIR.glob("*.py") if path.stem != "__init__")
 FILES = sorted(str(path.relative_to(PACKAGE_DIR)) for path in PACKAGE_DIR.rglob("*.py"))
 SOURCES = {name: (PACKAGE_DIR / name).read_text(encoding="utf-8") for name in FILES}
@@ -180,7 +183,7 @@ def find_circle(arrows: dict[str, set[str]]) -> list[str]:
 
 
 def test_floors_1_and_2_are_there():
-    missing = [name for floor in (1, 2) for name in FLOORS[floor] if name not in MODULES]
+    missing = [name for floor in (1, 2) for name in FLOORS[floor] if name not in (*MODULES, *PACKAGES)]
     assert not missing
 
 
@@ -198,6 +201,13 @@ def test_imports_only_go_down(module):
 @pytest.mark.parametrize("module", LOW_MODULES)
 def test_floors_1_and_2_never_import_hugging_face(module):
     assert not heavy_imports(SOURCES[f"{module}.py"])
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("method/")])
+def test_the_method_imports_only_itself(name):
+    own = {f"{PACKAGE}.{found}" for found in package_imports(SOURCES[name])}
+    files = {f"{PACKAGE}.{Path(other).stem}" for other in FILES if other.startswith("method/")}
+    assert own <= files and not heavy_imports(SOURCES[name])
 
 
 def test_importing_floors_1_and_2_loads_nothing_of_hugging_face():
