@@ -442,8 +442,10 @@ class _ColumnTeacher:
 
     def _read_label(self, value: Any) -> int:
         """Label id of one answer; -1 where there is none."""
-        if value is None or value == "":
+        if value is None or value == "" or value != value:  # NaN is not itself
             return -1
+        if isinstance(value, float) and value.is_integer():  # a column of numbers with gaps holds floats
+            value = int(value)
         if isinstance(value, int | np.integer) and not isinstance(value, bool) and -1 <= value < len(self.labels):
             return int(value)
         if isinstance(value, str):
@@ -468,7 +470,7 @@ class _ColumnTeacher:
         return ValueError(
             f"Answers in column '{self.teacher.model}' must be label names of the task ({shorten(self.labels)}; "
             f"other names can be mapped with `label_map`), label ids 0..{len(self.labels) - 1}, {len(self.labels)} "
-            f"probabilities that sum to 1, or None, '' or -1 for no answer; got {value!r}"
+            f"probabilities that sum to 1, or None, NaN, '' or -1 for no answer; got {value!r}"
         )
 
 
