@@ -331,7 +331,13 @@ def glad(labels: torch.Tensor, num_labels: int, *, max_iterations: int = 100, to
 
 
 def mace(
-    labels: torch.Tensor, num_labels: int, *, max_iterations: int = 50, num_restarts: int = 3, seed: int = 0
+    labels: torch.Tensor,
+    num_labels: int,
+    *,
+    max_iterations: int = 50,
+    num_restarts: int = 3,
+    seed: int = 0,
+    abstention: str = "auto",
 ) -> torch.Tensor:
     """Weigh hard labels by how often each teacher knows the label, and by what it says when not, see [`Mace`].
 
@@ -346,6 +352,8 @@ def mace(
             Random starts; crowd-kit's default is 10.
         seed (`int`, *optional*, defaults to 0):
             For the starts: the same seed gives the same answer.
+        abstention (`str`, *optional*, defaults to `"auto"`):
+            Whether no answer is one: `"answer"`, `"missing"`, or found out.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
@@ -358,7 +366,7 @@ def mace(
         >>> mace(labels, num_labels=2, num_restarts=1).argmax(dim=1).tolist()
         [0, 1, 0, 1]
     """
-    return _label_model_posteriors(Mace(max_iterations, num_restarts, seed), labels, num_labels)
+    return _label_model_posteriors(Mace(max_iterations, num_restarts, seed, abstention), labels, num_labels)
 
 
 def ebcc(

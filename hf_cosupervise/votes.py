@@ -27,6 +27,7 @@ from .pool import ORACLE_LABEL, PseudolabelPool
 from .teachers import Teacher, TeacherHierarchy
 
 _NO_VOTE = -1
+_MAX_LABELS = 4
 _SPLITS = ("train", "valid", "test")
 
 
@@ -229,7 +230,7 @@ def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
 
 
 def _read_column(table: Any, name: str) -> list[Any]:
-    columns = list(getattr(table, "column_names", None) or getattr(table, "columns", None) or table)
+    columns = list(getattr(table, "column_names", table))  # a data frame and a mapping give their names themselves
     if name not in columns:
         raise ValueError(f"A table of answers needs the column {name!r}, got {columns}. Say which one it is.")
     column = table[name]
@@ -334,7 +335,8 @@ class PoolDescription:
         for voter in self.voters:
             shares = [f"{share:.3f}" for share in (voter.coverage, voter.overlaps, voter.conflicts)]
             accuracy = "–" if voter.accuracy is None else f"{voter.accuracy:.3f}"
-            named = shorten((self.labels[index] for index in voter.polarity), 4) if voter.polarity else "–"
+            named = ", ".join(self.labels[index] for index in voter.polarity[:_MAX_LABELS]) or "–"
+            named += ", …" * (len(voter.polarity) > _MAX_LABELS)
             lines.append([voter.name, named, *shares] + [accuracy] * has_truth)
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         rows = [

@@ -37,7 +37,8 @@ class DawidSkene(LabelModel):
 
     Source:
         Dawid and Skene 1979, doi 10.2307/2346806, with the results of crowd-kit. As there, the bound counts the prior
-        once per answer instead of once per row, which only changes when it stops. Silence as an answer is ours.
+        once per answer instead of once per row, which only changes when it stops. Silence as an answer is ours; there
+        it is counted once per row.
 
     Examples:
         >>> votes = [[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]]
@@ -62,6 +63,8 @@ class DawidSkene(LabelModel):
         probs, num_answers = torch.from_numpy(self._vote_shares(answers.codes)), len(answers.cells[0])
         said = answers.sum_by_answer(torch.ones(len(probs), 1, dtype=torch.float64)) > 0
         num_others = answers.sum_by_row(torch.ones(*said.shape, dtype=torch.float64)) - 1
+        if self.silence_is_answer:  # not a case of crowd-kit, whose bound may fall here and stop too early
+            num_others.zero_()
         next_parameters, last = _maximize(answers, probs, said), -np.inf
         for _ in range(self.max_iterations):
             self.parameters = next_parameters  # those that give what is returned

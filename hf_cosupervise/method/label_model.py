@@ -26,7 +26,7 @@ from .votes import (
 )
 
 # Posteriors that tell less than this share of what the plain vote shares tell are called flat.
-_FLAT = 0.1
+FLAT = 0.1
 ABSTENTIONS = ("auto", "answer", "missing")
 
 
@@ -175,7 +175,7 @@ class LabelModel:
     def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
         """Say so where nothing was learned."""
         found, possible = self._compare(codes, posteriors)
-        if found < _FLAT * possible:
+        if found < FLAT * possible:
             only = name_voters(one_sided_voters(votes), self.voter_names)
             warnings.warn(
                 f"`{self.name}` learns next to nothing from these votes: its posteriors tell {found:.2g} nats about "
