@@ -370,7 +370,7 @@ def mace(
 
 
 def ebcc(
-    labels: torch.Tensor, num_labels: int, *, num_restarts: int = 10, seed: int = 0, abstention: str = "auto"
+    labels: torch.Tensor, num_labels: int, *, num_restarts: int = 100, seed: int = 0, abstention: str = "auto"
 ) -> torch.Tensor:
     """Weigh hard labels by what teachers say on each of several kinds of examples, see [`Ebcc`].
 
@@ -379,7 +379,7 @@ def ebcc(
             Hard labels, -1 where a teacher has no answer.
         num_labels (`int`):
             Number of labels; those that nobody names get 0.
-        num_restarts (`int`, *optional*, defaults to 10):
+        num_restarts (`int`, *optional*, defaults to 100):
             Random starts, of which the one with the greatest bound stays.
         seed (`int`, *optional*, defaults to 0):
             For the starts: the same seed gives the same answer.

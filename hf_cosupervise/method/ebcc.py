@@ -23,12 +23,13 @@ class Ebcc(LabelModel):
     moves by 1e-3.
 
     One kind (which is Bayesian Dawid-Skene) is fitted first; then `num_kinds` from random kinds, half of them from
-    the vote shares and half from the posteriors of one kind. What has the greatest bound on the evidence stays.
+    the vote shares and half from the posteriors of one kind: five steps from every start, and to the end from the ten
+    of greatest bound on the evidence. What has the greatest bound in the end stays.
 
     Args:
         num_kinds (`int`, *optional*, defaults to 10):
             Kinds of rows under each label, M.
-        num_restarts (`int`, *optional*, defaults to 10):
+        num_restarts (`int`, *optional*, defaults to 100):
             Random starts.
         max_iterations (`int`, *optional*, defaults to 500):
             Steps of each at most.
@@ -42,7 +43,7 @@ class Ebcc(LabelModel):
 
     Source:
         Li, Rubinstein and Cohn, ICML 2019, with its published priors, number of kinds and stop. One kind as a
-        candidate and as a start is ours: it has the greater bound on many sets.
+        candidate and as a start, and short runs first, are ours: one kind has the greater bound on many sets.
 
     Examples:
         >>> votes = [[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]]
@@ -52,7 +53,7 @@ class Ebcc(LabelModel):
 
     name: ClassVar[str] = "ebcc"
     num_kinds: int = 10
-    num_restarts: int = 10
+    num_restarts: int = 100
     max_iterations: int = 500
     seed: int = 0
     abstention: str = "auto"
@@ -68,12 +69,16 @@ class Ebcc(LabelModel):
 
     def _fit(self, answers: Answers) -> np.ndarray:
         shares = torch.from_numpy(self._vote_shares(answers.codes))
-        random = np.random.default_rng(self.seed)
-        best = first = _infer(answers, shares, shares.sum(dim=0), shares[:, :, None], self.max_iterations)
+        prior, random = shares.sum(dim=0), np.random.default_rng(self.seed)
+        best = first = _infer(answers, shares, prior, shares[:, :, None], self.max_iterations)
+        begun: list[_Inferred] = []
         for restart in range(self.num_restarts if self.num_kinds > 1 else 0):
             kinds = torch.from_numpy(random.dirichlet(np.ones(self.num_kinds), tuple(shares.shape)))
             start = first.labels if restart % 2 else shares
-            found = _infer(answers, start, shares.sum(dim=0), kinds * start[:, :, None], self.max_iterations)
+            found = _infer(answers, start, prior, kinds * start[:, :, None], min(_SHORT, self.max_iterations))
+            begun = sorted([*begun, found], key=lambda result: -result.bound)[:_NUM_LONG]  # the others are forgotten
+        for found in begun:
+            found = _infer(answers, found.labels, prior, found.joint, self.max_iterations)
             best = max(best, found, key=lambda result: result.bound)
         self.parameters = {"log_prior": best.log_prior.numpy(), "log_confusion": best.log_confusion.numpy()}
         return best.labels.numpy()
@@ -86,12 +91,14 @@ class Ebcc(LabelModel):
 
 _KIND_PRIOR, _RIGHT_PRIOR, _WRONG_PRIOR = 0.1, 4.0, 1.0
 _STEP = 1e-3
+_SHORT, _NUM_LONG = 5, 10
 
 
 @dataclass
 class _Inferred:
     bound: float
     labels: torch.Tensor  # (num_rows, num_labels)
+    joint: torch.Tensor  # (num_rows, num_labels, num_kinds)
     log_prior: torch.Tensor  # (num_labels, num_kinds), expected
     log_confusion: torch.Tensor  # (num_voters, num_codes, num_labels * num_kinds), expected
 
@@ -116,7 +123,8 @@ def _infer(
         if torch.allclose(last, labels, atol=_STEP):
             break
     bound = float(evidence.sum()) - _divergence(kinds, kind_prior, 1) - _divergence(shares, label_prior, 0)
-    return _Inferred(bound - _divergence(codes, code_prior.expand_as(codes), 1), labels, log_prior, log_confusion)
+    bound -= _divergence(codes, code_prior.expand_as(codes), 1)
+    return _Inferred(bound, labels, joint, log_prior, log_confusion)
 
 
 def _responsibilities(
