@@ -11,6 +11,8 @@ _EXPORTS = {
     "teachers": ["Teacher", "TeacherHierarchy"],
     "hierarchies": ["load_hierarchy", "push_hierarchy"],
     "pool": ["PseudolabelPool"],
+    "votes": ["hierarchy_from_columns", "read_wrench"],
+    "method.label_models": ["LABEL_MODELS", "load_label_model", "make_label_model"],
     "derived_pools": ["aggregated_pool", "boosted_pool", "calibrated_pool", "smoothed_pool"],
     "labeling": ["build_pool"],
     "collator": ["DataCollatorForCoSupervision"],
@@ -25,6 +27,7 @@ __all__ = [
     "CoSupervisedConfig",
     "CoSupervisedTrainer",
     "DataCollatorForCoSupervision",
+    "LABEL_MODELS",
     "PseudolabelPool",
     "Teacher",
     "TeacherHierarchy",
@@ -33,10 +36,14 @@ __all__ = [
     "boosted_pool",
     "build_pool",
     "calibrated_pool",
+    "hierarchy_from_columns",
     "load_hierarchy",
+    "load_label_model",
     "load_student",
+    "make_label_model",
     "performance_gap_recovered",
     "push_hierarchy",
+    "read_wrench",
     "smoothed_pool",
 ]
 
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
     from .derived_pools import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
     from .hierarchies import load_hierarchy, push_hierarchy
     from .labeling import build_pool
+    from .method.label_models import LABEL_MODELS, load_label_model, make_label_model
     from .metrics import performance_gap_recovered
     from .pool import PseudolabelPool
     from .students import load_student

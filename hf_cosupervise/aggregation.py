@@ -6,18 +6,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import partial, wraps
-from importlib import import_module
+from functools import wraps
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional
 
 from .assignment import first_argmax
+from .method.dawid_skene import DawidSkene
+from .method.ebcc import Ebcc
+from .method.glad import Glad
+from .method.label_model import LabelModel, SharedMajority
+from .method.mace import Mace
 
 # From `teacher_probs (num_examples, num_teachers, num_labels)` and `answered (num_examples, num_teachers)` to
 # pseudolabels `(num_examples, num_labels)`: any function will do.
@@ -25,7 +26,6 @@ Aggregator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # How far a row may be from 1: what half precision leaves of a stored row.
 SUM_TOLERANCE = 2e-3
-_MIN_CROWD = 3
 _MIN_WEIGHT = 1e-6
 
 
@@ -201,21 +201,17 @@ def majority_vote(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
             Number of labels.
 
     Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: 1 at the label with most votes (ties to the lowest
-        label), all zero where nobody answered.
+        `torch.Tensor` of shape `(num_examples, num_labels)`: 1 at the label with most votes, 1/m at each of m labels
+        that have equally many, all zero where nobody answered.
 
     Raises:
         ValueError: If `labels` or `num_labels` are not as said above.
 
     Examples:
-        >>> majority_vote(torch.tensor([[2, 1, 2], [1, 0, -1]]), num_labels=3).argmax(dim=1).tolist()
-        [2, 0]
+        >>> majority_vote(torch.tensor([[2, 1, 2], [1, 0, -1]]), num_labels=3).tolist()
+        [[0.0, 0.0, 1.0], [0.5, 0.5, 0.0]]
     """
-    check_labels(labels, num_labels)
-    votes = functional.one_hot(labels.long().clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
-    counts = votes.sum(dim=1)
-    winner = functional.one_hot(first_argmax(counts), num_labels)
-    return (winner * (counts.sum(dim=-1, keepdim=True) > 0)).float()
+    return _label_model_posteriors(SharedMajority(), labels, num_labels)
 
 
 def harden(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
@@ -268,13 +264,17 @@ def check_labels(labels: torch.Tensor, num_labels: int) -> None:
 
 
 def dawid_skene(
-    labels: torch.Tensor, num_labels: int, *, max_iterations: int = 100, tolerance: float = 1e-5
+    labels: torch.Tensor,
+    num_labels: int,
+    *,
+    max_iterations: int = 100,
+    tolerance: float = 1e-5,
+    abstention: str = "auto",
 ) -> torch.Tensor:
     """Weigh hard labels by a confusion matrix for each teacher, estimated together with the labels.
 
-    EM from vote shares q: pi_c = mean_i q_ic and theta_k(l | c) = sum_i q_ic [label_ik = l] / sum_i q_ic over what k
-    answered, both at least 1e-10; then q_ic ~ pi_c prod_k theta_k(label_ik | c). Answers are taken as independent
-    given the label, which teachers trained on the same data are not: it can end below a plain vote.
+    See [`DawidSkene`]. Answers are taken as independent given the label, which teachers trained on the same data are
+    not: it can end below a plain vote.
 
     Args:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
@@ -282,37 +282,28 @@ def dawid_skene(
         num_labels (`int`):
             Number of labels; those that nobody names get 0.
         max_iterations (`int`, *optional*, defaults to 100):
-            EM steps at most. One takes about 0.1 s for 20,000 examples of 8 teachers and 10 labels on one core, and
-            several arrays of `num_examples * num_teachers * num_labels` doubles.
+            EM steps at most.
         tolerance (`float`, *optional*, defaults to 1e-5):
             Stop when the bound on the likelihood per answer grows by less.
+        abstention (`str`, *optional*, defaults to `"auto"`):
+            Whether no answer is one: `"answer"`, `"missing"`, or found out.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
 
     Raises:
-        ValueError: If fewer than three teachers answered anything.
-        ImportError: Without crowd-kit.
-
-    Source:
-        Dawid and Skene 1979, doi 10.2307/2346806, by crowd-kit. Its bound counts the prior once per answer instead
-        of once per example, which only changes when it stops.
+        ValueError: If fewer than three teachers answered anything, or nothing can be learned from them.
 
     Examples:
         >>> labels = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]])
         >>> dawid_skene(labels, num_labels=2).argmax(dim=1).tolist()
         [0, 1, 0, 1]
     """
-    _check_iterations(max_iterations)
-    fit = partial(_fit_crowd_kit, "dawid_skene", "DawidSkene", {"n_iter": max_iterations, "tol": tolerance})
-    return _crowd_posteriors("dawid_skene", fit, labels, num_labels)
+    return _label_model_posteriors(DawidSkene(max_iterations, tolerance, abstention), labels, num_labels)
 
 
 def glad(labels: torch.Tensor, num_labels: int, *, max_iterations: int = 100, tolerance: float = 1e-5) -> torch.Tensor:
-    """Weigh hard labels by one ability for each teacher and one difficulty for each example.
-
-    With ability a_k and easiness b_i, both of prior N(1, 1), teacher k is right on example i with probability
-    sigmoid(a_k exp(b_i)) and otherwise names each of the other labels alike; labels are equally probable before.
+    """Weigh hard labels by one ability for each teacher and one difficulty for each example, see [`Glad`].
 
     Args:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
@@ -321,7 +312,7 @@ def glad(labels: torch.Tensor, num_labels: int, *, max_iterations: int = 100, to
             Number of labels; those that nobody names get 0, and do not count among the others.
         max_iterations (`int`, *optional*, defaults to 100):
             EM steps at most, each with up to 25 steps of conjugate gradients. Two or three are usual and take about
-            1 s for 20,000 examples of 8 teachers and 10 labels on one core.
+            1 s for 20,000 examples of 8 teachers and 10 labels on one core; crowd-kit's take 70 to 90 s.
         tolerance (`float`, *optional*, defaults to 1e-5):
             Stop when the expected log-likelihood grows by less.
 
@@ -332,70 +323,23 @@ def glad(labels: torch.Tensor, num_labels: int, *, max_iterations: int = 100, to
         ValueError: If fewer than three teachers answered anything.
         ImportError: Without scipy, which comes with crowd-kit.
 
-    Source:
-        Whitehill et al. 2009, the steps of crowd-kit without its tables, which make it take 70 to 90 s where this
-        takes 1 s. Posteriors are those before the last update of the parameters, as there.
-
     Examples:
         >>> glad(torch.tensor([[0, 0, 1], [1, 1, 0], [-1, -1, -1], [1, 1, 1]]), num_labels=2).sum(dim=1).tolist()
         [1.0, 1.0, 0.0, 1.0]
     """
-    _check_iterations(max_iterations)
-    fit = partial(_fit_glad, max_iterations=max_iterations, tolerance=tolerance)
-    return _crowd_posteriors("glad", fit, labels, num_labels)
-
-
-def _fit_glad(
-    teachers: np.ndarray, examples: np.ndarray, codes: np.ndarray, max_iterations: int, tolerance: float
-) -> np.ndarray:
-    """Posteriors `(num_examples, num_labels)` of answers that number teachers, examples and labels from 0."""
-    minimize = _import_extra("glad", "scipy.optimize").minimize
-    num_teachers, num_examples, num_labels = (int(values.max()) + 1 for values in (teachers, examples, codes))
-
-    def log_likelihoods(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each answer if it is right and if it is wrong, and how easy its example is."""
-        ease = np.exp(x[num_teachers + examples])
-        score = x[teachers] * ease
-        return -np.logaddexp(0, -score), -np.logaddexp(0, score) - np.log(num_labels - 1), ease
-
-    def posteriors(x: np.ndarray) -> np.ndarray:
-        right, wrong, _ = log_likelihoods(x)
-        cells = examples * num_labels + codes
-        logs = np.bincount(cells, right - wrong, num_examples * num_labels).reshape(num_examples, num_labels)
-        logs += np.bincount(examples, wrong, num_examples)[:, None]
-        probs = np.exp(logs - logs.max(axis=1, keepdims=True))
-        return probs / probs.sum(axis=1, keepdims=True)
-
-    def loss(x: np.ndarray, hits: np.ndarray) -> tuple[float, np.ndarray]:
-        right, wrong, ease = log_likelihoods(x)
-        value = 0.5 * ((x - 1) ** 2).sum() - (hits * right + (1 - hits) * wrong).sum()
-        pull = (hits - np.exp(right)) * ease
-        gradient = x - 1
-        gradient[:num_teachers] -= np.bincount(teachers, pull, num_teachers)
-        gradient[num_teachers:] -= np.bincount(examples, pull * x[teachers], num_examples)
-        return np.inf if np.isnan(value) else value, gradient
-
-    x, last = np.ones(num_teachers + num_examples), np.inf
-    with np.errstate(over="ignore", invalid="ignore"):  # where the line search looks too far
-        for _ in range(max_iterations):
-            found = posteriors(x)
-            hits = found[examples, codes]
-            x = minimize(loss, x, args=(hits,), jac=True, method="CG", tol=1e-2, options={"maxiter": 25}).x
-            value = loss(x, hits)[0] / (len(codes) * num_labels)
-            if last - value < tolerance:
-                break
-            last = value
-    return found
+    return _label_model_posteriors(Glad(max_iterations, tolerance), labels, num_labels)
 
 
 def mace(
-    labels: torch.Tensor, num_labels: int, *, max_iterations: int = 50, num_restarts: int = 3, seed: int = 0
+    labels: torch.Tensor,
+    num_labels: int,
+    *,
+    max_iterations: int = 50,
+    num_restarts: int = 3,
+    seed: int = 0,
+    abstention: str = "auto",
 ) -> torch.Tensor:
-    """Weigh hard labels by how often each teacher knows the label, and by what it says when it does not.
-
-    Teacher k knows the label of an example with probability r_k and gives it, else it names label l with probability
-    xi_k(l): p(label_ik | c) = r_k [label_ik = c] + (1 - r_k) xi_k(label_ik). Variational EM with prior
-    Beta(0.5, 0.5) on r and Dirichlet(10) on xi, from `num_restarts` random starts, of which the most likely stays.
+    """Weigh hard labels by how often each teacher knows the label, and by what it says when not, see [`Mace`].
 
     Args:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
@@ -405,96 +349,61 @@ def mace(
         max_iterations (`int`, *optional*, defaults to 50):
             EM steps, all of which are done.
         num_restarts (`int`, *optional*, defaults to 3):
-            Random starts; crowd-kit's default is 10. One takes about 6 s for 20,000 examples of 8 teachers and 10
-            labels on one core.
+            Random starts; crowd-kit's default is 10.
         seed (`int`, *optional*, defaults to 0):
             For the starts: the same seed gives the same answer.
+        abstention (`str`, *optional*, defaults to `"auto"`):
+            Whether no answer is one: `"answer"`, `"missing"`, or found out.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
 
     Raises:
         ValueError: If fewer than three teachers answered anything.
-        ImportError: Without crowd-kit.
-
-    Source:
-        Hovy et al. 2013, by crowd-kit. Two faults of it do not reach you: with a whole number for a seed all its
-        restarts are the same one, and parameters of teachers and labels are mixed up unless both first appear in
-        ascending order.
 
     Examples:
         >>> labels = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]])
         >>> mace(labels, num_labels=2, num_restarts=1).argmax(dim=1).tolist()
         [0, 1, 0, 1]
     """
-    _check_iterations(max_iterations)
-    _check_iterations(num_restarts, "num_restarts")
-    # a generator, not a number, so that each restart draws numbers of its own
-    arguments = {"n_iter": max_iterations, "n_restarts": num_restarts, "random_state": np.random.RandomState(seed)}
-    return _crowd_posteriors("mace", partial(_fit_crowd_kit, "mace", "MACE", arguments), labels, num_labels)
+    return _label_model_posteriors(Mace(max_iterations, num_restarts, seed, abstention), labels, num_labels)
 
 
-def _check_iterations(value: int, name: str = "max_iterations") -> None:
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
-def _crowd_posteriors(
-    name: str, fit: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray], labels: torch.Tensor, num_labels: int
+def ebcc(
+    labels: torch.Tensor, num_labels: int, *, num_restarts: int = 100, seed: int = 0, abstention: str = "auto"
 ) -> torch.Tensor:
-    """Give a model the answers as (teacher, example, label), numbered from 0, and put its posteriors back in place."""
+    """Weigh hard labels by what teachers say on each of several kinds of examples, see [`Ebcc`].
+
+    Args:
+        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
+            Hard labels, -1 where a teacher has no answer.
+        num_labels (`int`):
+            Number of labels; those that nobody names get 0.
+        num_restarts (`int`, *optional*, defaults to 100):
+            Random starts, of which the one with the greatest bound stays.
+        seed (`int`, *optional*, defaults to 0):
+            For the starts: the same seed gives the same answer.
+        abstention (`str`, *optional*, defaults to `"auto"`):
+            Whether no answer is one: `"answer"`, `"missing"`, or found out.
+
+    Returns:
+        `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
+
+    Raises:
+        ValueError: If fewer than three teachers answered anything, or nothing can be learned from them.
+
+    Examples:
+        >>> labels = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]])
+        >>> ebcc(labels, num_labels=2, num_restarts=2).argmax(dim=1).tolist()
+        [0, 1, 0, 1]
+    """
+    model = Ebcc(num_restarts=num_restarts, seed=seed, abstention=abstention)
+    return _label_model_posteriors(model, labels, num_labels)
+
+
+def _label_model_posteriors(model: LabelModel, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     check_labels(labels, num_labels)
-    posteriors = torch.zeros(labels.shape[0], num_labels)
-    answers = labels.cpu().numpy().T
-    # Teacher by teacher: MACE needs the first appearances of teachers in ascending order, and `codes` gives those of
-    # labels.
-    teachers, examples = np.nonzero(answers >= 0)
-    speakers, speaker_codes = np.unique(teachers, return_inverse=True)
-    if len(speakers) == 0:
-        return posteriors.to(labels.device)
-    if len(speakers) < _MIN_CROWD:
-        raise ValueError(
-            f"`{name}` needs at least three teachers that answered, got {len(speakers)}: from fewer, nothing tells "
-            "whose answers are better. Use `mean_probs` or `majority_vote`."
-        )
-    named, codes = _code_by_appearance(answers[teachers, examples])
-    if len(named) == 1:
-        posteriors[torch.from_numpy(examples), int(named[0])] = 1.0
-        return posteriors.to(labels.device)
-    rows, row_codes = np.unique(examples, return_inverse=True)
-    values = torch.from_numpy(fit(speaker_codes, row_codes, codes))
-    values = values / values.sum(dim=1, keepdim=True)  # Dawid-Skene clamps from below after it has normalised
-    posteriors[torch.from_numpy(rows)[:, None], torch.from_numpy(named.astype(np.int64))] = values.float()
-    return posteriors.to(labels.device)
-
-
-def _fit_crowd_kit(
-    name: str, model: str, arguments: dict[str, Any], teachers: np.ndarray, examples: np.ndarray, codes: np.ndarray
-) -> np.ndarray:
-    """Posteriors `(num_examples, num_labels)` by a model of crowd-kit."""
-    classification = _import_extra(name, "crowdkit.aggregation.classification")
-    frame = _import_extra(name, "pandas").DataFrame({"task": examples, "worker": teachers, "label": codes})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # pandas' to crowd-kit; nothing to do here
-        found = getattr(classification, model)(**arguments).fit_predict_proba(frame)
-    found = found.reindex(index=range(examples.max() + 1), columns=range(codes.max() + 1))
-    return found.to_numpy(dtype=np.float64, copy=True)
-
-
-def _code_by_appearance(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the distinct values in the order in which they first appear."""
-    distinct, first, codes = np.unique(values, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    return distinct[order], np.argsort(order)[codes]
-
-
-def _import_extra(name: str, module: str) -> Any:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'`{name}` needs crowd-kit, which is not installed. Run `pip install "hf_cosupervise[crowd]"`.'
-        ) from error
+    return torch.from_numpy(model.fit_predict_proba(labels.cpu().numpy(), num_labels)).float().to(labels.device)
 
 
 def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
@@ -521,19 +430,50 @@ def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
     Source:
         arXiv 2210.06812; weights and posterior are those of cleanlab. Cleanlab stops at a teacher or an example
         without answers, here both are left out; its last resort in a tie is a random label of the global generator.
-        Its `consensus_label` is the consensus that made this posterior, whose own argmax may be another one.
+        Its `consensus_label` is the consensus that made this posterior, whose own argmax may be another one: see
+        [`crowdlab_labels`].
 
     Examples:
         >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
         >>> crowdlab(torch.tensor([[0, 0], [1, 1], [-1, -1]]), student_probs).argmax(dim=1).tolist()
         [0, 1, 0]
     """
+    return _crowdlab(labels, student_probs)[0]
+
+
+def crowdlab_labels(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
+    """Give the label of each example by CROWDLAB, which is not always the most probable one of [`crowdlab`].
+
+    Args:
+        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
+            Hard labels, -1 where a teacher has no answer.
+        student_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
+            Probabilities of a classifier that was not trained on these very examples; rows sum to 1.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: the consensus, cleanlab's `consensus_label`; -1 where nobody
+        answered.
+
+    Raises:
+        ValueError: As [`crowdlab`].
+
+    Examples:
+        >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
+        >>> crowdlab_labels(torch.tensor([[0, 0], [1, 1], [-1, -1]]), student_probs).tolist()
+        [0, 1, -1]
+    """
+    return _crowdlab(labels, student_probs)[1]
+
+
+def _crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posteriors, and the consensus that made them."""
     _check_student_probs(student_probs, labels)
     check_labels(labels, student_probs.shape[1])
     some = (labels >= 0).any(dim=1)
     posteriors = torch.zeros_like(student_probs, dtype=torch.promote_types(student_probs.dtype, torch.float32))
+    found = torch.full((len(labels),), -1, device=labels.device)
     if not bool(some.any()):
-        return posteriors
+        return posteriors, found
     labels, probs = labels[some].long(), student_probs[some].double()
     if not bool(((labels >= 0).sum(dim=1) > 1).any()):
         raise ValueError("`crowdlab` needs an example that two teachers answered, got none. Use `majority_vote`.")
@@ -542,7 +482,8 @@ def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
     best = first == first.amax(dim=1, keepdim=True)
     consensus = torch.where(best.sum(dim=1) == 1, first_argmax(first), consensus)
     posteriors[some] = _crowdlab_posteriors(labels, probs, consensus).to(posteriors.dtype)
-    return posteriors
+    found[some] = consensus
+    return posteriors, found
 
 
 def _check_student_probs(student_probs: torch.Tensor, labels: torch.Tensor) -> None:
@@ -619,6 +560,7 @@ VOTE_AGGREGATORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "dawid_skene": dawid_skene,
     "glad": glad,
     "mace": mace,
+    "ebcc": ebcc,
 }
 AGGREGATORS: dict[str, Aggregator] = {
     **ROW_AGGREGATORS,

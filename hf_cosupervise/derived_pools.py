@@ -18,6 +18,7 @@ from .aggregation import (
     Aggregator,
     aggregate,
     crowdlab,
+    crowdlab_labels,
     harden,
     majority_vote,
 )
@@ -79,7 +80,7 @@ def aggregated_pool(
             `"raven"`: [`fit_raven`] on the features (with a warning and no easy start where teachers never agree), and
             the teachers' mean under its weights. `"crowdlab"`:
             [`crowdlab`] with a ridge head on the features, fitted on the majority vote of four fifths of the examples
-            for each fifth.
+            for each fifth; the most probable label is that of [`crowdlab_labels`].
         name (`str`, *optional*):
             What the one teacher is called. Defaults to the method's name.
         features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
@@ -92,8 +93,8 @@ def aggregated_pool(
     Raises:
         ImportError: If the method needs a package that is not installed.
         ValueError: If the method is not known, features are missing, too few teachers answered for it (three for
-            `"dawid_skene"`, `"glad"` and `"mace"`, two on one example for `"crowdlab"`), or what it gives is not a
-            pseudolabel per example.
+            `"dawid_skene"`, `"glad"`, `"mace"` and `"ebcc"`, two on one example for `"crowdlab"`), or what it gives is
+            not a pseudolabel per example.
     """
     if isinstance(method, str) and method not in (known := [*AGGREGATORS, *FEATURE_AGGREGATORS]):
         raise ValueError(f"Unknown `method` '{method}'. Choose one of {', '.join(known)}, or give a function.")
@@ -142,7 +143,13 @@ def _raven_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, features: 
 
 def _crowdlab_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     labels = harden(teacher_probs, answered)
-    return crowdlab(labels, _cross_fitted_probs(features, majority_vote(labels, teacher_probs.shape[2])))
+    student_probs = _cross_fitted_probs(features, majority_vote(labels, teacher_probs.shape[2]))
+    posteriors, consensus = crowdlab(labels, student_probs), crowdlab_labels(labels, student_probs).clamp(min=0)
+    # the label of an example is the consensus: where another one is more probable, the two change places
+    rows, best = torch.arange(len(posteriors), device=posteriors.device), posteriors.argmax(dim=1)
+    swapped = posteriors.clone()
+    swapped[rows, best], swapped[rows, consensus] = posteriors[rows, consensus], posteriors[rows, best]
+    return swapped
 
 
 def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:

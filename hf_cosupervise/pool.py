@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +38,9 @@ from .pool_files import (
 from .processes import join_processes
 from .sparse import check_top_k, decode_top_k, default_pool_k, dropped_mass, encode_top_k, scale_top_k
 from .teachers import Teacher, TeacherHierarchy, is_writable_text
+
+if TYPE_CHECKING:
+    from .votes import PoolDescription
 
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
@@ -537,6 +540,38 @@ class PseudolabelPool:
         if inputs is not None and "id" not in inputs.column_names:
             inputs = inputs.add_column("id", list(ids))
         return cls(hierarchy, teachers, inputs, known)
+
+    @classmethod
+    def from_votes(
+        cls, matrix: Any, names: Sequence[str], labels: Sequence[str], inputs: Dataset | None = None
+    ) -> PseudolabelPool:
+        """Make a pool of a matrix of votes, see [`pool_from_votes`]."""
+        from .votes import pool_from_votes  # which makes pools: not before there is this class
+
+        return pool_from_votes(matrix, names, labels, inputs)
+
+    @classmethod
+    def from_answers(
+        cls, table: Any, labels: Sequence[str] | None = None, inputs: Dataset | None = None, **columns: str
+    ) -> PseudolabelPool:
+        """Make a pool of a long table of (item, worker, label), see [`pool_from_answers`]."""
+        from .votes import pool_from_answers
+
+        return pool_from_answers(table, labels, inputs, **columns)
+
+    def with_aggregate(
+        self, method: Any = "shared_majority", name: str | None = None, *, features: torch.Tensor | None = None
+    ) -> PseudolabelPool:
+        """Put a label model at the root and move the teachers a level down, see [`with_aggregate`]."""
+        from .votes import with_aggregate
+
+        return with_aggregate(self, method, name, features=features)
+
+    def describe(self) -> PoolDescription:
+        """Say what the teachers vote: print it for a table, see [`describe`]."""
+        from .votes import describe
+
+        return describe(self)
 
     def with_hierarchy(self, hierarchy: TeacherHierarchy) -> PseudolabelPool:
         """Give the same pseudolabels under another hierarchy: fewer teachers, or other levels. Nothing is copied.

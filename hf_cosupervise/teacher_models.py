@@ -518,7 +518,7 @@ class _ColumnTeacher:
         return RowError(
             f"Answers in column '{self.teacher.model}' must be label names of the task ({shorten(self.labels)}; "
             f"other names can be mapped with `label_map`), label ids 0..{len(self.labels) - 1}, {len(self.labels)} "
-            f"probabilities that sum to 1, or None, '' or -1 for no answer; got {value!r}"
+            f"probabilities that sum to 1, or None, NaN, '' or -1 for no answer; got {value!r}"
         )
 
 

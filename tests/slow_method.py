@@ -151,13 +151,14 @@ def mean_row(answers: list[Row]) -> Row | None:
     return mean
 
 
-def majority_label(labels: list[int], num_labels: int) -> int:
-    """Return the label with most votes, the lowest one among equals, -1 when nobody voted."""
+def majority_shares(labels: list[int], num_labels: int) -> list[float]:
+    """Return 1 for the label with most votes, equal shares for several, zeros when nobody voted."""
     votes = [0] * num_labels
     for label in labels:
         if label != MISSING:
             votes[label] += 1
-    return argmax([float(count) for count in votes]) if sum(votes) else MISSING
+    winners = [label for label in range(num_labels) if votes[label] == max(votes) > 0]
+    return [1 / len(winners) if label in winners else 0.0 for label in range(num_labels)]
 
 
 def performance_gap_recovered(weak: float, student: float, ceiling: float) -> float:

@@ -821,7 +821,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "'⟨tmp⟩' must hold the beginning of this pool, got that of … it, or delete that folder to start afresh."),
     # pools: made of pools
     ("a pool by an unknown method", ValueError, lambda _: aggregated_pool(pool(), "best"),
-     "Unknown `method` 'best'. Choose one of mean_probs, … mace, raven, crowdlab, or give a function."),
+     "Unknown `method` 'best'. Choose one of mean_probs, … ebcc, raven, crowdlab, or give a function."),
     ("RAVEN without features", ValueError, lambda _: aggregated_pool(pool(), "raven"),
      "'raven' needs `features` of the 4 examples, got none. Give … of them, such as `trainer.pool_features()`."),
     ("boosting without ground truth", ValueError, lambda _: boosted_pool(pool(), pool()),

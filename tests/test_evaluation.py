@@ -171,7 +171,7 @@ def test_unknown_method(pool):
         method_pool(pool, "magic")
     assert str(error.value) == (
         "`method` must be one of ['generalist', 'ensemble', 'csl', 'ceiling', 'mean_logits', 'majority_vote', "
-        "'dawid_skene', 'glad', 'mace', 'raven', 'crowdlab', 'boosting', 'aekd', 'generalist_rejection', "
+        "'dawid_skene', 'glad', 'mace', 'ebcc', 'raven', 'crowdlab', 'boosting', 'aekd', 'generalist_rejection', "
         "'oracle_scope', 'oracle_domain', 'oracle_loss', 'random'], got 'magic'."
     )
 

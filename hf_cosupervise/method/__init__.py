@@ -1,1 +1,1 @@
-"""The method as pure functions on tensors."""
+"""The method as pure functions and models on arrays: nothing here knows data sets, transformers or a trainer."""

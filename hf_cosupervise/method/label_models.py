@@ -1,0 +1,75 @@
+"""All label models by name, and how a saved one is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .dawid_skene import DawidSkene
+from .ebcc import Ebcc
+from .glad import Glad
+from .label_model import LabelModel, SharedMajority
+from .mace import Mace
+
+LABEL_MODELS: dict[str, type[LabelModel]] = {
+    model.name: model for model in (SharedMajority, DawidSkene, Glad, Mace, Ebcc)
+}
+
+
+def make_label_model(name: str, **settings: Any) -> LabelModel:
+    """Make a label model by its name.
+
+    Args:
+        name (`str`):
+            `"shared_majority"`, `"dawid_skene"`, `"glad"`, `"mace"` or `"ebcc"`.
+        settings (`Any`):
+            Of that model.
+
+    Returns:
+        `LabelModel`: not yet fitted.
+
+    Raises:
+        ValueError: If there is no model of that name, or a setting is not usable.
+
+    Examples:
+        >>> make_label_model("ebcc", num_restarts=4).num_restarts
+        4
+    """
+    if name not in LABEL_MODELS:
+        raise ValueError(f"Unknown label model {name!r}. Choose one of {', '.join(LABEL_MODELS)}.")
+    return LABEL_MODELS[name](**settings)
+
+
+def load_label_model(path: str | os.PathLike[str]) -> LabelModel:
+    """Read a label model that `save` wrote.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+
+    Returns:
+        `LabelModel`: fitted, if the saved one was.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no label model.
+
+    Examples:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     SharedMajority().fit([[0, 1]]).save(f"{folder}/model.json")
+        ...     load_label_model(f"{folder}/model.json").predict_proba([[1, -1]]).tolist()
+        [[0.0, 1.0]]
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no label model '{path}'. Write one by `save`.")
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' must be a label model as JSON, got: {error}. Save it again.") from error
+    name = facts.get("model") if isinstance(facts, dict) else None
+    if name not in LABEL_MODELS:
+        raise ValueError(f"'{path}' must be one of the label models {', '.join(LABEL_MODELS)}, got {name!r}.")
+    return LABEL_MODELS[name].from_dict(facts)

@@ -1,0 +1,162 @@
+"""MACE: who knows the label, and what those say who do not."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from .label_model import FLAT, LabelModel, check_abstention, check_count
+from .votes import Answers, name_voters, one_sided_voters, silence_speaks
+
+_TRUST_PRIOR, _SPAM_PRIOR = 0.5, 10.0
+_MAX_SHARPNESS = 1e9
+
+
+@dataclass
+class Mace(LabelModel):
+    """Weigh votes by how often each voter knows the label, and by what it says when it does not.
+
+    Voter k knows the label of a row with probability r_k and gives it, else it names label l with probability
+    xi_k(l): p(vote_ik | c) = r_k [vote_ik = c] + (1 - r_k) xi_k(vote_ik). Variational EM with prior Beta(0.5, 0.5) on
+    r and Dirichlet(10) on xi, from random starts, of which the most likely stays.
+
+    Where voters name one label only, xi explains all votes and r falls to 0. The order of the labels of a row still
+    weighs votes by r / xi, but their posteriors are nearly equal: those whose best label is c are then sharpened, q^t
+    normalised, until their mean is the mean share of the votes behind c. A warning says so where they told nothing.
+
+    Args:
+        max_iterations (`int`, *optional*, defaults to 50):
+            EM steps, all of which are done.
+        num_restarts (`int`, *optional*, defaults to 3):
+            Random starts.
+        seed (`int`, *optional*, defaults to 0):
+            For the starts: the same seed gives the same answer.
+        abstention (`str`, *optional*, defaults to `"auto"`):
+            `"missing"`: no vote tells nothing. `"answer"`: it is an answer, and what a voter that knows says where a
+            row shows no label; posteriors are of the labels, given that there is one. `"auto"`: an answer where most
+            votes are from voters that name one label only.
+
+    Raises:
+        ValueError: If a setting is not as said above.
+
+    Source:
+        Hovy et al. 2013, with the priors of its authors; silence as an answer and sharpening are ours.
+
+    Examples:
+        >>> votes = [[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]]
+        >>> Mace(num_restarts=1).fit(votes).predict(votes).argmax(axis=1).tolist()
+        [0, 1, 0, 1]
+    """
+
+    name: ClassVar[str] = "mace"
+    max_iterations: int = 50
+    num_restarts: int = 3
+    seed: int = 0
+    abstention: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self.max_iterations)
+        check_count(self.num_restarts, "num_restarts")
+        check_abstention(self.abstention)
+
+    def _choose_silence(self, votes: np.ndarray) -> bool:
+        return self.abstention == "answer" or self.abstention == "auto" and silence_speaks(votes)
+
+    def _fit(self, answers: Answers) -> np.ndarray:
+        random, shape = np.random.RandomState(self.seed), (answers.codes.shape[1], answers.num_codes)
+        most = -np.inf
+        for _ in range(self.num_restarts):
+            trust = 1 + 1.5 * random.uniform(size=(shape[0], 2))  # guesses, knows
+            spam = 1 + 1.5 * random.uniform(size=shape)
+            trust, spam = trust / trust.sum(axis=1, keepdims=True), spam / spam.sum(axis=1, keepdims=True)
+            for _ in range(self.max_iterations):
+                trust, spam = _step(answers, trust, spam)
+            found, evidence = _label_posteriors(answers, trust, spam)
+            if evidence > most:
+                most, probs = evidence, found
+                self.parameters = {"trust": trust, "spam": spam, "sharpness": np.ones(len(self.named))}
+        return self._given_a_label(probs)
+
+    def _posteriors(self, answers: Answers) -> np.ndarray:
+        probs, _ = _label_posteriors(answers, self.parameters["trust"], self.parameters["spam"])
+        return _sharpen(self._given_a_label(probs), self.parameters["sharpness"])
+
+    def _given_a_label(self, probs: np.ndarray) -> np.ndarray:
+        """Leave out that a row shows no label, where silence is an answer."""
+        probs = probs[:, : len(self.named)]
+        return probs / probs.sum(axis=1, keepdims=True)
+
+    def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
+        found, possible = self._compare(codes, posteriors)
+        is_flat = found < FLAT * possible
+        if not is_flat and not silence_speaks(votes):
+            return posteriors
+        best, rows = posteriors.argmax(axis=1), np.arange(len(posteriors))
+        behind = self._vote_shares(codes)[rows, best]
+        for label in np.unique(best):
+            self.parameters["sharpness"][label] = _find_sharpness(posteriors[best == label], behind[best == label])
+        if is_flat:
+            only = name_voters(one_sided_voters(votes), self.voter_names)
+            warnings.warn(
+                f"`mace` finds no voter that knows more than what it always says: its posteriors tell {found:.2g} "
+                f"nats about the label, the shares of the votes {possible:.2g}. They are sharpened until they are as "
+                "sure as voters agree with them. "
+                + (f"Voters that name one label only: {only}. " if only else "")
+                + "Compare with `shared_majority`."
+            )
+        return _sharpen(posteriors, self.parameters["sharpness"])
+
+
+def _step(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One step of variational EM: expected logarithms of the new parameters, as weights."""
+    rows, voters, codes = answers.cells
+    probs, _ = _label_posteriors(answers, trust, spam)
+    guess, known = trust[voters, 0] * spam[voters, codes], trust[voters, 1]
+    knows = probs[rows, codes] * known / (guess + known)
+    num_voters, num_labels = spam.shape
+    new_trust = np.stack([np.bincount(voters, part, num_voters) for part in (1 - knows, knows)], axis=1)
+    new_spam = np.bincount(voters * num_labels + codes, 1 - knows, num_voters * num_labels).reshape(spam.shape)
+    return _log_mean_weights(new_trust + _TRUST_PRIOR), _log_mean_weights(new_spam + _SPAM_PRIOR)
+
+
+def _label_posteriors(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> tuple[np.ndarray, float]:
+    """Posteriors `(num_rows, num_labels)`, and the log-likelihood of all votes."""
+    (rows, voters, codes), num_rows, num_labels = answers.cells, len(answers.codes), answers.num_codes
+    guess, known = trust[voters, 0] * spam[voters, codes], trust[voters, 1]
+    # log1p: what a voter hardly knows still tells which label is before another
+    logs = np.bincount(rows * num_labels + codes, np.log1p(known / guess), num_rows * num_labels)
+    logits = logs.reshape(num_rows, num_labels) + np.bincount(rows, np.log(guess), num_rows)[:, None]
+    top = logits.max(axis=1, keepdims=True)
+    probs = np.exp(logits - top)
+    total = probs.sum(axis=1, keepdims=True)
+    return probs / total, float((top + np.log(total)).sum()) - num_rows * float(np.log(num_labels))
+
+
+def _log_mean_weights(counts: np.ndarray) -> np.ndarray:
+    """exp of the expected logarithm under a Dirichlet distribution."""
+    values = torch.from_numpy(counts)
+    return (values.digamma() - values.sum(dim=1, keepdim=True).digamma()).exp().numpy()
+
+
+def _find_sharpness(probs: np.ndarray, behind: np.ndarray) -> float:
+    """The power, at least 1, that makes the best label of rows as probable, on the mean, as votes are behind it."""
+    low, high = 0.0, float(np.log(_MAX_SHARPNESS))
+    for _ in range(60):  # the mean grows with the power
+        middle = (low + high) / 2
+        is_less = _sharpen(probs, np.full(probs.shape[1], np.exp(middle))).max(axis=1).mean() < behind.mean()
+        low, high = (middle, high) if is_less else (low, middle)
+    return float(np.exp(low))
+
+
+def _sharpen(probs: np.ndarray, sharpness: np.ndarray) -> np.ndarray:
+    """Raise each row to the power of its best label."""
+    if (sharpness == 1).all():
+        return probs
+    logits = sharpness[probs.argmax(axis=1), None] * np.log(np.maximum(probs, np.finfo(np.float64).tiny))
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)

@@ -1,0 +1,114 @@
+"""Votes in a CSV file to a trained student: the five lines, and the two recipes for votes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+README = (RECIPES / "README.md").read_text(encoding="utf-8")
+WORDS = {"bad": ["stings", "barks"], "good": ["purrs", "hums"]}  # which the tiny tokenizer knows
+
+
+def write_votes(path: Path, num_rows: int, seed: int, truth: bool = False) -> list[tuple[str, str]]:
+    """Texts with a word that tells the label, and six functions that each say one label or nothing."""
+    rng = np.random.default_rng(seed)
+    rows, known = [], []
+    for row in range(num_rows):
+        label = ("bad", "good")[int(rng.integers(2))]
+        text = f"the {rng.choice(WORDS[label])}{' often' * int(rng.integers(4))} animal {row}"
+        votes = {}
+        for index in range(6):
+            says = ("bad", "good")[index % 2]
+            votes[f"lf_{index}"] = says if rng.random() < (0.5 if says == label else 0.12) else ""
+        rows.append({"text": text, **votes} | ({"label": label} if truth else {}))
+        known.append((text, label))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return known
+
+
+def block(comment: str) -> str:
+    return re.search(rf"<!-- {comment} -->\n```\w+\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_five_lines_from_a_file_of_votes_to_a_student(tiny_bert, tmp_path):
+    write_votes(tmp_path / "votes.csv", 400, seed=0)
+    known = write_votes(tmp_path / "other.csv", 200, seed=1)
+    Path(tmp_path / "student").symlink_to(tiny_bert, target_is_directory=True)
+    code, printed = block("tested by tests/test_weak_supervision.py"), block("printed")
+    assert len([line for line in code.splitlines() if line and not line.startswith("from")]) == 5
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-len(printed.splitlines()) :] == printed.splitlines()
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "my-student")
+    inputs = AutoTokenizer.from_pretrained(tmp_path / "my-student")(
+        [text for text, _ in known], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        labels = [model.config.id2label[index] for index in model(**inputs).logits.argmax(dim=1).tolist()]
+    assert np.mean([said == label for said, (_, label) in zip(labels, known)]) > 0.7
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    command = [sys.executable, str(RECIPES / script), *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_recipe_prints_all_label_models_and_their_students(tiny_bert, tmp_path):
+    for seed, name in enumerate(("votes", "valid", "test")):
+        write_votes(tmp_path / f"{name}.csv", 300, seed, truth=name != "votes")
+    found = run(
+        "weak_supervision.py", "--votes", "votes.csv", "--validation", "valid.csv", "--test", "test.csv", "--student",
+        tiny_bert, "--output_dir", "out", "--oracle_column", "label", "--use_cpu", "True", "--report_to", "none",
+        "--disable_tqdm", "True", "--learning_rate", "0.05", "--num_train_epochs", "20", cwd=tmp_path,
+    )  # fmt: skip
+    assert "300 rows, " in found and "lf_0   bad  " in found
+    models = ["shared_majority", "dawid_skene", "mace", "ebcc"] + ["glad"] * (find_spec("scipy") is not None)
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in found.splitlines() if line.startswith("| ")}
+    assert all(float(rows[name][2]) > 70 and "nan" in rows[name][1] for name in models)  # no truth beside the votes
+    students = {
+        name: float(cells[0]) for name, cells in rows.items() if name.startswith(("student", "co-", "committee"))
+    }
+    assert len(students) == len(models) + 2 and min(students.values()) > 70
+    best = max(models, key=lambda name: float(rows[name][2]))
+    assert f"co-supervised from {best}" in students and (tmp_path / "out" / "co-supervised").is_dir()
+
+
+@pytest.mark.skipif(find_spec("crowdkit") is None or find_spec("cleanlab") is None, reason="needs the crowd extra")
+def test_the_measuring_recipe_reads_all_three_forms(tmp_path):
+    rng = np.random.default_rng(0)
+    truth = rng.integers(2, size=60)
+    votes = np.where(rng.random((60, 5)) < 0.8, truth[:, None], 1 - truth[:, None])
+    votes = np.where(rng.random((60, 5)) < 0.2, -1, votes)
+    answers = "".join(f"{i},w{k},{v}\n" for i, row in enumerate(votes) for k, v in enumerate(row) if v >= 0)
+    (tmp_path / "some__crowd__label.csv").write_text(f"item,worker,label\n{answers}", encoding="utf-8")
+    known = "".join(f"{i},{label}\n" for i, label in enumerate(truth))
+    (tmp_path / "some__crowd__truth.csv").write_text(f"item,truth\n{known}", encoding="utf-8")
+    np.savez(tmp_path / "arrays.npz", train_votes=votes, train_labels=truth, valid_votes=votes, valid_labels=truth)
+    (tmp_path / "wrench").mkdir()
+    rows = {i: {"label": int(truth[i]), "weak_labels": votes[i].tolist(), "data": {"text": str(i)}} for i in range(60)}
+    (tmp_path / "wrench" / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    lines = run("label_models.py", str(tmp_path), "--seeds", "0", "1", cwd=tmp_path).splitlines()
+    table, times = lines[: lines.index("")], lines[lines.index("") :]
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table}
+    first = [[float(cell.split()[0].rstrip(",")) for cell in cells[name]] for name in ("crowd", "arrays", "wrench")]
+    np.testing.assert_allclose(first[1:], [first[0]] * 2, atol=2.5)  # the same votes, in another order of voters
+    assert min(first[0]) > 75 and len(first[0]) == 5 and len(cells["arrays, validation"]) == 5
+    assert [line for line in times if "| crowd | crowdlab | 100.0 % equal labels, " in line]
+    assert len([line for line in times if line.startswith("| crowd | ") and line.endswith(" × |")]) == 4
