@@ -41,16 +41,7 @@ from .features import FeatureStore
 from .heads import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix, linear_logits
 from .hub import open_repo
 from .inputs import LABEL_NAMES, InputProcessor, find_input_column, find_label_column, read_labels, row_keys
-from .levels import (
-    CHUNK_ROWS,
-    AssignFunction,
-    KeepFunction,
-    LevelPlan,
-    assign_by_neighbors,
-    level_assignment,
-    plan_level,
-    row_chunks,
-)
+from .levels import LevelPlan, plan_level
 from .losses import (
     LossAndGradient,
     LossFunction,
@@ -62,7 +53,8 @@ from .losses import (
 )
 from .metrics import accuracy, without_nan
 from .pool import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool, match_ids
-from .processes import Processes
+from .plan_rules import AssignFunction, KeepFunction, assign_by_neighbors, level_assignment
+from .processes import CHUNK_ROWS, Processes, row_chunks
 from .runs import (
     RunFolder,
     Stage,
