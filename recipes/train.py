@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.cards import model_card, write_card
-from hf_cosupervise.config import HUB_FIELDS
+from hf_cosupervise.config import fields_without
 from hf_cosupervise.derived_pools import calibrated_pool
 from hf_cosupervise.evaluation import (
     METHODS,
@@ -298,9 +298,10 @@ def check_run(folder: Path, facts: dict[str, Any], resume: bool = True) -> None:
         # A field that is new since then had its default.
         known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
         facts = {key: facts.get(key, value) for key, value in known.items()} | facts
+        told_elsewhere = {"seeds", "resume"} | fields_without("publish") - {"use_cpu"}
         different = sorted(
-            key for key in {*known, *facts} - {"seeds", "resume"}
-            if known.get(key) != facts.get(key) and not key.startswith(HUB_FIELDS)
+            key for key in {*known, *facts} - told_elsewhere
+            if known.get(key) != facts.get(key)
         )  # fmt: skip
         if different:
             changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)
