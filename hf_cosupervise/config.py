@@ -48,8 +48,8 @@ _LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules")
 # "ceiling": it means nothing to ground truth, which is one level of one-hot labels.
 _PURPOSES = ("resume", "compare", "publish", "ceiling")
 _NEUTRAL, _LOCAL, _NOT_FOR_CEILING = ("resume",), ("resume", "compare"), ("ceiling",)
-# The same of the parent's fields, the declarations of which are not ours: by how their names begin, for another release
-# of transformers has others.
+# The same of the parent's fields, whose declarations are not ours: by how their names begin, for another release of
+# transformers has others.
 _INHERITED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("hub_", "push_to_hub", "use_cpu"): ("resume", "compare", "publish"),
     ("output_dir", "disable_tqdm", "dataloader_pin_memory"): _LOCAL,
@@ -371,10 +371,9 @@ def fields_without(purpose: str) -> frozenset[str]:
         raise ValueError(f"`purpose` must be one of {list(_PURPOSES)}, got {purpose!r}.")
     inherited = tuple(name for names, purposes in _INHERITED.items() if purpose in purposes for name in names)
     hints = get_type_hints(CoSupervisedConfig, include_extras=True)
-    own = {name for name, hint in hints.items() if any(purpose in said for said in getattr(hint, "__metadata__", ()))}
-    return frozenset(
-        item.name for item in fields(CoSupervisedConfig) if item.name in own or item.name.startswith(inherited)
-    )
+    own = {name for name, hint in hints.items() for said in getattr(hint, "__metadata__", ()) if purpose in said}
+    names = (item.name for item in fields(CoSupervisedConfig))
+    return frozenset(name for name in names if name in own or name.startswith(inherited))
 
 
 def _is_number(value: Any, kind: type = Real) -> bool:

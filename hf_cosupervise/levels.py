@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,11 +24,23 @@ from .plan_rules import (
     StudentChunks,
     assign,
     assign_by_function,
+    assign_by_neighbors,
     in_hierarchy,
     judge,
+    level_assignment,
 )
 from .pool import PseudolabelPool
 from .processes import row_chunks
+
+
+class AskedStudent(Protocol):
+    """What planning wants of a student: its opinion of each example, and which examples are alike to it."""
+
+    def judge_examples(self) -> StudentChunks:
+        """Stream this process's share of its log-probabilities."""
+
+    def nearest(self, k: int) -> torch.Tensor:
+        """Give the `k` nearest neighbours of each example."""
 
 
 @dataclass
@@ -156,6 +169,64 @@ def plan_level(
     plan = LevelPlan(level, round, rows.assigned, rows.labels, keep_mask, {}, relabelled)
     plan.metrics = _describe(pool, plan, rows, level > 0)
     return plan
+
+
+def plan_by_student(
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    previous: np.ndarray,
+    student: AskedStudent,
+    sum_over_processes: Callable[[np.ndarray], np.ndarray],
+    *,
+    round: int = 0,
+    assign_func: AssignFunction | None = None,
+    keep_func: KeepFunction | None = None,
+) -> LevelPlan:
+    """Plan a level below the root: ask the student, and where it is wanted the neighbours of each example too.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        level (`int`):
+            Level, from 1.
+        args (`CoSupervisedConfig`):
+            Assignment and rejection.
+        previous (`np.ndarray` of shape `(num_examples,)`):
+            `assigned_teacher` of the level above.
+        student (`Student`):
+            That of the level above.
+        sum_over_processes (`Callable`):
+            See [`plan_level`].
+        round (`int`, *optional*, defaults to 0):
+            Round within the level.
+        assign_func (`Callable`, *optional*):
+            See [`plan_level`].
+        keep_func (`Callable`, *optional*):
+            See [`plan_level`].
+
+    Returns:
+        `LevelPlan`
+
+    Raises:
+        ValueError: See [`plan_level`].
+    """
+    chosen = None
+    if args.agreement_neighbors and assign_func is None and level_assignment(args, level) == "agreement":
+        near = student.nearest(args.agreement_neighbors)
+        chosen = assign_by_neighbors(pool, level, args, student.judge_examples(), near, sum_over_processes)
+    return plan_level(
+        pool,
+        level,
+        args,
+        previous,
+        student.judge_examples(),
+        round=round,
+        chosen=chosen,
+        assign_func=assign_func,
+        keep_func=keep_func,
+        sum_over_processes=sum_over_processes,
+    )
 
 
 def _check_numbers(level: int, part: slice, log_probs: torch.Tensor | None) -> None:

@@ -46,9 +46,9 @@ from hf_cosupervise.hub import hub_errors, open_repo, resolve_commit
 from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_column
 from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
 from hf_cosupervise.processes import join_processes
+from hf_cosupervise.publishing import describe_teacher
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
 from hf_cosupervise.students import STORY_FILES, push_student
-from hf_cosupervise.trainer import describe_teacher
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 

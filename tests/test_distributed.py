@@ -200,7 +200,7 @@ def _see_otherwise(student: str, data: Dataset, folder: str) -> None:
     args = make_args(Path(folder), per_device_train_batch_size=4)
     trainer = CoSupervisedTrainer(student, args, pool=make_pool(data))
     if args.process_index == 1:
-        trainer._run = RunFolder(Path(folder, "elsewhere"))
+        trainer.run.folder = RunFolder(Path(folder, "elsewhere"))
     try:
         trainer.train(resume_from_checkpoint=True)
     except FileNotFoundError as error:

@@ -686,7 +686,8 @@ def test_a_chunk_asks_each_teacher_once(base_args, monkeypatch):
     """Whatever a level assigns and rejects by; and nothing of the whole pool is read once per chunk."""
     rng, num_examples = np.random.default_rng(0), 3 * CHUNK_ROWS + 5
     hierarchy = TeacherHierarchy(
-        [f"l{label}" for label in range(8)], [Teacher("root"), Teacher("a", level=1, scope=["l0"]), Teacher("b", level=1)]
+        [f"l{label}" for label in range(8)],
+        [Teacher("root"), Teacher("a", level=1, scope=["l0"]), Teacher("b", level=1)],
     )
     predictions = {name: rng.dirichlet(np.ones(8), size=num_examples) for name in hierarchy.names}
     pool = PseudolabelPool.from_predictions(hierarchy, list(range(num_examples)), predictions, pool_k=2)
@@ -768,7 +769,7 @@ def test_rejected_examples_may_take_the_students_own_label(small, base_args):
     # rows 1 and 2 are rejected (a, and the student says b); it is sure enough of row 2 only
     assert plan.relabelled.tolist() == [-1, -1, 1, -1, -1, -1]
     assert plan.labels.tolist() == [0, 0, 1, 1, 1, -1] and plan.keep_mask[2] and not plan.keep_mask[1]
-    from hf_cosupervise.trainer import _pseudolabels
+    from hf_cosupervise.level_loss import _pseudolabels
 
     rows = np.array([0, 2, 4])
     np.testing.assert_allclose(_pseudolabels(small, plan, False, rows), [[0.9, 0.1], [0, 1], [0.1, 0.9]], atol=1e-3)
