@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -69,6 +70,16 @@ class LevelCallbackHandler(CallbackHandler):
             )  # fmt: skip
             control = control if result is None else result
         return control
+
+    def silent(self) -> LevelCallbackHandler:
+        """Give a handler that tells nobody, for what is no part of the story.
+
+        Returns:
+            `LevelCallbackHandler`
+        """
+        quiet = copy.copy(self)
+        quiet.callbacks = []
+        return quiet
 
     def _concerns(self, event: str, callback: TrainerCallback) -> bool:
         if event in ("on_train_begin", "on_train_end"):

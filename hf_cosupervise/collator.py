@@ -15,6 +15,20 @@ ROW, ROWS = "cosupervise_row", "target_rows"  # of an example, of a batch
 TARGETS = ("target_ids", "target_probs", "target_rest")
 
 
+def split_batch(batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any, Any]:
+    """Take out of a batch what is no input of a model: some models refuse what they do not know.
+
+    Args:
+        batch (`dict[str, Any]`):
+            What [`DataCollatorForCoSupervision`] gave; model inputs are left in it.
+
+    Returns:
+        `tuple`: pseudolabels by the names in `TARGETS`, `labels` and rows of the pool, as far as they are there.
+    """
+    targets = {name: batch.pop(name) for name in TARGETS if name in batch}
+    return targets, batch.pop("labels", None), batch.pop(ROWS, None)
+
+
 @dataclass
 class DataCollatorForCoSupervision:
     """Make a batch of model inputs and pseudolabels.

@@ -7,8 +7,9 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
-from typing import Any  # HfArgumentParser reads Optional
+from typing import Annotated, Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -40,8 +41,23 @@ _NUMBERS: Numbers = (
     ("a finite number above 0", Real, lambda value: 0 < value < math.inf, ("ridge_alpha", "ridge_logit_scale")),
 )  # fmt: skip
 _LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules")
-# How arguments begin that say where a student is published, not how it is trained.
-HUB_FIELDS = ("hub_", "push_to_hub")
+# What an option may not count for, said in its annotation, where it counts for all of it otherwise. (Not in its
+# metadata, which the parser of the command line takes for its own.)
+# "resume": a run may be gone on with under another value. It says where the run is, and how loudly.
+# "compare": it is no setting that makes a student another one.
+# "publish": a card leaves it out.
+# "ceiling": it means nothing to ground truth, which is one level of one-hot labels.
+_PURPOSES = ("resume", "compare", "publish", "ceiling")
+_NEUTRAL, _LOCAL, _NOT_FOR_CEILING = ("resume",), ("resume", "compare"), ("ceiling",)
+# The same of the parent's fields, whose declarations are not ours: by how their names begin, for another release of
+# transformers has others.
+_INHERITED: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("hub_", "push_to_hub", "use_cpu"): ("resume", "compare", "publish"),
+    ("output_dir", "disable_tqdm", "dataloader_pin_memory"): _LOCAL,
+    ("seed", "data_seed"): ("compare",),
+    ("run_name", "project", "log_level", "logging_", "report_to", "trackio_", "save_total_limit", "ddp_"): _NEUTRAL,
+    ("dataloader_num_workers", "dataloader_prefetch", "dataloader_persistent", "per_device_eval_batch_size"): _NEUTRAL,
+}
 
 
 @dataclass
@@ -82,7 +98,7 @@ class CoSupervisedConfig(TrainingArguments):
     )
 
     # The student
-    student_revision: str | None = field(
+    student_revision: Annotated[str | None, _NEUTRAL] = field(
         default=None, metadata={"help": "Branch, tag or commit of a student that is named by its Hub id."}
     )
     student_training: str = field(
@@ -101,57 +117,57 @@ class CoSupervisedConfig(TrainingArguments):
     )
 
     # Assignment: which teacher speaks for which example
-    assignment: list[str] = field(
+    assignment: Annotated[list[str], _NOT_FOR_CEILING] = field(
         default_factory=lambda: ["scope"],
         metadata={
             "help": "How a level chooses its teachers: scope, agreement, metadata, ensemble, or for analysis "
             "random, oracle_scope, oracle_domain, oracle_loss. One for all levels, or one per level from the root."
         },
     )
-    agreement_rule: str = field(
+    agreement_rule: Annotated[str, _NOT_FOR_CEILING] = field(
         default="ce_teacher_student", metadata={"help": f"Distance from teacher to student: one of {AGREEMENT_RULES}."}
     )
-    agreement_min_prob: float = field(
+    agreement_min_prob: Annotated[float, _NOT_FOR_CEILING] = field(
         default=1e-6, metadata={"help": "Lowest probability inside the logarithms of the agreement rules, 0 to 1."}
     )
-    agreement_neighbors: int = field(
+    agreement_neighbors: Annotated[int, _NOT_FOR_CEILING] = field(
         default=0,
         metadata={
             "help": "Average each teacher's agreement over this many nearest examples in the backbone's features, for "
             "a linear head on a frozen backbone; 0: each example alone. 10 is a good value."
         },
     )
-    metadata_column: str | None = field(
+    metadata_column: Annotated[str | None, _NOT_FOR_CEILING] = field(
         default=None, metadata={"help": "Column of the pool that tells each example's domain, for 'metadata'."}
     )
-    rounds_per_level: int = field(
+    rounds_per_level: Annotated[int, _NOT_FOR_CEILING] = field(
         default=1, metadata={"help": "How often a level below the root assigns, rejects and trains, at least 1."}
     )
 
     # Rejection: which pseudolabels are trained on
-    rejection: list[str] = field(
+    rejection: Annotated[list[str], _NOT_FOR_CEILING] = field(
         default_factory=lambda: ["top_k"],
         metadata={
             "help": "'none', or what an example must pass to be kept: top_k, parent_topk, parent_confident, "
             "student_entropy, vote_entropy, confidence_window."
         },
     )
-    rejection_k: int | None = field(
+    rejection_k: Annotated[int | None, _NOT_FOR_CEILING] = field(
         default=None, metadata={"help": "k of top_k and parent_topk, below the number of labels. Default min(3, C-1)."}
     )
-    rejection_rule: str = field(
+    rejection_rule: Annotated[str, _NOT_FOR_CEILING] = field(
         default="loss_rank",
         metadata={"help": "'loss_rank' keeps as many examples as agree, those of lowest loss; 'agreement_set' those."},
     )
 
-    rejection_share: float = field(
+    rejection_share: Annotated[float, _NOT_FOR_CEILING] = field(
         default=0.5, metadata={"help": "Share of the examples that student_entropy keeps, above 0 to 1."}
     )
-    rejection_window: list[float] = field(
+    rejection_window: Annotated[list[float], _NOT_FOR_CEILING] = field(
         default_factory=lambda: [0.5, 1.0],
         metadata={"help": "Lowest and highest confidence of a pseudolabel that confidence_window keeps."},
     )
-    relabel_above: float | None = field(
+    relabel_above: Annotated[float | None, _NOT_FOR_CEILING] = field(
         default=None,
         metadata={
             "help": "A rejected example is trained on with the student's own label where the student is at least this "
@@ -160,7 +176,9 @@ class CoSupervisedConfig(TrainingArguments):
     )
 
     # Training
-    pseudolabels: str = field(default="soft", metadata={"help": "Train on 'soft' or 'hard' pseudolabels."})
+    pseudolabels: Annotated[str, _NOT_FOR_CEILING] = field(
+        default="soft", metadata={"help": "Train on 'soft' or 'hard' pseudolabels."}
+    )
     loss: str = field(
         default="cross_entropy",
         metadata={
@@ -175,14 +193,14 @@ class CoSupervisedConfig(TrainingArguments):
         default=None,
         metadata={"help": "Column of the pool with a weight for each example's loss, at least 0; 1 each by default."},
     )
-    teacher_neighbors: int = field(
+    teacher_neighbors: Annotated[int, _NOT_FOR_CEILING] = field(
         default=0,
         metadata={
             "help": "Average each teacher's probabilities over this many nearest examples in the backbone's features, "
             "for a linear head on a frozen backbone; 0: each example alone."
         },
     )
-    cross_fit_folds: int = field(
+    cross_fit_folds: Annotated[int, _NOT_FOR_CEILING] = field(
         default=0,
         metadata={
             "help": "Let heads that were not trained on an example choose its teacher and judge its pseudolabel: one "
@@ -193,7 +211,7 @@ class CoSupervisedConfig(TrainingArguments):
         default=True,
         metadata={"help": "Fit a linear head on features kept on disk, without running the backbone in every step."},
     )
-    features_dir: str | None = field(
+    features_dir: Annotated[str | None, _LOCAL] = field(
         default=None, metadata={"help": "Where features are kept, to share them between runs. Default: in the run."}
     )
     features_dtype: str = field(
@@ -248,8 +266,7 @@ class CoSupervisedConfig(TrainingArguments):
         values = {name: getattr(self, name) for name in self._settled}
         return {
             name: value for name, value in values.items()
-            if (name in self._given or value != self._settled[name])
-            and name != "use_cpu" and not name.startswith(HUB_FIELDS)
+            if (name in self._given or value != self._settled[name]) and name not in fields_without("publish")
         }  # fmt: skip
 
     def _check_names(self) -> None:
@@ -331,3 +348,27 @@ class CoSupervisedConfig(TrainingArguments):
                 "`cross_fit_folds` needs a fresh head at each level, which has seen nothing, got `warm_start`. Leave "
                 "one out."
             )
+
+
+@cache
+def fields_without(purpose: str) -> frozenset[str]:
+    """Name the fields that do not count for something.
+
+    Args:
+        purpose (`str`):
+            `"resume"`: for going on with a run. `"compare"`: for telling settings apart. `"publish"`: for a card.
+            `"ceiling"`: for a student of ground truth.
+
+    Returns:
+        `frozenset[str]`
+
+    Raises:
+        ValueError: If there is no such purpose.
+    """
+    if purpose not in _PURPOSES:
+        raise ValueError(f"`purpose` must be one of {list(_PURPOSES)}, got {purpose!r}.")
+    inherited = tuple(name for names, purposes in _INHERITED.items() if purpose in purposes for name in names)
+    hints = get_type_hints(CoSupervisedConfig, include_extras=True)
+    own = {name for name, hint in hints.items() for said in getattr(hint, "__metadata__", ()) if purpose in said}
+    names = (item.name for item in fields(CoSupervisedConfig))
+    return frozenset(name for name in names if name in own or name.startswith(inherited))

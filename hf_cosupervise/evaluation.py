@@ -24,7 +24,8 @@ from .levels import LevelPlan
 from .metrics import accuracy, mean_and_spread, performance_gap_recovered
 from .pool import PseudolabelPool
 from .teachers import TeacherHierarchy
-from .trainer import RUN_DIR, CoSupervisedTrainer
+from .trainer import CoSupervisedTrainer
+from .training_run import RUN_DIR
 from .weighting import AdaptiveEnsembleDistillation
 
 logger = logging.getLogger(__name__)

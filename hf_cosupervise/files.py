@@ -332,3 +332,9 @@ def file_digest(path: Path) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_as_written(folder: Path, name: str, digest: str) -> bool:
+    """Whether a file is in a folder, not behind a link or a path that leads out of it, and is the one noted."""
+    path = folder / name
+    return is_inside(path, folder) and path.is_file() and file_digest(path) == digest

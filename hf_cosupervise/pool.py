@@ -210,6 +210,21 @@ class PseudolabelPool:
         """
         return self._view(name)[1]
 
+    def stored(self, name: str, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        """Give a teacher's answers as they are kept, of which [`sparse`] makes all others.
+
+        Args:
+            name (`str`):
+                Name of a teacher.
+            rows (`np.ndarray` of int or `slice`):
+                Which examples.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: label ids and float16 probabilities, both of shape `(num_rows, k)`.
+        """
+        rows, (label_ids, label_probs) = self._check_rows(rows), self._view(name)
+        return label_ids[rows], label_probs[rows]
+
     def _view(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         if name not in self._views:
             self.hierarchy.index(name)  # says who is there

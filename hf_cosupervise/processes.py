@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
+# Rows per chunk. Fixed, so that the same student gives the same numbers whatever the number of processes.
+CHUNK_ROWS = 1024
 T = TypeVar("T")
 
 
@@ -20,10 +23,12 @@ class Processes:
     Args:
         rank (`int`): Which one this is, from 0.
         count (`int`): How many there are.
+        device (`torch.device`, *optional*): Where tensors must lie that are exchanged. The CPU by default.
     """
 
     rank: int
     count: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def on_first(self, make: Callable[[], T]) -> T:
         """Do something in the first process; all get its result, or its error instead of waiting forever.
@@ -51,6 +56,76 @@ class Processes:
         """Wait until all are here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Put the tensors of all processes side by side.
+
+        Args:
+            values (`torch.Tensor`):
+                This process's own, of one shape in all of them.
+
+        Returns:
+            `torch.Tensor` of shape `(count, ...)`, in order of rank.
+        """
+        if self.count == 1:
+            return values.unsqueeze(0)
+        values = values.to(self.device).contiguous()
+        found = [torch.empty_like(values) for _ in range(self.count)]
+        torch.distributed.all_gather(found, values)
+        return torch.stack(found)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Add the tensors of all processes up.
+
+        Args:
+            values (`torch.Tensor`):
+                This process's own, left as it is.
+
+        Returns:
+            `torch.Tensor` of the same shape and type.
+        """
+        if self.count == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def sum_array(self, values: np.ndarray) -> np.ndarray:
+        """Add the arrays of all processes up, each of which has filled its own rows only.
+
+        Args:
+            values (`np.ndarray`):
+                This process's own.
+
+        Returns:
+            `np.ndarray` of the same shape and type.
+        """
+        return values if self.count == 1 else self.sum(torch.from_numpy(values)).cpu().numpy().astype(values.dtype)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Give this process's share of what any of them can do, every `count`-th.
+
+        Args:
+            items (`Sequence`):
+                All of it.
+
+        Returns:
+            `Sequence`: Its own.
+        """
+        return items[self.rank :: self.count]
+
+
+def row_chunks(num_examples: int) -> list[slice]:
+    """Cut rows into the chunks in which a student is asked and a level is planned.
+
+    Args:
+        num_examples (`int`):
+            Number of rows.
+
+    Returns:
+        `list[slice]`: consecutive rows, `CHUNK_ROWS` each but for the last.
+    """
+    return [slice(start, min(start + CHUNK_ROWS, num_examples)) for start in range(0, num_examples, CHUNK_ROWS)]
 
 
 class _KeptError:

@@ -13,19 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
-from .files import file_digest, is_inside, make_output_dir, read_json, whole_file, write_json
+from . import __version__
+from .files import file_digest, is_as_written, make_output_dir, read_json, whole_file, write_json
 from .levels import LevelPlan
 from .metrics import without_nan
 from .pool import PseudolabelPool
 
 logger = get_logger(__name__)
 
-_RUN, _STAGE, _DIGESTS = "run.json", "stage.json", "digests.json"
-_STORY = "story.json"
+_RUN, _STAGE, DIGESTS = "run.json", "stage.json", "digests.json"
 _PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
 _ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
 _PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -114,7 +115,7 @@ class RunFolder:
         """
         for folder in folders:
             # What makes them count goes first, so that nothing counts of which a part is gone.
-            for path in (folder / _STAGE, *folder.glob(f"checkpoint-*/{_DIGESTS}")):
+            for path in (folder / _STAGE, *folder.glob(f"checkpoint-*/{DIGESTS}")):
                 path.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -229,7 +230,7 @@ class RunFolder:
                 logger.warning(f"'{folder / _STAGE}' is not as it was written: this round is trained again.")
                 return None
             for name, digest in facts["files"].items():
-                if not _is_as_written(folder, name, digest):
+                if not is_as_written(folder, name, digest):
                     logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")
                     return None
             with np.load(folder / _PLAN, allow_pickle=False) as saved:
@@ -244,76 +245,6 @@ class RunFolder:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             logger.warning(f"'{folder / _STAGE}' cannot be read ({error!r}): this round is trained again.")
             return None
-
-
-# ── checkpoints within a round ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
-    """Write down the digests of a checkpoint's files, last: one without them is not whole.
-
-    Args:
-        folder (`pathlib.Path`):
-            A `checkpoint-…` folder.
-        story (`Mapping[str, Any]`):
-            JSON values that [`read_story`] gives back.
-    """
-    write_json(folder / _STORY, dict(story))
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    write_json(folder / _DIGESTS, {name: file_digest(folder / name) for name in names if name != _DIGESTS})
-
-
-def read_story(folder: Path) -> dict[str, Any]:
-    """Read what was told to [`seal_checkpoint`].
-
-    Args:
-        folder (`pathlib.Path`):
-            A `checkpoint-…` folder.
-
-    Returns:
-        `dict[str, Any]`
-    """
-    return read_json(folder / _STORY)
-
-
-def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
-    """Find the last whole checkpoint of a round that is not finished.
-
-    Args:
-        folder (`pathlib.Path`):
-            The round's folder.
-        num_processes (`int`, *optional*, defaults to 1):
-            How many processes there are now.
-
-    Returns:
-        `pathlib.Path`, or `None`. One after the very last step is passed over: the `Trainer` would take another step.
-        So is one of another number of processes, which shared the examples out otherwise. Spoilt ones are named in a
-        warning.
-    """
-    paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
-    for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        if not (path / _DIGESTS).is_file():
-            continue  # it was being written
-        try:
-            digests = read_json(path / _DIGESTS)
-            spoilt = [name for name, digest in digests.items() if not _is_as_written(path, name, digest)]
-            if spoilt:
-                logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
-                continue
-            state = read_json(path / "trainer_state.json")
-            if (own := read_story(path).get("num_processes", 1)) != num_processes:
-                logger.info(f"'{path}' is of {own} process(es), not of {num_processes}: it is passed over.")
-            elif state["global_step"] < state["max_steps"]:
-                return path
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            logger.warning(f"'{path}' cannot be read ({error!r}): the checkpoint before it is taken.")
-    return None
-
-
-def _is_as_written(folder: Path, name: str, digest: str) -> bool:
-    """Whether a file is in a folder, not behind a link or a path that leads out of it, and is the one noted."""
-    path = folder / name
-    return is_inside(path, folder) and path.is_file() and file_digest(path) == digest
 
 
 # ── fingerprints ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -340,21 +271,13 @@ def pool_digest(pool: PseudolabelPool) -> str:
     return digest.hexdigest()
 
 
-def model_digest(model: torch.nn.Module) -> str:
-    """Hash all weights of a model.
-
-    Args:
-        model (`torch.nn.Module`):
-            The model.
+def versions() -> dict[str, str]:
+    """Tell the versions that a student hangs on.
 
     Returns:
-        `str`: 16 hexadecimal digits.
+        `dict[str, str]`: By package.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return {"hf_cosupervise": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
 
 
 def _json_digest(value: Any) -> str:

@@ -46,7 +46,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, TeacherHierarchy
-from hf_cosupervise.config import HUB_FIELDS
+from hf_cosupervise.config import fields_without
 from hf_cosupervise.derived_pools import FEATURE_AGGREGATORS, calibrated_pool
 from hf_cosupervise.evaluation import (
     METHODS,
@@ -85,17 +85,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
 # From this probability on a model counts as sure in the deception score.
 SURE = 0.75
 # Where something runs or is put, and what is run: not how a cell was made.
-_NOT_SETTINGS = {
-    "output_dir", "features_dir", "seeds", "methods", "control", "seed", "data_seed", "disable_tqdm", "use_cpu",
-    "dataloader_pin_memory", "resume",
-}  # fmt: skip
+_NOT_SETTINGS = {"seeds", "methods", "control", "resume"} | fields_without("compare")
 # What a cell says of itself, which no number is.
 _FACTS = ("task", "method", "seed", "settings")
-# Ground truth is one level of one-hot labels, to which these mean nothing.
-_NOT_FOR_A_CEILING = (
-    "assignment", "agreement", "metadata", "rejection", "relabel", "pseudolabels", "rounds", "cross_fit",
-    "teacher_neighbors",
-)  # fmt: skip
 _LEVEL_NUMBERS = {
     "consistency/keep_rate": "keep_rate",
     "oracle_selection/precision": "kept_precision",
@@ -232,7 +224,7 @@ def ceiling_of(method: Method, methods: Sequence[Method]) -> str:
 
 
 def _ceiling_settings(method: Method) -> dict[str, Any]:
-    return {key: value for key, value in method.set.items() if not key.startswith(_NOT_FOR_A_CEILING)}
+    return {key: value for key, value in method.set.items() if key not in fields_without("ceiling")}
 
 
 def _as_name(value: Any) -> str:
@@ -252,7 +244,7 @@ def settings_of(run: Sequence[Any]) -> dict[str, Any]:
     """Give what is not as by default, so that a field that is new in a later version changes nothing."""
     return {
         key: value for key, value in recipe_arguments_to_dict(run).items()
-        if value != _defaults()[key] and key not in _NOT_SETTINGS and not key.startswith(HUB_FIELDS)
+        if value != _defaults()[key] and key not in _NOT_SETTINGS
     }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.cards import model_card, write_card
-from hf_cosupervise.config import HUB_FIELDS
+from hf_cosupervise.config import fields_without
 from hf_cosupervise.derived_pools import calibrated_pool
 from hf_cosupervise.evaluation import (
     METHODS,
@@ -46,10 +46,10 @@ from hf_cosupervise.hub import hub_errors, open_repo, resolve_commit
 from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_column
 from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
 from hf_cosupervise.processes import join_processes
+from hf_cosupervise.publishing import describe_teacher
 from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
 from hf_cosupervise.sources import load_folder, load_splits
 from hf_cosupervise.students import STORY_FILES, push_student
-from hf_cosupervise.trainer import describe_teacher
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -299,9 +299,10 @@ def check_run(folder: Path, facts: dict[str, Any], resume: bool = True) -> None:
         # A field that is new since then had its default.
         known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
         facts = {key: facts.get(key, value) for key, value in known.items()} | facts
+        told_elsewhere = {"seeds", "resume"} | fields_without("publish") - {"use_cpu"}
         different = sorted(
-            key for key in {*known, *facts} - {"seeds", "resume"}
-            if known.get(key) != facts.get(key) and not key.startswith(HUB_FIELDS)
+            key for key in {*known, *facts} - told_elsewhere
+            if known.get(key) != facts.get(key)
         )  # fmt: skip
         if different:
             changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)

@@ -29,6 +29,7 @@ import train  # noqa: E402
 import train_teachers  # noqa: E402
 
 from hf_cosupervise import CoSupervisedTrainer  # noqa: E402
+from hf_cosupervise.head_fitter import HeadFitter  # noqa: E402
 
 KINDS = ("clock", "rename", "head")
 
@@ -94,7 +95,7 @@ def plan_death(kind: str, generator: random.Random) -> None:
     if kind == "rename":
         os.replace = around(os.replace, **side)
     else:
-        CoSupervisedTrainer._after_head_step = around(CoSupervisedTrainer._after_head_step, **side)
+        HeadFitter._after_step = around(HeadFitter._after_step, **side)
 
 
 def run(folder: Path, arguments: list[str], kind: str | None, generator: random.Random) -> int:

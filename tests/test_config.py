@@ -18,6 +18,7 @@ from hf_cosupervise.config import (
     REJECTIONS,
     STUDENT_TRAININGS,
     CoSupervisedConfig,
+    fields_without,
 )
 from hf_cosupervise.consistency import SELECTION_RULES
 
@@ -304,3 +305,21 @@ def test_the_ridge_fields_on_the_command_line(tmp_path):
     assert args.features_dtype == "float16"
     again = CoSupervisedConfig(**{**json.loads(args.to_json_string()), "output_dir": str(tmp_path)})
     assert (again.head_solver, again.ridge_alpha, again.features_dtype) == ("ridge", 0.5, "float16")
+
+
+@pytest.mark.parametrize(
+    ("purpose", "without", "counting"),
+    [
+        ("resume", {"output_dir", "features_dir", "logging_steps", "hub_model_id", "ddp_backend"}, {"loss", "seed"}),
+        ("compare", {"output_dir", "seed", "data_seed", "push_to_hub", "features_dir"}, {"loss", "logging_steps"}),
+        ("publish", {"hub_model_id", "hub_token", "push_to_hub", "use_cpu"}, {"output_dir", "loss", "seed"}),
+        ("ceiling", {"assignment", "rejection_k", "rounds_per_level", "pseudolabels"}, {"loss", "output_dir"}),
+    ],
+)
+def test_what_an_option_does_not_count_for(purpose, without, counting):
+    assert without <= fields_without(purpose) and not counting & fields_without(purpose)
+
+
+def test_there_is_no_other_purpose():
+    with pytest.raises(ValueError, match=r"must be one of \['resume', 'compare', 'publish', 'ceiling'\], got 'x'\."):
+        fields_without("x")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from test_trainer import make_args, make_pool
 from transformers import TrainerCallback
 
-from hf_cosupervise import CoSupervisedTrainer, levels
+from hf_cosupervise import CoSupervisedTrainer, processes
 from hf_cosupervise.features import FeatureStore
 from hf_cosupervise.runs import RunFolder
 
@@ -57,7 +57,7 @@ def run(
     resume: bool = False,
 ) -> tuple[CoSupervisedTrainer, At]:  # fmt: skip
     """Train with the same examples per step in any number of processes; the E-step is cut so that all have some."""
-    levels.CHUNK_ROWS = 7
+    processes.CHUNK_ROWS = 7
     settings = {"data_seed": 3, "logging_steps": 1} | changes
     args = make_args(Path(folder), per_device_train_batch_size=8 // num_processes, **settings)
     at = At(*(stop or (-1, -1, None)))
@@ -78,9 +78,9 @@ def run_in_two(*arguments: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def chunks():
-    rows = levels.CHUNK_ROWS
+    rows = processes.CHUNK_ROWS
     yield
-    levels.CHUNK_ROWS = rows
+    processes.CHUNK_ROWS = rows
 
 
 def plan_of(folder: Path, level: int) -> dict[str, np.ndarray]:
@@ -200,7 +200,7 @@ def _see_otherwise(student: str, data: Dataset, folder: str) -> None:
     args = make_args(Path(folder), per_device_train_batch_size=4)
     trainer = CoSupervisedTrainer(student, args, pool=make_pool(data))
     if args.process_index == 1:
-        trainer._run = RunFolder(Path(folder, "elsewhere"))
+        trainer.run.folder = RunFolder(Path(folder, "elsewhere"))
     try:
         trainer.train(resume_from_checkpoint=True)
     except FileNotFoundError as error:

@@ -28,7 +28,7 @@ from hf_cosupervise.evaluation import (
     teacher_accuracies,
     weak_accuracy,
 )
-from hf_cosupervise.levels import level_assignment
+from hf_cosupervise.plan_rules import level_assignment
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.students import load_student
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy

@@ -21,9 +21,11 @@ from datasets import Dataset
 
 from hf_cosupervise.assignment import AGREEMENT_RULES
 from hf_cosupervise.config import CoSupervisedConfig
-from hf_cosupervise.levels import CHUNK_ROWS, LevelPlan, level_assignment, plan_level
+from hf_cosupervise.levels import LevelPlan, plan_level
+from hf_cosupervise.plan_rules import level_assignment
 from hf_cosupervise.pool import PseudolabelPool
 from hf_cosupervise.pool_files import teacher_dataset
+from hf_cosupervise.processes import CHUNK_ROWS, row_chunks
 from hf_cosupervise.sparse import encode_top_k
 from hf_cosupervise.teachers import Teacher, TeacherHierarchy
 
@@ -680,34 +682,40 @@ def test_agreement_on_stored_labels_is_that_on_all_of_them(rule, base_args):
     assert set(plans[0].assigned_teacher.tolist()) >= {1, 2, 3}
 
 
-def test_a_chunk_reads_its_own_rows_only(base_args, monkeypatch):
-    """The cost is linear in the rows: nothing of the whole pool is read once per chunk."""
+def test_a_chunk_asks_each_teacher_once(base_args, monkeypatch):
+    """Whatever a level assigns and rejects by; and nothing of the whole pool is read once per chunk."""
     rng, num_examples = np.random.default_rng(0), 3 * CHUNK_ROWS + 5
     hierarchy = TeacherHierarchy(
-        [f"l{label}" for label in range(8)], [Teacher("root"), Teacher("a", level=1), Teacher("b", level=1)]
+        [f"l{label}" for label in range(8)],
+        [Teacher("root"), Teacher("a", level=1, scope=["l0"]), Teacher("b", level=1)],
     )
     predictions = {name: rng.dirichlet(np.ones(8), size=num_examples) for name in hierarchy.names}
     pool = PseudolabelPool.from_predictions(hierarchy, list(range(num_examples)), predictions, pool_k=2)
-    read: list[int] = []
-    whole = PseudolabelPool.answered
+    read: list[tuple[str, slice]] = []
+    whole = PseudolabelPool.stored
 
-    def count(self, name, rows=slice(None)):
-        found = whole(self, name, rows)
-        read.append(len(found))
-        return found
+    def count(self, name, rows):
+        read.append((name, rows))
+        return whole(self, name, rows)
 
-    monkeypatch.setattr(PseudolabelPool, "answered", count)
+    def never(self, *args, **kwargs):
+        raise AssertionError("the pool is asked again")
+
+    monkeypatch.setattr(PseudolabelPool, "stored", count)
+    for name in ("answered", "decode", "gather", "hard_labels", "hard_pseudolabels", "pseudolabels", "sparse_level"):
+        monkeypatch.setattr(PseudolabelPool, name, never)
     student = torch.from_numpy(rng.dirichlet(np.ones(8), size=num_examples)).float().log()
-    chunks = [
-        (slice(start, min(start + CHUNK_ROWS, num_examples)), student[start : start + CHUNK_ROWS])
-        for start in range(0, num_examples, CHUNK_ROWS)
-    ]
-    for assignment in ("agreement", "ensemble"):
-        args = change(base_args, assignment=[assignment], rejection=["top_k", "parent_topk"])
-        root = plan_level(pool, 0, args, np.full(num_examples, -1))
-        plan_level(pool, 1, args, root.assigned_teacher, chunks)
-        assert max(read) <= CHUNK_ROWS
-        read.clear()
+    chunks = [(part, student[part]) for part in row_chunks(num_examples)]
+    everything = ["top_k", "parent_topk", "parent_confident", "student_entropy", "vote_entropy", "confidence_window"]
+    for assignment in ("agreement", "ensemble", "scope", "random"):
+        for rejection, names in ((["none"], {"a", "b"}), (everything, {"root", "a", "b"})):
+            args = change(base_args, assignment=[assignment], rejection=rejection, rejection_window=[0.0, 1.0])
+            root = plan_level(pool, 0, args, np.full(num_examples, -1))
+            assert read == [("root", part) for part, _ in chunks]
+            read.clear()
+            plan_level(pool, 1, args, root.assigned_teacher, chunks)
+            assert sorted(read, key=str) == sorted(((name, part) for part, _ in chunks for name in names), key=str)
+            read.clear()
 
 
 # ── other ways to reject ────────────────────────────────────────────────────────────────────────────────────────────
@@ -761,7 +769,7 @@ def test_rejected_examples_may_take_the_students_own_label(small, base_args):
     # rows 1 and 2 are rejected (a, and the student says b); it is sure enough of row 2 only
     assert plan.relabelled.tolist() == [-1, -1, 1, -1, -1, -1]
     assert plan.labels.tolist() == [0, 0, 1, 1, 1, -1] and plan.keep_mask[2] and not plan.keep_mask[1]
-    from hf_cosupervise.trainer import _pseudolabels
+    from hf_cosupervise.level_loss import _pseudolabels
 
     rows = np.array([0, 2, 4])
     np.testing.assert_allclose(_pseudolabels(small, plan, False, rows), [[0.9, 0.1], [0, 1], [0.1, 0.9]], atol=1e-3)

@@ -64,10 +64,10 @@ def test_the_trainer_asks_the_neighbours(tmp_path, tiny_vit, tiny_image_dataset,
     plan = trainer.plans[1]
     # Slowly: the student of level 0, each teacher's distance on each example, and means over the nearest four.
     trainer.load_level(0)
-    log_probs = torch.cat([part for _, part in trainer.predict_log_probs(trainer._rows)])
+    log_probs = torch.cat([part for _, part in trainer.predict_log_probs(trainer.student.examples)])
     teachers, answered = pool.decode_level(pool.hierarchy.level_indices(1), slice(None))
     scores = agreement_scores(log_probs, teachers, args.agreement_rule, args.agreement_min_prob)
-    features = trainer._features_of(trainer._rows).double()
+    features = trainer.student.features(trainer.student.examples).double()
     for row in range(len(pool)):
         similar = torch.nn.functional.cosine_similarity(features[row].unsqueeze(0), features)
         similar[row] = 2

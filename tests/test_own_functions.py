@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -165,8 +168,9 @@ def test_an_assignment_of_ones_own_needs_no_scopes_and_falls_back(make_trainer, 
     trainer = make_trainer(pool, assign_func=lambda student, teachers, answered: torch.full((len(student),), NOBODY))
     trainer.train()
     assert set(trainer.plans[1].assigned_teacher[np.arange(48) != 5]) == {0}  # the generalist still speaks
-    assert trainer._card_facts()["levels"][1]["assignment"] == "<lambda>"
-    assert trainer._card_facts()["hyperparameters"]["assign_func"] == "<lambda>"
+    trainer.create_model_card()
+    card = Path(trainer.args.output_dir, "README.md").read_text()
+    assert re.search(r"^\| 1 \| \S*lambda\S* \|", card, re.MULTILINE) and re.search(r"`assign_func`.*lambda", card)
 
 
 @pytest.mark.parametrize("function, message", [
@@ -249,7 +253,7 @@ def test_heads_that_did_not_see_an_example_choose_its_teacher(make_trainer, tiny
     plan = trainer.prepare_level(0)
     trainer.train_level(plan), plain.train_level(plan)
     assert_same(weights(trainer), weights(plain))  # the student is the same, only who is asked differs
-    found = torch.cat([part for _, part in trainer._ask_student()])
+    found = torch.cat([part for _, part in trainer.student.judge_examples()])
     pool = make_pool(tiny_image_dataset)
     for fold in range(3):  # each is a student that was trained on the others only
         missing = tuple(range(fold, 48, 3))

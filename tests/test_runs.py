@@ -30,9 +30,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_cosupervise import CoSupervisedTrainer, runs
-from hf_cosupervise import trainer as trainer_module
-from hf_cosupervise.runs import RunFolder, last_checkpoint
+from hf_cosupervise import CoSupervisedTrainer, checkpointing, level_loss, runs
+from hf_cosupervise.checkpointing import last_checkpoint
+from hf_cosupervise.runs import RunFolder
 
 
 class Stop(Exception):
@@ -418,7 +418,7 @@ def fill_up(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Excep
     ("probe", runs, "save_file", SAFE, "level-1/.student-*.safetensors"),
     ("probe", np, "savez", FULL, "level-1/.plan-*.npz"),
     ("probe", os, "replace", FULL, "level-1/stage.json"),
-    ("lora", trainer_module, "save_file", SAFE, "level-1/checkpoint-2/buffers.safetensors"),
+    ("lora", checkpointing, "save_file", SAFE, "level-1/checkpoint-2/buffers.safetensors"),
     ("full", torch, "save", TORCH, "level-0/checkpoint-2/optimizer.pt"),
     ("full", torch, "save", TORCH, "level-1/checkpoint-4/rng_state.pth"),
     ("full", os, "replace", FULL, "level-1/checkpoint-4/digests.json"),
@@ -651,9 +651,9 @@ def test_losses_and_e_step_are_float32_at_any_precision(
         seen["e-step"] |= {student.dtype, teachers.dtype, (student @ student.T).dtype}
         return torch.zeros(len(student), dtype=torch.long)
 
-    plain = trainer_module._pseudolabel_losses
+    plain = level_loss.pseudolabel_losses
     monkeypatch.setattr(
-        trainer_module, "_pseudolabel_losses", lambda logits, targets: loss(logits, targets["target_probs"], None)
+        level_loss, "pseudolabel_losses", lambda logits, targets: loss(logits, targets["target_probs"], None)
     )
     args = make_args(
         tmp_path, student_training=training, learning_rate=1e-2, logging_steps=1, max_steps=3,
@@ -668,8 +668,8 @@ def test_losses_and_e_step_are_float32_at_any_precision(
     assert layers == {torch.bfloat16 if precision == "bf16" else torch.float16}
     assert seen == {"loss": {torch.float32}, "e-step": {torch.float32}} and plain is not None
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 6 and np.isfinite(losses).all() and trainer._loss_sum.dtype is torch.float64
-    for _, log_probs in trainer.predict_log_probs(trainer._rows):
+    assert len(losses) == 6 and np.isfinite(losses).all() and trainer.level_loss.total.dtype is torch.float64
+    for _, log_probs in trainer.predict_log_probs(trainer.student.examples):
         assert log_probs.dtype is torch.float32 and torch.isfinite(log_probs).all()
     if precision == "bf16":
         assert len({loss for loss in losses if float(torch.tensor(loss).bfloat16()) != loss}) > 0

@@ -26,8 +26,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, Teacher, TeacherHierarchy
-from hf_cosupervise import trainer as trainer_module
+from hf_cosupervise import (
+    CoSupervisedConfig,
+    CoSupervisedTrainer,
+    PseudolabelPool,
+    Teacher,
+    TeacherHierarchy,
+    level_loss,
+)
 from hf_cosupervise.inputs import row_keys
 
 pytestmark = pytest.mark.core
@@ -741,19 +747,6 @@ def test_a_ridge_run_twice_in_rounds_and_after_a_crash(tmp_path, tiny_vit, tiny_
     assert CoSupervisedTrainer(tiny_vit, args, pool=pool).train().global_step == 4
 
 
-def test_a_ridge_of_few_kept_rows_is_that_of_many_rejected_ones(tmp_path, tiny_vit, tiny_image_dataset):
-    # the sums over the kept rows are those of all less the rejected ones, or their own: whatever is less work
-    trainer = CoSupervisedTrainer(
-        tiny_vit, make_args(tmp_path, head_solver="ridge"), pool=make_pool(tiny_image_dataset)
-    )
-    features = trainer._features_of(trainer._rows)
-    with_one = np.c_[(features - features.mean(dim=0)).double().numpy(), np.ones(48)]
-    for num_kept in (1, 10, 23, 24, 25, 40, 48):
-        kept = np.sort(np.random.default_rng(num_kept).permutation(48)[:num_kept])
-        found = trainer._gram_of(features, kept).numpy()
-        np.testing.assert_allclose(found, with_one[kept].T @ with_one[kept], rtol=1e-5, atol=1e-4)
-
-
 RIDGE_REFUSED = [
     ({"fit_head_on_features": False}, "`fit_head_on_features` is off"),
     ({"save_strategy": "steps"}, "checkpoints within a level are asked for"),
@@ -843,7 +836,7 @@ def test_sparse_pseudolabels_train_the_same_student(tmp_path, vit_of_many, tiny_
     for number, (fast, sparse) in enumerate(((True, True), (False, True), (False, False))):
         with monkeypatch.context() as patch:
             if not sparse:  # the same pool, by way of all labels
-                patch.setattr(trainer_module, "_pays_sparse", lambda pool, plan: False)
+                patch.setattr(level_loss, "_pays_sparse", lambda pool, plan: False)
             args = make_args(tmp_path / str(number), fit_head_on_features=fast, **changes)
             trainer = CoSupervisedTrainer(vit_of_many, args, pool=pool)
             trainer.train()
