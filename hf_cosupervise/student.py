@@ -17,7 +17,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
-from .config import CoSupervisedConfig
 from .features import FeatureStore
 from .heads import linear_logits
 from .inputs import InputProcessor, find_input_column, find_label_column, read_labels
@@ -29,7 +28,7 @@ from .students import head_gives_logits, linear_head, load_pinned_student, prepa
 def open_student(
     model: Any,
     labels: tuple[str, ...],
-    args: CoSupervisedConfig,
+    args: Any,
     processing_class: Any = None,
     peft_config: LoraConfig | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Any, dict[str, Any]]:
@@ -150,7 +149,7 @@ class Student:
         examples: Dataset,
         input_column: str,
         labels: tuple[str, ...],
-        args: CoSupervisedConfig,
+        args: Any,
         features_dir: Path,
         *,
         processes: Processes | None = None,
