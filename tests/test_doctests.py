@@ -18,7 +18,7 @@ DEFAULT = re.compile(r"^ *(\w+) \(.*\*optional\*, defaults to `?([^`\n]+?)`?\):"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_of_the_docstrings(name):
-    if name == "aggregation" and find_spec("crowdkit") is None:
+    if name in ("aggregation", "method.glad") and find_spec("scipy") is None:
         pytest.skip("Some examples need crowd-kit.")
     assert doctest.testmod(import_module(f"{PACKAGE}.{name}")).failed == 0
 
