@@ -24,10 +24,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = (
-    "metrics", "losses", "teachers", "sparse",
-    "assignment", "consistency", "aggregation", "weighting", "heads", "neighbors", "calibration",
-)  # fmt: skip
+METHOD = sorted(path.stem for path in (ROOT / "hf_cosupervise" / "method").glob("*.py") if path.stem != "__init__")
+MODULES = ("hierarchy", "pool.top_k", *(f"method.{name}" for name in METHOD))
+# whose tests are those of another module
+TESTED_WITH = {"crowds": "aggregation", "published_losses": "losses", "aekd": "weighting", "raven": "weighting"}
 LIMIT = 300  # seconds until a change counts as noticed
 # What is asked too where a module's own tests noticed nothing.
 MORE_TESTS = ["tests/test_bad_input.py", "tests/test_slow_method.py", "tests/test_properties.py"]
@@ -77,7 +77,7 @@ def places(node: ast.AST) -> Iterator[tuple[Any, Any]]:
 
 def mutants(module: str) -> list[tuple[str, int, str, str]]:
     """Give each change of a module as its name, line, description and source."""
-    tree = ast.parse((ROOT / "hf_cosupervise" / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "hf_cosupervise" / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
     found = []
     for container, key in list(places(tree)):
         old = container[key]
@@ -90,8 +90,11 @@ def mutants(module: str) -> list[tuple[str, int, str, str]]:
 
 
 def tests_of(module: str) -> list[str]:
-    examples, defaults = f"examples_of_the_docstrings[{module}]", f"defaults_are_what_the_docstrings_say[{module}.py]"
-    return [f"tests/test_{module}.py", *(f"tests/test_doctests.py::test_{name}" for name in (examples, defaults))]
+    package, _, name = module.rpartition(".")
+    path = module.replace(".", "/")
+    examples, defaults = f"examples_of_the_docstrings[{module}]", f"defaults_are_what_the_docstrings_say[{path}.py]"
+    own = Path("tests", package, f"test_{TESTED_WITH.get(name, name)}.py").as_posix()
+    return [own, *(f"tests/test_doctests.py::test_{name}" for name in (examples, defaults))]
 
 
 def passes(folder: Path, tests: list[str], limit: int) -> bool:

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "teachers": ["Teacher", "TeacherHierarchy"],
-    "hierarchies": ["load_hierarchy", "push_hierarchy"],
-    "pool": ["PseudolabelPool"],
-    "votes": ["hierarchy_from_columns", "read_wrench"],
+    "hierarchy": ["Teacher", "TeacherHierarchy"],
+    "teachers.hub": ["load_hierarchy", "push_hierarchy"],
+    "pool.pseudolabels": ["PseudolabelPool"],
+    "pool.votes": ["hierarchy_from_columns", "read_wrench"],
     "method.label_models": ["LABEL_MODELS", "load_label_model", "make_label_model"],
-    "derived_pools": ["aggregated_pool", "boosted_pool", "calibrated_pool", "smoothed_pool"],
-    "labeling": ["build_pool"],
-    "collator": ["DataCollatorForCoSupervision"],
-    "config": ["CoSupervisedConfig"],
-    "students": ["load_student"],
-    "trainer": ["CoSupervisedTrainer"],
-    "metrics": ["performance_gap_recovered"],
+    "pool.derived": ["aggregated_pool", "boosted_pool", "calibrated_pool", "smoothed_pool"],
+    "teachers.labeling": ["build_pool"],
+    "training.collator": ["DataCollatorForCoSupervision"],
+    "training.config": ["CoSupervisedConfig"],
+    "students.loading": ["load_student"],
+    "training.trainer": ["CoSupervisedTrainer"],
+    "method.metrics": ["performance_gap_recovered"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
@@ -48,17 +48,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .collator import DataCollatorForCoSupervision
-    from .config import CoSupervisedConfig
-    from .derived_pools import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
-    from .hierarchies import load_hierarchy, push_hierarchy
-    from .labeling import build_pool
+    from .hierarchy import Teacher, TeacherHierarchy
     from .method.label_models import LABEL_MODELS, load_label_model, make_label_model
-    from .metrics import performance_gap_recovered
-    from .pool import PseudolabelPool
-    from .students import load_student
-    from .teachers import Teacher, TeacherHierarchy
-    from .trainer import CoSupervisedTrainer
+    from .method.metrics import performance_gap_recovered
+    from .pool.derived import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
+    from .pool.pseudolabels import PseudolabelPool
+    from .students.loading import load_student
+    from .teachers.hub import load_hierarchy, push_hierarchy
+    from .teachers.labeling import build_pool
+    from .training.collator import DataCollatorForCoSupervision
+    from .training.config import CoSupervisedConfig
+    from .training.trainer import CoSupervisedTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-
-from .metrics import without_nan
 
 # Full disk, used-up quota, and a limit on the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -338,3 +337,24 @@ def is_as_written(folder: Path, name: str, digest: str) -> bool:
     """Whether a file is in a folder, not behind a link or a path that leads out of it, and is the one noted."""
     path = folder / name
     return is_inside(path, folder) and path.is_file() and file_digest(path) == digest
+
+
+def without_nan(value: Any) -> Any:
+    """Give numbers as JSON can hold them, for which NaN is no number.
+
+    Args:
+        value (`Any`):
+            A number, or dictionaries and lists of them.
+
+    Returns:
+        `Any`: The same with `None` in place of NaN.
+
+    Examples:
+        >>> without_nan({"pgr": [0.5, float("nan")]})
+        {'pgr': [0.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

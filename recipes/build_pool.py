@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 
 from hf_cosupervise import PseudolabelPool, TeacherHierarchy, build_pool, load_hierarchy
-from hf_cosupervise.hub import open_repo
+from hf_cosupervise.arguments import parse_recipe_args
+from hf_cosupervise.hub.client import open_repo
 from hf_cosupervise.processes import join_processes
-from hf_cosupervise.script_utils import parse_recipe_args
 
 
 @dataclass

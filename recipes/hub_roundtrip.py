@@ -149,7 +149,7 @@ def train_sklearn(labelled: Any, folder: Path) -> None:
     """Train a logistic regression on the pixels and keep it in a folder."""
     from sklearn.linear_model import LogisticRegression
 
-    from hf_cosupervise.labeling import save_sklearn_teacher
+    from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
 
     if folder.exists():
         return
@@ -189,7 +189,7 @@ def push_timm(model: Any, repo_id: str, private: bool) -> None:
 def label(args: argparse.Namespace, folder: Path, known: dict[str, Any]) -> dict[str, Any]:
     """Label the data by teachers that are known by id and commit, and push the pool."""
     from hf_cosupervise import build_pool, load_hierarchy
-    from hf_cosupervise.evaluation import weak_accuracy
+    from hf_cosupervise.evaluation.methods import weak_accuracy
 
     hierarchy = load_hierarchy(f"{args.prefix}-teachers", revision=known["teachers_commit"])
     data = {"dataset": f"{args.prefix}-digits", "revision": known["data_commit"], "oracle_column": "label"}
@@ -204,8 +204,9 @@ def train(args: argparse.Namespace, folder: Path, known: dict[str, Any]) -> dict
     from datasets import load_dataset
 
     from hf_cosupervise import CoSupervisedConfig, PseudolabelPool
-    from hf_cosupervise.evaluation import compare_methods, merge_reports, save_report
-    from hf_cosupervise.plotting import plot_pgr
+    from hf_cosupervise.evaluation.comparison import compare_methods
+    from hf_cosupervise.evaluation.plots import plot_pgr
+    from hf_cosupervise.evaluation.report import merge_reports, save_report
 
     pool = PseudolabelPool.load(f"{args.prefix}-pool", revision=known["pool_commit"])
     test = load_dataset(f"{args.prefix}-digits", revision=known["data_commit"], split="test")

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from hf_cosupervise import LABEL_MODELS, PseudolabelPool, read_wrench
-from hf_cosupervise.aggregation import crowdlab_labels
+from hf_cosupervise.method.crowdlab import crowdlab_labels
 from hf_cosupervise.method.votes import best_labels, count_votes, share_out
-from hf_cosupervise.votes import pool_votes
+from hf_cosupervise.pool.votes import pool_votes
 
 _OTHERS = {"dawid_skene": "DawidSkene", "glad": "GLAD", "mace": "MACE"}
 

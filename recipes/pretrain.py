@@ -15,8 +15,9 @@ from datasets import Dataset
 from torch import nn
 from torch.nn import functional
 
-from hf_cosupervise.inputs import InputProcessor, find_input_column
-from hf_cosupervise.students import linear_head
+from hf_cosupervise.data.columns import find_input_column
+from hf_cosupervise.data.inputs import InputProcessor
+from hf_cosupervise.students.head import linear_head
 
 
 def vicreg(

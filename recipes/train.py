@@ -12,228 +12,39 @@ teachers (with `--teachers_revision`) and student may be ids on the Hub; each is
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars
-from train_teachers import CONTROL, TeacherArguments, control_hierarchy, is_on_hub, train_teachers
+from datasets import disable_progress_bars
+from task import check_run, find_student, label_data, load_split, modality_of, say
+from task_arguments import (
+    DEFAULT_CONFIG,
+    RECIPE_TYPES,
+    DataArguments,
+    RecipeArguments,
+    StudentArguments,
+    TeacherArguments,
+)
+from train_teachers import CONTROL, control_hierarchy, is_on_hub, train_teachers
 from transformers.utils import logging as transformers_logging
 
-from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, TeacherHierarchy, build_pool
-from hf_cosupervise.cards import model_card, write_card
-from hf_cosupervise.config import fields_without
-from hf_cosupervise.derived_pools import calibrated_pool
-from hf_cosupervise.evaluation import (
-    METHODS,
-    compare_methods,
-    format_report,
-    merge_reports,
-    save_report,
-    teacher_accuracies,
-    weak_accuracy,
-)
-from hf_cosupervise.hub import hub_errors, open_repo, resolve_commit
-from hf_cosupervise.inputs import find_input_column, find_label_column, is_text_column
-from hf_cosupervise.plotting import plot_pgr, plot_teacher_shares
+from hf_cosupervise import CoSupervisedConfig, PseudolabelPool
+from hf_cosupervise.arguments import parse_recipe_args, recipe_arguments_to_dict
+from hf_cosupervise.evaluation.comparison import compare_methods
+from hf_cosupervise.evaluation.methods import teacher_accuracies, weak_accuracy
+from hf_cosupervise.evaluation.plots import plot_pgr, plot_teacher_shares
+from hf_cosupervise.evaluation.report import format_report, merge_reports, save_report
+from hf_cosupervise.hub.cards import model_card, write_card
+from hf_cosupervise.hub.client import open_repo
+from hf_cosupervise.pool.derived import calibrated_pool
 from hf_cosupervise.processes import join_processes
-from hf_cosupervise.publishing import describe_teacher
-from hf_cosupervise.script_utils import parse_recipe_args, recipe_arguments_to_dict
-from hf_cosupervise.sources import load_folder, load_splits
-from hf_cosupervise.students import STORY_FILES, push_student
-
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
-
-
-@dataclass
-class DataArguments:
-    """Say which data, and who gets what of it: `permutation(seed)` shares the training split out."""
-
-    dataset: str = field(default="data/digits", metadata={"help": "Folder of `save_to_disk`, or Hub id."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a data set's id."})
-    prepare_dataset: str | None = field(
-        default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split that is shared out."})
-    test_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: what is left over."})
-    num_teacher_examples: int = field(default=400, metadata={"help": "First examples, labelled, for the teachers."})
-    num_pool_examples: int = field(default=1000, metadata={"help": "Unlabelled examples for the student."})
-    pool_from_end: bool = field(
-        default=False, metadata={"help": "Take the pool from the end, not after the teachers'."}
-    )
-    num_heldout_examples: int = field(
-        default=0,
-        metadata={"help": "Labelled examples that neither teachers nor pool see; without `test_split` nor the test."},
-    )
-    split_seed_offset: int = field(default=0, metadata={"help": "Added to the seed of the permutation."})
-    oracle_domain_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with the domain, known to the teachers' training and to analysis only."},
-    )
-
-
-@dataclass
-class StudentArguments:
-    """Say which strong student."""
-
-    student: str | None = field(default=None, metadata={"help": "Folder or Hub id of a pre-trained model."})
-    prepare_student: str | None = field(
-        default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
-    )
-    pretrain: str | None = field(
-        default=None,
-        metadata={"help": "Function of recipes/pretrain.py that makes a student from the unlabelled pool alone."},
-    )
-    pretrain_kwargs: dict = field(default_factory=dict, metadata={"help": "Its arguments."})
-
-
-@dataclass
-class RecipeArguments:
-    """Say what is compared."""
-
-    seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What is compared."})
-    control: bool = field(default=True, metadata={"help": "Also train on one teacher that saw all the labels."})
-    resume: bool = field(
-        default=True,
-        metadata={"help": "Go on with the run in `output_dir`, where there is one; False: refuse such a folder."},
-    )
-    calibrate_teachers: bool = field(
-        default=False, metadata={"help": "Fit a temperature per teacher to the `num_heldout_examples`."}
-    )
-
-
-RECIPE_TYPES = [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig]
-
-
-@dataclass
-class Split:
-    """What one seed makes of the data."""
-
-    labels: list[str]
-    teachers: Dataset
-    pool: Dataset
-    test: Dataset
-    commit: str | None
-    heldout: Dataset
-
-
-def load_split(args: DataArguments, seed: int) -> Split:
-    """Load the data and share it out."""
-    make_folder("prepare", args.prepare_dataset, args.dataset)
-    data, commit = load_data(args)
-    if not isinstance(data, DatasetDict) or args.train_split not in data:
-        raise ValueError(
-            f"`dataset` must have a split '{args.train_split}', got {data}. Name another by `train_split`."
-        )
-    train = data[args.train_split]
-    feature = train.features[find_label_column(train)]
-    if not isinstance(feature, ClassLabel):
-        raise ValueError(f"The label column must be a `ClassLabel`, got {feature}. Use `Dataset.class_encode_column`.")
-    generator = torch.Generator().manual_seed(args.split_seed_offset + seed)
-    order = torch.randperm(len(train), generator=generator).tolist()
-    own, pool, heldout, rest = share_out_rows(order, args)
-    test = data[args.test_split] if args.test_split else train.select(rest)
-    return Split(feature.names, train.select(own), train.select(pool), test, commit, train.select(heldout))
-
-
-def share_out_rows(order: list[int], args: DataArguments) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Give the rows of teachers, pool and held-out examples, and what is left; held-out examples move nobody else."""
-    num_teachers, num_pool, num_heldout = args.num_teacher_examples, args.num_pool_examples, args.num_heldout_examples
-    needed, end = num_teachers + num_pool + num_heldout, len(order) - num_heldout
-    if needed > len(order):
-        who = "Teachers, pool and held-out examples" if num_heldout else "Teachers and pool"
-        raise ValueError(f"{who} need {needed} examples together, got {len(order)} in '{args.train_split}'.")
-    if args.pool_from_end:
-        start = len(order) - num_pool
-        return order[:num_teachers], order[start:], order[num_teachers : num_teachers + num_heldout], []
-    pool, rest = order[num_teachers : num_teachers + num_pool], order[num_teachers + num_pool : end]
-    if num_heldout and not rest and not args.test_split:
-        raise ValueError(
-            f"`num_heldout_examples` must leave some of the {end - num_teachers - num_pool + num_heldout} examples "
-            f"beside teachers and pool to test on, got {num_heldout}. Use fewer, or name a `test_split`."
-        )
-    return order[:num_teachers], pool, order[end:], rest
-
-
-def load_data(args: DataArguments) -> tuple[Any, str | None]:
-    """Open a folder, or a data set of the Hub at one commit."""
-    if Path(args.dataset).is_dir():
-        return load_folder(args.dataset), None
-    what = {"what": "`dataset`", "repo_type": "dataset"}
-    commit = resolve_commit(args.dataset, args.dataset_revision, **what)
-    with PartialState().main_process_first(), hub_errors(repo_id=args.dataset, revision=commit, **what):
-        return load_splits(args.dataset, commit), commit
-
-
-def make_folder(module: str, function: str | None, folder: str) -> None:
-    """Make a folder by a function of a neighbouring script, where it is missing."""
-    if function is not None:
-        make = find_function(module, function)
-        with PartialState().main_process_first():
-            if not Path(folder).exists():
-                make(folder)
-
-
-def find_function(module: str, name: str) -> Callable[..., Any]:
-    """Find a function of a neighbouring script by its name."""
-    found = importlib.import_module(module)
-    known = [
-        key for key, value in vars(found).items() if callable(value) and value.__module__ == module and key != "main"
-    ]
-    if name not in known or name.startswith("_"):
-        public = [key for key in known if not key.startswith("_")]
-        raise ValueError(f"recipes/{module}.py has the functions {public}, got {name!r}.")
-    return getattr(found, name)
-
-
-def say(text: str) -> None:
-    """Tell the user what has been done, once."""
-    if PartialState().is_local_main_process:
-        print(text, flush=True)
-
-
-def label_data(
-    dataset: Dataset,
-    hierarchy: TeacherHierarchy,
-    folder: Path,
-    data_args: DataArguments,
-    quiet: bool,
-    commit: str | None = None,
-) -> PseudolabelPool:
-    """Label data once: now, each process its share, or in an earlier run."""
-    if folder.exists():
-        return PseudolabelPool.load(folder)
-    return build_pool(
-        dataset, hierarchy, output_dir=folder, oracle_column=find_label_column(dataset),
-        oracle_domain_column=data_args.oracle_domain_column, batch_size=256, disable_tqdm=quiet,
-        source=None if commit is None else {"dataset": data_args.dataset, "commit": commit},
-    )  # fmt: skip
-
-
-def find_student(args: StudentArguments, split: Split, folder: Path, seed: int) -> str:
-    """Give the folder or id of the pre-trained student, pre-training one on the pool's inputs where asked for."""
-    if args.student is not None:
-        make_folder("prepare", args.prepare_student, args.student)
-        return args.student
-    if args.pretrain is None:
-        raise ValueError(
-            "A student is needed, got neither `student` nor `pretrain`. Give a folder or Hub id by `student`."
-        )
-    with PartialState().main_process_first():
-        if not folder.exists():
-            unlabelled = split.pool.remove_columns([find_label_column(split.pool)])
-            find_function("pretrain", args.pretrain)(unlabelled, folder, seed=seed, **args.pretrain_kwargs)
-    return str(folder)
+from hf_cosupervise.students.publishing import STORY_FILES, push_student
+from hf_cosupervise.training.publishing import describe_teacher
 
 
 def run_seed(
@@ -287,40 +98,6 @@ def run_seed(
     return report
 
 
-def check_run(folder: Path, facts: dict[str, Any], resume: bool = True) -> None:
-    """See that a folder holds no other run, and write down which one this is."""
-    path = folder / "_run" / "config.json"
-    if path.is_file() and not resume:
-        raise FileExistsError(
-            f"'{folder}' must not hold a run where `resume` is off, got one. Choose another `output_dir`, or go on "
-            "with it by `--resume`."
-        )
-    if path.is_file():
-        # A field that is new since then had its default.
-        known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
-        facts = {key: facts.get(key, value) for key, value in known.items()} | facts
-        told_elsewhere = {"seeds", "resume"} | fields_without("publish") - {"use_cpu"}
-        different = sorted(
-            key for key in {*known, *facts} - told_elsewhere
-            if known.get(key) != facts.get(key)
-        )  # fmt: skip
-        if different:
-            changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)
-            raise FileExistsError(
-                f"'{folder}' must hold this run or none, got another one ({changes}). Choose another `output_dir`."
-            )
-        return
-    if any(found.is_file() for found in folder.rglob("*")):  # folders alone are left by a run that died early
-        raise FileExistsError(
-            f"'{folder}' must be a run's folder or not exist, got other files. Choose another `output_dir`."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # a run that dies now leaves no file in the folder
-        whole = Path(place, path.name)
-        whole.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        whole.replace(path)
-
-
 def finish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Put the student of one seed, its history, the report, figures and the card where a user looks for them."""
     seed_dir = folder / "_run" / f"seed-{seed}"
@@ -364,13 +141,6 @@ def finish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any
         "versions": {name: version(name) for name in ("hf_cosupervise", "transformers", "torch", "datasets")},
     }
     write_card(model_card(card), folder)
-
-
-def modality_of(pool: PseudolabelPool) -> str | None:
-    """Tell what the pool's inputs are, None where it holds none."""
-    if pool.inputs is None:
-        return None
-    return "text" if is_text_column(pool.inputs, find_input_column(pool.inputs)) else "image"
 
 
 def open_target(config: CoSupervisedConfig) -> str | None:

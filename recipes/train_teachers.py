@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,84 +23,19 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL.Image import Resampling, getmodebase
+from task_arguments import TeacherArguments
 from torch.nn import functional
 
 from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, build_pool, load_hierarchy, push_hierarchy
-from hf_cosupervise.evaluation import teacher_accuracies
-from hf_cosupervise.hub import open_repo
-from hf_cosupervise.inputs import (
-    InputProcessor,
-    find_input_column,
-    find_label_column,
-    is_text_column,
-    read_labels,
-    to_pil,
-)
-from hf_cosupervise.labeling import save_sklearn_teacher
+from hf_cosupervise.data.columns import find_input_column, find_label_column, is_text_column, read_labels
+from hf_cosupervise.data.inputs import InputProcessor, to_pil
+from hf_cosupervise.evaluation.methods import teacher_accuracies
+from hf_cosupervise.hub.client import open_repo
+from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
 
 CONTROL = "all-labels"
 # Images that tell whether a data set is in colour.
 _NUM_LOOKED_AT = 100
-
-
-@dataclass
-class TeacherArguments:
-    """Say what kind of teachers are trained, how weak, and who knows what."""
-
-    teacher_kind: str = field(
-        default="transformers",
-        metadata={"help": "'transformers' (from a configuration) or 'sklearn' (kept by skops)."},
-    )
-    teacher_model: str = field(
-        default="resnet",
-        metadata={
-            "help": "A model type of transformers such as 'resnet', or a class such as 'tree.DecisionTreeClassifier'."
-        },
-    )
-    teacher_kwargs: dict = field(
-        default_factory=dict, metadata={"help": "Arguments of the configuration or of the scikit-learn class."}
-    )
-    teacher_vectorizer: str | None = field(
-        default=None,
-        metadata={"help": "Class that makes a text's features, such as 'feature_extraction.text.TfidfVectorizer'."},
-    )
-    teacher_vectorizer_kwargs: dict = field(default_factory=dict, metadata={"help": "Its arguments."})
-    teacher_num_examples: int | None = field(
-        default=None, metadata={"help": "Labelled examples per teacher, drawn from its scope. Default: all of them."}
-    )
-    teacher_steps: int = field(default=300, metadata={"help": "Optimizer steps of a transformers teacher."})
-    teacher_learning_rate: float = field(default=1e-2, metadata={"help": "Adam's learning rate for such a teacher."})
-    teacher_processor: dict = field(
-        default_factory=dict, metadata={"help": "Arguments of such a teacher's image processor, `class` among them."}
-    )
-    teacher_feature: dict = field(
-        default_factory=dict,
-        metadata={"help": "How an example becomes a scikit-learn teacher's features: kind, size …"},
-    )
-    teacher_trusted_types: list[str] = field(
-        default_factory=list, metadata={"help": "Types in a skops file that you trust beyond those that skops does."}
-    )
-    level_sizes: list[int] = field(
-        default_factory=lambda: [1, 2, 5],
-        metadata={"help": "Teachers per level; each level shares the task out evenly."},
-    )
-    specialize_by: str = field(default="label", metadata={"help": "Share out the 'label's or the 'domain's."})
-    teachers: list[dict] = field(
-        default_factory=list,
-        metadata={
-            "help": "Teachers that need no training: the fields of `Teacher` of each, `kind: column` for people."
-        },
-    )
-    teachers_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder where the teachers are, or are put; with `teachers_revision` a hierarchy's id on the Hub. "
-            "Default: in the run."
-        },
-    )
-    teachers_revision: str | None = field(
-        default=None, metadata={"help": "Branch (such as 'main'), tag or commit of teachers on the Hub."}
-    )
 
 
 def train_teachers(
@@ -340,9 +275,10 @@ def publish(
 
 def main() -> None:
     """Train the teachers of the first seed of a recipe."""
-    from train import DEFAULT_CONFIG, RECIPE_TYPES, load_split
+    from task import load_split
+    from task_arguments import DEFAULT_CONFIG, RECIPE_TYPES
 
-    from hf_cosupervise.script_utils import parse_recipe_args
+    from hf_cosupervise.arguments import parse_recipe_args
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RuntimeError("Teachers are trained by one process, got several. Start it by `python`.")

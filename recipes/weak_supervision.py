@@ -30,10 +30,10 @@ from hf_cosupervise import (
     hierarchy_from_columns,
     make_label_model,
 )
+from hf_cosupervise.arguments import parse_recipe_args
 from hf_cosupervise.method.label_model import LabelModel
 from hf_cosupervise.method.votes import best_labels, information
-from hf_cosupervise.script_utils import parse_recipe_args
-from hf_cosupervise.votes import pool_votes
+from hf_cosupervise.pool.votes import pool_votes
 
 
 @dataclass

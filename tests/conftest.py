@@ -120,7 +120,7 @@ def tiny_bert(tiny_folder: Path) -> str:
 def tiny_sklearn(tiny_folder: Path, tiny_image_dataset: Dataset) -> str:
     """Folder of a logistic regression on the pixels of the tiny images."""
     linear_model = pytest.importorskip("sklearn.linear_model")
-    from hf_cosupervise.labeling import save_sklearn_teacher
+    from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
 
     folder = tiny_folder / "sklearn"
     pixels = np.stack([np.asarray(image).ravel() / 255 for image in tiny_image_dataset["image"]])

@@ -24,12 +24,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import pretrain  # noqa: E402
+import task  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
 import train_teachers  # noqa: E402
 
 from hf_cosupervise import CoSupervisedTrainer  # noqa: E402
-from hf_cosupervise.head_fitter import HeadFitter  # noqa: E402
+from hf_cosupervise.training.head_fitter import HeadFitter  # noqa: E402
 
 KINDS = ("clock", "rename", "head")
 
@@ -69,10 +70,10 @@ def watch_stages(journal: Path) -> None:
     train.train_teachers = around(train_teachers.train_teachers, after=told("end", lambda *a: "teachers"))
     pretrain.vicreg = around(pretrain.vicreg, before=told("begin", lambda *a, **k: "student"))
     pretrain.vicreg.__module__ = "pretrain"
-    train.find_student = around(train.find_student, after=told("end", lambda *a: "student"))
+    task.find_student = around(train.find_student, after=told("end", lambda *a: "student"))
     key = told("begin", lambda *args, output_dir, **kwargs: f"pool {output_dir}")
-    train.build_pool = around(
-        train.build_pool, before=key, after=told("end", lambda *args, output_dir, **kwargs: f"pool {output_dir}")
+    task.build_pool = around(
+        task.build_pool, before=key, after=told("end", lambda *args, output_dir, **kwargs: f"pool {output_dir}")
     )
     CoSupervisedTrainer.train_level = around(CoSupervisedTrainer.train_level, before=told("begin", level))
     CoSupervisedTrainer.finish_level = around(CoSupervisedTrainer.finish_level, after=told("end", level))

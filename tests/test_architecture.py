@@ -12,59 +12,32 @@ import pytest
 
 PACKAGE = "hf_cosupervise"
 PACKAGE_DIR = Path(__file__).resolve().parents[1] / PACKAGE
-FLOORS = {
-    1: ("files", "method", "metrics", "losses", "strict_yaml", "teachers", "sparse"),
-    2: ("assignment", "consistency", "aggregation", "weighting", "heads", "neighbors", "calibration"),
-    3: (
-        "processes",
-        "hub",
-        "model_files",
-        "checkpoints",
-        "hierarchies",
-        "pool_files",
-        "sources",
-        "inputs",
-        "pool",
-        "derived_pools",
-        "votes",
-        "journal",
-        "teacher_models",
-        "labeling",
-        "features",
-        "collator",
-        "card_merging",
-        "cards",
-    ),
-    4: (
-        "inherited",
-        "config",
-        "students",
-        "student",
-        "publishing",
-        "callbacks",
-        "plan_rules",
-        "levels",
-        "level_loss",
-        "head_fitter",
-        "checks",
-        "advice",
-        "checkpointing",
-        "runs",
-        "training_run",
-        "trainer",
-        "evaluation",
-    ),
-    5: ("script_utils", "plotting"),
-}
-FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+# Packages and modules at the top, from the top floor down: each imports only from floors below its own.
+FLOORS = (
+    ("evaluation", "arguments"),
+    ("training",),
+    ("students",),
+    ("teachers",),
+    ("pool",),
+    ("models", "data"),
+    ("method",),
+    ("hub",),
+    ("hierarchy",),
+    ("files", "processes", "strict_yaml"),
+)
+HEIGHT = {name: len(FLOORS) - number for number, names in enumerate(FLOORS) for name in names}
 HEAVY = {"datasets", "transformers", "accelerate"}
 
-# A package counts as one module.
-PACKAGES = ("method",)
-MODULES = sorted(path.stem for path in PACKAGE_DIR.glob("*.py") if path.stem != "__init__")
-FILES = sorted(str(path.relative_to(PACKAGE_DIR)) for path in PACKAGE_DIR.rglob("*.py"))
+FILES = sorted(path.relative_to(PACKAGE_DIR).as_posix() for path in PACKAGE_DIR.rglob("*.py"))
 SOURCES = {name: (PACKAGE_DIR / name).read_text(encoding="utf-8") for name in FILES}
-LOW_MODULES = [module for module in MODULES if FLOOR_OF.get(module, 9) <= 2]
+# `training.trainer` for `training/trainer.py`; a package is not a module, and the metric is loaded by `evaluate`
+MODULES = {
+    name.removesuffix(".py").replace("/", "."): source
+    for name, source in SOURCES.items()
+    if not name.endswith("__init__.py") and not name.startswith("metric_modules/")
+}
+PACKAGES = sorted(name.removesuffix("/__init__.py") for name in FILES if name.endswith("/__init__.py"))
+METHOD = [module for module in MODULES if module.startswith("method.")]
 
 
 # ── what a piece of source says ─────────────────────────────────────────────────────────────────────────────────────
@@ -78,36 +51,48 @@ def dotted_name(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def imported_names(source: str) -> set[str]:
+def imported_names(module: str, source: str) -> set[str]:
     """Absolute dotted names of everything imported anywhere, in functions and under TYPE_CHECKING too."""
+    here = [PACKAGE, *module.split(".")]
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = f"{PACKAGE}.{base}".rstrip(".")
+            base = ".".join([*here[: len(here) - node.level], *filter(None, [node.module])])
+            base = base if node.level else node.module or ""
             names |= {f"{base}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and dotted_name(node.func).split(".")[-1] in ("import_module", "__import__"):
             names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
     return names
 
 
-def package_imports(source: str) -> set[str]:
-    """Modules of the package that a source imports; a public name taken from the package itself counts as itself."""
-    own = (name.split(".") for name in imported_names(source))
-    return {parts[1] for parts in own if parts[0] == PACKAGE and len(parts) > 1} - {"__version__"}
+def own_imports(module: str, source: str) -> set[str]:
+    """Modules of the house that a module imports; what is none of them counts as it is written."""
+    found = set()
+    for name in imported_names(module, source):
+        parts = name.split(".")
+        if parts[0] != PACKAGE or parts[1:] == ["__version__"]:
+            continue
+        dotted = (".".join(parts[1:end]) for end in range(len(parts), 1, -1))
+        found.add(next((known for known in dotted if known in MODULES), ".".join(parts[1:])))
+    return found
+
+
+def floor_of(module: str) -> str:
+    """The package, or the module itself where it stands at the top."""
+    return module.split(".")[0]
 
 
 def upward_imports(module: str, source: str) -> list[str]:
-    """Imports of a higher floor, or of something that is no module of the house."""
-    here = FLOOR_OF.get(module, 0)
-    return sorted(name for name in package_imports(source) if FLOOR_OF.get(name, 99) > here)
+    """Imports of another room that is not below, or of something that is no module of the house."""
+    here = floor_of(module)
+    others = [name for name in own_imports(module, source) if floor_of(name) != here or name not in MODULES]
+    return sorted(name for name in others if name not in MODULES or HEIGHT.get(floor_of(name), 99) >= HEIGHT[here])
 
 
 def heavy_imports(source: str) -> set[str]:
-    return {name.split(".")[0] for name in imported_names(source)} & HEAVY
+    return {name.split(".")[0] for name in imported_names("", source)} & HEAVY
 
 
 def trainer_subclasses(source: str) -> list[str]:
@@ -198,64 +183,63 @@ def find_circle(arrows: dict[str, set[str]]) -> list[str]:
     return []
 
 
+ARROWS = {module: own_imports(module, source) for module, source in MODULES.items()}
+
+
 # ── the house ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_floors_1_and_2_are_there():
-    missing = [name for floor in (1, 2) for name in FLOORS[floor] if name not in (*MODULES, *PACKAGES)]
-    assert not missing
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_every_module_has_a_floor(module):
-    assert module in FLOOR_OF, f"{module}.py stands on no floor: add it to FLOORS"
+def test_every_room_has_a_floor():
+    rooms = {floor_of(module) for module in MODULES}
+    assert rooms == set(HEIGHT), "add a new room to FLOORS, or take a room that is gone out"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_only_go_down(module):
-    upward = upward_imports(module, SOURCES[f"{module}.py"])
-    assert not upward, f"{module}.py imports {upward}"
+    upward = upward_imports(module, MODULES[module])
+    assert not upward, f"{module} imports {upward}"
 
 
-@pytest.mark.parametrize("module", LOW_MODULES)
-def test_floors_1_and_2_never_import_hugging_face(module):
-    assert not heavy_imports(SOURCES[f"{module}.py"])
+def test_no_circle():
+    assert find_circle(ARROWS) == []
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("method/")])
-def test_the_method_imports_only_itself(name):
-    own = {f"{PACKAGE}.{found}" for found in package_imports(SOURCES[name])}
-    files = {f"{PACKAGE}.{Path(other).stem}" for other in FILES if other.startswith("method/")}
-    assert own <= files and not heavy_imports(SOURCES[name])
+@pytest.mark.parametrize("module", METHOD)
+def test_the_method_never_imports_hugging_face(module):
+    assert not heavy_imports(MODULES[module])
 
 
-def test_importing_floors_1_and_2_loads_nothing_of_hugging_face():
-    # the source may be clean while the package's __init__ pulls everything in
-    modules = ", ".join(f"{PACKAGE}.{module}" for module in LOW_MODULES)
+def test_importing_the_method_loads_nothing_of_hugging_face():
+    # the source may be clean while an `__init__` pulls everything in
+    modules = ", ".join(f"{PACKAGE}.{module}" for module in METHOD)
     code = f"import sys, {modules}; sys.exit(' '.join({HEAVY} & sys.modules.keys()) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE_DIR.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_no_circle():
-    arrows = {module: package_imports(SOURCES[f"{module}.py"]) for module in MODULES}
-    arrows["pool"].discard("votes")  # methods that are doors to what is made of pools
-    assert find_circle(arrows) == []
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_nothing_of_the_house(package):
+    # a name has one place to be imported from, and importing one module loads no other
+    if package != "metric_modules":
+        source = SOURCES[f"{package}/__init__.py"]
+        assert ast.get_docstring(ast.parse(source)) and not imported_names(package, source)
 
 
 def test_only_the_trainer_subclasses_trainer():
     subclasses = {name: trainer_subclasses(source) for name, source in SOURCES.items()}
-    assert [name for name, classes in subclasses.items() if classes and name != "trainer.py"] == []
+    assert [name for name, classes in subclasses.items() if classes] == ["training/trainer.py"]
 
 
-def test_the_trainer_never_reaches_labeling():
-    arrows = {module: package_imports(SOURCES[f"{module}.py"]) for module in MODULES}
-    assert not {"labeling", "teacher_models"} & reachable("trainer", arrows)
+def test_training_never_reaches_a_teacher():
+    # not even by way of a student: a pool is bought once, and trained on where no teacher can be loaded
+    training = [module for module in MODULES if module.startswith("training.")]
+    reached = {name for module in training for name in reachable(module, ARROWS)}
+    assert training and not [name for name in reached if floor_of(name) == "teachers"]
 
 
-def test_only_labeling_runs_a_teacher():
-    users = [module for module in MODULES if "teacher_models" in package_imports(SOURCES[f"{module}.py"])]
-    assert users == ["labeling"]
+def test_only_teachers_run_a_teacher():
+    users = {module for module, below in ARROWS.items() for name in below if name.startswith("teachers.kinds.")}
+    assert {floor_of(module) for module in users} == {"teachers"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -271,7 +255,7 @@ def test_public_names_are_documented_and_everything_is_typed(name):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_says_what_it_is_for(module):
-    assert ast.get_docstring(ast.parse(SOURCES[f"{module}.py"]))
+    assert ast.get_docstring(ast.parse(MODULES[module]))
 
 
 # ── the readers above, on sources that break each rule ──────────────────────────────────────────────────────────────
@@ -280,14 +264,18 @@ def test_every_module_says_what_it_is_for(module):
 @pytest.mark.parametrize(
     ("module", "source", "expected"),
     [
-        ("metrics", "from .assignment import fall_back", ["assignment"]),
-        ("metrics", "from hf_cosupervise.pool import PseudolabelPool", ["pool"]),
-        ("metrics", "import hf_cosupervise.trainer as t", ["trainer"]),
-        ("consistency", "def f():\n    from . import pool", ["pool"]),
-        ("consistency", "from . import metrics, __version__", []),
-        ("consistency", "import importlib\nimportlib.import_module('hf_cosupervise.trainer')", ["trainer"]),
-        ("cards", "from hf_cosupervise import CoSupervisedTrainer", ["CoSupervisedTrainer"]),
-        ("trainer", "from .pool import PseudolabelPool\nimport torch", []),
+        ("method.metrics", "from ..pool.pseudolabels import PseudolabelPool", ["pool.pseudolabels"]),
+        ("method.metrics", "from hf_cosupervise.pool.files import HEADER", ["pool.files"]),
+        ("method.metrics", "import hf_cosupervise.training.trainer as t", ["training.trainer"]),
+        ("method.metrics", "from .assignment import fall_back", []),
+        ("method.rejection", "def f():\n    from ..pool import ids", ["pool.ids"]),
+        ("method.rejection", "from .. import hierarchy, __version__", []),
+        ("method.rejection", "import_module('hf_cosupervise.training.plan')", ["training.plan"]),
+        ("data.inputs", "from ..models.source import ModelSource", ["models.source"]),
+        ("hub.cards", "from hf_cosupervise import CoSupervisedTrainer", ["CoSupervisedTrainer"]),
+        ("teachers.kinds.timm", "from ...models.source import ModelSource\nfrom .base import TeacherModel", []),
+        ("teachers.kinds.timm", "from ...students.loading import load_student", ["students.loading"]),
+        ("training.trainer", "from ..pool.pseudolabels import PseudolabelPool\nimport torch", []),
     ],
 )
 def test_reader_of_upward_imports(module, source, expected):

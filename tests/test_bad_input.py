@@ -31,9 +31,17 @@ from hf_cosupervise import (
     load_student,
     push_hierarchy,
 )
-from hf_cosupervise import losses as losses_module
-from hf_cosupervise.aggregation import AGGREGATORS, aggregate, crowdlab, dawid_skene, majority_vote, mean_logits
-from hf_cosupervise.assignment import (
+from hf_cosupervise.arguments import parse_recipe_args, read_recipe_config
+from hf_cosupervise.data.columns import find_input_column, find_label_column, is_text_column, read_labels
+from hf_cosupervise.data.inputs import InputProcessor, RowError, to_pil
+from hf_cosupervise.evaluation.methods import method_pool, teacher_accuracies
+from hf_cosupervise.evaluation.plots import plot_pgr, plot_reliability
+from hf_cosupervise.files import check_free
+from hf_cosupervise.method import losses as losses_module
+from hf_cosupervise.method import published_losses
+from hf_cosupervise.method.aekd import aekd_weights, min_norm_weights
+from hf_cosupervise.method.aggregation import AGGREGATORS, aggregate, dawid_skene, majority_vote, mean_logits
+from hf_cosupervise.method.assignment import (
     agreement_scores,
     assign_by_agreement,
     assign_by_chance,
@@ -43,8 +51,19 @@ from hf_cosupervise.assignment import (
     fall_back,
     oracle_assign_by_loss,
 )
-from hf_cosupervise.calibration import apply_temperature, fit_temperature
-from hf_cosupervise.consistency import (
+from hf_cosupervise.method.calibration import apply_temperature, fit_temperature
+from hf_cosupervise.method.crowdlab import crowdlab
+from hf_cosupervise.method.metrics import (
+    accuracy,
+    deception_score,
+    expected_calibration_error,
+    group_accuracies,
+    mean_and_spread,
+    oracle_selection,
+)
+from hf_cosupervise.method.neighbors import mean_over_neighbors, nearest_neighbors
+from hf_cosupervise.method.raven import fit_raven
+from hf_cosupervise.method.rejection import (
     check_top_k_value,
     in_top_k,
     parent_confident,
@@ -53,41 +72,12 @@ from hf_cosupervise.consistency import (
     select_consistent,
     vote_entropy,
 )
-from hf_cosupervise.derived_pools import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
-from hf_cosupervise.evaluation import method_pool, teacher_accuracies
-from hf_cosupervise.files import check_free
-from hf_cosupervise.inputs import (
-    InputProcessor,
-    RowError,
-    find_input_column,
-    find_label_column,
-    is_text_column,
-    read_labels,
-    to_pil,
-)
-from hf_cosupervise.journal import Journal
-from hf_cosupervise.metrics import (
-    accuracy,
-    deception_score,
-    expected_calibration_error,
-    group_accuracies,
-    mean_and_spread,
-    oracle_selection,
-)
-from hf_cosupervise.neighbors import mean_over_neighbors, nearest_neighbors
-from hf_cosupervise.plotting import plot_pgr, plot_reliability
-from hf_cosupervise.pool import match_ids
-from hf_cosupervise.pool_files import teacher_dataset
-from hf_cosupervise.script_utils import parse_recipe_args, read_recipe_config
-from hf_cosupervise.sparse import check_top_k, decode_top_k, dropped_mass, encode_top_k, scale_top_k
-from hf_cosupervise.weighting import (
-    aekd_weights,
-    boosting_weights,
-    fit_raven,
-    min_norm_weights,
-    weighted_mean_probs,
-    weighted_vote,
-)
+from hf_cosupervise.method.weighting import boosting_weights, weighted_mean_probs, weighted_vote
+from hf_cosupervise.pool.derived import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
+from hf_cosupervise.pool.files import teacher_dataset
+from hf_cosupervise.pool.ids import match_ids
+from hf_cosupervise.pool.top_k import check_top_k, decode_top_k, dropped_mass, encode_top_k, scale_top_k
+from hf_cosupervise.teachers.progress import Progress
 
 LABELS = ["a", "b", "c"]
 IDS = ["w", "x", "y", "z"]
@@ -203,7 +193,7 @@ def label(folder: Path, data: Any = None, own: TeacherHierarchy | None = None, *
 
 
 def begun(folder: Path, plan: str) -> None:
-    journal = Journal(folder, 4, 2, np.dtype(np.uint8))
+    journal = Progress(folder, 4, 2, np.dtype(np.uint8))
     write(folder / "plan.json", plan)
     try:
         journal.open({"rows": 4})
@@ -392,7 +382,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("hard labels of other examples", ValueError, lambda _: losses_module.hard_cross_entropy(LOGS, tensor([0, 1])),
      "`logits` (num_examples, num_labels) and `labels` (num_examples,) … (2,). Give both for the same examples."),
     ("a label of AdaptConf that does not exist", ValueError,
-     lambda _: losses_module.adapt_conf(LOGS, tensor([0, 1, 3])),
+     lambda _: published_losses.adapt_conf(LOGS, tensor([0, 1, 3])),
      "`labels` must lie in 0..2, got 0..3. Leave out examples without a label."),
     ("a named label that does not exist", ValueError,
      lambda _: losses_module.sparse_soft_cross_entropy(LOGS, THREE[:, None] - 1, torch.ones(3, 1), torch.zeros(3)),
@@ -403,38 +393,38 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("a rest for one example only", ValueError,
      lambda _: losses_module.sparse_soft_cross_entropy(LOGS, THREE[:, None], torch.ones(3, 1), torch.zeros(1)),
      "`rest_probs` must have shape (3,), got (1,). Give one per example."),
-    ("a memory of less than nothing", ValueError, lambda _: losses_module.EarlyLearningRegularization(-1, 2),
+    ("a memory of less than nothing", ValueError, lambda _: published_losses.EarlyLearningRegularization(-1, 2),
      "`num_examples` must be a whole number of at least 0, got -1. Give the pool's."),
-    ("a memory of half a label", ValueError, lambda _: losses_module.EarlyLearningRegularization(3, 1.5),
+    ("a memory of half a label", ValueError, lambda _: published_losses.EarlyLearningRegularization(3, 1.5),
      "`num_labels` must be a whole number of at least 0, got 1.5. Give the pool's."),
     ("a power that is a text", ValueError,
-     lambda _: losses_module.product_loss(torch.zeros(1, 2), torch.ones(1, 2), alpha="1"),
+     lambda _: published_losses.product_loss(torch.zeros(1, 2), torch.ones(1, 2), alpha="1"),
      "`alpha` must be at least 0, got '1'. Leave it out for 1."),
-    ("a single row of logits", ValueError, lambda _: losses_module.kl_divergence(torch.zeros(2), torch.zeros(2)),
+    ("a single row of logits", ValueError, lambda _: published_losses.kl_divergence(torch.zeros(2), torch.zeros(2)),
      "`logits` and `target_probs` must have one shape … (2,). Pass a probability for each label."),
     ("a temperature of zero", ValueError,
-     lambda _: losses_module.kl_divergence(torch.zeros(1, 2), torch.ones(1, 2), temperature=0),
+     lambda _: published_losses.kl_divergence(torch.zeros(1, 2), torch.ones(1, 2), temperature=0),
      "`temperature` must be above 0, got 0. Leave it out for 1."),
     ("a q above one", ValueError,
-     lambda _: losses_module.generalized_cross_entropy(torch.zeros(1, 2), torch.ones(1, 2), q=2),
+     lambda _: published_losses.generalized_cross_entropy(torch.zeros(1, 2), torch.ones(1, 2), q=2),
      "`q` must be above 0 and at most 1, got 2. Leave it out for 0.7."),
     ("a weight above one", ValueError,
-     lambda _: losses_module.confidence_loss(torch.zeros(1, 2), torch.ones(1, 2), weight=2),
+     lambda _: published_losses.confidence_loss(torch.zeros(1, 2), torch.ones(1, 2), weight=2),
      "`weight` must be at least 0 and at most 1, got 2. The published value is 0.5 after `linear_warmup`."),
     ("a power below zero", ValueError,
-     lambda _: losses_module.product_loss(torch.zeros(1, 2), torch.ones(1, 2), alpha=-1),
+     lambda _: published_losses.product_loss(torch.zeros(1, 2), torch.ones(1, 2), alpha=-1),
      "`alpha` must be at least 0, got -1. Leave it out for 1."),
-    ("steps beyond the last", ValueError, lambda _: losses_module.linear_warmup(2),
+    ("steps beyond the last", ValueError, lambda _: published_losses.linear_warmup(2),
      "`fraction_done` must be at least 0 and at most 1, got 2. Pass the steps done over all steps."),
     ("losses of nothing", ValueError, lambda _: losses_module.weighted_mean(tensor([])),
      "`losses` and `weights` must have one shape (num_examples,) … got (0,) and None. Leave out empty batches."),
     ("weights that are all zero", ValueError, lambda _: losses_module.weighted_mean(tensor([1.0]), tensor([0.0])),
      "`weights` must be finite, at least 0 and not all 0, got … out the batches whose examples all weigh 0."),
     ("rows that the memory does not have", ValueError,
-     lambda _: losses_module.EarlyLearningRegularization(3, 2)(torch.zeros(1, 2), torch.ones(1, 2), tensor([7])),
+     lambda _: published_losses.EarlyLearningRegularization(3, 2)(torch.zeros(1, 2), torch.ones(1, 2), tensor([7])),
      "`rows` must lie in 0..2, got 7..7. Number the training rows from 0, and make a memory for all of them."),
     ("teachers that are not stacked", ValueError,
-     lambda _: losses_module.evidential_loss(torch.zeros(1, 2), torch.ones(1, 2), ALL[:1, :1], 0.0),
+     lambda _: published_losses.evidential_loss(torch.zeros(1, 2), torch.ones(1, 2), ALL[:1, :1], 0.0),
      "`teacher_probs` (num_examples, num_teachers, num_labels) … (1, 1). Stack the teachers in dimension 1."),
     # aggregators and weights
     ("an unknown aggregator", ValueError, lambda _: aggregate(EVEN, ALL, "best"),

@@ -23,8 +23,8 @@ from test_trainer import make_args, make_pool
 from transformers import TrainerCallback
 
 from hf_cosupervise import CoSupervisedTrainer, processes
-from hf_cosupervise.features import FeatureStore
-from hf_cosupervise.runs import RunFolder
+from hf_cosupervise.students.features import FeatureStore
+from hf_cosupervise.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
@@ -266,9 +266,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/training"]
 from datasets import load_from_disk
-from hf_cosupervise.features import FeatureStore
+from hf_cosupervise.students.features import FeatureStore
 from test_distributed import Die, die_in_features, run
 
 student, data, folder, place, rank = sys.argv[1:]

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
-from test_architecture import LOW_MODULES, PACKAGE, SOURCES
+from test_architecture import METHOD, PACKAGE, SOURCES
 
 NAMES = sorted(name.removesuffix(".py").replace("/", ".") for name, source in SOURCES.items() if ">>>" in source)
 DEFAULT = re.compile(r"^ *(\w+) \(.*\*optional\*, defaults to `?([^`\n]+?)`?\):", re.MULTILINE)
@@ -24,7 +24,7 @@ def test_examples_of_the_docstrings(name):
 
 
 def test_the_method_has_examples():
-    assert set(LOW_MODULES) - set(NAMES) == set()
+    assert set(METHOD) - set(NAMES) == set()
 
 
 def documented_defaults(tree: ast.Module) -> Iterator[tuple[str, str, ast.expr | None]]:

@@ -28,11 +28,11 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from test_features import Counter, bits_in, names_in
 
-from hf_cosupervise import features as features_module
-from hf_cosupervise.journal import Journal
-from hf_cosupervise.labeling import build_pool
-from hf_cosupervise.pool import PseudolabelPool
-from hf_cosupervise.teachers import Teacher, TeacherHierarchy
+from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
+from hf_cosupervise.pool.pseudolabels import PseudolabelPool
+from hf_cosupervise.students import features as features_module
+from hf_cosupervise.teachers.labeling import build_pool
+from hf_cosupervise.teachers.progress import Progress
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
 NUM_ROWS, BATCH = 48, 8
@@ -193,7 +193,7 @@ class Labelling:
         """The batches that are on disk, as the log names them."""
         if self.folder.exists():
             return {f"{name} {row}" for name in "abc" for row in range(0, NUM_ROWS, BATCH)}
-        journal = Journal(self.unfinished, NUM_ROWS, 3, np.dtype(np.uint8))
+        journal = Progress(self.unfinished, NUM_ROWS, 3, np.dtype(np.uint8))
         return {f"{name} {segment.start}" for name in "abc" for segment in journal.segments(name)}
 
     def go_on(self) -> None:

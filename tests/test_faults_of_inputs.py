@@ -19,26 +19,21 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from hf_cosupervise import inputs as inputs_module
-from hf_cosupervise import pool as pool_module
-from hf_cosupervise.derived_pools import aggregated_pool
-from hf_cosupervise.features import FeatureStore
-from hf_cosupervise.inputs import (
-    InputProcessor,
-    RowError,
-    cell_digest,
-    cell_digests,
-    has_input,
-    read_labels,
-    row_keys,
-    to_pil,
-)
-from hf_cosupervise.labeling import build_pool, load_teacher, save_sklearn_teacher
-from hf_cosupervise.pool import PseudolabelPool
+from hf_cosupervise.data import inputs as inputs_module
+from hf_cosupervise.data.columns import cell_digest, cell_digests, has_input, read_labels, row_keys
+from hf_cosupervise.data.inputs import InputProcessor, RowError, to_pil
+from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
+from hf_cosupervise.pool import pseudolabels as pool_module
+from hf_cosupervise.pool.derived import aggregated_pool
+from hf_cosupervise.pool.pseudolabels import PseudolabelPool
 from hf_cosupervise.processes import Processes
 from hf_cosupervise.strict_yaml import dump_yaml, parse_json, parse_yaml
-from hf_cosupervise.students import linear_head, load_student
-from hf_cosupervise.teachers import Teacher, TeacherHierarchy
+from hf_cosupervise.students.features import FeatureStore
+from hf_cosupervise.students.head import linear_head
+from hf_cosupervise.students.loading import load_student
+from hf_cosupervise.teachers.kinds.loading import load_teacher
+from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
+from hf_cosupervise.teachers.labeling import build_pool
 
 quiet_pool = partial(build_pool, disable_tqdm=True)
 AB = ["a", "b"]
@@ -603,7 +598,7 @@ def test_labels_are_compared_once_each() -> None:
             compared[0] += 1
             return str.__eq__(self, other)  # type: ignore[arg-type]
 
-    from hf_cosupervise.teacher_models import label_finder
+    from hf_cosupervise.teachers.kinds.base import label_finder
 
     counts = []
     for num in (200, 400):
@@ -616,7 +611,7 @@ def test_labels_are_compared_once_each() -> None:
 
 @pytest.mark.parametrize("method", ["mean_probs", "mean_logits", "majority_vote"])
 def test_aggregation_decodes_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    from hf_cosupervise import derived_pools
+    from hf_cosupervise.pool import derived
 
     rng = np.random.default_rng(0)
     probs = {name: rng.dirichlet(np.ones(5) / 3, size=30).astype(np.float32) for name in ("s", "t")}
@@ -634,7 +629,7 @@ def test_aggregation_decodes_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch, 
         return found
 
     monkeypatch.setattr(PseudolabelPool, "decode", decode)
-    monkeypatch.setattr(derived_pools, "_CHUNK", 7)
+    monkeypatch.setattr(derived, "_CHUNK", 7)
     monkeypatch.setattr(pool_module, "_DECODED", 7)
     np.testing.assert_array_equal(aggregated_pool(pool, method).label_probs(whole.hierarchy.names[0]),
                                   whole.label_probs(whole.hierarchy.names[0]))  # fmt: skip

@@ -17,15 +17,15 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from hf_cosupervise import files as files_module
-from hf_cosupervise.callbacks import LevelHistory
-from hf_cosupervise.cards import model_card, write_card
-from hf_cosupervise.evaluation import save_report
+from hf_cosupervise.evaluation.plots import plot_pgr
+from hf_cosupervise.evaluation.report import save_report
 from hf_cosupervise.files import is_inside, open_work_folder, whole_file, whole_folder, write_json, write_text
-from hf_cosupervise.journal import Journal
-from hf_cosupervise.plotting import plot_pgr
-from hf_cosupervise.pool import PseudolabelPool
-from hf_cosupervise.runs import RunFolder, last_checkpoint, seal_checkpoint
-from hf_cosupervise.teachers import Teacher, TeacherHierarchy
+from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
+from hf_cosupervise.hub.cards import model_card, write_card
+from hf_cosupervise.pool.pseudolabels import PseudolabelPool
+from hf_cosupervise.teachers.progress import Progress
+from hf_cosupervise.training.history import LevelHistory
+from hf_cosupervise.training.run_folder import RunFolder, last_checkpoint, seal_checkpoint
 
 HIERARCHY = TeacherHierarchy(["a", "b"], [Teacher("t/root")])
 PACKAGE = Path(files_module.__file__).parent
@@ -41,7 +41,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "run": (lambda folder: RunFolder(folder).begin({}), "run.json", ".run.json.tmp"),
     "checkpoint": (lambda folder: seal_checkpoint(folder, {}), "digests.json", ".digests.json.tmp"),
     "journal": (
-        lambda folder: Journal(folder / "work", 1, 1, np.dtype("u1")).open({}), "work/plan.json", "work/plan.json.tmp"
+        lambda folder: Progress(folder / "work", 1, 1, np.dtype("u1")).open({}), "work/plan.json", "work/plan.json.tmp"
     ),
     "figure": (lambda folder: plot_pgr(REPORT, folder / "f.png"), "f.png", ".f.tmp.png"),
 }  # fmt: skip
@@ -149,7 +149,7 @@ def test_work_in_a_folder_that_leads_elsewhere_is_refused(what, tmp_path, victim
     )
     found = "a folder of another user" if what == "other user" else found
     with pytest.raises(FileExistsError) as error:
-        Journal(work, 1, 1, np.dtype("u1")).open({})
+        Progress(work, 1, 1, np.dtype("u1")).open({})
     assert f"'{work}' must be a folder in which a run of yours has left its work, got {found}" in str(error.value)
     assert str(error.value).endswith("See what it is, and delete it.")
     assert victim.read_text() == "precious" and os.listdir(elsewhere) == []
@@ -162,7 +162,7 @@ def _another(found: os.stat_result) -> os.stat_result:
 def test_work_that_was_begun_is_gone_on_with(tmp_path):
     work = tmp_path / ".pool.unfinished"
     for _ in range(2):
-        journal = Journal(work, 1, 1, np.dtype("u1"))
+        journal = Progress(work, 1, 1, np.dtype("u1"))
         journal.open({"a": 1})
         journal.close()
     open_work_folder(work)

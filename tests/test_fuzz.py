@@ -18,9 +18,9 @@ import pytest
 from datasets import Dataset
 
 from hf_cosupervise import PseudolabelPool, Teacher, TeacherHierarchy, load_hierarchy
-from hf_cosupervise.config import CoSupervisedConfig
-from hf_cosupervise.journal import Journal
-from hf_cosupervise.script_utils import read_recipe_config
+from hf_cosupervise.arguments import read_recipe_config
+from hf_cosupervise.teachers.progress import Progress
+from hf_cosupervise.training.config import CoSupervisedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 # Each seed is one damaged file; the one that fails is named. More of them: COSUPERVISE_FUZZ_SEEDS=5000.
@@ -153,12 +153,12 @@ def test_mutated_recipes(first, tmp_path):
 def test_mutated_plans_of_a_comparison(first, tmp_path):
     for extra in ("sklearn", "skops", "matplotlib"):
         pytest.importorskip(extra)
-    import compare
+    from comparison import plan
 
     path = tmp_path / "plan.yaml"
     for seed, rng in seeds(first):
         path.write_bytes(text := mutate(PLAN, rng))
-        check(lambda: compare.parse_plan(["--config", str(path)]), "", (seed, text))
+        check(lambda: plan.parse_plan(["--config", str(path)]), "", (seed, text))
 
 
 @pytest.mark.parametrize("text", [b"a: &a [*a]", b"a: &a {b: *a}", b"a: &a {b: 1}\nb: {<<: *a, c: 2}\nb: 3"])
@@ -323,7 +323,7 @@ def test_damaged_work_is_labelled_again_or_refused(first, tmp_path):
     shape = (4, 2)
     for seed, rng in seeds(first):
         folder = tmp_path / f"work-{seed}"
-        journal = Journal(folder, 12, 2, np.dtype(np.uint8))
+        journal = Progress(folder, 12, 2, np.dtype(np.uint8))
         journal.open({"rows": 12})
         part = journal.start_part("t")
         for start in (0, 4, 8):
@@ -335,7 +335,7 @@ def test_damaged_work_is_labelled_again_or_refused(first, tmp_path):
         if rng.random() < 0.05 and path.name != "plan.json":
             path.unlink()
 
-        def go_on(journal: Journal = journal) -> None:
+        def go_on(journal: Progress = journal) -> None:
             try:
                 journal.open({"rows": 12})
                 repr(journal.facts)

@@ -20,11 +20,11 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
-from hf_cosupervise.labeling import build_pool
-from hf_cosupervise.pool import PseudolabelPool
+from hf_cosupervise.data.loading import DataChoice, find_data, load_splits
+from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
+from hf_cosupervise.pool.pseudolabels import PseudolabelPool
 from hf_cosupervise.processes import Processes
-from hf_cosupervise.sources import DataChoice, find_data, load_splits
-from hf_cosupervise.teachers import Teacher, TeacherHierarchy
+from hf_cosupervise.teachers.labeling import build_pool
 
 HIERARCHY = TeacherHierarchy(["a", "b"], [Teacher("t/root")])
 CELL = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -18,8 +18,8 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from hf_cosupervise import Teacher, load_student
-from hf_cosupervise.model_files import check_config, parse_json
-from hf_cosupervise.teacher_models import load_teacher
+from hf_cosupervise.models.files import check_config, parse_json
+from hf_cosupervise.teachers.kinds.loading import load_teacher
 
 Spoil = Callable[[Path], Any]
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"

@@ -12,7 +12,8 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from hf_cosupervise import CoSupervisedTrainer, PseudolabelPool, TeacherHierarchy
-from hf_cosupervise.students import load_student, prepare_student
+from hf_cosupervise.students.head import prepare_student
+from hf_cosupervise.students.loading import load_student
 
 
 def train(student, folder, pool, **changes):

@@ -16,7 +16,8 @@ import slow_method as slow
 import torch
 from datasets import Dataset
 
-from hf_cosupervise.assignment import (
+from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
+from hf_cosupervise.method.assignment import (
     AGREEMENT_RULES,
     agreement_scores,
     assign_by_agreement,
@@ -26,8 +27,7 @@ from hf_cosupervise.assignment import (
     choose_lowest,
     fall_back,
 )
-from hf_cosupervise.consistency import SELECTION_RULES, in_top_k, select_by_loss_rank, select_consistent, vote_entropy
-from hf_cosupervise.metrics import (
+from hf_cosupervise.method.metrics import (
     accuracy,
     deception_score,
     expected_calibration_error,
@@ -38,10 +38,16 @@ from hf_cosupervise.metrics import (
     reliability_curve,
     worst_group_accuracy,
 )
-from hf_cosupervise.neighbors import mean_over_neighbors
-from hf_cosupervise.pool import PseudolabelPool
-from hf_cosupervise.sparse import check_top_k, decode_top_k, dropped_mass, encode_top_k, label_dtype, scale_top_k
-from hf_cosupervise.teachers import Teacher, TeacherHierarchy
+from hf_cosupervise.method.neighbors import mean_over_neighbors
+from hf_cosupervise.method.rejection import (
+    SELECTION_RULES,
+    in_top_k,
+    select_by_loss_rank,
+    select_consistent,
+    vote_entropy,
+)
+from hf_cosupervise.pool.pseudolabels import PseudolabelPool
+from hf_cosupervise.pool.top_k import check_top_k, decode_top_k, dropped_mass, encode_top_k, label_dtype, scale_top_k
 
 pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402 - the test extra

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_cosupervise.heads import fit_ridge_head, gram_matrix, linear_logits
+from hf_cosupervise.method.linear_head import fit_ridge_head, gram_matrix, linear_logits
 from hf_cosupervise.method.ridge import (
     MAX_LEFT_OUT,
     RIDGE_ALPHAS,

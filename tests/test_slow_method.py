@@ -14,8 +14,9 @@ import slow_method as slow
 import torch
 from datasets import Dataset
 
-from hf_cosupervise.aggregation import majority_vote, mean_probs
-from hf_cosupervise.assignment import (
+from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
+from hf_cosupervise.method.aggregation import majority_vote, mean_probs
+from hf_cosupervise.method.assignment import (
     AGREEMENT_RULES,
     agreement_scores,
     assign_by_agreement,
@@ -26,8 +27,8 @@ from hf_cosupervise.assignment import (
     oracle_assign_by_loss,
     oracle_assign_by_scope,
 )
-from hf_cosupervise.config import CoSupervisedConfig
-from hf_cosupervise.consistency import (
+from hf_cosupervise.method.metrics import performance_gap_recovered
+from hf_cosupervise.method.rejection import (
     in_top_k,
     parent_confident,
     parent_topk,
@@ -35,11 +36,10 @@ from hf_cosupervise.consistency import (
     select_by_loss_rank,
     select_consistent,
 )
-from hf_cosupervise.levels import plan_level
-from hf_cosupervise.metrics import performance_gap_recovered
-from hf_cosupervise.pool import PseudolabelPool
-from hf_cosupervise.sparse import decode_top_k, encode_top_k
-from hf_cosupervise.teachers import Teacher, TeacherHierarchy
+from hf_cosupervise.pool.pseudolabels import PseudolabelPool
+from hf_cosupervise.pool.top_k import decode_top_k, encode_top_k
+from hf_cosupervise.training.config import CoSupervisedConfig
+from hf_cosupervise.training.plan import plan_level
 
 SHAPES = [(num_labels, num_teachers) for num_labels in (2, 3, 5, 10) for num_teachers in (1, 2, 3)]
 SEEDS = range(15)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..assignment import first_argmax
-from ..heads import product
+from .assignment import first_argmax
+from .linear_head import product
 
 # A label predicted on less than this share of its fair share of the pool, 1 / num_labels, has vanished.
 VANISHED = 0.1

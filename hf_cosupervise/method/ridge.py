@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..assignment import first_argmax
-from ..heads import product
+from .assignment import first_argmax
+from .linear_head import product
 
 RIDGE_ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Rows that are left out in turn: the mean over more of them would not tell more.

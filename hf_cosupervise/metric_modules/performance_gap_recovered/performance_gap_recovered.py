@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_cosupervise.metrics import accuracy, performance_gap_recovered
+from hf_cosupervise.method.metrics import accuracy, performance_gap_recovered
 
 _DESCRIPTION = """
 Performance gap recovered (PGR): the share of the gap in accuracy between a weak teacher and a strong ceiling that the

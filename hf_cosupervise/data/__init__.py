@@ -1,0 +1,1 @@
+"""What a column holds, and how a cell becomes what a model reads."""

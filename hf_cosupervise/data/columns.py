@@ -1,0 +1,280 @@
+"""Which column of a dataset holds what, and what its cells say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Image, Value
+
+LABEL_NAMES = ("label", "labels", "oracle_label")
+INPUT_NAMES = ("image", "img", "pixel_values", "text", "sentence")
+_CHUNK = 1000
+
+
+def find_input_column(dataset: Any, input_column: str | None = None) -> str:
+    """Find the column that models read.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
+            Data with named columns.
+        input_column (`str`, *optional*):
+            Its name. By default the only image column, else the first of `image`, `img`, `pixel_values`, `text`,
+            `sentence` that is there.
+
+    Returns:
+        `str`
+
+    Raises:
+        TypeError: If it is no name.
+        ValueError: If the column does not exist, or none or several could be meant.
+    """
+    check_column_name(input_column, "input_column")
+    columns = list(dataset.column_names or (dataset.features or {}))
+    if input_column is not None:
+        if input_column not in columns:
+            raise ValueError(f"`input_column` must be one of {columns}, got {input_column!r}.")
+        return input_column
+    images = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Image)]
+    candidates = images or [name for name in INPUT_NAMES if name in columns][:1]
+    if len(candidates) != 1:
+        raise ValueError(
+            f"The column that models read must be an image column or one of {list(INPUT_NAMES)}, got "
+            f"{candidates or 'none'} among {columns}. Name it with `input_column`."
+        )
+    return candidates[0]
+
+
+def check_column_name(column: Any, what: str) -> None:
+    """Refuse what names no single column.
+
+    Args:
+        column (`Any`):
+            What should be a name, or `None`.
+        what (`str`):
+            The argument, for the error.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(column, str | None):
+        advice = "Make pairs one text first: `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`"
+        advice = advice if isinstance(column, list | tuple) and what == "input_column" else "Give its name"
+        raise TypeError(f"`{what}` must be the name of one column, got {column!r}. {advice}.")
+
+
+def _check_column(dataset: Dataset, column: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(f"The column must be one of {dataset.column_names}, got {column!r}. Correct the name.")
+
+
+def is_text_column(dataset: Dataset, column: str) -> bool:
+    """Tell whether a column holds text.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            Name of a column.
+
+    Returns:
+        `bool`
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    _check_column(dataset, column)
+    feature = dataset.features[column]
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def find_label_column(dataset: Dataset) -> str:
+    """Find the column with the labels of an evaluation set.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+
+    Returns:
+        `str`: `label`, `labels` or `oracle_label`.
+
+    Raises:
+        ValueError: If none of them is there.
+    """
+    for name in LABEL_NAMES:
+        if name in dataset.column_names:
+            return name
+    raise ValueError(
+        f"An evaluation set needs labels in a column {list(LABEL_NAMES)}, got {dataset.column_names}. "
+        "Rename the column that holds them."
+    )
+
+
+def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndarray:
+    """Read a label column as label ids of the task, by name where the data has names.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            A column of `ClassLabel`, of label names, or of label ids; whole floats are ids too.
+        labels (`Sequence[str]`):
+            The task's label names.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, int64.
+
+    Raises:
+        ValueError: If there is no such column, or a value is not a label of the task.
+    """
+    _check_column(dataset, column)
+    feature, values = dataset.features[column], list(dataset[column])
+    positions = {name: index for index, name in enumerate(labels)}
+    if isinstance(feature, ClassLabel):
+        values = [feature.names[value] if value is not None and value >= 0 else value for value in values]
+    ids = [positions.get(value, -1) if isinstance(value, str) else as_label_id(value) for value in values]
+    wrong = [row for row, value in enumerate(ids) if not isinstance(value, int) or not 0 <= value < len(labels)]
+    if wrong:
+        raise ValueError(
+            f"Column `{column}` must hold labels of the task {list(labels)[:8]}, got {values[wrong[0]]!r} in row "
+            f"{wrong[0]} ({len(wrong)} such rows)."
+        )
+    return np.asarray(ids, dtype=np.int64)
+
+
+def as_label_id(value: Any) -> Any:
+    """Give a whole float as an integer: pandas makes 0.0, 1.0 and NaN of label ids of which one is missing.
+
+    Args:
+        value (`Any`):
+            What a label column holds.
+
+    Returns:
+        `Any`: an `int` for a whole number, `None` for NaN, anything else as it is.
+
+    Examples:
+        >>> as_label_id(1.0), as_label_id(float("nan")), as_label_id(0.5)
+        (1, None, 0.5)
+    """
+    if isinstance(value, np.generic) and not isinstance(value, np.bool_):
+        value = value.item()
+    if not isinstance(value, float | Decimal):
+        return value
+    if math.isnan(value):
+        return None
+    return int(value) if math.isfinite(value) and value == int(value) else value
+
+
+def has_input(dataset: Dataset, column: str) -> np.ndarray:
+    """Tell which rows hold anything: a pool stores what could not be read as missing.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            Name of a column.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, bool.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    _check_column(dataset, column)
+    is_there = dataset.data.column(column).is_valid().to_numpy()
+    return is_there if dataset._indices is None else is_there[dataset._indices.column(0).to_numpy()]
+
+
+def row_keys(dataset: Dataset, column: str) -> list[str]:
+    """Give each row a key that depends on its content only, so that it survives shuffling and selection.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            The column that models read.
+
+    Returns:
+        `list[str]`: 32 hexadecimal digits of blake2b over the raw cell; the second, third … row of the same content
+        gets `-1`, `-2` … appended.
+    """
+    seen: dict[str, int] = {}
+    keys = []
+    for digest in cell_digests(dataset, column):
+        count = seen[digest] = seen.get(digest, -1) + 1
+        keys.append(f"{digest}-{count}" if count else digest)
+    return keys
+
+
+def cell_digests(dataset: Dataset, column: str) -> list[str]:
+    """Hash the raw content of each cell; equal cells have equal digests. Of a file that is gone, its name is hashed.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data.
+        column (`str`):
+            Name of a column.
+
+    Returns:
+        `list[str]`: 32 hexadecimal digits each.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    _check_column(dataset, column)
+    table_view = dataset.select_columns([column]).with_format("arrow")
+    digests = []
+    for start in range(0, len(dataset), _CHUNK):
+        for cell in table_view[start : start + _CHUNK].column(column).to_pylist():
+            digests.append(cell_digest(cell))
+    return digests
+
+
+def cell_digest(cell: Any) -> str:
+    """Hash the raw content of one cell, as [`cell_digests`] does.
+
+    Args:
+        cell (`Any`):
+            What Arrow holds, as a Python value.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    return hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest()
+
+
+def _cell_bytes(cell: Any) -> bytes:
+    if isinstance(cell, Mapping) and set(cell) == {"bytes", "path"}:  # an image, encoded or still a file
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        try:
+            return Path(cell["path"] or "").read_bytes()
+        except (OSError, ValueError):  # whoever reads the image says so, and names the row
+            return f"no file: {cell['path']}".encode()
+    if isinstance(cell, str):
+        return cell.encode("utf-8")
+    if isinstance(cell, bytes):
+        return cell
+    return json.dumps(cell, sort_keys=True, default=str).encode("utf-8")
+
+
+def shorten(names: Iterable[Any], limit: int = 20) -> str:
+    """Give the first names as a list, and how many more there are: a thousand labels make no readable error.
+
+    Args:
+        names (`Iterable`):
+            Names, ids or numbers.
+        limit (`int`, *optional*, defaults to 20):
+            How many to show.
+
+    Returns:
+        `str`
+    """
+    names = list(names)
+    return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"

@@ -1,0 +1,229 @@
+"""How a cell of a dataset becomes what a model reads, for teachers and students alike."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+
+from ..hierarchy import is_writable_text
+
+logger = logging.getLogger(__name__)
+
+
+class RowError(TypeError, ValueError):
+    """A row's input cannot be made into what a model reads; a teacher's `prepare` may raise it to say so.
+
+    Nothing else that a teacher raises is taken for the fault of a row.
+    """
+
+
+def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
+    """Give an image cell as a PIL image of the wanted mode.
+
+    Args:
+        cell (`PIL.Image.Image`, `np.ndarray` or nested `list`):
+            A decoded image; arrays are of shape `(height, width)` or `(height, width, channels)`, of uint8 or of other
+            whole numbers in 0..255, of uint16, or bool.
+        mode (`str`, *optional*):
+            PIL mode such as `"RGB"` or `"L"`. The image's own by default.
+
+    Returns:
+        `PIL.Image.Image`: of 8 bits per channel. Of 16 bits (PIL's `I;16` and its kin, uint16) the upper 8 stay, as
+        PIL does it for colours. Pixels that are floats or 32 bits have no range that is certain: they are refused.
+
+    Raises:
+        RowError: If the cell is no image, or one that cannot be made one of 8 bits. It is a `TypeError`.
+    """
+    if isinstance(cell, PILImage.Image):
+        if cell.mode in ("I", "F"):
+            raise RowError(
+                f"An image must have pixels of 8 or 16 bits, got one of mode {cell.mode!r}, the range of which nobody "
+                "can know. Scale it to 0..255 by the range that it has, and make it one of uint8."
+            )
+        if cell.mode.startswith("I;16"):
+            cell = np.asarray(cell)
+    if not isinstance(cell, PILImage.Image):
+        try:
+            array = np.asarray(cell)
+        except ValueError:  # rows of different lengths
+            array = np.asarray(None)
+        array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        if array.dtype.kind == "b":
+            array = array * np.uint8(255)
+        elif array.dtype.kind == "u" and array.dtype.itemsize == 2:  # the type decides, not the values of one row
+            array = array >> 8
+        whole = array.dtype.kind in "iu" and (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4))
+        if not whole or array.size and not 0 <= array.min() <= array.max() <= 255:
+            raise RowError(
+                f"An image cell must be a PIL image or an array of 8-bit pixels, got {type(cell).__name__}. Give "
+                "uint8 of shape (height, width) or (height, width, channels)."
+            )
+        cell = PILImage.fromarray(array.astype(np.uint8))
+    if mode is None or cell.mode == mode:
+        return cell
+    try:
+        return cell.convert(mode)
+    except ValueError as error:
+        raise RowError(f"An image must be one that PIL can make {mode!r}, got {error}. Convert it first.") from error
+
+
+class InputProcessor:
+    """Turn a list of cells into the tensors of one batch, by a tokenizer or an image processor.
+
+    Args:
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
+            What `AutoTokenizer` or `AutoImageProcessor` gives for the model.
+        config (`PreTrainedConfig`, *optional*):
+            The model's configuration, for the number of channels it reads (3 where it does not tell). Where it names
+            no pad token, it gets the tokenizer's; a tokenizer without one pads with its end of a text.
+        what (`str`, *optional*):
+            Whose it is, for the error.
+
+    Raises:
+        TypeError: If `processing_class` can be called neither on text nor on images.
+        ValueError: If a tokenizer has no token to pad with.
+    """
+
+    def __init__(self, processing_class: Any, config: Any = None, what: str = "`processing_class`") -> None:
+        if not callable(processing_class):
+            raise TypeError(
+                "`processing_class` must be a tokenizer or an image processor, got "
+                f"{type(processing_class).__name__}. Load it with `AutoTokenizer` or `AutoImageProcessor`."
+            )
+        self.processing_class = processing_class
+        self.is_text = hasattr(processing_class, "pad") and hasattr(processing_class, "vocab_size")
+        self.what = what
+        if self.is_text:
+            _set_pad_token(processing_class, config, what)
+        self.mode = "L" if _num_channels(config) == 1 else "RGB"
+        self.max_length = _max_length(processing_class, config) if self.is_text else None
+        self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
+
+    def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Process cells.
+
+        Args:
+            cells (`Sequence`):
+                Texts, or images as [`to_pil`] takes them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: What the model's forward reads, first dimension `len(cells)`.
+
+        Raises:
+            RowError: If a cell is no image or no text, or a text has no token: alone it could not be read, and beside
+                longer ones it would be all padding.
+        """
+        if self.is_text:
+            batch = self._tokenize(cells)
+        else:
+            batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
+        return {name: batch[name] for name in self.input_names if name in batch}
+
+    def _tokenize(self, cells: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+        for cell in cells:
+            if not isinstance(cell, str):
+                raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+            if not is_writable_text(cell.replace("\0", "")):
+                raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+        batch = self.processing_class(
+            list(cells), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
+            return_attention_mask=True,
+        )  # fmt: skip
+        is_empty = batch["attention_mask"].sum(dim=1) == 0
+        if bool(is_empty.any()):
+            raise RowError(f"A text must have at least one token, got {cells[int(is_empty.nonzero()[0])]!r}.")
+        return batch
+
+    def probe(self) -> dict[str, torch.Tensor]:
+        """Process two examples that every model of this kind can read: what fails here is no row's fault.
+
+        Returns:
+            `dict[str, torch.Tensor]`: As for cells; two texts of different length, or two grey images.
+
+        Raises:
+            ValueError: If they cannot be processed.
+        """
+        if not self.is_text:
+            cells: list[Any] = [PILImage.new(self.mode, (64, 64))] * 2
+        else:
+            cells = [(text := self._find_text()), f"{text} {text}"]
+        try:
+            return self(cells)
+        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            kind = "texts" if self.is_text else "images"
+            raise ValueError(
+                f"{self.what} must be able to prepare {kind}, got {type(error).__name__}: {str(error).rstrip('.')}. "
+                "Correct its settings, or save it again by `save_pretrained`."
+            ) from error
+
+    def _find_text(self) -> str:
+        """A text that has tokens."""
+        tokenizer = self.processing_class
+        if len(tokenizer("a text")["input_ids"]):
+            return "a text"
+        special = set(tokenizer.all_special_tokens)
+        words = [word for word in tokenizer.get_vocab() if word not in special]
+        return tokenizer.convert_tokens_to_string(sorted(words, key=len)[-1:])
+
+    @property
+    def fingerprint(self) -> str:
+        """`str`: Hash of everything that decides what the model gets to see, 16 hexadecimal digits."""
+        processor = self.processing_class
+        if self.is_text:
+            sides = [getattr(processor, "truncation_side", ""), getattr(processor, "padding_side", "")]
+            facts = [_tokenizer_facts(processor), self.max_length, *sides]
+        else:
+            settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
+            facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]
+        text = json.dumps([type(processor).__name__, facts], sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def _set_pad_token(tokenizer: Any, config: Any, what: str) -> None:
+    """Give a tokenizer and its model one and the same token to pad with: GPT-2, Llama and their kin come without."""
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        eos, size = getattr(tokenizer, "eos_token_id", None), getattr(config, "vocab_size", None)
+        if eos is None or size is not None and eos >= size:
+            raise ValueError(
+                f"{what} must have a token to pad texts with, got a tokenizer with neither a pad token nor an end of "
+                "a text that its model knows. Set its `pad_token` to one of its tokens, and save it again by "
+                "`save_pretrained`."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info(f"{what} has no pad token: texts are padded with {tokenizer.eos_token!r}.")
+    for owner in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
+        if getattr(owner, "pad_token_id", None) is None:
+            owner.pad_token_id = tokenizer.pad_token_id
+
+
+def _tokenizer_facts(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return sorted(tokenizer.get_vocab().items())
+    facts = json.loads(backend.to_str())
+    # These two remember how the tokenizer was last called, not what it is.
+    return {key: value for key, value in facts.items() if key not in ("padding", "truncation")}
+
+
+def _max_length(tokenizer: Any, config: Any) -> int:
+    """Length to cut texts to: a tokenizer that knows no limit would let them index past the model's positions."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit:
+        return tokenizer.model_max_length
+    # RoBERTa and its kin count positions from the padding id on.
+    offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0
+    return min(tokenizer.model_max_length, limit - offset)
+
+
+def _num_channels(config: Any) -> int:
+    pretrained_cfg = getattr(config, "pretrained_cfg", None)
+    if pretrained_cfg and pretrained_cfg.get("input_size"):
+        return int(pretrained_cfg["input_size"][0])
+    return int(getattr(config, "num_channels", None) or 3)

@@ -1,0 +1,209 @@
+"""What is compared: the pool, the loss and the arguments that make each method."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..hierarchy import TeacherHierarchy
+from ..method.aekd import AdaptiveEnsembleDistillation
+from ..method.aggregation import AGGREGATORS
+from ..method.metrics import accuracy
+from ..pool.derived import FEATURE_AGGREGATORS, aggregated_pool, boosted_pool, single_teacher_pool
+from ..pool.pseudolabels import PseudolabelPool
+from ..training.config import CoSupervisedConfig
+from ..training.run import RUN_DIR
+
+METHODS = ("generalist", "ensemble", "csl", "ceiling")
+# All teachers into one pseudolabel, with no hierarchy.
+AGGREGATED_METHODS = (
+    *(name for name in AGGREGATORS if name != "mean_probs"),  # which is `ensemble`
+    *FEATURE_AGGREGATORS,
+)
+# Co-supervision with another assignment: upper bounds, and chance.
+ASSIGNED_METHODS = ("oracle_scope", "oracle_domain", "oracle_loss", "random")
+OTHER_METHODS = (*AGGREGATED_METHODS, "boosting", "aekd", "generalist_rejection", *ASSIGNED_METHODS)
+
+
+def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
+    """Measure every teacher on labelled data.
+
+    Args:
+        test_pool (`PseudolabelPool`):
+            The teachers' answers on the test set, with `oracle_label`. No answer counts as wrong.
+
+    Returns:
+        `dict[str, float]`: accuracy by teacher name, 0 to 1.
+
+    Raises:
+        ValueError: If the pool has no ground truth.
+    """
+    labels = _oracle_labels(test_pool)
+    return {name: accuracy(test_pool.hard_labels(name), labels) for name in test_pool.hierarchy.names}
+
+
+def weak_accuracy(test_pool: PseudolabelPool) -> float:
+    """Measure the generalist: the root teacher, or the mean of the root level's probabilities where it has several.
+
+    Args:
+        test_pool (`PseudolabelPool`):
+            The teachers' answers on the test set, with `oracle_label`.
+
+    Returns:
+        `float`: 0 to 1.
+    """
+    root = test_pool.hierarchy.level_indices(0)
+    rows = np.arange(len(test_pool))
+    sources = np.full(len(rows), root[0] if len(root) == 1 else len(test_pool.hierarchy.teachers))
+    probs = test_pool.pseudolabels(sources, rows)
+    return accuracy(np.where(probs.any(axis=1), probs.argmax(axis=1), -1), _oracle_labels(test_pool))
+
+
+def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:
+    if (labels := pool.oracle_labels) is None:
+        raise ValueError(
+            "Measuring needs ground truth in the pool, got no `oracle_label`. Build it with `oracle_column`."
+        )
+    return labels
+
+
+def method_pool(
+    pool: PseudolabelPool,
+    method: str,
+    *,
+    features: torch.Tensor | None = None,
+    labelled_pool: PseudolabelPool | None = None,
+) -> PseudolabelPool:
+    """Give the pool on which a method trains the student.
+
+    Args:
+        pool (`PseudolabelPool`):
+            All teachers; for `ceiling` and `oracle_…` with `oracle_label`.
+        method (`str`):
+            `generalist` keeps the root only, and `generalist_rejection` repeats it at every level; `ensemble` and
+            `aekd` put all teachers at the root; `boosting` and the names of [`aggregated_pool`] make one pseudolabel
+            of them; `ceiling` has the ground truth as its one teacher; `csl`, `oracle_…` and `random` keep the pool as
+            it is.
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
+            For `raven` and `crowdlab`, see [`aggregated_pool`].
+        labelled_pool (`PseudolabelPool`, *optional*):
+            For `boosting`, see [`boosted_pool`].
+
+    Returns:
+        `PseudolabelPool`
+
+    Raises:
+        ValueError: If the method is not known, or needs ground truth, features or a labelled pool that is not there.
+    """
+    hierarchy = pool.hierarchy
+    if method == "generalist":
+        return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.levels[0]))
+    if method in ("ensemble", "aekd"):
+        return pool.with_hierarchy(
+            TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers])
+        )
+    if method == "generalist_rejection":
+        return _repeat_root(pool)
+    if method in AGGREGATED_METHODS:
+        return aggregated_pool(pool, method, features=features)
+    if method == "boosting":
+        if labelled_pool is None:
+            raise ValueError(
+                "'boosting' needs a `labelled_pool`, got none. Label other examples with the same teachers, with "
+                "their ground truth as `oracle_column`, or leave this method out."
+            )
+        return boosted_pool(pool, labelled_pool)
+    if method == "ceiling":
+        return single_teacher_pool(
+            pool, "ground-truth", np.eye(hierarchy.num_labels, dtype=np.float32)[_oracle_labels(pool)]
+        )
+    if method == "csl" or method in ASSIGNED_METHODS:
+        return pool
+    raise ValueError(f"`method` must be one of {[*METHODS, *OTHER_METHODS]}, got {method!r}.")
+
+
+def method_loss(pool: PseudolabelPool, method: str) -> AdaptiveEnsembleDistillation | None:
+    """Give the loss with which a method trains, where it has one of its own.
+
+    Args:
+        pool (`PseudolabelPool`):
+            All teachers.
+        method (`str`):
+            See [`method_pool`].
+
+    Returns:
+        [`AdaptiveEnsembleDistillation`] for `aekd`, for `CoSupervisedTrainer(loss_func=...)`; otherwise `None`.
+    """
+    if method != "aekd":
+        return None
+    return AdaptiveEnsembleDistillation(*pool.decode_level(range(len(pool.hierarchy.teachers)), slice(None)))
+
+
+def _repeat_root(pool: PseudolabelPool) -> PseudolabelPool:
+    """The generalist at every level: rejection by the student alone, with nobody to choose among."""
+    hierarchy = pool.hierarchy
+    [root, *others] = hierarchy.levels[0]
+    if others:
+        raise ValueError(
+            f"'generalist_rejection' needs one teacher at the root, got {len(others) + 1}. Leave this method out."
+        )
+    teachers = [
+        replace(root, name=root.name if level == 0 else f"{root.name}-{level}", level=level)
+        for level in range(hierarchy.num_levels)
+    ]
+    datasets = {teacher.name: pool.teachers[root.name] for teacher in teachers}
+    return PseudolabelPool(TeacherHierarchy(hierarchy.labels, teachers), datasets, pool.inputs)
+
+
+def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> CoSupervisedConfig:
+    """Give the configuration with which a method trains: the same recipe, with its own assignment.
+
+    Where co-supervision goes on from level to level (`warm_start`), the methods of one level get as many steps as all
+    its levels together. `aekd` has its own loss in place of `args.loss`, see [`method_loss`].
+
+    Args:
+        args (`CoSupervisedConfig`):
+            The configuration of co-supervision.
+        method (`str`):
+            See [`method_pool`].
+        num_levels (`int`):
+            Levels of the full hierarchy.
+
+    Returns:
+        `CoSupervisedConfig`
+
+    Raises:
+        ValueError: If the method cannot train as `head_solver` says.
+    """
+    args = copy.copy(args)
+    if method in ("csl", "generalist_rejection", *ASSIGNED_METHODS):
+        if method == "generalist_rejection":
+            args.assignment = ["scope"]
+        elif method != "csl":
+            root = "ensemble" if args.assignment[0] == "ensemble" else method
+            args.assignment = [root, *[method] * (num_levels - 1)]
+        if method != "csl":
+            args.agreement_neighbors = 0
+        args.output_dir = args.output_dir if method == "csl" else _method_dir(args, method)
+        return args
+    args.output_dir = _method_dir(args, method)
+    args.assignment = ["ensemble"]
+    if method == "aekd":
+        if args.head_solver == "ridge":
+            raise ValueError("'aekd' has a loss of its own, got `head_solver` 'ridge'. Use 'steps', or leave it out.")
+        args.loss, args.loss_kwargs = "cross_entropy", {}  # as much as to say: none
+    if method == "ceiling":
+        args.teacher_neighbors = 0  # ground truth is no teacher
+    if args.warm_start:
+        scale = 1 + (num_levels - 1) * args.rounds_per_level
+        args.max_steps = args.max_steps * scale if args.max_steps > 0 else args.max_steps
+        args.num_train_epochs = args.num_train_epochs * scale
+    return args
+
+
+def _method_dir(args: CoSupervisedConfig, method: str) -> str:
+    return os.path.join(args.output_dir, RUN_DIR, "methods", method)

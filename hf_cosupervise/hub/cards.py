@@ -1,0 +1,622 @@
+"""Facts become a model card or a data-set card; what is not known is left out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any
+from unicodedata import category
+from urllib.parse import quote
+
+import numpy as np
+from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
+
+from ..files import write_text
+from .card_merging import merge_card, sign_card
+
+logger = logging.getLogger(__name__)
+TAGS = ("co-supervised-learning", "weak-to-strong")
+PIPELINE_TAGS = {"image": "image-classification", "text": "text-classification"}
+_AUTO_CLASSES = {
+    "image": ("processor", "AutoImageProcessor", "AutoModelForImageClassification"),
+    "text": ("tokenizer", "AutoTokenizer", "AutoModelForSequenceClassification"),
+}
+_TEMPLATES = Path(__file__).parents[1] / "templates"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_UNSEEN = ("Cc", "Cf", "Cs")
+_MAX_NAMES = 6
+_MAX_LABELS = 100
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Write the model card of a student.
+
+    Every fact is optional; one that is absent, `None` or NaN is left out of the card, never guessed. Numbers marked
+    (s) are one number or a list with one per seed; accuracies, rates and PGR are fractions and printed in percent.
+
+    Args:
+        facts (`Mapping[str, Any]`):
+            - `name`, `hub_model_id`, `hub_branch` (where it is not the main one), `license`, `language` (`str`);
+            - `modality` (`"image"` or `"text"`), which decides `pipeline_tag` and the snippet;
+            - `library_name` (`str`, default `"transformers"`; with `"timm"` the snippet shows both libraries), `tags`
+              and `datasets` (`list[str]`, Hub ids);
+            - `base_model`, `base_model_revision` (or `student_revision`), `base_model_commit`, `student_training`
+              (`str`), `has_adapter` (`bool`);
+            - `pool`, `pool_revision`, `source_dataset`, `source_revision` (`str`, Hub ids and what they were read at);
+            - `labels` (`list[str]`), `num_examples` (`int`, in the pool);
+            - `teachers` (`list[dict]`): `name`, `model`, `kind`, `revision`, `level`, `scope`, `domains` as in
+              [`Teacher`], `commit` (what `revision` was at), `subfolder`, `accuracy` (s);
+            - `levels` (`list[dict]`): `level`, `assignment`, `keep_rate` (s), `num_kept` (s), `accuracy` (s),
+              `pgr` (s), `teachers` (shares (s) by name); what they leave out is taken from the report;
+            - `report` (`dict`): `weak_accuracy` (s), `methods` (`accuracy` (s) and `pgr` (s) by method, of which `csl`
+              is this student and `ceiling` the one with ground truth), `seeds`, `levels`, see [`plot_pgr`];
+            - `seed` (`int`): which of the seeds this student is;
+            - `dataset_name`, `dataset_type`, `dataset_split` (`str`, what the report was measured on);
+            - `files` (`list[tuple[str, str]]`: path in the repository, what it is);
+            - `figure` (`str`, path in the repository), `hyperparameters` (`dict`, those that are not defaults; folders
+              and secrets are left out) and `versions` (`dict`).
+
+    Returns:
+        `str`: Markdown with a YAML header; it ends with a line break.
+
+    Raises:
+        ValueError: If `modality` is neither `"image"` nor `"text"`.
+    """
+    facts = _known(facts)
+    report = facts.get("report", {})
+    name = _title(facts, "hub_model_id", "Co-supervised student")
+    base_model_at = facts.get("base_model_commit") or facts.get("base_model_revision", facts.get("student_revision"))
+    body = {
+        "name": _escape(name),
+        "modality": facts.get("modality"),
+        "num_labels": len(facts.get("labels", [])),
+        "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
+        "student_training": _escape(facts.get("student_training", "")),
+        "num_examples": _count(facts.get("num_examples")),
+        "source_text": _repo_text(facts.get("source_dataset"), facts.get("source_revision"), prefix="datasets/"),
+        "pool_text": _repo_text(facts.get("pool"), facts.get("pool_revision"), prefix="datasets/"),
+        "usage": _usage(facts),
+        "has_adapter": facts.get("has_adapter"),
+        "files_text": _files_text(facts.get("files", [])),
+        "labels_text": _label_list(facts.get("labels", [])),
+        "evaluation_intro": _evaluation_intro(facts, report),
+        "evaluation_table": _evaluation_table(report),
+        "pgr_text": _pgr_text(report),
+        "figure": _quote(_in_repo(facts.get("figure", ""))),
+        "teachers_table": _teachers_table(facts.get("teachers", [])),
+        "levels_table": _levels_table(_join_levels(facts.get("levels", []), report.get("levels", []))),
+        "hyperparameters_table": _hyperparameters_table(facts.get("hyperparameters", {})),
+        "versions_text": _versions_text(facts.get("versions", {})),
+    }
+    return _render(ModelCard, _model_metadata(facts, name), "model_card.md", body)
+
+
+def pool_card(facts: Mapping[str, Any]) -> str:
+    """Write the data-set card of a pool, with one configuration per teacher for `datasets.load_dataset`.
+
+    Every fact but `teachers` is optional; one that is absent or `None` is left out, never guessed.
+
+    Args:
+        facts (`Mapping[str, Any]`):
+            - `teachers` (`list[dict]`, not empty): `name` (the folder `teachers/<name>`), `model`, `kind`, `revision`,
+              `commit`, `subfolder`, `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to
+              1), `answered` (share of the examples, 0 to 1), `accuracy`;
+            - `name`, `hub_dataset_id`, `hub_branch`, `license` (`str`), `tags` (`list[str]`);
+            - `source_dataset`, `source_revision`, `source_split` (`str`): the unlabelled data, a Hub id;
+            - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `num_examples` (`int`);
+            - `input_columns` (`list[str]`): columns of `inputs`, absent where the pool holds no inputs;
+            - `versions` (`dict`).
+
+    Returns:
+        `str`: Markdown with a YAML header; it ends with a line break.
+
+    Raises:
+        ValueError: If there is no teacher, one is named `inputs`, or `modality` is not known.
+    """
+    facts = _known(facts)
+    teachers, columns = facts.get("teachers", []), facts.get("input_columns", [])
+    names = [teacher["name"] for teacher in teachers]
+    if not names or "inputs" in names:
+        raise ValueError(f"A pool needs teachers, none of them named 'inputs', got {names}. Rename the teacher.")
+    oracle = [_code(column) for column in columns if column.startswith("oracle_")]
+    repo_id = _own_id(facts, "hub_dataset_id")
+    source = _repo_text(facts.get("source_dataset"), facts.get("source_revision"), prefix="datasets/")
+    body = {
+        "name": _escape(_title(facts, "hub_dataset_id", "Pool of pseudolabels")),
+        "num_teachers_text": "one teacher" if len(names) == 1 else f"{len(names)} teachers",
+        "num_examples": _count(facts.get("num_examples")),
+        "source_text": source
+        + (f" (split {_code(facts['source_split'])})" if source and "source_split" in facts else ""),
+        "has_inputs": bool(columns),
+        "repo_id": repo_id and _literal(repo_id),
+        "pool_place": _literal(repo_id or ".") + _at_branch(facts),
+        "at_branch": _at_branch(facts),
+        "first_teacher": _literal(names[0]),
+        "oracle_columns": " and ".join(oracle),
+        "many_oracle_columns": len(oracle) > 1,
+        "labels_text": _label_list(facts.get("labels", [])),
+        "teachers_table": _teachers_table(teachers),
+        "versions_text": _versions_text(facts.get("versions", {})),
+        "has_license": "license" in facts,
+    }
+    return _render(DatasetCard, _pool_metadata(facts, names), "pool_card.md", body)
+
+
+def hierarchy_card(facts: Mapping[str, Any]) -> str:
+    """Write the model card of a repository that holds a hierarchy of teachers.
+
+    Every fact but `teachers` is optional; one that is absent or `None` is left out, never guessed.
+
+    Args:
+        facts (`Mapping[str, Any]`):
+            - `teachers` (`list[dict]`, not empty): `name`, `level`, `scope`, `domains`, `kind` as in [`Teacher`],
+              `subfolder` (where it is in this repository), `accuracy`; for one of another repository `model` (its
+              Hub id), `revision`, `commit` and `subfolder` there;
+            - `name`, `hub_model_id`, `hub_branch`, `license` (`str`), `tags` and `datasets` (`list[str]`, Hub ids);
+            - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `versions` (`dict`).
+
+    Returns:
+        `str`: Markdown with a YAML header; it ends with a line break.
+
+    Raises:
+        ValueError: If there is no teacher, or `modality` is not known.
+    """
+    facts = _known(facts)
+    teachers = [_known(teacher) for teacher in facts.get("teachers", [])]
+    if not teachers:
+        raise ValueError("A hierarchy needs teachers, got none. Give at least one.")
+    repo_id, labels = _own_id(facts, "hub_model_id"), facts.get("labels", [])
+    metadata = ModelCardData(
+        license=facts.get("license"),
+        tags=[*TAGS, "teachers", *facts.get("tags", [])],
+        datasets=_dataset_ids(facts.get("datasets", [])),
+        pipeline_tag=_pipeline_tag(facts),
+    )
+    body = {
+        "name": _escape(_title(facts, "hub_model_id", "Hierarchy of teachers")),
+        "num_teachers": len(teachers),
+        "modality": facts.get("modality"),
+        "num_labels": len(labels),
+        "num_levels": len({teacher.get("level") for teacher in teachers}),
+        "place": _literal(repo_id or ".") + _at_branch(facts),
+        "is_local": repo_id is None,
+        "teacher_usage": _teacher_usage(teachers, facts.get("modality"), repo_id or ".", facts.get("hub_branch")),
+        "teachers_table": _teachers_table(teachers, with_kind=True),
+        "labels_text": _label_list(labels),
+        "versions_text": _versions_text(facts.get("versions", {})),
+    }
+    return _render(ModelCard, metadata, "hierarchy_card.md", body)
+
+
+def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
+    """Write a card as the `README.md` of a folder, whole or not at all.
+
+    What was edited by hand in a card that is there already stays, see [`merge_card`]; a warning names it where the new
+    card says something else.
+
+    Args:
+        text (`str`):
+            What [`model_card`], [`pool_card`] or [`hierarchy_card`] gave.
+        folder (`str` or `os.PathLike`):
+            An existing folder.
+
+    Returns:
+        `pathlib.Path`: The card.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the card that is there is not UTF-8, or its YAML header cannot be read.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")
+    path = folder / "README.md"
+    if path.exists():
+        try:
+            text, kept = merge_card(_read_card(path), text)
+        except ValueError as error:
+            found = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"'{path}' must be a card to merge into, got: {found}. Correct or delete it.") from error
+        if kept:
+            logger.warning("'%s': edited by hand and kept: %s. For a fresh card, delete it.", path, ", ".join(kept))
+    write_text(path, text, newline="")  # the line ends are those of the card that was there
+    return path
+
+
+def _read_card(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text that is not UTF-8 ({error.reason})") from error
+
+
+def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:
+    # The client reads a template by the encoding of the machine, so it gets the text.
+    metadata.__dict__.update(_yaml({key: value for key, value in metadata.__dict__.items() if key != "eval_results"}))
+    card = kind.from_template(metadata, template_str=(_TEMPLATES / template).read_text(encoding="utf-8"), **body)
+    return sign_card(str(card))
+
+
+# ── headers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _model_metadata(facts: Mapping[str, Any], name: str) -> ModelCardData:
+    base_model = facts.get("base_model")
+    results = _eval_results(facts)
+    return ModelCardData(
+        language=facts.get("language"),
+        license=facts.get("license"),
+        library_name=facts.get("library_name", "transformers"),
+        tags=[*TAGS, *facts.get("tags", [])],
+        base_model=base_model if base_model and _is_hub_id(base_model) else None,
+        datasets=_dataset_ids([*facts.get("datasets", []), facts.get("source_dataset"), facts.get("pool")]),
+        pipeline_tag=_pipeline_tag(facts),
+        model_name=name if results else None,
+        eval_results=results or None,
+        metrics=["accuracy"] if results else None,
+    )
+
+
+def _dataset_ids(names: Sequence[str | None]) -> list[str] | None:
+    return list(dict.fromkeys(name for name in names if name and _is_hub_id(name))) or None
+
+
+def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
+    """The student's measured accuracy; the Hub wants to know on what."""
+    report = facts.get("report", {})
+    values = report.get("methods", {}).get("csl", {}).get("accuracy")
+    if facts.get("seed") in report.get("seeds", []):
+        values = values[report["seeds"].index(facts["seed"])]  # of this student, not of all of them
+    numbers, task = _numbers(values), _pipeline_tag(facts)
+    dataset, kind, split = (_yaml(facts.get(f"dataset_{key}")) for key in ("name", "type", "split"))
+    if not len(numbers) or not dataset or not task:
+        return []
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=kind or dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type="accuracy",
+            metric_name="Accuracy" if len(numbers) == 1 else f"Accuracy (mean of {len(numbers)} seeds)",
+            metric_value=round(float(numbers.mean()), 4),
+        )
+    ]
+
+
+def _pool_metadata(facts: Mapping[str, Any], names: Sequence[str]) -> DatasetCardData:
+    inputs = {"config_name": "inputs", "data_files": "inputs/data.arrow", "default": True}
+    teachers = [{"config_name": name, "data_files": f"teachers/{name}/data.arrow"} for name in names]
+    task, num_examples = _pipeline_tag(facts), facts.get("num_examples")
+    source = facts.get("source_dataset")
+    return DatasetCardData(
+        license=facts.get("license"),
+        task_categories=[task] if task else None,
+        size_categories=[_size_category(num_examples)] if num_examples else None,
+        source_datasets=[source] if source and _is_hub_id(source) else None,
+        tags=[*TAGS, "pseudolabels", *facts.get("tags", [])],
+        configs=[inputs, *teachers] if facts.get("input_columns") else teachers,
+    )
+
+
+def _pipeline_tag(facts: Mapping[str, Any]) -> str | None:
+    modality = facts.get("modality")
+    if modality is not None and modality not in PIPELINE_TAGS:
+        raise ValueError(
+            f"`modality` must be one of {list(PIPELINE_TAGS)}, got {modality!r}. Leave out what does not fit."
+        )
+    return PIPELINE_TAGS.get(str(modality))
+
+
+def _size_category(num_examples: int) -> str:
+    """The Hub's word for a number of rows."""
+    bounds = [(10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M")]
+    return next((name for bound, name in bounds if num_examples < bound), "n>10M")
+
+
+# ── sentences and tables ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _usage(facts: Mapping[str, Any]) -> str:
+    """A snippet that runs as printed: by the Hub id, or in the model's folder."""
+    task, repo_id = _pipeline_tag(facts), _own_id(facts, "hub_model_id")
+    if task is None:
+        return ""
+    where = "" if repo_id else "  # this folder, or its id on the Hub"
+    load = f"classifier = pipeline({_literal(task)}, model={_literal(repo_id or '.')}{_at_branch(facts)}){where}"
+    if facts["modality"] == "text":
+        return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
+    lines = ["from PIL import Image", "from transformers import pipeline", "", load]
+    lines.append('image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")')
+    lines.append("print(classifier(image))")
+    if facts.get("library_name") == "timm":
+        branch = f"@{facts['hub_branch']}" if "hub_branch" in facts else ""
+        place = f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:."
+        lines = ["import timm", *lines, "", "# The same model by timm alone."]
+        lines.append(f"model = timm.create_model({_literal(place)}, pretrained=True).eval()")
+        lines.append("transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
+        lines.append("print(model(transform(image).unsqueeze(0)).softmax(-1))")
+    return "\n".join(lines)
+
+
+def _at_branch(facts: Mapping[str, Any]) -> str:
+    """What a call of the snippet needs where the files are not on the main branch."""
+    return f", revision={_literal(facts['hub_branch'])}" if "hub_branch" in facts else ""
+
+
+def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, place: str, branch: str | None) -> str:
+    """How the first transformers teacher is loaded without this package."""
+    for teacher in teachers:
+        model, at = teacher.get("model"), teacher.get("commit") or teacher.get("revision")
+        if modality is None or teacher.get("kind") != "transformers" or (model and not _is_hub_id(model)):
+            continue
+        arguments = _literal(model or place)
+        at = at if model else branch  # of another repository, or of this one
+        arguments += f", revision={_literal(at)}" if at else ""
+        arguments += f", subfolder={_literal(teacher['subfolder'])}" if "subfolder" in teacher else ""
+        reader, auto_reader, auto_model = _AUTO_CLASSES[modality]
+        return (
+            f"from transformers import {', '.join(sorted([auto_reader, auto_model]))}\n\n"
+            f"{reader} = {auto_reader}.from_pretrained({arguments})\n"
+            f"model = {auto_model}.from_pretrained({arguments})"
+        )
+    return ""
+
+
+def _evaluation_intro(facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    where = "the test set"
+    if "dataset_name" in facts:
+        split = f" ({_escape(facts['dataset_split'])})" if "dataset_split" in facts else ""
+        where = f"{_escape(facts['dataset_name'])}{split}"
+    seeds = report.get("seeds", [])
+    over = f", mean ± standard deviation over seeds {_join(seeds)}" if len(seeds) > 1 else ""
+    one = f", seed {_escape(seeds[0])}" if len(seeds) == 1 else ""
+    this = (
+        f" This repository holds the student of seed {_escape(facts['seed'])}."
+        if len(seeds) > 1 and "seed" in facts
+        else ""
+    )
+    return f"Accuracy on {where}{over}{one}. Every method trains the same student by the same recipe.{this}"
+
+
+def _evaluation_table(report: Mapping[str, Any]) -> str:
+    rows: list[dict[str, Any]] = [{"method": "weak teacher", "accuracy": report.get("weak_accuracy")}]
+    for name, numbers in report.get("methods", {}).items():
+        title = {"csl": "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}.get(name, _escape(name))
+        # The ceiling recovers all of the gap by definition.
+        rows.append({"method": title, **numbers} | ({"pgr": None} if name == "ceiling" else {}))
+    cells = [[row["method"], _percent(row.get("accuracy")), _percent(row.get("pgr"))] for row in rows]
+    return _table(["method", "accuracy %", "PGR %"], [row for row in cells if any(row[1:])])
+
+
+def _pgr_text(report: Mapping[str, Any]) -> str:
+    """PGR with the three numbers that it is made of."""
+    methods = report.get("methods", {})
+    weak, ceiling = _percent(report.get("weak_accuracy")), _percent(methods.get("ceiling", {}).get("accuracy"))
+    student, pgr = (_percent(methods.get("csl", {}).get(name)) for name in ("accuracy", "pgr"))
+    if not all((weak, ceiling, student, pgr)):
+        return ""
+    return (
+        f"Performance gap recovered (PGR) = (student - weak) / (ceiling - weak) = **{pgr} %**, with student "
+        f"{student} %, weak teacher {weak} % and ceiling {ceiling} %; the ceiling is the same student trained with "
+        "ground truth."
+    )
+
+
+def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
+    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "kept labels"]
+    headers += ["mass left out %", "answered %", "accuracy %"]
+    rows = []
+    for teacher in map(_known, teachers):
+        model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
+        is_column = teacher.get("kind") == "column" and model is not None
+        rows.append([
+            _escape(teacher.get("level", "")),
+            _code(teacher["name"]) if "name" in teacher else "",
+            _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
+            _code(_in_repo(subfolder)) if subfolder and model is None else "",
+            f"column {_code(model)}" if is_column else _repo_link(model, at, subfolder),
+            _code(_short(at)) if at else "",
+            _short_list(teacher.get("scope")),
+            _short_list(teacher.get("domains")),
+            _escape(teacher.get("pool_k", "")),
+            _percent(teacher.get("dropped_mass") or None),
+            _percent(teacher.get("answered")),
+            _percent(teacher.get("accuracy")),
+        ])  # fmt: skip
+    return _table(headers, rows)
+
+
+def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The levels of this student, the last round of each with what the report knows beside."""
+    by_level = {level.get("level"): _known(level) for level in measured}
+    rows = [by_level.pop(level.get("level"), {}) | _known(level) for level in reversed(own)]
+    return [*reversed(rows), *by_level.values()]
+
+
+def _levels_table(levels: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for level in map(_known, levels):
+        shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
+        rows.append([
+            _escape(level.get("level", "")),
+            _escape(level.get("assignment", "")),
+            ", ".join(f"{name} {share}" for name, share in shares.items() if share),
+            _percent(level.get("keep_rate")),
+            _count(level.get("num_kept")),
+            _percent(level.get("accuracy")),
+            _percent(level.get("pgr")),
+        ])  # fmt: skip
+    headers = ["level", "assignment", "examples per teacher %", "keep rate %", "kept examples", "accuracy %", "PGR %"]
+    return _table(headers, rows)
+
+
+def _hyperparameters_table(values: Mapping[str, Any]) -> str:
+    # A card tells how a model was trained, not where, and keeps no secrets.
+    shown = {name: value for name, value in values.items() if not name.endswith(("_dir", "token"))}
+    rows = [[_code(name), _code(value)] for name, value in shown.items() if not _names_folder(value)]
+    return _table(["argument", "value"], rows)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table without the columns that nothing is known about; empty without rows."""
+    used = [column for column in range(len(headers)) if any(row[column] for row in rows)]
+    shown = [[row[column] for column in used] for row in [headers, *rows]]
+    lines = ["".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in shown]
+    return "\n".join([lines[0], "| --- " * len(used) + "|", *lines[1:]]) if used else ""
+
+
+# ── words and numbers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """What is known of one number or a list of them."""
+    values = value if isinstance(value, list | tuple) else [value]
+    numbers = np.array([np.nan if item is None else float(item) for item in values])
+    return numbers[~np.isnan(numbers)]
+
+
+def _percent(value: Any, *, spread: bool = True) -> str:
+    numbers = 100 * _numbers(value)
+    if not len(numbers):
+        return ""
+    return f"{numbers.mean():.1f}" + (f" ± {numbers.std(ddof=1):.1f}" if spread and len(numbers) > 1 else "")
+
+
+def _count(value: Any) -> str:
+    numbers = _numbers(value)
+    return f"{numbers.mean():,.0f}" if len(numbers) else ""
+
+
+# Each place in a card has one function through which all values go: text and table cells, inline code, Python, YAML.
+def _one_line(value: Any) -> str:
+    """Text on one line."""
+    return _visible(" ".join(str(value).split()))
+
+
+def _visible(text: str) -> str:
+    """Text in which nothing is hidden or turned round; joiners are not seen either, but some scripts need them."""
+    is_hidden = {char for char in set(text) if category(char) in _UNSEEN and char not in "\n\t\u200c\u200d"}
+    return "".join("\ufffd" if char in is_hidden else char for char in text)
+
+
+def _escape(value: Any) -> str:
+    """Text that starts no link, comment or tag, and does not leave its table cell."""
+    text = re.sub(r"([\\|\[\]])", r"\\\1", _one_line(value))
+    return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace("`", "'")
+
+
+def _code(value: Any) -> str:
+    """Inline code; a pipe is escaped, by an odd number of backslashes, to stay in its table cell."""
+    text = re.sub(r"(\\*)\|", r"\1\1\\|", _one_line(value)).replace("`", "'")
+    return f"`{text or ' '}`"
+
+
+def _literal(text: str) -> str:
+    """Python that gives exactly this text, on one line and in characters that can be seen."""
+    is_plain = text.isprintable() and not {'"', "\\"} & set(text)
+    return f'"{text}"' if is_plain else ascii(text)
+
+
+def _yaml(value: Any) -> Any:
+    """A value for the header, which the YAML library quotes as it needs."""
+    if isinstance(value, Mapping):
+        return {_yaml(key): _yaml(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_yaml(item) for item in value]
+    return _visible(value) if isinstance(value, str) else value
+
+
+def _quote(path: str) -> str:
+    """A path in an address."""
+    return quote(path, errors="replace")
+
+
+def _join(values: Sequence[Any]) -> str:
+    return ", ".join(_escape(value) for value in values)
+
+
+def _short_list(values: Sequence[str] | None) -> str:
+    if not values:
+        return ""
+    rest = len(values) - _MAX_NAMES
+    return _join(values) if rest <= 0 else f"{len(values)}: {_join(values[:_MAX_NAMES])} …"
+
+
+def _label_list(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - _MAX_LABELS} more" if len(labels) > _MAX_LABELS else ""
+    return ", ".join(_code(label) for label in labels[:_MAX_LABELS]) + more
+
+
+def _is_hub_id(model: str) -> bool:
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def _names_folder(value: Any) -> bool:
+    """Whether a value says where something lies on this machine, itself or in one of its parts."""
+    if isinstance(value, Mapping):
+        return any(map(_names_folder, value.values()))
+    if isinstance(value, list | tuple | set):
+        return any(map(_names_folder, value))
+    if not isinstance(value, str | PurePath):
+        return False
+    text = str(value)
+    return text.startswith(("~", "file:")) or any(
+        kind(text).is_absolute() for kind in (PurePosixPath, PureWindowsPath)
+    )
+
+
+def _in_repo(path: str) -> str:
+    return PureWindowsPath(path).name if _names_folder(path) else path
+
+
+def _title(facts: Mapping[str, Any], own_id: str, default: str) -> str:
+    return _one_line(facts.get("name") or facts.get(own_id, default).split("/")[-1])
+
+
+def _own_id(facts: Mapping[str, Any], key: str) -> str | None:
+    """The Hub id of the card's own repository; what cannot be one is not printed into code."""
+    return facts[key] if _HUB_ID.fullmatch(facts.get(key, "")) else None
+
+
+def _pinned_at(teacher: Mapping[str, Any]) -> str | None:
+    return teacher.get("commit") or teacher.get("revision")
+
+
+def _short(revision: str) -> str:
+    return revision[:12] if _COMMIT.fullmatch(revision) else revision
+
+
+def _repo_link(repo: str | None, at: str | None = None, subfolder: str | None = None, *, prefix: str = "") -> str:
+    """A link to a Hub repository at its commit; of a folder only its name, for the rest is nobody's business."""
+    if repo is None:
+        return ""
+    if not _is_hub_id(repo):
+        return _code(PureWindowsPath(repo).name)  # knows both kinds of slashes
+    url, text = f"https://huggingface.co/{prefix}{repo}", repo
+    if subfolder or (at and _COMMIT.fullmatch(at)):
+        url += f"/tree/{_quote(at or 'main').replace('/', '%2F')}"
+    if subfolder:
+        url, text = f"{url}/{_quote(subfolder)}", f"{repo}/{subfolder}"
+    return f"[{_escape(text)}]({url})"
+
+
+def _repo_text(repo: str | None, at: str | None = None, *, prefix: str = "") -> str:
+    is_pinned = repo is not None and at and _is_hub_id(repo)
+    return _repo_link(repo, at, prefix=prefix) + (f" at {_code(_short(at))}" if is_pinned and at else "")
+
+
+def _files_text(files: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{_code(_in_repo(path))} ({_escape(what)})" for path, what in files)
+
+
+def _versions_text(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{_escape(name)} {_escape(version)}" for name, version in _known(versions).items())

@@ -1,0 +1,149 @@
+""""""
+
+from __future__ import annotations
+
+import torch
+
+from .aggregation import SUM_TOLERANCE, check_labels
+from .assignment import first_argmax
+
+_MIN_WEIGHT = 1e-6
+
+
+# ── crowds: who errs how, without gold labels ───────────────────────────────────────────────────────────────────────
+
+
+def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
+    """Weigh hard labels and a classifier's probabilities by how well each agrees with the others.
+
+    posterior ~ w_s p + sum over answers j of w_j [P if label_j = c else (1 - P)/(C - 1)], with P the mean agreement
+    with the consensus, w_j = max(1e-6, 1 - e_j/e_0) and w_s = max(1e-6, 1 - e_s/e_0) sqrt(mean answers per
+    example). e_j is how often teacher j disagrees with another, e_s the classifier with the consensus, e_0 the
+    consensus with its most frequent label, all over examples with two answers or more. The consensus is first the
+    majority (ties by p, then to the rarer label, then to the lowest), and once more the argmax of the posterior.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
+            Hard labels, -1 where a teacher has no answer.
+        student_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
+            Probabilities of a classifier that was not trained on these very examples; rows sum to 1.
+
+    Returns:
+        `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody answered.
+
+    Raises:
+        ValueError: If shapes or values are not as said above, or if no example has two answers.
+
+    Source:
+        arXiv 2210.06812; weights and posterior are those of cleanlab. Cleanlab stops at a teacher or an example
+        without answers, here both are left out; its last resort in a tie is a random label of the global generator.
+        Its `consensus_label` is the consensus that made this posterior, whose own argmax may be another one: see
+        [`crowdlab_labels`].
+
+    Examples:
+        >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
+        >>> crowdlab(torch.tensor([[0, 0], [1, 1], [-1, -1]]), student_probs).argmax(dim=1).tolist()
+        [0, 1, 0]
+    """
+    return _crowdlab(labels, student_probs)[0]
+
+
+def crowdlab_labels(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
+    """Give the label of each example by CROWDLAB, which is not always the most probable one of [`crowdlab`].
+
+    Args:
+        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
+            Hard labels, -1 where a teacher has no answer.
+        student_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
+            Probabilities of a classifier that was not trained on these very examples; rows sum to 1.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: the consensus, cleanlab's `consensus_label`; -1 where nobody
+        answered.
+
+    Raises:
+        ValueError: As [`crowdlab`].
+
+    Examples:
+        >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
+        >>> crowdlab_labels(torch.tensor([[0, 0], [1, 1], [-1, -1]]), student_probs).tolist()
+        [0, 1, -1]
+    """
+    return _crowdlab(labels, student_probs)[1]
+
+
+def _crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Posteriors, and the consensus that made them."""
+    _check_student_probs(student_probs, labels)
+    check_labels(labels, student_probs.shape[1])
+    some = (labels >= 0).any(dim=1)
+    posteriors = torch.zeros_like(student_probs, dtype=torch.promote_types(student_probs.dtype, torch.float32))
+    found = torch.full((len(labels),), -1, device=labels.device)
+    if not bool(some.any()):
+        return posteriors, found
+    labels, probs = labels[some].long(), student_probs[some].double()
+    if not bool(((labels >= 0).sum(dim=1) > 1).any()):
+        raise ValueError("`crowdlab` needs an example that two teachers answered, got none. Use `majority_vote`.")
+    consensus = _majority_with_student(labels, probs)
+    first = _crowdlab_posteriors(labels, probs, consensus)
+    best = first == first.amax(dim=1, keepdim=True)
+    consensus = torch.where(best.sum(dim=1) == 1, first_argmax(first), consensus)
+    posteriors[some] = _crowdlab_posteriors(labels, probs, consensus).to(posteriors.dtype)
+    found[some] = consensus
+    return posteriors, found
+
+
+def _check_student_probs(student_probs: torch.Tensor, labels: torch.Tensor) -> None:
+    if student_probs.ndim != 2 or student_probs.shape[:1] != labels.shape[:1] or student_probs.shape[1] < 2:
+        raise ValueError(
+            "Expected `student_probs` of shape (num_examples, num_labels), two labels or more and one row for each of "
+            f"`labels`, got {tuple(student_probs.shape)} for {tuple(labels.shape)}."
+        )
+    sums = student_probs.sum(dim=1, dtype=torch.float64)
+    if not bool(((sums - 1).abs() <= SUM_TOLERANCE).all()) or bool((student_probs < 0).any()):
+        raise ValueError(
+            "Rows of `student_probs` must be probabilities that sum to 1. Give softmax outputs, not logits."
+        )
+
+
+def _vote_weights(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Sum the weights of the teachers behind each label, -1 behind none."""
+    answered = labels >= 0
+    votes = weights.new_zeros(labels.shape[0], num_labels)
+    return votes.scatter_add_(1, labels.clamp(min=0), weights.expand(labels.shape) * answered)
+
+
+def _majority_with_student(labels: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Find the label of most votes; ties by the student, then to the rarer, then to the lowest label."""
+    votes = _vote_weights(labels, probs.new_ones(labels.shape[1]), probs.shape[1])
+    tied = torch.where(votes == votes.amax(dim=1, keepdim=True), probs, -1.0)
+    rarity = -votes.sum(dim=0).expand_as(votes)
+    return first_argmax(torch.where(tied == tied.amax(dim=1, keepdim=True), rarity, -torch.inf))
+
+
+def _crowdlab_posteriors(labels: torch.Tensor, probs: torch.Tensor, consensus: torch.Tensor) -> torch.Tensor:
+    answered = labels >= 0
+    num_answers = answered.sum(dim=1)
+    several = num_answers > 1
+    agrees = (labels == consensus[:, None]).sum(dim=1) / num_answers.double()
+    likelihood = agrees[several].mean()
+    rest = (1 - likelihood) / (probs.shape[1] - 1)
+    kept = consensus[several]
+    base_error = (kept != torch.bincount(kept).argmax()).double().mean().clamp(min=_MIN_WEIGHT)
+    teacher_weights = (1 - _disagreement(labels) / base_error).clamp(min=_MIN_WEIGHT)
+    student_error = (first_argmax(probs[several]) != kept).double().mean()
+    student_weight = (1 - student_error / base_error).clamp(min=_MIN_WEIGHT) * num_answers.double().mean().sqrt()
+    votes = _vote_weights(labels, teacher_weights, probs.shape[1])
+    total = votes.sum(dim=1, keepdim=True)
+    return (student_weight * probs + rest * total + (likelihood - rest) * votes) / (student_weight + total)
+
+
+def _disagreement(labels: torch.Tensor) -> torch.Tensor:
+    """Share of the other answers to its examples that each teacher disagrees with, `(num_teachers,)`."""
+    answered = labels >= 0
+    num_others = (answered.sum(dim=1, keepdim=True) - 1) * answered
+    same = torch.stack([(labels == labels[:, k : k + 1]).sum(dim=1) - 1 for k in range(labels.shape[1])], dim=1)
+    errors = 1 - (same * answered).sum(dim=0) / num_others.sum(dim=0).double()
+    met = num_others.sum(dim=0) > 0
+    # who never meets another counts as the mean of those who do
+    return torch.where(met, errors, errors[met].mean())

@@ -1,0 +1,167 @@
+"""RAVEN: weights of teachers that are learned beside a student."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .aggregation import check_teacher_probs, harden
+from .losses import soft_cross_entropy
+from .weighting import weighted_mean
+
+
+class RavenFit(NamedTuple):
+    """What [`fit_raven`] finds.
+
+    Args:
+        weight (`torch.Tensor` of shape `(num_labels, feature_size)`):
+            Of the student's head.
+        bias (`torch.Tensor` of shape `(num_labels,)`):
+            Of the student's head.
+        teacher_weights (`torch.Tensor` of shape `(num_teachers,)` or `(num_examples, num_teachers)`):
+            Sum to 1 over the teachers that answered; give them to [`weighted_mean_probs`] for the labels.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    teacher_weights: torch.Tensor
+
+
+def fit_raven(
+    features: torch.Tensor,
+    teacher_probs: torch.Tensor,
+    answered: torch.Tensor,
+    *,
+    epochs: int = 20,
+    easy_epochs: int = 5,
+    learning_rate: float = 1e-3,
+    weight_learning_rate: float = 1e-3,
+    per_example: bool = False,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> RavenFit:
+    """Fit a linear student and the weights of its teachers on the same loss.
+
+    The label is y_i = sum_k w_k t_ik over the teachers that answered, the loss the mean cross-entropy of the student
+    against y; Adam moves the head (from zero), plain SGD w (from equal shares), and after each step w is clamped from
+    below at 1e-6 and normalised. The first `easy_epochs` take only examples on which all answering teachers have the
+    same most probable label, and leave w alone. Hard teachers are one-hot rows, like any others; the released code
+    raises on them.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+            Inputs of the head.
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+            Rows sum to 1, or are all zero where there is no answer.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered; examples without an answer are left out.
+        epochs (`int`, *optional*, defaults to 20):
+            Passes over the data, the easy ones included.
+        easy_epochs (`int`, *optional*, defaults to 5):
+            How many of them are easy.
+        learning_rate (`float`, *optional*, defaults to 1e-3):
+            Of the head.
+        weight_learning_rate (`float`, *optional*, defaults to 1e-3):
+            Of w. The loss is a mean over the batch, so a weight per example moves `batch_size` times less.
+        per_example (`bool`, *optional*, defaults to `False`):
+            Whether each example has weights of its own.
+        batch_size (`int`, *optional*, defaults to 256):
+            Examples per step.
+        seed (`int`, *optional*, defaults to 0):
+            For the order of the examples.
+
+    Returns:
+        [`RavenFit`], in the precision of the features but at least float32.
+
+    Raises:
+        ValueError: If shapes or values are not as said above, or if there is nothing to learn from.
+
+    Source:
+        RAVEN, arXiv 2510.21332; missing answers are ours. The loss is linear in w and lowest at the teacher that the
+        student follows already, hence the easy start.
+
+    Examples:
+        >>> probs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]]).repeat(50, 1, 1)
+        >>> fit = fit_raven(torch.tensor([[1.0], [-1.0]]).repeat(50, 1), probs, torch.ones(100, 2, dtype=torch.bool))
+        >>> fit.teacher_weights.tolist()
+        [0.5, 0.5]
+    """
+    _check_raven(features, teacher_probs, answered, (epochs, batch_size), easy_epochs)
+    usable = answered.any(dim=1).nonzero().flatten()
+    easy = usable[unanimous(teacher_probs, answered)[usable]]
+    if len(easy if easy_epochs else usable) == 0:
+        raise ValueError(
+            f"Nothing to learn from: of {len(features)} examples {len(usable)} have an answer, and on {len(easy)} of "
+            "them all teachers agree. Set `easy_epochs=0` to start without agreement."
+        )
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    weight = features.new_zeros(teacher_probs.shape[2], features.shape[1]).requires_grad_()
+    bias = features.new_zeros(teacher_probs.shape[2]).requires_grad_()
+    optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
+    can_speak = answered if per_example else answered.any(dim=0)
+    teacher_weights = _project(torch.ones_like(can_speak, dtype=features.dtype), can_speak)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        is_easy = epoch < easy_epochs
+        rows = easy if is_easy else usable
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        for batch in rows[order].split(batch_size):
+            current = (teacher_weights[batch] if per_example else teacher_weights).clone().requires_grad_()
+            targets = weighted_mean(teacher_probs[batch], answered[batch], current)
+            logits = torch.nn.functional.linear(features[batch], weight, bias)
+            optimizer.zero_grad()
+            soft_cross_entropy(logits, targets).mean().backward()
+            optimizer.step()
+            if is_easy or current.grad is None:
+                continue
+            moved = current.detach() - weight_learning_rate * current.grad
+            if per_example:
+                teacher_weights[batch] = _project(moved, can_speak[batch])
+            else:
+                teacher_weights = _project(moved, can_speak)
+    return RavenFit(weight.detach(), bias.detach(), teacher_weights)
+
+
+def _project(weights: torch.Tensor, can_speak: torch.Tensor) -> torch.Tensor:
+    """Clamp at 1e-6 and normalise over those who can speak; a row in which nobody can stays zero."""
+    weights = weights.clamp(min=1e-6) * can_speak
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / torch.where(total > 0, total, 1.0)
+
+
+def unanimous(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+    """Tell where all teachers that answered have the same most probable label.
+
+    Args:
+        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
+            Rows sum to 1, or are all zero where there is no answer.
+        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
+            Who answered.
+
+    Returns:
+        `torch.BoolTensor` of shape `(num_examples,)`: True where nobody answered, too.
+
+    Examples:
+        >>> probs = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.0, 0.0]]])
+        >>> unanimous(probs, torch.tensor([[True, True, False]])).tolist()
+        [True]
+    """
+    labels = harden(teacher_probs, answered)
+    highest = labels.amax(dim=1, keepdim=True)
+    return ((labels == highest) | ~answered).all(dim=1)
+
+
+def _check_raven(
+    features: torch.Tensor, teacher_probs: torch.Tensor, answered: torch.Tensor, counts: tuple[int, ...], easy: int
+) -> None:
+    check_teacher_probs(teacher_probs, answered)
+    if features.ndim != 2 or len(features) != len(teacher_probs) or not bool(features.isfinite().all()):
+        raise ValueError(
+            f"Expected finite `features` of shape ({len(teacher_probs)}, feature_size), got {tuple(features.shape)}."
+        )
+    if min(counts) < 1 or not 0 <= easy <= counts[0]:
+        raise ValueError(
+            "Expected `epochs` and `batch_size` of at least 1 and `easy_epochs` from 0 to `epochs`, got "
+            f"{counts[0]}, {counts[1]} and {easy}."
+        )

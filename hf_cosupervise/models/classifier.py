@@ -1,0 +1,271 @@
+"""Classifiers of transformers: configuration, processor, whole weights, and adapters merged into their base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+from transformers.utils import logging as transformers_logging
+
+from .source import ADAPTER_WEIGHTS, ModelSource, first, whole_weights
+
+_PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
+_LEAST_WORDS = 5
+_ADAPTED = "base_model.model."  # how peft begins the name of every weight of an adapter
+
+
+# ── classifiers of transformers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_config(source: ModelSource) -> Any:
+    """Read the configuration of a classifier of transformers, or of timm in transformers' wrapper.
+
+    Args:
+        source ([`ModelSource`]):
+            A model that is no adapter.
+
+    Returns:
+        `PreTrainedConfig`
+
+    Raises:
+        ValueError: If transformers does not know the type of model.
+    """
+    model_type = source.config.get("model_type")
+    if "architecture" not in source.config and model_type not in CONFIG_MAPPING_NAMES:
+        raise ValueError(
+            f"{source.what} must be of a type that transformers knows, got {model_type!r} in "
+            f"'{source.place}'. Code from a repository is never run: use a model without code of its own, or "
+            "update transformers."
+        )
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    if config.model_type == "timm_wrapper" and config.model_args:
+        # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
+        config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    return config
+
+
+def reads_text(config: Any, what: str) -> bool:
+    """Tell whether a configuration belongs to a text classifier or to an image classifier.
+
+    Args:
+        config (`PreTrainedConfig`):
+            Of the model. Its architecture decides; where it names none, what its type can be.
+        what (`str`):
+            Who asks, for the error.
+
+    Returns:
+        `bool`: `True` for texts.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    architectures = config.architectures or []
+    for task, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
+        if any(task in architecture for architecture in architectures):
+            return is_text
+    others = [name for name in architectures if "For" in name or "LMHead" in name]
+    if not others and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return False
+    if not others and type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return True
+    found = f"'{others[0]}', which is for another task" if others else f"a model of type '{config.model_type}'"
+    raise ValueError(
+        f"{what} must be a classifier of images or of texts, got {found}. Use a classifier; the answers of anything "
+        "else can be put into a column and read by `kind='column'`."
+    )
+
+
+def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
+    """Load the tokenizer or image processor of a model.
+
+    Args:
+        source ([`ModelSource`]):
+            Whose it is.
+        folder (`pathlib.Path`):
+            Where it is: what [`~Checkpoint.fetch`] gave, or [`load_adapted`].
+        is_text (`bool`):
+            Whether it is a tokenizer.
+
+    Returns:
+        `PreTrainedTokenizerBase` or `BaseImageProcessor`
+
+    Raises:
+        ValueError: If there is none, its vocabulary is missing, or it would need code of the repository.
+    """
+    kind = "tokenizer" if is_text else "image processor"
+    try:
+        processor = (AutoTokenizer if is_text else AutoImageProcessor).from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source.what} must come with its {kind}, and without code of its own, which is never run; got in "
+            f"'{source.place}': {_first_line(error)}. Save it there too by `save_pretrained`."
+        ) from error
+    # Without its files, transformers 5 makes a tokenizer that knows its special tokens only, and says nothing.
+    if is_text and (num_words := len(processor) - len(set(processor.all_special_tokens))) < _LEAST_WORDS:
+        raise ValueError(
+            f"{source.what} must come with the vocabulary of its tokenizer, got {num_words} words "
+            f"besides its special tokens in '{source.place}'. Save the tokenizer there too by `save_pretrained`."
+        )
+    source.name_after(processor)
+    return processor
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any, Path]:
+    """Load an adapter of peft on its base, merged: an ordinary classifier of transformers.
+
+    The base comes from its own folder or commit. It gets as many labels as the head that the adapter has saved
+    (`modules_to_save`), and its own head where there is none. Names of labels are those of the adapter's `config.json`
+    if it has one, else the base's if they are as many, else `LABEL_0` …
+
+    Args:
+        source ([`ModelSource`]):
+            One with `is_adapter`.
+        random_head (`bool`, *optional*, defaults to `False`):
+            Allow a head that neither the adapter nor the base has: of a student, whose head is replaced anyway.
+
+    Returns:
+        `tuple[PreTrainedModel, pathlib.Path]`: the model, on the CPU; and the folder to load its tokenizer or image
+        processor from, the adapter's where it has one, else the base's.
+
+    Raises:
+        OSError: If files are missing, or the Hub refuses them or cannot be reached.
+        ValueError: If the adapter cannot be merged, does not fit its base, or weights would be random.
+    """
+    base = source.base
+    if base is None:
+        raise ValueError(f"{source.what} must be an adapter, got a whole model in '{source.place}'. Load that.")
+    _check_mergeable(source)
+    folder, base_folder = source.fetch(), base.fetch()
+    with whole_weights(source):
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    saved = {name.removeprefix(_ADAPTED): value for name, value in weights.items()}
+    config = read_config(base)
+    is_text = reads_text(config, base.what)
+    auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
+    _set_labels(config, _saved_labels(config, auto_model, saved), source.config.get("id2label"))
+    with quiet_loading(), whole_weights(base):
+        model, loading = auto_model.from_pretrained(
+            base_folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    lost = {item[0] if isinstance(item, tuple) else item for kind in ("missing", "mismatched")
+            for item in loading[f"{kind}_keys"]}  # fmt: skip
+    if not random_head:
+        check_no_missing(base.what, lost - set(saved))
+    merged = _merge(model, source, base, folder)
+    source.name_after(merged)
+    has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
+    return merged, folder if has_processor else base_folder
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from reporting weights that are replaced on purpose; what matters is checked afterwards."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def check_no_missing(what: str, missing: Iterable[str]) -> None:
+    """See that a checkpoint lacks no weight of its model.
+
+    Args:
+        what (`str`):
+            Whose it is, for the error.
+        missing (`Iterable[str]`):
+            Names of weights without a value.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    names = sorted(missing)
+    if names:
+        raise ValueError(
+            f"{what} must have all of its weights (never a silently random teacher), got a checkpoint without "
+            f"{first(names)}. Train its classifier first, or name a checkpoint that has one."
+        )
+
+
+def _check_mergeable(source: ModelSource) -> None:
+    adapter = source.adapter or {}
+    tuner = {kind.value: tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}.get(
+        str(adapter.get("peft_type"))
+    )
+    # X-LoRA names further adapters that it would load, and megatron a module that it would import.
+    mergeable = hasattr(tuner, "merge_and_unload") and adapter.get("peft_type") not in ("XLORA", "POLY")
+    if not mergeable or adapter.get("megatron_config"):
+        raise ValueError(
+            f"{source.what} must be an adapter that can be merged into its base, such as LoRA, got "
+            f"{adapter.get('peft_type')!r} in '{source.place}'. Save a whole model instead."
+        )
+
+
+def _saved_labels(config: Any, auto_model: Any, saved: Mapping[str, torch.Tensor]) -> int | None:
+    """For how many labels an adapter has saved a head: the size of what depends on their number."""
+    shapes = []
+    for num_labels in (3, 5):
+        probe = type(config).from_dict(config.to_dict() | {"label_names": None})
+        _set_labels(probe, num_labels, None)
+        with init_empty_weights():
+            shapes.append({name: value.shape for name, value in auto_model.from_config(probe).named_parameters()})
+    outputs = [name for name, shape in shapes[0].items() if shape != shapes[1][name] and name in saved]
+    sizes = {saved[name].shape[0] for name in outputs}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _set_labels(config: Any, num_labels: int | None, id2label: Any) -> None:
+    """Give a configuration a number of labels and their names, where they are known."""
+    names = [str(id2label[key]) for key in sorted(id2label, key=int)] if isinstance(id2label, Mapping) else []
+    num_labels = num_labels or config.num_labels
+    if len(names) == num_labels:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: position for position, name in enumerate(names)}
+    elif num_labels != config.num_labels:
+        config.num_labels = num_labels
+    if config.model_type == "timm_wrapper":
+        config.num_labels, config.label_names = num_labels, [config.id2label[key] for key in range(num_labels)]
+
+
+def _merge(model: Any, source: ModelSource, base: ModelSource, folder: Path) -> Any:
+    """Put an adapter onto its base, see that all of it found its place, and merge."""
+    try:
+        adapted = PeftModel.from_pretrained(
+            model, str(folder), config=PeftConfig.from_pretrained(str(folder)), torch_device="cpu"
+        )
+        # Only the second loading tells what the first one did.
+        loading = adapted.load_adapter(str(folder), "default", torch_device="cpu")
+        left = [name.removeprefix(_ADAPTED) for name in (*loading.unexpected_keys, *loading.missing_keys)]
+        if left:
+            raise ValueError(f"{first(sorted(left))} without counterpart")
+        return adapted.merge_and_unload()
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source.what} must be an adapter that fits its base '{base.place}', got: "
+            f"{_first_line(error)}. Train it again on this base, or save a whole model."
+        ) from error

@@ -1,0 +1,351 @@
+"""Files of a model that nobody vouches for: read strictly, and refused where they lead to code or to other files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_CONFIGS = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "chat_template.json")
+
+# The largest that anybody publishes, a `tokenizer.json`, has 40 MB; configurations are nested ten deep, and the
+# largest number in them is the int(1e30) by which tokenizers say that they read texts of any length.
+_MAX_JSON_BYTES, _MAX_DEPTH, _MAX_DIGITS = 256 << 20, 64, 64
+
+
+# ── what a configuration may not say, at any depth ──────────────────────────────────────────────────────────────────
+
+
+# `attn_implementation` and its kin may name a repository of kernels, which is code. These need no download.
+_IMPLEMENTATION = re.compile(r"\w*_implementation(_internal)?")
+_INSTALLED = {"eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm"}
+_FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+# transformers looks these up by name among all that it has. An `Auto…` class would begin again, without our arguments,
+# and a model would read its own weights. A name that it does not know does no harm.
+_CLASSES = {
+    "tokenizer_class": re.compile(r"(?!Auto)\w*(Tokenizer|Backend)\w*"),
+    "image_processor_type": re.compile(r"(?!Auto)\w*(ImageProcessor|FeatureExtractor)\w*"),
+    "feature_extractor_type": re.compile(r"(?!Auto)\w*(ImageProcessor|FeatureExtractor)\w*"),
+}
+# timm would follow `hf-hub:` and `local-dir:` here too.
+_ARCHITECTURES = ("architecture", "backbone")
+_BARE_NAME = re.compile(r"[\w.\-]*")
+# A configuration to be read in place of this one, other weights, positional arguments of a tokenizer (paths), caches
+# that peft opens by `torch.load`, further models.
+_OTHER_FILES = (
+    *("configuration_files", "transformers_weights", "use_pretrained_backbone", "backbone_kwargs", "init_inputs"),
+    *("cache_file", "covariance_file", "shadow_model"),
+)
+# What timm's models may be told: sizes and kinds of layers. `checkpoint_path`, `pretrained_strict`, `features_only`
+# and whatever timm adds tomorrow are not here.
+_TIMM_ARGS = (
+    *("act_layer", "always_partition", "attn_drop_rate", "bn_eps", "bn_momentum", "channels", "class_token", "depth"),
+    *("depths", "dims", "distillation", "drop_block_rate", "drop_path_rate", "drop_rate", "dynamic_img_pad"),
+    *("dynamic_img_size", "embed_dim", "embed_dims", "expand_ratio", "fc_norm", "final_norm", "fix_init", "fix_stem"),
+    *("global_pool", "head_dim", "head_hidden_size", "head_init_scale", "head_norm_first", "img_size", "in_chans"),
+    *("init_values", "layer_scale_init_value", "layers", "ls_init_value", "mlp_ratio", "mlp_ratios", "no_embed_class"),
+    *("norm_eps", "norm_layer", "num_classes", "num_features", "num_heads", "output_stride", "pad_type"),
+    *("patch_drop_rate", "patch_size", "pool_size", "pos_drop_rate", "pos_embed", "pre_norm", "proj_bias"),
+    *("proj_drop_rate", "qk_norm", "qkv_bias", "ref_feat_shape", "reg_tokens", "se_layer", "sr_ratios", "stem_type"),
+    *("stem_width", "strict_img_size", "use_fc_norm", "weight_init", "width", "widths", "window_ratio", "window_size"),
+    *("zero_init_last"),
+)
+
+
+def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
+    """See that a configuration names no code, no repository and no file that its libraries would follow.
+
+    Args:
+        config (`Mapping[str, Any]`):
+            Content of a JSON file.
+        what (`str`):
+            Whose it is, for the error: `"Teacher 'low'"`.
+        name (`str`):
+            Name of the file.
+
+    Raises:
+        ValueError: If it does, at any depth.
+    """
+    for path, key, value in _entries(config):
+        where = f"`{path}` in its '{name}'"
+        if key != "cache_implementation" and _IMPLEMENTATION.fullmatch(key):
+            for choice in _leaves(value):
+                if choice is not None and not _is_installed(choice):
+                    raise ValueError(
+                        f"{what} must run by code that is installed, got {where}: {_short(choice)}, which is not or "
+                        "would be downloaded. Set it to 'sdpa' or 'eager', or remove it."
+                    )
+        elif key in _CLASSES and value is not None:
+            if not isinstance(value, str) or _is_other_class(value, _CLASSES[key]):
+                raise ValueError(
+                    f"{what} must be read by a class of its own kind, got {where}: {_short(value)}. Name a class of "
+                    "transformers, such as 'BertTokenizer' or 'ViTImageProcessor'."
+                )
+        elif key in _ARCHITECTURES and isinstance(value, str):
+            if not _BARE_NAME.fullmatch(value):
+                raise ValueError(
+                    f"{what} must name an architecture of timm, got {where}: {_short(value)}, which leads elsewhere. "
+                    "Use a checkpoint that was saved by timm."
+                )
+        elif key == "model_args" and value is not None:
+            _check_timm_args(value, what, where)
+        elif key == "quantization_config" and value:
+            method = value.get("quant_method") if isinstance(value, Mapping) else value
+            if method != "bitsandbytes":
+                raise ValueError(
+                    f"{what} must have plain weights, got {where} of method {_short(method)}, which may need code "
+                    "from elsewhere. Save the model again after `dequantize()`."
+                )
+        elif key == "fast_tokenizer_files" and value:
+            if not all(isinstance(file, str) and _BARE_NAME.fullmatch(file) for file in _leaves(value)):
+                raise _other_file(what, where, value)
+        elif key in _OTHER_FILES and value:
+            raise _other_file(what, where, value)
+
+
+def _is_installed(implementation: Any) -> bool:
+    if not isinstance(implementation, str):
+        return False
+    return _FLASH[implementation]() if implementation in _FLASH else implementation in _INSTALLED
+
+
+def _is_other_class(name: str, kind: re.Pattern[str]) -> bool:
+    bare = re.sub("(Fast|Pil)*$", "", name)  # endings that transformers drops to find a class
+    return not kind.fullmatch(bare) and hasattr(transformers, bare)
+
+
+def _other_file(what: str, where: str, value: Any) -> ValueError:
+    return ValueError(
+        f"{what} must consist of its own files, got {where}: {_short(value)}, which leads elsewhere. Remove it, or "
+        "save the model again by `save_pretrained`."
+    )
+
+
+def _check_timm_args(arguments: Any, what: str, where: str) -> None:
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"{what} must have a JSON object as {where}, got {_short(arguments)}. Save the model again.")
+    if unknown := sorted(set(arguments).difference(_TIMM_ARGS)):
+        raise ValueError(
+            f"{what} must be built from sizes and kinds of layers, got `{unknown[0]}` in {where}, which is none of "
+            "them. Remove it; weights are read from 'model.safetensors' alone."
+        )
+    for key, value in arguments.items():
+        for leaf in _leaves(value):
+            if isinstance(leaf, Mapping) or (isinstance(leaf, str) and not _BARE_NAME.fullmatch(leaf)):
+                raise ValueError(
+                    f"{what} must be built from numbers and names of layers, got `{key}` in {where}: {_short(leaf)}. "
+                    "Save the model again."
+                )
+
+
+def _entries(content: Any) -> Iterator[tuple[str, str, Any]]:
+    """Every entry of every object in JSON content, with the path to it."""
+    waiting = [("", content)]
+    while waiting:
+        prefix, value = waiting.pop()
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield f"{prefix}{key}", key, item
+                if isinstance(item, Mapping | list):
+                    waiting.append((f"{prefix}{key}.", item))
+        else:
+            waiting += [(prefix, item) for item in value if isinstance(item, Mapping | list)]
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The value itself, or the values of a list or object, at any depth; an empty object is a leaf."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, list):
+            waiting += item
+        elif isinstance(item, Mapping) and item:
+            waiting += item.values()
+        else:
+            yield item
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+# ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_json(path: Path, what: str, advice: str = "Save the model again.") -> dict[str, Any]:
+    """Read a JSON object from a file that anybody may have written.
+
+    Args:
+        path (`pathlib.Path`):
+            The file.
+        what (`str`):
+            Whose it is, for the error: `"Teacher 'low'"`.
+        advice (`str`, *optional*):
+            What to do, for the error.
+
+    Returns:
+        `dict[str, Any]`
+
+    Raises:
+        ValueError: If it is too large, no UTF-8, no JSON, no object, nested too deeply, or has a key twice, `NaN`,
+            `Infinity` or a number without measure.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes, more than {_MAX_JSON_BYTES:,}")
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{what} must have a '{path.name}' that is JSON, got: {error}. {advice}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{what} must have a '{path.name}' that is a JSON object, got a {type(content).__name__}. {advice}"
+        )
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """Read JSON strictly: what is valid here means the same to every reader.
+
+    Args:
+        content (`bytes`):
+            UTF-8.
+
+    Returns:
+        `Any`
+
+    Raises:
+        ValueError: See [`read_json`]; the message is the reason alone.
+    """
+    try:
+        value = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer, parse_float=_number,
+            parse_constant=_no_number,
+        )  # fmt: skip
+    except RecursionError as error:
+        raise _too_deep() from error
+    depth, level = 0, [value]
+    while level := [
+        item for outer in level if isinstance(outer, dict | list)
+        for item in (outer.values() if isinstance(outer, dict) else outer)
+    ]:  # fmt: skip
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise _too_deep()
+    return value
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"objects or lists nested more than {_MAX_DEPTH} deep")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {_short(twice)} twice in one object")
+    return values
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {_short(text)}, which is too large")
+    return value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text}, which is no number of JSON")
+
+
+# ── what a folder holds ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def check_processor_files(folder: Path, what: str) -> None:
+    """Check what the tokenizer or image processor of a model will be read from.
+
+    Args:
+        folder (`pathlib.Path`):
+            Where the model is.
+        what (`str`):
+            Whose it is, for the error.
+
+    Raises:
+        ValueError: See [`read_json`] and [`check_config`].
+    """
+    for name in (*_CONFIGS, *_VOCABULARIES):
+        if (folder / name).is_file():
+            content = read_json(folder / name, what)
+            if name in _CONFIGS:
+                check_config(content, what, name)
+
+
+def read_shards(index: Path, what: str) -> set[str]:
+    """Read the names of the parts of a model's weights.
+
+    Args:
+        index (`pathlib.Path`):
+            `model.safetensors.index.json`.
+        what (`str`):
+            Whose it is, for the error.
+
+    Returns:
+        `set[str]`: Names of files beside the index, empty where there is no index.
+
+    Raises:
+        ValueError: If it names anything else.
+    """
+    if not index.is_file():
+        return set()
+    parts = read_json(index, what).get("weight_map")
+    names = list(parts.values()) if isinstance(parts, dict) else []
+    strange = [name for name in names if not isinstance(name, str) or not _SHARD.fullmatch(name)]
+    if strange or not names:
+        raise ValueError(
+            f"{what} must name the parts of its weights in '{index.name}', such as "
+            f"'model-00001-of-00002.safetensors', got {_short(strange[0]) if strange else 'none'}. Save the model "
+            "again."
+        )
+    return set(names)
+
+
+def check_safetensors(path: Path) -> None:
+    """See by its bytes that a file is what its name says, before any library opens it.
+
+    Args:
+        path (`pathlib.Path`):
+            A file of weights.
+
+    Raises:
+        SafetensorError: If it is a pickle or anything else.
+    """
+    if not path.is_file():
+        raise SafetensorError(f"'{path.name}' is no file")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(_MAX_JSON_BYTES, os.fstat(file.fileno()).st_size - 8):
+            raise SafetensorError(f"'{path.name}' is not of the format that its name says")
+        try:
+            is_header = isinstance(parse_json(file.read(length)), dict)
+        except ValueError as error:
+            raise SafetensorError(f"'{path.name}' is not of the format that its name says: {error}") from error
+    if not is_header:
+        raise SafetensorError(f"'{path.name}' is not of the format that its name says")

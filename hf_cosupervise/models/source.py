@@ -1,0 +1,429 @@
+"""Where a model's files are: a folder, or a repository of the Hub pinned to one commit; and adapters on their base."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+
+from ..hub.client import fetch_files, hub_errors, resolve_commit
+from .files import INDEX_FILE, check_config, check_processor_files, check_safetensors, read_json, read_shards
+
+# Everything that the loaders read, and nothing that could hold a pickle or code.
+LOADED_FILES = (
+    *("*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors"),
+    *("adapter_model.safetensors", "model.skops"),
+)
+# What a model consists of, to be published: nothing else that lies beside it. Names, not patterns of all JSON files.
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt"),
+    *("merges.txt", "*.model", "chat_template.jinja", "chat_template.json"),
+)
+_MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.skops")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_WEIGHT_PATTERNS = ("*.safetensors", "*.skops")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
+_TIMM_PREFIXES = ("hf-hub:", "local-dir:")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's files, in a folder or at one commit of the Hub. [`find_model`] makes it.
+
+    Args:
+        what (`str`): How errors name it: `"Teacher 'low'"`.
+        repo (`str`): Folder or Hub id, without a prefix of timm.
+        revision (`str`, *optional*): Branch, tag or commit that was asked for.
+        commit (`str`, *optional*): 40 hexadecimal digits; `None` for a folder.
+        subfolder (`str`, *optional*): Where in the folder or repository.
+        folder (`pathlib.Path`): Where on this machine the files are; of the Hub, in the client's cache.
+        config (`dict[str, Any]`): Content of `config.json`, empty where an adapter has none.
+        adapter (`dict[str, Any]`, *optional*): Content of `adapter_config.json`.
+        base (`ModelSource`, *optional*): The model that an adapter was trained on.
+    """
+
+    what: str
+    repo: str
+    revision: str | None
+    commit: str | None
+    subfolder: str | None
+    folder: Path
+    config: dict[str, Any]
+    adapter: dict[str, Any] | None = None
+    base: ModelSource | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """`bool`: Whether it is a folder."""
+        return self.commit is None
+
+    @property
+    def is_adapter(self) -> bool:
+        """`bool`: Whether it is an adapter of peft, which needs its base."""
+        return self.adapter is not None
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """`list[pathlib.Path]`: Files of weights that are on this machine."""
+        return sorted(path for pattern in _WEIGHT_PATTERNS for path in self.folder.glob(pattern))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """`dict[str, Any]`: What tells these weights from others: the commit, or a hash of a folder's files."""
+        base = {} if self.base is None else {f"base_{key}": value for key, value in self.base.identity.items()}
+        if self.base is not None:
+            # Where a folder lies on this machine concerns nobody.
+            base["base_model"] = Path(self.base.repo).name if self.base.is_local else self.base.repo
+        if not self.is_local:
+            return {"commit": self.commit, **base}
+        configs = [path for name in ("config.json", "adapter_config.json") if (path := self.folder / name).is_file()]
+        stats = [(path, path.stat()) for path in (*configs, *self.weight_files)]
+        files = tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+        return {"commit": None, "weights": _hash_files(files), **base}
+
+    def fetch(self) -> Path:
+        """Download everything that the loaders read and that is not here yet.
+
+        Of a repository it is the one folder, without folders in it: safetensors and skops, configurations and
+        vocabularies, never a pickle or code.
+
+        Returns:
+            `pathlib.Path`: The folder to load from.
+
+        Raises:
+            OSError: If the Hub refuses it or cannot be reached, or there are no weights.
+            ValueError: If its weights are kept in another format.
+        """
+        if self.commit is not None:
+            fetch_files(
+                self.repo, self.commit, _within(self.subfolder, LOADED_FILES), what=self.what,
+                ignore=_within(self.subfolder, ["*/*"]),
+            )  # fmt: skip
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.what} must be in '{self.folder}', got nothing there: it was deleted meanwhile. Load it again."
+            )
+        names = {path.name for path in self.folder.iterdir()}
+        has_model = any(fnmatch.filter(names, pattern) for pattern in _MODEL_WEIGHTS)
+        if not (ADAPTER_WEIGHTS in names if self.is_adapter else has_model):
+            raise self._without_weights()
+        if self.is_adapter and has_model:
+            raise ValueError(
+                f"{self.what} must be a whole model or an adapter, got both in '{self.place}'. Keep them "
+                "in two folders."
+            )
+        self._check_files(names)
+        return self.folder
+
+    def _check_files(self, names: set[str]) -> None:
+        """See that what the libraries will open is what they take it for."""
+        if spread := fnmatch.filter(names, "shard-*-model-*-of-*.safetensors"):
+            raise ValueError(
+                f"{self.what} must be saved as one model, got the distributed checkpoint '{spread[0]}' in "
+                f"'{self.place}'. Save it again by `save_pretrained`."
+            )
+        if self.is_adapter:
+            weights = {ADAPTER_WEIGHTS}
+        elif "model.safetensors" in names:
+            weights = {"model.safetensors"}
+        else:
+            weights = read_shards(self.folder / INDEX_FILE, self.what)
+            if not weights and "model.skops" not in names:
+                weights = {INDEX_FILE}  # which is missing
+        if lost := sorted(weights - names):
+            raise FileNotFoundError(
+                f"{self.what} must have all parts of its weights, got '{self.place}' without {lost[:3]}. Save it "
+                "again."
+            )
+        with whole_weights(self):
+            for name in sorted(weights):
+                check_safetensors(self.folder / name)
+        check_processor_files(self.folder, self.what)
+
+    @property
+    def place(self) -> str:
+        """`str`: Folder or id, and the folder in it."""
+        return self.repo if self.subfolder is None else f"{self.repo}/{self.subfolder}"
+
+    def file(self, name: str) -> Path:
+        """Give the path of one file, after [`~Checkpoint.fetch`].
+
+        Args:
+            name (`str`):
+                Its name.
+
+        Returns:
+            `pathlib.Path`
+
+        Raises:
+            FileNotFoundError: If there is none.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.what} must have a file '{name}', got none in '{self.place}'. Save the model again in that "
+                "format."
+            )
+        return path
+
+    def name_after(self, *loaded: Any) -> None:
+        """Let models and processors of the Hub say their id, not the folder of the cache that they were read from.
+
+        Args:
+            loaded (`PreTrainedModel`, `PreTrainedTokenizerBase` …):
+                What was loaded from [`~Checkpoint.fetch`], changed in place.
+        """
+        if self.is_local:
+            return
+        for item in loaded:
+            if hasattr(item, "name_or_path"):
+                item.name_or_path = self.repo
+            if hasattr(item, "config"):
+                item.config._name_or_path = self.repo
+            if "name_or_path" in getattr(item, "init_kwargs", {}):
+                item.init_kwargs["name_or_path"] = self.repo
+
+    def _without_weights(self) -> Exception:
+        """The error of a place without weights that are read, by what is there instead."""
+        names = _list_files(self.what, self.repo, self.commit, self.subfolder)
+        here = [name for name in names if "/" not in name]
+        wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
+        if not self.is_local and any(fnmatch.filter(here, pattern) for pattern in wanted):
+            return ConnectionError(
+                f"{self.what} needs all of its files, got a part of '{self.place}' only: the download was cut off. Go "
+                "online and try again; what has arrived is kept."
+            )
+        if pickled := [name for name in here if name.endswith(_PICKLED) and name != "training_args.bin"]:
+            return ValueError(
+                f"{self.what} must have its weights in safetensors (scikit-learn: skops), got only {pickled[:5]} in "
+                f"'{self.place}', which may hold pickles and are not read. If you trust them, load them and "
+                "`save_pretrained`, or convert them at https://huggingface.co/spaces/safetensors/convert."
+            )
+        return FileNotFoundError(
+            f"{self.what} must have weights in safetensors (scikit-learn: 'model.skops'), got {first(here)} in "
+            f"'{self.place}'. Save the model again, or name the folder that holds it by `subfolder`."
+        )
+
+
+def find_model(
+    model: str,
+    *,
+    what: str,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    commit: str | None = None,
+    is_base: bool = False,
+) -> ModelSource:
+    """Find a model and pin it: only its configuration is read.
+
+    Args:
+        model (`str`):
+            Folder, or Hub id; also as timm writes them (`hf-hub:user/name@v1`, `local-dir:folder`).
+        what (`str`):
+            Who needs it, for errors: `"Teacher 'low'"`.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub. Defaults to the main branch.
+        subfolder (`str`, *optional*):
+            Folder in it that holds the model.
+        commit (`str`, *optional*):
+            The commit, where it is known already; the Hub is then not asked for it again.
+        is_base (`bool`, *optional*, defaults to `False`):
+            Whether an adapter needs it as its base, so that it may not be an adapter itself.
+
+    Returns:
+        [`ModelSource`]
+
+    Raises:
+        OSError: If the model is not there, or the Hub refuses it or cannot be reached.
+        ValueError: If the id or a configuration is not usable, or two revisions are named.
+    """
+    repo, revision = _split_model(model, revision, what)
+    if Path(repo).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{what} must be on the Hub to have a revision, got {revision!r} for the folder '{repo}'. Leave it "
+                "out."
+            )
+        folder, commit = Path(repo, subfolder or ""), None
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{what} must be in a folder '{subfolder}' of '{repo}', got none. Correct `subfolder`."
+            )
+    else:
+        if model.startswith("local-dir:") or _is_path(repo):
+            raise FileNotFoundError(
+                f"{what} must be a folder, or a model on the Hub (`user/name`), got '{model}', and there is no such "
+                "folder. Check the path."
+            )
+        commit = commit or resolve_commit(repo, revision, what=what)
+        names = _within(subfolder, ["config.json", "adapter_config.json"])
+        folder = fetch_files(repo, commit, names, what=what) / (subfolder or "")
+    config, adapter = (_read_config(folder / name, what) for name in ("config.json", "adapter_config.json"))
+    if config is None and adapter is None:
+        raise _without_config(what, repo, commit, subfolder)
+    if is_base and adapter is not None:
+        # Before its own base is looked for: adapters may name each other in a circle.
+        raise ValueError(f"{what} must be a whole model, got another adapter, '{model}'. Merge that one first.")
+    base = None if adapter is None else _find_base(adapter, repo, is_local=commit is None)
+    return ModelSource(what, repo, revision, commit, subfolder, folder, config or {}, adapter, base)
+
+
+def find_kind(source: ModelSource, model: str) -> str:
+    """Tell by its files which library reads a model.
+
+    Args:
+        source ([`ModelSource`]):
+            What [`find_model`] gave.
+        model (`str`):
+            As it was asked for: one with a prefix of timm is timm's.
+
+    Returns:
+        `str`: `"transformers"` (adapters of peft too), `"timm"` or `"sklearn"`.
+
+    Raises:
+        ValueError: If it does not show.
+    """
+    if source.is_adapter:
+        return "transformers"
+    if model.startswith(_TIMM_PREFIXES):
+        return "timm"
+    if "model_type" in source.config:
+        return "transformers"
+    if "architecture" in source.config:
+        return "timm"
+    has_skops = any(source.folder.glob("*.skops"))
+    # The tools of skops for the Hub write `sklearn`, ours `library_name`.
+    if has_skops or "sklearn" in (source.config.get("library_name"), *source.config):
+        return "sklearn"
+    raise ValueError(
+        f"The kind of {source.what[0].lower()}{source.what[1:]} must show in its files: a 'config.json' with "
+        "`model_type` (transformers) or `architecture` (timm), or a 'model.skops' (scikit-learn); got a 'config.json' "
+        f"with {sorted(source.config)}. Name it with `kind`."
+    )
+
+
+def _split_model(model: str, revision: str | None, what: str) -> tuple[str, str | None]:
+    """Folder or id without a prefix of timm, and the revision that timm writes behind an id."""
+    repo = model
+    for prefix in _TIMM_PREFIXES:
+        repo = repo.removeprefix(prefix)
+    if not model.startswith("hf-hub:") or "@" not in repo or Path(repo).is_dir():
+        return repo, revision
+    repo, named = repo.rsplit("@", 1)
+    if revision not in (None, named):
+        raise ValueError(
+            f"{what} must be at one revision, got '{named}' in `model` and '{revision}' as `revision`. Drop one."
+        )
+    return repo, named
+
+
+def _is_path(repo: str) -> bool:
+    return repo.startswith((".", "~", "/")) or "\\" in repo or ":" in repo or repo.count("/") > 1
+
+
+def _within(subfolder: str | None, patterns: Iterable[str]) -> list[str]:
+    return [f"{glob.escape(subfolder)}/{pattern}" if subfolder else pattern for pattern in patterns]
+
+
+def _read_config(path: Path, what: str) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    config = read_json(path, what)
+    check_config(config, what, path.name)
+    return config
+
+
+def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> ModelSource:
+    """The model that an adapter names as its base."""
+    name, what = adapter.get("base_model_name_or_path"), f"The base model of the adapter '{repo}'"
+    if not isinstance(name, str) or not name or (not is_local and _is_path(name)):
+        raise ValueError(
+            f"{what} must be named by its Hub id as `base_model_name_or_path`, got {name!r}. Correct its "
+            "'adapter_config.json', or save the merged model instead."
+        )
+    revision = adapter.get("revision")
+    if not isinstance(revision, str | None):
+        raise ValueError(f"{what} must be at a branch, tag or commit by name, got {revision!r}. Correct `revision`.")
+    return find_model(name, what=what, revision=revision, is_base=True)
+
+
+def _list_files(what: str, repo: str, commit: str | None, subfolder: str | None) -> list[str]:
+    """Names of all files in a folder or repository, those of the Hub as it knows them."""
+    if commit is None:
+        folder = Path(repo, subfolder or "")
+        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    with hub_errors(what, repo, revision=commit):
+        names = HfApi().list_repo_files(repo, revision=commit)
+    prefix = f"{subfolder}/" if subfolder else ""
+    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
+def _without_config(what: str, repo: str, commit: str | None, subfolder: str | None) -> Exception:
+    """The error of a place without a configuration, by what is there instead."""
+    names = _list_files(what, repo, commit, subfolder)
+    place = f"{repo}/{subfolder}" if subfolder else repo
+    if {"hierarchy.yaml", "hierarchy.json"} & set(names):
+        return ValueError(
+            f"{what} must be one model, got the hierarchy of teachers in '{place}'. Use `load_hierarchy`, or name one "
+            "of its folders by `subfolder`."
+        )
+    if "model_index.json" in names:
+        return ValueError(f"{what} must be a classifier, got a pipeline of diffusers in '{place}'. Use a classifier.")
+    if folders := sorted(name.removesuffix("/config.json") for name in names if name.endswith("/config.json")):
+        return FileNotFoundError(
+            f"{what} must have a 'config.json', got one in the folders {first(folders)} of '{place}' only. Name one "
+            "by `subfolder`."
+        )
+    return FileNotFoundError(
+        f"{what} must have a 'config.json', got {first(names)} in '{place}'. Save it with `save_pretrained`, "
+        "`timm.models.save_for_hf` or `save_sklearn_teacher`."
+    )
+
+
+def first(names: list[str]) -> str:
+    """Name the first eight of some files."""
+    return "no file" if not names else str(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+@lru_cache(maxsize=256)
+def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Hash of files given as path, size and time of change: gigabytes of weights are read once a run."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path, size, _ in files:
+        digest.update(f"{Path(path).name} {size} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def whole_weights(source: ModelSource) -> Iterator[None]:
+    """Say of which model a file of weights is damaged.
+
+    Args:
+        source ([`ModelSource`]):
+            What is loaded inside.
+
+    Raises:
+        ValueError: If a file of weights is cut off or no such file.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        files = [str(path.resolve()) for path in source.weight_files]
+        raise ValueError(
+            f"{source.what} must have whole weights in '{source.place}', got a damaged file: {error}. Delete "
+            f"it ({', '.join(files)}) and load it again."
+        ) from error

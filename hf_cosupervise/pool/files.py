@@ -1,0 +1,306 @@
+"""The files of a pool: a header that says what must be there, and Arrow files that are mapped, linked and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.table import embed_table_storage, table_cast
+
+from ..data.cells import check_cells
+from ..files import file_digest
+from ..hierarchy import TeacherHierarchy
+
+FORMAT_VERSION = 1
+HEADER = "pool.json"
+INPUTS = "inputs/data.arrow"
+_FILE = re.compile(r"(inputs|teachers/[A-Za-z0-9][A-Za-z0-9._-]*)/data\.arrow")
+_CHUNK = 8192
+# What every header holds, and what pools of older versions lack.
+_NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": dict}
+_OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict, "input_column": str}
+# What of the facts the card is made of.
+_FACTS = {"kind": str, "revision": str, "commit": str, "dropped_mass": int | float}
+
+
+def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, label_probs: np.ndarray) -> Dataset:
+    """Wrap one teacher's pseudolabels as a dataset of fixed-size lists.
+
+    Args:
+        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
+            Id of each example.
+        label_ids (`np.ndarray` of shape `(num_examples, k)`):
+            Label ids.
+        label_probs (`np.ndarray` of shape `(num_examples, k)`, float16):
+            Their probabilities.
+
+    Returns:
+        `datasets.Dataset` of `id`, `label_ids` and `label_probs`, in one Arrow chunk.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if label_ids.ndim != 2 or not (len(ids), label_ids.shape[1]) == label_ids.shape == label_probs.shape:
+        raise ValueError(
+            f"Pseudolabels of {len(ids)} examples must have shape ({len(ids)}, k), got {label_ids.shape} and "
+            f"{label_probs.shape}. Give one row per id."
+        )
+    k = label_ids.shape[1]
+    features = Features(
+        {
+            "id": Value("string" if len(ids) and isinstance(ids[0], str) else "int64"),
+            "label_ids": List(Value(str(label_ids.dtype)), length=k),
+            "label_probs": List(Value("float16"), length=k),
+        }
+    )
+    id_array = pa.array(list(ids) if not isinstance(ids, np.ndarray) else ids.tolist(), type=features["id"].pa_type)
+    schema = features.arrow_schema
+    lists = [
+        pa.FixedSizeListArray.from_arrays(
+            pa.Array.from_buffers(field.type.value_type, values.size, [None, pa.py_buffer(values)]), type=field.type
+        )
+        for field, values in zip(
+            list(schema)[1:], (np.ascontiguousarray(label_ids), np.ascontiguousarray(label_probs))
+        )
+    ]
+    digest = hashlib.blake2b(digest_size=8)
+    for buffer in (buffer for array in (id_array, *lists) for buffer in array.buffers() if buffer is not None):
+        digest.update(buffer)
+    # Without a fingerprint of ours, `datasets` makes one of a pickled copy of the whole table.
+    return Dataset(pa.Table.from_arrays([id_array, *lists], schema=schema), fingerprint=digest.hexdigest())
+
+
+def write_teacher(
+    path: Path, ids: Sequence[Any] | np.ndarray, pieces: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    """Write one teacher's pseudolabels to an Arrow file of a single chunk, without holding them in memory.
+
+    Args:
+        path (`pathlib.Path`):
+            File to write; its folder is made.
+        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
+            Id of each example.
+        pieces (`Iterable[tuple[np.ndarray, np.ndarray]]`):
+            Label ids and float16 probabilities, each `(num_rows, k)`, of at least one row and `num_examples` in all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = (path.with_suffix(".ids"), path.with_suffix(".probs"))
+    with open(raw[0], "wb") as ids_file, open(raw[1], "wb") as probs_file:
+        for label_ids, label_probs in pieces:
+            ids_file.write(label_ids.tobytes())
+            probs_file.write(label_probs.tobytes())
+    shape = (len(ids), label_ids.shape[1])
+    views = [np.memmap(file, part.dtype, "r", shape=shape) for file, part in zip(raw, (label_ids, label_probs))]
+    write_arrow(teacher_dataset(ids, *views), path)
+    for file in raw:
+        file.unlink()
+
+
+def write_arrow(dataset: Dataset, path: Path) -> None:
+    """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            What to write; images that are still files or addresses are read in.
+        path (`pathlib.Path`):
+            File to write; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
+    batch = len(dataset) if "label_ids" in dataset.column_names else 1000
+    with ArrowWriter(path=str(path), features=dataset.features, writer_batch_size=max(batch, 1)) as writer:
+        for start in range(0, len(dataset), max(batch, 1)):
+            table = table_cast(dataset.with_format("arrow")[start : start + batch], dataset.features.arrow_schema)
+            writer.write_table(embed_table_storage(table))
+        writer.finalize()
+
+
+def find_own_file(dataset: Dataset) -> Path | None:
+    """Find the file of one chunk that holds these pseudolabels and nothing else, as it is on disk now.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Pseudolabels of one teacher.
+
+    Returns:
+        `pathlib.Path`, or `None` where there is no such file.
+    """
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    if "label_ids" not in dataset.column_names or dataset._indices is not None or len(files) != 1:
+        return None
+    if not files[0].is_file():
+        return None
+    whole = Dataset.from_file(str(files[0]))
+    is_one_chunk = whole.data.column("label_ids").num_chunks == 1
+    return files[0] if is_one_chunk and whole.data.table.equals(dataset.data.table, check_metadata=True) else None
+
+
+def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, what: str, advice: str) -> Dataset:
+    """Map a file of a pool, of which the header may know what it must be.
+
+    Args:
+        path (`pathlib.Path`):
+            The file, which exists.
+        size (`int`, *optional*):
+            What it must measure in bytes.
+        digest (`str`, *optional*):
+            What [`file_digest`] must give.
+        verify (`bool`):
+            Whether to compare the digest, which reads all of the file.
+        what (`str`):
+            The pool, for the error.
+        advice (`str`):
+            What to do, for the error.
+
+    Returns:
+        `datasets.Dataset`
+
+    Raises:
+        ValueError: If the file is another one, or damaged, or names files in place of its content.
+    """
+    found, found_size = "", path.stat().st_size
+    if size not in (None, found_size):
+        found = f"{found_size} bytes instead of {size}"
+    elif verify and file_digest(path) != digest:
+        found = "other content than its digest tells"
+    else:
+        try:
+            dataset = Dataset.from_file(str(path))
+            # Arrow follows wrong offsets blindly. This looks at all of them, and at 10 GB of text in a second.
+            dataset.data.validate(full=True)
+        except (
+            pa.ArrowException,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            OSError,
+            RecursionError,
+        ) as error:
+            found = f"{type(error).__name__}: {str(error).rstrip('.')}"
+    if not found:
+        check_cells(
+            dataset.data.table, f"'{path.name}' of pool {what}", "Use no pool of that origin, or have it built anew."
+        )
+        return dataset
+    raise ValueError(
+        f"'{path}' of pool {what} must be the Arrow file that was written, got {found}. Delete '{path.resolve()}'. "
+        f"{advice}"
+    )
+
+
+# ── the header ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dump_header(header: Mapping[str, Any]) -> str:
+    """Give a header as the text of its file.
+
+    Args:
+        header (`Mapping[str, Any]`):
+            JSON values.
+
+    Returns:
+        `str`: JSON; it ends with a line break.
+    """
+    return json.dumps(header, indent=2) + "\n"
+
+
+def read_header(path: Path, what: str | Path) -> dict[str, Any]:
+    """Read a header that anybody may have written.
+
+    Args:
+        path (`pathlib.Path`):
+            Its file.
+        what (`str` or `pathlib.Path`):
+            The pool, for the error.
+
+    Returns:
+        `dict[str, Any]`: The header, with a hierarchy that is valid.
+
+    Raises:
+        ValueError: If it is of a newer version, or none that a pool could have.
+    """
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(header, ensure_ascii=False).encode("utf-8")  # JSON can spell what is no text
+    except (ValueError, RecursionError) as error:
+        raise _bad_header(what, f"no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise _bad_header(what, f"a {type(header).__name__}")
+    if header.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"Pool '{what}' must have format version {FORMAT_VERSION}, got {header.get('format_version')}. "
+            "Update hf_cosupervise, or label the data again."
+        )
+    kinds = _NEEDED | {key: kind for key, kind in _OPTIONAL.items() if key in header}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(header.get(key), kind)]:
+        raise _bad_header(what, f"no {kinds[wrong[0]].__name__} as `{wrong[0]}`")
+    if not all(isinstance(facts, dict) for facts in header["facts"].values()):
+        raise _bad_header(what, "`facts` that are no dictionary per teacher")
+    for facts in header["facts"].values():
+        if wrong := [key for key, kind in _FACTS.items() if not isinstance(facts.get(key), kind | None)]:
+            raise _bad_header(what, f"{facts[wrong[0]]!r} as `{wrong[0]}` among `facts`")
+        if not 0 <= (facts.get("dropped_mass") or 0) <= 1.01:
+            raise _bad_header(what, "a `dropped_mass` that is no share among `facts`")
+    if not all(isinstance(value, str) for value in header.get("source", {}).values()):
+        raise _bad_header(what, "a `source` that is not all text")
+    for entry in header.get("files", {}).values():
+        if not (isinstance(entry, list) and list(map(type, entry)) == [int, str]):
+            raise _bad_header(what, f"{entry!r} among `files`")
+    teachers = header["hierarchy"].get("teachers")
+    if not (isinstance(teachers, list) and all(isinstance(teacher, dict) for teacher in teachers)):
+        raise _bad_header(what, "no list of teachers")
+    if any(isinstance(level := teacher.get("level"), int) and level >= len(teachers) for teacher in teachers):
+        raise _bad_header(what, f"levels that {len(teachers)} teachers cannot fill")
+    try:
+        header["hierarchy"] = TeacherHierarchy.from_dict(header["hierarchy"]).to_dict()
+    except (ValueError, TypeError) as error:
+        raise _bad_header(what, str(error).rstrip(".")) from error
+    if unknown := [name for name in header.get("files", {}) if not _FILE.fullmatch(name)]:
+        raise _bad_header(what, f"{unknown[0]!r} among `files`, which is no file of a pool")
+    return header
+
+
+def _bad_header(what: str | Path, found: str) -> ValueError:
+    return ValueError(
+        f"'{HEADER}' of pool '{what}' must be a header that `save` wrote, got {found}. Copy the whole pool again, or "
+        "delete it."
+    )
+
+
+def file_names(header: Mapping[str, Any]) -> list[str]:
+    """Tell which Arrow files a pool has.
+
+    Args:
+        header (`Mapping[str, Any]`):
+            What [`read_header`] gave.
+
+    Returns:
+        `list[str]`: Paths in its folder.
+    """
+    names = [f"teachers/{teacher['name']}/data.arrow" for teacher in header["hierarchy"]["teachers"]]
+    return [*names, INPUTS] if header["has_inputs"] else names
+
+
+def ids_digest(ids: np.ndarray) -> str:
+    """Hash ids in their order.
+
+    Args:
+        ids (`np.ndarray` of shape `(num_examples,)`):
+            Integers or strings.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for start in range(0, len(ids), _CHUNK):
+        digest.update("".join(f"{value!r}\n" for value in ids[start : start + _CHUNK].tolist()).encode("utf-8"))
+    return digest.hexdigest()

@@ -1,0 +1,431 @@
+"""The door for votes: columns of labelling functions, matrices, long tables of crowds, and WRENCH folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from ..data.columns import shorten
+from ..hierarchy import Teacher, TeacherHierarchy
+from ..method.aggregation import Aggregator
+from ..method.label_model import LabelModel
+from ..method.label_models import LABEL_MODELS, make_label_model
+from ..method.votes import VoterFacts, check_votes, voter_facts
+from .derived import aggregated_pool, single_teacher_pool
+from .pseudolabels import ORACLE_LABEL, PseudolabelPool
+
+_NO_VOTE = -1
+_MAX_LABELS = 4
+_SPLITS = ("train", "valid", "test")
+
+
+# ── columns, matrices and tables ────────────────────────────────────────────────────────────────────────────────────
+
+
+def hierarchy_from_columns(
+    dataset: Dataset, prefix: str = "lf_", labels: Sequence[str] | None = None
+) -> TeacherHierarchy:
+    """Make a teacher of every column of votes, all at level 0.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            Data with the columns.
+        prefix (`str`, *optional*, defaults to `"lf_"`):
+            How their names begin.
+        labels (`Sequence[str]`, *optional*):
+            The task's label names. Defaults to the names that the columns hold, sorted; where they hold label ids, to
+            `"0"`, `"1"` and so on up to the greatest.
+
+    Returns:
+        `TeacherHierarchy`: for `build_pool` on the same data.
+
+    Raises:
+        ValueError: If no column begins so, or the labels cannot be seen: fewer than two, or names and ids mixed.
+    """
+    names = [name for name in dataset.column_names if name.startswith(prefix)]
+    if not names:
+        raise ValueError(
+            f"Columns of votes begin with {prefix!r}, got the columns {dataset.column_names}. Give their `prefix`."
+        )
+    if labels is None:
+        seen = [value for name in names for value in dataset.unique(name)]
+        labels = _seen_labels(seen, f"the columns that begin with {prefix!r}")
+    return TeacherHierarchy(labels, [Teacher(name, kind="column") for name in names])
+
+
+def pool_from_votes(
+    matrix: Any,
+    names: Sequence[str],
+    labels: Sequence[str],
+    inputs: Dataset | None = None,
+) -> PseudolabelPool:
+    """Make a pool of a matrix of votes, each column a teacher of level 0.
+
+    Args:
+        matrix (`np.ndarray` or nested sequence of shape `(num_rows, num_voters)`):
+            Label ids or label names; -1, `None`, NaN and `""` are no vote.
+        names (`Sequence[str]`):
+            One per voter.
+        labels (`Sequence[str]`):
+            The task's label names.
+        inputs (`datasets.Dataset`, *optional*):
+            One row per row of votes. Its `id` column is used where it has one; rows are numbered otherwise.
+
+    Returns:
+        `PseudolabelPool`
+
+    Raises:
+        ValueError: If the shape, a vote or a name is not usable.
+    """
+    votes = _read_matrix(matrix, labels)
+    if votes.ndim != 2 or votes.shape[1] != len(names):
+        raise ValueError(
+            f"`matrix` must have a column for each of the {len(names)} `names`, got shape {votes.shape}. Name all "
+            "voters."
+        )
+    ids = range(len(votes)) if inputs is None or "id" not in inputs.column_names else inputs["id"]
+    return _make_pool(votes, names, labels, ids, inputs)
+
+
+def pool_from_answers(
+    table: Any,
+    labels: Sequence[str] | None = None,
+    inputs: Dataset | None = None,
+    *,
+    item_column: str = "item",
+    worker_column: str = "worker",
+    label_column: str = "label",
+) -> PseudolabelPool:
+    """Make a pool of a long table of a crowd's answers, one row for each; every worker is a teacher of level 0.
+
+    A worker that answered an item several times has the vote of most of these answers, and none where they are even.
+    Characters that a teacher's name cannot have become `-`.
+
+    Args:
+        table (`datasets.Dataset`, `pandas.DataFrame`, or `Mapping[str, Sequence]`):
+            With the three columns.
+        labels (`Sequence[str]`, *optional*):
+            The task's label names. Defaults to what the answers say, as in [`hierarchy_from_columns`].
+        inputs (`datasets.Dataset`, *optional*):
+            With an `id` column of the items: these are the rows then, answered or not. Otherwise the items are, in the
+            order in which they first appear.
+        item_column (`str`, *optional*, defaults to `"item"`):
+            Which column names the item.
+        worker_column (`str`, *optional*, defaults to `"worker"`):
+            Which column names the worker.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Which column holds the label, an id or a name; -1, `None`, NaN and `""` are no answer.
+
+    Returns:
+        `PseudolabelPool`
+
+    Raises:
+        ValueError: If a column is missing, an answer is no label, or an item is not among the inputs.
+    """
+    items, workers, answers = (_read_column(table, name) for name in (item_column, worker_column, label_column))
+    if labels is None:
+        labels = _seen_labels(answers, f"the column '{label_column}'")
+    codes = _read_matrix([answers], labels)[0]
+    if inputs is not None and "id" not in inputs.column_names:
+        raise ValueError(f"`inputs` need an `id` column of the items, got {inputs.column_names}. Add it.")
+    ids = list(dict.fromkeys(items)) if inputs is None else list(inputs["id"])
+    rows = {item: row for row, item in enumerate(ids)}
+    if unknown := [item for item in dict.fromkeys(items) if item not in rows]:
+        raise ValueError(
+            f"Every item must be an `id` of the inputs, got {len(unknown)} others such as {unknown[0]!r}. Ids and "
+            "items must be of one kind, numbers or texts."
+        )
+    columns = {worker: column for column, worker in enumerate(dict.fromkeys(workers))}
+    votes, even = _most_said(rows, columns, items, workers, codes)
+    if even:
+        warnings.warn(f"{even} workers' answers to an item contradict each other evenly: they count as no vote.")
+    names = [re.sub(r"[^A-Za-z0-9._-]|^[^A-Za-z0-9]", "-", str(worker)).lstrip("-._") for worker in columns]
+    return _make_pool(votes, names, labels, ids, inputs)
+
+
+def _most_said(
+    rows: Mapping[Any, int], columns: Mapping[Any, int], items: list[Any], workers: list[Any], codes: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Votes `(num_rows, num_voters)`, and in how many cells a worker was as often of another opinion."""
+    said: dict[tuple[int, int], Counter[int]] = {}
+    for item, worker, code in zip(items, workers, codes.tolist()):
+        if code >= 0:
+            said.setdefault((rows[item], columns[worker]), Counter())[code] += 1
+    votes, even = np.full((len(rows), len(columns)), _NO_VOTE), 0
+    for cell, counts in said.items():
+        (code, most), *others = counts.most_common(2)
+        if others and others[0][1] == most:
+            even += 1
+        else:
+            votes[cell] = code
+    return votes, even
+
+
+def _make_pool(
+    votes: np.ndarray, names: Sequence[str], labels: Sequence[str], ids: Sequence[Any], inputs: Dataset | None
+) -> PseudolabelPool:
+    hierarchy = TeacherHierarchy(labels, [Teacher(name, kind="column") for name in names])
+    eye = np.concatenate([np.eye(len(labels), dtype=np.float32), np.zeros((1, len(labels)), dtype=np.float32)])
+    predictions = {name: eye[votes[:, column]] for column, name in enumerate(hierarchy.names)}
+    # one label is all that a vote has
+    return PseudolabelPool.from_predictions(hierarchy, list(ids), predictions, inputs=inputs, pool_k=1)
+
+
+def _is_missing(value: Any) -> bool:
+    is_nan = isinstance(value, Real) and math.isnan(value)
+    return value is None or is_nan or isinstance(value, str) and not value or value == _NO_VOTE
+
+
+def _as_label_id(value: Any) -> int | None:
+    """A number that is a label id; a column with gaps is read as floats."""
+    is_whole = isinstance(value, Real) and not isinstance(value, bool | np.bool_) and float(value).is_integer()
+    return int(value) if is_whole and value >= 0 else None
+
+
+def _seen_labels(values: Sequence[Any], where: str) -> list[str]:
+    said = {value for value in values if not _is_missing(value)}
+    if all(isinstance(value, str) for value in said):
+        labels = sorted(said)
+    elif None not in (ids := {_as_label_id(value) for value in said}):
+        labels = [str(index) for index in range(max(ids) + 1)]  # type: ignore[type-var, operator]
+    else:
+        raise ValueError(f"Votes must be all names or all label ids, got {shorten(said)} in {where}. Give `labels`.")
+    if len(labels) < 2:
+        raise ValueError(f"Votes must name two labels or more, got {labels} in {where}. Give `labels`.")
+    return labels
+
+
+def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
+    """Read label ids or names, `(num_rows, num_voters)`, as integers with -1 for no vote."""
+    values = np.asarray(matrix)
+    if values.dtype.kind in "iu":
+        return check_votes(values, len(labels)) if values.size else values.astype(np.int64)
+    values = np.asarray(matrix, dtype=object)
+    known: dict[Any, int] = {name: index for index, name in enumerate(labels)}
+
+    def read(value: Any) -> int:
+        if _is_missing(value):
+            return _NO_VOTE
+        index = known.get(value) if isinstance(value, str) else _as_label_id(value)
+        if index is None or index >= len(labels):
+            raise ValueError(
+                f"A vote must be one of the labels {shorten(labels)}, a label id 0..{len(labels) - 1}, or -1, None, "
+                f"NaN or '' for none, got {value!r}. Correct it, or name all `labels`."
+            )
+        return index
+
+    return np.array([read(value) for value in values.reshape(-1).tolist()], dtype=np.int64).reshape(values.shape)
+
+
+def _read_column(table: Any, name: str) -> list[Any]:
+    columns = list(getattr(table, "column_names", table))  # a data frame and a mapping give their names themselves
+    if name not in columns:
+        raise ValueError(f"A table of answers needs the column {name!r}, got {columns}. Say which one it is.")
+    column = table[name]
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
+# ── a label model at the root ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def pool_votes(pool: PseudolabelPool) -> np.ndarray:
+    """Give the most probable label of every teacher, what label models are fitted on.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The teachers.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples, num_teachers)`, int64: -1 where a teacher has no answer.
+    """
+    return np.stack([pool.hard_labels(name) for name in pool.hierarchy.names], axis=1)
+
+
+def with_aggregate(
+    pool: PseudolabelPool,
+    method: str | Aggregator | LabelModel = "shared_majority",
+    name: str | None = None,
+    *,
+    features: Any = None,
+) -> PseudolabelPool:
+    """Put a label model at the root of a pool, and move its teachers a level down, where they are its specialists.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The teachers, such as columns of votes.
+        method (`str`, `Callable` or `LabelModel`, *optional*, defaults to `"shared_majority"`):
+            A name of [`LABEL_MODELS`], what [`aggregated_pool`] takes, or a label model: as it is where it is fitted,
+            so that the rows of another split get the posteriors of the first one's model, and fitted here otherwise.
+        name (`str`, *optional*):
+            What the root is called. Defaults to the method's name.
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
+            See [`aggregated_pool`].
+
+    Returns:
+        `PseudolabelPool`: of one more teacher and one more level.
+
+    Raises:
+        ValueError: If the method is not known or cannot use these votes, or a teacher has the root's name.
+    """
+    if isinstance(method, str) and method in LABEL_MODELS:
+        method = make_label_model(method)
+    if isinstance(method, LabelModel):
+        title, votes, num_labels = method.name.replace("_", "-"), pool_votes(pool), len(pool.labels)
+        if method.num_voters:
+            probs = method.predict_proba(votes)
+        else:
+            probs = method.fit_predict_proba(votes, num_labels, pool.hierarchy.names)
+        if probs.shape[1] != num_labels:
+            raise ValueError(
+                f"The label model must be of the pool's {num_labels} labels, got one of {probs.shape[1]}. Fit it with "
+                "`num_labels`."
+            )
+        root = single_teacher_pool(pool, name or title, probs)
+    else:
+        root = aggregated_pool(pool, method, name, features=features)
+    specialists = [replace(teacher, level=teacher.level + 1) for teacher in pool.hierarchy.teachers]
+    hierarchy = TeacherHierarchy(pool.labels, [*root.hierarchy.teachers, *specialists])
+    return PseudolabelPool(
+        hierarchy, {**root.teachers, **pool.teachers}, pool.inputs, {**root.facts, **pool.facts}, pool.source
+    )
+
+
+# ── what is in a pool of votes ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class PoolDescription:
+    """What the teachers of a pool said, as a table when it is printed.
+
+    Args:
+        labels (`tuple[str, ...]`):
+            The task's label names.
+        num_rows (`int`):
+            Number of examples.
+        coverage (`float`):
+            Share of the examples with a vote.
+        conflicts (`float`):
+            Share of the examples whose votes name several labels.
+        voters (`tuple[VoterFacts, ...]`):
+            Each teacher.
+    """
+
+    labels: tuple[str, ...]
+    num_rows: int
+    coverage: float
+    conflicts: float
+    voters: tuple[VoterFacts, ...]
+
+    def __str__(self) -> str:
+        has_truth = any(voter.accuracy is not None for voter in self.voters)
+        header = ["voter", "labels", "coverage", "overlaps", "conflicts"] + ["accuracy"] * has_truth
+        lines = [header]
+        for voter in self.voters:
+            shares = [f"{share:.3f}" for share in (voter.coverage, voter.overlaps, voter.conflicts)]
+            accuracy = "–" if voter.accuracy is None else f"{voter.accuracy:.3f}"
+            named = ", ".join(self.labels[index] for index in voter.polarity[:_MAX_LABELS]) or "–"
+            named += ", …" * (len(voter.polarity) > _MAX_LABELS)
+            lines.append([voter.name, named, *shares] + [accuracy] * has_truth)
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        rows = [
+            "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in cells)
+            for cells in (list(enumerate(zip(line, widths))) for line in lines)
+        ]
+        first = f"{self.num_rows} rows, {self.coverage:.1%} with a vote, {self.conflicts:.1%} in conflict"
+        return "\n".join([first, *(row.rstrip() for row in rows)])
+
+
+def describe(pool: PseudolabelPool) -> PoolDescription:
+    """Say of every teacher which labels it names, where, with whom and against whom; how well, where that is declared.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The teachers. Accuracy is there only with an `oracle_label` among the inputs.
+
+    Returns:
+        `PoolDescription`: print it for a table.
+    """
+    votes = pool_votes(pool)
+    facts = voter_facts(votes, pool.hierarchy.names, pool.oracle_labels)
+    kinds = [len(set(row) - {_NO_VOTE}) for row in votes.tolist()]
+    num_rows = max(len(votes), 1)
+    coverage, conflicts = (sum(kind > least for kind in kinds) / num_rows for least in (0, 1))
+    return PoolDescription(pool.labels, len(votes), coverage, conflicts, tuple(facts))
+
+
+# ── files of others ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_wrench(folder: str | os.PathLike[str]) -> dict[str, PseudolabelPool]:
+    """Read a data set of WRENCH: `train.json`, `valid.json` and `test.json` as far as they are there.
+
+    Each file holds `{id: {"label": 0, "weak_labels": [-1, 1], "data": {"text": "…"}}}`; `label.json`, where it is
+    there, holds the names of the labels by number. The labels are declared as `oracle_label`, which only what begins
+    with `oracle_`, `describe` and evaluation read.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where the files are.
+
+    Returns:
+        `dict[str, PseudolabelPool]`: by split, voters `lf_0`, `lf_1` and so on at level 0, the fields of `data` as
+        inputs.
+
+    Raises:
+        FileNotFoundError: If none of the three files is there.
+        ValueError: If a file is not as said above.
+
+    Source:
+        Zhang et al., WRENCH, NeurIPS 2021 (data sets and benchmarks).
+    """
+    paths = {split: Path(folder) / f"{split}.json" for split in _SPLITS}
+    tables = {split: _read_json(path) for split, path in paths.items() if path.is_file()}
+    if not tables:
+        raise FileNotFoundError(f"'{folder}' must hold one of {[f'{name}.json' for name in _SPLITS]}, got none.")
+    names_path = Path(folder) / "label.json"
+    if names_path.is_file():
+        by_number = {str(key): str(value) for key, value in _read_json(names_path).items()}
+        labels = [by_number.get(str(index), str(index)) for index in range(len(by_number))]
+    else:
+        seen = {row.get("label") for table in tables.values() for row in table.values()}
+        labels = _seen_labels(list(seen), f"the labels of '{folder}'")
+    return {split: _read_wrench_split(table, labels, paths[split]) for split, table in tables.items()}
+
+
+def _read_wrench_split(table: Mapping[str, Any], labels: Sequence[str], path: Path) -> PseudolabelPool:
+    rows = list(table.values())
+    fields = {"label", "weak_labels", "data"}
+    wrong = [key for key, row in table.items() if not isinstance(row, Mapping) or not fields <= set(row)]
+    if wrong or len({len(row["weak_labels"]) for row in rows}) != 1:
+        found = f"no such row {wrong[0]!r}" if wrong else "rows of different length, or none"
+        raise ValueError(
+            f"'{path}' must hold {sorted(fields)} by id, one `weak_labels` for each function, got {found}."
+        )
+    inputs = Dataset.from_list([{**row["data"], "id": key} for key, row in table.items()])
+    truth = [row["label"] for row in rows]
+    if all(isinstance(label, int) and 0 <= label < len(labels) for label in truth):
+        inputs = inputs.add_column(ORACLE_LABEL, truth, feature=ClassLabel(names=list(labels)))
+    matrix = np.array([row["weak_labels"] for row in rows])
+    return pool_from_votes(matrix, [f"lf_{index}" for index in range(matrix.shape[1])], labels, inputs)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' must be JSON, got: {error}. Copy it again.") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"'{path}' must hold an object by id, got {type(facts).__name__}. Copy it again.")
+    return facts

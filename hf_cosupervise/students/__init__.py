@@ -1,0 +1,1 @@
+"""The student: asked, trained anew, put back as an ordinary model."""

@@ -1,0 +1,561 @@
+"""What a frozen backbone feeds its head: computed once per image or text, kept on disk, mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import secrets
+import shutil
+import tokenize
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..data.columns import cell_digests
+from ..data.inputs import InputProcessor
+from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, write_all
+from ..method.neighbors import nearest_neighbors
+
+logger = logging.getLogger(__name__)
+
+_KEYS, _VALUES, _OWNER, _ROWS, _BATCHES = "keys.npy", "features.npy", "backbone.txt", "rows.npy", "batches.txt"
+# Folders in progress: one that a later run goes on with, and one that is of use to its own process only.
+_PARTIAL, _PRIVATE, _LOCK = ".partial-", ".private-", ".lock"
+_WRITTEN = "-written"
+_KEY_DTYPE = np.dtype("S32")
+# Rows that do not lie on disk in the order wanted are copied to memory up to this size, beyond it to a file.
+_MAX_COPIED_BYTES = 2**30
+_CHUNK = 8192
+# What numpy raises for a file that is none of its own, or half of one.
+_UNREADABLE = (EOFError, OverflowError, SyntaxError, ValueError, tokenize.TokenError)
+# What this process has read and found to be as it was written: a file and its digest, see [`_verify`].
+_verified: set[tuple[tuple[int, ...], str]] = set()
+
+
+class FeatureStore:
+    """Keep the head's inputs of each example, keyed by backbone, preprocessing and content.
+
+    Rows are found by the digest of their content, so that training sets, test sets, levels, seeds and baselines that
+    share examples share their features, whatever the order. A run that was killed while the backbone ran is gone on
+    with by the next one of the same rows and batch size. Files are compared with their digests when a process first
+    uses them; what is spoilt is named in a warning and computed again.
+
+    Args:
+        folder (`pathlib.Path`):
+            Where all stores live; one sub-folder per backbone and preprocessing.
+        model (`nn.Module`):
+            The whole student, in `eval()` mode.
+        head (`nn.Linear`):
+            Its head, the inputs of which are kept.
+        processor (`InputProcessor`):
+            How cells become model inputs.
+        autocast (`Callable`, *optional*):
+            Context for mixed precision while the backbone runs.
+        precision (`str`, *optional*, defaults to `"float32"`):
+            Name of that precision, part of the key.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            How features are kept: `"float32"`, or `"float16"` for half the space.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        head: nn.Linear,
+        processor: InputProcessor,
+        *,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+        precision: str = "float32",
+        dtype: str = "float32",
+    ) -> None:
+        self.model, self.head, self.processor, self.autocast = model, head, processor, autocast
+        self.dtype = np.dtype(dtype)
+        key = backbone_key(model, head, processor, precision)
+        self.folder = Path(folder) / (key if dtype == "float32" else f"{key}-{dtype}")
+
+    def features(
+        self, dataset: Dataset, column: str, *, batch_size: int = 64, shard: tuple[int, int] = (0, 1),
+        wait: Callable[[], None] = lambda: None, disable_tqdm: bool = False,
+    ) -> np.ndarray:  # fmt: skip
+        """Give the head's inputs of every row, running the backbone only where they are not known yet.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Data.
+            column (`str`):
+                The column that the model reads.
+            batch_size (`int`, *optional*, defaults to 64):
+                Rows per forward pass.
+            shard (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
+                Number of this process and of all processes, each of which computes its share.
+            wait (`Callable`, *optional*):
+                Barrier between processes.
+            disable_tqdm (`bool`, *optional*, defaults to `False`):
+                Hide the progress bar.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples, feature_size)`: mapped from disk where the rows lie there in this
+            order or are too many for the memory, else in memory.
+
+        Raises:
+            FileNotFoundError: If what another process wrote cannot be seen.
+            OSError: If the disk is full; what is computed stays, and the next run goes on from there.
+            ValueError: If features that were put in by [`write`] are not as they were, or others are not finite.
+        """
+        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        self._load_ordered(digests)
+        unknown = np.flatnonzero(self._find(digests).rows < 0)
+        _, first = np.unique(digests[unknown], return_index=True)
+        wait()  # nobody may write before everybody has seen what is missing or spoilt
+        own = np.array_split(unknown[np.sort(first)], shard[1])[shard[0]]
+        if len(own):
+            self._compute(dataset, column, own, digests[own], batch_size, disable_tqdm)
+        wait()
+        found = self._find(digests)
+        if missing := int((found.rows < 0).sum()):
+            raise FileNotFoundError(
+                f"'{self.folder}' must hold the features of all {len(digests)} rows, got none of {missing}. Give a "
+                "`features_dir` that all processes see."
+            )
+        self._clean()
+        return self._gather(found, digests)
+
+    def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
+        """Put features in that were computed elsewhere, so that the backbone need not run for them.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Data.
+            column (`str`):
+                The column that the model reads.
+            batches (`Iterable[np.ndarray]`):
+                Arrays of shape `(num_rows, feature_size)`: what the head reads, in the order of the data.
+
+        Raises:
+            OSError: If the disk is full; nothing half written is left.
+            ValueError: If their sizes are not those of the head and the data, a value is not finite, or the features
+                of a row are known already.
+        """
+        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        if num_known := int((self._find(digests).rows >= 0).sum()):
+            raise ValueError(
+                f"Features must be of rows that '{self.folder}' does not hold yet, got {num_known} of {len(digests)} "
+                "that it does. Give the others only, or another `features_dir`."
+            )
+        name, shape = _name("shard", digests) + _WRITTEN, (len(digests), self.head.in_features)
+        with self._unfinished(name, self._num_bytes(len(digests))) as folder:
+            _save_array(folder / _KEYS, digests)
+            _write_features(folder, lambda done: batches, shape, self.dtype)
+
+    def neighbors(
+        self, dataset: Dataset, column: str, features: torch.Tensor, k: int, *, is_first: bool = True,
+        wait: Callable[[], None] = lambda: None,
+    ) -> torch.Tensor:  # fmt: skip
+        """Give each row's nearest others among the rows, found once for the same rows in the same order.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Data.
+            column (`str`):
+                The column that the model reads.
+            features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+                What [`features`] gave for it.
+            k (`int`):
+                How many.
+            is_first (`bool`, *optional*, defaults to `True`):
+                Whether this process writes what others read.
+            wait (`Callable`, *optional*):
+                Barrier between processes.
+
+        Returns:
+            `torch.LongTensor` of shape `(num_examples, k)`, see [`nearest_neighbors`].
+
+        Raises:
+            FileNotFoundError: If what the first process wrote cannot be seen.
+        """
+        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        folder, shape = self.folder / _name(f"neighbors-{k}", digests), (len(digests), k)
+        if is_first and self._load(folder, _ROWS, np.dtype(np.int32), shape) is None:
+            found = nearest_neighbors(features, k).numpy().astype(np.int32)
+            with self._unfinished(folder.name, found.nbytes) as unfinished:
+                _save_array(unfinished / _ROWS, found)
+        wait()
+        rows = self._load(folder, _ROWS, np.dtype(np.int32), shape)
+        if rows is None:
+            raise FileNotFoundError(
+                f"'{folder}' must hold the neighbours that the first process found, got none. Give a `features_dir` "
+                "that all processes see."
+            )
+        return torch.from_numpy(rows.astype(np.int64))
+
+    def _load(self, folder: Path, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.ndarray | None:
+        """Map a file; `None` if it is not there, or is spoilt, after which its folder is not there either."""
+        if not folder.is_dir():
+            return None
+        try:
+            _verify(folder / name, self.folder.name)
+            # Copy on write: torch wants memory that can be written, though nobody does.
+            array = np.load(folder / name, mmap_mode="c", allow_pickle=False)
+            if array.dtype != dtype or shape not in (None, array.shape):
+                raise ValueError(f"{array.shape} {array.dtype} instead of {shape} {dtype}")
+            return array
+        except (FileNotFoundError, *_UNREADABLE) as error:
+            fault = f"'{folder / name}' must be as it was written, got {error}."
+            if folder.name.endswith(_WRITTEN):
+                raise ValueError(
+                    f"{fault} These features were put in by `write`: delete that folder, and put them in again."
+                ) from error
+        logger.warning(f"{fault} Its folder is deleted; what is needed of it is computed again.")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def _keys(self) -> dict[Path, np.ndarray]:
+        """The keys of every shard, in the order of the names."""
+        folders = sorted(path for path in self.folder.glob("shard-*") if path.is_dir())
+        loaded = {folder: self._load(folder, _KEYS, _KEY_DTYPE, None) for folder in folders}
+        return {folder: keys for folder, keys in loaded.items() if keys is not None}
+
+    def _find(self, digests: np.ndarray) -> _Found:
+        """Where the features of each digest are; -1 where they are not known."""
+        shards, arrays = self._keys(), dict[Path, np.ndarray]()
+        while True:
+            folders = list(shards)
+            rows = _match(list(shards.values()), digests)
+            starts = np.cumsum([0, *(len(keys) for keys in shards.values())])
+            numbers = np.unique(np.searchsorted(starts, rows[rows >= 0], side="right") - 1).tolist()
+            wanted = [folders[number] for number in numbers if folders[number] not in arrays]
+            if not wanted:
+                return _Found(rows, starts, {number: arrays[folders[number]] for number in numbers})
+            for folder in wanted:
+                values = self._load(folder, _VALUES, self.dtype, (len(shards[folder]), self.head.in_features))
+                if values is None:
+                    del shards[folder]
+                else:
+                    arrays[folder] = values
+
+    def _gather(self, found: _Found, digests: np.ndarray) -> np.ndarray:
+        """The rows that were found as one array."""
+        rows, shape = found.rows, (len(digests), self.head.in_features)
+        if not len(rows):
+            return np.zeros(shape, dtype=self.dtype)
+        number = int(np.searchsorted(found.starts, rows[0], side="right")) - 1
+        if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))) and rows[-1] < found.starts[number + 1]:
+            return found.arrays[number][rows[0] - found.starts[number] :][: len(rows)]
+        if self._num_bytes(len(rows)) <= _MAX_COPIED_BYTES:
+            return np.concatenate(list(_pieces(found)))
+        if (ordered := self._load_ordered(digests)) is not None:
+            return ordered
+        folder = self.folder / _name("ordered", digests)
+        with self._unfinished(folder.name, self._num_bytes(len(rows))) as unfinished:
+            _write_features(unfinished, lambda done: _pieces(found), shape, self.dtype)
+        return np.load(folder / _VALUES, mmap_mode="c", allow_pickle=False)
+
+    def _load_ordered(self, digests: np.ndarray) -> np.ndarray | None:
+        """Features that were put in the order of these digests on disk before."""
+        shape = len(digests), self.head.in_features
+        return self._load(self.folder / _name("ordered", digests), _VALUES, self.dtype, shape)
+
+    def _num_bytes(self, num_rows: int) -> int:
+        return num_rows * self.head.in_features * self.dtype.itemsize
+
+    # ── work in progress ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _compute(
+        self, dataset: Dataset, column: str, rows: np.ndarray, keys: np.ndarray, batch_size: int, disable_tqdm: bool
+    ) -> None:
+        """Run the backbone over rows, or over those that a run before has not got to."""
+        shape = (len(keys), self.head.in_features)
+        with self._unfinished(_name("shard", keys), self._num_bytes(len(keys)), keep=True) as folder:
+            _save_array(folder / _KEYS, keys)
+            _write_features(
+                folder, lambda done: self._forward(dataset, column, rows[done:], batch_size), shape, self.dtype,
+                batch_size=batch_size, disable_tqdm=disable_tqdm,
+            )  # fmt: skip
+
+    @contextmanager
+    def _unfinished(self, name: str, num_bytes: int, keep: bool = False) -> Iterator[Path]:
+        """A folder that gets its name only when all in it is whole.
+
+        With `keep`, a later run finds what was in it when this one died; if another is at it now, the folder is a
+        private one.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            folder = self.folder / f"{_PARTIAL}{name}"
+            if not keep or not stack.enter_context(_held(folder)):
+                keep, folder = False, self.folder / f"{_PRIVATE}{name}-{secrets.token_hex(4)}"
+                stack.enter_context(_held(folder))  # so that nobody takes it for one that a dead run left
+            advice = "What is computed stays." if keep else "Nothing half written is left."
+            stack.enter_context(
+                explain_full_disk(self.folder, f"{advice} Free some space and run this again.", num_bytes)
+            )
+            try:
+                open_work_folder(folder)
+                yield folder
+                _seal(folder, self.folder.name)
+                _rename(folder, self.folder / name)
+                keep = False
+            except ValueError:  # the same rows would fail again
+                keep = False
+                raise
+            finally:
+                if not keep:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _clean(self) -> None:
+        """Delete what dead runs left, but for work that a later run may go on with."""
+        names = {path.name.removesuffix(_LOCK) for path in self.folder.glob(".p*")}
+        for folder in (self.folder / name for name in names if name.startswith((_PARTIAL, _PRIVATE))):
+            with _held(folder) as is_held:
+                if is_held and not self._is_wanted(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+        for path in self.folder.glob(f"shard-*/{_BATCHES}"):  # killed right after it had its name
+            with suppress(OSError):
+                path.unlink()
+
+    def _is_wanted(self, folder: Path) -> bool:
+        """Whether a folder in progress is of rows of which some are not known."""
+        try:
+            keys = np.load(folder / _KEYS, allow_pickle=False)
+        except (OSError, *_UNREADABLE):
+            return False
+        if not folder.name.startswith(_PARTIAL) or keys.dtype != _KEY_DTYPE:
+            return False
+        return bool((_match(list(self._keys().values()), keys) < 0).any())
+
+    def _forward(self, dataset: Dataset, column: str, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+        captured: list[torch.Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0].detach()))
+        device = self.head.weight.device
+        self.model.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU too
+        try:
+            for start in range(0, len(rows), batch_size):
+                cells = dataset[rows[start : start + batch_size]][column]
+                is_there = [cell is not None for cell in cells]  # a pool keeps no cell that could not be read
+                values = np.zeros((len(cells), self.head.in_features), dtype=np.float32)
+                if any(is_there):
+                    batch = self.processor([cell for cell in cells if cell is not None])
+                    inputs = {name: _channels_last(value.to(device)) for name, value in batch.items()}
+                    with torch.no_grad(), self.autocast():
+                        self.model(**inputs)
+                    values[is_there] = captured.pop().float().cpu().numpy()
+                yield values
+        finally:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Rows counted through all shards (-1 where not known), where each shard starts, and the shards that hold any."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    arrays: Mapping[int, np.ndarray]
+
+
+def _match(keys: list[np.ndarray], digests: np.ndarray) -> np.ndarray:
+    """Row of each digest, counted through all keys; -1 where there is none."""
+    joined = np.concatenate([np.zeros(0, dtype=_KEY_DTYPE), *keys])
+    if not len(joined):
+        return np.full(len(digests), -1)
+    order = np.argsort(joined, kind="stable")
+    rows = order[np.minimum(np.searchsorted(joined, digests, sorter=order), len(joined) - 1)]
+    return np.where(joined[rows] == digests, rows, -1)
+
+
+def _pieces(found: _Found) -> Iterator[np.ndarray]:
+    """The rows that were found, some at a time."""
+    some = next(iter(found.arrays.values()))
+    for begin in range(0, len(found.rows), _CHUNK):
+        wanted = found.rows[begin : begin + _CHUNK]
+        numbers = np.searchsorted(found.starts, wanted, side="right") - 1
+        piece = np.empty((len(wanted), some.shape[1]), dtype=some.dtype)
+        for number in np.unique(numbers):
+            here = numbers == number
+            piece[here] = found.arrays[number][wanted[here] - found.starts[number]]
+        yield piece
+
+
+def _name(what: str, keys: np.ndarray) -> str:
+    return f"{what}-" + hashlib.blake2b(keys.tobytes(), digest_size=8).hexdigest()
+
+
+# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """How a `.npy` file begins."""
+    file = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
+    return file.getvalue()
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Write a `.npy` file; what `np.save` raises on a full disk does not say so."""
+    with open(path, "wb", buffering=0) as file:
+        write_all(file.fileno(), _header(array.shape, array.dtype))
+        write_all(file.fileno(), array.tobytes())
+
+
+def _write_features(
+    folder: Path, batches: Callable[[int], Iterable[np.ndarray]], shape: tuple[int, int], dtype: np.dtype,
+    batch_size: int = 1, disable_tqdm: bool = True,
+) -> None:  # fmt: skip
+    """Write features batch by batch, and after each a line with a checksum; go on where a run before was killed.
+
+    `batches` gives what comes after the number of rows that are there.
+    """
+    header = _header(shape, dtype)
+    done, checksum = _read_done(folder, header, shape, dtype, batch_size)
+    with (
+        open(folder / _VALUES, "ab", buffering=0) as values,
+        open(folder / _BATCHES, "ab", buffering=0) as lines,
+        tqdm(total=shape[0], initial=done, desc="Features", disable=disable_tqdm, leave=False) as progress,
+    ):
+        lines.truncate(9 * -(-done // batch_size))
+        values.truncate(len(header) + done * shape[1] * dtype.itemsize if done else 0)
+        if not done:
+            write_all(values.fileno(), header)
+        for batch in batches(done):
+            data = _check_batch(batch, done, shape[1], dtype)
+            write_all(values.fileno(), data)
+            checksum = zlib.crc32(data, checksum)
+            write_all(lines.fileno(), b"%08x\n" % checksum)
+            done += len(batch)
+            progress.update(len(batch))
+    if done != shape[0]:
+        raise ValueError(f"Features must be given for {shape[0]} rows, got {done}.")
+
+
+def _read_done(
+    folder: Path, header: bytes, shape: tuple[int, int], dtype: np.dtype, batch_size: int
+) -> tuple[int, int]:
+    """How many rows lie there in whole batches, cut as they would be now, and the checksum up to there."""
+    done, checksum = 0, zlib.crc32(header)
+    if not (folder / _VALUES).is_file() or not (folder / _BATCHES).is_file():
+        return done, checksum
+    with open(folder / _VALUES, "rb") as values:
+        is_same = values.read(len(header)) == header
+        # What follows the last line break was cut off.
+        for line in (folder / _BATCHES).read_bytes().split(b"\n")[:-1] if is_same else []:
+            count = min(batch_size, shape[0] - done)
+            found = zlib.crc32(values.read(count * shape[1] * dtype.itemsize), checksum)
+            if count == 0 or line != b"%08x" % found:
+                break
+            done, checksum = done + count, found
+    return done, checksum
+
+
+def _check_batch(batch: np.ndarray, done: int, size: int, dtype: np.dtype) -> bytes:
+    """A batch as it lies on disk."""
+    with np.errstate(over="ignore"):
+        values = np.ascontiguousarray(batch, dtype=dtype)
+    if values.ndim != 2 or values.shape[1] != size:
+        raise ValueError(f"Features must have shape (num_rows, {size}) like the head, got {values.shape}.")
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"Features must be finite in {dtype}, got others in rows {done}..{done + len(values) - 1}. Check "
+            "these inputs, or keep features in float32."
+        )
+    return values.tobytes()
+
+
+def _note(path: Path) -> str:
+    return f"{path.stat().st_size} {file_digest(path)} {path.name}"
+
+
+def _seal(folder: Path, backbone: str) -> None:
+    """Note what the files of a folder are; the backbone comes last, so that half of the notes tell nothing."""
+    notes = {path: _note(path) for path in sorted(folder.glob("*.npy"))}
+    (folder / _OWNER).write_text("\n".join([*notes.values(), backbone]), encoding="utf-8")
+    _verified.update((file_signature(path), note) for path, note in notes.items())
+
+
+def _verify(path: Path, backbone: str) -> None:
+    """Compare a file with what was noted of it: its size each time, its content once per process.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is another one.
+    """
+    *notes, owner = (path.parent / _OWNER).read_text(encoding="utf-8").split("\n")
+    if owner != backbone:
+        raise ValueError(f"one of backbone '{owner}' instead of '{backbone}'")
+    if not notes:
+        return  # from before there were digests
+    note = next((note for note in notes if note.endswith(f" {path.name}")), "")
+    size, signature = path.stat().st_size, file_signature(path)
+    if not note.startswith(f"{size} "):
+        raise ValueError(f"{size} bytes instead of {note.partition(' ')[0]}")
+    if (signature, note) not in _verified:
+        if note != _note(path):
+            raise ValueError("other content than its digest tells")
+        _verified.add((signature, note))
+
+
+def _rename(folder: Path, target: Path) -> None:
+    try:
+        move_file(folder, target)
+    except OSError:
+        if not target.is_dir():  # else another process was first, with the same content
+            raise
+    with suppress(OSError):  # needed until now: if this process is killed before, no batch is computed again
+        (target / _BATCHES).unlink()
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder in progress, unless another process does; the kernel frees it when one dies."""
+    lock = FileLock(f"{folder}{_LOCK}", timeout=0)
+    with suppress(OSError, NotImplementedError):  # held, or a disk that cannot be written or has no locks
+        lock.acquire()
+    is_held = lock.is_locked
+    try:
+        yield is_held
+    finally:
+        if is_held:
+            with suppress(OSError):
+                os.unlink(lock.lock_file)
+            lock.release()
+
+
+def _channels_last(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+
+def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, precision: str) -> str:
+    """Hash everything that decides the head's inputs: weights outside the head, preprocessing and precision.
+
+    Args:
+        model (`nn.Module`):
+            The whole student.
+        head (`nn.Linear`):
+            Its head, left out.
+        processor (`InputProcessor`):
+            How cells become model inputs.
+        precision (`str`):
+            Precision in which the backbone runs.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    own = {id(parameter) for parameter in head.parameters()}
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}".encode())
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
+        if id(tensor) not in own:
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

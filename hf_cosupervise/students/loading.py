@@ -1,0 +1,148 @@
+"""The student: loaded by id or folder, with a head for the labels of the task."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from ..models.classifier import load_adapted, load_processor, quiet_loading, read_config, reads_text
+from ..models.source import ModelSource, find_model, whole_weights
+from .head import head_parameters, reset_head
+
+logger = logging.getLogger(__name__)
+
+
+def load_student(
+    model: str | os.PathLike[str], labels: Sequence[str], *, revision: str | None = None, seed: int = 42
+) -> tuple[PreTrainedModel, Any]:
+    """Load a pre-trained backbone with a fresh classification head for the task.
+
+    Args:
+        model (`str` or `os.PathLike`):
+            Hub id or folder of a transformers or timm image model, of a transformers text model, or of an adapter of
+            peft for one, which is merged. safetensors only, and no code from the Hub is run.
+        labels (`Sequence[str]`):
+            The task's label names.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the fresh head.
+
+    Returns:
+        `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer.
+
+    Raises:
+        OSError: If the model is not there, or the Hub refuses it or cannot be reached.
+        ValueError: If the model is neither an image nor a text model, or its backbone would be partly random.
+    """
+    student, processor, _ = load_pinned_student(model, labels, revision=revision, seed=seed)
+    return student, processor
+
+
+def load_pinned_student(
+    model: str | os.PathLike[str], labels: Sequence[str], *, revision: str | None = None, seed: int = 42
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """Do what [`load_student`] does, and tell what was loaded.
+
+    Args:
+        model (`str` or `os.PathLike`):
+            See [`load_student`].
+        labels (`Sequence[str]`):
+            The task's label names.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        seed (`int`, *optional*, defaults to 42):
+            Seed of the fresh head.
+
+    Returns:
+        `tuple[PreTrainedModel, Any, dict[str, Any]]`: the model, its processor, and for a model of the Hub `model`,
+        `revision` (as it was asked for) and `commit`; of a folder nothing is told.
+
+    Raises:
+        OSError: See [`load_student`].
+        ValueError: See [`load_student`].
+    """
+    source = find_model(str(model), what="The student", revision=revision)
+    origin: dict[str, Any] = {}
+    if not source.is_local:
+        origin = {"model": source.repo, "revision": source.revision, "commit": source.commit}
+    if source.is_adapter:
+        student, processor, base = _load_adapted_student(source, labels, seed)
+        return student, processor, origin | base
+    config = _task_config(source, labels)
+    auto_class = _auto_class(config.model_type, source.repo)
+    folder = source.fetch()
+    with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source):
+        torch.manual_seed(seed)
+        student, loading = auto_class.from_pretrained(
+            folder, config=config, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )  # fmt: skip
+        reset_head(student)
+    processor = load_processor(source, folder, auto_class is AutoModelForSequenceClassification)
+    _check_backbone(student, loading, source.repo)
+    source.name_after(student)
+    student.float()
+    return student, processor, origin
+
+
+def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
+    """The model's configuration with the labels of the task."""
+    config = read_config(source)
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    if config.model_type == "timm_wrapper":
+        config.label_names = list(labels)
+    return config
+
+
+def _load_adapted_student(
+    source: ModelSource, labels: Sequence[str], seed: int
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    """Load the base of an adapter with a fresh head, and give its backbone what the adapter has learnt."""
+    adapted, processor_folder = load_adapted(source, random_head=True)
+    base: Any = source.base
+    student, processor, origin = load_pinned_student(base.repo, labels, revision=base.commit, seed=seed)
+    head = {name for name, _ in head_parameters(student)}
+    student.load_state_dict({k: v for k, v in adapted.state_dict().items() if k not in head}, strict=False)
+    if processor_folder == source.folder:
+        processor = load_processor(source, processor_folder, reads_text(student.config, source.what))
+    source.name_after(student)
+    return student, processor, {f"base_{name}": value for name, value in origin.items() if name != "revision"}
+
+
+def _auto_class(model_type: str, path: str) -> Any:
+    """The class of a student by its type, that of images where a type has both."""
+    if model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or model_type == "timm_wrapper":
+        return AutoModelForImageClassification
+    if model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        return AutoModelForSequenceClassification
+    raise ValueError(f"A student must be an image or text classification model, got '{model_type}' at '{path}'.")
+
+
+def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str) -> None:
+    head = {name for name, _ in head_parameters(student)}
+    lost = [
+        str(key[0] if isinstance(key, tuple) else key)
+        for key in [*loading["missing_keys"], *loading["mismatched_keys"]]
+    ]
+    # The classifier is meant to be new; anything else would be frozen at random values.
+    if random := sorted(name for name in lost if name not in head and not _belongs_to_head(name, head)):
+        raise ValueError(
+            f"Every weight of the student's backbone must be in the checkpoint, '{path}' lacks {random[:5]} "
+            f"({len(random)} in all). Use a checkpoint of this architecture."
+        )
+
+
+def _belongs_to_head(name: str, head: set[str]) -> bool:
+    return any(known.endswith(name) or name.endswith(known) for known in head)

@@ -1,0 +1,146 @@
+"""The student put back as an ordinary model, and published."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from peft import PeftModel
+from torch import nn
+
+from ..files import move_file
+from ..hub.client import publish
+from ..models.source import MODEL_FILES
+
+
+def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_class: Any = None) -> None:
+    """Write the student as an ordinary model that loads without this package.
+
+    A LoRA student is merged, and its adapter is kept beside it in `adapter/`. Files are written to a temporary folder
+    and moved when all of them are whole. Files of a model that was exported there before go, others stay.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The student.
+        folder (`str` or `os.PathLike`):
+            Where to write.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            Saved beside it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix="_student-", dir=folder))
+    try:
+        plain = model
+        if isinstance(model, PeftModel):
+            model.save_pretrained(str(temporary / "adapter"))
+            (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # an empty form of peft's
+            plain = copy.deepcopy(model).merge_and_unload()
+        plain.save_pretrained(temporary)  # type: ignore[operator]
+        # timm's processor is part of the configuration and only warns when it is asked to save itself.
+        if processing_class is not None and not type(processing_class).__name__.startswith("TimmWrapper"):
+            processing_class.save_pretrained(temporary)
+        _fit_timm(temporary / "config.json")
+        for pattern in (*MODEL_FILES, *_ADAPTER_FILES):  # of another student, exported here before
+            for path in folder.glob(pattern):
+                if not (temporary / path.relative_to(folder)).is_file():
+                    path.unlink()
+        with suppress(OSError):  # it stays where it holds something else
+            (folder / "adapter").rmdir()
+        _move_files(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# What a student's repository holds: the model, its processor, its story. No checkpoint, pool, pickle or folder else.
+_ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+STORY_FILES = ("README.md", "history.json", "report.json", "pgr.png", "teacher_shares.png")
+STUDENT_FILES = (*MODEL_FILES, *_ADAPTER_FILES, *STORY_FILES)
+
+
+def push_student(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    message: str = "Co-supervised student",
+    story: Mapping[str, bytes | Path] | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """Upload an exported student in one commit: model, processor, card, history, report and figures, and nothing else.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            What [`export_student`] wrote, with a card.
+        repo_id (`str`):
+            The model repository, which exists.
+        message (`str`, *optional*):
+            Title of the commit.
+        story (`Mapping[str, bytes | Path]`, *optional*):
+            History, report and figures of this very student, by their names among `STORY_FILES`.
+        revision (`str`, *optional*):
+            Branch to commit to. Defaults to the main branch.
+        token (`str`, *optional*):
+            Instead of the token of the environment.
+
+    Returns:
+        `CommitInfo`: The commit.
+
+    Raises:
+        FileNotFoundError: If the folder holds no exported student.
+        OSError: If the Hub refuses it or cannot be reached; the repository is then as it was.
+        RuntimeError: If somebody else pushed at the same moment.
+    """
+    folder = Path(folder)
+    files: dict[str, Path | bytes] = {
+        str(path.relative_to(folder).as_posix()): path
+        for pattern in (*MODEL_FILES, *_ADAPTER_FILES, "README.md")
+        for path in sorted(folder.glob(pattern)) if path.is_file()
+    }  # fmt: skip
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise FileNotFoundError(
+            f"'{folder}' must hold an exported student, got {sorted(files)}. Call `save_model` first."
+        )
+    if "adapter/adapter_config.json" in files:
+        files["adapter/adapter_config.json"] = _without_local_base(folder / "adapter" / "adapter_config.json")
+    return publish(
+        files | dict(story or {}), repo_id, what="The student", message=message, replaced=STUDENT_FILES,
+        revision=revision, token=token,
+    )  # fmt: skip
+
+
+def _without_local_base(path: Path) -> bytes:
+    """An adapter's configuration without the folder of this machine that its base was read from."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("revision") is None:  # that of the Hub is pinned
+        config["base_model_name_or_path"] = None
+    return (json.dumps(config, indent=2) + "\n").encode("utf-8")
+
+
+def _fit_timm(config_path: Path) -> None:
+    """Make the configuration of a timm model readable by timm and by transformers' wrapper."""
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    if "architecture" not in config:
+        return
+    if isinstance(config.get("model_args"), dict):
+        config["model_args"].pop("num_classes", None)
+    for name in ("file", "url", "hf_hub_id"):  # where its pre-trained weights came from, perhaps on this machine
+        (config.get("pretrained_cfg") or {}).pop(name, None)
+    config["num_classes"] = len(config.get("label_names") or []) or config.get("num_classes")
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            place = target / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            move_file(path, place)

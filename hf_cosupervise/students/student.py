@@ -1,0 +1,485 @@
+"""The model that learns: asked about any examples, trained anew, and put back as it was."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalPrediction
+
+from ..data.columns import find_input_column, find_label_column, read_labels
+from ..data.inputs import InputProcessor
+from ..method.linear_head import linear_logits
+from ..method.metrics import accuracy
+from ..processes import Processes, row_chunks
+from .features import FeatureStore
+from .head import head_gives_logits, linear_head, prepare_student
+from .loading import load_pinned_student
+
+
+def open_student(
+    model: Any,
+    labels: tuple[str, ...],
+    args: Any,
+    processing_class: Any = None,
+    peft_config: LoraConfig | None = None,
+) -> tuple[PreTrainedModel | PeftModel, Any, dict[str, Any]]:
+    """Load a student where it is named, see that it fits the task, and freeze what does not learn.
+
+    Args:
+        model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
+            A Hub id or folder, or a model, which is changed in place.
+        labels (`tuple[str, ...]`):
+            Label names of the task.
+        args (`CoSupervisedConfig`):
+            How it is trained.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            The student's, where `model` is a model.
+        peft_config (`peft.LoraConfig`, *optional*):
+            Adapters, instead of the `lora_…` fields.
+
+    Returns:
+        `tuple[PreTrainedModel | PeftModel, Any, dict[str, Any]]`: the model, its processor, and what
+        [`load_pinned_student`] tells of a model of the Hub.
+
+    Raises:
+        ValueError: If it does not fit the task, or its processor is missing.
+    """
+    origin: dict[str, Any] = {}
+    if isinstance(model, (str, os.PathLike)):
+        model, loaded, origin = load_pinned_student(model, labels, revision=args.student_revision, seed=args.seed)
+        processing_class = loaded if processing_class is None else processing_class
+    check_student(model, labels)
+    if processing_class is None:
+        raise ValueError(
+            "`processing_class` (the student's tokenizer or image processor) is needed beside a model object."
+        )
+    adapters = peft_config or LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=list(args.lora_target_modules) or None,
+    )
+    student = prepare_student(model, args.student_training, adapters, seed=args.seed)
+    if isinstance(student, PeftModel) and origin:
+        student.peft_config[student.active_adapter].revision = origin["commit"]
+    return student, processing_class, origin
+
+
+def check_student(model: Any, labels: tuple[str, ...]) -> None:
+    """See that the head fits the task, and name its labels.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The student; its configuration is changed in place.
+        labels (`tuple[str, ...]`):
+            Label names of the task.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    num_labels = int(model.config.num_labels)
+    if num_labels != len(labels):
+        raise ValueError(
+            f"The student must have {len(labels)} labels like the pool, got {num_labels}. "
+            "Load it with `load_student(model, pool.labels)`."
+        )
+    names = [str(model.config.id2label[index]) for index in range(num_labels)]
+    generic = [f"LABEL_{index}" for index in range(num_labels)]
+    if names not in (generic, list(labels)):
+        raise ValueError(
+            f"The student's labels must be those of the pool in the same order, {list(labels)[:8]}, "
+            f"got {names[:8]}. "
+            "Load it with `load_student(model, pool.labels)`."
+        )
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {name: index for index, name in enumerate(labels)}
+    if model.config.model_type == "timm_wrapper":
+        model.config.label_names = list(labels)  # timm's own name for them, which wins when it is loaded again
+
+
+class SavedStudent(Protocol):
+    """What is kept of a student: `student`, what training changed, and `folds`, heads for examples that each has not
+    seen."""
+
+    student: dict[str, torch.Tensor]
+    folds: list[dict[str, torch.Tensor]]
+
+
+class Student:
+    """Ask the model that learns, and put it back as it was at another time.
+
+    Where it is a linear head on a frozen backbone, it is asked through features, which are computed once and kept.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The model; it is changed in place.
+        processor (`InputProcessor`):
+            How cells become model inputs.
+        examples (`datasets.Dataset`):
+            The inputs that it learns from. Their features stay in memory.
+        input_column (`str`):
+            The column that it reads.
+        labels (`Sequence[str]`):
+            Label names of the task.
+        args (`CoSupervisedConfig`):
+            How it is trained, and how features are kept.
+        features_dir (`pathlib.Path`):
+            Where features are kept, if `args.features_dir` does not say it.
+        processes (`Processes`, *optional*):
+            Among which the work is shared out. This one alone by default.
+        prepare_inputs (`Callable`, *optional*):
+            Puts model inputs on the device of the model.
+        disable_tqdm (`bool`, *optional*, defaults to `True`):
+            Draw no bar while the backbone runs.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: InputProcessor,
+        examples: Dataset,
+        input_column: str,
+        labels: tuple[str, ...],
+        args: Any,
+        features_dir: Path,
+        *,
+        processes: Processes | None = None,
+        prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs,
+        disable_tqdm: bool = True,
+    ) -> None:
+        self.model, self.processor, self.labels = model, processor, labels
+        self.examples, self.input_column = examples, input_column
+        self.args, self.disable_tqdm = args, disable_tqdm
+        self._features_dir = Path(args.features_dir) if args.features_dir else features_dir
+        self.processes = processes or Processes(0, 1)
+        self._prepare_inputs = prepare_inputs
+        self.folds: list[nn.Linear] = []
+        self._first = {name: value.detach().cpu().clone() for name, value in self._trained().items()}
+        self.head = self._find_head() if args.student_training == "probe" else None
+        self._features: torch.Tensor | None = None
+        self._neighbors: torch.Tensor | None = None
+
+    def _find_head(self) -> nn.Linear | None:
+        """Find the head if the rest of the student can be replaced by its features."""
+        head = linear_head(self.model.eval())
+        if head is None or not len(self.examples):
+            return None
+        inputs = self._prepare_inputs(self.processor.probe())  # not a row: the first one may be missing
+        return head if head_gives_logits(self.model, head, inputs) else None
+
+    # --- what training changes ---------------------------------------------------------------------------------------
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """What training can change: parameters that learn, and buffers where the backbone is not frozen."""
+        tensors: dict[str, torch.Tensor] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return tensors if self.args.student_training == "probe" else tensors | dict(self.model.named_buffers())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Give what training can change.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By name, on the CPU.
+        """
+        return {name: value.detach().cpu().contiguous() for name, value in self._trained().items()}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Give what training changes without a gradient, such as running means, which adapters leave out.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By name, on the CPU.
+        """
+        own = {name: value for name, value in self._trained().items() if not value.requires_grad}
+        return {name: value.detach().cpu().contiguous() for name, value in own.items()}
+
+    @torch.no_grad()
+    def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Write over what training changed.
+
+        Args:
+            tensors (`Mapping[str, torch.Tensor]`):
+                What [`tensors`] or [`buffers`] gave.
+        """
+        own = self._trained()
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+    def start_anew(self) -> None:
+        """Be as it was before any training: every level starts from the same fresh head."""
+        self.put_back(self._first)
+
+    def restore(self, saved: SavedStudent | None) -> None:
+        """Be as at the end of a finished stage, or as before the first one.
+
+        Args:
+            saved (`SavedStudent`, *optional*):
+                What was kept of that stage; none where nothing is finished.
+        """
+        self.folds = []
+        if saved is None:
+            self.start_anew()
+            return
+        self.put_back(saved.student)
+        for tensors in saved.folds if self.head is not None else []:
+            self.folds.append(self.copy_head())
+            self.folds[-1].load_state_dict(tensors)
+
+    def fold_tensors(self) -> list[dict[str, torch.Tensor]]:
+        """Give the heads of the folds.
+
+        Returns:
+            `list[dict[str, torch.Tensor]]`: One per fold, on the CPU.
+        """
+        return [
+            {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+            for head in self.folds
+        ]
+
+    def copy_head(self) -> nn.Linear:
+        """Copy the head of a frozen backbone as it is now.
+
+        Returns:
+            `nn.Linear`
+
+        Raises:
+            ValueError: If the student is another one.
+        """
+        if self.head is None:
+            raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
+        return copy.deepcopy(self.head)
+
+    def digest(self) -> str:
+        """Hash all weights, as they were before any training.
+
+        Returns:
+            `str`: 16 hexadecimal digits.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for name, value in sorted(self.model.state_dict().items()):
+            tensor = self._first.get(name, value)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    # --- asking it ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict_log_probs(self, dataset: Dataset, *, share: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Stream log-probabilities, a chunk of rows at a time.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Inputs.
+            share (`bool`, *optional*, defaults to `False`):
+                With several processes, give each its own chunks only.
+
+        Returns:
+            `Iterator[tuple[slice, torch.Tensor]]`: rows and log-probabilities `(rows, num_labels)`, float32 on CPU.
+        """
+        chunks = self.processes.share(row_chunks(len(dataset))) if share else row_chunks(len(dataset))
+        if self.head is not None:
+            features = self.features(dataset)
+            for chunk in chunks:
+                yield chunk, torch.log_softmax(linear_logits(self.head, features[chunk]), dim=1).cpu()
+            return
+        self.model.eval()
+        for chunk in chunks:
+            rows, size = range(chunk.start, chunk.stop), self.args.per_device_eval_batch_size
+            logits = [self._logits(dataset[list(rows[start : start + size])]) for start in range(0, len(rows), size)]
+            yield chunk, torch.log_softmax(torch.cat(logits), dim=1).cpu()
+
+    def _logits(self, examples: dict[str, list[Any]]) -> torch.Tensor:
+        inputs = self._prepare_inputs(self.processor(examples[self.input_column]))
+        return self.model(**inputs).logits.float()
+
+    def judge_examples(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Stream what it says of this process's share of the examples that it learns from.
+
+        Under cross-fitting heads say it that were not trained on the example: what a student has learnt by heart it
+        would agree with.
+
+        Returns:
+            `Iterator[tuple[slice, torch.Tensor]]`: See [`predict_log_probs`].
+        """
+        if not self.folds:
+            yield from self.predict_log_probs(self.examples, share=True)
+            return
+        features, num_folds = self.example_features(), len(self.folds)
+        for chunk in self.processes.share(row_chunks(len(self.examples))):
+            logits = torch.empty(chunk.stop - chunk.start, len(self.labels))
+            for fold, head in enumerate(self.folds):
+                first = (fold - chunk.start) % num_folds  # example i is in fold i modulo their number
+                logits[first::num_folds] = linear_logits(head, features[chunk][first::num_folds]).cpu()
+            yield chunk, torch.log_softmax(logits, dim=1)
+
+    def predict_labels(self, dataset: Dataset) -> np.ndarray:
+        """Give the most probable label of each example.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Inputs; labels are not looked at.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples,)`, int64.
+        """
+        parts = [log_probs.numpy().argmax(axis=1) for _, log_probs in self.predict_log_probs(dataset)]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+    def measure_accuracy(self, dataset: Dataset) -> float:
+        """Measure the accuracy on labelled data.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Inputs with a label column.
+
+        Returns:
+            `float`: 0 to 1.
+
+        Raises:
+            ValueError: If the data has no labels of the task.
+        """
+        labels = read_labels(dataset, find_label_column(dataset), self.labels)
+        return accuracy(self.predict_labels(dataset), labels)
+
+    def label(self, dataset: Any) -> Any:
+        """Reduce an evaluation set, or several by name, to inputs and label ids of the task.
+
+        Args:
+            dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`):
+                Inputs with a label column. `None`, and the name of a set, stay as they are.
+
+        Returns:
+            The same, with the columns that are needed, the label ids in `labels`.
+
+        Raises:
+            ValueError: If the data has no labels of the task.
+        """
+        return label_inputs(dataset, self.input_column, self.labels)
+
+    # --- features, where it is a linear head on a frozen backbone ----------------------------------------------------
+
+    @property
+    def store(self) -> FeatureStore:
+        """[`FeatureStore`]: Where the head's inputs are kept; features computed elsewhere can be put there.
+
+        Raises:
+            ValueError: If the student is not a linear head on a frozen backbone.
+        """
+        if self.head is None:
+            raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
+        self.model.eval()
+        precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
+        return FeatureStore(
+            self._features_dir,
+            self.model,
+            self.head,
+            self.processor,
+            precision=precision,
+            dtype=self.args.features_dtype,
+        )
+
+    def features(self, dataset: Dataset) -> torch.Tensor:
+        """Give the head's inputs.
+
+        Args:
+            dataset (`datasets.Dataset`):
+                Inputs.
+
+        Returns:
+            `torch.Tensor` of shape `(num_examples, feature_size)`: mapped from disk, or on the student's device where
+            that is another one.
+
+        Raises:
+            ValueError: If the student is not a linear head on a frozen backbone.
+        """
+        if dataset is self.examples and self._features is not None:
+            return self._features
+        values = self.store.features(
+            dataset, self.input_column, batch_size=self.args.per_device_eval_batch_size,
+            shard=(self.processes.rank, self.processes.count), wait=self.processes.wait,
+            disable_tqdm=self.disable_tqdm,
+        )  # fmt: skip
+        features = torch.from_numpy(values).to(self.args.device)
+        if dataset is self.examples:  # every level and every question needs them again
+            self._features = features
+        return features
+
+    def example_features(self) -> torch.Tensor:
+        """Give the head's inputs for each example that it learns from.
+
+        Returns:
+            `torch.Tensor` of shape `(num_examples, feature_size)`: See [`features`].
+
+        Raises:
+            ValueError: If the student is not a linear head on a frozen backbone.
+        """
+        return self.features(self.examples)
+
+    def nearest(self, k: int) -> torch.Tensor:
+        """Give each example's neighbours in the features: the backbone is frozen, so they are found once.
+
+        Args:
+            k (`int`):
+                How many, at most the larger of `agreement_neighbors` and `teacher_neighbors`.
+
+        Returns:
+            `torch.LongTensor` of shape `(num_examples, k)`, the nearest first.
+
+        Raises:
+            ValueError: If the student is not a linear head on a frozen backbone.
+        """
+        if self._neighbors is None:
+            most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
+            self._neighbors = self.store.neighbors(
+                self.examples, self.input_column, self.example_features(), most,
+                is_first=self.processes.rank == 0, wait=self.processes.wait,
+            )  # fmt: skip
+        return self._neighbors[:, :k]
+
+
+def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...]) -> Any:
+    """Reduce an evaluation set, or several by name, to inputs and label ids.
+
+    Args:
+        dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`):
+            Inputs with a label column. `None`, and the name of a set, stay as they are.
+        input_column (`str`):
+            The column that the student reads.
+        labels (`tuple[str, ...]`):
+            Label names of the task.
+
+    Returns:
+        The same, with the columns that are needed, the label ids in `labels`.
+
+    Raises:
+        ValueError: If the data has no labels of the task.
+    """
+    if dataset is None or isinstance(dataset, str):
+        return dataset
+    if isinstance(dataset, dict):
+        return {name: label_inputs(part, input_column, labels) for name, part in dataset.items()}
+    ids = read_labels(dataset, find_label_column(dataset), labels)
+    return dataset.select_columns([find_input_column(dataset, input_column)]).add_column("labels", ids)
+
+
+def measure_predictions(prediction: EvalPrediction) -> dict[str, float]:
+    """Measure what the `Trainer` predicted: the default of its `compute_metrics`.
+
+    Args:
+        prediction (`EvalPrediction`):
+            Logits and label ids.
+
+    Returns:
+        `dict[str, float]`: `accuracy`, 0 to 1.
+    """
+    return {"accuracy": accuracy(prediction.predictions.argmax(axis=1), prediction.label_ids)}

@@ -1,0 +1,1 @@
+"""Teachers run, once; nothing else runs one."""

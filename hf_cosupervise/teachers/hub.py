@@ -1,0 +1,336 @@
+"""Hierarchies of teachers in one repository of the Hub: load one by its id, push one with its card."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+
+from ..hierarchy import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
+from ..hub.cards import hierarchy_card
+from ..hub.client import CARD, fetch_files, hub_errors, open_branch, open_repo, publish, resolve_commit
+from ..models.source import MODEL_FILES, ModelSource, find_kind, find_model
+from ..strict_yaml import dump_yaml
+
+logger = logging.getLogger(__name__)
+
+HIERARCHY_FILES = ("hierarchy.yaml", "hierarchy.json")
+_TEACHER_FILES = (*MODEL_FILES, "model.skops", "adapter_config.json", "adapter_model.safetensors")
+_WHAT = "The hierarchy"
+_OF_ANY_REPO = (CARD, ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", "LICENSE.txt")
+_FACTS = ("name", "license", "tags", "datasets", "modality", "accuracy", "versions")
+
+
+def load_hierarchy(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_types: Sequence[str] = (),
+) -> TeacherHierarchy:
+    """Load a hierarchy of teachers: a file, a folder that holds `hierarchy.yaml`, or such a repository of the Hub.
+
+    Teachers that lie in the repository are pinned to its commit, and load from it one by one. Other Hub ids stay as
+    they are written there.
+
+    Args:
+        source (`str` or `os.PathLike`):
+            File, folder or Hub id of a model repository.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        token (`str`, *optional*):
+            Instead of the token of the environment, for the hierarchy itself; teachers are loaded with the latter.
+        trust_types (`Sequence[str]`, *optional*):
+            Types in scikit-learn files that you trust. What a hierarchy of the Hub trusts by itself is somebody else's
+            word and does not count.
+
+    Returns:
+        `TeacherHierarchy`
+
+    Raises:
+        OSError: If it is not there, or the Hub refuses it or cannot be reached.
+        ValueError: If it is no hierarchy, or a teacher of the Hub's is named by a path out of its repository.
+
+    Examples:
+        >>> hierarchy = load_hierarchy("user/weak-teachers", revision="v1")  # doctest: +SKIP
+    """
+    path = Path(source)
+    if revision is not None and path.exists():
+        raise ValueError(
+            f"`revision` is for hierarchies on the Hub, got {revision!r} for '{source}', which is here. Leave it out."
+        )
+    if path.is_dir():
+        found = [path / name for name in HIERARCHY_FILES if (path / name).is_file()]
+        return TeacherHierarchy.load(found[0] if found else path / HIERARCHY_FILES[0])
+    if path.is_file() or path.suffix in (".json", ".yaml", ".yml") or path.is_absolute():
+        return TeacherHierarchy.load(path)
+    repo_id = str(source)
+    commit = resolve_commit(repo_id, revision, what=_WHAT, token=token)
+    hierarchy, folder = _read_from_hub(repo_id, commit, token)
+    teachers = [_take(teacher, folder, repo_id, commit) for teacher in hierarchy.teachers]
+    return TeacherHierarchy(hierarchy.labels, _keep_trusted(teachers, repo_id, trust_types))
+
+
+def _read_from_hub(repo_id: str, commit: str, token: str | None) -> tuple[TeacherHierarchy, Path]:
+    """The hierarchy as it is written, and the folder of the cache that shows which teachers are with it."""
+    wanted = [*HIERARCHY_FILES, "*/config.json", "*/adapter_config.json"]
+    folder = fetch_files(repo_id, commit, wanted, what=_WHAT, token=token)
+    found = [folder / name for name in HIERARCHY_FILES if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{_WHAT} must be a repository with a '{HIERARCHY_FILES[0]}', got none in '{repo_id}'. Push one with "
+            "`push_hierarchy`; a single model is named in a `Teacher`."
+        )
+    return read_hierarchy(found[0], f"'{found[0].name}' in '{repo_id}'"), folder
+
+
+def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
+    """A teacher as it is meant in a repository: a folder of it, or another repository."""
+    if teacher.kind == "column":
+        return teacher
+    inner = teacher.model.removeprefix("./")
+    if is_inner_folder(inner) and (folder / inner).is_dir():
+        within = inner if teacher.subfolder is None else f"{inner}/{teacher.subfolder}"
+        return dataclasses.replace(teacher, model=repo_id, subfolder=within, revision=commit)
+    other = teacher.model.removeprefix("hf-hub:").split("@")[0]
+    if not is_inner_folder(other) or other.count("/") > 1:
+        raise ValueError(
+            f"Teacher '{teacher.name}' in the hierarchy '{repo_id}' must be a folder of that repository or a Hub id, "
+            f"got `model` {teacher.model!r}. Correct it there."
+        )
+    return teacher
+
+
+def _keep_trusted(teachers: Sequence[Teacher], repo_id: str, trust_types: Sequence[str]) -> list[Teacher]:
+    """Drop the types that a hierarchy of the Hub trusts and the user does not."""
+    dropped = {teacher.name: sorted(set(teacher.trusted_types) - set(trust_types)) for teacher in teachers}
+    if dropped := {name: types for name, types in dropped.items() if types}:
+        types = sorted({item for names in dropped.values() for item in names})
+        logger.warning(
+            f"'{repo_id}' trusts types in scikit-learn files of the teachers {list(dropped)}, which is its author's "
+            f"word and not followed. If you trust its origin: `load_hierarchy({repo_id!r}, trust_types={types})`."
+        )
+    trusted = set(trust_types)
+    return [
+        dataclasses.replace(teacher, trusted_types=tuple(item for item in teacher.trusted_types if item in trusted))
+        for teacher in teachers
+    ]
+
+
+def push_hierarchy(
+    hierarchy: TeacherHierarchy,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Hierarchy of teachers",
+    replace: bool = False,
+    facts: Mapping[str, Any] | None = None,
+) -> CommitInfo:
+    """Push a hierarchy as one model repository, in one commit: `hierarchy.yaml`, a folder per teacher, and a card.
+
+    Teachers that are folders are uploaded, only the files that loading reads. Teachers of the Hub stay where they are,
+    pinned to the commit that they are at now. Other files in the repository stay, and so does what was edited by hand
+    in the card.
+
+    Args:
+        hierarchy (`TeacherHierarchy`):
+            What to push.
+        repo_id (`str`):
+            `name` or `user/name`; made where it does not exist.
+        private (`bool`, *optional*):
+            Whether a new repository is private. Defaults to the user's or organisation's setting.
+        token (`str`, *optional*):
+            Instead of the token of the environment, for the push; teachers of the Hub are read with the latter.
+        revision (`str`, *optional*):
+            Branch, made where it does not exist. Defaults to the main branch.
+        commit_message (`str`, *optional*, defaults to `"Hierarchy of teachers"`):
+            Title of the commit.
+        replace (`bool`, *optional*, defaults to `False`):
+            Delete the teachers of the repository that are not in this hierarchy, with their folders.
+        facts (`Mapping[str, Any]`, *optional*):
+            For the card: `name`, `license`, `modality` (`str`), `tags`, `datasets` (`list[str]`), `versions` (`dict`),
+            and `accuracy` (`dict[str, float]`, by name of the teacher; only where it was measured on data that the
+            teacher was not trained on).
+
+    Returns:
+        `CommitInfo`: The commit; the last one, where nothing has changed.
+
+    Raises:
+        OSError: If a teacher has no weights, or the Hub refuses the push or cannot be reached.
+        RuntimeError: If somebody else pushed at the same moment.
+        TypeError: If `hierarchy` is no [`TeacherHierarchy`].
+        ValueError: If the repository holds something else, a teacher cannot be shared, or its name is taken there.
+    """
+    if not isinstance(hierarchy, TeacherHierarchy):
+        raise TypeError(f"`hierarchy` must be a `TeacherHierarchy`, got {type(hierarchy).__name__}. Make one first.")
+    facts = _check_facts(facts or {}, hierarchy)
+    found = {
+        teacher.name: find_model(
+            teacher.model, what=f"Teacher '{teacher.name}'", revision=teacher.revision, subfolder=teacher.subfolder
+        )
+        for teacher in hierarchy.teachers
+        if teacher.kind != "column"
+    }
+    for source in found.values():
+        _check_shareable(source)
+    repo_id = open_repo(repo_id, what=_WHAT, private=private, token=token)
+    # A teacher that is in this repository already goes on living in it.
+    inner = {name: item for name, item in found.items() if item.is_local or item.repo == repo_id}
+    stale, parent = _check_repo(repo_id, hierarchy, inner, revision, token, replace)
+    files: dict[str, str | Path | bytes] = {}
+    for name, source in inner.items():
+        files |= {f"{name}/{file}": content for file, content in _files_of(source).items()}
+    written = [_write(teacher, found.get(teacher.name), teacher.name in inner) for teacher in hierarchy.teachers]
+    content = TeacherHierarchy(hierarchy.labels, written).to_dict()
+    files[HIERARCHY_FILES[0]] = dump_yaml(content).encode("utf-8")
+    facts["hub_branch"] = revision
+    files[CARD] = hierarchy_card(_card_facts(hierarchy, repo_id, found, inner, facts)).encode("utf-8")
+    return publish(
+        files, repo_id, what=_WHAT, message=commit_message, revision=revision, token=token, parent=parent,
+        replaced=[glob.escape(name) for name in stale if name not in files],
+    )  # fmt: skip
+
+
+def _check_facts(facts: Mapping[str, Any], hierarchy: TeacherHierarchy) -> dict[str, Any]:
+    if unknown := sorted(set(facts) - set(_FACTS)):
+        raise ValueError(f"`facts` must have keys among {list(_FACTS)}, got unknown {unknown}. Drop them.")
+    if unknown := sorted(set(facts.get("accuracy") or {}) - set(hierarchy.names)):
+        raise ValueError(
+            f"`accuracy` must be named by teachers {list(hierarchy.names)}, got unknown {unknown}. Correct the names."
+        )
+    return dict(facts)
+
+
+def _check_shareable(source: ModelSource) -> None:
+    """See that a folder can be loaded by others, before anything is uploaded."""
+    if not source.is_local:
+        return
+    source.fetch()
+    if source.base is not None and source.base.is_local:
+        raise ValueError(
+            f"{source.what} must be an adapter whose base is on the Hub, got one on the folder "
+            f"'{source.base.repo}', which nobody else has. Push the base first, or save the merged model."
+        )
+
+
+def _check_repo(
+    repo_id: str, hierarchy: TeacherHierarchy, inner: Iterable[str], revision: str | None, token: str | None,
+    replace: bool,
+) -> tuple[list[str], str]:  # fmt: skip
+    """See that nothing else would be lost; the files that the hierarchy there leaves behind, and its commit."""
+    with hub_errors(_WHAT, repo_id, revision=revision, token=token, writing=True):
+        api = HfApi(token=token)
+        if revision is not None:
+            open_branch(api, repo_id, revision, "model")
+        info = api.repo_info(repo_id, revision=revision)
+    names = [sibling.rfilename for sibling in info.siblings or ()]
+    held = [name for name in names if name in HIERARCHY_FILES]
+    if not held and (others := sorted(set(names) - set(_OF_ANY_REPO))):
+        raise ValueError(
+            f"{_WHAT} must be pushed to a new repository or onto another hierarchy, got '{repo_id}' with "
+            f"{others[:8]}. Choose another `repo_id`."
+        )
+    old = _read_from_hub(repo_id, info.sha, token)[0].teachers if held else ()
+    if (lost := [teacher.name for teacher in old if teacher.name not in hierarchy.names]) and not replace:
+        raise ValueError(
+            f"{_WHAT} must hold every teacher that the one in '{repo_id}' holds, got none called {lost}. Add them, or "
+            "delete them there by `replace=True`."
+        )
+    folders = {teacher.model.removeprefix("./").rstrip("/") for teacher in old if teacher.kind != "column"}
+    taken = {name.split("/")[0].casefold() for name in names if not name.startswith(tuple(f"{f}/" for f in folders))}
+    if clashing := sorted(name for name in inner if name.casefold() in taken | {CARD.casefold(), *HIERARCHY_FILES}):
+        raise ValueError(
+            f"Teachers must have names that are free in '{repo_id}', got {clashing}, which are files or folders of "
+            "another use there. Rename them by `name`."
+        )
+    gone = [folder for folder in folders - set(inner) if is_inner_folder(folder)]
+    stale = [name for name in names if name.startswith(tuple(f"{folder}/" for folder in gone))]
+    # Of a teacher that stays, parts of earlier weights would mislead the loaders; other files are its owner's.
+    stale += [
+        name for name in names
+        if name.rpartition("/")[0] in inner and any(fnmatch.fnmatch(name.split("/")[1], p) for p in _TEACHER_FILES)
+    ]  # fmt: skip
+    return [*stale, *(name for name in held if name != HIERARCHY_FILES[0])], str(info.sha)
+
+
+def _files_of(source: ModelSource) -> dict[str, Path | bytes]:
+    """What of a teacher's folder is uploaded: the model and nothing that lies beside it."""
+    folder = source.fetch()
+    files: dict[str, Path | bytes] = {
+        path.name: path for pattern in _TEACHER_FILES for path in sorted(folder.glob(pattern)) if path.is_file()
+    }
+    for name in {"config.json", "tokenizer_config.json"} & set(files):
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        if {"_name_or_path", "name_or_path"} & set(content):  # so transformers 4 kept where a model was read from
+            content = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
+            files[name] = (json.dumps(content, indent=2) + "\n").encode("utf-8")
+    if source.base is not None:
+        pinned = {**(source.adapter or {}), "revision": source.base.commit}
+        files["adapter_config.json"] = (json.dumps(pinned, indent=2) + "\n").encode("utf-8")
+    return files
+
+
+def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool) -> Teacher:
+    """A teacher as the hierarchy file of the repository names it."""
+    if source is None:
+        return teacher
+    if is_inner:
+        kind = find_kind(source, teacher.model) if teacher.kind == "auto" else teacher.kind
+        return dataclasses.replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
+    prefix = "hf-hub:" if teacher.model.startswith("hf-hub:") else ""
+    return dataclasses.replace(teacher, model=prefix + source.repo, revision=source.commit)
+
+
+def _card_facts(
+    hierarchy: TeacherHierarchy,
+    repo_id: str,
+    found: Mapping[str, ModelSource],
+    inner: Mapping[str, ModelSource],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    teachers = []
+    for teacher in hierarchy.teachers:
+        record = {key: getattr(teacher, key) for key in ("name", "level", "scope", "domains", "kind")}
+        record["accuracy"] = (facts.get("accuracy") or {}).get(teacher.name)
+        source = found.get(teacher.name)
+        if source is not None:
+            kind = find_kind(source, teacher.model) if teacher.kind == "auto" else teacher.kind
+            record["kind"] = "adapter" if source.is_adapter else kind
+            record["subfolder"] = teacher.name if teacher.name in inner else teacher.subfolder
+        if source is not None and teacher.name not in inner:
+            record |= {"model": source.repo, "revision": source.revision, "commit": source.commit}
+        teachers.append(record)
+    modalities = {_modality(source) for source in found.values()}
+    return {
+        "modality": modalities.pop() if len(modalities) == 1 else None,
+        "versions": {name: version(name) for name in ("hf_cosupervise", "transformers", "torch")},
+        **{key: value for key, value in facts.items() if key != "accuracy"},
+        "hub_model_id": repo_id,
+        "labels": list(hierarchy.labels),
+        "teachers": teachers,
+    }
+
+
+def _modality(source: ModelSource) -> str | None:
+    """What a model reads, where its configuration tells."""
+    config = (source.base or source).config
+    feature = config.get("feature")
+    if "architecture" in config or (isinstance(feature, Mapping) and feature.get("kind") == "pixels"):
+        return "image"
+    if isinstance(feature, Mapping) and feature.get("kind") == "text":
+        return "text"
+    for task, modality in (("ForImageClassification", "image"), ("ForSequenceClassification", "text")):
+        if any(task in str(name) for name in config.get("architectures") or ()):
+            return modality
+    return None

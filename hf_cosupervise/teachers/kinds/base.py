@@ -1,0 +1,258 @@
+"""What every kind of teacher is: a model that gives probabilities over its labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ...data.columns import shorten
+from ...data.inputs import RowError
+from ...hierarchy import Teacher
+from ...models.source import ModelSource
+
+
+class TeacherModel(Protocol):
+    """A loaded teacher: cells are prepared, and probabilities over the task's labels come out.
+
+    Attributes:
+        facts (`dict[str, Any]`): What travels with its pseudolabels, JSON values: kind, revision, commit, class and
+            `preprocessing`, a fingerprint of what `prepare` does. Teachers with the same one share what is prepared;
+            one without a fingerprint (`None` or absent) shares with nobody.
+        column (`str`, *optional*): The column that it reads instead of the inputs; `None` for a model of the inputs.
+    """
+
+    facts: dict[str, Any]
+    column: str | None
+
+    def prepare(self, cells: Sequence[Any]) -> Any:
+        """Turn cells into what the model reads. It may run in a worker process, so it leaves the device alone.
+
+        For a cell that cannot be read it raises [`RowError`]; any other error is taken for its own, not for the row's.
+
+        Args:
+            cells (`Sequence` of length `num_rows`): PIL images, texts or vectors; or the values of `column`.
+
+        Returns:
+            What `__call__` takes, such as tensors of `num_rows` rows.
+        """
+        ...
+
+    def __call__(self, inputs: Any) -> np.ndarray:
+        """Label a batch.
+
+        Args:
+            inputs: What `prepare` gave for it.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1; a row of zeros is no answer.
+        """
+        ...
+
+
+def check_teacher_model(model: Any, name: str) -> None:
+    """See that an object can be run as a teacher.
+
+    Args:
+        model (`Any`):
+            What should be a [`TeacherModel`].
+        name (`str`):
+            Its name in the hierarchy, for the error.
+
+    Raises:
+        TypeError: If it lacks a part of one, or its facts are no JSON values.
+    """
+    lacking = [] if callable(model) else ["`__call__(inputs)`"]
+    lacking += [] if callable(getattr(model, "prepare", None)) else ["`prepare(cells)`"]
+    lacking += [] if isinstance(getattr(model, "column", 0), str | None) else ["`column` (a name or None)"]
+    try:
+        is_json = json.dumps(facts := getattr(model, "facts", None)) and isinstance(facts, Mapping)
+    except (TypeError, ValueError):
+        is_json = False
+    lacking += [] if is_json else ["`facts` (a dictionary of JSON values)"]
+    if lacking or isinstance(model, type):
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"`models[{name!r}]` must be a teacher object with `prepare(cells)`, `__call__(inputs)`, `column` and "
+            f"`facts`, got {found}{' without ' + ', '.join(lacking) if lacking else ''}. Give an object of a class "
+            "that has them (see `TeacherModel`), or put its answers into a column and read them by `kind='column'`."
+        )
+
+
+class WrongColumnError(TypeError):
+    """Texts were given to a model of images, or the other way round: no row is at fault, the column is."""
+
+
+# ── where a teacher is and what it is ───────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A teacher and its files."""
+
+    teacher: Teacher
+    model_source: ModelSource
+
+    @property
+    def name(self) -> str:
+        """`str`: The teacher's name."""
+        return self.teacher.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`dict[str, Any]`: What its `config.json` says."""
+        return self.model_source.config
+
+    def facts(self, kind: str, class_name: str, preprocessing: str) -> dict[str, Any]:
+        """What is known about this run."""
+        where = {} if self.teacher.subfolder is None else {"subfolder": self.teacher.subfolder}
+        return {
+            "kind": kind,
+            "revision": self.model_source.revision,
+            **where,
+            **self.model_source.identity,
+            "class": class_name,
+            "preprocessing": preprocessing,
+        }
+
+
+def default_device() -> torch.device:
+    """Give the GPU of this process, if there is one.
+
+    Returns:
+        `torch.device`: `cuda:LOCAL_RANK`, or `cpu`.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+# ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> np.ndarray:
+    """Position in the task's labels of each of the teacher's own labels, `(num_own_labels,)`."""
+    label_map = dict(teacher.label_map or {})
+    if unknown := sorted(set(label_map) - set(own_labels)):
+        raise ValueError(
+            f"`label_map` of teacher '{teacher.name}' must start from its own labels {shorten(own_labels)}, got "
+            f"{shorten(unknown)}."
+        )
+    find = label_finder(labels)
+    positions = [find(label_map.get(name, name)) for name in own_labels]
+    unmapped = [name for name, position in zip(own_labels, positions, strict=True) if position is None]
+    if not unmapped:
+        return np.array(positions, dtype=np.int64)
+    if all(name.startswith("LABEL_") for name in unmapped):
+        raise ValueError(
+            f"Teacher '{teacher.name}' must tell the names of its labels, got the placeholders {shorten(unmapped)}. "
+            'Give the names in order with `label_map={"LABEL_0": ...}`.'
+        )
+    raise ValueError(
+        f"Labels of teacher '{teacher.name}' must be labels of the task {shorten(labels)}, got {shorten(unmapped)}. "
+        "Map them with `label_map`."
+    )
+
+
+def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
+    """Give a function that finds a name, exactly or else by the only label that differs in case alone.
+
+    Args:
+        labels (`Sequence[str]`):
+            The task's label names.
+
+    Returns:
+        `Callable[[str], int | None]`: From a name to its position; `None` where no label, or more than one, is meant.
+
+    Examples:
+        >>> find = label_finder(["cat", "Dog"])
+        >>> find("cat"), find("DOG"), find("cow")
+        (0, 1, None)
+    """
+    exact = {label: position for position, label in enumerate(labels)}
+    alike: dict[str, int | None] = {}
+    for position, label in enumerate(labels):
+        alike[label.casefold()] = None if label.casefold() in alike else position
+    return lambda name: exact[name] if name in exact else alike.get(name.casefold())
+
+
+def add_up(own_probs: np.ndarray, positions: np.ndarray, num_labels: int) -> np.ndarray:
+    """Probabilities over the teacher's labels `(n, num_own_labels)` as probabilities over the task's, float32."""
+    if own_probs.ndim != 2 or own_probs.shape[1] != len(positions):
+        raise ValueError(
+            f"A teacher with {len(positions)} label names must give probabilities of shape "
+            f"(num_rows, {len(positions)}), got {own_probs.shape}. Check its configuration."
+        )
+    probs = np.zeros((len(own_probs), num_labels), dtype=np.float32)
+    if len(np.unique(positions)) == len(positions):
+        probs[:, positions] = own_probs
+    else:
+        for own, position in enumerate(positions):
+            probs[:, position] += own_probs[:, own]
+    return probs
+
+
+def check_head(name: str, own_labels: Sequence[str]) -> None:
+    """Refuse a head that does not classify."""
+    if len(own_labels) < 2:
+        raise ValueError(
+            f"Teacher '{name}' must give a probability for each of at least two labels, got {len(own_labels)} (a "
+            "regression head). Use a classifier."
+        )
+
+
+# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+# What tokenizers and image processors of libraries make of a row that they cannot read.
+_PREPARE_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a model does to cells before it runs; kept apart from its weights, so that a worker needs only this."""
+
+    name: str
+    is_text: bool
+    make: Callable[[Sequence[Any]], Any]
+
+    def __call__(self, cells: Sequence[Any]) -> Any:
+        if cells and isinstance(cells[0], str) != self.is_text:
+            wanted = "texts" if self.is_text else "images or vectors"
+            pairs = ", and make pairs of texts one text each" if self.is_text and isinstance(cells[0], list) else ""
+            raise WrongColumnError(
+                f"Teacher '{self.name}' must be given {wanted}, got {type(cells[0]).__name__}. Name the right column "
+                f"with `input_column`{pairs}."
+            )
+        try:
+            inputs = self.make(cells)
+        except (RowError, torch.OutOfMemoryError):
+            raise
+        except _PREPARE_ERRORS as error:
+            raise RowError(f"{type(error).__name__}: {error}") from error
+        if isinstance(inputs, Mapping):
+            return {key: _channels_last(value) for key, value in inputs.items()}
+        return _channels_last(inputs)
+
+
+def _channels_last(value: Any) -> Any:
+    """Put images into the order in which convolutions run faster, on the CPU too: once for all who share them."""
+    is_image = isinstance(value, torch.Tensor) and value.ndim == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value
+
+
+def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Put a model on its device, ready to answer and never to be trained."""
+    return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def fingerprint(facts: Any) -> str:
+    """Hash of what decides what a model gets to see, 16 hexadecimal digits."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()

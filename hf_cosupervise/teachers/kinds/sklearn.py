@@ -1,0 +1,184 @@
+"""Teachers of scikit-learn: load one, and write one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ...data.inputs import RowError, to_pil
+from ...files import check_free, whole_folder, write_json
+from .base import Preparation, TeacherSource, add_up, fingerprint, label_positions
+
+SKLEARN_FEATURE_KINDS = ("pixels", "values", "text")
+_SKLEARN_FILE = "model.skops"
+
+
+def save_sklearn_teacher(
+    model: Any, folder: str | os.PathLike[str], feature: Mapping[str, Any], labels: Sequence[str] | None = None
+) -> None:
+    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`.
+
+    Args:
+        model (`sklearn.base.ClassifierMixin`):
+            A fitted classifier with `predict_proba`.
+        folder (`str` or `os.PathLike`):
+            Folder to make; written whole or not at all.
+        feature (`Mapping[str, Any]`):
+            How an example becomes what the classifier reads. `kind` is `"pixels"` (with `size` `[height, width]` or
+            `None` for the image's own, `mode` `"L"` or `"RGB"`, and `divide_by`), `"values"` (a vector of numbers) or
+            `"text"` (a string).
+        labels (`Sequence[str]`, *optional*):
+            Label names, where the classifier was fitted to their positions. Without it, its classes are the names.
+
+    Raises:
+        FileExistsError: If the folder holds something already.
+        ImportError: If skops is not installed.
+        TypeError: If the model has no `predict_proba`.
+        ValueError: If `feature` is not usable or a class of the model has no label.
+
+    Examples:
+        >>> save_sklearn_teacher(tree, "teachers/tree", {"kind": "pixels", "size": [8, 8]}, labels)  # doctest: +SKIP
+    """
+    skops_io = _import_skops()
+    _check_predict_proba(model, f"'{folder}'")
+    settings = _feature_settings(feature, f"`feature` of '{folder}'")
+    config: dict[str, Any] = {"library_name": "sklearn", "feature": settings}
+    classes = np.asarray(model.classes_).tolist()
+    if labels is not None:
+        if unnamed := [value for value in classes if not isinstance(value, int) or not 0 <= value < len(labels)]:
+            raise ValueError(
+                f"With `labels`, the classes of the model must be positions 0..{len(labels) - 1}, got {unnamed}. "
+                "Leave `labels` out if the classes are label names."
+            )
+        config["id2label"] = {str(value): str(labels[value]) for value in classes}
+    folder = Path(folder)
+    check_free(folder, "Load the teacher that is there, or choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder) as unfinished:
+        skops_io.dump(model, unfinished / _SKLEARN_FILE)
+        write_json(unfinished / "config.json", config)
+
+
+# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class SklearnTeacher:
+    """A scikit-learn classifier kept by skops, which declares how an example becomes its feature vector."""
+
+    column: str | None = None
+
+    def __init__(self, source: TeacherSource, labels: Sequence[str]) -> None:
+        skops_io = _import_skops()
+        name = source.name
+        declared = source.config.get("feature")
+        feature = _feature_settings(declared, f"`feature` in 'config.json' of teacher '{name}'")
+        source.model_source.fetch()
+        path = source.model_source.file(_SKLEARN_FILE)
+        try:
+            untrusted = set(skops_io.get_untrusted_types(file=path))
+        except (BadZipFile, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Teacher '{name}' must have a '{_SKLEARN_FILE}' that skops wrote, got another or a damaged file: "
+                f"{error}. Save it again by `save_sklearn_teacher`."
+            ) from error
+        if refused := sorted(untrusted - set(source.teacher.trusted_types)):
+            raise ValueError(
+                f"Teacher '{name}' must hold types that skops or you trust, got {refused}. If you trust its origin, "
+                "name them in `trusted_types`."
+            )
+        self.model = skops_io.load(path, trusted=sorted(untrusted))
+        _check_predict_proba(self.model, f"teacher '{name}'")
+        id2label = source.config.get("id2label") or {}
+        classes = [str(value) for value in np.asarray(self.model.classes_).tolist()]
+        own_labels = [str(id2label.get(value, value)) for value in classes]
+        self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
+        matrix = partial(_feature_matrix, feature=feature, model_needs=_needs(self.model))
+        self.prepare = Preparation(name, feature["kind"] == "text", matrix)
+        self.facts = source.facts("sklearn", type(self.model).__name__, fingerprint(feature))
+
+    def __call__(self, inputs: Any) -> np.ndarray:
+        return add_up(np.asarray(self.model.predict_proba(inputs)), self.positions, self.num_labels)
+
+
+def _import_skops() -> Any:
+    try:
+        import skops.io
+    except ImportError as error:
+        raise ImportError(
+            'Teachers of scikit-learn are kept by skops: `pip install "hf_cosupervise[sklearn]"`.'
+        ) from error
+    return skops.io
+
+
+def _check_predict_proba(model: Any, name: str) -> None:
+    if not hasattr(model, "predict_proba") or np.ndim(getattr(model, "classes_", 0)) != 1:
+        raise TypeError(
+            f"A scikit-learn teacher must be a fitted classifier with `predict_proba`, got {type(model).__name__} for "
+            f"{name}. Wrap it in `CalibratedClassifierCV`, or fit it first."
+        )
+
+
+def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
+    """The checked declaration of how an example becomes a feature vector, with its defaults filled in."""
+    if not isinstance(feature, Mapping) or feature.get("kind") not in SKLEARN_FEATURE_KINDS:
+        raise ValueError(
+            f"{what} must be a mapping whose `kind` is one of {list(SKLEARN_FEATURE_KINDS)}, got {feature!r}. "
+            "Declare how an example becomes the classifier's feature vector."
+        )
+    defaults: dict[str, Any] = {"kind": feature["kind"]}
+    if feature["kind"] == "pixels":
+        defaults |= {"size": None, "mode": "L", "divide_by": 255.0}
+    if unknown := sorted(set(feature) - set(defaults)):
+        raise ValueError(
+            f"{what} of kind '{feature['kind']}' must have keys among {sorted(defaults)}, got unknown {unknown}. "
+            "Drop them."
+        )
+    settings = defaults | dict(feature)
+    if settings["kind"] != "pixels":
+        return settings
+    size = settings["size"]
+    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise ValueError(f"{what} must have a `size` of [height, width] in pixels or None, got {size!r}.")
+    if settings["mode"] not in ("L", "RGB") or not settings["divide_by"] > 0:
+        raise ValueError(
+            f"{what} must have a `mode` of 'L' or 'RGB' and a positive `divide_by`, got {settings['mode']!r} and "
+            f"{settings['divide_by']!r}."
+        )
+    return settings | {"size": None if size is None else list(size), "divide_by": float(settings["divide_by"])}
+
+
+def _needs(model: Any) -> tuple[int | None, bool]:
+    """How many features a classifier was fitted on, and whether they must be finite; as far as it tells."""
+    tags = getattr(model, "__sklearn_tags__", None)  # from scikit-learn 1.6 on
+    return getattr(model, "n_features_in_", None), tags is not None and not tags().input_tags.allow_nan
+
+
+def _feature_matrix(cells: Sequence[Any], feature: Mapping[str, Any], model_needs: tuple[int | None, bool]) -> Any:
+    """What the classifier reads: `(num_rows, num_features)` float32, or the texts as they are."""
+    if feature["kind"] == "text":
+        return list(cells)
+    vectors = _read_vectors(cells, feature)
+    num_features, is_finite = model_needs
+    for vector in vectors:
+        if num_features is not None and len(vector) != num_features:
+            raise RowError(f"An input must give the {num_features} numbers of the classifier, got {len(vector)}")
+        if is_finite and not np.isfinite(vector).all():
+            raise RowError("An input must hold finite numbers, got one that is missing or infinite")
+    return np.stack(vectors)
+
+
+def _read_vectors(cells: Sequence[Any], feature: Mapping[str, Any]) -> list[np.ndarray]:
+    if feature["kind"] == "values":
+        return [np.asarray(cell, dtype=np.float32).ravel() for cell in cells]
+    images = [to_pil(cell, feature["mode"]) for cell in cells]
+    if feature["size"] is not None:
+        height, width = feature["size"]
+        # PIL names the width first; 2 is its bilinear filter.
+        images = [image if image.size == (width, height) else image.resize((width, height), 2) for image in images]
+    return [np.asarray(image, dtype=np.float32).ravel() / feature["divide_by"] for image in images]

@@ -1,0 +1,65 @@
+"""Teachers of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+from ...data.inputs import InputProcessor
+from ...models.classifier import check_no_missing, load_adapted, load_processor, read_config, reads_text
+from ...models.source import ModelSource, whole_weights
+from .base import Preparation, TeacherSource, add_up, check_head, for_inference, label_positions
+
+
+class TransformersTeacher:
+    """An image or text classifier of transformers."""
+
+    column: str | None = None
+
+    def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
+        name = source.name
+        load = load_adapted if source.model_source.is_adapter else _load_classifier
+        model, processor_folder = load(source.model_source)
+        config = model.config
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"Teacher '{name}' must choose one label per example, got `problem_type` '{config.problem_type}'. "
+                "Use a single-label classifier."
+            )
+        own_labels = [str(config.id2label[position]) for position in range(config.num_labels)]
+        check_head(name, own_labels)
+        is_text = reads_text(config, f"Teacher '{name}'")
+        processing_class = load_processor(source.model_source, processor_folder, is_text)
+        self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
+        processor = InputProcessor(processing_class, config, f"Teacher '{name}'")
+        processor.probe()  # what fails later is a row's fault
+        self.prepare = Preparation(name, is_text, processor)
+        self.device = device
+        self.model = for_inference(model, device)
+        self.facts = source.facts("transformers", type(model).__name__, processor.fingerprint)
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
+        on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
+        with torch.inference_mode():
+            logits = self.model(**on_device).logits
+        own_probs = torch.softmax(logits.float(), dim=-1).cpu().numpy()
+        return add_up(own_probs, self.positions, self.num_labels)
+
+
+def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
+    """A whole classifier, and the folder of its tokenizer or image processor."""
+    folder, config = model_source.fetch(), read_config(model_source)
+    is_text = reads_text(config, model_source.what)
+    auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
+    with whole_weights(model_source):
+        model, info = auto_model.from_pretrained(
+            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    check_no_missing(model_source.what, info["missing_keys"])
+    model_source.name_after(model)
+    return model, folder

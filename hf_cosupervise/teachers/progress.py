@@ -1,0 +1,356 @@
+"""Work in progress on disk: what each teacher has labelled, so that a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from ..files import open_work_folder, write_all, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a second run in the same folder goes unnoticed
+    fcntl = None  # type: ignore[assignment]
+
+_PLAN, _LOCK, _PARTS = "plan.json", "lock", "parts"
+_NUM_NOTED, _NUM_LETTERS = 5, 300
+_AFRESH = "Delete that folder to start afresh."
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows `start` to `stop` that one teacher has labelled, and where their bytes lie.
+
+    Args:
+        path (`pathlib.Path`): File of the bytes.
+        offset (`int`): Where they begin.
+        start (`int`): First row.
+        stop (`int`): One after the last row.
+        num_answered (`int`): Rows that are not all zero.
+        num_failed (`int`): Rows that are missing because the teacher failed on them.
+        failed_rows (`tuple[int, ...]`): The first few of those.
+        dropped (`float`): Sum of the probability mass that was not kept, over the answered rows.
+        reason (`str`): Why the first of the failed rows is missing.
+    """
+
+    path: Path
+    offset: int
+    start: int
+    stop: int
+    num_answered: int
+    num_failed: int
+    failed_rows: tuple[int, ...]
+    dropped: float
+    reason: str
+
+
+class Progress:
+    """A folder of labels of some rows of some teachers, in the order in which they were made.
+
+    Each process of each run appends to files of its own (a *part*): the bytes of a batch, then a line that says which
+    rows they are, with a checksum. What was cut off or damaged has no valid line, and is labelled again.
+
+    Args:
+        folder (`pathlib.Path`):
+            Where it lies.
+        num_rows (`int`):
+            Rows of the dataset.
+        k (`int`):
+            Labels kept per row.
+        dtype (`np.dtype`):
+            Type of the label ids.
+    """
+
+    def __init__(self, folder: Path, num_rows: int, k: int, dtype: np.dtype) -> None:
+        self.folder, self.num_rows, self.k, self.dtype = Path(folder), num_rows, k, np.dtype(dtype)
+        self.row_bytes = k * (self.dtype.itemsize + 2)
+        self._lock: int | None = None
+
+    def open(self, plan: Mapping[str, Any]) -> None:
+        """Begin the work, or go on with it: one process of one run holds the folder.
+
+        Args:
+            plan (`Mapping[str, Any]`):
+                What is being made, JSON values. Work under another plan is refused.
+
+        Raises:
+            FileExistsError: If the folder is not one that a run of this user has left.
+            RuntimeError: If another run holds the folder.
+            ValueError: If the folder holds work under another plan.
+        """
+        open_work_folder(self.folder)
+        self._acquire()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if (self.folder / _PLAN).is_file():
+            self._check_same(self._read_plan()["plan"], json.loads(json.dumps(plan)))
+        else:
+            self._write_plan({"plan": plan, "facts": {}})
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def scratch(self) -> Path:
+        """`pathlib.Path`: Folder for files that are made anew by each run."""
+        return self.folder / "scratch"
+
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """`dict[str, dict[str, Any]]`: What is known about each teacher that labels or has labelled here."""
+        return self._read_plan()["facts"]
+
+    def add_facts(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note facts of teachers.
+
+        Args:
+            facts (`Mapping[str, Mapping[str, Any]]`):
+                By teacher name, JSON values. What is known already must not differ.
+
+        Raises:
+            ValueError: If a teacher is not the one that began the work.
+        """
+        content = self._read_plan()
+        for name, new in json.loads(json.dumps(facts)).items():
+            known = content["facts"].setdefault(name, {})
+            self._check_same({name: known}, {name: {key: new.get(key, value) for key, value in known.items()}})
+            known.update(new)
+        self._write_plan(content)
+
+    def start_part(self, name: str) -> Part:
+        """Open new files to append a teacher's labels to.
+
+        Args:
+            name (`str`):
+                Name of the teacher.
+
+        Returns:
+            [`Part`]
+        """
+        return Part(self.folder / _PARTS / name)
+
+    def segments(self, name: str) -> list[Segment]:
+        """Read what a teacher has labelled, leaving out what is cut off or damaged.
+
+        Args:
+            name (`str`):
+                Name of the teacher.
+
+        Returns:
+            `list[Segment]`: In the order of the rows; each holds rows that the ones before it do not.
+        """
+        found = []
+        for path in sorted((self.folder / _PARTS / name).glob("*.journal")):
+            if not path.with_suffix(".data").is_file():
+                continue  # a copy of half of it
+            with open(path.with_suffix(".data"), "rb") as data:
+                # What follows the last line break was cut off.
+                for line in path.read_bytes().split(b"\n")[:-1]:
+                    if (segment := self._parse(line, data)) is not None:
+                        found.append(segment)
+        segments: list[Segment] = []
+        for segment in sorted(found, key=lambda segment: (segment.start, -segment.stop)):
+            if not segments or segment.stop > segments[-1].stop:
+                segments.append(segment)
+        return segments
+
+    def missing(self, name: str) -> list[tuple[int, int]]:
+        """Tell which rows a teacher has not labelled.
+
+        Args:
+            name (`str`):
+                Name of the teacher.
+
+        Returns:
+            `list[tuple[int, int]]`: First row, and one after the last row, of each gap.
+        """
+        gaps, done = [], 0
+        for segment in self.segments(name):
+            if segment.start > done:
+                gaps.append((done, segment.start))
+            done = segment.stop
+        return gaps + ([(done, self.num_rows)] if done < self.num_rows else [])
+
+    def rows(self, segments: Sequence[Segment]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Read labels back in the order of the rows.
+
+        Args:
+            segments (`Sequence[Segment]`):
+                What [`segments`] gave.
+
+        Returns:
+            `Iterator[tuple[np.ndarray, np.ndarray]]`: label ids and float16 probabilities `(num_rows_of_segment, k)`.
+        """
+        done = 0
+        for segment in segments:
+            count = segment.stop - segment.start
+            with open(segment.path, "rb") as file:
+                file.seek(segment.offset)
+                data = file.read(count * self.row_bytes)
+            size = count * self.k
+            label_ids = np.frombuffer(data, self.dtype, size).reshape(count, self.k)
+            label_probs = np.frombuffer(data, np.float16, size, size * self.dtype.itemsize).reshape(count, self.k)
+            new = slice(max(done - segment.start, 0), None)
+            yield label_ids[new], label_probs[new]
+            done = segment.stop
+
+    def drop(self, *names: str) -> None:
+        """Forget teachers and what they have labelled.
+
+        Args:
+            names (`str`):
+                Names of the teachers.
+        """
+        content = self._read_plan()
+        for name in names:
+            shutil.rmtree(self.folder / _PARTS / name, ignore_errors=True)
+            content["facts"].pop(name, None)
+        self._write_plan(content)
+
+    def _parse(self, line: bytes, data: BinaryIO) -> Segment | None:
+        """The segment that a line tells of, if its bytes are whole."""
+        head, _, checksum = line.rpartition(b" ")
+        try:
+            numbers, rows, reason, dropped = head.split()[:-3], *head.split()[-3:]
+            offset, start, stop, num_answered, num_failed = map(int, numbers)
+            failed_rows = tuple(int(row) for row in rows.split(b",") if row != b"-")
+            expected, mass = int(checksum), float(dropped)
+        except ValueError:
+            return None
+        if offset < 0 or not 0 <= start < stop <= self.num_rows:
+            return None
+        data.seek(offset)
+        found = data.read((stop - start) * self.row_bytes)
+        if zlib.crc32(found, zlib.crc32(head)) != expected:
+            return None
+        why = unquote(reason.decode()).removeprefix("-")
+        return Segment(Path(data.name), offset, start, stop, num_answered, num_failed, failed_rows, mass, why)
+
+    def _acquire(self) -> None:
+        """Take the lock, which the kernel gives back when this process ends, however it ends."""
+        if fcntl is None:
+            return
+        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise RuntimeError(
+                f"'{self.folder}' must be worked on by one run at a time, got another run that is at it. Wait until "
+                "it has ended, or stop it; this one can then go on from there."
+            ) from error
+        except OSError:  # some network file systems have no locks
+            os.close(lock)
+            return
+        self._lock = lock
+
+    def _check_same(self, old: Any, new: Any) -> None:
+        if differences := list(_differences(old, new)):
+            raise ValueError(
+                f"'{self.folder}' must hold the beginning of this pool, got that of another one "
+                f"({'; '.join(differences)}). Use the old settings to go on with it, or delete that folder to start "
+                "afresh."
+            )
+
+    def _read_plan(self) -> dict[str, Any]:
+        path = self.folder / _PLAN
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'{path}' must be what a run has begun, got no JSON: {error}. {_AFRESH}") from error
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("plan", "facts")):
+            raise ValueError(f"'{path}' must be what a run has begun, got no plan and facts. {_AFRESH}")
+        return content
+
+    def _write_plan(self, content: Mapping[str, Any]) -> None:
+        write_json(self.folder / _PLAN, content)
+
+
+class Part:
+    """Files that one process appends one teacher's labels to.
+
+    Args:
+        folder (`pathlib.Path`):
+            Folder of the teacher's parts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        token = secrets.token_hex(8)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        self._data = os.open(folder / f"{token}.data", flags, 0o644)
+        self._journal = os.open(folder / f"{token}.journal", flags, 0o644)
+        self._offset = 0
+
+    def append(
+        self,
+        start: int,
+        label_ids: np.ndarray,
+        label_probs: np.ndarray,
+        failed_rows: Sequence[int] = (),
+        dropped: float = 0.0,
+        reason: str = "",
+    ) -> None:
+        """Write a batch, and then the line that makes it count.
+
+        Args:
+            start (`int`):
+                First row.
+            label_ids (`np.ndarray` of shape `(num_rows, k)`):
+                Label ids.
+            label_probs (`np.ndarray` of shape `(num_rows, k)`, float16):
+                Their probabilities.
+            failed_rows (`Sequence[int]`, *optional*):
+                Rows that are missing because the teacher failed on them.
+            dropped (`float`, *optional*, defaults to 0.0):
+                Sum of the probability mass that was not kept.
+            reason (`str`, *optional*, defaults to `""`):
+                Why the first of the failed rows is missing; its first letters are kept.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        data = label_ids.tobytes() + label_probs.tobytes()
+        num_answered = int(np.count_nonzero(label_probs[:, 0]))
+        noted = ",".join(str(row) for row in failed_rows[:_NUM_NOTED]) or "-"
+        why = quote(f"-{reason[:_NUM_LETTERS]}", errors="replace")
+        head = f"{self._offset} {start} {start + len(label_ids)} {num_answered} {len(failed_rows)} {noted} {why} "
+        head += repr(dropped)
+        checksum = zlib.crc32(data, zlib.crc32(head.encode()))
+        write_all(self._data, data)
+        write_all(self._journal, f"{head} {checksum}\n".encode())
+        self._offset += len(data)
+
+    def close(self) -> None:
+        """Close the files."""
+        os.close(self._data)
+        os.close(self._journal)
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+    """What differs between two JSON values, as `place: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new)):
+            yield from _differences(before, after, f"{where}[{index}]")
+    elif old != new:
+        yield f"{where}: {_shorten(old)} -> {_shorten(new)}"
+
+
+def _shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

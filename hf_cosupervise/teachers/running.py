@@ -1,0 +1,422 @@
+"""Run teachers over the rows they have to label, batch by batch, and keep each answer."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from datasets import ClassLabel, Dataset, Image
+from PIL.Image import DecompressionBombError
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from ..data.columns import cell_digest, shorten
+from ..data.inputs import RowError
+from ..data.loading import tell_error
+from ..hierarchy import Teacher, TeacherHierarchy
+from ..pool.pseudolabels import PseudolabelPool
+from ..pool.top_k import SUM_TOLERANCE, dropped_mass, encode_top_k
+from ..processes import Processes
+from .kinds.base import TeacherModel
+from .kinds.loading import load_teacher
+from .progress import Part, Progress
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Teachers whose weight files are together at most this large run side by side, so that a row is read once for all.
+_MEMORY_BUDGET = 4 * 2**30
+# Answers that are in a column already are read in pieces of this many rows, inputs in pieces of `batch_size`.
+ROWS_AT_ONCE = 8192
+# What decoders make of bytes that are no image; PIL raises SyntaxError for broken PNG files.
+DECODE_ERRORS = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, DecompressionBombError, struct.error, zlib.error),
+)
+T = TypeVar("T")
+
+
+# ── the dataset ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of the data plays which part."""
+
+    inputs: str | None
+    oracle: str | None
+    oracle_domain: str | None
+
+
+def read_names(dataset: Dataset, column: str) -> list[Any]:
+    """A column's values, those of a `ClassLabel` as names."""
+    return _as_names(dataset.select_columns([column])[:][column], dataset.features[column])
+
+
+def _as_names(values: list[Any], feature: Any) -> list[Any]:
+    """Values of a column, those of a `ClassLabel` as names: its ids need not be those of the task."""
+    if not isinstance(feature, ClassLabel):
+        return list(values)
+    return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+
+
+# ── the work ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one call of `build_pool` has to do."""
+
+    dataset: Dataset
+    hierarchy: TeacherHierarchy
+    models: Mapping[str, TeacherModel]
+    columns: Columns
+    ids: Sequence[int] | Sequence[str]
+    inputs: Dataset | None
+    k: int
+    batch_size: int
+    device: torch.device
+    precision: str
+    num_workers: int
+    on_error: str
+    disable_tqdm: bool
+    processes: Processes
+    output_dir: Path | None
+    reuse: PseudolabelPool | None
+    reused: frozenset[str]
+    source: Mapping[str, Any] | None
+    commits: Mapping[str, str | None]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Mixed precision, where it is wanted."""
+        dtype = PRECISIONS[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def plan(self) -> dict[str, Any]:
+        """What decides the labels, besides the weights of the teachers: work under another plan is not continued."""
+        read = [self.columns.inputs, *(teacher.model for teacher in self.hierarchy.teachers if is_column(teacher))]
+        known = set(self.dataset.column_names)
+        digest = hashlib.blake2b("\n".join(map(repr, self.ids)).encode("utf-8"), digest_size=8)
+        return {
+            "hierarchy": self.hierarchy.to_dict(),
+            "pool_k": self.k,
+            "precision": self.precision,
+            "num_rows": len(self.dataset),
+            "ids": digest.hexdigest(),
+            "columns": _sample_columns(self.dataset, [name for name in dict.fromkeys(read) if name and name in known]),
+        }
+
+    def disk_needs(self, row_bytes: int) -> int:
+        """About how many bytes the work takes: labels as they come, and in the files that are kept."""
+        id_bytes = 40 if isinstance(self.ids[0], str) else 8
+        num_teachers = len(self.hierarchy.teachers) - len(self.reused)
+        labels = len(self.ids) * (num_teachers * (2 * row_bytes + id_bytes) + row_bytes)
+        return labels + (self.inputs.data.nbytes if self.output_dir is not None and self.inputs is not None else 0)
+
+
+def is_column(teacher: Teacher) -> bool:
+    return teacher.kind == "column"
+
+
+def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str, str]]:
+    """Types of columns and hashes of a few of their cells: other data are to be noticed without reading all of it."""
+    if not columns:
+        return {}
+    rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int))
+    few = dataset.select_columns(columns).with_format("arrow")[rows]  # all at once: a row is taken from every column
+    features = dataset.features  # a copy of all of them each time
+    digests = {name: "".join(map(cell_digest, few.column(name).to_pylist())) for name in columns}
+    return {
+        name: {
+            "type": str(features[name]),
+            "cells": hashlib.blake2b(digest.encode(), digest_size=8).hexdigest(),
+        }
+        for name, digest in digests.items()
+    }
+
+
+def group_teachers(
+    job: Job, missing: Mapping[str, list[tuple[int, int]]], sizes: Mapping[str, int]
+) -> Iterator[list[Teacher]]:
+    """Teachers with work left: those that need no model, then models side by side as far as memory allows."""
+    teachers = [teacher for teacher in job.hierarchy.teachers if missing.get(teacher.name)]
+    answers = [teacher for teacher in teachers if is_column(teacher) and teacher.name not in job.models]
+    if answers:
+        yield answers
+    done = {teacher.name for teacher in answers}
+    group: list[Teacher] = []
+    for teacher in teachers:
+        if teacher.name in done:
+            continue
+        # What is loaded already takes no more memory, and what is not on this disk yet cannot be known.
+        size = sizes.get(teacher.name, 0)
+        if group and size + sum(sizes.get(other.name, 0) for other in group) > _MEMORY_BUDGET:
+            yield group
+            group = []
+        group.append(teacher)
+    if group:
+        yield group
+
+
+# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows `start` to `stop`, and who labels them."""
+
+    start: int
+    stop: int
+    names: tuple[str, ...]
+
+
+def label_group(
+    job: Job, progress: Progress, group: Sequence[Teacher], missing: Mapping[str, list[tuple[int, int]]]
+) -> None:
+    """Load some teachers and run them side by side; their memory is free again before the next ones are loaded."""
+    models = {
+        teacher.name: job.models[teacher.name]
+        if teacher.name in job.models
+        else load_teacher(teacher, job.hierarchy.labels, job.device, commit=job.commits.get(teacher.name))
+        for teacher in group
+    }
+    job.processes.on_first(partial(progress.add_facts, {name: model.facts for name, model in models.items()}))
+    is_cheap = all(is_column(teacher) and teacher.name not in job.models for teacher in group)
+    step = max(ROWS_AT_ONCE, job.batch_size) if is_cheap else job.batch_size
+    _label_share(job, progress, models, _cut_batches({name: missing[name] for name in models}, len(job.ids), step))
+    del models
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _label_share(job: Job, progress: Progress, models: Mapping[str, TeacherModel], batches: list[_Batch]) -> None:
+    """Label this process's share of the batches."""
+    bounds = np.linspace(0, len(batches), job.processes.count + 1).astype(int)
+    own = batches[bounds[job.processes.rank] : bounds[job.processes.rank + 1]]
+    reader = _Reader(job, models, own)
+    with ExitStack() as stack:
+        parts = {name: stack.enter_context(closing(progress.start_part(name))) for name in models if own}
+        title = f"Teachers {shorten(models, 3)}"
+        total = sum(batch.stop - batch.start for batch in own)
+        hide = job.disable_tqdm or job.processes.rank > 0
+        bar = stack.enter_context(tqdm(total=total, desc=title, disable=hide))
+        for batch, (failed, inputs) in zip(own, _load_batches(job, reader)):
+            for name in batch.names:
+                model, key = models[name], reader.keys[name]
+                probs, reasons = _answer(job, reader, batch, name, model, failed[model.column], inputs.get(key))
+                _append(job, name, parts[name], batch, probs, reasons)
+            bar.update(batch.stop - batch.start)
+
+
+def _cut_batches(missing: Mapping[str, list[tuple[int, int]]], num_rows: int, step: int) -> list[_Batch]:
+    """Cut the rows into batches, each with the teachers that have not labelled it.
+
+    Cuts lie at multiples of `step` first of all: a run that goes on, and one of several processes, then has the very
+    batches of an undisturbed one, and gives the same bits.
+    """
+    ends = [edge for gaps in missing.values() for gap in gaps for edge in gap]
+    edges = np.unique(np.concatenate([np.arange(0, num_rows, step), [num_rows], ends]).astype(np.int64))
+    lacking = np.zeros((len(missing), len(edges) - 1), dtype=bool)
+    for flags, gaps in zip(lacking, missing.values()):
+        for start, stop in gaps:
+            flags[np.searchsorted(edges, start) : np.searchsorted(edges, stop)] = True
+    names = np.array(list(missing), dtype=object)
+    return [
+        _Batch(int(edges[i]), int(edges[i + 1]), tuple(names[lacking[:, i]]))
+        for i in np.flatnonzero(lacking.any(axis=0))
+    ]
+
+
+# Why a row of a batch failed: a sentence that ends with what was got, and the exception where there is one.
+_Reasons = dict[int, tuple[str, Exception | None]]
+
+
+class _Reader(TorchDataset):
+    """Batches as models read them: each cell decoded once, and prepared once for all who prepare it alike."""
+
+    def __init__(self, job: Job, models: Mapping[str, TeacherModel], batches: Sequence[_Batch]) -> None:
+        self.batches, self.input_column = batches, job.columns.inputs
+        self.keys: dict[str, tuple[str | None, str]] = {}
+        self.sources: dict[tuple[str | None, str], tuple[str, Callable[[Sequence[Any]], Any]]] = {}
+        for name, model in models.items():
+            key = self.keys[name] = (model.column, model.facts.get("preprocessing") or f"of '{name}' alone")
+            self.sources.setdefault(key, (name, model.prepare))
+        # All columns in one view: each view of its own would copy what is known of every column of the data.
+        self.view = job.dataset.select_columns(sorted({self._name(column) for column, _ in self.sources}))
+        self.features = self.view.features
+        self.images = {name: Image(mode=kind.mode) for name, kind in self.features.items() if isinstance(kind, Image)}
+        for name in self.images:
+            # Decoded here, a row at a time: one broken image must not take its batch along.
+            self.view = self.view.cast_column(name, Image(decode=False))
+        self.last: tuple[_Batch, dict[str, list[Any]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[dict[str | None, _Reasons], dict[tuple[str | None, str], Any]]:
+        batch = self.batches[index]
+        keys = sorted({self.keys[name] for name in batch.names}, key=str)
+        read = {column: self.read(column, batch) for column in {column for column, _ in keys}}
+        inputs = {}
+        for key in keys:
+            if cells := list(read[key[0]][0].values()):
+                # Where it fails, nothing is given, and the main process finds the row that is at fault.
+                name, prepare = self.sources[key]
+                with suppress(RowError), _told(name, len(cells)):
+                    inputs[key] = prepare(cells)
+        return {column: failed for column, (_, failed) in read.items()}, inputs
+
+    def read(self, column: str | None, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
+        """Cells by their place in the batch, and why others cannot be read; column `None` is that of the inputs."""
+        name = self._name(column)
+        decoder = self.images.get(name)
+        cells: dict[int, Any] = {}
+        failed: _Reasons = {}
+        if self.last is None or self.last[0] is not batch:
+            self.last = (batch, self.view[batch.start : batch.stop])
+        for place, cell in enumerate(_as_names(self.last[1][name], self.features[name])):
+            if cell is None and column is None:
+                failed[place] = (f"Column '{name}' must hold an input in every row, got None", None)
+            elif decoder is None or cell is None:
+                cells[place] = cell
+            else:
+                try:
+                    cells[place] = decoder.decode_example(cell)
+                except DECODE_ERRORS as error:
+                    failed[place] = (
+                        f"Column '{name}' must hold images that can be read, got {tell_error(error)}",
+                        None,
+                    )
+        return cells, failed
+
+    def _name(self, column: str | None) -> str:
+        return str(self.input_column if column is None else column)
+
+
+def _load_batches(job: Job, reader: _Reader) -> DataLoader:
+    return DataLoader(
+        reader,
+        batch_size=None,
+        num_workers=job.num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=job.num_workers > 0 and job.device.type == "cuda",
+        # Its own generator: the loader draws a number, and labelling must not move anybody's random state.
+        generator=torch.Generator(),
+    )
+
+
+def _as_it_is(batch: T) -> T:
+    return batch
+
+
+def _answer(
+    job: Job, reader: _Reader, batch: _Batch, name: str, model: TeacherModel, failed: _Reasons, inputs: Any
+) -> tuple[np.ndarray, _Reasons]:
+    """A teacher's probabilities of a batch, `(num_rows, num_labels)` with zeros where it failed, and why it did."""
+    count, reasons = batch.stop - batch.start, dict(failed)
+    rows = np.setdiff1d(np.arange(count), list(failed))
+    if inputs is not None:
+        answers = _ask(job, name, model, inputs, len(rows))
+    else:
+        cells = [cell for place, cell in reader.read(model.column, batch)[0].items() if place not in failed]
+        each = _ask_parts(job, name, model, cells)
+        broken = {row: error for row, error in zip(rows.tolist(), each) if isinstance(error, RowError)}
+        reasons |= {
+            row: (f"Teacher '{name}' must be able to read every row, got: {str(error).rstrip('.')}", error)
+            for row, error in broken.items()
+        }
+        rows = np.setdiff1d(rows, list(broken))
+        answers = np.array([answer for answer in each if isinstance(answer, np.ndarray)], dtype=np.float32)
+    if len(rows) and not (is_valid := _is_valid(answers)).all():
+        reasons |= _tell_invalid(name, answers, rows, ~is_valid)
+        answers = np.where(is_valid[:, None], answers, np.float32(0))
+    if len(rows) == count:
+        return answers, reasons
+    probs = np.zeros((count, job.hierarchy.num_labels), dtype=np.float32)
+    if len(rows):
+        probs[rows] = answers
+    return probs, reasons
+
+
+def _tell_invalid(name: str, answers: np.ndarray, rows: np.ndarray, is_invalid: np.ndarray) -> _Reasons:
+    reasons: _Reasons = {}
+    for place in np.flatnonzero(is_invalid):
+        got = f"{answers[place][:8].tolist()} (sum {answers[place].sum():.4f})"
+        what = f"Probabilities of teacher '{name}' must be finite, not negative and sum to 1, got {got}"
+        reasons[int(rows[place])] = (what, None)
+    return reasons
+
+
+def _ask(job: Job, name: str, model: TeacherModel, inputs: Any, num_rows: int) -> np.ndarray:
+    """A model's answers."""
+    with _told(name, num_rows), job.autocast():
+        probs = np.asarray(model(inputs), dtype=np.float32)
+    if probs.shape != (num_rows, job.hierarchy.num_labels):
+        raise ValueError(
+            f"Teacher '{name}' must give probabilities of shape {(num_rows, job.hierarchy.num_labels)}, got "
+            f"{probs.shape}. Correct its `__call__`."
+        )
+    return probs
+
+
+def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> list[np.ndarray | RowError]:
+    """An answer or an error for each cell: what cannot be prepared is halved until the rows at fault are alone."""
+    if not cells:
+        return []
+    try:
+        with _told(name, len(cells)):
+            inputs = model.prepare(cells)
+    except RowError as error:
+        if len(cells) == 1:
+            return [error]
+    else:
+        return list(_ask(job, name, model, inputs, len(cells)))
+    half = len(cells) // 2
+    return _ask_parts(job, name, model, cells[:half]) + _ask_parts(job, name, model, cells[half:])
+
+
+class _told(AbstractContextManager[None]):  # noqa: N801
+    """Say of what a teacher raises, which is no fault of a row, whose it is; and what to do where memory runs out."""
+
+    def __init__(self, name: str, num_rows: int) -> None:
+        self.name, self.num_rows = name, num_rows
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, RowError):
+            return
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
+            raise MemoryError(
+                f"A batch of {self.num_rows} rows for teacher '{self.name}' must fit into memory, got: {error} Choose "
+                "a smaller `batch_size`."
+            ) from error
+        error.add_note(f"Raised by teacher '{self.name}' on a batch of {self.num_rows} rows; no row is blamed for it.")
+
+
+def _is_valid(probs: np.ndarray) -> np.ndarray:
+    """Whether each row is a distribution or a missing answer, `(num_rows,)` bool."""
+    with np.errstate(invalid="ignore"):
+        sums = probs.sum(axis=1)
+        return (probs >= 0).all(axis=1) & ((np.abs(sums - 1) <= SUM_TOLERANCE) | (sums == 0))
+
+
+def _append(job: Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, reasons: _Reasons) -> None:
+    """Put a batch on disk, or refuse it if a row of it failed and may not be missing."""
+    failed_rows = [batch.start + place for place in sorted(reasons)]
+    if failed_rows and job.on_error == "raise":
+        what, error = reasons[min(reasons)]
+        raise ValueError(
+            f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'. Fix or drop that "
+            'row, or leave such rows without labels by `on_error="missing"`.'
+        ) from error
+    label_ids, label_probs = encode_top_k(probs, job.k)
+    reason = reasons[min(reasons)][0] if reasons else ""
+    part.append(batch.start, label_ids, label_probs, failed_rows, dropped_mass(probs, label_ids), reason)

@@ -1,0 +1,1 @@
+"""Training down the hierarchy, level by level; it never runs a teacher."""

@@ -1,0 +1,88 @@
+"""The story of the levels, told to trackers once, and one Trainer for all of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+# They draw one bar per level, so they must hear of every beginning and end. By name: the notebook's needs IPython.
+_PER_LEVEL = {"ProgressCallback", "NotebookProgressCallback"}
+
+
+class LevelCallbackHandler(CallbackHandler):
+    """Tell callbacks of one training although the `Trainer` trains once per level.
+
+    Trackers open a run at `on_train_begin` and close it at `on_train_end`; both come once per call of `train()`.
+    Callbacks may have `on_level_begin(args, state, control, plan=…, **kwargs)` and
+    `on_level_end(args, state, control, plan=…, metrics=…, **kwargs)` of their own.
+
+    Args:
+        handler (`CallbackHandler`):
+            What the `Trainer` made; its callbacks are taken over.
+    """
+
+    def __init__(self, handler: CallbackHandler) -> None:
+        super().__init__(
+            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
+        )
+        self.eval_dataloader = handler.eval_dataloader
+        self.in_level = False
+        self._known: list[TrainerCallback] = []
+        self._concerned: dict[tuple[str, bool], list[TrainerCallback]] = {}
+
+    def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Pass an event on to the callbacks that it concerns.
+
+        Args:
+            event (`str`):
+                Name of the method to call.
+            args (`TrainingArguments`):
+                Of the trainer.
+            state (`TrainerState`):
+                Of the trainer.
+            control (`TrainerControl`):
+                Of the trainer.
+            kwargs (`Any`):
+                Passed on.
+
+        Returns:
+            `TrainerControl`
+        """
+        if self.callbacks != self._known:  # a callback may add or remove others
+            self._known, self._concerned = list(self.callbacks), {}
+        key = (event, self.in_level)
+        if key not in self._concerned:
+            self._concerned[key] = [callback for callback in self._known if self._concerns(event, callback)]
+        for callback in self._concerned[key]:
+            result = getattr(callback, event)(
+                args, state, control, model=self.model, processing_class=self.processing_class,
+                optimizer=self.optimizer, lr_scheduler=self.lr_scheduler, train_dataloader=self.train_dataloader,
+                eval_dataloader=self.eval_dataloader, **kwargs,
+            )  # fmt: skip
+            control = control if result is None else result
+        return control
+
+    def silent(self) -> LevelCallbackHandler:
+        """Give a handler that tells nobody, for what is no part of the story.
+
+        Returns:
+            `LevelCallbackHandler`
+        """
+        quiet = copy.copy(self)
+        quiet.callbacks = []
+        return quiet
+
+    def _concerns(self, event: str, callback: TrainerCallback) -> bool:
+        if event in ("on_train_begin", "on_train_end"):
+            return _draws_bars(callback) == self.in_level
+        # The events of levels are ours: most callbacks do not know them. Most do nothing at most others either, which
+        # counts where a step takes a tenth of a millisecond.
+        method = getattr(callback, event, None)
+        return method is not None and getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
+
+
+def _draws_bars(callback: TrainerCallback) -> bool:
+    return any(kind.__name__ in _PER_LEVEL for kind in type(callback).__mro__)

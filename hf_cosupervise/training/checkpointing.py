@@ -1,0 +1,199 @@
+"""Checkpoints inside a level: sealed when they are whole, and read back without losing a weight."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.logging import get_logger
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from ..files import explain_full_disk, file_digest, is_as_written, read_json, write_json
+from ..processes import Processes
+from .run_folder import DIGESTS
+
+logger = get_logger(__name__)
+
+GO_ON = "Free some space and call `train(resume_from_checkpoint=True)`: what was finished is kept."
+_BUFFERS, _STORY = "buffers.safetensors", "story.json"
+
+
+def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
+    """Write down the digests of a checkpoint's files, last: one without them is not whole.
+
+    Args:
+        folder (`pathlib.Path`):
+            A `checkpoint-…` folder.
+        story (`Mapping[str, Any]`):
+            JSON values that [`read_story`] gives back.
+    """
+    write_json(folder / _STORY, dict(story))
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in names if name != DIGESTS})
+
+
+def read_story(folder: Path) -> dict[str, Any]:
+    """Read what was told to [`seal_checkpoint`].
+
+    Args:
+        folder (`pathlib.Path`):
+            A `checkpoint-…` folder.
+
+    Returns:
+        `dict[str, Any]`
+    """
+    return read_json(folder / _STORY)
+
+
+def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
+    """Find the last whole checkpoint of a round that is not finished.
+
+    Args:
+        folder (`pathlib.Path`):
+            The round's folder.
+        num_processes (`int`, *optional*, defaults to 1):
+            How many processes there are now.
+
+    Returns:
+        `pathlib.Path`, or `None`. One after the very last step is passed over: the `Trainer` would take another step.
+        So is one of another number of processes, which shared the examples out otherwise. Spoilt ones are named in a
+        warning.
+    """
+    paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        if not (path / DIGESTS).is_file():
+            continue  # it was being written
+        try:
+            digests = read_json(path / DIGESTS)
+            spoilt = [name for name, digest in digests.items() if not is_as_written(path, name, digest)]
+            if spoilt:
+                logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
+                continue
+            state = read_json(path / "trainer_state.json")
+            if (own := read_story(path).get("num_processes", 1)) != num_processes:
+                logger.info(f"'{path}' is of {own} process(es), not of {num_processes}: it is passed over.")
+            elif state["global_step"] < state["max_steps"]:
+                return path
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logger.warning(f"'{path}' cannot be read ({error!r}): the checkpoint before it is taken.")
+    return None
+
+
+@contextmanager
+def sealing(
+    folder: Path, story: Mapping[str, Any], buffers: Mapping[str, torch.Tensor] | None, processes: Processes
+) -> Iterator[None]:
+    """Seal what is written meanwhile, so that a spoilt or half written checkpoint is never gone on from.
+
+    Args:
+        folder (`pathlib.Path`):
+            The `checkpoint-…` folder that is written, in the folder of a stage.
+        story (`Mapping[str, Any]`):
+            See [`seal_checkpoint`].
+        buffers (`Mapping[str, torch.Tensor]`, *optional*):
+            See [`save_buffers`].
+        processes (`Processes`):
+            Each of them writes a file; the first one seals.
+
+    Raises:
+        OSError: If the disk is full. What is there of the checkpoint is gone then.
+    """
+    try:
+        with explain_full_disk(folder.parent.parent, GO_ON):
+            yield
+            processes.wait()
+            if processes.rank == 0 and folder.is_dir():
+                if buffers is not None:
+                    save_buffers(folder, buffers)
+                seal_checkpoint(folder, story)
+    except OSError:  # half of it would only take room
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def find_checkpoint(folder: Path, level: int, processes: Processes) -> Path | None:
+    """Find where a level that was cut off is gone on with; where there is no place it is trained from its beginning.
+
+    Args:
+        folder (`pathlib.Path`):
+            The round's folder.
+        level (`int`):
+            Its level, for the sentence.
+        processes (`Processes`):
+            All must go on from the same place.
+
+    Returns:
+        `pathlib.Path`, or `None`.
+    """
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if processes.count > 1 and processes.device.type == "cpu" and release < (5, 23):
+        logger.warning(
+            f"Level {level} is begun anew: on CPU several processes go on inside a level with transformers 5.23 or "
+            "later only."
+        )
+        return None
+    return processes.on_first(lambda: last_checkpoint(folder, processes.count))
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_buffers(folder: Path, buffers: Mapping[str, torch.Tensor]) -> None:
+    """Write what training changed without a gradient beside an adapter, which leaves it out.
+
+    Args:
+        folder (`pathlib.Path`):
+            A `checkpoint-…` folder.
+        buffers (`Mapping[str, torch.Tensor]`):
+            By name.
+    """
+    save_file(dict(buffers), folder / _BUFFERS)
+
+
+def load_buffers(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Read what [`save_buffers`] wrote.
+
+    Args:
+        folder (`str` or `pathlib.Path`):
+            A `checkpoint-…` folder.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By name; none where nothing was written.
+    """
+    path = Path(folder, _BUFFERS)
+    return load_file(path) if path.is_file() else {}
+
+
+def read_back(
+    model: Any, folder: str | Path, by_parent: Callable[[], None], *, is_sharded: bool
+) -> dict[str, torch.Tensor]:
+    """Read a checkpoint's weights back through `from_pretrained`, where that is possible.
+
+    The `Trainer` loads the file as it is, by keys that `save_pretrained` has renamed for ViT and its kin, and only
+    warns of the weights that it thereby leaves as they are (transformers #43701, open in 5.23).
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            Changed in place.
+        folder (`str` or `pathlib.Path`):
+            A `checkpoint-…` folder.
+        by_parent (`Callable`):
+            How the `Trainer` does it: for adapters, and for weights in shards.
+        is_sharded (`bool`):
+            Whether the weights lie in shards, of FSDP or DeepSpeed.
+
+    Returns:
+        `dict[str, torch.Tensor]`: What is still to be put back, see [`load_buffers`].
+    """
+    if is_sharded or not isinstance(model, PreTrainedModel):
+        by_parent()
+        return load_buffers(folder)
+    saved = type(model).from_pretrained(folder, config=model.config, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
+    return {}

@@ -1,0 +1,246 @@
+"""What does not go together is refused before any work starts: arguments, pool, data, student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Image
+
+from ..data.columns import find_input_column, is_text_column, row_keys
+from ..files import make_output_dir
+from ..method.rejection import check_top_k_value
+from ..pool.ids import match_ids
+from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
+from .config import CoSupervisedConfig
+from .plan_rules import level_assignment
+
+
+def check_first(args: Any, given: Mapping[str, Any]) -> CoSupervisedConfig:
+    """Refuse what no student could be trained with, and see that there is a place to write to.
+
+    Args:
+        args (`CoSupervisedConfig`, *optional*):
+            What to do. Defaults write to `trainer_output`.
+        given (`Mapping[str, Any]`):
+            What the `Trainer` is given by name.
+
+    Returns:
+        `CoSupervisedConfig`
+
+    Raises:
+        OSError: If `output_dir` cannot be written.
+        TypeError: If `args` is another configuration.
+        ValueError: If optimizers or a maker of models are given.
+    """
+    args = CoSupervisedConfig() if args is None else args
+    if not isinstance(args, CoSupervisedConfig):
+        raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")
+    make_output_dir(Path(args.output_dir))
+    if any(given.get("optimizers") or ()):
+        raise ValueError(
+            "`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`."
+        )
+    if given.get("model_init") is not None:
+        raise ValueError("`model_init` cannot be given: each level begins with a fresh head. Give a model or its id.")
+    return args
+
+
+def check_modality(is_text: bool, inputs: Dataset, column: str) -> None:
+    """Refuse a student that reads the other kind of inputs."""
+    if isinstance(inputs.features[column], Image) if is_text else is_text_column(inputs, column):
+        read, held = ("texts", "images") if is_text else ("images", "texts")
+        raise ValueError(
+            f"The student must read what the pool holds, got a student of {read} and {held} in column '{column}'. "
+            "Choose another student, or another `input_column`."
+        )
+
+
+def check_arguments(
+    args: CoSupervisedConfig,
+    num_examples: int,
+    head: Any,
+    reason: str | None,
+    functions: Mapping[str, Any],
+    compute_loss_func: Any = None,
+) -> None:
+    """Refuse arguments that do not go together.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            What to do.
+        num_examples (`int`):
+            Of the pool.
+        head (`nn.Linear`, *optional*):
+            The student's, where that is a linear head on a frozen backbone.
+        reason (`str`, *optional*):
+            Why the head cannot be fitted on features.
+        functions (`Mapping[str, Any]`):
+            `loss_func`, `assign_func` and `keep_func`, the user's own or `None`.
+        compute_loss_func (`Callable`, *optional*):
+            The `Trainer`'s.
+
+    Raises:
+        ValueError: If they do not.
+        TypeError: If a function is none.
+    """
+    if args.head_solver == "ridge" and reason:
+        raise ValueError(f"`head_solver` 'ridge' needs a linear head on features, but {reason}. Use 'steps'.")
+    if args.cross_fit_folds and reason:
+        raise ValueError(f"`cross_fit_folds` needs a linear head on features, but {reason}. Leave it out.")
+    for name in ("agreement_neighbors", "teacher_neighbors"):
+        if getattr(args, name) and head is None:
+            raise ValueError(
+                f"`{name}` needs a linear head on a frozen backbone, got another kind of student. Set it to 0."
+            )
+        if getattr(args, name) >= num_examples:
+            raise ValueError(
+                f"`{name}` must be below the {num_examples} examples of the pool, got {getattr(args, name)}. "
+                "Use fewer."
+            )
+    if wrong := [name for name, function in functions.items() if function is not None and not callable(function)]:
+        raise TypeError(f"`{wrong[0]}` must be a function, got {type(functions[wrong[0]]).__name__}.")
+    own = {"loss_func": functions["loss_func"], "compute_loss_func": compute_loss_func}
+    losses = [name for name, function in own.items() if function is not None]
+    losses += [f"loss {args.loss!r}"] if args.loss != "cross_entropy" else []
+    if len(losses) > 1:
+        raise ValueError(f"One loss is needed, got {' and '.join(losses)}. Leave the others out.")
+    if functions["loss_func"] is not None and args.head_solver == "ridge":
+        raise ValueError("`head_solver` 'ridge' has a loss of its own, got `loss_func`. Use 'steps'.")
+    if compute_loss_func is not None and args.weight_column is not None:
+        raise ValueError(
+            f"`compute_loss_func` sees no `weight_column`, got {args.weight_column!r}. Use `loss_func`, which is "
+            "weighted."
+        )
+    if args.loss == "early_learning_regularization" and args.world_size > 1:
+        raise ValueError(
+            "`loss` 'early_learning_regularization' remembers every example, which several processes would share "
+            f"out anew in each epoch, got {args.world_size} processes. Use one."
+        )
+
+
+def read_weights(pool: PseudolabelPool, column: str) -> np.ndarray:
+    """Give the examples' weights.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The pool.
+        column (`str`):
+            Where they are.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, float64.
+
+    Raises:
+        ValueError: If they are not finite numbers of at least 0, or all 0.
+    """
+    values = np.asarray(pool.column(column))
+    is_number = values.dtype.kind in "iuf"
+    if not is_number or not np.isfinite(values).all() or (values < 0).any() or not (values > 0).any():
+        found = f"{values.min()}..{values.max()}" if is_number else f"{values.dtype.name} values"
+        raise ValueError(
+            f"`weight_column` '{column}' must hold finite numbers of at least 0, and not all 0, got {found}. Correct "
+            "them, or name another column."
+        )
+    return values.astype(np.float64)
+
+
+def check_levels(pool: PseudolabelPool, args: CoSupervisedConfig, has_own_assignment: bool) -> None:
+    """Refuse an assignment or rejection that cannot work on this pool.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        args (`CoSupervisedConfig`):
+            `assignment` and `rejection`.
+        has_own_assignment (`bool`):
+            Whether a function of the user's own assigns below the root.
+
+    Raises:
+        ValueError: If one cannot.
+    """
+    hierarchy = pool.hierarchy
+    if len(args.assignment) not in (1, hierarchy.num_levels):
+        raise ValueError(
+            f"`assignment` must hold one name, or one for each of the {hierarchy.num_levels} levels, "
+            f"got {args.assignment}."
+        )
+    if args.rejection_k is not None:
+        check_top_k_value(args.rejection_k, hierarchy.num_labels)
+    if len(hierarchy.levels[0]) > 1 and level_assignment(args, 0) != "ensemble":
+        raise ValueError(
+            f"A root level of several teachers ({[teacher.name for teacher in hierarchy.levels[0]]}) needs the "
+            f"assignment 'ensemble', got {level_assignment(args, 0)!r}: there is no student yet to choose among them."
+        )
+    for level in range(1, hierarchy.num_levels if not has_own_assignment else 1):
+        _check_assignment(pool, args, level, level_assignment(args, level))
+
+
+def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: int, method: str) -> None:
+    teachers = pool.hierarchy.levels[level]
+    if (
+        method in ("scope", "oracle_scope")
+        and len(teachers) > 1
+        and all(teacher.scope is None for teacher in teachers)
+    ):
+        raise ValueError(
+            f"Assignment {method!r} at level {level} needs teachers with a `scope`, got none among "
+            f"{[teacher.name for teacher in teachers]}. Give them scopes, or use 'agreement'."
+        )
+    if method in ("scope", "oracle_scope") and not pool.hierarchy.has_distinct_scopes(level):
+        raise ValueError(
+            f"Assignment {method!r} at level {level} needs teachers with different scopes, got the same one for all "
+            f"of {[teacher.name for teacher in teachers]}. Use 'agreement'."
+        )
+    if method in ("metadata", "oracle_domain"):
+        column = ORACLE_DOMAIN if method == "oracle_domain" else args.metadata_column
+        if column is None:
+            raise ValueError(
+                f"Assignment 'metadata' at level {level} needs `metadata_column`, got none. Name the column."
+            )
+        pool.column(column)
+        if all(teacher.domains is None for teacher in teachers):
+            raise ValueError(f"Assignment {method!r} at level {level} needs teachers with `domains`, got none.")
+    if method in ("oracle_scope", "oracle_loss") and pool.oracle_labels is None:
+        raise ValueError(
+            f"Assignment {method!r} needs `oracle_label` in the pool, got none. Build it with `oracle_column`."
+        )
+
+
+def match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | None) -> Dataset:
+    """Give the inputs alone, in the order of the pool; a label column stays behind.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The pool.
+        train_dataset (`datasets.Dataset`, *optional*):
+            The inputs, where the pool has none.
+        input_column (`str`, *optional*):
+            The column that the student reads.
+
+    Returns:
+        `datasets.Dataset`: That one column.
+
+    Raises:
+        ValueError: If there are no inputs, or they are of other examples.
+    """
+    dataset = pool.inputs if train_dataset is None else train_dataset
+    if (
+        dataset is None
+        or train_dataset is None
+        and not set(dataset.column_names) - {"id", ORACLE_LABEL, ORACLE_DOMAIN}
+    ):
+        raise ValueError("`train_dataset` is needed: the pool holds no inputs. Give the data that it was built from.")
+    column = find_input_column(dataset, input_column or (pool.input_column if train_dataset is None else None))
+    if train_dataset is not None:
+        ids = np.asarray(list(dataset["id"]) if "id" in dataset.column_names else row_keys(dataset, column))
+        if len(ids) != len(pool):
+            raise ValueError(
+                f"`train_dataset` and `pool` must hold the same examples, got {len(ids)} and {len(pool)}. "
+                "Use the data that the pool was built from, or `pool.select`."
+            )
+        rows = match_ids(ids, pool.ids, "`train_dataset`")
+        dataset = dataset if np.array_equal(rows, np.arange(len(rows))) else dataset.select(rows)
+    return dataset.select_columns([column])

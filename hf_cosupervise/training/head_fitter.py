@@ -1,0 +1,444 @@
+"""Fit a linear head on features that are kept, in the order and with the events of a standard training loop.
+
+The backbone is frozen, so that running it again in every step would give the same features again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader
+from transformers import TrainerControl, TrainerState
+from transformers.trainer_utils import TrainOutput, speed_metrics
+
+from ..method.linear_head import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix
+from ..method.losses import LossAndGradient
+from ..processes import Processes
+from .config import CoSupervisedConfig
+from .level_loss import LevelLoss
+
+TargetLookup = Callable[[torch.Tensor], torch.Tensor | SparseTargets]
+
+
+@dataclass
+class FitEvents:
+    """Tell callbacks and logs how a fit goes on.
+
+    Args:
+        callbacks (`CallbackHandler`):
+            Who listens.
+        args (`CoSupervisedConfig`):
+            What they are told of the training.
+        state (`TrainerState`):
+            Where it is; counted on here.
+        control (`TrainerControl`):
+            What they want.
+        log (`Callable`):
+            Takes numbers and the control; gives the control back.
+    """
+
+    callbacks: Any
+    args: CoSupervisedConfig
+    state: TrainerState
+    control: TrainerControl
+    log: Callable[[dict[str, float], TrainerControl], TrainerControl]
+
+    def tell(self, event: str) -> TrainerControl:
+        """Tell that something happens.
+
+        Args:
+            event (`str`):
+                Name of a method of `TrainerCallback`.
+
+        Returns:
+            `TrainerControl`: What is wanted now.
+        """
+        self.control = getattr(self.callbacks, event)(self.args, self.state, self.control)
+        return self.control
+
+    def tell_numbers(self, numbers: dict[str, float]) -> None:
+        """Log numbers.
+
+        Args:
+            numbers (`dict[str, float]`):
+                By name.
+        """
+        self.control = self.log(numbers, self.control)
+
+
+class HeadFitter:
+    """Fit the head of a frozen backbone, level after level, on the same features.
+
+    Args:
+        head (`nn.Linear` from `feature_size` to `num_labels`):
+            The head, changed in place.
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+            Its inputs for each example of the pool, on its device.
+        args (`CoSupervisedConfig`):
+            How it is trained.
+        processes (`Processes`, *optional*):
+            Among which the work is shared out. This one alone by default.
+    """
+
+    def __init__(
+        self, head: nn.Linear, features: torch.Tensor, args: CoSupervisedConfig, processes: Processes | None = None
+    ) -> None:
+        self.head, self.features, self.args = head, features, args
+        self.processes = processes or Processes(0, 1)
+        self._gram: torch.Tensor | None = None
+
+    def fit(
+        self,
+        kept: np.ndarray,
+        loss: LevelLoss,
+        events: FitEvents,
+        make_dataloader: Callable[[], DataLoader],
+        make_optimizer: Callable[[], torch.optim.Optimizer],
+        make_scheduler: Callable[[int], Any],
+    ) -> TrainOutput:
+        """Fit the head on what a level kept, as `head_solver` says.
+
+        Args:
+            kept (`np.ndarray` of shape `(num_kept,)`):
+                Rows of the pool.
+            loss (`LevelLoss`):
+                Of the level.
+            events (`FitEvents`):
+                Who listens. Its state is filled in.
+            make_dataloader (`Callable`):
+                Gives the standard loop's own, for the order of the rows.
+            make_optimizer (`Callable`):
+                Gives its optimizer.
+            make_scheduler (`Callable`):
+                Gives its schedule, from the number of steps.
+
+        Returns:
+            `TrainOutput`: Steps, mean loss and speed.
+
+        Raises:
+            ValueError: If there is no whole batch.
+        """
+        targets, state = loss.lookup(kept, self.features.device), events.state
+        if self.args.head_solver == "ridge":
+            state.max_steps, state.num_train_epochs, state.train_batch_size = 1, 1, len(kept)
+            return self.fit_at_once(kept, targets, events)
+        dataloader = make_dataloader()
+        state.max_steps, per_epoch = self.count_steps(dataloader, len(kept))
+        state.num_train_epochs = math.ceil(state.max_steps / per_epoch)
+        state.train_batch_size = self.args.train_batch_size
+        state.compute_steps(self.args, state.max_steps)
+        optimizer = _merge_equal_groups(make_optimizer())
+        return self.fit_by_steps(
+            kept,
+            targets,
+            dataloader,
+            optimizer,
+            make_scheduler(state.max_steps),
+            events,
+            loss=loss.with_gradient,
+            watch=loss.watch,
+        )
+
+    # --- by steps ----------------------------------------------------------------------------------------------------
+
+    def count_steps(self, dataloader: DataLoader, num_kept: int) -> tuple[int, int]:
+        """Tell how many optimizer steps a level takes.
+
+        Args:
+            dataloader (`DataLoader`):
+                Of the rows that the level kept.
+            num_kept (`int`):
+                How many they are.
+
+        Returns:
+            `tuple[int, int]`: All steps, and those of an epoch.
+
+        Raises:
+            ValueError: If there is no whole batch.
+        """
+        if not len(dataloader):
+            raise ValueError(
+                f"A level must keep at least one whole batch under `dataloader_drop_last`, got {num_kept} examples. "
+                "Use a smaller batch."
+            )
+        per_epoch = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
+        all_epochs = math.ceil(self.args.num_train_epochs * per_epoch)
+        return self.args.max_steps if self.args.max_steps > 0 else all_epochs, per_epoch
+
+    def fit_by_steps(
+        self,
+        kept: np.ndarray,
+        targets: TargetLookup,
+        dataloader: DataLoader,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        events: FitEvents,
+        *,
+        loss: LossAndGradient | None = None,
+        watch: Callable[[torch.Tensor], None] = lambda loss: None,
+    ) -> TrainOutput:
+        """Do what the standard loop does: same order, optimizer, schedule, logs and callbacks.
+
+        Args:
+            kept (`np.ndarray` of shape `(num_kept,)`):
+                Rows of the pool, in the order of the dataloader's data set.
+            targets (`Callable`):
+                From rows of the pool to pseudolabels.
+            dataloader (`DataLoader`):
+                Says which rows make a batch; its data are not read.
+            optimizer (`torch.optim.Optimizer`):
+                Over the head's parameters.
+            scheduler (`torch.optim.lr_scheduler.LRScheduler`):
+                Its schedule.
+            events (`FitEvents`):
+                Who listens. Its state has the number of steps and epochs.
+            loss (`Callable`, *optional*):
+                Losses with their gradient. Defaults to the cross-entropy.
+            watch (`Callable`, *optional*):
+                Called with the loss of each step.
+
+        Returns:
+            `TrainOutput`: Steps, mean loss and speed.
+        """
+        _, per_epoch = self.count_steps(dataloader, len(kept))
+        events.callbacks.optimizer, events.callbacks.lr_scheduler = optimizer, scheduler
+        events.tell("on_train_begin")
+        started, meter, reader = time.time(), _LossMeter(), BatchReader(self.features, targets)
+
+        def after_step(loss: torch.Tensor, norm: float | None) -> None:
+            watch(loss)
+            self._after_step(events, meter, loss, norm, per_epoch)
+
+        with reader.reading_ahead(self.head.weight.shape[0]):
+            fit_linear_head(
+                self.head, self.features, targets,
+                self._steps(dataloader, torch.from_numpy(kept), per_epoch, optimizer, events, meter, reader),
+                optimizer, scheduler, reader=reader, max_grad_norm=self.args.max_grad_norm, loss=loss,
+                average_gradients=self._average if self.processes.count > 1 else None, on_step=after_step,
+            )  # fmt: skip
+        mean = meter.mean(self.processes)
+        events.tell("on_train_end")
+        num_steps = events.state.global_step
+        return TrainOutput(num_steps, mean, speed_metrics("train", started, num_steps=num_steps))
+
+    def _steps(
+        self,
+        dataloader: DataLoader,
+        rows: torch.Tensor,
+        per_epoch: int,
+        optimizer: torch.optim.Optimizer,
+        events: FitEvents,
+        meter: _LossMeter,
+        reader: BatchReader,
+    ) -> Iterator[Sequence[torch.Tensor]]:
+        """Give the rows of each step, in the order in which the standard loop would read them."""
+        accumulation = self.args.gradient_accumulation_steps
+        for epoch in range(events.state.num_train_epochs):
+            if hasattr(dataloader, "set_epoch"):
+                dataloader.set_epoch(epoch)
+            events.tell("on_epoch_begin")
+            batches = _read_batches(dataloader.batch_sampler, rows)
+            reader.announce(batches)
+            for number in range(per_epoch):
+                events.tell("on_step_begin")
+                # Before the schedule moves on: what is logged is the rate that the step was made with.
+                meter.learning_rate = float(optimizer.param_groups[0]["lr"])
+                yield batches[number * accumulation : (number + 1) * accumulation]
+                if events.control.should_epoch_stop or events.control.should_training_stop:
+                    break
+            events.tell("on_epoch_end")
+            self._log_step(events, meter)
+            if events.control.should_training_stop:
+                return
+
+    def _after_step(
+        self, events: FitEvents, meter: _LossMeter, loss: torch.Tensor, norm: float | None, per_epoch: int
+    ) -> None:
+        meter.add(loss, norm)
+        events.state.global_step += 1
+        events.state.epoch = events.state.global_step / per_epoch
+        events.tell("on_step_end")
+        if events.state.global_step >= events.state.max_steps:  # a callback's task, which heads of folds have none of
+            events.control.should_training_stop = True
+        self._log_step(events, meter)
+
+    def _log_step(self, events: FitEvents, meter: _LossMeter) -> None:
+        if events.control.should_log and meter.num_since:
+            events.tell_numbers(meter.read(self.processes))
+
+    def _average(self, gradient: torch.Tensor) -> None:
+        gradient.copy_(self.processes.sum(gradient) / self.processes.count)
+
+    # --- at once -----------------------------------------------------------------------------------------------------
+
+    def fit_at_once(self, kept: np.ndarray, targets: TargetLookup, events: FitEvents) -> TrainOutput:
+        """Fit by ridge regression; for logs and callbacks it is a level of one step.
+
+        Args:
+            kept (`np.ndarray` of shape `(num_kept,)`):
+                Rows of the pool.
+            targets (`Callable`):
+                From rows of the pool to pseudolabels.
+            events (`FitEvents`):
+                Who listens.
+
+        Returns:
+            `TrainOutput`: One step, mean loss and speed.
+        """
+        started = time.time()
+        events.tell("on_train_begin")
+        events.tell("on_epoch_begin")
+        loss = fit_ridge_head(
+            self.head, self.features, self._own_share(kept), targets, self._gram_of(kept),
+            alpha=self.args.ridge_alpha, logit_scale=self.args.ridge_logit_scale,
+            sum_over_processes=self.processes.sum,
+        )  # fmt: skip
+        events.state.global_step, events.state.epoch = 1, 1.0
+        events.tell("on_step_end")
+        if self.args.logging_strategy != "no":
+            events.tell_numbers({"loss": float(loss)})
+        events.tell("on_epoch_end")
+        events.tell("on_train_end")
+        return TrainOutput(1, float(loss), speed_metrics("train", started, num_steps=1))
+
+    def _gram_of(self, kept: np.ndarray) -> torch.Tensor:
+        """Give the Gram matrix of the kept rows: that of the whole pool, computed once, less that of the others."""
+        everything = np.arange(len(self.features))
+        if self._gram is None:
+            self._gram = self._sum_gram(everything)
+        others = np.setdiff1d(everything, kept, assume_unique=True)
+        # Whatever is less work: Gram matrices add up.
+        return self._gram - self._sum_gram(others) if len(others) < len(kept) else self._sum_gram(kept)
+
+    def _sum_gram(self, rows: np.ndarray) -> torch.Tensor:
+        return self.processes.sum(gram_matrix(self.features, self._own_share(rows)))
+
+    def _own_share(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array_split(rows, self.processes.count)[self.processes.rank])
+
+
+def why_not_on_features(
+    args: CoSupervisedConfig, head: nn.Linear | None, *, has_own_loss: bool, has_own_collator: bool, is_sharded: bool
+) -> str | None:
+    """Name what a fit on features cannot honour.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            How a student is trained.
+        head (`nn.Linear`, *optional*):
+            Its head, if that is all that learns.
+        has_own_loss (`bool`):
+            Whether a `compute_loss_func` is given, which wants the model's outputs.
+        has_own_collator (`bool`):
+            Whether the collator is another one, which may do anything to a batch.
+        is_sharded (`bool`):
+            Whether FSDP or DeepSpeed is used.
+
+    Returns:
+        `str`, or `None` where a head can be fitted on features.
+    """
+    reasons = {
+        "`fit_head_on_features` is off": not args.fit_head_on_features,
+        "the student is not a linear head on a frozen backbone": head is None,
+        "checkpoints within a level are asked for": args.save_strategy != "no",
+        "evaluation within a level is asked for": args.eval_strategy != "no",
+        "`compute_loss_func` is given": has_own_loss,
+        "the data collator is not ours": has_own_collator,
+        "FSDP or DeepSpeed is used": is_sharded,
+        "a ReduceLROnPlateau or Greedy schedule is asked for": args.lr_scheduler_type
+        in ("reduce_lr_on_plateau", "greedy"),
+        "fp16 scales the loss": args.fp16,
+        "evaluation before the first step is asked for": args.eval_on_start,
+        "`debug` looks into the backbone": bool(args.debug),
+        "memory is measured": not args.skip_memory_metrics,
+        "input tokens are counted": args.include_num_input_tokens_seen not in (False, "no"),
+        f"`optim` {args.optim} has a step of its own": str(args.optim).startswith(
+            ("lomo", "adalomo", "schedule_free")
+        ),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def outside_of_fold(kept: np.ndarray, fold: int, num_folds: int, level: int) -> np.ndarray:
+    """Give what a head may be trained on that is to judge the examples of a fold, every `num_folds`-th of the pool.
+
+    Args:
+        kept (`np.ndarray` of shape `(num_kept,)`):
+            Rows of the pool that the level keeps.
+        fold (`int`):
+            Which fold, from 0.
+        num_folds (`int`):
+            How many there are.
+        level (`int`):
+            The level, for the sentence.
+
+    Returns:
+        `np.ndarray`: Those of other folds.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    own = kept[kept % num_folds != fold]
+    if not len(own):
+        raise ValueError(
+            f"Level {level} must keep examples outside of every fold, got {len(kept)} all in fold {fold}. Leave "
+            "`cross_fit_folds` out."
+        )
+    return own
+
+
+def _merge_equal_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Keep weight and bias in one group where their options are equal: one kernel per step then updates both."""
+    first, *others = optimizer.param_groups
+    for group in others:
+        if {**group, "params": None} == {**first, "params": None}:
+            first["params"] = [*first["params"], *group["params"]]
+            optimizer.param_groups.remove(group)
+    return optimizer
+
+
+def _read_batches(batch_sampler: Any, rows: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Give the rows of all batches of an epoch."""
+    sampler: Any = getattr(batch_sampler, "sampler", None)
+    is_plain = type(batch_sampler) is BatchSampler and type(sampler) is SeedableRandomSampler
+    if not is_plain or sampler.replacement or len(sampler) != len(rows):
+        return [rows[batch] for batch in batch_sampler]
+    # What the sampler does, without an iterator that gives one number at a time.
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(sampler.initial_seed + sampler.epoch))
+    sampler.set_epoch(sampler.epoch + 1)
+    return rows[order].split(batch_sampler.batch_size)[: len(batch_sampler)]
+
+
+class _LossMeter:
+    """Mean loss since the last log and over all steps, summed on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.total, self.num_steps = 0.0, 0
+        self.since: torch.Tensor | float = 0.0
+        self.num_since = 0
+        self.norm: float | None = None
+        self.learning_rate = 0.0
+
+    def add(self, loss: torch.Tensor, norm: float | None) -> None:
+        self.since, self.num_since, self.norm = self.since + loss, self.num_since + 1, norm
+
+    def read(self, processes: Processes) -> dict[str, float]:
+        """Give the numbers of the `Trainer`'s own log, and begin anew."""
+        mean = float(processes.gather(torch.as_tensor(self.since)).mean()) / max(self.num_since, 1)
+        self.total, self.num_steps = self.total + mean * self.num_since, self.num_steps + self.num_since
+        self.since, self.num_since = 0.0, 0
+        logs = {"loss": mean, "learning_rate": self.learning_rate}
+        return logs if self.norm is None else {**logs, "grad_norm": self.norm}
+
+    def mean(self, processes: Processes) -> float:
+        if self.num_since:
+            self.read(processes)
+        return self.total / max(self.num_steps, 1)

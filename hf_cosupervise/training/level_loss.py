@@ -1,0 +1,269 @@
+"""The loss of one level: which pseudolabels it has, what it makes of a batch, and whether it is still a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..method.linear_head import SparseTargets
+from ..method.losses import LossAndGradient, LossFunction, soft_cross_entropy, sparse_soft_cross_entropy
+from ..method.published_losses import choose_loss, weigh_loss
+from ..pool.pseudolabels import PseudolabelPool
+from ..processes import CHUNK_ROWS, Processes
+from .collator import TARGETS
+from .config import CoSupervisedConfig
+from .plan import LevelPlan
+
+# Pseudolabels of a level are decoded once where they fit in this many bytes, else batch by batch.
+_MAX_DECODED_BYTES = 2**30
+
+
+class LevelLoss:
+    """Measure how far a student is from the pseudolabels of one level.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        plan (`LevelPlan`):
+            Who speaks, and what is kept.
+        args (`CoSupervisedConfig`):
+            `loss`, `pseudolabels`, `label_smoothing_factor`.
+        loss_func (`Callable`, *optional*):
+            A loss of the user's own in place of `args.loss`.
+        weights (`np.ndarray` of shape `(num_examples,)`, *optional*):
+            Of each example of the pool.
+        needs_all_labels (`bool`, *optional*, defaults to `False`):
+            Whether somebody else reads the pseudolabels, who expects them over all labels.
+        processes (`Processes`, *optional*):
+            That see a part of each batch each. This one alone by default.
+
+    Raises:
+        ValueError: If the weights of all that is kept are 0.
+    """
+
+    def __init__(
+        self,
+        pool: PseudolabelPool,
+        plan: LevelPlan,
+        args: CoSupervisedConfig,
+        loss_func: LossFunction | None = None,
+        weights: np.ndarray | None = None,
+        needs_all_labels: bool = False,
+        processes: Processes | None = None,
+    ) -> None:
+        self.args, self.plan = args, plan
+        self._num_examples, self._num_labels = len(pool), pool.hierarchy.num_labels
+        self._loss_func = loss_func
+        # How far the level is, 0 to 1: some losses change on the way. Whoever goes through its steps sets it.
+        self.fraction_done: Callable[[], float] = lambda: 0.0
+        self._weights = None if weights is None else self._scale(weights)
+        self._processes = processes or Processes(0, 1)
+        self.forget()
+        # Losses other than the cross-entropy are given all labels.
+        is_plain = self._own is None and not needs_all_labels
+        read = _sparse_pseudolabels if is_plain and _pays_sparse(pool, plan) else _pseudolabels
+        self.pseudolabels = partial(read, pool, plan, args.pseudolabels == "hard")
+        self.total, self.count = torch.zeros((), dtype=torch.float64), 0  # of the steps so far
+        self._micro_losses: list[torch.Tensor] = []  # of the step in training
+
+    def forget(self) -> None:
+        """Begin anew, for another student: some losses remember what the last one said of each example."""
+        self._own: tuple[LossFunction, LossAndGradient] | None = None
+        if self._loss_func is None and self.args.loss == "cross_entropy" and self._weights is None:
+            return  # which is computed faster than by its name
+        shape = self._num_examples, self._num_labels
+        pair = choose_loss(
+            self._loss_func or self.args.loss, self.args.loss_kwargs, lambda: self.fraction_done(), shape
+        )
+        self._own = pair if self._weights is None else weigh_loss(pair, self._weights)
+
+    def _scale(self, weights: np.ndarray) -> torch.Tensor:
+        """Weights with a mean of 1 over what is kept, so that the learning rate means the same at every level."""
+        total = weights[self.plan.keep_mask].sum()
+        if total == 0:
+            raise ValueError(
+                f"`weight_column` '{self.args.weight_column}' must be above 0 somewhere, got 0 for all that level "
+                f"{self.plan.level} keeps."
+            )
+        return torch.from_numpy((weights * (self.plan.keep_mask.sum() / total)).astype(np.float32))
+
+    # --- a batch -----------------------------------------------------------------------------------------------------
+
+    @property
+    def with_gradient(self) -> LossAndGradient | None:
+        """`Callable`, *optional*: Losses with their gradient in the logits; none for the plain cross-entropy."""
+        return None if self._own is None else self._own[1]
+
+    def __call__(self, logits: torch.Tensor, targets: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        """Measure a batch.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch, num_labels)`):
+                Of the student, float32.
+            targets (`dict[str, torch.Tensor]`):
+                What the collator gave: `target_probs`, or `target_ids`, `target_probs` and `target_rest`.
+            rows (`torch.LongTensor` of shape `(batch,)`):
+                Of the pool.
+
+        Returns:
+            `torch.Tensor`: The mean loss.
+        """
+        wanted = {name: value if name == "target_ids" else self.smooth(value) for name, value in targets.items()}
+        if self._own is not None:
+            return self._own[0](logits, wanted["target_probs"], rows).mean()
+        return pseudolabel_losses(logits, wanted).mean()
+
+    def smooth(self, probs: torch.Tensor) -> torch.Tensor:
+        """Spread a share of the pseudolabels evenly, as `label_smoothing_factor` says.
+
+        Args:
+            probs (`torch.Tensor`):
+                Probabilities of labels, of any shape.
+
+        Returns:
+            `torch.Tensor`: The same, float32.
+        """
+        share, probs = self.args.label_smoothing_factor, probs.float()
+        return probs * (1 - share) + share / self._num_labels if share else probs
+
+    def lookup(self, kept: np.ndarray, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor | SparseTargets]:
+        """Give smoothed pseudolabels by row: decoded once where they fit in memory, else batch by batch.
+
+        Args:
+            kept (`np.ndarray` of shape `(num_kept,)`):
+                Rows that will be asked for.
+            device (`torch.device`):
+                Where they are wanted.
+
+        Returns:
+            `Callable`: From rows `(batch,)` to pseudolabels `(batch, num_labels)`, or [`SparseTargets`].
+        """
+
+        def read(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
+            targets = self.pseudolabels(rows)
+            arrays = targets if isinstance(targets, tuple) else (targets,)
+            tensors = [torch.from_numpy(array).to(device) for array in arrays]
+            return tuple(self.smooth(values) if values.is_floating_point() else values for values in tensors)
+
+        first = read(kept[:1])
+        if self._num_examples * sum(values.nbytes for values in first) > _MAX_DECODED_BYTES:
+            return lambda rows: _as_targets(read(rows.cpu().numpy()))
+        table = [values.new_zeros(self._num_examples, *values.shape[1:]) for values in first]
+        for part in np.array_split(kept, max(len(kept) // CHUNK_ROWS, 1)):
+            for values, wanted in zip(table, read(part)):
+                values[torch.from_numpy(part).to(values.device)] = wanted
+        return lambda rows: _as_targets(tuple(values.index_select(0, rows) for values in table))
+
+    # --- all steps so far --------------------------------------------------------------------------------------------
+
+    def watch(self, loss: torch.Tensor, *, ends_step: bool = True) -> None:
+        """Remember the loss of a batch; nothing waits for it.
+
+        Args:
+            loss (`torch.Tensor`):
+                What a batch gave.
+            ends_step (`bool`, *optional*, defaults to `True`):
+                Whether it is the last batch of its step, under gradient accumulation.
+        """
+        self._micro_losses.append(loss.detach())
+        if not ends_step:
+            return
+        mean = self._micro_losses[0] if len(self._micro_losses) == 1 else torch.stack(self._micro_losses).mean()
+        dtype = torch.float32 if mean.device.type == "mps" else torch.float64  # which Apple's devices do not have
+        self.total = self.total.to(dtype).to(mean.device) + mean.to(dtype)
+        self.count, self._micro_losses = self.count + 1, []
+
+    def mean(self) -> float:
+        """Average all steps of all processes, those before a crash too.
+
+        Returns:
+            `float`
+        """
+        return float(self._processes.sum(self.total.reshape(1))) / (max(self.count, 1) * self._processes.count)
+
+    def told(self) -> dict[str, Any]:
+        """Tell what [`take_up`] wants, of all processes.
+
+        Returns:
+            `dict[str, Any]`: JSON values.
+        """
+        sums = self._processes.gather(self.total).tolist()
+        return {"num_losses": self.count, "loss_sums": sums, "num_processes": self._processes.count}
+
+    def take_up(self, total: float, count: int) -> None:
+        """Go on after steps of an earlier process.
+
+        Args:
+            total (`float`):
+                Sum of their losses.
+            count (`int`):
+                How many there were.
+        """
+        self.total, self.count = torch.tensor(total, dtype=torch.float64), count
+
+    def check(self, where: str, kept_in: str) -> None:
+        """Stop where the loss is no longer a number: nothing that is trained from there on is worth keeping.
+
+        Args:
+            where (`str`):
+                Step and level, for the sentence.
+            kept_in (`str`):
+                Where finished levels are.
+
+        Raises:
+            FloatingPointError: If it is not.
+        """
+        if self.count and not torch.isfinite(self._processes.sum(self.total.reshape(1))):
+            raise FloatingPointError(
+                f"The loss must be a number, got NaN or infinity by {where}. Lower `learning_rate`, or set "
+                f"`max_grad_norm`, and begin in another folder; what was finished before stays in '{kept_in}'."
+            )
+
+
+def pseudolabel_losses(logits: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Compute the cross-entropy against what the collator gave.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch, num_labels)`):
+            Of the student.
+        targets (`dict[str, torch.Tensor]`):
+            `target_probs`, or `target_ids`, `target_probs` and `target_rest`.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`.
+    """
+    if "target_ids" not in targets:
+        return soft_cross_entropy(logits, targets["target_probs"].float())
+    return sparse_soft_cross_entropy(logits, *(targets[name] for name in TARGETS))
+
+
+def _pseudolabels(pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.ndarray) -> np.ndarray:
+    """Give what is trained on; a plain function, so that workers of any start method can take it along."""
+    probs = pool.pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+    if plan.relabelled is not None:
+        own = plan.relabelled[rows]
+        probs[own >= 0] = np.eye(probs.shape[1], dtype=np.float32)[own[own >= 0]]
+    return probs
+
+
+def _sparse_pseudolabels(
+    pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give the same without the labels that the teachers left out."""
+    return pool.sparse_pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+
+
+def _pays_sparse(pool: PseudolabelPool, plan: LevelPlan) -> bool:
+    """Tell whether rows of k labels are cheaper than rows of all; an ensemble has no stored rows."""
+    num_teachers = len(pool.hierarchy.teachers)
+    k = pool.label_ids(pool.hierarchy.names[0]).shape[1]
+    is_narrow = pool.has_one_k and 4 * k <= pool.hierarchy.num_labels
+    return is_narrow and plan.relabelled is None and bool((plan.assigned_teacher < num_teachers).all())
+
+
+def _as_targets(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | SparseTargets:
+    return tensors[0] if len(tensors) == 1 else SparseTargets(*tensors)

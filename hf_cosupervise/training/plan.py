@@ -1,0 +1,288 @@
+"""The plan of one level: who speaks for which example, and which pseudolabels are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..method.assignment import fall_back
+from ..method.metrics import agreement, oracle_selection
+from ..method.rejection import select_by_loss_rank, select_consistent
+from ..pool.pseudolabels import PseudolabelPool
+from ..processes import row_chunks
+from .config import CoSupervisedConfig
+from .plan_rules import (
+    AssignFunction,
+    KeepFunction,
+    LevelAnswers,
+    PlannedRows,
+    StudentChunks,
+    assign,
+    assign_by_function,
+    assign_by_neighbors,
+    in_hierarchy,
+    judge,
+    level_assignment,
+)
+
+
+class AskedStudent(Protocol):
+    """What planning wants of a student: its opinion of each example, and which examples are alike to it."""
+
+    def judge_examples(self) -> StudentChunks:
+        """Stream this process's share of its log-probabilities."""
+
+    def nearest(self, k: int) -> torch.Tensor:
+        """Give the `k` nearest neighbours of each example."""
+
+
+@dataclass
+class LevelPlan:
+    """Say what one level (or one round of it) trains on.
+
+    Args:
+        level (`int`):
+            Level, from 0.
+        round (`int`):
+            Round within the level, from 0.
+        assigned_teacher (`np.ndarray` of shape `(num_examples,)`):
+            Who speaks for each example, a position in `pool.source_names`; -1 for nobody.
+        labels (`np.ndarray` of shape `(num_examples,)`):
+            Hard pseudolabels; -1 where there is none.
+        keep_mask (`np.ndarray` of shape `(num_examples,)`, bool):
+            What is trained on.
+        metrics (`dict[str, float]`):
+            Numbers for the log.
+        relabelled (`np.ndarray` of shape `(num_examples,)`, *optional*):
+            The student's own label of rejected examples that are trained on with it; -1 for all others. These have it
+            in `labels` too, and are in `keep_mask`.
+    """
+
+    level: int
+    round: int
+    assigned_teacher: np.ndarray
+    labels: np.ndarray
+    keep_mask: np.ndarray
+    metrics: dict[str, float]
+    relabelled: np.ndarray | None = None
+
+    @property
+    def keep_rate(self) -> float:
+        """`float`: Kept share of the examples that have a pseudolabel, 0 to 1."""
+        return int(self.keep_mask.sum()) / max(int((self.labels >= 0).sum()), 1)
+
+
+def plan_level(
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    previous: np.ndarray,
+    student_chunks: StudentChunks | None = None,
+    *,
+    round: int = 0,
+    chosen: torch.Tensor | None = None,
+    assign_func: AssignFunction | None = None,
+    keep_func: KeepFunction | None = None,
+    sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> LevelPlan:
+    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level).
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        level (`int`):
+            Level, from 0.
+        args (`CoSupervisedConfig`):
+            Assignment and rejection.
+        previous (`np.ndarray` of shape `(num_examples,)`):
+            `assigned_teacher` of the level above; all -1 at the root.
+        student_chunks (`Iterable[tuple[slice, torch.Tensor]]`, *optional*):
+            Consecutive rows and the student's log-probabilities `(rows, num_labels)` on them; this process's share.
+            Not needed at the root, where there is no student to ask.
+        round (`int`, *optional*, defaults to 0):
+            Round within the level.
+        chosen (`torch.LongTensor` of shape `(num_examples,)`, *optional*):
+            What [`assign_by_neighbors`] gave, in place of the level's own assignment.
+        assign_func (`Callable`, *optional*):
+            Below the root in place of the level's own assignment, a chunk of rows at a time: see [`AssignFunction`].
+        keep_func (`Callable`, *optional*):
+            Below the root in place of the rejection, a chunk of rows at a time: see [`KeepFunction`].
+        sum_over_processes (`Callable`, *optional*):
+            Adds an array up over all processes, each of which has filled its own rows only.
+
+    Returns:
+        `LevelPlan`
+
+    Raises:
+        ValueError: If no example is left to train on, or a function gives what cannot be.
+
+    Source:
+        arXiv 2402.15505, released code; see [`assignment`] and [`consistency`] for what is ours.
+    """
+    chunks: Iterable[tuple[slice, torch.Tensor | None]]
+    # Not `or`: a process whose share is empty has no chunks, which is not the same as having no student.
+    chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
+    planned = []
+    for part, log_probs in chunks:
+        _check_numbers(level, part, log_probs)
+        answers = LevelAnswers(pool, level, part)
+        parent = torch.from_numpy(np.asarray(previous[part], dtype=np.int64))
+        # Assign: the level's own rule, or one of the user's, or what was chosen over neighbours before.
+        if assign_func is not None and log_probs is not None:
+            own = in_hierarchy(answers, assign_by_function(answers, log_probs, assign_func))
+        elif chosen is not None:
+            own = in_hierarchy(answers, chosen[part])
+        else:
+            own = assign(answers, args, log_probs)
+        # Where nobody of this level answers, who spoke at the level above goes on speaking.
+        planned.append((part, judge(answers, args, fall_back(own, parent), parent, log_probs, keep_func)))
+    # Reject: some tests rank an example among all, so they wait until every process has told of its share.
+    rows = PlannedRows.concatenate(planned, len(pool), sum_over_processes)
+    has_label = rows.labels >= 0
+    if not has_label.any():
+        raise ValueError(
+            f"No teacher up to level {level} answered any of the {len(pool)} examples. Check their labels."
+        )
+    keep_mask = has_label & (rows.passes_parent > 0)
+    if level > 0:
+        keep_mask &= _select(rows, args, has_label) if keep_func is None else rows.passes_others > 0
+    relabelled = None
+    if level > 0 and args.relabel_above is not None:
+        sure = has_label & ~keep_mask & (rows.student_confidence >= args.relabel_above)
+        relabelled = np.where(sure, rows.student_labels, -1)
+        keep_mask |= sure
+        rows.labels = np.where(sure, rows.student_labels, rows.labels)
+    if not keep_mask.any():
+        raise ValueError(
+            f"Level {level} must keep at least one example, got none of {int(has_label.sum())}: student and teachers "
+            f"never agree under `rejection` {args.rejection}. Use 'none', a larger `rejection_k`, or better teachers."
+            if keep_func is None
+            else f"`keep_func` must keep at least one example of level {level}, got none of {int(has_label.sum())}."
+        )
+    plan = LevelPlan(level, round, rows.assigned, rows.labels, keep_mask, {}, relabelled)
+    plan.metrics = _describe(pool, plan, rows, level > 0)
+    return plan
+
+
+def plan_by_student(
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    previous: np.ndarray,
+    student: AskedStudent,
+    sum_over_processes: Callable[[np.ndarray], np.ndarray],
+    *,
+    round: int = 0,
+    assign_func: AssignFunction | None = None,
+    keep_func: KeepFunction | None = None,
+) -> LevelPlan:
+    """Plan a level below the root: ask the student, and where it is wanted the neighbours of each example too.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        level (`int`):
+            Level, from 1.
+        args (`CoSupervisedConfig`):
+            Assignment and rejection.
+        previous (`np.ndarray` of shape `(num_examples,)`):
+            `assigned_teacher` of the level above.
+        student (`Student`):
+            That of the level above.
+        sum_over_processes (`Callable`):
+            See [`plan_level`].
+        round (`int`, *optional*, defaults to 0):
+            Round within the level.
+        assign_func (`Callable`, *optional*):
+            See [`plan_level`].
+        keep_func (`Callable`, *optional*):
+            See [`plan_level`].
+
+    Returns:
+        `LevelPlan`
+
+    Raises:
+        ValueError: See [`plan_level`].
+    """
+    chosen = None
+    if args.agreement_neighbors and assign_func is None and level_assignment(args, level) == "agreement":
+        near = student.nearest(args.agreement_neighbors)
+        chosen = assign_by_neighbors(pool, level, args, student.judge_examples(), near, sum_over_processes)
+    return plan_level(
+        pool,
+        level,
+        args,
+        previous,
+        student.judge_examples(),
+        round=round,
+        chosen=chosen,
+        assign_func=assign_func,
+        keep_func=keep_func,
+        sum_over_processes=sum_over_processes,
+    )
+
+
+def _check_numbers(level: int, part: slice, log_probs: torch.Tensor | None) -> None:
+    if log_probs is not None and torch.isnan(log_probs.sum()):
+        raise ValueError(
+            f"The student's predictions must be numbers, got NaN in rows {part.start}..{part.stop - 1} before level "
+            f"{level}: its training diverged. Lower `learning_rate`, or set `max_grad_norm`."
+        )
+
+
+def _select(rows: PlannedRows, args: CoSupervisedConfig, has_label: np.ndarray) -> np.ndarray:
+    """What of the examples with a pseudolabel passes the tests that need the student, or all of the examples."""
+    keep = has_label & (rows.passes_others > 0)
+    if "top_k" in args.rejection:
+        losses, agrees = torch.from_numpy(rows.losses), torch.from_numpy(rows.in_student_top_k > 0)
+        keep &= select_consistent(losses, agrees, torch.from_numpy(has_label), args.rejection_rule).numpy()
+    if "student_entropy" in args.rejection:
+        num_keep = max(round(args.rejection_share * int(has_label.sum())), 1)
+        entropy = torch.from_numpy(rows.student_entropy)
+        keep &= select_by_loss_rank(entropy, num_keep, torch.from_numpy(has_label)).numpy()
+    if "vote_entropy" in args.rejection:
+        keep &= rows.vote_entropy <= np.median(rows.vote_entropy[has_label])
+    return keep
+
+
+def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: PlannedRows, has_student: bool) -> dict[str, float]:
+    """Sum a level up in numbers under stable keys."""
+    has_label = plan.labels >= 0
+    num_labelled = int(has_label.sum())
+    used = np.bincount(plan.assigned_teacher[has_label], minlength=len(pool.source_names)).tolist()
+    shown = [pool.hierarchy.names[index] for index in pool.hierarchy.level_indices(plan.level)]
+    if used[len(pool.hierarchy.teachers) + plan.level]:  # the ensemble speaks in their place
+        shown = []
+    metrics = {
+        f"assignment/{name}": count / num_labelled
+        for name, count in zip(pool.source_names, used)
+        if count or name in shown
+    }
+    metrics["consistency/keep_rate"] = plan.keep_rate
+    metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
+    if has_student:
+        metrics["assignment/agreement"] = agreement(rows.student_labels[has_label], plan.labels[has_label])
+        metrics["consistency/top_k_agreement"] = float((rows.in_student_top_k[has_label] > 0).mean())
+    return metrics | _describe_oracle(pool, plan)
+
+
+def _describe_oracle(pool: PseudolabelPool, plan: LevelPlan) -> dict[str, float]:
+    """Numbers that need ground truth, where the pool has it; none of them flows back into training."""
+    oracle_labels = pool.oracle_labels
+    if oracle_labels is None:
+        return {}
+    metrics = {f"oracle_selection/{name}": value for name, value in
+               oracle_selection(plan.keep_mask, plan.labels, oracle_labels).items()}  # fmt: skip
+    has_label = plan.labels >= 0
+    metrics["oracle_pseudolabels/accuracy"] = agreement(plan.labels[has_label], oracle_labels[has_label])
+    scopes = pool.hierarchy.scope_mask(plan.level)
+    if len(scopes) > 1 and not scopes.all():
+        inside = plan.assigned_teacher - pool.hierarchy.level_indices(plan.level)[0]
+        own = (inside >= 0) & (inside < len(scopes))
+        if own.any():
+            metrics["oracle_assignment/accuracy"] = float(scopes.numpy()[inside[own], oracle_labels[own]].mean())
+    return metrics

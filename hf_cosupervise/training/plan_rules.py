@@ -1,0 +1,485 @@
+"""The rules by which one chunk of a level is planned: who speaks for each example, and which tests it passes.
+
+What the teachers say of a chunk is fetched once and handed on from rule to rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..method.aggregation import mean_probs
+from ..method.assignment import (
+    NOBODY,
+    agreement_scores,
+    assign_by_chance,
+    assign_by_domain,
+    assign_by_scope,
+    choose_lowest,
+    oracle_assign_by_domain,
+    oracle_assign_by_loss,
+    oracle_assign_by_scope,
+)
+from ..method.neighbors import mean_over_neighbors
+from ..method.rejection import (
+    default_top_k,
+    in_top_k,
+    parent_confident,
+    parent_topk,
+    pseudolabel_loss,
+    student_entropy,
+    vote_entropy,
+)
+from ..pool.pseudolabels import ORACLE_DOMAIN, PseudolabelPool
+from ..pool.top_k import decode_top_k, scale_top_k
+from .config import CoSupervisedConfig
+
+StudentChunks = Iterable[tuple[slice, torch.Tensor]]
+# A user's own assignment: from the student's log-probabilities `(rows, num_labels)`, the probabilities of the level's
+# teachers `(rows, num_teachers, num_labels)` and who answered `(rows, num_teachers)`, to positions in it `(rows,)`.
+AssignFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# A user's own rejection: from the student's log-probabilities and the pseudolabels, `(rows, num_labels)` both, to what
+# is kept `(rows,)`.
+KeepFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def level_assignment(args: CoSupervisedConfig, level: int) -> str:
+    """Give the assignment of a level.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            `assignment` holds one name for all levels, or one per level.
+        level (`int`):
+            Level, from 0.
+
+    Returns:
+        `str`
+    """
+    return args.assignment[0] if len(args.assignment) == 1 else args.assignment[level]
+
+
+# ── what is known of a chunk ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class LevelAnswers:
+    """What the teachers say of one chunk of rows: the pool is asked once for each teacher, when it is first needed.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say of all rows.
+        level (`int`):
+            The level that is planned. Teachers above it may be asked too: examples fall back to them.
+        rows (`slice`):
+            The chunk.
+    """
+
+    def __init__(self, pool: PseudolabelPool, level: int, rows: slice) -> None:
+        self.pool, self.level, self.rows = pool, level, rows
+        self.indices = pool.hierarchy.level_indices(level)
+        self._stored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._decoded: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    @cached_property
+    def answered(self) -> torch.Tensor:
+        """`torch.BoolTensor` of shape `(num_rows, num_teachers)`: Which teachers of the level answered."""
+        return self._who_answered(self.indices)
+
+    @property
+    def probs(self) -> torch.Tensor:
+        """`torch.Tensor` of shape `(num_rows, num_teachers, num_labels)`: What the level's teachers say."""
+        return self._probs(self.indices, slice(None))
+
+    @property
+    def top_k(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`tuple`: What [`PseudolabelPool.sparse_level`] gives of the level's teachers."""
+        stored = [self._fetch(index) for index in self.indices]
+        label_ids = np.stack([ids for ids, _ in stored], axis=1).astype(np.int64)
+        scaled = [scale_top_k(probs, self.pool.hierarchy.num_labels) for _, probs in stored]
+        probs, rest = (np.stack(parts, axis=1) for parts in zip(*scaled))
+        return torch.from_numpy(label_ids), torch.from_numpy(probs), torch.from_numpy(rest)
+
+    @property
+    def votes(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(num_rows, num_teachers)`: Hard labels of the teachers of all levels."""
+        return torch.from_numpy(np.stack([self._first(i) for i in range(len(self.pool.hierarchy.names))], axis=1))
+
+    def hard_labels(self, sources: np.ndarray) -> np.ndarray:
+        """Give the most probable label of each row by whoever speaks for it, see `PseudolabelPool.hard_pseudolabels`.
+
+        Args:
+            sources (`np.ndarray` of shape `(num_rows,)`):
+                Positions in `pool.source_names`, -1 for nobody.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows,)`, int64; -1 where there is no answer.
+        """
+        if (sources >= len(self.pool.hierarchy.names)).any():  # an ensemble's best label is known of its mean only
+            probs = self.pseudolabels(sources)
+            return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
+        labels = np.full(len(self), -1, dtype=np.int64)
+        for source in np.unique(sources[sources != NOBODY]).tolist():
+            here = sources == source
+            labels[here] = self._first(source)[here]
+        return labels
+
+    def pseudolabels(self, sources: np.ndarray) -> np.ndarray:
+        """Give the probabilities of whoever speaks for each row, see [`PseudolabelPool.pseudolabels`].
+
+        Args:
+            sources (`np.ndarray` of shape `(num_rows,)`):
+                Positions in `pool.source_names`, -1 for nobody.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows, num_labels)`, float32; all zero where nobody speaks.
+        """
+        hierarchy = self.pool.hierarchy
+        probs = np.zeros((len(self), hierarchy.num_labels), dtype=np.float32)
+        for source in np.unique(sources[sources != NOBODY]).tolist():
+            here = np.flatnonzero(sources == source)
+            if source < len(hierarchy.names):
+                probs[here] = self._decode(source)[here]
+            else:
+                indices = hierarchy.level_indices(source - len(hierarchy.names))
+                probs[here] = mean_probs(self._probs(indices, here), self._who_answered(indices)[here]).numpy()
+        return probs
+
+    def _fetch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index not in self._stored:
+            self._stored[index] = self.pool.stored(self.pool.hierarchy.names[index], self.rows)
+        return self._stored[index]
+
+    def _decode(self, index: int) -> np.ndarray:
+        if index not in self._decoded:
+            self._decoded[index] = decode_top_k(*self._fetch(index), self.pool.hierarchy.num_labels)
+        return self._decoded[index]
+
+    def _first(self, index: int) -> np.ndarray:
+        """A teacher's own best label, which is stored first: float16 may have made two of them equal."""
+        label_ids, probs = self._fetch(index)
+        return np.where(probs[:, 0] > 0, label_ids[:, 0].astype(np.int64), -1)
+
+    def _probs(self, indices: Sequence[int], rows: np.ndarray | slice) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self._decode(index)[rows] for index in indices], axis=1))
+
+    def _who_answered(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self._fetch(index)[1][:, 0] > 0 for index in indices], axis=1))
+
+
+def _remembered(kind: type) -> Any:
+    """A number per example; 0 where no rule needs it. Kinds are small: they are kept for the whole pool."""
+    return field(default_factory=lambda: np.zeros((), dtype=kind), metadata={"kind": kind})
+
+
+@dataclass
+class PlannedRows:
+    """The few numbers remembered of each example, of a chunk or of all chunks together.
+
+    Args:
+        assigned (`np.ndarray` of shape `(num_rows,)`, and so are the others): Who speaks; -1 for nobody.
+        labels (`np.ndarray`): Hard pseudolabels; -1 without one.
+        losses (`np.ndarray`): The student's loss on them.
+        in_student_top_k (`np.ndarray`): Whether they are among the student's k most probable ones.
+        passes_parent (`np.ndarray`): Whether they agree with the level above.
+        passes_others (`np.ndarray`): Whether they pass all tests that need no other example.
+        student_labels (`np.ndarray`): The student's most probable label.
+        student_entropy (`np.ndarray`): How unsure it is.
+        student_confidence (`np.ndarray`): How sure it is of that label.
+        vote_entropy (`np.ndarray`): How much the teachers differ.
+    """
+
+    assigned: np.ndarray = _remembered(np.int32)
+    labels: np.ndarray = _remembered(np.int32)
+    losses: np.ndarray = _remembered(np.float32)
+    in_student_top_k: np.ndarray = _remembered(np.int8)
+    passes_parent: np.ndarray = _remembered(np.int8)
+    passes_others: np.ndarray = _remembered(np.int8)
+    student_labels: np.ndarray = _remembered(np.int32)
+    student_entropy: np.ndarray = _remembered(np.float32)
+    student_confidence: np.ndarray = _remembered(np.float32)
+    vote_entropy: np.ndarray = _remembered(np.float32)
+
+    @classmethod
+    def concatenate(
+        cls,
+        chunks: Sequence[tuple[slice, PlannedRows]],
+        num_examples: int,
+        sum_over_processes: Callable[[np.ndarray], np.ndarray],
+    ) -> PlannedRows:
+        """Put this process's chunks in their places, and those of the others.
+
+        Args:
+            chunks (`Sequence[tuple[slice, PlannedRows]]`):
+                Rows and what is remembered of them.
+            num_examples (`int`):
+                Number of rows of the pool.
+            sum_over_processes (`Callable`):
+                Adds an array up over all processes; what one has not filled is 0 there.
+
+        Returns:
+            `PlannedRows`: Of all rows.
+        """
+        columns = {}
+        for item in fields(cls):
+            whole = np.zeros(num_examples, dtype=item.metadata["kind"])
+            for part, rows in chunks:
+                whole[part] = getattr(rows, item.name)
+            columns[item.name] = sum_over_processes(whole)
+        return cls(**columns)
+
+
+# ── who speaks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def assign(answers: LevelAnswers, args: CoSupervisedConfig, log_probs: torch.Tensor | None) -> torch.Tensor:
+    """Say who of a level speaks for each row of a chunk, before anybody falls back.
+
+    Args:
+        answers (`LevelAnswers`):
+            What the teachers say.
+        args (`CoSupervisedConfig`):
+            `assignment` and its parameters.
+        log_probs (`torch.Tensor` of shape `(num_rows, num_labels)`, *optional*):
+            What the student of the level above says; the root has none.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_rows,)`: positions in `pool.source_names`, -1 for nobody.
+
+    Raises:
+        ValueError: If the assignment needs a student or a column that is not there.
+    """
+    level, indices, method = answers.level, answers.indices, level_assignment(args, answers.level)
+    if method == "ensemble" and len(indices) > 1:
+        return torch.where(answers.answered.any(dim=1), len(answers.pool.hierarchy.teachers) + level, NOBODY)
+    if level == 0 and len(indices) > 1:
+        raise ValueError(f"A root level of several teachers needs the assignment 'ensemble', got {method!r}.")
+    if level == 0 or len(indices) == 1 and method == "ensemble":
+        return torch.where(answers.answered[:, 0], indices[0], NOBODY)
+    if log_probs is None:
+        raise ValueError(f"Level {level} is assigned by the student of the level above: give its `student_chunks`.")
+    return in_hierarchy(answers, _assign_inside(answers, args, method, log_probs))
+
+
+def in_hierarchy(answers: LevelAnswers, inside: torch.Tensor) -> torch.Tensor:
+    """Turn positions within a level into positions in the hierarchy.
+
+    Args:
+        answers (`LevelAnswers`):
+            Of the level.
+        inside (`torch.LongTensor` of shape `(num_rows,)`):
+            Positions in the level, -1 for nobody.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_rows,)`: positions in `pool.source_names`, -1 for nobody.
+    """
+    return torch.where(inside == NOBODY, NOBODY, inside + answers.indices[0])
+
+
+def _assign_inside(
+    answers: LevelAnswers, args: CoSupervisedConfig, method: str, log_probs: torch.Tensor
+) -> torch.Tensor:
+    """Positions within the level by each method that asks the student, or ground truth for an upper bound."""
+    pool, level, answered = answers.pool, answers.level, answers.answered
+    if method == "scope":
+        student_labels = torch.from_numpy(log_probs.numpy().argmax(axis=1))
+        return assign_by_scope(student_labels, pool.hierarchy.scope_mask(level), answered)
+    if method == "agreement":
+        return choose_lowest(_agreement_scores(answers, args, log_probs), answered)
+    if method == "random":
+        # By chunk, which is cut alike for any number of processes.
+        seed = np.random.SeedSequence([int(args.data_seed or 0), level, answers.rows.start]).generate_state(1)[0]
+        return assign_by_chance(answered, torch.Generator().manual_seed(int(seed)))
+    domains = [teacher.domains for teacher in pool.hierarchy.levels[level]]
+    if method == "metadata":
+        return assign_by_domain(_texts(answers, str(args.metadata_column)), domains, answered)
+    if method == "oracle_domain":
+        return oracle_assign_by_domain(_texts(answers, ORACLE_DOMAIN), domains, answered)
+    if pool.oracle_labels is None:
+        raise ValueError("Oracle assignment needs `oracle_label` in the pool. Build it with `oracle_column`.")
+    oracle_labels = torch.from_numpy(pool.oracle_labels[answers.rows])
+    if method == "oracle_scope":
+        return oracle_assign_by_scope(oracle_labels, pool.hierarchy.scope_mask(level), answered)
+    return oracle_assign_by_loss(oracle_labels, answers.probs, answered)
+
+
+def _texts(answers: LevelAnswers, column: str) -> list[str]:
+    return [str(value) for value in answers.pool.column(column, answers.rows)]
+
+
+def _agreement_scores(answers: LevelAnswers, args: CoSupervisedConfig, log_probs: torch.Tensor) -> torch.Tensor:
+    """How far each teacher of a level is from the student, `(num_rows, num_teachers)`."""
+    rule, min_prob = args.agreement_rule, args.agreement_min_prob
+    if not answers.pool.has_one_k:  # rows of unequal length do not fit into one array
+        return agreement_scores(log_probs, answers.probs, rule, min_prob)
+    ids, probs, rest = answers.top_k
+    return agreement_scores(log_probs, probs, rule, min_prob, label_ids=ids, rest_probs=rest)
+
+
+def assign_by_neighbors(
+    pool: PseudolabelPool,
+    level: int,
+    args: CoSupervisedConfig,
+    student_chunks: StudentChunks,
+    neighbors: torch.Tensor,
+    sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> torch.Tensor:
+    """Choose the teacher that the student agrees with most on an example and on those next to it.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        level (`int`):
+            Level, from 1.
+        args (`CoSupervisedConfig`):
+            `agreement_rule` and `agreement_min_prob`.
+        student_chunks (`Iterable[tuple[slice, torch.Tensor]]`):
+            See [`plan_level`].
+        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
+            What [`nearest_neighbors`] gives for the pool.
+        sum_over_processes (`Callable`, *optional*):
+            See [`plan_level`].
+
+    Returns:
+        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1 where none of
+        its teachers answered the example.
+
+    Source:
+        Ours: [`agreement_scores`] averaged by [`mean_over_neighbors`].
+    """
+    # All scores are needed before the first mean: neighbours lie anywhere in the pool.
+    shape = len(pool), len(pool.hierarchy.level_indices(level))
+    scores, answered = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int8)
+    for part, log_probs in student_chunks:
+        answers = LevelAnswers(pool, level, part)
+        scores[part], answered[part] = _agreement_scores(answers, args, log_probs), answers.answered
+    whole = torch.from_numpy(sum_over_processes(answered) > 0)
+    smoothed = mean_over_neighbors(torch.from_numpy(sum_over_processes(scores)), neighbors, whole)
+    return choose_lowest(smoothed, whole)
+
+
+def assign_by_function(answers: LevelAnswers, log_probs: torch.Tensor, function: AssignFunction) -> torch.Tensor:
+    """Ask the user's own assignment, and see that who shall speak has something to say.
+
+    Args:
+        answers (`LevelAnswers`):
+            What the teachers say.
+        log_probs (`torch.Tensor` of shape `(num_rows, num_labels)`):
+            What the student says.
+        function (`Callable`):
+            See [`AssignFunction`].
+
+    Returns:
+        `torch.LongTensor` of shape `(num_rows,)`: positions in the level, -1 for nobody.
+
+    Raises:
+        ValueError: If the function gives what cannot be.
+    """
+    answered, part = answers.answered, answers.rows
+    # A function may write into what it is given; the next rule must not see that.
+    found = function(log_probs, answers.probs, answered.clone())
+    chosen, num_teachers = _check_function("assign_func", found, part, torch.long), answered.shape[1]
+    if len(chosen) and not -1 <= int(chosen.min()) <= int(chosen.max()) < num_teachers:
+        raise ValueError(
+            f"`assign_func` must give positions of level {answers.level}, 0..{num_teachers - 1}, or -1 for nobody, "
+            f"got {int(chosen.min())}..{int(chosen.max())}."
+        )
+    silent = (chosen != NOBODY) & ~answered.gather(1, chosen.clamp(min=0).unsqueeze(1)).squeeze(1)
+    if silent.any():
+        raise ValueError(
+            f"`assign_func` must choose teachers that answered, got {int(silent.sum())} of {len(chosen)} rows without "
+            f"an answer, row {part.start + int(silent.nonzero()[0])} first. Look at its third argument, or give -1."
+        )
+    return chosen
+
+
+def _check_function(name: str, found: object, part: slice, dtype: torch.dtype) -> torch.Tensor:
+    """What a user's function gave, if it can be used."""
+    shape, kind = (part.stop - part.start,), "booleans" if dtype is torch.bool else "integers"
+    if not isinstance(found, torch.Tensor) or found.shape != shape or found.dtype is not dtype:
+        given = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"`{name}` must give a tensor of {kind} ({dtype}) of shape {shape}, got {given}.")
+    return found.cpu()
+
+
+# ── what is kept ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge(
+    answers: LevelAnswers,
+    args: CoSupervisedConfig,
+    assigned: torch.Tensor,
+    parent: torch.Tensor,
+    log_probs: torch.Tensor | None,
+    keep_func: KeepFunction | None = None,
+) -> PlannedRows:
+    """Compare the pseudolabels of a chunk with the student and with the level above.
+
+    Args:
+        answers (`LevelAnswers`):
+            What the teachers say.
+        args (`CoSupervisedConfig`):
+            `rejection` and its parameters.
+        assigned (`torch.LongTensor` of shape `(num_rows,)`):
+            Who speaks, positions in `pool.source_names`; -1 for nobody.
+        parent (`torch.LongTensor` of shape `(num_rows,)`):
+            Who spoke at the level above.
+        log_probs (`torch.Tensor` of shape `(num_rows, num_labels)`, *optional*):
+            What the student of the level above says; the root has none.
+        keep_func (`Callable`, *optional*):
+            In place of the tests: see [`KeepFunction`].
+
+    Returns:
+        `PlannedRows`: Of the chunk. Tests that compare examples with each other are made of all chunks together.
+    """
+    sources = assigned.numpy()
+    rows = PlannedRows(sources, answers.hard_labels(sources), passes_parent=np.array(1))
+    if log_probs is None:
+        return rows  # at the root there is nobody to disagree with
+    labels = torch.from_numpy(rows.labels).clamp(min=0)
+    k = args.rejection_k or default_top_k(answers.pool.hierarchy.num_labels)
+    rows.losses = pseudolabel_loss(log_probs, labels).numpy()
+    rows.in_student_top_k = in_top_k(log_probs, labels, k).numpy()
+    rows.student_labels = log_probs.numpy().argmax(axis=1)  # numpy promises ties to the first
+    rows.passes_others = np.array(1)
+    if args.relabel_above is not None:
+        rows.student_confidence = log_probs.max(dim=1).values.exp().numpy()
+    if keep_func is not None:
+        found = keep_func(log_probs, torch.from_numpy(answers.pseudolabels(sources)))
+        rows.passes_others = _check_function("keep_func", found, answers.rows, torch.bool).numpy()
+        return rows
+    if "student_entropy" in args.rejection:
+        rows.student_entropy = student_entropy(log_probs).numpy()
+    if "confidence_window" in args.rejection:
+        confidence = answers.pseudolabels(sources).max(axis=1)
+        rows.passes_others = (args.rejection_window[0] <= confidence) & (confidence <= args.rejection_window[1])
+    if "vote_entropy" in args.rejection:
+        rows.vote_entropy = vote_entropy(answers.votes, answers.pool.hierarchy.num_labels).numpy()
+    if {"parent_topk", "parent_confident"} & set(args.rejection):
+        own, above = (torch.from_numpy(answers.pseudolabels(who.numpy())) for who in (assigned, parent))
+        rows.passes_parent = _passes_parent(args, k, labels, own.max(dim=1).values, parent, above).numpy()
+    return rows
+
+
+def _passes_parent(
+    args: CoSupervisedConfig,
+    k: int,
+    labels: torch.Tensor,
+    confidence: torch.Tensor,
+    parent: torch.Tensor,
+    parent_probs: torch.Tensor,
+) -> torch.Tensor:
+    """Check local against global; where nobody above has answered there is nothing to contradict."""
+    passes = torch.ones_like(labels, dtype=torch.bool)
+    if "parent_topk" in args.rejection:
+        passes &= parent_topk(labels, parent_probs, k)
+    if "parent_confident" in args.rejection:
+        parent_labels = torch.from_numpy(parent_probs.numpy().argmax(axis=1))
+        passes &= parent_confident(labels, confidence, parent_labels, parent_probs.max(dim=1).values)
+    return passes | (parent == NOBODY)

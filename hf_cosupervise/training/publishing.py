@@ -1,0 +1,336 @@
+"""What a student's repository is told: the facts of its card and history, and one commit of all of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftModel
+
+from ..files import explain_full_disk, without_nan
+from ..hub.cards import model_card, write_card
+from ..hub.client import open_repo
+from ..pool.pseudolabels import PseudolabelPool
+from ..processes import Processes
+from ..students.publishing import export_student, push_student
+from .config import CoSupervisedConfig
+from .history import LevelHistory
+from .plan_rules import level_assignment
+from .run_folder import versions
+
+
+def name_functions(**functions: Any) -> dict[str, str]:
+    """Name the user's own functions.
+
+    Args:
+        functions (`Any`):
+            By argument; those that are `None` are left out.
+
+    Returns:
+        `dict[str, str]`
+    """
+    return {
+        name: getattr(function, "__name__", type(function).__name__)
+        for name, function in functions.items()
+        if function is not None
+    }
+
+
+def describe_run(student: dict[str, Any], pool: PseudolabelPool, num_processes: int) -> dict[str, Any]:
+    """Tell what a run is made of, at the commits that everything was pinned to; folders are nobody's business.
+
+    Args:
+        student (`dict[str, Any]`):
+            What [`load_pinned_student`] told; empty for a model object.
+        pool (`PseudolabelPool`):
+            The pool.
+        num_processes (`int`):
+            How many train.
+
+    Returns:
+        `dict[str, Any]`: JSON values.
+    """
+    return {
+        "num_processes": num_processes,
+        "student": student,
+        "teachers": [describe_teacher(pool, name) for name in pool.hierarchy.names],
+        "pool": {} if pool.repo_id is None else {"repo_id": pool.repo_id, "commit": pool.commit},
+        "source": dict(pool.source or {}),
+    }
+
+
+def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
+    """Tell which weights spoke for a teacher, as cards and histories show it.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The pool.
+        name (`str`):
+            Name of a teacher.
+
+    Returns:
+        `dict[str, Any]`: `name`, `level`, `model` (a Hub id or a column; `None` for a folder of this machine),
+        `revision` (as it was asked for) and `commit`, where they are known.
+    """
+    teacher = pool.hierarchy.teachers[pool.hierarchy.index(name)]
+    return {
+        "name": name, "level": teacher.level, "model": pool.published_model(teacher), "revision": teacher.revision,
+        "commit": pool.facts.get(name, {}).get("commit"),
+    }  # fmt: skip
+
+
+def student_facts(
+    args: CoSupervisedConfig,
+    pool: PseudolabelPool,
+    history: LevelHistory,
+    functions: Mapping[str, str],
+    hub_model_id: str | None,
+    model: Any,
+    is_text: bool,
+) -> dict[str, Any]:
+    """Gather what is known of a trained student for its card; folders of this machine are nobody's business.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            How it was trained.
+        pool (`PseudolabelPool`):
+            What it was trained on.
+        history (`LevelHistory`):
+            What the run is made of, and its levels.
+        functions (`Mapping[str, str]`):
+            What [`name_functions`] gave.
+        hub_model_id (`str`, *optional*):
+            Its repository.
+        model (`PreTrainedModel` or `PeftModel`):
+            The student.
+        is_text (`bool`):
+            Whether it reads texts, not images.
+
+    Returns:
+        `dict[str, Any]`: See [`model_card`].
+    """
+    run, student = history.run, history.run["student"]
+    return {
+        "name": str(hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1],
+        "hub_model_id": hub_model_id or args.hub_model_id,
+        "hub_branch": args.hub_revision,
+        "modality": "text" if is_text else "image",
+        "library_name": "timm" if model.config.model_type == "timm_wrapper" else "transformers",
+        "has_adapter": isinstance(model, PeftModel),
+        "base_model": student.get("model"),
+        "base_model_revision": student.get("revision"),
+        "base_model_commit": student.get("commit"),
+        "student_training": args.student_training,
+        "labels": list(pool.labels),
+        "num_examples": len(pool),
+        "pool": run["pool"].get("repo_id"),
+        "pool_revision": run["pool"].get("commit"),
+        "datasets": [run["source"]["dataset"]] if "dataset" in run["source"] else [],
+        "teachers": [
+            {**teacher.to_dict(), **known} for teacher, known in zip(pool.hierarchy.teachers, run["teachers"])
+        ],
+        "levels": [_level_facts(args, pool, record, functions) for record in history.records],
+        "hyperparameters": args.changed_arguments() | dict(functions),
+        "versions": versions(),
+    }
+
+
+def _level_facts(
+    args: CoSupervisedConfig, pool: PseudolabelPool, record: Mapping[str, Any], functions: Mapping[str, str]
+) -> dict[str, Any]:
+    level, keys = record["level"], {name: f"assignment/{name}" for name in pool.source_names}
+    method = level_assignment(args, level)
+    return {
+        "level": level,
+        "assignment": functions.get("assign_func", method) if level else method,  # the root has nothing to assign by
+        "keep_rate": record["consistency/keep_rate"],
+        "num_kept": record["consistency/num_kept"],
+        "teachers": {name: record[key] for name, key in keys.items() if key in record},
+    }
+
+
+def make_card(
+    folder: str,
+    facts: dict[str, Any],
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+    *,
+    report: Mapping[str, Any] | None = None,
+    figure: str | None = None,
+    branch: str | None = None,
+) -> None:
+    """Write a model card of what is known; one that was edited by hand is kept, and this one is merged into it.
+
+    Args:
+        folder (`str`):
+            Where to write.
+        facts (`dict[str, Any]`):
+            What [`student_facts`] gave.
+        language (`str`, *optional*):
+            Language of the model's texts.
+        license (`str`, *optional*):
+            Licence of the model; left out where it is not given.
+        tags (`str` or `list[str]`, *optional*):
+            More tags.
+        model_name (`str`, *optional*):
+            Title of the card. Defaults to the name of the output folder.
+        finetuned_from (`str`, *optional*):
+            The pre-trained student. Defaults to what the model was loaded from, where that is on the Hub.
+        tasks (`str` or `list[str]`, *optional*):
+            Not used: the pool tells the task.
+        dataset_tags (`str` or `list[str]`, *optional*):
+            Hub ids of the unlabelled data.
+        dataset (`str` or `list[str]`, *optional*):
+            What the report was measured on.
+        dataset_args (`str` or `list[str]`, *optional*):
+            Its split.
+        report (`Mapping[str, Any]`, *optional*):
+            What [`~evaluation.merge_reports`] gave: accuracies and PGR of the methods, with seeds and levels.
+        figure (`str`, *optional*):
+            Name of a picture in the folder, `pgr.png` or `teacher_shares.png`.
+        branch (`str`, *optional*):
+            Where the student is pushed to, if not to the main branch.
+    """
+    given = {
+        "language": language,
+        "license": license,
+        "tags": _as_list(tags),
+        "report": report,
+        "figure": figure,
+        "hub_branch": branch or facts["hub_branch"],
+        "dataset_name": next(iter(_as_list(dataset)), None),
+        "dataset_split": next(iter(_as_list(dataset_args)), None),
+    }
+    facts = facts | given
+    facts["datasets"] = list(dict.fromkeys([*facts["datasets"], *_as_list(dataset_tags)]))
+    facts["name"] = model_name or facts["name"]
+    facts["base_model"] = finetuned_from or facts["base_model"]
+    write_card(model_card(facts), folder)
+
+
+def open_student_repo(
+    args: CoSupervisedConfig, processes: Processes, *, token: str | None = None, private: bool | None = None
+) -> str:
+    """Make the model repository where there is none, and see that the token may write, before any work.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            `hub_model_id`, by default the name of `output_dir`; `hub_private_repo` and `hub_token`.
+        processes (`Processes`):
+            All must call this.
+        token (`str`, *optional*):
+            Instead of `hub_token`, which defaults to that of the environment.
+        private (`bool`, *optional*):
+            Whether a new repository is private. Defaults to `hub_private_repo`.
+
+    Returns:
+        `str`: Its id.
+
+    Raises:
+        OSError: If the Hub refuses it or cannot be reached.
+    """
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    private = args.hub_private_repo if private is None else private
+    token = token or args.hub_token
+    return processes.on_first(partial(open_repo, name, what="The student", private=private, token=token))
+
+
+def export(model: Any, folder: str, processing_class: Any, processes: Processes) -> None:
+    """Write the student as an ordinary model, by the first of all processes, see [`export_student`].
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The student.
+        folder (`str`):
+            Where to write.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
+            Saved beside it.
+        processes (`Processes`):
+            All must call this.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    with explain_full_disk(Path(folder), "Free some space and save it again: the trained levels are kept."):
+        processes.on_first(partial(export_student, model, folder, processing_class))
+
+
+def push(
+    folder: str,
+    repo_id: str,
+    history: LevelHistory,
+    write_card: Callable[[], None],
+    processes: Processes,
+    *,
+    message: str | None = None,
+    blocking: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+    report: Mapping[str, Any] | None = None,
+    figure: str | None = None,
+) -> CommitInfo | Future[CommitInfo] | None:
+    """Publish an exported student in one commit, by the first of all processes.
+
+    Args:
+        folder (`str`):
+            What [`export_student`] wrote.
+        repo_id (`str`):
+            The model repository, which exists.
+        history (`LevelHistory`):
+            Of this very student.
+        write_card (`Callable`):
+            Writes the card into the folder.
+        processes (`Processes`):
+            All must call this.
+        message (`str`, *optional*):
+            Title of the commit.
+        blocking (`bool`, *optional*, defaults to `True`):
+            Wait until it is there.
+        revision (`str`, *optional*):
+            Branch, made where it does not exist. Defaults to the main branch.
+        token (`str`, *optional*):
+            Instead of the token of the environment.
+        report (`Mapping[str, Any]`, *optional*):
+            What was measured.
+        figure (`str`, *optional*):
+            Name of a picture in the folder.
+
+    Returns:
+        `CommitInfo`, or a `Future` of it with `blocking=False`; `None` in the other processes.
+
+    Raises:
+        OSError: If the Hub refuses it or cannot be reached; the repository is then as it was.
+        RuntimeError: If somebody else pushed at the same moment.
+    """
+    story: dict[str, bytes | Path] = {"history.json": history.to_json().encode("utf-8")}
+    if report:
+        story["report.json"] = (json.dumps(without_nan(report), indent=2) + "\n").encode("utf-8")
+    if figure:
+        story[figure] = Path(folder, figure)
+    title = message or "Co-supervised student"
+    commit = partial(push_student, folder, repo_id, message=title, story=story, revision=revision, token=token)
+    pushed: list[CommitInfo | Future[CommitInfo]] = []
+
+    def publish() -> None:
+        write_card()
+        pushed.append(commit() if blocking else HfApi().run_as_future(commit))
+
+    # All of it in one process; the others must not wait for it where it fails.
+    processes.on_first(publish)
+    return pushed[0] if pushed else None
+
+
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

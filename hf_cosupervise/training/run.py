@@ -1,0 +1,454 @@
+"""One run, from its first stage to its last, over as many processes and crashes as it takes.
+
+A stage is a level, or a round of it. What is finished lies on disk; what is asked for is compared with how the run was
+begun; and the numbers of all stages become one story. Models are only dictionaries of tensors here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from transformers import TrainerState
+from transformers.trainer_utils import TrainOutput, speed_metrics
+
+from ..files import explain_full_disk, without_nan, write_text
+from ..pool.pseudolabels import PseudolabelPool
+from ..processes import Processes
+from .checkpointing import GO_ON, find_checkpoint, read_story
+from .config import CoSupervisedConfig, fields_without
+from .history import LevelHistory
+from .plan import LevelPlan
+from .run_folder import RunFolder, Stage, pool_digest, versions
+
+logger = get_logger(__name__)
+
+RUN_DIR = "_run"
+# What of the story is kept with each stage.
+_STORY = ("global_step", "epoch", "total_flos", "log_history")
+
+
+class TrainingRun:
+    """Go through the stages of a run, keep what is finished, and know what is not.
+
+    Args:
+        path (`pathlib.Path`):
+            Its folder, made when something is written.
+        args (`CoSupervisedConfig`):
+            Says how many rounds a level has.
+        num_levels (`int`):
+            Levels of the hierarchy.
+        facts (`dict[str, Any]`):
+            What the run is made of, as the history shows it.
+        processes (`Processes`, *optional*):
+            That work on it together. This one alone by default.
+        new_story (`Callable`, *optional*):
+            Makes the state that counts over all stages.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        args: CoSupervisedConfig,
+        num_levels: int,
+        facts: dict[str, Any],
+        processes: Processes | None = None,
+        new_story: Callable[[], TrainerState] = TrainerState,
+    ) -> None:
+        self.folder = RunFolder(path)
+        self.args, self.num_levels, self.processes = args, num_levels, processes or Processes(0, 1)
+        self.history = LevelHistory(path / "history.json", facts)
+        self.plans: list[LevelPlan] = []
+        self._new_story = new_story
+        self.story = new_story()
+        self._is_own = False  # whether what is in the folder was begun, or is gone on with, by this object
+        self._resuming = False  # whether the next stage may have been begun before, and cut off
+        self._started, self._outputs = time.time(), list[TrainOutput]()
+
+    @property
+    def path(self) -> Path:
+        """`pathlib.Path`: The folder."""
+        return self.folder.path
+
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    def num_rounds(self, level: int) -> int:
+        """Tell how often a level is trained.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+
+        Returns:
+            `int`
+        """
+        return self.args.rounds_per_level if level else 1  # the root has nothing to choose again
+
+    def stages(self) -> list[tuple[int, int]]:
+        """Give all levels and their rounds, in order.
+
+        Returns:
+            `list[tuple[int, int]]`
+        """
+        return [(level, number) for level in range(self.num_levels) for number in range(self.num_rounds(level))]
+
+    def unfinished(self) -> Iterator[tuple[int, int]]:
+        """Give what is still to be done. Each stage must be finished before the next one is asked for.
+
+        Returns:
+            `Iterator[tuple[int, int]]`: Levels and rounds.
+        """
+        for stage in self.stages()[len(self.history.records) :]:
+            yield stage
+            self._resuming = False  # only the first of them can have been cut off
+
+    def stage_dir(self, level: int, round: int) -> Path:
+        """Give the folder of a stage.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+            round (`int`):
+                Round, from 0.
+
+        Returns:
+            `pathlib.Path`
+        """
+        return self.folder.stage_dir(level, round, is_last=round == self.num_rounds(level) - 1)
+
+    def is_last(self, plan: LevelPlan) -> bool:
+        """Tell whether nothing comes after a stage.
+
+        Args:
+            plan (`LevelPlan`):
+                Of the stage.
+
+        Returns:
+            `bool`
+        """
+        return (plan.level, plan.round) == self.stages()[-1]
+
+    # --- begin, or go on ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def open(self, settings: Callable[[], Mapping[str, Any]], resume: bool) -> Iterator[Stage | None]:
+        """Begin the run, or go on with the one in this folder, and see that nobody else works there meanwhile.
+
+        Args:
+            settings (`Callable`):
+                Gives what must be the same for a run to be gone on with.
+            resume (`bool`):
+                Go on with what is there.
+
+        Returns:
+            `ContextManager[Stage | None]`: The last finished stage, `None` where there is none.
+
+        Raises:
+            FileExistsError: If the folder holds another run, or another process works there.
+            FileNotFoundError: If processes see different folders.
+            ValueError: If the run there was begun otherwise.
+        """
+        with self._only_one():
+            is_there = self._find(resume)
+            self.story, self.plans, self._resuming = self._new_story(), [], resume
+            last, facts = None, settings()
+            if resume and is_there:
+                self.processes.on_first(lambda: self._check(facts))
+                self._is_own = True
+                last = self._read_stages()
+            else:
+                self._begin(facts)
+            self._started, self._outputs = time.time(), []
+            yield last
+
+    def claim(self, settings: Callable[[], Mapping[str, Any]]) -> None:
+        """Begin the run of a notebook that goes from stage to stage by itself, at its first stage.
+
+        Args:
+            settings (`Callable`):
+                See [`open`].
+
+        Raises:
+            FileExistsError: If the folder holds another run.
+        """
+        if not self._is_own:
+            self._find(resume=False)
+            self._begin(settings())
+
+    @contextmanager
+    def _only_one(self) -> Iterator[None]:
+        """Lock the folder, by the first of all processes; all of them learn that it is taken."""
+        with ExitStack() as stack:
+            self.processes.on_first(lambda: None if stack.enter_context(self.folder.lock()) else None)
+            yield
+
+    def _find(self, resume: bool) -> bool:
+        """Tell whether a run is in this folder; one that is not gone on with must be this object's own."""
+        found = self.processes.on_first(lambda: self.history.path.is_file() or any(self.path.glob("level-*")))
+        if found and not resume and not self._is_own:
+            raise FileExistsError(
+                f"`output_dir` must not hold another run, got one in '{self.path}'. Choose another folder, delete "
+                "that one, or go on with `resume_from_checkpoint=True`."
+            )
+        return found
+
+    def _begin(self, facts: Mapping[str, Any]) -> None:
+        def begin() -> None:
+            with explain_full_disk(self.path, GO_ON):
+                self.history.clear()
+                self.folder.begin(facts)
+
+        self.history.records = []
+        self.processes.on_first(begin)
+        self._is_own = True
+
+    def _check(self, facts: Mapping[str, Any]) -> None:
+        """See that the run that was begun here is this one, of the same commit of a student of the Hub."""
+        try:
+            known, own = self.history.read().get("student", {}), self.history.run["student"]
+        except (ValueError, AttributeError) as error:  # stages are what counts, and tell all of it again
+            logger.warning(f"'{self.history.path}' cannot be read ({error}): it is written anew.")
+        else:
+            pinned = ("model", "commit", "base_commit")
+            if self.history.records and any(known.get(key) != own.get(key) for key in pinned):
+                raise ValueError(
+                    f"The run in '{self.path}' must go on with the student that it was begun with, {known}, got "
+                    f"{own}. Name its commit by `student_revision`, or choose another folder."
+                )
+        self.folder.check(facts)
+
+    def _read_stages(self) -> Stage | None:
+        """Read the finished stages of this folder back; gives the last of them."""
+        self.history.records = []
+        last = None
+        for level, number in self.stages():
+            stage = self.folder.load_stage(self.stage_dir(level, number))
+            if stage is None:
+                break  # what comes after it was made from another student
+            last = stage
+            self.plans = [*self.plans[:level], stage.plan]
+            self.history.records.append(stage.record)
+        self._check_same_everywhere(len(self.history.records))
+        num_processes = self.processes.on_first(self._repair_history)
+        if len(self.history.records) == len(self.stages()):  # whoever publishes it has not trained it
+            self.history.run["num_processes"] = num_processes
+        for name, value in last.story.items() if last is not None else ():
+            setattr(self.story, name, value)
+        return last
+
+    def _check_same_everywhere(self, finished: int) -> None:
+        """See that all processes read the same stages: they would wait for each other forever."""
+        counts = self.processes.gather(torch.tensor(finished)).tolist()
+        if len(set(counts)) > 1:
+            raise FileNotFoundError(
+                f"All processes must see the same levels in '{self.path}', got {counts} finished ones. Choose an "
+                "`output_dir` that they share."
+            )
+
+    def _repair_history(self) -> int:
+        """Write the history anew where it does not tell of the stages that are there; gives by how many."""
+        known, run = LevelHistory(self.history.path), dict[str, Any]()
+        try:
+            run = known.read()
+        except (ValueError, AttributeError):
+            known.records = []
+        if known.records[: len(self.history.records)] != json.loads(json.dumps(without_nan(self.history.records))):
+            self._write_history()
+        return int(run.get("num_processes") or self.processes.count)
+
+    # --- one stage ---------------------------------------------------------------------------------------------------
+
+    def check_turn(self, level: int) -> None:
+        """See that the level above is finished.
+
+        Args:
+            level (`int`):
+                That is to be planned, from 0.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if len(self.plans) < level:
+            raise ValueError(
+                f"Level {level} must follow a finished level {level - 1} of this trainer, got {len(self.plans)} "
+                "finished. Prepare, train and finish those above, or call `train(resume_from_checkpoint=True)`."
+            )
+
+    def check_trained(self) -> None:
+        """Refuse to publish a student that has learnt nothing, before a repository is made for it.
+
+        Raises:
+            RuntimeError: If no stage is finished.
+        """
+        if not self.history.records:
+            raise RuntimeError(
+                "A student must be trained before it is pushed, got one without a finished level. Call `train()`, or "
+                "`train(resume_from_checkpoint=True)` where it was trained in another process."
+            )
+
+    def begin_stage(self, plan: LevelPlan, can_resume: bool) -> str | None:
+        """Make room for a stage, or find where it was cut off.
+
+        Args:
+            plan (`LevelPlan`):
+                Of the stage.
+            can_resume (`bool`):
+                Whether the way it is trained can be gone on with inside a stage.
+
+        Returns:
+            `str`: The checkpoint to go on from; `None` to begin.
+        """
+        folder = self.stage_dir(plan.level, plan.round)
+        checkpoint = None
+        if self._resuming and can_resume:
+            checkpoint = find_checkpoint(folder, plan.level, self.processes)
+        if checkpoint is None:
+            # Checkpoints of an attempt that nobody goes on with must not pass for those of this one.
+            self.processes.on_first(lambda: self.folder.forget([folder]))
+        return None if checkpoint is None else str(checkpoint)
+
+    def take_up(self, checkpoint: str) -> tuple[float, int]:
+        """Go on with the story where a checkpoint left it.
+
+        Args:
+            checkpoint (`str`):
+                What [`begin_stage`] gave.
+
+        Returns:
+            `tuple[float, int]`: This process's sum of the losses of the stage so far, and their number.
+        """
+        story = read_story(Path(checkpoint))
+        self.story.log_history = story["log_history"]
+        return story["loss_sums"][self.processes.rank], story["num_losses"]
+
+    def record(self, plan: LevelPlan, output: TrainOutput, state: TrainerState) -> dict[str, Any]:
+        """Count the steps of a trained stage, and write its numbers down.
+
+        Args:
+            plan (`LevelPlan`):
+                Of the stage.
+            output (`TrainOutput`):
+                What its training gave.
+            state (`TrainerState`):
+                Where its training ended.
+
+        Returns:
+            `dict[str, Any]`: The numbers.
+        """
+        self.story.global_step += output.global_step
+        self.story.epoch = (self.story.epoch or 0.0) + (state.epoch or 0.0)
+        self.story.total_flos += state.total_flos
+        record = {
+            "level": plan.level,
+            "round": plan.round,
+            **plan.metrics,
+            "num_steps": output.global_step,
+            "train_loss": output.training_loss,
+            "train_runtime": output.metrics["train_runtime"],
+        }
+        self._outputs.append(output)
+        self.history.add(record, write=False)
+        self.processes.on_first(self._write_history)
+        return record
+
+    def save(self, plan: LevelPlan, student: dict[str, torch.Tensor], folds: list[dict[str, torch.Tensor]]) -> None:
+        """Keep a trained stage: the next one, or another process, goes on from here.
+
+        Args:
+            plan (`LevelPlan`):
+                Of the stage.
+            student (`dict[str, torch.Tensor]`):
+                What training changed, by name.
+            folds (`list[dict[str, torch.Tensor]]`):
+                Heads of `cross_fit_folds`, none without.
+        """
+        self.plans = [*self.plans[: plan.level], plan]
+        own = plan.level, plan.round
+
+        def save() -> None:
+            # What comes after was made from another student of this level.
+            self.folder.forget(self.stage_dir(*stage) for stage in self.stages() if stage > own)
+            story = {name: getattr(self.story, name) for name in _STORY}
+            with explain_full_disk(self.path, GO_ON):
+                stage = Stage(plan, student, folds, self.history.records[-1], story)
+                self.folder.save_stage(self.stage_dir(*own), stage)
+
+        self.processes.on_first(save)
+
+    def load(self, level: int) -> Stage:
+        """Read a finished level.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+
+        Returns:
+            `Stage`: Its last round.
+
+        Raises:
+            FileNotFoundError: If that level has not been finished in this folder.
+        """
+        stage = self.folder.load_stage(self.stage_dir(level, self.num_rounds(level) - 1))
+        if stage is None:
+            raise FileNotFoundError(f"No student of level {level} in '{self.path}'. Call `train()` first.")
+        return stage
+
+    def _write_history(self) -> None:
+        content = self.history.to_json()
+        with explain_full_disk(self.path, GO_ON):
+            write_text(self.history.path, content)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> TrainOutput:
+        """Sum up what was trained since the run was opened.
+
+        Returns:
+            `TrainOutput`: Steps of all stages, mean loss of those that were trained now, and metrics of the whole.
+        """
+        steps = sum(output.global_step for output in self._outputs)
+        loss = sum(output.training_loss * output.global_step for output in self._outputs) / max(steps, 1)
+        metrics = speed_metrics("train", self._started, num_steps=steps)
+        metrics |= {"total_flos": self.story.total_flos, "train_loss": loss, "num_levels": float(len(self.plans))}
+        return TrainOutput(self.story.global_step, loss, metrics)
+
+
+def describe_settings(
+    args: CoSupervisedConfig, pool: PseudolabelPool, student: Callable[[], str], functions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Tell what must be the same for a run to be gone on with.
+
+    Args:
+        args (`CoSupervisedConfig`):
+            What to do; fields that are marked so do not count.
+        pool (`PseudolabelPool`):
+            What is trained on.
+        student (`Callable`):
+            Gives the digest of the student before any training.
+        functions (`Mapping[str, str]`):
+            Names of the user's own functions.
+
+    Returns:
+        `dict[str, Any]`: JSON values. Other `versions` are told, not refused.
+    """
+    plain = (bool, int, float, str, list, dict, type(None))
+    arguments = {
+        name: value if isinstance(value, plain) else str(value)
+        for name, value in args.changed_arguments().items()
+        if name not in fields_without("resume")
+    }
+    return {
+        "arguments": {"seed": args.seed, "data_seed": args.data_seed, **arguments},
+        "functions": dict(functions),
+        "pool": pool_digest(pool),
+        "student": student(),
+        "num_processes": args.world_size,
+        "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "versions": versions(),
+    }

@@ -1,0 +1,295 @@
+"""The folder of a run: which run it is, that nobody else works in it, and what of it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate.logging import get_logger
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+
+from .. import __version__
+from ..files import file_digest, is_as_written, make_output_dir, read_json, whole_file, without_nan, write_json
+from ..pool.pseudolabels import PseudolabelPool
+from .plan import LevelPlan
+
+logger = get_logger(__name__)
+
+_RUN, _STAGE, DIGESTS = "run.json", "stage.json", "digests.json"
+_PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
+_ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
+_PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+@dataclass
+class Stage:
+    """One trained round of a level, as it lies on disk.
+
+    Args:
+        plan (`LevelPlan`):
+            What it was trained on.
+        student (`dict[str, torch.Tensor]`):
+            What training changed, by name.
+        folds (`list[dict[str, torch.Tensor]]`):
+            Heads of `cross_fit_folds`, none without.
+        record (`dict[str, Any]`):
+            Its record in the history.
+        story (`dict[str, Any]`):
+            What was logged up to its end: `global_step`, `epoch`, `total_flos` and `log_history`.
+    """
+
+    plan: LevelPlan
+    student: dict[str, torch.Tensor]
+    folds: list[dict[str, torch.Tensor]]
+    record: dict[str, Any]
+    story: dict[str, Any]
+
+
+class RunFolder:
+    """Keep what a run needs to go on, below `output_dir`.
+
+    A file has its name only when it is whole, and a stage is finished when its `stage.json` is there, which is written
+    last and tells the digests of the others.
+
+    Args:
+        path (`pathlib.Path`):
+            The folder, made when something is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """See that no other process works here; a process that dies frees the folder.
+
+        Raises:
+            FileExistsError: If another process does.
+            OSError: If the folder cannot be written.
+        """
+        make_output_dir(self.path)
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise FileExistsError(
+                f"`output_dir` must be used by one run at a time, got another that works in '{self.path}' now. Wait "
+                "for it, or choose another folder."
+            ) from error
+        except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+            logger.info(f"'{self.path}' cannot be locked ({error}): use it by one run at a time.")
+        try:
+            yield
+        finally:
+            lock.release()
+
+    # --- which run it is ---------------------------------------------------------------------------------------------
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Write down which run this is, and forget all stages of the one before.
+
+        Args:
+            facts (`Mapping[str, Any]`):
+                JSON values.
+        """
+        self.forget(path for path in self.path.glob("level-*") if path.is_dir())
+        write_json(self.path / _RUN, dict(facts))
+
+    def forget(self, folders: Iterable[Path]) -> None:
+        """Delete stages and their checkpoints, which are about to be made anew or come after one that is.
+
+        Args:
+            folders (`Iterable[pathlib.Path]`):
+                What [`stage_dir`] gave; those that are not there are passed over.
+        """
+        for folder in folders:
+            # What makes them count goes first, so that nothing counts of which a part is gone.
+            for path in (folder / _STAGE, *folder.glob(f"checkpoint-*/{DIGESTS}")):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """See that the run that was begun here is this one.
+
+        Args:
+            facts (`Mapping[str, Any]`):
+                What [`begin`] would be given. Other `versions` and another `num_processes` are logged, everything else
+                must be the same; under another `num_processes` with equal `examples_per_step` a process may have
+                another share of them.
+
+        Raises:
+            ValueError: If it is another run; the sentence says in what.
+        """
+        if not (self.path / _RUN).is_file():
+            return
+        known, own = read_json(self.path / _RUN), json.loads(json.dumps(without_nan(dict(facts))))
+        versions = [f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}" for name, value in
+                    own.pop("versions", {}).items() if known.get("versions", {}).get(name) != value]  # fmt: skip
+        known.pop("versions", None)
+        self._compare_processes(known, own)
+        if different := _differences(known, own):
+            raise ValueError(
+                f"The run in '{self.path}' must be gone on with as it was begun, got other settings "
+                f"({'; '.join(different)}). Take them back, or choose another `output_dir`."
+            )
+        if versions:
+            logger.warning(f"The run in '{self.path}' was begun with other versions ({'; '.join(versions)}).")
+
+    def _compare_processes(self, known: dict[str, Any], own: dict[str, Any]) -> None:
+        """Tell of another number of processes, and take out what depends on it."""
+        before, now = (
+            (facts.pop("num_processes", None), facts.pop("examples_per_step", None)) for facts in (known, own)
+        )
+        if None in before or before == now:
+            return
+        tell = logger.warning
+        if before[1] == now[1]:
+            tell = logger.info
+            for facts in (known, own):
+                facts["arguments"] = {
+                    name: value for name, value in facts["arguments"].items() if name not in _PER_PROCESS
+                }
+        tell(
+            f"The run in '{self.path}' was begun with {before[1]} examples per step in {before[0]} process(es), and "
+            f"goes on with {now[1]} in {now[0]}. Finished levels are kept."
+        )
+
+    # --- what is finished --------------------------------------------------------------------------------------------
+
+    def stage_dir(self, level: int, round: int, is_last: bool) -> Path:
+        """Give the folder of a round of a level.
+
+        Args:
+            level (`int`):
+                Level, from 0.
+            round (`int`):
+                Round, from 0.
+            is_last (`bool`):
+                Whether it is the last of its level, whose folder has the level's own name.
+
+        Returns:
+            `pathlib.Path`
+        """
+        return self.path / (f"level-{level}" if is_last else f"level-{level}-round-{round}")
+
+    def save_stage(self, folder: Path, stage: Stage) -> None:
+        """Write a finished round; it counts from the moment when all of it is there.
+
+        Args:
+            folder (`pathlib.Path`):
+                What [`stage_dir`] gave.
+            stage (`Stage`):
+                What to keep.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {name: getattr(stage.plan, name) for name in _ARRAYS if getattr(stage.plan, name) is not None}
+        with whole_file(folder / _PLAN) as path:
+            np.savez(path, **arrays)  # type: ignore[arg-type]
+        with whole_file(folder / _STUDENT) as path:
+            save_file(stage.student, path)
+        names = [_PLAN, _STUDENT]
+        if stage.folds:
+            tensors = {f"{fold}.{name}": value for fold, own in enumerate(stage.folds) for name, value in own.items()}
+            with whole_file(folder / _FOLDS) as path:
+                save_file(tensors, path)
+            names.append(_FOLDS)
+        facts = {
+            "level": stage.plan.level, "round": stage.plan.round, "record": stage.record, "story": stage.story,
+            "files": {name: file_digest(folder / name) for name in names},
+        }  # fmt: skip
+        facts = json.loads(json.dumps(without_nan(facts)))
+        write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
+
+    def load_stage(self, folder: Path) -> Stage | None:
+        """Read a finished round.
+
+        Args:
+            folder (`pathlib.Path`):
+                What [`stage_dir`] gave.
+
+        Returns:
+            `Stage`, or `None` where the round is not finished, or a file of it is spoilt: a warning names that file,
+            and the round can be trained again.
+        """
+        if not (folder / _STAGE).is_file():
+            return None
+        try:
+            facts = read_json(folder / _STAGE)
+            if facts.pop("digest") != _json_digest(facts):
+                logger.warning(f"'{folder / _STAGE}' is not as it was written: this round is trained again.")
+                return None
+            for name, digest in facts["files"].items():
+                if not is_as_written(folder, name, digest):
+                    logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")
+                    return None
+            with np.load(folder / _PLAN, allow_pickle=False) as saved:
+                arrays = {name: saved[name] for name in _ARRAYS if name in saved}
+            saved_folds = load_file(folder / _FOLDS) if _FOLDS in facts["files"] else {}
+            folds: list[dict[str, torch.Tensor]] = [{} for _ in {key.split(".")[0] for key in saved_folds}]
+            for key, value in saved_folds.items():
+                fold, _, name = key.partition(".")
+                folds[int(fold)][name] = value
+            plan = LevelPlan(facts["level"], facts["round"], metrics={}, **arrays)
+            return Stage(plan, load_file(folder / _STUDENT), folds, facts["record"], facts["story"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            logger.warning(f"'{folder / _STAGE}' cannot be read ({error!r}): this round is trained again.")
+            return None
+
+
+# ── fingerprints ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pool_digest(pool: PseudolabelPool) -> str:
+    """Hash what is trained on: ids, hierarchy and every stored pseudolabel.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The pool.
+
+    Returns:
+        `str`: 16 hexadecimal digits.
+    """
+    teachers = [(teacher.name, teacher.level, teacher.scope, teacher.domains) for teacher in pool.hierarchy.teachers]
+    digest = hashlib.blake2b(json.dumps([pool.labels, teachers]).encode(), digest_size=8)
+    digest.update("\n".join(map(str, pool.ids.tolist())).encode())
+    for name in pool.hierarchy.names:
+        for values in (pool.label_ids(name), pool.label_probs(name)):
+            digest.update(f"{values.dtype} {values.shape}".encode())
+            for start in range(0, len(values), 2**16):
+                digest.update(np.ascontiguousarray(values[start : start + 2**16]).data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Tell the versions that a student hangs on.
+
+    Returns:
+        `dict[str, str]`: By package.
+    """
+    return {"hf_cosupervise": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def _json_digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _differences(known: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """What differs, in words; dictionaries are compared by key."""
+    found = []
+    for key in sorted({*known, *own}):
+        before, now = known.get(key), own.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            found += _differences(before, now)
+        elif before != now:
+            found.append(f"{key}: {before!r} -> {now!r}")
+    return found

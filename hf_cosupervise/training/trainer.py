@@ -1,0 +1,512 @@
+"""Co-supervised training: down the hierarchy, level by level, with a `transformers.Trainer`.
+
+`train` is the algorithm; the run on disk, the student, the loss of a level and the fast fit of a head are held. The
+rest of the class is where the parent's own loop, checkpoints, evaluation and pushes differ.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+from huggingface_hub import CommitInfo
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput
+
+from ..data.columns import LABEL_NAMES
+from ..data.inputs import InputProcessor
+from ..method.losses import LossFunction, hard_cross_entropy
+from ..pool.derived import smoothed_pool
+from ..pool.pseudolabels import PseudolabelPool
+from ..processes import Processes
+from ..students.student import Student, label_inputs, measure_predictions, open_student
+from .advice import explain_lone_example, explain_memory
+from .callbacks import LevelCallbackHandler
+from .checkpointing import read_back, sealing
+from .checks import check_arguments, check_first, check_levels, check_modality, match_inputs, read_weights
+from .collator import ROW, DataCollatorForCoSupervision, split_batch
+from .config import CoSupervisedConfig
+from .head_fitter import FitEvents, HeadFitter, outside_of_fold, why_not_on_features
+from .inherited import check_together
+from .level_loss import LevelLoss, pseudolabel_losses
+from .plan import LevelPlan, plan_by_student, plan_level
+from .plan_rules import AssignFunction, KeepFunction
+from .publishing import describe_run, export, make_card, name_functions, open_student_repo, push, student_facts
+from .run import RUN_DIR, TrainingRun, describe_settings
+
+logger = get_logger(__name__)
+
+
+class CoSupervisedTrainer(Trainer):
+    """Train one student on the pseudolabels of a hierarchy of teachers, without ground truth.
+
+    `train()` goes down the levels. At each it asks the student so far which teacher to trust on each example
+    ([`prepare_level`]), rejects pseudolabels that student and teachers do not agree on, and trains on the rest
+    ([`train_level`]) with a new optimizer, schedule and shuffle order. What comes out is an ordinary model.
+
+    Args:
+        model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
+            The student: a Hub id or folder, which gets a fresh head, or a model whose head fits the pool's labels.
+        args (`CoSupervisedConfig`, *optional*):
+            What to do. Defaults write to `trainer_output`.
+        data_collator (`DataCollatorForCoSupervision`, *optional*):
+            Made from `processing_class` by default.
+        train_dataset (`datasets.Dataset`, *optional*):
+            The inputs, where the pool has none: matched by `id`, or by content where it has no such column.
+        eval_dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`, *optional*):
+            Inputs with a label column, for `evaluate`. Never used to choose anything by itself.
+        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
+            The student's; loaded with it where that is an id.
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        input_column (`str`, *optional*):
+            The column that the student reads. Found by itself where only one can be meant.
+        peft_config (`peft.LoraConfig`, *optional*):
+            Adapters for `student_training="lora"`, instead of the `lora_…` fields.
+        loss_func (`Callable`, *optional*):
+            A loss of your own, instead of `args.loss`: from logits and pseudolabels, `(batch, num_labels)` both, and
+            rows of the pool `(batch,)` to losses `(batch,)`. Unlike `compute_loss_func` it is fitted on features too.
+        assign_func, keep_func (`Callable`, *optional*):
+            An assignment and a rejection of your own for the levels below the root, instead of `args.assignment` and
+            `args.rejection`: see [`plan_rules.AssignFunction`] and [`plan_rules.KeepFunction`]. Both are called for
+            chunks of 1,024 rows, on the CPU.
+        kwargs: Passed on to [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: If pool, data, student and configuration do not fit together.
+        TypeError: If `args` is not a [`CoSupervisedConfig`].
+
+    Source:
+        Liu and Alahi, arXiv 2402.15505.
+    """
+
+    _tag_names = ["co-supervised-learning", "weak-to-strong"]
+    args: CoSupervisedConfig
+    callback_handler: LevelCallbackHandler
+    control: TrainerControl
+    state: TrainerState
+    level_loss: LevelLoss  # of the level in training
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
+        args: CoSupervisedConfig | None = None,
+        data_collator: DataCollatorForCoSupervision | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        *,
+        pool: PseudolabelPool,
+        input_column: str | None = None,
+        peft_config: LoraConfig | None = None,
+        loss_func: LossFunction | None = None,
+        assign_func: AssignFunction | None = None,
+        keep_func: KeepFunction | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = check_first(args, kwargs)
+        check_levels(pool, args, has_own_assignment=assign_func is not None)
+        self.pool = self._own_pool = pool  # that in use may be smoothed over neighbours
+        self.loss_func, self.assign_func, self.keep_func = loss_func, assign_func, keep_func
+        functions = {"loss_func": loss_func, "assign_func": assign_func, "keep_func": keep_func}
+        inputs = match_inputs(pool, train_dataset, input_column)
+        (self.input_column,) = inputs.column_names
+        examples = inputs.add_column(ROW, np.arange(len(pool)))
+        model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
+        self.processor = InputProcessor(processing_class, model.config)
+        check_modality(self.processor.is_text, inputs, self.input_column)
+        check_together(args, model, has_own_metrics=kwargs.get("compute_metrics") is not None)
+        data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
+        kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}
+        eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels)
+        self.processes = Processes(args.process_index, args.world_size, args.device)  # a push asks for it at once
+        super().__init__(model, args, data_collator, examples, eval_dataset, **kwargs)
+        # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
+        self.callback_handler = LevelCallbackHandler(self.callback_handler)
+        self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        first, local_first = self.is_world_process_zero(), self.is_local_process_zero()
+        self._new_state = partial(TrainerState, is_world_process_zero=first, is_local_process_zero=local_first)
+        path, facts = Path(args.output_dir) / RUN_DIR, describe_run(origin, pool, args.world_size)
+        self.run = TrainingRun(path, args, pool.hierarchy.num_levels, facts, self.processes, self._new_state)
+        task = self.processor, examples, self.input_column, pool.labels, args, path / "features"
+        is_quiet = bool(args.disable_tqdm) or not local_first
+        own, prepare = self.accelerator.unwrap_model(self.model), self._prepare_inputs
+        self.student = Student(own, *task, processes=self.processes, prepare_inputs=prepare, disable_tqdm=is_quiet)
+        self._head_fitter: HeadFitter | None = None
+        self._weights = None if args.weight_column is None else read_weights(pool, args.weight_column)
+        known = self.student.head, self._why_not_on_features(), functions, self.compute_loss_func
+        check_arguments(args, len(pool), *known)
+        self._functions = name_functions(**functions)
+        self._settings = partial(describe_settings, args, pool, self.student.digest, self._functions)
+
+    # --- the algorithm -----------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Go down the hierarchy: assign, select, train, and on to the next level.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*):
+                True to go on where an earlier run in this `output_dir` was cut off, or to begin where there is none.
+                What it finished is not done again, and the student is the same as if it had not been cut off. Another
+                number of processes takes over finished levels, and begins the one that was cut off anew.
+
+        Raises:
+            FileExistsError: If `output_dir` holds another run, or another process works there.
+            FloatingPointError: If the loss is no longer a number.
+            ValueError: If a level keeps nothing to train on, or the run that is gone on with was begun otherwise.
+        """
+        if trial is not None or isinstance(resume_from_checkpoint, str):
+            raise ValueError(
+                "`train` takes `resume_from_checkpoint=True` or nothing: a run finds by itself where it was cut off."
+            )
+        with self.run.open(self._settings, resume=bool(resume_from_checkpoint)) as last:
+            self.student.restore(last)
+            self.state = self.run.story
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            for stage in self.run.unfinished():  # (level, round)
+                plan = self.prepare_level(*stage)  # E-step: who speaks, what is kept
+                self.train_level(plan, ignore_keys_for_eval)  # M-step: a new student on what is kept
+                self.finish_level(plan)
+            output = self.run.close()
+            self.state = self.run.story
+            self.log(dict(output.metrics))
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return output
+
+    def prepare_level(self, level: int, round: int = 0) -> LevelPlan:
+        """Let the student so far choose a teacher for each example, and what to keep of it.
+
+        Args:
+            level (`int`):
+                Level, from 0. Below the root, `model` must be the student of the level above.
+            round (`int`, *optional*, defaults to 0):
+                Round within the level.
+
+        Raises:
+            FileExistsError: If `output_dir` holds another run.
+            ValueError: If nothing is left to train on, or the level above is not finished.
+        """
+        self.run.check_turn(level)
+        self.run.claim(self._settings)
+        args = self.args
+        with explain_memory(f"Predicting before level {len(self.plans)}", args, "per_device_eval_batch_size"):
+            if args.teacher_neighbors and self.pool is self._own_pool:
+                self.pool = smoothed_pool(self.pool, self.student.nearest(args.teacher_neighbors))
+            if level == 0:  # there is no student yet, and nobody above to fall back to
+                return plan_level(self.pool, level, args, np.full(len(self.pool), -1), round=round)
+            # Every round falls back to the level above, not to the round before: choices do not accumulate.
+            above, add_up = self.plans[level - 1].assigned_teacher, self.processes.sum_array
+            own: dict[str, Any] = {"assign_func": self.assign_func, "keep_func": self.keep_func}
+            return plan_by_student(self.pool, level, args, above, self.student, add_up, round=round, **own)
+
+    def train_level(self, plan: LevelPlan, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
+        """Train the student on what a level kept.
+
+        Args:
+            plan (`LevelPlan`):
+                What [`prepare_level`] decided.
+
+        Raises:
+            FileExistsError: If `output_dir` holds another run.
+            FloatingPointError: If the loss is no longer a number.
+        """
+        self.run.claim(self._settings)
+        kept = np.flatnonzero(plan.keep_mask)
+        self.train_dataset = self.student.examples.select(kept)
+        has_own = self.compute_loss_func is not None
+        self.level_loss = LevelLoss(self.pool, plan, self.args, self.loss_func, self._weights, has_own, self.processes)
+        # A weight that climbs looks at the steps of the level.
+        self.level_loss.fraction_done = lambda: min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
+        self.data_collator.pseudolabels = self.level_loss.pseudolabels  # and with it every worker
+        if not self.args.warm_start:  # what an earlier level got wrong is not to be unlearnt
+            self.student.start_anew()
+        reason = self._why_not_on_features()
+        with self._level_arguments(plan):
+            # What early-learning regularization remembers of each example is not in a checkpoint.
+            can_resume = reason is not None and self.args.loss != "early_learning_regularization"
+            checkpoint = self.run.begin_stage(plan, can_resume)
+            if checkpoint is None:
+                self.log({"level": plan.level, "round": plan.round, **plan.metrics})
+            else:
+                self.level_loss.take_up(*self.run.take_up(checkpoint))
+            self._tell("on_level_begin", plan=plan)
+            with explain_memory(f"Training level {len(self.plans)}", self.args, "per_device_train_batch_size"):
+                if reason is None:
+                    output = self._fit_head(kept)
+                else:
+                    logger.info(f"Level {plan.level} is trained by the standard loop: {reason}.")
+                    # Bits hang on the layout of weights, which a run for features may have changed.
+                    self.student.model.to(memory_format=torch.contiguous_format)
+                    with explain_lone_example(plan.level, len(kept)):
+                        output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+                    # The parent's mean is over its own steps, which after a crash are not all.
+                    output = output._replace(training_loss=self.level_loss.mean())
+        if self.args.cross_fit_folds and not self.run.is_last(plan):
+            self.student.folds = self._fit_folds(plan, kept)
+        self._check_loss()
+        record = self.run.record(plan, output, self.state)
+        self.state = self.run.story
+        self._tell("on_level_end", plan=plan, metrics=record)
+        return output
+
+    def finish_level(self, plan: LevelPlan) -> None:
+        """Keep the student of a level (or a round) and its plan: the next one, or another run, goes on from here."""
+        self.run.save(plan, self.student.tensors(), self.student.fold_tensors())
+        is_last_level = plan.level == self.pool.hierarchy.num_levels - 1  # which the user pushes, with a report
+        is_whole = plan.round == self.run.num_rounds(plan.level) - 1
+        strategy = self.args.hub_strategy
+        if self.args.push_to_hub and strategy == HubStrategy.EVERY_SAVE and is_whole and not is_last_level:
+            self.push_to_hub(commit_message=f"Student of level {plan.level}")
+
+    # --- one level ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _level_arguments(self, plan: LevelPlan) -> Iterator[None]:
+        """Set what differs from level to level: epochs, shuffle order, place of checkpoints, a new optimizer."""
+        output_dir, num_train_epochs = self.args.output_dir, self.args.num_train_epochs
+        number = len(self.history.records)
+        self.optimizer = self.lr_scheduler = None  # or the moments of the level before would go on
+        set_seed(self.args.seed + 1000 * number)  # dropout must not hang on what ran before
+        # `args.data_seed` is read once, when the Trainer is made, so the order of a level is set where it is used.
+        self.accelerator.dataloader_config.data_seed = self.args.data_seed + 1000 * number
+        if self.args.max_steps <= 0:  # fewer examples, more epochs: about as many steps at every level
+            scaled = num_train_epochs / plan.keep_rate
+            self.args.num_train_epochs = math.floor(scaled) if scaled >= 1 else scaled
+        self.args.output_dir = str(self.run.stage_dir(plan.level, plan.round))
+        self.callback_handler.in_level = True
+        try:
+            yield
+        finally:
+            self.args.output_dir, self.args.num_train_epochs = output_dir, num_train_epochs
+            self.callback_handler.in_level = False
+
+    def _why_not_on_features(self) -> str | None:
+        facts = {"has_own_loss": self.compute_loss_func is not None, "is_sharded": self._is_sharded}
+        has_own = type(self.data_collator) is not DataCollatorForCoSupervision
+        return why_not_on_features(self.args, self.student.head, has_own_collator=has_own, **facts)
+
+    def _fit_head(self, kept: np.ndarray) -> TrainOutput:
+        """Fit the head on features, with the order, optimizer, schedule, logs and callbacks of the standard loop."""
+        if self._head_fitter is None:
+            head: Any = self.student.head  # or there would be no features
+            self._head_fitter = HeadFitter(head, self.student.example_features(), self.args, self.processes)
+
+        def log(logs: dict[str, float], control: TrainerControl) -> TrainerControl:
+            self.control = control
+            self.log(logs)
+            return self.control
+
+        self.state = self._new_state()
+        events = FitEvents(self.callback_handler, self.args, self.state, self.control, log)
+        make = self.get_train_dataloader, self.create_optimizer, self.create_scheduler
+        output = self._head_fitter.fit(kept, self.level_loss, events, *make)
+        self.control = events.control
+        return output
+
+    def _fit_folds(self, plan: LevelPlan, kept: np.ndarray) -> list[nn.Linear]:
+        """Fit a head for each fold on what a level kept outside of it, in silence; the student stays as it is."""
+        student, loud = self.student.copy_head(), (self.callback_handler, self.control, self.state)
+        self.callback_handler, heads = self.callback_handler.silent(), []
+        try:
+            for fold in range(self.args.cross_fit_folds):
+                own = outside_of_fold(kept, fold, self.args.cross_fit_folds, plan.level)
+                self.control, self.train_dataset = TrainerControl(), self.student.examples.select(own)
+                self.level_loss.forget()
+                self.student.start_anew()
+                with self._level_arguments(plan):
+                    self._fit_head(own)
+                heads.append(self.student.copy_head())
+        finally:
+            self.callback_handler, self.control, self.state = loud
+            self.student.head.load_state_dict(student.state_dict())  # type: ignore[union-attr]
+        return heads
+
+    # --- what is known of the run and the student --------------------------------------------------------------------
+
+    # Levels, features, history and checkpoints, inside `output_dir` (within a level another one) but not of the model.
+    run_dir = property(attrgetter("run.path"), doc="`pathlib.Path`: See [`TrainingRun`].")
+    history = property(attrgetter("run.history"), doc="[`LevelHistory`]: Records of all finished levels.")
+    plans = property(attrgetter("run.plans"), doc="`list[LevelPlan]`: What each finished level was trained on.")
+    feature_store = property(attrgetter("student.store"), doc="[`FeatureStore`]: See [`Student.store`].")
+    pool_features = property(attrgetter("student.example_features"), doc="See [`Student.example_features`].")
+    predict_log_probs = property(attrgetter("student.predict_log_probs"), doc="See [`Student.predict_log_probs`].")
+    predict_labels = property(attrgetter("student.predict_labels"), doc="See [`Student.predict_labels`].")
+    measure_accuracy = property(attrgetter("student.measure_accuracy"), doc="See [`Student.measure_accuracy`].")
+
+    def load_level(self, level: int) -> None:
+        """Put the student as it was at the end of a finished level into `model`, see [`TrainingRun.load`]."""
+        self.student.put_back(self.run.load(level).student)
+
+    # --- logging: one story over all levels --------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log numbers on the story of all levels, where steps go on counting."""
+        if not self.callback_handler.in_level:
+            super().log(logs, start_time)
+            return
+        if "train_runtime" in logs:  # a level's own summary is part of its record
+            return
+        if "loss" in logs:  # all processes add theirs up: not where only one of them may call this
+            self._check_loss()
+        level, story = self.state, self.run.story
+        before = story.global_step, story.epoch
+        if level is not story:  # the level in training comes on top of those that are finished
+            story.global_step += level.global_step
+            story.epoch = (story.epoch or 0.0) + (level.epoch or 0.0)
+        self.state = story
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.state = level
+            story.global_step, story.epoch = before
+
+    def _tell(self, event: str, **kwargs: Any) -> None:
+        self.callback_handler.call_event(event, self.args, self.run.story, self.control, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """Compute the mean loss against pseudolabels, or the cross-entropy against labels in evaluation."""
+        if self.args.student_training == "probe":
+            model.eval()  # a frozen backbone must not drift (BatchNorm) nor drop out
+        targets, labels, rows = split_batch(inputs)
+        outputs = model(**inputs)
+        if self.compute_loss_func is not None:
+            wanted = targets["target_probs"] if targets else labels
+            loss = self.compute_loss_func(outputs, wanted, num_items_in_batch=None)
+        else:
+            with torch.autocast(outputs.logits.device.type, enabled=False):  # losses are float32 at any precision
+                logits = outputs.logits.float()
+                loss = self.level_loss(logits, targets, rows) if targets else hard_cross_entropy(logits, labels).mean()
+        if targets:
+            self.level_loss.watch(loss, ends_step=self.accelerator.sync_gradients)
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_loss(self) -> None:
+        where = f"step {self.state.global_step} of level {len(self.history.records)}"
+        self.level_loss.check(where, str(self.run_dir))
+
+    def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *_: Any, **__: Any) -> Any:
+        """Run one batch without gradients; gives loss, logits and labels, each `None` where not known or wanted."""
+        inputs = self._prepare_inputs(inputs)
+        targets, labels, _rows = split_batch(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits.float()
+        loss = None
+        if labels is not None or targets:
+            losses = pseudolabel_losses(logits, targets) if labels is None else hard_cross_entropy(logits, labels)
+            loss = losses.mean()
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    # --- evaluation, saving, publishing ------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the student on inputs with a label column, by default the trainer's `eval_dataset`."""
+        is_known = eval_dataset is self.eval_dataset
+        if not is_known and not (isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.column_names):
+            eval_dataset = self.student.label(eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: it would choose by labels, of which there are none."""
+        raise NotImplementedError(
+            "`hyperparameter_search` would choose by labels, which co-supervision does without. Compare "
+            "configurations by runs of their own."
+        )
+
+    def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Predict with the student, and measure where the data has labels."""
+        labelled = any(name in test_dataset.column_names for name in LABEL_NAMES)
+        return super().predict(self.student.label(test_dataset) if labelled else test_dataset, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        best, parent = self.state.best_model_checkpoint, super()._load_best_model
+        self.student.put_back(read_back(self.student.model, best, parent, is_sharded=self._is_sharded))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder, parent = resume_from_checkpoint, partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
+        self.student.put_back(read_back(self.student.model, folder, parent, is_sharded=self._is_sharded))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Keep with a checkpoint what the parent does not know of: the story, and buffers that an adapter lacks."""
+        self._check_loss()
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        told = {"log_history": self.run.story.log_history, **self.level_loss.told()}
+        buffers = self.student.buffers() if isinstance(self.student.model, PeftModel) else None
+        with sealing(folder, told, buffers, self.processes):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student as an ordinary model, see [`export_student`]; with `args.push_to_hub`, push it as well."""
+        if _internal_call:  # a checkpoint, which stays as the parent writes it
+            return super().save_model(output_dir, _internal_call=True)
+        self._export(output_dir or self.args.output_dir)
+        if self.args.push_to_hub and output_dir in (None, self.args.output_dir):
+            self.push_to_hub()
+
+    def _export(self, folder: str) -> None:
+        if self._is_sharded:
+            super().save_model(folder, _internal_call=True)
+            return
+        export(self.student.model, folder, self.processing_class, self.processes)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save without the pickle of the arguments, which nobody reads and which would hold the user's token."""
+        super()._save(output_dir, state_dict)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the model repository where there is none, and see that the token may write, before any work."""
+        self.hub_model_id = open_student_repo(self.args, self.processes, token=token, private=private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "Co-supervised student",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Publish the student in one commit: the model as [`save_model`] writes it, its processor, card and history.
+
+        All processes must call it; one of them pushes, see [`publishing.push`] and, for `kwargs`, `make_card`.
+        """
+        self.run.check_trained()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None or private:
+            self.init_hf_repo(token, private)
+        self._export(self.args.output_dir)
+        revision = revision or self.args.hub_revision
+        options: dict[str, Any] = {"message": commit_message, "blocking": blocking, "revision": revision}
+        options |= {name: kwargs.get(name) for name in ("report", "figure")}
+        write_card = partial(self.create_model_card, **kwargs, branch=revision)
+        what = self.args.output_dir, str(self.hub_model_id), self.history, write_card, self.processes
+        return push(*what, token=token or self.args.hub_token, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Leave checkpoints here: they hold pickles, and are of one level."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write a model card of what is known and what is given, see [`publishing.make_card`]."""
+        known = self.args, self.pool, self.history, self._functions, self.hub_model_id, self.model
+        if self.is_world_process_zero():
+            make_card(self.args.output_dir, student_facts(*known, self.processor.is_text), *args, **kwargs)
