@@ -47,9 +47,12 @@ class _StrictLoader(_OneMeaning, yaml.SafeLoader):
 
     def construct_ambiguous(self, node: yaml.ScalarNode) -> Any:
         raise yaml.constructor.ConstructorError(
-            None, None, f"`{node.value}` means different things to different readers of YAML; write it in quotes, or "
-            "as `true`, `false` or a plain decimal number", node.start_mark,
-        )  # fmt: skip
+            None,
+            None,
+            f"`{node.value}` means different things to different readers of YAML; write it in quotes, or "
+            "as `true`, `false` or a plain decimal number",
+            node.start_mark,
+        )
 
 
 class _StrictDumper(_OneMeaning, yaml.SafeDumper):

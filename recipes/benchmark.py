@@ -53,11 +53,23 @@ def measure_imports(bench: Bench) -> list[Row]:
     best = {name: min(column(seconds, name)) for name in commands}
     note = "best of the repeats, fresh processes"
     return [
-        Row("`import hf_cosupervise` after torch and transformers", [best["ours"]], [best["plain"]], "ours - other",
-            Target(high=0.3), note=note),
-        Row("`recipes/train.py --help` beyond `TrainingArguments`", [best["help"]], [best["arguments"]],
-            "ours - other", Target(high=1.0), note=note),
-    ]  # fmt: skip
+        Row(
+            "`import hf_cosupervise` after torch and transformers",
+            [best["ours"]],
+            [best["plain"]],
+            "ours - other",
+            Target(high=0.3),
+            note=note,
+        ),
+        Row(
+            "`recipes/train.py --help` beyond `TrainingArguments`",
+            [best["help"]],
+            [best["arguments"]],
+            "ours - other",
+            Target(high=1.0),
+            note=note,
+        ),
+    ]
 
 
 def run_python(arguments: Sequence[str]) -> None:
@@ -159,9 +171,15 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
         ratio = "" if row["comparison"] == "ours" else f"{format_spread(row['ratio'])} ({row['comparison']})"
         more = "; ".join(f"{name} {format_number(value)}" for name, value in row["numbers"].items())
         section = row["section"] if row["device"] == "cpu" else f"{row['section']}, {row['device']}"
-        cells = [section, row["name"], format_spread(row["ours"], row["unit"]),
-                 format_spread(row["other"], row["unit"]), ratio, reach,
-                 "; ".join(part for part in (row["note"], more) if part)]  # fmt: skip
+        cells = [
+            section,
+            row["name"],
+            format_spread(row["ours"], row["unit"]),
+            format_spread(row["other"], row["unit"]),
+            ratio,
+            reach,
+            "; ".join(part for part in (row["note"], more) if part),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

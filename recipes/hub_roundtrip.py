@@ -131,9 +131,13 @@ def new_resnet() -> Any:
 
     names = dict(enumerate(LABELS))
     config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", id2label=names,
+        embedding_size=8,
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        layer_type="basic",
+        id2label=names,
         label2id={name: label for label, name in names.items()},
-    )  # fmt: skip
+    )
     return ResNetForImageClassification(config)
 
 
@@ -212,9 +216,16 @@ def train(args: argparse.Namespace, folder: Path, known: dict[str, Any]) -> dict
     test = load_dataset(f"{args.prefix}-digits", revision=known["data_commit"], split="test")
     output_dir = folder / "student"
     config = CoSupervisedConfig(
-        str(output_dir), learning_rate=1e-2, num_train_epochs=20, seed=0, student_revision=known["backbone_commit"],
-        hub_model_id=f"{args.prefix}-student", hub_private_repo=args.private, disable_tqdm=True, report_to="none",
-    )  # fmt: skip
+        str(output_dir),
+        learning_rate=1e-2,
+        num_train_epochs=20,
+        seed=0,
+        student_revision=known["backbone_commit"],
+        hub_model_id=f"{args.prefix}-student",
+        hub_private_repo=args.private,
+        disable_tqdm=True,
+        report_to="none",
+    )
     if config.world_size != args.num_processes:
         raise RuntimeError(f"{args.num_processes} processes were asked for, got {config.world_size}.")
     report, trainer = compare_methods(

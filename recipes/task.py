@@ -122,10 +122,15 @@ def label_data(
     if folder.exists():
         return PseudolabelPool.load(folder)
     return build_pool(
-        dataset, hierarchy, output_dir=folder, oracle_column=find_label_column(dataset),
-        oracle_domain_column=data_args.oracle_domain_column, batch_size=256, disable_tqdm=quiet,
+        dataset,
+        hierarchy,
+        output_dir=folder,
+        oracle_column=find_label_column(dataset),
+        oracle_domain_column=data_args.oracle_domain_column,
+        batch_size=256,
+        disable_tqdm=quiet,
         source=None if commit is None else {"dataset": data_args.dataset, "commit": commit},
-    )  # fmt: skip
+    )
 
 
 def find_student(args: StudentArguments, split: Split, folder: Path, seed: int) -> str:
@@ -157,10 +162,7 @@ def check_run(folder: Path, facts: dict[str, Any], resume: bool = True) -> None:
         known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
         facts = {key: facts.get(key, value) for key, value in known.items()} | facts
         told_elsewhere = {"seeds", "resume"} | fields_without("publish") - {"use_cpu"}
-        different = sorted(
-            key for key in {*known, *facts} - told_elsewhere
-            if known.get(key) != facts.get(key)
-        )  # fmt: skip
+        different = sorted(key for key in {*known, *facts} - told_elsewhere if known.get(key) != facts.get(key))
         if different:
             changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)
             raise FileExistsError(

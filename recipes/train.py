@@ -48,9 +48,13 @@ from hf_cosupervise.training.publishing import describe_teacher
 
 
 def run_seed(
-    seed: int, data_args: DataArguments, teacher_args: TeacherArguments, student_args: StudentArguments,
-    recipe_args: RecipeArguments, config: CoSupervisedConfig,
-) -> dict[str, Any]:  # fmt: skip
+    seed: int,
+    data_args: DataArguments,
+    teacher_args: TeacherArguments,
+    student_args: StudentArguments,
+    recipe_args: RecipeArguments,
+    config: CoSupervisedConfig,
+) -> dict[str, Any]:
     """Run everything for one seed, or read what an earlier run of it found."""
     folder = Path(config.output_dir) / "_run" / f"seed-{seed}"
     if (folder / "report.json").is_file():
@@ -61,9 +65,13 @@ def run_seed(
     teachers_dir = Path(teacher_args.teachers_dir or folder / "teachers")
     with PartialState().main_process_first():
         hierarchy = train_teachers(
-            split.teachers, split.labels, teacher_args, teachers_dir, seed,
+            split.teachers,
+            split.labels,
+            teacher_args,
+            teachers_dir,
+            seed,
             data_args.oracle_domain_column if teacher_args.specialize_by == "domain" else None,
-        )  # fmt: skip
+        )
     say(f"seed {seed}: {hierarchy!r} in {teachers_dir}")
     pool = label_data(split.pool, hierarchy, folder / "pool", data_args, quiet, split.commit)
     test_pool = label_data(split.test, hierarchy, folder / "test_pool", data_args, quiet)
@@ -85,11 +93,17 @@ def run_seed(
     args.output_dir, args.push_to_hub = str(folder / "student"), False
     args.features_dir = config.features_dir or str(Path(config.output_dir) / "_run" / "features")
     report, trainer = compare_methods(
-        student, args, pool, split.test,
-        weak=weak_accuracy(test_pool), methods=recipe_args.methods, extra_pools=extra, labelled_pool=heldout,
+        student,
+        args,
+        pool,
+        split.test,
+        weak=weak_accuracy(test_pool),
+        methods=recipe_args.methods,
+        extra_pools=extra,
+        labelled_pool=heldout,
         resume=True,
         on_trained=lambda method, trainer: say(f"seed {seed}: {method} trained, {trainer.state.global_step} steps"),
-    )  # fmt: skip
+    )
     report |= {"teachers": teacher_accuracies(test_pool), "runtime": time.time() - started}
     trainer.save_model(str(folder / "model"))
     if config.should_save:
@@ -150,9 +164,11 @@ def open_target(config: CoSupervisedConfig) -> str | None:
     return join_processes().on_first(
         lambda: open_repo(
             config.hub_model_id or Path(config.output_dir).absolute().name,
-            what="The student", private=config.hub_private_repo, token=config.hub_token,
+            what="The student",
+            private=config.hub_private_repo,
+            token=config.hub_token,
         )
-    )  # fmt: skip
+    )
 
 
 def main() -> None:

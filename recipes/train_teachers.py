@@ -129,9 +129,15 @@ def plan_teachers(labels: Sequence[str], args: TeacherArguments, domains: Sequen
 
 
 def _train_all(
-    data: Dataset, targets: np.ndarray, domains: np.ndarray | None, labels: Sequence[str], teachers: Sequence[Teacher],
-    args: TeacherArguments, folder: Path, seed: int,
-) -> None:  # fmt: skip
+    data: Dataset,
+    targets: np.ndarray,
+    domains: np.ndarray | None,
+    labels: Sequence[str],
+    teachers: Sequence[Teacher],
+    args: TeacherArguments,
+    folder: Path,
+    seed: int,
+) -> None:
     seen: set[int] = set()
     rows_of = {}
     # One order for all: a teacher sees the first labels of its scope, so that a specialist's are not all its own.
@@ -213,9 +219,12 @@ def _transformers_trainer(
 
     id2label = dict(enumerate(labels))
     config = transformers.AutoConfig.for_model(
-        args.teacher_model, num_labels=len(labels), id2label=id2label, label2id={v: k for k, v in id2label.items()},
+        args.teacher_model,
+        num_labels=len(labels),
+        id2label=id2label,
+        label2id={v: k for k, v in id2label.items()},
         **args.teacher_kwargs,
-    )  # fmt: skip
+    )
     settings = dict(args.teacher_processor)
     processing_class = getattr(transformers, settings.pop("class"))(**settings)
     processor, column = InputProcessor(processing_class, config), find_input_column(data)
@@ -256,9 +265,13 @@ def control_hierarchy(hierarchy: TeacherHierarchy, folder: Path) -> TeacherHiera
 def measure(test: Dataset, hierarchy: TeacherHierarchy, domain_column: str | None) -> dict[str, float]:
     """Accuracy of each teacher on data that none of them was trained on."""
     pool = build_pool(
-        test, hierarchy, oracle_column=find_label_column(test), oracle_domain_column=domain_column, batch_size=256,
+        test,
+        hierarchy,
+        oracle_column=find_label_column(test),
+        oracle_domain_column=domain_column,
+        batch_size=256,
         disable_tqdm=True,
-    )  # fmt: skip
+    )
     return teacher_accuracies(pool)
 
 
@@ -268,9 +281,13 @@ def publish(
     """Push the teachers with a card."""
     facts = {"accuracy": accuracy, "datasets": [] if Path(dataset).exists() else [dataset]}
     return push_hierarchy(
-        hierarchy, repo_id, private=config.hub_private_repo, token=config.hub_token, revision=config.hub_revision,
+        hierarchy,
+        repo_id,
+        private=config.hub_private_repo,
+        token=config.hub_token,
+        revision=config.hub_revision,
         facts=facts,
-    ).commit_url  # fmt: skip
+    ).commit_url
 
 
 def main() -> None:

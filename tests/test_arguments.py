@@ -74,18 +74,47 @@ def test_yaml_fills_every_kind_of_field(recipe):
     )
     assert data == DataSettings("digits", limit=5, split="train")
     assert settings == Settings(
-        0.001, False, True, ["x", "y"], [1, 2], {"depth": 3, "nested": {"a": [1]}}, {"a": 100.0, "b": 2.0},
-        "hard", "blue", "cosine",
-    )  # fmt: skip
+        0.001,
+        False,
+        True,
+        ["x", "y"],
+        [1, 2],
+        {"depth": 3, "nested": {"a": [1]}},
+        {"a": 100.0, "b": 2.0},
+        "hard",
+        "blue",
+        "cosine",
+    )
     assert isinstance(settings.rate, float) and isinstance(settings.weights["b"], float)
 
 
 def test_command_line_fills_every_kind_of_field():
     data, settings = parse(
-        "--dataset", "digits", "--limit", "5", "--rate", "1e-3", "--no_shuffle", "--quiet", "--names", "x", "y",
-        "--sizes", "1", "2", "--extras", '{"depth": 3}', "--weights", '{"a": 0.5}', "--mode", "hard",
-        "--colour", "blue", "--schedule", "{}",
-    )  # fmt: skip
+        "--dataset",
+        "digits",
+        "--limit",
+        "5",
+        "--rate",
+        "1e-3",
+        "--no_shuffle",
+        "--quiet",
+        "--names",
+        "x",
+        "y",
+        "--sizes",
+        "1",
+        "2",
+        "--extras",
+        '{"depth": 3}',
+        "--weights",
+        '{"a": 0.5}',
+        "--mode",
+        "hard",
+        "--colour",
+        "blue",
+        "--schedule",
+        "{}",
+    )
     assert data.limit == 5
     assert settings == Settings(0.001, False, True, ["x", "y"], [1, 2], {"depth": 3}, {"a": 0.5}, "hard", "blue", "{}")
 
@@ -135,23 +164,31 @@ def test_empty_file_is_no_error(recipe):
         ("rate: fast", "`rate` in '{path}' must be float, got 'fast' (str). Correct the value."),
         ("rate: true", "`rate` in '{path}' must be float, got True (bool). If it is a word, put it in quotes."),
         ("limit: 2.5", "`limit` in '{path}' must be int or null, got 2.5 (float). Correct the value."),
-        ("split: false", "`split` in '{path}' must be str or null, got False (bool). If it is a word, put it in "
-                         "quotes."),
+        (
+            "split: false",
+            "`split` in '{path}' must be str or null, got False (bool). If it is a word, put it in quotes.",
+        ),
         ("shuffle: 1", "`shuffle` in '{path}' must be bool, got 1 (int). Correct the value."),
         ("names: x", "`names` in '{path}' must be list[str], got 'x' (str). Write a list of one as [x]."),
         ("names: [1]", "`names` in '{path}' must be list[str], got [1] (list). Correct the value."),
         ("extras: [1]", "`extras` in '{path}' must be dict, got [1] (list). Correct the value."),
-        ("rate: {start: 1}", "`rate` in '{path}' must be float, got {{'start': 1}} (dict). Write nested values one "
-                             "per line, each under its own name."),
-        ("weights: {a: b}", "`weights` in '{path}' must be dict[str, float] or null, got {{'a': 'b'}} (dict). Write "
-                            "nested values one per line, each under its own name."),
+        (
+            "rate: {start: 1}",
+            "`rate` in '{path}' must be float, got {{'start': 1}} (dict). Write nested values one "
+            "per line, each under its own name.",
+        ),
+        (
+            "weights: {a: b}",
+            "`weights` in '{path}' must be dict[str, float] or null, got {{'a': 'b'}} (dict). Write "
+            "nested values one per line, each under its own name.",
+        ),
         ("mode: sharp", "`mode` in '{path}' must be one of ['soft', 'hard'], got 'sharp' (str). Correct the value."),
         ("colour: 3", "`colour` in '{path}' must be one of ['red', 'blue'], got 3 (int). Correct the value."),
         ("rat: 1", "'{path}' must hold known names only, got `rat`. Did you mean `rate`?"),
         ("hub-token: x", "'{path}' must hold known names only, got `hub-token`. Did you mean `hub_token`?"),
         ("qqqqq: 1", "'{path}' must hold known names only, got `qqqqq`. `--help` lists them all."),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_line_of_yaml_is_one_clear_error(recipe, line, sentence):
     path = recipe(f"dataset: digits\n{line}\n")
     with pytest.raises(ValueError) as error:
@@ -237,10 +274,20 @@ def test_record_holds_json_values_and_no_secret():
     )
     record = recipe_arguments_to_dict([DataSettings("digits"), settings])
     assert record == {
-        "dataset": "digits", "limit": None, "split": "train", "rate": "inf", "shuffle": True, "quiet": False,
-        "names": ["a"], "sizes": None, "extras": {"path": "a"}, "weights": None, "mode": "soft", "colour": "blue",
+        "dataset": "digits",
+        "limit": None,
+        "split": "train",
+        "rate": "inf",
+        "shuffle": True,
+        "quiet": False,
+        "names": ["a"],
+        "sizes": None,
+        "extras": {"path": "a"},
+        "weights": None,
+        "mode": "soft",
+        "colour": "blue",
         "schedule": None,
-    }  # fmt: skip
+    }
 
 
 def test_help_lists_options_and_does_not_import_the_trainer():

@@ -53,9 +53,14 @@ def raise_stop(args: Any) -> None:
 
 
 def run(
-    student: str, data: Dataset, folder: str, num_processes: int, changes: dict, stop: Any = None,
+    student: str,
+    data: Dataset,
+    folder: str,
+    num_processes: int,
+    changes: dict,
+    stop: Any = None,
     resume: bool = False,
-) -> tuple[CoSupervisedTrainer, At]:  # fmt: skip
+) -> tuple[CoSupervisedTrainer, At]:
     """Train with the same examples per step in any number of processes; the E-step is cut so that all have some."""
     processes.CHUNK_ROWS = 7
     settings = {"data_seed": 3, "logging_steps": 1} | changes
@@ -108,12 +113,20 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 # 45 examples do not divide evenly: two processes repeat the first ones. A ridge sums in another order.
-@pytest.mark.parametrize(("changes", "num_rows", "tolerance"), [
-    ({}, 48, 1e-5), ({"fit_head_on_features": False}, 48, 1e-5), ({"student_training": "full"}, 48, 1e-5),
-    ({"student_training": "lora"}, 48, 1e-5),
-    ({}, 45, 2e-3), ({"fit_head_on_features": False}, 45, 2e-3), ({"student_training": "full"}, 45, 2e-3),
-    ({"head_solver": "ridge"}, 45, 1e-3),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "num_rows", "tolerance"),
+    [
+        ({}, 48, 1e-5),
+        ({"fit_head_on_features": False}, 48, 1e-5),
+        ({"student_training": "full"}, 48, 1e-5),
+        ({"student_training": "lora"}, 48, 1e-5),
+        ({}, 45, 2e-3),
+        ({"fit_head_on_features": False}, 45, 2e-3),
+        ({"student_training": "full"}, 45, 2e-3),
+        ({"head_solver": "ridge"}, 45, 1e-3),
+    ],
+    ids=str,
+)
 def test_two_processes_train_the_student_of_one(tmp_path, tiny_vit, tiny_image_dataset, changes, num_rows, tolerance):
     data = tiny_image_dataset.select(range(num_rows))
     changes = {"optim": "sgd", "learning_rate": 0.05, "rejection": "none", **changes}
@@ -136,11 +149,17 @@ def test_two_processes_train_the_student_of_one(tmp_path, tiny_vit, tiny_image_d
         assert own["train_loss"] == pytest.approx(other["train_loss"], abs=100 * tolerance)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"student_training": "full"}, {"assignment": "agreement", "agreement_neighbors": 3},
-    {"student_training": "lora", "assignment": "agreement", "rejection": ["top_k", "student_entropy"]},
-    {"cross_fit_folds": 2, "assignment": "random"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"student_training": "full"},
+        {"assignment": "agreement", "agreement_neighbors": 3},
+        {"student_training": "lora", "assignment": "agreement", "rejection": ["top_k", "student_entropy"]},
+        {"cross_fit_folds": 2, "assignment": "random"},
+    ],
+    ids=str,
+)
 def test_equal_weights_choose_the_same_teachers_and_two_go_on_with_the_run_of_one(
     tmp_path, tiny_vit, tiny_image_dataset, changes
 ):
@@ -158,11 +177,16 @@ def test_equal_weights_choose_the_same_teachers_and_two_go_on_with_the_run_of_on
         np.testing.assert_array_equal(own[key], other[key], err_msg=key)
 
 
-@pytest.mark.parametrize(("changes", "stop"), [
-    ({}, (1, 1)), ({"student_training": "full", "save_strategy": "steps", "save_steps": 2}, (1, 5)),
-    ({"student_training": "lora", "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2}, (0, 3)),
-    ({"fit_head_on_features": False, "save_strategy": "steps", "save_steps": 2, "max_steps": 9}, (1, 8)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "stop"),
+    [
+        ({}, (1, 1)),
+        ({"student_training": "full", "save_strategy": "steps", "save_steps": 2}, (1, 5)),
+        ({"student_training": "lora", "lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2}, (0, 3)),
+        ({"fit_head_on_features": False, "save_strategy": "steps", "save_steps": 2, "max_steps": 9}, (1, 8)),
+    ],
+    ids=str,
+)
 def test_two_that_are_cut_off_go_on_to_the_same_student(tmp_path, tiny_vit, tiny_image_dataset, changes, stop):
     data = tiny_image_dataset.select(range(45))
     changes = {"learning_rate": 1e-2, **changes}
@@ -306,8 +330,11 @@ def test_a_process_that_dies_ends_the_launch_and_a_later_one_goes_on(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(
         [*command, tiny_vit, str(tmp_path / "data"), str(tmp_path / "cut"), place, str(rank)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode != 0 and "Signal 9 (SIGKILL)" in done.stderr, done.stderr[-3000:]
     assert time.time() - float((tmp_path / "cut" / "died").read_text()) < 60
     run_in_two(tiny_vit, tiny_image_dataset, str(tmp_path / "cut"), 2, changes, None, True)
@@ -332,10 +359,13 @@ def test_the_recipe_in_two_processes_makes_one_report_one_model_and_one_card(tmp
         command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(number)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         done = subprocess.run(
-            [*command, str(ROOT / "recipes" / "train.py"), "--config", "digits.yaml"], cwd=folder, text=True,
-            capture_output=True, timeout=600,
+            [*command, str(ROOT / "recipes" / "train.py"), "--config", "digits.yaml"],
+            cwd=folder,
+            text=True,
+            capture_output=True,
+            timeout=600,
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "CI": "true"},
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("Student, report.json, figures and model card") == 1
         output = folder / "outputs" / "digits"

@@ -181,9 +181,15 @@ class Labelling:
         hierarchy = TeacherHierarchy(list("wxyz"), [Teacher(name, level=int(name != "a")) for name in "abc"])
         models = {name: Shade(name, kind, self.log, seconds) for name, kind in zip("abc", preprocessings)}
         self.work = partial(
-            build_pool, shades, hierarchy, models=models, batch_size=BATCH, pool_k=3, output_dir=folder,
+            build_pool,
+            shades,
+            hierarchy,
+            models=models,
+            batch_size=BATCH,
+            pool_k=3,
+            output_dir=folder,
             disable_tqdm=True,
-        )  # fmt: skip
+        )
 
     @property
     def unfinished(self) -> Path:

@@ -57,12 +57,16 @@ def as_file(image: PILImage.Image, kind: str) -> PILImage.Image:
 @pytest.mark.parametrize(
     "cell",
     [
-        DEEP, DEEP[..., None], DEEP.astype(">u2"), PILImage.fromarray(DEEP),
-        as_file(PILImage.fromarray(DEEP), "PNG"), as_file(PILImage.fromarray(DEEP), "TIFF"),
+        DEEP,
+        DEEP[..., None],
+        DEEP.astype(">u2"),
+        PILImage.fromarray(DEEP),
+        as_file(PILImage.fromarray(DEEP), "PNG"),
+        as_file(PILImage.fromarray(DEEP), "TIFF"),
         PILImage.frombytes("I;16B", (3, 2), DEEP.astype(">u2").tobytes()),
     ],
     ids=["array", "array of one channel", "big-endian array", "PIL", "PNG", "TIFF", "big-endian PIL"],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("mode", [None, "L", "RGB"])
 def test_sixteen_bits_keep_their_upper_eight(cell: Any, mode: str | None) -> None:
     pixels = np.asarray(to_pil(cell, mode))
@@ -79,12 +83,16 @@ def test_colours_of_sixteen_bits_and_bools() -> None:
 @pytest.mark.parametrize(
     "cell",
     [
-        PILImage.new("F", (2, 2), 0.5), PILImage.new("I", (2, 2), 7), PILImage.new("La", (2, 2)),
-        as_file(PILImage.new("F", (2, 2), 200.0), "TIFF"), np.full((2, 2), 0.5, np.float16),
-        np.full((2, 2), 70000, np.uint32), np.full((2, 2), -1, np.int16),
+        PILImage.new("F", (2, 2), 0.5),
+        PILImage.new("I", (2, 2), 7),
+        PILImage.new("La", (2, 2)),
+        as_file(PILImage.new("F", (2, 2), 200.0), "TIFF"),
+        np.full((2, 2), 0.5, np.float16),
+        np.full((2, 2), 70000, np.uint32),
+        np.full((2, 2), -1, np.int16),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_pixels_of_no_certain_range_are_refused_whatever_their_values(cell: Any) -> None:
     with pytest.raises(RowError, match="^An image"):
         to_pil(cell, "RGB")
@@ -272,9 +280,17 @@ def save_gpt2(folder: Path, **tokens: str | None) -> str:
     known = {"unk_token": "[UNK]", "eos_token": "<e>", "pad_token": "[PAD]"} | tokens
     known = {name: token for name, token in known.items() if token is not None}
     config = GPT2Config(
-        vocab_size=9, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=None, eos_token_id=2,
-        pad_token_id=None if "pad_token" not in known else 0, id2label=dict(enumerate(AB)), initializer_range=0.5,
-    )  # fmt: skip
+        vocab_size=9,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=None if "pad_token" not in known else 0,
+        id2label=dict(enumerate(AB)),
+        initializer_range=0.5,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         GPT2ForSequenceClassification(config).save_pretrained(folder)
@@ -306,8 +322,11 @@ def test_a_text_without_tokens_is_one_clear_error(tmp_path: Path, text: str, pla
     texts = ["x y", "y", "z"]
     texts[place] = text
     with pytest.raises(ValueError) as error:
-        quiet_pool(Dataset.from_dict({"id": [5, 6, 7], "text": texts}), hierarchy(Teacher(save_gpt2(tmp_path / "t"))),
-                   batch_size=batch_size)  # fmt: skip
+        quiet_pool(
+            Dataset.from_dict({"id": [5, 6, 7], "text": texts}),
+            hierarchy(Teacher(save_gpt2(tmp_path / "t"))),
+            batch_size=batch_size,
+        )
     assert f"A text must have at least one token, got {text!r} in row {place} (id {place + 5})" in str(error.value)
 
 
@@ -442,12 +461,15 @@ def test_a_pool_remembers_its_input_column(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (pd.Series([0, 1, None]), [0, 1, -1]), ([0.0, 1.0, float("nan")], [0, 1, -1]), ([-1.0, 1.0], [-1, 1]),
-        ([Decimal(0), Decimal("1.00"), None], [0, 1, -1]), (np.array([0, 1], np.float32), [0, 1]),
+        (pd.Series([0, 1, None]), [0, 1, -1]),
+        ([0.0, 1.0, float("nan")], [0, 1, -1]),
+        ([-1.0, 1.0], [-1, 1]),
+        ([Decimal(0), Decimal("1.00"), None], [0, 1, -1]),
+        (np.array([0, 1], np.float32), [0, 1]),
         (["a", "", None, "b"], [0, -1, -1, 1]),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_whole_floats_are_label_ids(values: Any, expected: list[int]) -> None:
     data = Dataset.from_pandas(pd.DataFrame({"said": values, "id": range(len(values))}), preserve_index=False)
     assert quiet_pool(data, hierarchy(Teacher("said", kind="column"))).hard_labels("said").tolist() == expected
@@ -467,34 +489,78 @@ def test_other_values_are_no_label_ids(value: Any) -> None:
 # ── names, ids and files ────────────────────────────────────────────────────────────────────────────────────────────
 
 DOORS: list[tuple[str, Callable[[], object], str]] = [
-    ("an id with NUL", lambda: labelled(["x\0", "x"]),
-     "Column `id` must hold no NUL, got 'x\\x00' in row 0. Rename it."),
-    ("an id with NUL in a pool", lambda: predicted(["x\0", "x"]),
-     "`ids` must hold no NUL and no halves of characters, got 'x\\x00'. Rename it."),
-    ("half of a character as an id", lambda: predicted(["\ud83d", "x"]),
-     "`ids` must hold no NUL and no halves of characters, got '\\ud83d'. Rename it."),
-    ("an id with NUL among the inputs", lambda: PseudolabelPool(
-        hierarchy(Teacher("t")), predicted(["x", "y"]).teachers, Dataset.from_dict({"id": ["x", "x\0"]})),
-     "Ids of the pool must hold no NUL, got 'x\\x00'. Rename it."),
+    (
+        "an id with NUL",
+        lambda: labelled(["x\0", "x"]),
+        "Column `id` must hold no NUL, got 'x\\x00' in row 0. Rename it.",
+    ),
+    (
+        "an id with NUL in a pool",
+        lambda: predicted(["x\0", "x"]),
+        "`ids` must hold no NUL and no halves of characters, got 'x\\x00'. Rename it.",
+    ),
+    (
+        "half of a character as an id",
+        lambda: predicted(["\ud83d", "x"]),
+        "`ids` must hold no NUL and no halves of characters, got '\\ud83d'. Rename it.",
+    ),
+    (
+        "an id with NUL among the inputs",
+        lambda: PseudolabelPool(
+            hierarchy(Teacher("t")), predicted(["x", "y"]).teachers, Dataset.from_dict({"id": ["x", "x\0"]})
+        ),
+        "Ids of the pool must hold no NUL, got 'x\\x00'. Rename it.",
+    ),
     ("an empty label", lambda: TeacherHierarchy(["a", ""], [Teacher("t")]), "Labels must not be blank, got '' among"),
     ("a blank label", lambda: TeacherHierarchy(["a", " \t"], [Teacher("t")]), "Labels must not be blank, got ' \\t'"),
-    ("labels that look alike", lambda: TeacherHierarchy(["cat", "cat "], [Teacher("t")]),
-     "Labels must be unique, got ['cat', 'cat '] more than once. Rename them."),
-    ("labels that look alike in front", lambda: TeacherHierarchy(["\u00a0cat", "cat"], [Teacher("t")]),
-     "Labels must be unique, got ['cat', '\\xa0cat'] more"),
-    ("half of a character in a label", lambda: TeacherHierarchy(["a", "\udfff"], [Teacher("t")]),
-     "`labels` of a hierarchy must hold text without NUL and without halves of characters (lone surrogates), got "),
+    (
+        "labels that look alike",
+        lambda: TeacherHierarchy(["cat", "cat "], [Teacher("t")]),
+        "Labels must be unique, got ['cat', 'cat '] more than once. Rename them.",
+    ),
+    (
+        "labels that look alike in front",
+        lambda: TeacherHierarchy(["\u00a0cat", "cat"], [Teacher("t")]),
+        "Labels must be unique, got ['cat', '\\xa0cat'] more",
+    ),
+    (
+        "half of a character in a label",
+        lambda: TeacherHierarchy(["a", "\udfff"], [Teacher("t")]),
+        "`labels` of a hierarchy must hold text without NUL and without halves of characters (lone surrogates), got ",
+    ),
     ("NUL in a label", lambda: TeacherHierarchy(["a", "b\0"], [Teacher("t")]), "`labels` of a hierarchy must hold"),
     ("NUL in a scope", lambda: Teacher("t", scope=["a\0"]), "`scope` of teacher 't' must hold text without NUL"),
     ("half of a character in a label map", lambda: Teacher("t", label_map={"\ud800": "a"}), "`label_map` of teacher"),
     ("NUL in a folder", lambda: Teacher("a\0b", name="t"), "A teacher's `model` must be a Hub id, a folder"),
     ("a key twice in JSON", lambda: parse_json('{"a": {"b": 1, "b": 2}}'), "`b` is there twice"),
     ("a key twice in YAML", lambda: parse_yaml("a: 1\nc: 3\na: 2"), "`a` is there twice"),
-    *((f"{word} in YAML", partial(parse_yaml, f"rate: {word}"), f"`{word}` means different things to different "
-       "readers of YAML; write it in quotes, or as `true`, `false` or a plain decimal number")
-      for word in ("1:30", "-1:30:05", "1:30.5", "no", "Yes", "ON", "off", "0o17", "017", "08", "1_000", "1_0.5",
-                   "0b11", "0x_f", "2024-01-01", "2024-01-01 10:00:00")),
-]  # fmt: skip
+    *(
+        (
+            f"{word} in YAML",
+            partial(parse_yaml, f"rate: {word}"),
+            f"`{word}` means different things to different "
+            "readers of YAML; write it in quotes, or as `true`, `false` or a plain decimal number",
+        )
+        for word in (
+            "1:30",
+            "-1:30:05",
+            "1:30.5",
+            "no",
+            "Yes",
+            "ON",
+            "off",
+            "0o17",
+            "017",
+            "08",
+            "1_000",
+            "1_0.5",
+            "0b11",
+            "0x_f",
+            "2024-01-01",
+            "2024-01-01 10:00:00",
+        )
+    ),
+]
 
 
 def labelled(ids: list[str]) -> PseudolabelPool:
@@ -555,11 +621,17 @@ def test_what_has_one_meaning_is_read(text: str) -> None:
 @pytest.mark.parametrize(
     ("scopes", "expected"),
     [
-        ([AB, ["b", "a"]], False), ([AB, None], False), ([None, None], False), ([["a"], ["b"]], True),
-        ([["a"], AB], True), ([["a"], ["a"]], False), ([AB], True), ([None, None, ["a"]], True),
+        ([AB, ["b", "a"]], False),
+        ([AB, None], False),
+        ([None, None], False),
+        ([["a"], ["b"]], True),
+        ([["a"], AB], True),
+        ([["a"], ["a"]], False),
+        ([AB], True),
+        ([None, None, ["a"]], True),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_scopes_that_tell_nothing(scopes: list[list[str] | None], expected: bool) -> None:
     deep = [Teacher(f"t{i}", level=1, scope=scope) for i, scope in enumerate(scopes)]  # type: ignore[arg-type]
     assert hierarchy(Teacher("root"), *deep).has_distinct_scopes(1) is expected
@@ -631,8 +703,10 @@ def test_aggregation_decodes_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(PseudolabelPool, "decode", decode)
     monkeypatch.setattr(derived, "_CHUNK", 7)
     monkeypatch.setattr(pool_module, "_DECODED", 7)
-    np.testing.assert_array_equal(aggregated_pool(pool, method).label_probs(whole.hierarchy.names[0]),
-                                  whole.label_probs(whole.hierarchy.names[0]))  # fmt: skip
+    np.testing.assert_array_equal(
+        aggregated_pool(pool, method).label_probs(whole.hierarchy.names[0]),
+        whole.label_probs(whole.hierarchy.names[0]),
+    )
     np.testing.assert_array_equal(pool.hard_pseudolabels(sources, np.arange(30)), labels)
     assert max(sizes) <= 7
 

@@ -41,10 +41,12 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "run": (lambda folder: RunFolder(folder).begin({}), "run.json", ".run.json.tmp"),
     "checkpoint": (lambda folder: seal_checkpoint(folder, {}), "digests.json", ".digests.json.tmp"),
     "journal": (
-        lambda folder: Progress(folder / "work", 1, 1, np.dtype("u1")).open({}), "work/plan.json", "work/plan.json.tmp"
+        lambda folder: Progress(folder / "work", 1, 1, np.dtype("u1")).open({}),
+        "work/plan.json",
+        "work/plan.json.tmp",
     ),
     "figure": (lambda folder: plot_pgr(REPORT, folder / "f.png"), "f.png", ".f.tmp.png"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -202,10 +204,19 @@ def test_a_checkpoint_whose_digests_lead_elsewhere_is_passed_over(how, tmp_path,
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("in/x", True), ("in/../in/x", True), ("in/inner", True), ("in", True), ("x", False), ("in/../x", False),
-        ("inside/x", False), ("in/out/x", False), ("in/outfile", False), ("in/missing", True), ("/etc/passwd", False),
+        ("in/x", True),
+        ("in/../in/x", True),
+        ("in/inner", True),
+        ("in", True),
+        ("x", False),
+        ("in/../x", False),
+        ("inside/x", False),
+        ("in/out/x", False),
+        ("in/outfile", False),
+        ("in/missing", True),
+        ("/etc/passwd", False),
     ],
-)  # fmt: skip
+)
 def test_is_inside(path, expected, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/x").write_text("x")
@@ -234,9 +245,10 @@ def renames(source: str) -> list[int]:
     """Lines that rename or make temporary names by other means."""
     banned = ("os.replace", "os.rename", "tempfile.mkstemp", "tempfile.NamedTemporaryFile", "shutil.move")
     return [
-        node.lineno for node in ast.walk(ast.parse(source))
+        node.lineno
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call) and ast.unparse(node.func) in banned
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)

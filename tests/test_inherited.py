@@ -30,7 +30,9 @@ WORKS = {
     "accelerator_config": {"accelerator_config": {"use_seedable_sampler": False}},
     "data_seed": {"data_seed": 7},
     "dataloader_drop_last": {
-        "dataloader_drop_last": True, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 16,
+        "dataloader_drop_last": True,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 16,
     },
     "dataloader_in_order": {"dataloader_in_order": False},
     "dataloader_num_workers": {"dataloader_num_workers": 1},
@@ -49,8 +51,11 @@ WORKS = {
     "label_smoothing_factor": {"label_smoothing_factor": 0.1},
     "learning_rate": {"learning_rate": 1e-2},
     "load_best_model_at_end": {
-        "load_best_model_at_end": True, "metric_for_best_model": "accuracy", "greater_is_better": True,
-    } | EACH_EPOCH,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+        "greater_is_better": True,
+    }
+    | EACH_EPOCH,
     "log_level": {"log_level": "error", "log_level_replica": "error"},
     "logging_first_step": {"logging_first_step": True},
     "logging_nan_inf_filter": {"logging_nan_inf_filter": False},
@@ -74,7 +79,7 @@ WORKS = {
     "warmup_steps": {"warmup_steps": 0.5},
     "weight_decay": {"weight_decay": 0.1},
     "bf16": {"bf16": True},
-}  # fmt: skip
+}
 REFUSED = {
     "adam_beta1": (1.0, "`adam_beta1` must be a number of at least 0 and below 1, got 1.0. Leave it out for 0.9."),
     "adam_beta2": (NAN, "`adam_beta2` must be a number of at least 0 and below 1, got nan. Leave it out for 0.999."),
@@ -129,15 +134,27 @@ REFUSED = {
 }
 # More of the same kinds: epochs, texts and booleans for numbers, seeds, sizes, rates.
 ALSO_REFUSED = {
-    "num_train_epochs": (-1, NAN, INF, "3", True, None), "max_steps": (0, -2, NAN, True, "7"),
-    "learning_rate": (0, -1, NAN, "1e-3", None, True), "seed": (-1, 2**32, NAN, None, True, 2**63),
-    "data_seed": (2**64, 0.5), "warmup_steps": (NAN, "2", None), "weight_decay": (-1, NAN),
-    "adam_beta1": (-0.1, NAN), "adam_epsilon": (-1, NAN), "gradient_accumulation_steps": (0, 1.5, None),
-    "label_smoothing_factor": (-0.1, 1.0, NAN), "per_device_train_batch_size": (-1, 1.5, "8"),
-    "per_device_eval_batch_size": (-1, 2.5), "save_total_limit": (-1,), "logging_steps": (-1, 0, INF),
-    "max_grad_norm": (-1, INF), "train_sampling_strategy": ("batch_rebalance", "sorted", None),
-    "do_train": ("yes",), "push_to_hub": ("false",), "load_best_model_at_end": (None,),
-}  # fmt: skip
+    "num_train_epochs": (-1, NAN, INF, "3", True, None),
+    "max_steps": (0, -2, NAN, True, "7"),
+    "learning_rate": (0, -1, NAN, "1e-3", None, True),
+    "seed": (-1, 2**32, NAN, None, True, 2**63),
+    "data_seed": (2**64, 0.5),
+    "warmup_steps": (NAN, "2", None),
+    "weight_decay": (-1, NAN),
+    "adam_beta1": (-0.1, NAN),
+    "adam_epsilon": (-1, NAN),
+    "gradient_accumulation_steps": (0, 1.5, None),
+    "label_smoothing_factor": (-0.1, 1.0, NAN),
+    "per_device_train_batch_size": (-1, 1.5, "8"),
+    "per_device_eval_batch_size": (-1, 2.5),
+    "save_total_limit": (-1,),
+    "logging_steps": (-1, 0, INF),
+    "max_grad_norm": (-1, INF),
+    "train_sampling_strategy": ("batch_rebalance", "sorted", None),
+    "do_train": ("yes",),
+    "push_to_hub": ("false",),
+    "load_best_model_at_end": (None,),
+}
 # Passed on as they are: names, places, and what concerns machines, trackers and the Hub; the parent checks them.
 PASSED_ON = {
     *("activation_checkpointing_kwargs", "gradient_checkpointing", "gradient_checkpointing_kwargs"),
@@ -219,7 +236,7 @@ def test_other_values_of_the_kind_are_refused_too(name, value, tmp_path):
         ),
         ({"neftune_noise_alpha": 5.0}, "is for a backbone that learns, got `student_training` 'probe'"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_together_is_refused_before_work(
     kwargs, sentence, pool, tiny_vit, tiny_image_dataset, tmp_path
 ):

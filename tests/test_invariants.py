@@ -102,9 +102,14 @@ def test_a_last_step_of_fewer_examples_is_the_only_one_that_hangs_on_how_it_is_c
 def test_uneven_last_batches_in_both_loops(tmp_path, tiny_vit, tiny_image_dataset, batch, accumulation, weight_column):
     pool = weighted(make_pool(tiny_image_dataset.select(range(47))))
     changes = {
-        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": -1,
-        "num_train_epochs": 2, "rejection": "none", "weight_column": weight_column, "logging_steps": 1,
-    }  # fmt: skip
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "rejection": "none",
+        "weight_column": weight_column,
+        "logging_steps": 1,
+    }
     fast = train(tiny_vit, tmp_path / "fast", pool, **changes)
     slow = train(tiny_vit, tmp_path / "slow", pool, fit_head_on_features=False, **changes)
     assert_equal_students(fast, slow, 1e-5)
@@ -132,10 +137,19 @@ def test_one_teacher_is_plain_distillation(tmp_path, tiny_vit, tiny_image_datase
             return functional.cross_entropy(model(pixel_values=inputs["pixel_values"]).logits, inputs["target"])
 
     args = TrainingArguments(
-        output_dir=str(tmp_path / "plain"), max_steps=6, per_device_train_batch_size=8, learning_rate=1e-3,
-        optim="sgd",        lr_scheduler_type="cosine", max_grad_norm=0.0, data_seed=42, remove_unused_columns=False,
-        use_cpu=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path / "plain"),
+        max_steps=6,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        optim="sgd",
+        lr_scheduler_type="cosine",
+        max_grad_norm=0.0,
+        data_seed=42,
+        remove_unused_columns=False,
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     plain = Distillation(prepare_student(student, "full"), args, train_dataset=rows)
     plain.model_accepts_loss_kwargs = False
     plain.train()

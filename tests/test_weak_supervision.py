@@ -74,10 +74,31 @@ def test_the_recipe_prints_all_label_models_and_their_students(tiny_bert, tmp_pa
     for seed, name in enumerate(("votes", "valid", "test")):
         write_votes(tmp_path / f"{name}.csv", 300, seed, truth=name != "votes")
     found = run(
-        "weak_supervision.py", "--votes", "votes.csv", "--validation", "valid.csv", "--test", "test.csv", "--student",
-        tiny_bert, "--output_dir", "out", "--oracle_column", "label", "--use_cpu", "True", "--report_to", "none",
-        "--disable_tqdm", "True", "--learning_rate", "0.05", "--num_train_epochs", "20", cwd=tmp_path,
-    )  # fmt: skip
+        "weak_supervision.py",
+        "--votes",
+        "votes.csv",
+        "--validation",
+        "valid.csv",
+        "--test",
+        "test.csv",
+        "--student",
+        tiny_bert,
+        "--output_dir",
+        "out",
+        "--oracle_column",
+        "label",
+        "--use_cpu",
+        "True",
+        "--report_to",
+        "none",
+        "--disable_tqdm",
+        "True",
+        "--learning_rate",
+        "0.05",
+        "--num_train_epochs",
+        "20",
+        cwd=tmp_path,
+    )
     assert "300 rows, " in found and "lf_0   bad  " in found
     models = ["shared_majority", "dawid_skene", "mace", "ebcc"] + ["glad"] * (find_spec("scipy") is not None)
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in found.splitlines() if line.startswith("| ")}

@@ -133,9 +133,13 @@ class InputProcessor:
             if not is_writable_text(cell.replace("\0", "")):
                 raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
         batch = self.processing_class(
-            list(cells), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
+            list(cells),
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
             return_attention_mask=True,
-        )  # fmt: skip
+        )
         is_empty = batch["attention_mask"].sum(dim=1) == 0
         if bool(is_empty.any()):
             raise RowError(f"A text must have at least one token, got {cells[int(is_empty.nonzero()[0])]!r}.")

@@ -142,9 +142,11 @@ def load_folder(folder: str) -> Dataset | DatasetDict:
         ) from error
     for part in [data] if isinstance(data, Dataset) else data.values():
         check_cells(
-            part.data.table, f"The data in '{folder}'", "If the files are yours, give the data themselves, loaded by "
-            "`datasets`; `save_to_disk` reads in files of this machine."
-        )  # fmt: skip
+            part.data.table,
+            f"The data in '{folder}'",
+            "If the files are yours, give the data themselves, loaded by "
+            "`datasets`; `save_to_disk` reads in files of this machine.",
+        )
     return data
 
 
@@ -238,9 +240,12 @@ def _check_hub(table: pa.Table, builder: DatasetBuilder, repo_id: str, start: in
         return "://" not in file and any(is_inside(Path(file), root) for root in roots)
 
     check_cells(
-        table, f"The data set '{repo_id}'", "Ask its author for the content (`push_to_hub` puts it in), or give the "
-        "data themselves.", is_own, start
-    )  # fmt: skip
+        table,
+        f"The data set '{repo_id}'",
+        "Ask its author for the content (`push_to_hub` puts it in), or give the data themselves.",
+        is_own,
+        start,
+    )
     return table
 
 

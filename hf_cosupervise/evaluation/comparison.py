@@ -87,9 +87,12 @@ def compare_methods(
     main: CoSupervisedTrainer | None = None
     for method, own_pool in pools.items():
         trainer = CoSupervisedTrainer(
-            _copy_model(student), arguments[method], pool=own_pool, processing_class=processing_class,
+            _copy_model(student),
+            arguments[method],
+            pool=own_pool,
+            processing_class=processing_class,
             loss_func=method_loss(pool, method),
-        )  # fmt: skip
+        )
         trainer.pop_callback(PrinterCallback)  # the report tells it better than a log of every method
         trainer.train(resume_from_checkpoint=resume)
         on_trained(method, trainer)
@@ -126,8 +129,9 @@ def _method_pools(
     on_features = [method for method in methods if method in FEATURE_AGGREGATORS]
     pools = {
         method: method_pool(pool, method, labelled_pool=labelled_pool)
-        for method in methods if method not in on_features
-    }  # fmt: skip
+        for method in methods
+        if method not in on_features
+    }
     if on_features and args.student_training != "probe":
         raise ValueError(
             f"{on_features} need a student with a linear head on a frozen backbone, got `student_training` "
@@ -158,6 +162,7 @@ def _level_facts(trainer: CoSupervisedTrainer, plan: LevelPlan) -> dict[str, Any
     shares = {name: records[-1][f"assignment/{name}"] for name in names if f"assignment/{name}" in records[-1]}
     facts = {"level": plan.level, "keep_rate": plan.keep_rate, "teachers": shares}
     return facts | {
-        key.replace("/", "_"): value for key, value in records[-1].items()
+        key.replace("/", "_"): value
+        for key, value in records[-1].items()
         if key in ("assignment/agreement", "consistency/top_k_agreement") or key.startswith("oracle_")
-    }  # fmt: skip
+    }

@@ -113,8 +113,9 @@ def plot_group_shares(report: Mapping[str, Any], path: str | os.PathLike[str]) -
     """
     levels = {
         str(level["level"]): level["teachers_by_group"]
-        for level in report.get("levels", [])[1:] if level.get("teachers_by_group")
-    }  # fmt: skip
+        for level in report.get("levels", [])[1:]
+        if level.get("teachers_by_group")
+    }
     if not levels:
         raise ValueError(
             f"A report needs a level below the root with `teachers_by_group`, got none among "
@@ -152,8 +153,9 @@ def plot_levels(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
     """
     methods = {
         name: numbers["levels"]
-        for name, numbers in report.get("methods", {}).items() if len(numbers.get("levels", [])) > 1
-    }  # fmt: skip
+        for name, numbers in report.get("methods", {}).items()
+        if len(numbers.get("levels", [])) > 1
+    }
     if not methods:
         raise ValueError(
             f"A report needs a method with several levels, got {sorted(report.get('methods', {}))} without one. "
@@ -209,8 +211,9 @@ def plot_reliability(curves: Mapping[str, Mapping[str, Any]], path: str | os.Pat
     for axes, (name, curve) in zip(panels, curves.items()):
         axes.plot([0, 100], [0, 100], color=_OTHERS, linewidth=1)
         count = np.asarray(curve["count"], dtype=float)
-        points = np.array([[np.nan if value is None else 100 * value for value in curve[key]]
-                           for key in ("confidence", "accuracy")])  # fmt: skip
+        points = np.array(
+            [[np.nan if value is None else 100 * value for value in curve[key]] for key in ("confidence", "accuracy")]
+        )
         known = count > 0
         axes.plot(*points[:, known], color=_OURS, linewidth=1.4)
         sizes = 90 * count[known] / count.max() + 4

@@ -414,20 +414,22 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
         is_column = teacher.get("kind") == "column" and model is not None
-        rows.append([
-            _escape(teacher.get("level", "")),
-            _code(teacher["name"]) if "name" in teacher else "",
-            _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
-            _code(_in_repo(subfolder)) if subfolder and model is None else "",
-            f"column {_code(model)}" if is_column else _repo_link(model, at, subfolder),
-            _code(_short(at)) if at else "",
-            _short_list(teacher.get("scope")),
-            _short_list(teacher.get("domains")),
-            _escape(teacher.get("pool_k", "")),
-            _percent(teacher.get("dropped_mass") or None),
-            _percent(teacher.get("answered")),
-            _percent(teacher.get("accuracy")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                _escape(teacher.get("level", "")),
+                _code(teacher["name"]) if "name" in teacher else "",
+                _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
+                _code(_in_repo(subfolder)) if subfolder and model is None else "",
+                f"column {_code(model)}" if is_column else _repo_link(model, at, subfolder),
+                _code(_short(at)) if at else "",
+                _short_list(teacher.get("scope")),
+                _short_list(teacher.get("domains")),
+                _escape(teacher.get("pool_k", "")),
+                _percent(teacher.get("dropped_mass") or None),
+                _percent(teacher.get("answered")),
+                _percent(teacher.get("accuracy")),
+            ]
+        )
     return _table(headers, rows)
 
 
@@ -442,15 +444,17 @@ def _levels_table(levels: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for level in map(_known, levels):
         shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
-        rows.append([
-            _escape(level.get("level", "")),
-            _escape(level.get("assignment", "")),
-            ", ".join(f"{name} {share}" for name, share in shares.items() if share),
-            _percent(level.get("keep_rate")),
-            _count(level.get("num_kept")),
-            _percent(level.get("accuracy")),
-            _percent(level.get("pgr")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                _escape(level.get("level", "")),
+                _escape(level.get("assignment", "")),
+                ", ".join(f"{name} {share}" for name, share in shares.items() if share),
+                _percent(level.get("keep_rate")),
+                _count(level.get("num_kept")),
+                _percent(level.get("accuracy")),
+                _percent(level.get("pgr")),
+            ]
+        )
     headers = ["level", "assignment", "examples per teacher %", "keep rate %", "kept examples", "accuracy %", "PGR %"]
     return _table(headers, rows)
 

@@ -279,10 +279,14 @@ def fetch_files(
         try:
             return Path(
                 snapshot_download(
-                    repo_id, revision=commit, repo_type=repo_type, allow_patterns=list(patterns),
-                    ignore_patterns=list(ignore) or None, token=token,
+                    repo_id,
+                    revision=commit,
+                    repo_type=repo_type,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(ignore) or None,
+                    token=token,
                 )
-            )  # fmt: skip
+            )
         except RuntimeError as error:
             # Of several downloads at once, the first that loses its connection closes the client of the others.
             if "client has been closed" not in str(error):
@@ -384,18 +388,23 @@ def publish(
             there = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=info.sha)
             contents[CARD] = _merge(Path(there).read_bytes(), contents[CARD], repo_id)
         gone = sorted(
-            name for name in present - set(contents)
+            name
+            for name in present - set(contents)
             if any(fnmatch.fnmatch(name, pattern) and ("/" in pattern or "/" not in name) for pattern in replaced)
-        )  # fmt: skip
+        )
         operations = [
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in contents.items()),
             *(CommitOperationDelete(path_in_repo=name) for name in gone),
         ]
         try:
             return api.create_commit(
-                repo_id, operations, commit_message=message or what, repo_type=repo_type, revision=revision,
+                repo_id,
+                operations,
+                commit_message=message or what,
+                repo_type=repo_type,
+                revision=revision,
                 parent_commit=parent or info.sha,
-            )  # fmt: skip
+            )
         except RuntimeError as error:  # so the client tells that a large file has not arrived
             raise ConnectionError(_first_line(error.__cause__ or error)) from error
         except ValueError as error:

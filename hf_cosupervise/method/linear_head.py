@@ -389,10 +389,20 @@ def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         torch._foreach_add_(counts, 1)
         torch._fused_adamw_(
-            parameters, gradients, averages, squares, [], counts, amsgrad=False,
-            maximize=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            parameters,
+            gradients,
+            averages,
+            squares,
+            [],
+            counts,
+            amsgrad=False,
+            maximize=False,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
             weight_decay=group["weight_decay"],
-        )  # fmt: skip
+        )
 
     return step
 

@@ -27,8 +27,16 @@ from .losses import (
 )
 
 # Arguments of a loss that are not its parameters.
-_GIVEN = ("logits", "target_probs", "fraction_done", "teacher_probs", "answered", "teacher_weights", "num_examples",
-          "num_labels")  # fmt: skip
+_GIVEN = (
+    "logits",
+    "target_probs",
+    "fraction_done",
+    "teacher_probs",
+    "answered",
+    "teacher_weights",
+    "num_examples",
+    "num_labels",
+)
 
 
 # ── published alternatives ──────────────────────────────────────────────────────────────────────────────────────────

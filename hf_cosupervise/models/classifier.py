@@ -168,11 +168,18 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
     _set_labels(config, _saved_labels(config, auto_model, saved), source.config.get("id2label"))
     with quiet_loading(), whole_weights(base):
         model, loading = auto_model.from_pretrained(
-            base_folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            base_folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
             ignore_mismatched_sizes=True,
-        )  # fmt: skip
-    lost = {item[0] if isinstance(item, tuple) else item for kind in ("missing", "mismatched")
-            for item in loading[f"{kind}_keys"]}  # fmt: skip
+        )
+    lost = {
+        item[0] if isinstance(item, tuple) else item
+        for kind in ("missing", "mismatched")
+        for item in loading[f"{kind}_keys"]
+    }
     if not random_head:
         check_no_missing(base.what, lost - set(saved))
     merged = _merge(model, source, base, folder)

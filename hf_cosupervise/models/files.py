@@ -230,16 +230,21 @@ def parse_json(content: bytes) -> Any:
     """
     try:
         value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_object, parse_int=_integer, parse_float=_number,
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_number,
             parse_constant=_no_number,
-        )  # fmt: skip
+        )
     except RecursionError as error:
         raise _too_deep() from error
     depth, level = 0, [value]
     while level := [
-        item for outer in level if isinstance(outer, dict | list)
+        item
+        for outer in level
+        if isinstance(outer, dict | list)
         for item in (outer.values() if isinstance(outer, dict) else outer)
-    ]:  # fmt: skip
+    ]:
         depth += 1
         if depth > _MAX_DEPTH:
             raise _too_deep()

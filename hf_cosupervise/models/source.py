@@ -107,9 +107,12 @@ class ModelSource:
         """
         if self.commit is not None:
             fetch_files(
-                self.repo, self.commit, _within(self.subfolder, LOADED_FILES), what=self.what,
+                self.repo,
+                self.commit,
+                _within(self.subfolder, LOADED_FILES),
+                what=self.what,
                 ignore=_within(self.subfolder, ["*/*"]),
-            )  # fmt: skip
+            )
         if not self.folder.is_dir():
             raise FileNotFoundError(
                 f"{self.what} must be in '{self.folder}', got nothing there: it was deleted meanwhile. Load it again."

@@ -172,9 +172,14 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
                 "'majority_vote', or label more."
             )
         fit_ridge_head(
-            head, features, others, votes.__getitem__, gram - gram_matrix(features, rows[has_vote & inside]),
-            alpha=_RIDGE_ALPHA, logit_scale=_LOGIT_SCALE,
-        )  # fmt: skip
+            head,
+            features,
+            others,
+            votes.__getitem__,
+            gram - gram_matrix(features, rows[has_vote & inside]),
+            alpha=_RIDGE_ALPHA,
+            logit_scale=_LOGIT_SCALE,
+        )
         logits[inside] = linear_logits(head, features[inside])
     return logits.softmax(dim=1)
 
@@ -370,9 +375,7 @@ def _rewritten_pool(
         teachers[name] = teacher_dataset(pool.ids, label_ids, label_probs)
         num_answered = max(int((label_probs[:, 0] > 0).sum()), 1)
         known[name] = {**known.get(name, {}), "dropped_mass": dropped / num_answered, **facts[name]}
-    return PseudolabelPool(
-        pool.hierarchy, teachers, pool.inputs, known, pool.source, input_column=pool.input_column
-    )  # fmt: skip
+    return PseudolabelPool(pool.hierarchy, teachers, pool.inputs, known, pool.source, input_column=pool.input_column)
 
 
 def _chunks(num_examples: int) -> Iterator[slice]:

@@ -815,9 +815,16 @@ class PseudolabelPool:
         """
         card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}
         push = partial(
-            self._push, repo_id, private, token, revision, commit_message, inputs, replace,
+            self._push,
+            repo_id,
+            private,
+            token,
+            revision,
+            commit_message,
+            inputs,
+            replace,
             {key: value for key, value in card.items() if value},
-        )  # fmt: skip
+        )
         return join_processes().on_first(push)
 
     def _push(
@@ -984,9 +991,13 @@ class PseudolabelPool:
         teachers = {name: datasets[f"teachers/{name}/data.arrow"] for name in hierarchy.names}
         try:
             pool = cls(
-                hierarchy, teachers, datasets.get(INPUTS), header["facts"], header.get("source"),
+                hierarchy,
+                teachers,
+                datasets.get(INPUTS),
+                header["facts"],
+                header.get("source"),
                 input_column=header.get("input_column"),
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise ValueError(f"Pool {what} must be as it was saved, got: {error} {advice}") from error
         if len(pool) != header["num_examples"]:

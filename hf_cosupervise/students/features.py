@@ -85,9 +85,15 @@ class FeatureStore:
         self.folder = Path(folder) / (key if dtype == "float32" else f"{key}-{dtype}")
 
     def features(
-        self, dataset: Dataset, column: str, *, batch_size: int = 64, shard: tuple[int, int] = (0, 1),
-        wait: Callable[[], None] = lambda: None, disable_tqdm: bool = False,
-    ) -> np.ndarray:  # fmt: skip
+        self,
+        dataset: Dataset,
+        column: str,
+        *,
+        batch_size: int = 64,
+        shard: tuple[int, int] = (0, 1),
+        wait: Callable[[], None] = lambda: None,
+        disable_tqdm: bool = False,
+    ) -> np.ndarray:
         """Give the head's inputs of every row, running the backbone only where they are not known yet.
 
         Args:
@@ -159,9 +165,15 @@ class FeatureStore:
             _write_features(folder, lambda done: batches, shape, self.dtype)
 
     def neighbors(
-        self, dataset: Dataset, column: str, features: torch.Tensor, k: int, *, is_first: bool = True,
+        self,
+        dataset: Dataset,
+        column: str,
+        features: torch.Tensor,
+        k: int,
+        *,
+        is_first: bool = True,
         wait: Callable[[], None] = lambda: None,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Give each row's nearest others among the rows, found once for the same rows in the same order.
 
         Args:
@@ -279,9 +291,13 @@ class FeatureStore:
         with self._unfinished(_name("shard", keys), self._num_bytes(len(keys)), keep=True) as folder:
             _save_array(folder / _KEYS, keys)
             _write_features(
-                folder, lambda done: self._forward(dataset, column, rows[done:], batch_size), shape, self.dtype,
-                batch_size=batch_size, disable_tqdm=disable_tqdm,
-            )  # fmt: skip
+                folder,
+                lambda done: self._forward(dataset, column, rows[done:], batch_size),
+                shape,
+                self.dtype,
+                batch_size=batch_size,
+                disable_tqdm=disable_tqdm,
+            )
 
     @contextmanager
     def _unfinished(self, name: str, num_bytes: int, keep: bool = False) -> Iterator[Path]:
@@ -410,9 +426,13 @@ def _save_array(path: Path, array: np.ndarray) -> None:
 
 
 def _write_features(
-    folder: Path, batches: Callable[[int], Iterable[np.ndarray]], shape: tuple[int, int], dtype: np.dtype,
-    batch_size: int = 1, disable_tqdm: bool = True,
-) -> None:  # fmt: skip
+    folder: Path,
+    batches: Callable[[int], Iterable[np.ndarray]],
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    batch_size: int = 1,
+    disable_tqdm: bool = True,
+) -> None:
     """Write features batch by batch, and after each a line with a checksum; go on where a run before was killed.
 
     `batches` gives what comes after the number of rows that are there.

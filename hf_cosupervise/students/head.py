@@ -149,9 +149,10 @@ def prepare_student(
 def _backbone_layers(model: nn.Module, heads: set[str]) -> list[str]:
     """Full names of every linear layer outside the head, or of every plain convolution where there is none."""
     outside = [
-        (name, module) for name, module in model.named_modules()
+        (name, module)
+        for name, module in model.named_modules()
         if not any(name == head or name.startswith(f"{head}.") for head in heads)
-    ]  # fmt: skip
+    ]
     # GPT-2 and its kin keep their linear layers transposed, as `Conv1D`.
     linears = [name for name, module in outside if isinstance(module, nn.Linear | Conv1D)]
     found = linears or [name for name, module in outside if isinstance(module, nn.Conv2d) and module.groups == 1]

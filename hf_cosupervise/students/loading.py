@@ -84,9 +84,13 @@ def load_pinned_student(
     with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source):
         torch.manual_seed(seed)
         student, loading = auto_class.from_pretrained(
-            folder, config=config, use_safetensors=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+            folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
-        )  # fmt: skip
+        )
         reset_head(student)
     processor = load_processor(source, folder, auto_class is AutoModelForSequenceClassification)
     _check_backbone(student, loading, source.repo)

@@ -103,8 +103,9 @@ def push_student(
     files: dict[str, Path | bytes] = {
         str(path.relative_to(folder).as_posix()): path
         for pattern in (*MODEL_FILES, *_ADAPTER_FILES, "README.md")
-        for path in sorted(folder.glob(pattern)) if path.is_file()
-    }  # fmt: skip
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    }
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise FileNotFoundError(
             f"'{folder}' must hold an exported student, got {sorted(files)}. Call `save_model` first."
@@ -112,9 +113,14 @@ def push_student(
     if "adapter/adapter_config.json" in files:
         files["adapter/adapter_config.json"] = _without_local_base(folder / "adapter" / "adapter_config.json")
     return publish(
-        files | dict(story or {}), repo_id, what="The student", message=message, replaced=STUDENT_FILES,
-        revision=revision, token=token,
-    )  # fmt: skip
+        files | dict(story or {}),
+        repo_id,
+        what="The student",
+        message=message,
+        replaced=STUDENT_FILES,
+        revision=revision,
+        token=token,
+    )
 
 
 def _without_local_base(path: Path) -> bytes:

@@ -405,10 +405,13 @@ class Student:
         if dataset is self.examples and self._features is not None:
             return self._features
         values = self.store.features(
-            dataset, self.input_column, batch_size=self.args.per_device_eval_batch_size,
-            shard=(self.processes.rank, self.processes.count), wait=self.processes.wait,
+            dataset,
+            self.input_column,
+            batch_size=self.args.per_device_eval_batch_size,
+            shard=(self.processes.rank, self.processes.count),
+            wait=self.processes.wait,
             disable_tqdm=self.disable_tqdm,
-        )  # fmt: skip
+        )
         features = torch.from_numpy(values).to(self.args.device)
         if dataset is self.examples:  # every level and every question needs them again
             self._features = features
@@ -441,9 +444,13 @@ class Student:
         if self._neighbors is None:
             most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
             self._neighbors = self.store.neighbors(
-                self.examples, self.input_column, self.example_features(), most,
-                is_first=self.processes.rank == 0, wait=self.processes.wait,
-            )  # fmt: skip
+                self.examples,
+                self.input_column,
+                self.example_features(),
+                most,
+                is_first=self.processes.rank == 0,
+                wait=self.processes.wait,
+            )
         return self._neighbors[:, :k]
 
 

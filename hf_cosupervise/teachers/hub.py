@@ -197,9 +197,15 @@ def push_hierarchy(
     facts["hub_branch"] = revision
     files[CARD] = hierarchy_card(_card_facts(hierarchy, repo_id, found, inner, facts)).encode("utf-8")
     return publish(
-        files, repo_id, what=_WHAT, message=commit_message, revision=revision, token=token, parent=parent,
+        files,
+        repo_id,
+        what=_WHAT,
+        message=commit_message,
+        revision=revision,
+        token=token,
+        parent=parent,
         replaced=[glob.escape(name) for name in stale if name not in files],
-    )  # fmt: skip
+    )
 
 
 def _check_facts(facts: Mapping[str, Any], hierarchy: TeacherHierarchy) -> dict[str, Any]:
@@ -225,9 +231,13 @@ def _check_shareable(source: ModelSource) -> None:
 
 
 def _check_repo(
-    repo_id: str, hierarchy: TeacherHierarchy, inner: Iterable[str], revision: str | None, token: str | None,
+    repo_id: str,
+    hierarchy: TeacherHierarchy,
+    inner: Iterable[str],
+    revision: str | None,
+    token: str | None,
     replace: bool,
-) -> tuple[list[str], str]:  # fmt: skip
+) -> tuple[list[str], str]:
     """See that nothing else would be lost; the files that the hierarchy there leaves behind, and its commit."""
     with hub_errors(_WHAT, repo_id, revision=revision, token=token, writing=True):
         api = HfApi(token=token)
@@ -258,9 +268,10 @@ def _check_repo(
     stale = [name for name in names if name.startswith(tuple(f"{folder}/" for folder in gone))]
     # Of a teacher that stays, parts of earlier weights would mislead the loaders; other files are its owner's.
     stale += [
-        name for name in names
+        name
+        for name in names
         if name.rpartition("/")[0] in inner and any(fnmatch.fnmatch(name.split("/")[1], p) for p in _TEACHER_FILES)
-    ]  # fmt: skip
+    ]
     return [*stale, *(name for name in held if name != HIERARCHY_FILES[0])], str(info.sha)
 
 

@@ -154,9 +154,10 @@ def build_pool(
     """
     _check_arguments(dataset, hierarchy, pool_k, batch_size, output_dir)
     for name, column in (
-        ("input_column", input_column), ("oracle_column", oracle_column),
+        ("input_column", input_column),
+        ("oracle_column", oracle_column),
         ("oracle_domain_column", oracle_domain_column),
-    ):  # fmt: skip
+    ):
         check_column_name(column, name)
     if not isinstance(models, Mapping | None):
         raise TypeError(f"`models` must be teacher objects by their names, got {type(models).__name__}. Make a dict.")
@@ -174,13 +175,26 @@ def build_pool(
     ids = _find_ids(dataset, columns.inputs)
     inputs = _pool_inputs(dataset, ids, hierarchy, columns, keep_inputs)
     job = Job(
-        dataset=dataset, hierarchy=hierarchy, models=models, columns=columns, ids=ids, inputs=inputs,
-        k=default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k, batch_size=batch_size,
-        device=default_device() if device is None else torch.device(device), precision=precision,
-        num_workers=num_workers, on_error=on_error, disable_tqdm=disable_tqdm, processes=processes,
-        output_dir=None if output_dir is None else Path(output_dir), reuse=reuse, reused=reused, source=source,
+        dataset=dataset,
+        hierarchy=hierarchy,
+        models=models,
+        columns=columns,
+        ids=ids,
+        inputs=inputs,
+        k=default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k,
+        batch_size=batch_size,
+        device=default_device() if device is None else torch.device(device),
+        precision=precision,
+        num_workers=num_workers,
+        on_error=on_error,
+        disable_tqdm=disable_tqdm,
+        processes=processes,
+        output_dir=None if output_dir is None else Path(output_dir),
+        reuse=reuse,
+        reused=reused,
+        source=source,
         commits={name: identity.get("commit") for name, identity in identities.items()},
-    )  # fmt: skip
+    )
     return _run(job, identities, sizes)
 
 
@@ -521,9 +535,7 @@ def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> Pseudo
             teachers[name] = Dataset.from_file(str(path))
         else:
             teachers[name] = job.reuse.teachers[name]
-    pool = PseudolabelPool(
-        job.hierarchy, teachers, job.inputs, facts, job.source, input_column=job.columns.inputs
-    )  # fmt: skip
+    pool = PseudolabelPool(job.hierarchy, teachers, job.inputs, facts, job.source, input_column=job.columns.inputs)
     if (unreadable := _find_unreadable(job, pool)).size and pool.inputs is not None:
         pool.inputs = _empty_cells(pool.inputs, str(job.columns.inputs), unreadable)
     return pool

@@ -58,10 +58,17 @@ class LevelCallbackHandler(CallbackHandler):
             self._concerned[key] = [callback for callback in self._known if self._concerns(event, callback)]
         for callback in self._concerned[key]:
             result = getattr(callback, event)(
-                args, state, control, model=self.model, processing_class=self.processing_class,
-                optimizer=self.optimizer, lr_scheduler=self.lr_scheduler, train_dataloader=self.train_dataloader,
-                eval_dataloader=self.eval_dataloader, **kwargs,
-            )  # fmt: skip
+                args,
+                state,
+                control,
+                model=self.model,
+                processing_class=self.processing_class,
+                optimizer=self.optimizer,
+                lr_scheduler=self.lr_scheduler,
+                train_dataloader=self.train_dataloader,
+                eval_dataloader=self.eval_dataloader,
+                **kwargs,
+            )
             control = control if result is None else result
         return control
 

@@ -21,25 +21,46 @@ from ..method.rejection import SELECTION_RULES
 from .inherited import Numbers, check_inherited, check_numbers, default_of, is_number
 
 ASSIGNMENTS = (
-    "scope", "agreement", "metadata", "ensemble", "random", "oracle_scope", "oracle_domain", "oracle_loss",
-)  # fmt: skip
+    "scope",
+    "agreement",
+    "metadata",
+    "ensemble",
+    "random",
+    "oracle_scope",
+    "oracle_domain",
+    "oracle_loss",
+)
 REJECTIONS = (
-    "none", "top_k", "parent_topk", "parent_confident", "student_entropy", "vote_entropy", "confidence_window",
-)  # fmt: skip
+    "none",
+    "top_k",
+    "parent_topk",
+    "parent_confident",
+    "student_entropy",
+    "vote_entropy",
+    "confidence_window",
+)
 STUDENT_TRAININGS = ("probe", "lora", "full")
 HEAD_SOLVERS = ("steps", "ridge")
 FEATURES_DTYPES = ("float32", "float16")
 # What a number must be, in words and as a test, and the fields that hold one.
 _NUMBERS: Numbers = (
-    ("a whole number of at least 0", Integral, lambda value: value >= 0,
-     ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds")),
-    ("a whole number of at least 1", Integral, lambda value: value >= 1,
-     ("lora_r", "lora_alpha", "rounds_per_level", "rejection_k")),
+    (
+        "a whole number of at least 0",
+        Integral,
+        lambda value: value >= 0,
+        ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds"),
+    ),
+    (
+        "a whole number of at least 1",
+        Integral,
+        lambda value: value >= 1,
+        ("lora_r", "lora_alpha", "rounds_per_level", "rejection_k"),
+    ),
     ("a number above 0 and below 1", Real, lambda value: 0 < value < 1, ("agreement_min_prob",)),
     ("a number above 0 and at most 1", Real, lambda value: 0 < value <= 1, ("rejection_share",)),
     ("a number of at least 0 and at most 1", Real, lambda value: 0 <= value <= 1, ("lora_dropout", "relabel_above")),
     ("a finite number above 0", Real, lambda value: 0 < value < math.inf, ("ridge_alpha", "ridge_logit_scale")),
-)  # fmt: skip
+)
 _LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules")
 # What an option may not count for, said in its annotation, where it counts for all of it otherwise. (Not in its
 # metadata, which the parser of the command line takes for its own.)
@@ -265,9 +286,10 @@ class CoSupervisedConfig(TrainingArguments):
         """
         values = {name: getattr(self, name) for name in self._settled}
         return {
-            name: value for name, value in values.items()
+            name: value
+            for name, value in values.items()
             if (name in self._given or value != self._settled[name]) and name not in fields_without("publish")
-        }  # fmt: skip
+        }
 
     def _check_names(self) -> None:
         for name in _LISTS_OF_NAMES:

@@ -219,11 +219,18 @@ class HeadFitter:
 
         with reader.reading_ahead(self.head.weight.shape[0]):
             fit_linear_head(
-                self.head, self.features, targets,
+                self.head,
+                self.features,
+                targets,
                 self._steps(dataloader, torch.from_numpy(kept), per_epoch, optimizer, events, meter, reader),
-                optimizer, scheduler, reader=reader, max_grad_norm=self.args.max_grad_norm, loss=loss,
-                average_gradients=self._average if self.processes.count > 1 else None, on_step=after_step,
-            )  # fmt: skip
+                optimizer,
+                scheduler,
+                reader=reader,
+                max_grad_norm=self.args.max_grad_norm,
+                loss=loss,
+                average_gradients=self._average if self.processes.count > 1 else None,
+                on_step=after_step,
+            )
         mean = meter.mean(self.processes)
         events.tell("on_train_end")
         num_steps = events.state.global_step
@@ -297,10 +304,15 @@ class HeadFitter:
         events.tell("on_train_begin")
         events.tell("on_epoch_begin")
         loss = fit_ridge_head(
-            self.head, self.features, self._own_share(kept), targets, self._gram_of(kept),
-            alpha=self.args.ridge_alpha, logit_scale=self.args.ridge_logit_scale,
+            self.head,
+            self.features,
+            self._own_share(kept),
+            targets,
+            self._gram_of(kept),
+            alpha=self.args.ridge_alpha,
+            logit_scale=self.args.ridge_logit_scale,
             sum_over_processes=self.processes.sum,
-        )  # fmt: skip
+        )
         events.state.global_step, events.state.epoch = 1, 1.0
         events.tell("on_step_end")
         if self.args.logging_strategy != "no":

@@ -275,8 +275,10 @@ def _describe_oracle(pool: PseudolabelPool, plan: LevelPlan) -> dict[str, float]
     oracle_labels = pool.oracle_labels
     if oracle_labels is None:
         return {}
-    metrics = {f"oracle_selection/{name}": value for name, value in
-               oracle_selection(plan.keep_mask, plan.labels, oracle_labels).items()}  # fmt: skip
+    metrics = {
+        f"oracle_selection/{name}": value
+        for name, value in oracle_selection(plan.keep_mask, plan.labels, oracle_labels).items()
+    }
     has_label = plan.labels >= 0
     metrics["oracle_pseudolabels/accuracy"] = agreement(plan.labels[has_label], oracle_labels[has_label])
     scopes = pool.hierarchy.scope_mask(plan.level)

@@ -79,9 +79,12 @@ def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
     """
     teacher = pool.hierarchy.teachers[pool.hierarchy.index(name)]
     return {
-        "name": name, "level": teacher.level, "model": pool.published_model(teacher), "revision": teacher.revision,
+        "name": name,
+        "level": teacher.level,
+        "model": pool.published_model(teacher),
+        "revision": teacher.revision,
         "commit": pool.facts.get(name, {}).get("commit"),
-    }  # fmt: skip
+    }
 
 
 def student_facts(

@@ -133,8 +133,11 @@ class RunFolder:
         if not (self.path / _RUN).is_file():
             return
         known, own = read_json(self.path / _RUN), json.loads(json.dumps(without_nan(dict(facts))))
-        versions = [f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}" for name, value in
-                    own.pop("versions", {}).items() if known.get("versions", {}).get(name) != value]  # fmt: skip
+        versions = [
+            f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}"
+            for name, value in own.pop("versions", {}).items()
+            if known.get("versions", {}).get(name) != value
+        ]
         known.pop("versions", None)
         self._compare_processes(known, own)
         if different := _differences(known, own):
@@ -204,9 +207,12 @@ class RunFolder:
                 save_file(tensors, path)
             names.append(_FOLDS)
         facts = {
-            "level": stage.plan.level, "round": stage.plan.round, "record": stage.record, "story": stage.story,
+            "level": stage.plan.level,
+            "round": stage.plan.round,
+            "record": stage.record,
+            "story": stage.story,
             "files": {name: file_digest(folder / name) for name in names},
-        }  # fmt: skip
+        }
         facts = json.loads(json.dumps(without_nan(facts)))
         write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
 

@@ -46,10 +46,15 @@ class StepClock(TrainerCallback):
 def make_vit(labels: Sequence[str]) -> tuple[nn.Module, Any]:
     """Make a ViT as deep and wide as the smallest ones in use, halved."""
     config = ViTConfig(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, image_size=IMAGE_SIZE,
-        patch_size=8, id2label=dict(enumerate(labels)),
+        hidden_size=192,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        id2label=dict(enumerate(labels)),
         label2id={label: position for position, label in enumerate(labels)},
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return ViTForImageClassification(config), ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
@@ -75,11 +80,14 @@ def measure_finetune(bench: Bench) -> list[Row]:
         seconds.append({name: clock.seconds_per_step(skip) for name, clock in clocks.items()})
     return [
         Row(
-            f"ViT 6 x 192, {IMAGE_SIZE} x {IMAGE_SIZE}, batch 32, one step", column(seconds, "ours"),
-            column(seconds, "plain"), "ours / other", Target(high=1.03),
+            f"ViT 6 x 192, {IMAGE_SIZE} x {IMAGE_SIZE}, batch 32, one step",
+            column(seconds, "ours"),
+            column(seconds, "plain"),
+            "ours / other",
+            Target(high=1.03),
             note=f"median of {num_steps - skip} steps with their data; soft pseudolabels against hard labels",
         )
-    ]  # fmt: skip
+    ]
 
 
 def finetune_ours(
@@ -105,11 +113,19 @@ def finetune_plainly(
         return {"pixel_values": pixels, "labels": torch.tensor([example["labels"] for example in examples])}
 
     args = TrainingArguments(
-        output_dir=str(bench.new_folder()), use_cpu=bench.device.type == "cpu", report_to="none",
-        logging_strategy="no", save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
-        lr_scheduler_type="cosine", max_grad_norm=0.0, weight_decay=0.0,
-        dataloader_pin_memory=bench.device.type == "cuda", **settings,
-    )  # fmt: skip
+        output_dir=str(bench.new_folder()),
+        use_cpu=bench.device.type == "cpu",
+        report_to="none",
+        logging_strategy="no",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        lr_scheduler_type="cosine",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        dataloader_pin_memory=bench.device.type == "cuda",
+        **settings,
+    )
     trainer = Trainer(student, args, data_collator=collate, train_dataset=dataset, callbacks=[clock])
     trainer.remove_callback(PrinterCallback)
     return trainer.train

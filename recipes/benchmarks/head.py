@@ -92,11 +92,17 @@ def race_heads(bench: Bench, size: TaskSize, solvers: Sequence[str], same_task: 
         features_dir = bench.new_folder() / "features"
         trainers = {
             solver: make_trainer(
-                bench, pool, batches_of(task.features), size.feature_size, features_dir, max_steps=size.steps,
-                seed=repeat, head_solver=solver,
+                bench,
+                pool,
+                batches_of(task.features),
+                size.feature_size,
+                features_dir,
+                max_steps=size.steps,
+                seed=repeat,
+                head_solver=solver,
             )
             for solver in solvers
-        }  # fmt: skip
+        }
         contestants: dict[str, Callable[[], Any]] = {name: trainer.train for name, trainer in trainers.items()}
         contestants["released"] = lambda task=task, repeat=repeat: train_as_released(task, size, bench.device, repeat)
         took, results = bench.race(contestants, repeat)
@@ -112,9 +118,13 @@ def race_heads(bench: Bench, size: TaskSize, solvers: Sequence[str], same_task: 
 def measure_head(bench: Bench) -> list[Row]:
     """Measure a whole co-supervision with ten classes against the released code's loop."""
     size = TaskSize(
-        bench.scaled(40_000, least=200), 1280, 10, (1, 2, 5), bench.scaled(8000, least=20),
+        bench.scaled(40_000, least=200),
+        1280,
+        10,
+        (1, 2, 5),
+        bench.scaled(8000, least=20),
         num_test=bench.scaled(10_000, least=500),
-    )  # fmt: skip
+    )
     seconds, accuracies = race_heads(bench, size, ("steps", "ridge"), same_task=False)
     where = f"{size.num_examples} x 1,280, C = 10, levels 1-2-5, {size.steps} steps a level"
     said = "`train()` as a whole, its first read of the features too; no logging; against DataLoader, Adam, autograd"
@@ -127,29 +137,41 @@ def measure_head(bench: Bench) -> list[Row]:
         rows.append(Row(f"{where}: `{solver}`", ours, released, target=faster, note=said))
         rows.append(
             Row(
-                f"test accuracy: `{solver}`", column(accuracies, solver), column(accuracies, "released"),
-                "ours - other", closer, unit="%", note="mean over repeats, each with a task of its own",
+                f"test accuracy: `{solver}`",
+                column(accuracies, solver),
+                column(accuracies, "released"),
+                "ours - other",
+                closer,
+                unit="%",
+                note="mean over repeats, each with a task of its own",
             )
-        )  # fmt: skip
+        )
     return rows
 
 
 def measure_head_1000(bench: Bench) -> list[Row]:
     """Measure a whole co-supervision with a thousand classes against the released code's loop."""
     size = TaskSize(
-        bench.scaled(40_000, least=300), 1280, 1000, (1, 2, 4, 8), bench.scaled(400, least=20), distance=5.0,
+        bench.scaled(40_000, least=300),
+        1280,
+        1000,
+        (1, 2, 4, 8),
+        bench.scaled(400, least=20),
+        distance=5.0,
         num_test=bench.scaled(10_000, least=500),
-    )  # fmt: skip
+    )
     seconds, accuracies = race_heads(bench, size, ("steps",), same_task=True)
     accuracy = {name: statistics.fmean(column(accuracies, name)) for name in ("steps", "released")}
     return [
         Row(
             f"{size.num_examples} x 1,280, C = 1,000, levels 1-2-4-8, {size.steps} steps a level",
-            column(seconds, "steps"), column(seconds, "released"), target=Target(low=2),
+            column(seconds, "steps"),
+            column(seconds, "released"),
+            target=Target(low=2),
             note="16 labels a row kept against 1,000 in memory; one epoch a level, since time goes by steps",
             numbers={f"accuracy_{name}": value for name, value in accuracy.items()},
         )
-    ]  # fmt: skip
+    ]
 
 
 # ── section `truncation` ────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,9 +180,14 @@ def measure_head_1000(bench: Bench) -> list[Row]:
 def measure_truncation(bench: Bench) -> list[Row]:
     """Measure what keeping k of 1,000 probabilities costs."""
     size = TaskSize(
-        bench.scaled(20_000, least=500), 256, 1000, (1,), bench.scaled(1500, least=20), distance=5.0,
+        bench.scaled(20_000, least=500),
+        256,
+        1000,
+        (1,),
+        bench.scaled(1500, least=20),
+        distance=5.0,
         num_test=bench.scaled(10_000, least=500),
-    )  # fmt: skip
+    )
     task = make_task(size, seed=0)
     (probs,) = task.predictions.values()
     features_dir = bench.new_folder() / "features"

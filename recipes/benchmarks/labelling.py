@@ -42,9 +42,13 @@ def make_images(num_images: int, seed: int = 0) -> Dataset:
 def save_resnet18(folder: Path, labels: Sequence[str], seed: int) -> str:
     """Save a ResNet-18 of random weights, as a teacher's folder."""
     config = ResNetConfig(
-        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic",
-        id2label=dict(enumerate(labels)), label2id={label: position for position, label in enumerate(labels)},
-    )  # fmt: skip
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256, 512],
+        depths=[2, 2, 2, 2],
+        layer_type="basic",
+        id2label=dict(enumerate(labels)),
+        label2id={label: position for position, label in enumerate(labels)},
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ResNetForImageClassification(config).save_pretrained(folder)
@@ -81,9 +85,13 @@ def measure_labelling(bench: Bench) -> list[Row]:
 
 
 def race_labelling(
-    bench: Bench, images: Dataset, encoded: Sequence[bytes], folders: Sequence[str],
-    loops: Sequence[tuple[nn.Module, Any]], labels: Sequence[str],
-) -> Row:  # fmt: skip
+    bench: Bench,
+    images: Dataset,
+    encoded: Sequence[bytes],
+    folders: Sequence[str],
+    loops: Sequence[tuple[nn.Module, Any]],
+    labels: Sequence[str],
+) -> Row:
     """Let `build_pool` and one bare loop per teacher label the same images."""
     teachers = [
         Teacher(folder, name=f"teacher-{number}", level=min(number, 1), scope=None if number == 0 else labels[:5])
@@ -102,15 +110,21 @@ def race_labelling(
     for repeat in range(bench.args.repeats):
         took, results = bench.race(contestants, repeat)
         seconds.append(took)
-    same = np.mean([
-        results["ours"].hard_labels(teacher.name) == probs.argmax(axis=1)
-        for teacher, probs in zip(teachers, results["bare"])
-    ])  # fmt: skip
+    same = np.mean(
+        [
+            results["ours"].hard_labels(teacher.name) == probs.argmax(axis=1)
+            for teacher, probs in zip(teachers, results["bare"])
+        ]
+    )
     num_labels_given = len(images) * len(folders)
     return Row(
         f"{len(images)} images of {IMAGE_SIZE} x {IMAGE_SIZE}, ResNet-18, {len(folders)} teacher(s)",
-        column(seconds, "ours"), column(seconds, "bare"), target=Target(low=0.95),
+        column(seconds, "ours"),
+        column(seconds, "bare"),
+        target=Target(low=0.95),
         note="models loaded before; ours writes the pool, the bare loop keeps its answers in memory",
-        numbers={"same_labels": float(same),
-                 "ours_rows_per_s": num_labels_given / statistics.median(column(seconds, "ours"))},
-    )  # fmt: skip
+        numbers={
+            "same_labels": float(same),
+            "ours_rows_per_s": num_labels_given / statistics.median(column(seconds, "ours")),
+        },
+    )

@@ -83,11 +83,16 @@ def measure_gather(bench: Bench) -> list[Row]:
     ours, other = column(speed, "ours"), column(speed, "arrays")
     return [
         Row(
-            f"{num_examples} x 15 teachers, k = 16, random batches of 256", ours, other, "ours", Target(low=1e6),
-            unit="rows/s", note="against `Array2D((15, 16))` of the same labels, torch format, mapped from disk",
+            f"{num_examples} x 15 teachers, k = 16, random batches of 256",
+            ours,
+            other,
+            "ours",
+            Target(low=1e6),
+            unit="rows/s",
+            note="against `Array2D((15, 16))` of the same labels, torch format, mapped from disk",
             numbers={"ours_by_arrays": statistics.median(ours) / statistics.median(other), "same_labels": float(same)},
         )
-    ]  # fmt: skip
+    ]
 
 
 def save_as_arrays(encoded: Mapping[str, tuple[np.ndarray, np.ndarray]], folder: Path) -> None:
@@ -225,17 +230,28 @@ def run_phases(args: BenchmarkArguments, size: RunSize, folder: str, assignments
     pool = meter.run(
         "labelling",
         lambda: build_pool(
-            dataset, hierarchy, models=loaded, pool_k=size.pool_k, batch_size=1024, output_dir=work / "pool",
+            dataset,
+            hierarchy,
+            models=loaded,
+            pool_k=size.pool_k,
+            batch_size=1024,
+            output_dir=work / "pool",
             disable_tqdm=True,
         ),
-    )  # fmt: skip
+    )
     trainer = meter.run(
         "features",
         lambda: make_trainer(
-            bench, pool, lambda: synthetic_features(size.num_examples, size.feature_size), size.feature_size,
-            work / "features", max_steps=size.steps, learning_rate=1e-2, features_dtype=size.features_dtype,
+            bench,
+            pool,
+            lambda: synthetic_features(size.num_examples, size.feature_size),
+            size.feature_size,
+            work / "features",
+            max_steps=size.steps,
+            learning_rate=1e-2,
+            features_dtype=size.features_dtype,
         ),
-    )  # fmt: skip
+    )
     plan = trainer.prepare_level(0)
     meter.run("head training", lambda: trainer.train_level(plan))
     trainer.finish_level(plan)
@@ -246,9 +262,12 @@ def run_phases(args: BenchmarkArguments, size: RunSize, folder: str, assignments
         keep_rates[assignment] = next_plan.keep_rate
     files = [path for path in (work / "pool" / "teachers").rglob("*") if path.is_file()]
     found = {
-        "seconds": meter.seconds, "memory": meter.memory, "before": meter.before, "keep_rates": keep_rates,
+        "seconds": meter.seconds,
+        "memory": meter.memory,
+        "before": meter.before,
+        "keep_rates": keep_rates,
         "pool_gb": sum(path.stat().st_size for path in files) / 1e9,
-    }  # fmt: skip
+    }
     shutil.rmtree(work)
     return found
 
@@ -289,22 +308,29 @@ def growth_rows(name: str, doubled: list[dict], base: list[dict], size: RunSize)
         is_free_of_n = name == "N" and phase == "head training"
         rows.append(
             Row(
-                f"{name} doubled: {phase}", [run["seconds"][phase] for run in doubled],
-                [run["seconds"][phase] for run in base], "ours / other",
-                None if is_free_of_n else target, note=note,
+                f"{name} doubled: {phase}",
+                [run["seconds"][phase] for run in doubled],
+                [run["seconds"][phase] for run in base],
+                "ours / other",
+                None if is_free_of_n else target,
+                note=note,
             )
-        )  # fmt: skip
+        )
         if name == "N" and all(run["memory"] for run in (*doubled, *base)):
             # Of the first repeat: later ones find the memory of the one before still at hand.
             growth = [run[0]["memory"][phase] - run[0]["before"][phase] for run in (doubled, base)]
             rows.append(
                 Row(
-                    f"N doubled: peak anonymous memory, {phase}", [doubled[0]["memory"][phase]],
-                    [base[0]["memory"][phase]], "ours / other", Target(high=1.1), unit="GB",
+                    f"N doubled: peak anonymous memory, {phase}",
+                    [doubled[0]["memory"][phase]],
+                    [base[0]["memory"][phase]],
+                    "ours / other",
+                    Target(high=1.1),
+                    unit="GB",
                     note="of the whole process, libraries too",
                     numbers={"bytes_per_more_row": (growth[0] - growth[1]) * 1e9 / size.num_examples},
                 )
-            )  # fmt: skip
+            )
     return rows
 
 

@@ -260,9 +260,12 @@ def make_task(size: TaskSize, seed: int) -> Task:
     }
     # Copies, so that the two halves do not keep the whole alive.
     return Task(
-        features[train].clone(), predictions, hierarchy, features[size.num_examples :].clone(),
+        features[train].clone(),
+        predictions,
+        hierarchy,
+        features[size.num_examples :].clone(),
         labels[size.num_examples :],
-    )  # fmt: skip
+    )
 
 
 def blurred_probs(
@@ -289,10 +292,15 @@ def make_student(feature_size: int, labels: Sequence[str]) -> tuple[nn.Module, A
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
     config = BertConfig(
-        vocab_size=2, hidden_size=feature_size, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32,
-        max_position_embeddings=8, id2label=dict(enumerate(labels)),
+        vocab_size=2,
+        hidden_size=feature_size,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=8,
+        id2label=dict(enumerate(labels)),
         label2id={label: position for position, label in enumerate(labels)},
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return BertForSequenceClassification(config), tokenizer
@@ -301,16 +309,24 @@ def make_student(feature_size: int, labels: Sequence[str]) -> tuple[nn.Module, A
 def make_config(bench: Bench, **settings: Any) -> CoSupervisedConfig:
     """Configure a run that trains, and tells nobody about it."""
     defaults = {
-        "output_dir": str(bench.new_folder()), "use_cpu": bench.device.type == "cpu", "report_to": "none",
-        "logging_strategy": "no", "disable_tqdm": True, "weight_decay": 0.0,
-    }  # fmt: skip
+        "output_dir": str(bench.new_folder()),
+        "use_cpu": bench.device.type == "cpu",
+        "report_to": "none",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "weight_decay": 0.0,
+    }
     return CoSupervisedConfig(**defaults | settings)
 
 
 def make_trainer(
-    bench: Bench, pool: PseudolabelPool, feature_batches: Callable[[], Iterator[np.ndarray]], feature_size: int,
-    features_dir: Path, **settings: Any,
-) -> CoSupervisedTrainer:  # fmt: skip
+    bench: Bench,
+    pool: PseudolabelPool,
+    feature_batches: Callable[[], Iterator[np.ndarray]],
+    feature_size: int,
+    features_dir: Path,
+    **settings: Any,
+) -> CoSupervisedTrainer:
     """Make a trainer whose features are on disk already."""
     student, tokenizer = make_student(feature_size, pool.labels)
     args = make_config(bench, features_dir=str(features_dir), **settings)

@@ -120,9 +120,13 @@ class Bench:
         self.teachers_dir = Path(teacher_args.teachers_dir or group.run_dir / "teachers")
         domain = self.data_args.oracle_domain_column
         self.hierarchy = train_teachers(
-            self.split.teachers, self.split.labels, teacher_args, self.teachers_dir, group.seed,
+            self.split.teachers,
+            self.split.labels,
+            teacher_args,
+            self.teachers_dir,
+            group.seed,
             domain if teacher_args.specialize_by == "domain" else None,
-        )  # fmt: skip
+        )
         self.pool = self._label(self.split.pool, "pool", self.hierarchy)
         self.test_pool = self._label(self.split.test, "test_pool", self.hierarchy)
         test, labels = self.split.test, self.split.labels

@@ -26,9 +26,16 @@ ALL_LABELS = "one_teacher_all_labels"
 MEAN_POOLED = "mean_pooled"
 # What each key of a task or method is.
 _KINDS: dict[str, tuple[type, ...]] = {
-    "name": (str,), "config": (str,), "method": (str,), "set": (dict,), "tasks": (list,), "methods": (list,),
-    "seeds": (str, int), "features": (str,), "calibrated": (bool,),
-}  # fmt: skip
+    "name": (str,),
+    "config": (str,),
+    "method": (str,),
+    "set": (dict,),
+    "tasks": (list,),
+    "methods": (list,),
+    "seeds": (str, int),
+    "features": (str,),
+    "calibrated": (bool,),
+}
 # From this probability on a model counts as sure in the deception score.
 SURE = 0.75
 # Where something runs or is put, and what is run: not how a cell was made.
@@ -183,9 +190,10 @@ def resolve(task: Task, method: Method | None = None) -> tuple[Any, ...]:
 def settings_of(run: Sequence[Any]) -> dict[str, Any]:
     """Give what is not as by default, so that a field that is new in a later version changes nothing."""
     return {
-        key: value for key, value in recipe_arguments_to_dict(run).items()
+        key: value
+        for key, value in recipe_arguments_to_dict(run).items()
         if value != _defaults()[key] and key not in _NOT_SETTINGS
-    }  # fmt: skip
+    }
 
 
 def cell_settings(task: Task, method: Method) -> dict[str, Any]:

@@ -54,17 +54,24 @@ def make_texts(words: dict[str, list[str]], num_rows: int, seed: int = 0, repeat
 
 def make_trainer(folder: Path, student: str, data: Dataset, training: str, **changes: object) -> CoSupervisedTrainer:
     people = [
-        Teacher("rater_all", kind="column"), Teacher("rater_a", level=1, kind="column", domains=("a",)),
-        Teacher("rater_b", level=1, kind="column", domains=("b",)), Teacher("rater_silent", level=1, kind="column"),
-    ]  # fmt: skip
+        Teacher("rater_all", kind="column"),
+        Teacher("rater_a", level=1, kind="column", domains=("a",)),
+        Teacher("rater_b", level=1, kind="column", domains=("b",)),
+        Teacher("rater_silent", level=1, kind="column"),
+    ]
     pool = build_pool(
         data, TeacherHierarchy(LABELS, people), oracle_column="label", oracle_domain_column="domain", disable_tqdm=True
     )
     settings = {
-        "learning_rate": TRAININGS[training], "max_steps": 30, "per_device_train_batch_size": 20,
-        "assignment": ["oracle_domain"], "rejection": ["none"], "student_training": training,
-        "disable_tqdm": True, "use_cpu": True,
-    }  # fmt: skip
+        "learning_rate": TRAININGS[training],
+        "max_steps": 30,
+        "per_device_train_batch_size": 20,
+        "assignment": ["oracle_domain"],
+        "rejection": ["none"],
+        "student_training": training,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     args = CoSupervisedConfig(output_dir=str(folder), **settings | changes)
     return CoSupervisedTrainer(student, args, pool=pool)
 

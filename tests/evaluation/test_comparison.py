@@ -399,9 +399,17 @@ def task_pool(tiny_image_dataset: Dataset, tiny_labels: tuple[str, ...]) -> Pseu
 
 def small_args(folder: Path, **values: object) -> CoSupervisedConfig:
     return CoSupervisedConfig(
-        output_dir=str(folder), use_cpu=True, num_train_epochs=3, per_device_train_batch_size=16, learning_rate=0.05,
-        disable_tqdm=True, features_dir=str(folder.parent / "features"), seed=1, rejection_k=2, **values,
-    )  # fmt: skip
+        output_dir=str(folder),
+        use_cpu=True,
+        num_train_epochs=3,
+        per_device_train_batch_size=16,
+        learning_rate=0.05,
+        disable_tqdm=True,
+        features_dir=str(folder.parent / "features"),
+        seed=1,
+        rejection_k=2,
+        **values,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -465,8 +473,14 @@ def test_other_methods_write_below_the_run(compared):
     _, _, folder = compared
     methods = folder / "_run" / "methods"
     assert {path.name for path in methods.iterdir()} == {
-        "generalist", "ensemble", "ceiling", "majority_vote", "oracle_scope", "oracle_loss", "again",
-    }  # fmt: skip
+        "generalist",
+        "ensemble",
+        "ceiling",
+        "majority_vote",
+        "oracle_scope",
+        "oracle_loss",
+        "again",
+    }
     # nothing but the run's own folder at the top: a push would upload all of it
     assert {path.name for path in folder.iterdir()} == {"_run"}
 
@@ -476,9 +490,13 @@ def test_order_of_methods_does_not_matter(compared, task_pool, tiny_vit, tiny_im
     found, _, _ = compared
     torch.manual_seed(99)
     again, _ = compare_methods(
-        tiny_vit, small_args(tmp_path / "run"), task_pool, tiny_image_dataset, weak=0.25,
+        tiny_vit,
+        small_args(tmp_path / "run"),
+        task_pool,
+        tiny_image_dataset,
+        weak=0.25,
         methods=("oracle_scope", "ceiling", "ensemble", "csl", "generalist"),
-    )  # fmt: skip
+    )
     for name, numbers in again["methods"].items():
         assert numbers == found["methods"][name], name
     # all but how long it took
@@ -490,9 +508,14 @@ def test_every_method_gets_a_copy_of_a_model(task_pool, tiny_vit, tiny_labels, t
     model, processor = load_student(tiny_vit, tiny_labels, seed=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     again, trainer = compare_methods(
-        model, small_args(tmp_path / "run"), task_pool, tiny_image_dataset, weak=0.25, methods=("ceiling", "csl"),
+        model,
+        small_args(tmp_path / "run"),
+        task_pool,
+        tiny_image_dataset,
+        weak=0.25,
+        methods=("ceiling", "csl"),
         processing_class=processor,
-    )  # fmt: skip
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert trainer.model is not model
     for name, numbers in again["methods"].items():
@@ -504,10 +527,15 @@ def test_methods_that_need_features_labels_or_a_loss(task_pool, tiny_vit, tiny_i
     labelled = PseudolabelPool(task_pool.hierarchy, task_pool.teachers, task_pool.inputs)
     trainers = {}
     found, _ = compare_methods(
-        tiny_vit, small_args(tmp_path / "run"), task_pool, tiny_image_dataset, weak=0.25,
-        methods=("raven", "csl", "crowdlab", "ceiling", "boosting", "aekd"), labelled_pool=labelled,
+        tiny_vit,
+        small_args(tmp_path / "run"),
+        task_pool,
+        tiny_image_dataset,
+        weak=0.25,
+        methods=("raven", "csl", "crowdlab", "ceiling", "boosting", "aekd"),
+        labelled_pool=labelled,
         on_trained=trainers.__setitem__,
-    )  # fmt: skip
+    )
     assert list(found["methods"]) == ["raven", "csl", "crowdlab", "ceiling", "boosting", "aekd"]
     for name in ("csl", "ceiling"):  # the trainer that gave the features has changed nothing
         assert found["methods"][name] == compared[0]["methods"][name]
@@ -524,9 +552,13 @@ def test_methods_that_need_features_labels_or_a_loss(task_pool, tiny_vit, tiny_i
 def test_methods_on_features_need_a_frozen_backbone(task_pool, tiny_vit, tiny_image_dataset, tmp_path):
     with pytest.raises(ValueError) as error:
         compare_methods(
-            tiny_vit, small_args(tmp_path / "run", student_training="full"), task_pool, tiny_image_dataset, weak=0.25,
+            tiny_vit,
+            small_args(tmp_path / "run", student_training="full"),
+            task_pool,
+            tiny_image_dataset,
+            weak=0.25,
             methods=("csl", "ceiling", "raven"),
-        )  # fmt: skip
+        )
     assert str(error.value) == (
         "['raven'] need a student with a linear head on a frozen backbone, got `student_training` 'full'. Use "
         "'probe', or leave them out."

@@ -14,19 +14,37 @@ from hf_cosupervise.hub.cards import hierarchy_card, model_card, pool_card
 
 REPORT = {"methods": {"csl": {"accuracy": 0.5}}}
 OLD = {
-    "name": "leaves", "modality": "image", "license": "mit", "language": "en", "tags": ["leaves"], "report": REPORT,
-    "dataset_name": "Leaves", "labels": ["oak", "fir"], "levels": [{"level": 0, "keep_rate": 1.0}],
-    "hyperparameters": {"seed": 1}, "base_model": "timm/old",
-}  # fmt: skip
-NEW = {**OLD, "license": "apache-2.0", "report": {"methods": {"csl": {"accuracy": 0.75}}}, "levels": None,
-       "teachers": [{"name": "low", "level": 0}], "datasets": ["someone/leaves"], "base_model": None,
-       "tags": ["plants"]}  # fmt: skip
+    "name": "leaves",
+    "modality": "image",
+    "license": "mit",
+    "language": "en",
+    "tags": ["leaves"],
+    "report": REPORT,
+    "dataset_name": "Leaves",
+    "labels": ["oak", "fir"],
+    "levels": [{"level": 0, "keep_rate": 1.0}],
+    "hyperparameters": {"seed": 1},
+    "base_model": "timm/old",
+}
+NEW = {
+    **OLD,
+    "license": "apache-2.0",
+    "report": {"methods": {"csl": {"accuracy": 0.75}}},
+    "levels": None,
+    "teachers": [{"name": "low", "level": 0}],
+    "datasets": ["someone/leaves"],
+    "base_model": None,
+    "tags": ["plants"],
+}
 CARDS = [
-    model_card(OLD), model_card(NEW), model_card({}), model_card({**NEW, "modality": "text", "labels": ["`a`"]}),
+    model_card(OLD),
+    model_card(NEW),
+    model_card({}),
+    model_card({**NEW, "modality": "text", "labels": ["`a`"]}),
     pool_card({"teachers": [{"name": "low"}]}),
     pool_card({"teachers": [{"name": "low"}, {"name": "high"}], "license": "mit", "input_columns": ["id", "text"]}),
     hierarchy_card({"teachers": [{"name": "low", "subfolder": "low"}], "modality": "text"}),
-]  # fmt: skip
+]
 
 
 def edit(card: str, *changes: tuple[str, str]) -> str:
@@ -57,9 +75,12 @@ def test_sections():
         old,
         ("Labels: ", "Its labels: "),  # of "Use", in which there is nothing new
         ("## Evaluation\n\n", "## Limits\n\nNone.\n\n```\n## no title\n```\n\n## Evaluation\n\nMind: "),
-        ("## Training arguments\n\nThose that differ from their defaults.\n\n| argument | value |\n| --- | --- |\n"
-         "| `seed` | `1` |\n\n", ""),  # deleted
-    )  # fmt: skip
+        (
+            "## Training arguments\n\nThose that differ from their defaults.\n\n| argument | value |\n| --- | --- |\n"
+            "| `seed` | `1` |\n\n",
+            "",
+        ),  # deleted
+    )
     merged = merge_card(edited, new)
     assert merged.kept == ("Evaluation",)
     # "Levels" is ours, unedited and over; "Teachers" follows what it follows in ours; "Training arguments" stays away

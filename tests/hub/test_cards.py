@@ -60,21 +60,40 @@ FULL: dict[str, Any] = {
     },
 }  # fmt: skip
 TEXT: dict[str, Any] = {
-    "hub_model_id": "someone/moods", "modality": "text", "license": "mit", "language": "en", "has_adapter": True,
-    "labels": ["sad", "glad"], "student_training": "lora", "pool": "someone/moods-pool",
+    "hub_model_id": "someone/moods",
+    "modality": "text",
+    "license": "mit",
+    "language": "en",
+    "has_adapter": True,
+    "labels": ["sad", "glad"],
+    "student_training": "lora",
+    "pool": "someone/moods-pool",
     "levels": [{"level": 0, "assignment": "ensemble", "keep_rate": 1.0, "num_kept": 2000.0}],
-}  # fmt: skip
+}
 POOL: dict[str, Any] = {
-    "name": "seasons-pool", "modality": "image", "teachers": TEACHERS, "labels": LABELS, "num_examples": 12345,
-    "input_columns": ["id", "image", "oracle_label", "oracle_domain"], "source_dataset": "someone/seasons",
+    "name": "seasons-pool",
+    "modality": "image",
+    "teachers": TEACHERS,
+    "labels": LABELS,
+    "num_examples": 12345,
+    "input_columns": ["id", "image", "oracle_label", "oracle_domain"],
+    "source_dataset": "someone/seasons",
     "versions": {"hf_cosupervise": "0.1.0"},
-}  # fmt: skip
+}
 COMMIT = "fedcba98" * 5
 TIMM: dict[str, Any] = {
-    "hub_model_id": "someone/leaves", "modality": "image", "library_name": "timm", "license": "apache-2.0",
-    "base_model": "timm/test_vit.r160_in1k", "base_model_revision": "main", "base_model_commit": COMMIT,
-    "source_dataset": "someone/leaves-unlabelled", "source_revision": COMMIT, "num_examples": 500,
-    "pool": "someone/leaves-pool", "pool_revision": "v1",
+    "hub_model_id": "someone/leaves",
+    "modality": "image",
+    "library_name": "timm",
+    "license": "apache-2.0",
+    "base_model": "timm/test_vit.r160_in1k",
+    "base_model_revision": "main",
+    "base_model_commit": COMMIT,
+    "source_dataset": "someone/leaves-unlabelled",
+    "source_revision": COMMIT,
+    "num_examples": 500,
+    "pool": "someone/leaves-pool",
+    "pool_revision": "v1",
     "files": [("report.json", "every number of the table"), ("pgr.png", "the figure")],
     "teachers": [
         {"name": "oaks", "model": "someone/teachers", "subfolder": "oaks", "commit": COMMIT, "level": 0},
@@ -83,17 +102,28 @@ TIMM: dict[str, Any] = {
     ],
     "levels": [{"level": 0, "keep_rate": 1.0}, {"level": 1, "keep_rate": 0.5}, {"level": 1, "keep_rate": 0.75}],
     "report": {"levels": [{"level": 0, "accuracy": 0.5, "pgr": 0.25}, {"level": 1, "accuracy": 0.75, "pgr": 0.5}]},
-}  # fmt: skip
+}
 HIERARCHY: dict[str, Any] = {
-    "hub_model_id": "someone/teachers", "license": "mit", "modality": "text", "labels": ["sad", "glad"],
-    "tags": ["moods"], "datasets": ["someone/moods"], "versions": {"hf_cosupervise": "0.1.0"},
+    "hub_model_id": "someone/teachers",
+    "license": "mit",
+    "modality": "text",
+    "labels": ["sad", "glad"],
+    "tags": ["moods"],
+    "datasets": ["someone/moods"],
+    "versions": {"hf_cosupervise": "0.1.0"},
     "teachers": [
         {"name": "forest", "kind": "sklearn", "level": 0, "subfolder": "forest", "accuracy": 0.5},
         {"name": "mails", "kind": "transformers", "level": 1, "subfolder": "mails", "domains": ["mail"]},
-        {"name": "posts", "kind": "transformers", "level": 1, "scope": ["sad"], "model": "other/posts",
-         "commit": COMMIT},
+        {
+            "name": "posts",
+            "kind": "transformers",
+            "level": 1,
+            "scope": ["sad"],
+            "model": "other/posts",
+            "commit": COMMIT,
+        },
     ],
-}  # fmt: skip
+}
 EDITED = (
     model_card(FULL)
     .replace("tags:\n", "license: mit  # of the data\ntags:\n- mine\n")
@@ -281,10 +311,14 @@ def test_facts_cannot_break_out(write, facts):
 @pytest.mark.parametrize("place", ["/private/me/x", "C:\\private\\me\\x", "~/private/x", "file:///private/x"])
 def test_folders_of_this_machine_stay_here(place):
     facts = {
-        "base_model": place, "pool": place, "source_dataset": place, "figure": place, "files": [(place, "it")],
+        "base_model": place,
+        "pool": place,
+        "source_dataset": place,
+        "figure": place,
+        "files": [(place, "it")],
         "teachers": [{"name": "t", "model": place}, {"name": "u", "subfolder": place}],
         "hyperparameters": {"a": place, "b": [place], "c": {"d": Path(place)}, "e": 1},
-    }  # fmt: skip
+    }
     for card in (model_card(facts), pool_card(facts), hierarchy_card(facts)):
         assert "private" not in card and "| `a` |" not in card and "| `b` |" not in card and "| `c` |" not in card
 

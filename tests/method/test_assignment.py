@@ -334,9 +334,12 @@ def test_sparse_teachers_are_chosen_as_dense_ones(rule, num_labels, k):
 def test_sparse_scores_by_hand(rule, expected):
     log_probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]], dtype=torch.float64).log()
     found = agreement_scores(
-        log_probs, torch.tensor([[[0.5, 0.125]]], dtype=torch.float64), rule, label_ids=torch.tensor([[[1, 0]]]),
+        log_probs,
+        torch.tensor([[[0.5, 0.125]]], dtype=torch.float64),
+        rule,
+        label_ids=torch.tensor([[[1, 0]]]),
         rest_probs=torch.tensor([[3 / 16]], dtype=torch.float64),
-    )  # fmt: skip
+    )
     assert found.tolist() == [[pytest.approx(expected, rel=1e-12)]]
 
 
@@ -387,9 +390,12 @@ def test_sparse_scores_of_an_infinitely_unlikely_label_stay_finite():
     log_probs = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     for rule in AGREEMENT_RULES:
         found = agreement_scores(
-            log_probs, torch.tensor([[[0.5], [1.0]]]), rule, label_ids=torch.tensor([[[1], [2]]]),
+            log_probs,
+            torch.tensor([[[0.5], [1.0]]]),
+            rule,
+            label_ids=torch.tensor([[[1], [2]]]),
             rest_probs=torch.tensor([[0.25, 0.0]]),
-        )  # fmt: skip
+        )
         assert torch.isfinite(found).all()
 
 

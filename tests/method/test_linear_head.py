@@ -50,9 +50,14 @@ def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int) -> torch.op
 
 
 def fit_by_autograd(
-    head: nn.Linear, features: torch.Tensor, targets: torch.Tensor, steps: list[list[torch.Tensor]],
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, max_grad_norm: float = 0.0,
-) -> list[tuple[float, float]]:  # fmt: skip
+    head: nn.Linear,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    steps: list[list[torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    max_grad_norm: float = 0.0,
+) -> list[tuple[float, float]]:
     """What any training script does. Gives loss and norm of the gradient of each step."""
     told = []
     for micro_batches in steps:
@@ -126,10 +131,15 @@ def test_one_step_by_hand():
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     told = []
     fit_linear_head(
-        head, torch.tensor([[2.0]]), lambda rows: torch.tensor([[1.0, 0.0]])[rows], [[torch.tensor([0])]], optimizer,
-        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0), max_grad_norm=1e9,
+        head,
+        torch.tensor([[2.0]]),
+        lambda rows: torch.tensor([[1.0, 0.0]])[rows],
+        [[torch.tensor([0])]],
+        optimizer,
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        max_grad_norm=1e9,
         on_step=lambda loss, norm: told.append((float(loss), norm)),
-    )  # fmt: skip
+    )
     assert head.weight.flatten().tolist() == pytest.approx([0.1, -0.1])
     assert head.bias.tolist() == pytest.approx([0.05, -0.05])
     assert told == [pytest.approx((math.log(2), math.sqrt(2.5)), rel=1e-6)]
@@ -145,9 +155,14 @@ def test_gradients_of_two_processes(data):
         optimizer = torch.optim.SGD(head.parameters(), lr=0.0)
         gradients.append([])
         fit_linear_head(
-            head, features, lambda rows: targets[rows], [[half]], optimizer, make_scheduler(optimizer, 1),
+            head,
+            features,
+            lambda rows: targets[rows],
+            [[half]],
+            optimizer,
+            make_scheduler(optimizer, 1),
             average_gradients=lambda gradient: gradients[-1].append(gradient.clone()),
-        )  # fmt: skip
+        )
     means = iter([(first + second) / 2 for first, second in zip(*gradients)])
 
     def put_mean(gradient: torch.Tensor) -> None:
@@ -157,9 +172,15 @@ def test_gradients_of_two_processes(data):
     for head, rows, average in ((together, step[:4], put_mean), (alone, step, None)):
         optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
         fit_linear_head(
-            head, features, lambda rows: targets[rows], [[rows]], optimizer, make_scheduler(optimizer, 10),
-            average_gradients=average, max_grad_norm=0.3,
-        )  # fmt: skip
+            head,
+            features,
+            lambda rows: targets[rows],
+            [[rows]],
+            optimizer,
+            make_scheduler(optimizer, 10),
+            average_gradients=average,
+            max_grad_norm=0.3,
+        )
     torch.testing.assert_close(together.weight, alone.weight, rtol=0, atol=1e-7)
     torch.testing.assert_close(together.bias, alone.bias, rtol=0, atol=1e-7)
     assert next(means, None) is None  # weight and bias, each once
@@ -190,9 +211,14 @@ def test_steps_are_read_one_at_a_time(data):
             yield rows
 
     fit_linear_head(
-        head, features, lambda rows: targets[rows], steps(), optimizer, make_scheduler(optimizer, 3),
+        head,
+        features,
+        lambda rows: targets[rows],
+        steps(),
+        optimizer,
+        make_scheduler(optimizer, 3),
         on_step=lambda loss, norm: events.append("done"),
-    )  # fmt: skip
+    )
     assert events == ["ask", "done"] * 3
 
 
@@ -204,9 +230,14 @@ def test_fits_what_a_line_can_separate():
     steps = [[torch.arange(4)] for _ in range(200)]
     losses = []
     fit_linear_head(
-        head, features, lambda rows: targets[rows], steps, optimizer, make_scheduler(optimizer, 200),
+        head,
+        features,
+        lambda rows: targets[rows],
+        steps,
+        optimizer,
+        make_scheduler(optimizer, 200),
         on_step=lambda loss, norm: losses.append(float(loss)),
-    )  # fmt: skip
+    )
     assert losses[-1] < 0.02 < 1.0 < losses[0]
     assert head(features).argmax(dim=1).tolist() == [0, 1, 2, 3]
 
@@ -246,9 +277,15 @@ def test_sparse_targets_train_the_same_head(num_labels, k, max_grad_norm, sizes,
         optimizer = make_optimizer("adamw", head)
         told.append([])
         fit_linear_head(
-            head, features, lookup, steps, optimizer, make_scheduler(optimizer, 30), max_grad_norm=max_grad_norm,
+            head,
+            features,
+            lookup,
+            steps,
+            optimizer,
+            make_scheduler(optimizer, 30),
+            max_grad_norm=max_grad_norm,
             on_step=lambda loss, norm: told[-1].append((float(loss), norm or 0.0)),
-        )  # fmt: skip
+        )
         found.append(head)
     torch.testing.assert_close(found[0].weight, found[1].weight, rtol=0, atol=2e-6)
     torch.testing.assert_close(found[0].bias, found[1].bias, rtol=0, atol=2e-6)
@@ -304,9 +341,15 @@ def cross_entropy_by_numpy(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def fit_ridge(
-    features: torch.Tensor, targets: torch.Tensor | SparseTargets, rows: torch.Tensor | None = None, *,
-    alpha: float = 0.01, logit_scale: float = 10.0, bias: bool = True, num_labels: int = NUM_LABELS,
-) -> tuple[nn.Linear, float]:  # fmt: skip
+    features: torch.Tensor,
+    targets: torch.Tensor | SparseTargets,
+    rows: torch.Tensor | None = None,
+    *,
+    alpha: float = 0.01,
+    logit_scale: float = 10.0,
+    bias: bool = True,
+    num_labels: int = NUM_LABELS,
+) -> tuple[nn.Linear, float]:
     rows = torch.arange(len(features)) if rows is None else rows
     head = head_of(num_labels, bias, features.shape[1])
     lookup = targets.__getitem__ if isinstance(targets, torch.Tensor) else lambda part: pick(targets, part)
@@ -479,9 +522,15 @@ def test_ridge_over_two_processes(parts, data):
             return values
 
         fit_ridge_head(
-            head_of(NUM_LABELS), features, rows, targets.__getitem__, gram, alpha=0.01, logit_scale=10.0,
+            head_of(NUM_LABELS),
+            features,
+            rows,
+            targets.__getitem__,
+            gram,
+            alpha=0.01,
+            logit_scale=10.0,
             sum_over_processes=listen,
-        )  # fmt: skip
+        )
     assert [len(values) for values in asked] == [2, 2]
     losses: list[torch.Tensor] = []
     for rows in shares:  # again, with the first sum put in
@@ -626,9 +675,15 @@ def test_a_loss_that_is_given(name, bias, data):
     fast, slow = new_head(bias), new_head(bias)
     optimizer = make_optimizer("sgd", fast)
     fit_linear_head(
-        fast, features, lambda rows: targets[rows], steps, optimizer, make_scheduler(optimizer, 20),
-        loss=loss_and_gradient, on_step=lambda loss, norm: told.append(float(loss)),
-    )  # fmt: skip
+        fast,
+        features,
+        lambda rows: targets[rows],
+        steps,
+        optimizer,
+        make_scheduler(optimizer, 20),
+        loss=loss_and_gradient,
+        on_step=lambda loss, norm: told.append(float(loss)),
+    )
     optimizer, means = make_optimizer("sgd", slow), []
     scheduler = make_scheduler(optimizer, 20)
     for batches in steps:  # as any training script does

@@ -837,11 +837,19 @@ def test_elr_numbers_out_of_range(arguments):
 # ── by name ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name, options", [
-    *((name, {}) for name in LOSSES), ("kl_divergence", {"temperature": 3.0}), ("confidence", {"share": 0.4}),
-    ("generalized_cross_entropy", {"q": 0.2}), ("evidential", {"gamma": 0.3}), ("evidential", {}),
-    ("early_learning_regularization", {}), ("early_learning_regularization", {"beta": 0.2, "weight": 1.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *((name, {}) for name in LOSSES),
+        ("kl_divergence", {"temperature": 3.0}),
+        ("confidence", {"share": 0.4}),
+        ("generalized_cross_entropy", {"q": 0.2}),
+        ("evidential", {"gamma": 0.3}),
+        ("evidential", {}),
+        ("early_learning_regularization", {}),
+        ("early_learning_regularization", {"beta": 0.2, "weight": 1.0}),
+    ],
+)
 def test_a_loss_by_name_has_its_own_gradient(name, options):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 4, generator=generator).requires_grad_()
@@ -862,13 +870,16 @@ def test_the_weight_of_the_confidence_loss_climbs():
     assert loss(logits, targets, ROWS[:1]).item() == pytest.approx(math.log1p(math.exp(-2)))  # the student itself
 
 
-@pytest.mark.parametrize("name, options, message", [
-    ("magic", {}, "`loss` must be one of .*'confidence'.*, got 'magic'"),
-    ("product", {"gamma": 1.0}, r"`loss_kwargs` of 'product' .* among \['alpha', 'beta'\], got \['gamma'\]"),
-    ("cross_entropy", {"q": 1.0}, r"must have keys among \[\], got \['q'\]"),
-    ("evidential", {"fraction_done": 1.0}, r"must have keys among \['gamma'\], got \['fraction_done'\]"),
-    ("early_learning_regularization", {"num_examples": 1}, r"keys among \['beta', 'weight'\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("magic", {}, "`loss` must be one of .*'confidence'.*, got 'magic'"),
+        ("product", {"gamma": 1.0}, r"`loss_kwargs` of 'product' .* among \['alpha', 'beta'\], got \['gamma'\]"),
+        ("cross_entropy", {"q": 1.0}, r"must have keys among \[\], got \['q'\]"),
+        ("evidential", {"fraction_done": 1.0}, r"must have keys among \['gamma'\], got \['fraction_done'\]"),
+        ("early_learning_regularization", {"num_examples": 1}, r"keys among \['beta', 'weight'\]"),
+    ],
+)
 def test_what_is_not_known_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         choose(name, options)

@@ -295,8 +295,9 @@ def test_distillation_equals_a_slow_version_and_so_does_its_gradient(temperature
     weights = aekd_weights(logits, probs[rows], answered[rows], temperature=temperature, cap=cap)
     assert int((weights > 0).sum()) > 1
     found, expected = (
-        loss(logits, None, rows), slow_distillation(logits, probs[rows], answered[rows], temperature, weights)
-    )  # fmt: skip
+        loss(logits, None, rows),
+        slow_distillation(logits, probs[rows], answered[rows], temperature, weights),
+    )
     assert found.shape == (7,) and found[1] == 0 and float(found.detach().min()) > -1e-6
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     scale = torch.rand(7, generator=torch.Generator().manual_seed(2))

@@ -63,9 +63,13 @@ def make_pool(
     inputs = Dataset.from_dict(columns | ({"oracle_label": truth.tolist()} if oracle else {}))
     ids = [f"id-{seed}-{row}" for row in range(num_examples)]
     pool = PseudolabelPool.from_predictions(
-        TeacherHierarchy(labels, teachers), ids, predictions, inputs=inputs, pool_k=pool_k,
+        TeacherHierarchy(labels, teachers),
+        ids,
+        predictions,
+        inputs=inputs,
+        pool_k=pool_k,
         facts={name: {"commit": "a" * 40} for name in names},
-    )  # fmt: skip
+    )
     pool.source = {"dataset": "org/data", "commit": "b" * 40}
     return pool
 

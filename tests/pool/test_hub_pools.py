@@ -596,9 +596,15 @@ REFUSED: list[tuple[str, dict[str, bytes], type[Exception], str]] = [
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("repo_id", "content", "kind", "sentence"), REFUSED, ids=[case[0] for case in REFUSED])
 def test_data_that_cannot_be_read(
-    hub: HubServer, repo_id: str, content: dict[str, bytes], kind: type[Exception], sentence: str, streaming: bool,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    hub: HubServer,
+    repo_id: str,
+    content: dict[str, bytes],
+    kind: type[Exception],
+    sentence: str,
+    streaming: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(tmp_path)
     hub.create(
         repo_id, content, repo_type="dataset", gated=repo_id == "other/gated", private=repo_id == "other/private"

@@ -16,10 +16,14 @@ from accelerate.utils import DistributedType
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate_configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
 KINDS = {
-    "cpu": DistributedType.NO, "cpu_two": DistributedType.MULTI_GPU, "one_gpu": DistributedType.NO,
-    "several_gpus": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP,
-    "deepspeed_zero2": DistributedType.DEEPSPEED, "deepspeed_zero3": DistributedType.DEEPSPEED,
-}  # fmt: skip
+    "cpu": DistributedType.NO,
+    "cpu_two": DistributedType.MULTI_GPU,
+    "one_gpu": DistributedType.NO,
+    "several_gpus": DistributedType.MULTI_GPU,
+    "fsdp2": DistributedType.FSDP,
+    "deepspeed_zero2": DistributedType.DEEPSPEED,
+    "deepspeed_zero3": DistributedType.DEEPSPEED,
+}
 SCRIPT = """
 import os, sys
 from pathlib import Path

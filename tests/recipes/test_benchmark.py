@@ -20,8 +20,19 @@ from benchmarks import task as task_module
 
 SECTIONS = ("head", "head_1000", "labelling", "finetune", "gather", "growth", "truncation", "scale")
 ROW_KEYS = {
-    "section", "device", "name", "unit", "ours", "other", "comparison", "ratio", "target", "met", "note", "numbers",
-}  # fmt: skip
+    "section",
+    "device",
+    "name",
+    "unit",
+    "ours",
+    "other",
+    "comparison",
+    "ratio",
+    "target",
+    "met",
+    "note",
+    "numbers",
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +42,22 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     everything: dict[str, Any] = {"rows": []}
     for name, scale in [*((name, "0.005") for name in SECTIONS[:-1]), ("scale", "0.0005")]:
         path = folder / f"{name}.json"
-        benchmark.main([
-            "--sections", name, "--scale", scale, "--repeats", "1", "--threads", "1",
-            "--output_file", str(path), "--work_dir", str(folder),
-        ])  # fmt: skip
+        benchmark.main(
+            [
+                "--sections",
+                name,
+                "--scale",
+                scale,
+                "--repeats",
+                "1",
+                "--threads",
+                "1",
+                "--output_file",
+                str(path),
+                "--work_dir",
+                str(folder),
+            ]
+        )
         part = json.loads(path.read_text(encoding="utf-8"))
         everything = {**part, "rows": everything["rows"] + part["rows"]}
     everything["left"] = sorted(path.name for path in folder.iterdir())

@@ -40,17 +40,32 @@ NAMES = ["ceiling", "ceiling, head_solver=ridge", "csl", "all kept", "closed", "
 def write_plan(folder: Path, data: Path, student: str, **changes: object) -> list[str]:
     """A task of a few images and steps; gives the command line."""
     recipe = {
-        "dataset": str(data), "num_teacher_examples": 20, "num_pool_examples": 40, "teacher_kind": "sklearn",
-        "teacher_model": "tree.DecisionTreeClassifier", "teacher_trusted_types": ["sklearn.tree._tree.Tree"],
-        "teacher_num_examples": 8, "teacher_kwargs": {"max_depth": 1}, "teacher_feature": {"mode": "RGB"},
-        "level_sizes": [1, 2], "student": student, "output_dir": "unused",
-        "methods": ["generalist", "csl", "ceiling"], "max_steps": 4, "learning_rate": 0.1,
-        "per_device_train_batch_size": 16, "disable_tqdm": True, "use_cpu": True,
-    }  # fmt: skip
+        "dataset": str(data),
+        "num_teacher_examples": 20,
+        "num_pool_examples": 40,
+        "teacher_kind": "sklearn",
+        "teacher_model": "tree.DecisionTreeClassifier",
+        "teacher_trusted_types": ["sklearn.tree._tree.Tree"],
+        "teacher_num_examples": 8,
+        "teacher_kwargs": {"max_depth": 1},
+        "teacher_feature": {"mode": "RGB"},
+        "level_sizes": [1, 2],
+        "student": student,
+        "output_dir": "unused",
+        "methods": ["generalist", "csl", "ceiling"],
+        "max_steps": 4,
+        "learning_rate": 0.1,
+        "per_device_train_batch_size": 16,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     plan = {
-        "output_dir": str(folder / "out"), "seeds": "0,1", "num_workers": 0,
-        "tasks": [{"name": "tiny", "config": "recipe.yaml", "set": {"max_steps": 20}}], "methods": METHODS,
-    }  # fmt: skip
+        "output_dir": str(folder / "out"),
+        "seeds": "0,1",
+        "num_workers": 0,
+        "tasks": [{"name": "tiny", "config": "recipe.yaml", "set": {"max_steps": 20}}],
+        "methods": METHODS,
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan | changes))
     return ["--config", str(folder / "plan.yaml")]
@@ -103,8 +118,12 @@ def test_every_cell_is_there_and_nothing_else(done):
         assert not list((out / "tasks" / "tiny" / "_run" / f"seed-{seed}" / "work").iterdir())
     assert {path.name for path in out.iterdir()} == {"figures", "results.csv", "results.json", "table.md", "tasks"}
     assert {path.name for path in (out / "figures" / "tiny").iterdir()} == {
-        "pgr.png", "levels.png", "teacher_shares.png", "teacher_shares_by_class.png", "reliability.png",
-    }  # fmt: skip
+        "pgr.png",
+        "levels.png",
+        "teacher_shares.png",
+        "teacher_shares_by_class.png",
+        "reliability.png",
+    }
     assert [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")][2:] == NAMES
 
 
@@ -194,9 +213,10 @@ def test_other_settings_are_refused_before_anything_runs(done, data, tiny_vit, r
 def test_a_cell_that_fails_stops_no_other(data, tiny_vit, tmp_path, monkeypatch, capsys):
     methods = [METHODS[0], {"name": "doomed", "method": "ensemble", "set": {"learning_rate": 0.01}}, METHODS[3]]
     task = {
-        "name": "tiny", "config": "recipe.yaml",
+        "name": "tiny",
+        "config": "recipe.yaml",
         "set": {"oracle_domain_column": "home", "specialize_by": "domain", "assignment": ["agreement"]},
-    }  # fmt: skip
+    }
     argv = write_plan(tmp_path, data, tiny_vit, methods=methods, tasks=[task], seeds="0")
     measure = cells_module.measure
 
@@ -235,11 +255,13 @@ def test_a_task_that_cannot_be_prepared_fails_in_all_its_cells(data, tiny_vit, t
 
 def test_methods_that_use_labels_or_features(data, tiny_vit, tmp_path, capsys):
     methods = [
-        METHODS[0], {"name": "calibrated", "method": "csl", "calibrated": True},
+        METHODS[0],
+        {"name": "calibrated", "method": "csl", "calibrated": True},
         {"name": "control", "method": "one_teacher_all_labels", "calibrated": True},
-        {"name": "boosting", "method": "boosting"}, {"name": "CROWDLAB", "method": "crowdlab"},
+        {"name": "boosting", "method": "boosting"},
+        {"name": "CROWDLAB", "method": "crowdlab"},
         {"name": "AE-KD", "method": "aekd"},
-    ]  # fmt: skip
+    ]
     recipe = {"num_pool_examples": 30, "num_heldout_examples": 26, "max_steps": 20, "teacher_kwargs": {"max_depth": 2}}
     tasks = [
         {"name": "tiny", "config": "recipe.yaml", "seeds": 3, "set": recipe},
@@ -310,12 +332,17 @@ def level(accuracy: float, **teachers: float) -> dict:
 def groups(tmp_path) -> list[cells_module.Group]:
     """Two seeds of made-up cells; with the second, one of them is missing."""
     methods = [
-        plan_module.Method("ceiling", "ceiling"), plan_module.Method("ceiling, loss=x", "ceiling", {"loss": "x"}),
-        plan_module.Method("csl", "csl"), plan_module.Method("other", "csl", {"loss": "x"}),
-    ]  # fmt: skip
+        plan_module.Method("ceiling", "ceiling"),
+        plan_module.Method("ceiling, loss=x", "ceiling", {"loss": "x"}),
+        plan_module.Method("csl", "csl"),
+        plan_module.Method("other", "csl", {"loss": "x"}),
+    ]
     accuracy = {
-        "ceiling": (0.9, 0.8), "ceiling, loss=x": (1.0, 0.9), "csl": (0.7, 0.7), "other": (0.75, None),
-    }  # fmt: skip
+        "ceiling": (0.9, 0.8),
+        "ceiling, loss=x": (1.0, 0.9),
+        "csl": (0.7, 0.7),
+        "other": (0.75, None),
+    }
     groups = [cells_module.Group(plan_module.Task("t", "x.yaml"), methods, seed, str(tmp_path)) for seed in (4, 5)]
     for row, group in enumerate(groups):
         curve = {"confidence": [0.5, None], "accuracy": [0.25, None], "count": [4, 0]}
@@ -408,17 +435,24 @@ def test_who_taught_whom():
 def test_methods_share_the_ceiling_of_their_training():
     no_ceiling = {"rejection_k": 1, "relabel_above": 0.9, "rounds_per_level": 2, "cross_fit_folds": 5}
     methods = [
-        plan_module.Method("a", "csl"), plan_module.Method("b", "csl", no_ceiling | {"teacher_neighbors": 3}),
+        plan_module.Method("a", "csl"),
+        plan_module.Method("b", "csl", no_ceiling | {"teacher_neighbors": 3}),
         plan_module.Method("c", "csl", {"learning_rate": 0.1, "rejection": ["none"]}),
-        plan_module.Method("d", "generalist", {"learning_rate": 0.1}), plan_module.Method("top", "ceiling"),
+        plan_module.Method("d", "generalist", {"learning_rate": 0.1}),
+        plan_module.Method("top", "ceiling"),
         plan_module.Method("e", "csl", {"loss_kwargs": {"q": 0.5}}, ["elsewhere"]),
-    ]  # fmt: skip
+    ]
     own = plan_module.methods_of(plan_module.Task("t", "x.yaml"), methods)
     assert [method.name for method in own] == ["top", "ceiling, learning_rate=0.1", "a", "b", "c", "d"]
     assert own[1].set == {"learning_rate": 0.1} and own[1].method == "ceiling"
     assert [plan_module.ceiling_of(method, own) for method in own] == [
-        "top", "ceiling, learning_rate=0.1", "top", "top", "ceiling, learning_rate=0.1", "ceiling, learning_rate=0.1",
-    ]  # fmt: skip
+        "top",
+        "ceiling, learning_rate=0.1",
+        "top",
+        "top",
+        "ceiling, learning_rate=0.1",
+        "ceiling, learning_rate=0.1",
+    ]
     elsewhere = plan_module.methods_of(plan_module.Task("elsewhere", "x.yaml"), methods)
     assert "ceiling, loss_kwargs=q-0.5" in [method.name for method in elsewhere]
     few = plan_module.methods_of(plan_module.Task("t", "x.yaml", methods=["d", "e"]), methods)

@@ -47,9 +47,16 @@ def test_a_finished_run_is_published_later_and_once(hub, demo):  # noqa: F811
     assert len(hub.commits("someone/digits")) == 2  # the Hub's own and ours
     files = hub.files("someone/digits")
     assert set(files) == {
-        ".gitattributes", "README.md", "config.json", "history.json", "model.safetensors", "pgr.png",
-        "preprocessor_config.json", "report.json", "teacher_shares.png",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "history.json",
+        "model.safetensors",
+        "pgr.png",
+        "preprocessor_config.json",
+        "report.json",
+        "teacher_shares.png",
+    }
     for name, content in files.items():
         assert str(folder).encode() not in content and str(HF_HOME).encode() not in content, name
     card = ModelCard(files["README.md"].decode())
@@ -69,9 +76,15 @@ def test_data_teachers_and_student_by_their_ids(hub, tmp_path, demo):  # noqa: F
     folder, _, _ = demo
     load_from_disk(str(folder / "data" / "digits")).push_to_hub("someone/numbers")
     done = run(
-        folder, "--teachers_dir", "outputs/digits/_run/seed-0/teachers", "--push_to_hub", "True", "--hub_model_id",
-        "someone/teachers", script="train_teachers.py",
-    )  # fmt: skip
+        folder,
+        "--teachers_dir",
+        "outputs/digits/_run/seed-0/teachers",
+        "--push_to_hub",
+        "True",
+        "--hub_model_id",
+        "someone/teachers",
+        script="train_teachers.py",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     start = Path(folder, "outputs/digits/_run/seed-0/student-start")
     backbone = hub.create("someone/backbone", {path.name: path.read_bytes() for path in start.iterdir()})

@@ -162,10 +162,14 @@ def test_sentiment_keeps_clear_texts_once_and_empty_slots_empty(prepare: ModuleT
     assert data.features["label"] == ClassLabel(names=["negative", "positive"])
     assert data.column_names == ["text", "label", "domain", "mean_rating", *(f"rater_{n}" for n in range(1, 21))]
     assert list(zip(data["text"], data["label"], data["domain"])) == [
-        ("na\u00efve\u2028line", 1, "tweets"), ("great films", 0, "tweets"), ("bad", 0, "films"),
-        ("great amazonReviewSnippets", 1, "products"), ("bad amazonReviewSnippets", 0, "products"),
-        ("great nytEditorialSnippets", 1, "news"), ("bad nytEditorialSnippets", 0, "news"),
-    ]  # fmt: skip
+        ("na\u00efve\u2028line", 1, "tweets"),
+        ("great films", 0, "tweets"),
+        ("bad", 0, "films"),
+        ("great amazonReviewSnippets", 1, "products"),
+        ("bad amazonReviewSnippets", 0, "products"),
+        ("great nytEditorialSnippets", 1, "news"),
+        ("bad nytEditorialSnippets", 0, "news"),
+    ]
     assert [data[0][f"rater_{slot}"] for slot in (1, 19, 20)] == ["positive", "positive", "negative"]
     assert [data[2][f"rater_{slot}"] for slot in (1, 2, 3, 4, 20)] == ["negative", None, "positive", None, None]
     assert data[2]["mean_rating"] == -0.25
@@ -222,11 +226,14 @@ def test_text_teachers_specialize_by_a_hidden_domain(texts: Dataset, tmp_path: P
 
     labels = texts.features["label"].names
     args = task_arguments.TeacherArguments(
-        teacher_kind="sklearn", teacher_model="linear_model.LogisticRegression", teacher_num_examples=8,
+        teacher_kind="sklearn",
+        teacher_model="linear_model.LogisticRegression",
+        teacher_num_examples=8,
         teacher_vectorizer="feature_extraction.text.TfidfVectorizer",
         teacher_vectorizer_kwargs={"ngram_range": [1, 2]},
-        level_sizes=[1, 2], specialize_by="domain",
-    )  # fmt: skip
+        level_sizes=[1, 2],
+        specialize_by="domain",
+    )
     hierarchy = train_teachers.train_teachers(texts, labels, args, tmp_path / "teachers", 0, "domain")
     assert [teacher.domains for teacher in hierarchy.teachers] == [None, ("a",), ("b",)]
     data = texts.select_columns(["text", "label"])

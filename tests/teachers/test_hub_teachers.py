@@ -55,9 +55,13 @@ def cached_files() -> set[str]:
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "timm", "sklearn"])
 def test_a_teacher_of_the_hub_is_the_local_one(
-    hub: HubServer, request: Any, tiny_image_dataset: Dataset, tiny_text_dataset: Dataset,
-    tiny_labels: tuple[str, ...], kind: str,
-) -> None:  # fmt: skip
+    hub: HubServer,
+    request: Any,
+    tiny_image_dataset: Dataset,
+    tiny_text_dataset: Dataset,
+    tiny_labels: tuple[str, ...],
+    kind: str,
+) -> None:
     folder = request.getfixturevalue(f"tiny_{kind}")
     cells = tiny_text_dataset["text"][:5] if kind == "bert" else tiny_image_dataset["image"][:5]
     commit = hub.create("org/teacher", read_folder(folder))
@@ -216,7 +220,7 @@ def test_repositories_that_cannot_be_used_say_why(hub: HubServer, tiny_vit: str,
         (Teacher("hf-hub:org/vit@v1", name="v", revision="v2"), ValueError, "got 'v1' in `model` and 'v2' as `rev"),
         (Teacher("some/where/else"), FileNotFoundError, "'some/where/else', and there is no such folder"),
         (Teacher("local-dir:org/vit"), FileNotFoundError, "there is no such folder"),
-    ]  # fmt: skip
+    ]
     for teacher, kind, sentence in cases:
         with pytest.raises(kind, match=f"^Teacher '{teacher.name}' .*{sentence}"):
             identify_teacher(teacher)
@@ -240,7 +244,7 @@ def test_repositories_that_cannot_be_used_say_why(hub: HubServer, tiny_vit: str,
         ({"hierarchy.yaml": b"", "low/config.json": b"{}"}, ValueError, "got the hierarchy of teachers in 'org/x'"),
         ({"readme.txt": b"x"}, FileNotFoundError, "must have a 'config.json', got .*'readme.txt'.* in 'org/x'. Save"),
     ],
-)  # fmt: skip
+)
 def test_repositories_without_a_model_say_what_they_hold(
     hub: HubServer, files: dict[str, bytes], kind: type[Exception], sentence: str
 ) -> None:
@@ -335,9 +339,14 @@ def test_an_adapter_with_a_head_is_merged_into_its_pinned_base(
 
 @pytest.mark.parametrize("kind", ["bert", "timm"])
 def test_an_adapter_without_a_head_takes_its_base_s(
-    hub: HubServer, request: Any, tiny_labels: tuple[str, ...], tiny_text_dataset: Dataset,
-    tiny_image_dataset: Dataset, tmp_path: Path, kind: str,
-) -> None:  # fmt: skip
+    hub: HubServer,
+    request: Any,
+    tiny_labels: tuple[str, ...],
+    tiny_text_dataset: Dataset,
+    tiny_image_dataset: Dataset,
+    tmp_path: Path,
+    kind: str,
+) -> None:
     base = request.getfixturevalue(f"tiny_{kind}")
     settings: dict[str, Any] = {} if kind == "bert" else {"targets": ["timm_model.conv1.0"]}
     adapted = save_adapter(base, tmp_path / "a", "org/base", **settings)
@@ -408,7 +417,7 @@ def test_adapters_that_do_not_work_say_why(
         (variant("target", target_modules=["nothing"]), ValueError, "'org/base', got: No modules were targeted"),
         (variant("shape", r=3), ValueError, r"fits its base 'org/base', got: Error\(s\) in loading"),
         (str(tmp_path / "plain"), ValueError, "must have all of its weights .*without .*classifier.weight"),
-    ]  # fmt: skip
+    ]
     for folder, kind, sentence in cases:
         with pytest.raises(kind, match=sentence):
             load_teacher(Teacher(folder), tiny_labels, "cpu")
@@ -614,12 +623,27 @@ def test_types_that_are_not_trusted_are_never_made(
     import zipfile
 
     schema = {
-        "__class__": "Popen", "__module__": "subprocess", "__loader__": "ObjectNode", "__id__": 1,
-        "content": {"__class__": "dict", "__module__": "builtins", "__loader__": "DictNode", "__id__": 2,
-                    "content": {}, "key_types": {"__class__": "list", "__module__": "builtins", "__id__": 3,
-                                                 "__loader__": "ListNode", "content": []}},
-        "protocol": 2, "_skops_version": "0.11",
-    }  # fmt: skip
+        "__class__": "Popen",
+        "__module__": "subprocess",
+        "__loader__": "ObjectNode",
+        "__id__": 1,
+        "content": {
+            "__class__": "dict",
+            "__module__": "builtins",
+            "__loader__": "DictNode",
+            "__id__": 2,
+            "content": {},
+            "key_types": {
+                "__class__": "list",
+                "__module__": "builtins",
+                "__id__": 3,
+                "__loader__": "ListNode",
+                "content": [],
+            },
+        },
+        "protocol": 2,
+        "_skops_version": "0.11",
+    }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("schema.json", json.dumps(schema))
@@ -660,18 +684,28 @@ def push_all(hub: HubServer, hierarchy: TeacherHierarchy, tiny_timm: str, **opti
 
 
 def test_a_hierarchy_goes_to_the_hub_and_comes_back(
-    hub: HubServer, hierarchy: TeacherHierarchy, tiny_timm: str, tiny_labels: tuple[str, ...],
-    tiny_image_dataset: Dataset, tmp_path: Path,
-) -> None:  # fmt: skip
+    hub: HubServer,
+    hierarchy: TeacherHierarchy,
+    tiny_timm: str,
+    tiny_labels: tuple[str, ...],
+    tiny_image_dataset: Dataset,
+    tmp_path: Path,
+) -> None:
     facts = {"license": "mit", "accuracy": {"all": 0.625}, "datasets": ["org/animals"]}
     net = push_all(hub, hierarchy, tiny_timm, facts=facts)
 
     [commit, _] = hub.commits("someone/weak")
     assert commit.title == "Hierarchy of teachers"
     assert set(hub.files("someone/weak")) == {
-        ".gitattributes", "README.md", "hierarchy.yaml", "all/config.json", "all/model.safetensors",
-        "all/preprocessor_config.json", "pixels/config.json", "pixels/model.skops",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "hierarchy.yaml",
+        "all/config.json",
+        "all/model.safetensors",
+        "all/preprocessor_config.json",
+        "pixels/config.json",
+        "pixels/model.skops",
+    }
     written = yaml.safe_load(hub.files("someone/weak")["hierarchy.yaml"])
     assert [teacher["model"] for teacher in written["teachers"]] == ["all", "org/net", "pixels", "answer"]
     card = ModelCard(hub.files("someone/weak")["README.md"].decode())
@@ -928,11 +962,21 @@ def test_the_recipe_pushes_teachers_and_finds_them_again(
     monkeypatch.chdir(tmp_path)
     labels = tiny_image_dataset.features["label"].names
     DatasetDict({"train": tiny_image_dataset}).save_to_disk("data")
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({
-        "dataset": "data", "output_dir": "out", "num_teacher_examples": 20, "num_pool_examples": 10,
-        "teacher_kind": "sklearn", "teacher_model": "linear_model.LogisticRegression", "level_sizes": [1, 2],
-        "teacher_feature": {"size": [8, 8], "mode": "RGB"}, "use_cpu": True,
-    }))  # fmt: skip
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "dataset": "data",
+                "output_dir": "out",
+                "num_teacher_examples": 20,
+                "num_pool_examples": 10,
+                "teacher_kind": "sklearn",
+                "teacher_model": "linear_model.LogisticRegression",
+                "level_sizes": [1, 2],
+                "teacher_feature": {"size": [8, 8], "mode": "RGB"},
+                "use_cpu": True,
+            }
+        )
+    )
 
     def main(*options: str) -> None:
         monkeypatch.setattr("sys.argv", ["train_teachers.py", "--config", "c.yaml", "--teachers_dir", "t", *options])

@@ -504,8 +504,15 @@ def test_two_processes_without_a_folder_both_get_the_pool(images: Dataset, two: 
     from accelerate import debug_launcher
 
     # Two rows are one batch: the second process has nothing to do.
-    debug_launcher(_compare, (images.select(range(2)), two, quiet_pool(images.select(range(2)), two,
-                   models=make_models()).label_probs("b").tolist()), num_processes=2)  # fmt: skip
+    debug_launcher(
+        _compare,
+        (
+            images.select(range(2)),
+            two,
+            quiet_pool(images.select(range(2)), two, models=make_models()).label_probs("b").tolist(),
+        ),
+        num_processes=2,
+    )
 
 
 def _compare(images: Dataset, hierarchy: TeacherHierarchy, expected: list[list[float]]) -> None:

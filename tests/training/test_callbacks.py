@@ -119,8 +119,15 @@ def test_begin_and_end_reach_whom_they_concern(handler):
     assert tracker.heard == ["train begin", "step", "step", "train end"]
     assert bar.heard == ["train begin", "step", "train end"] * 2
     assert level_tracker.heard == [
-        "train begin", "level 0 begin", "step", "level 0 end", "level 1 begin", "step", "level 1 end", "train end",
-    ]  # fmt: skip
+        "train begin",
+        "level 0 begin",
+        "step",
+        "level 0 end",
+        "level 1 begin",
+        "step",
+        "level 1 end",
+        "train end",
+    ]
     assert level_tracker.metrics == [{"loss": 1.0}] * 2
 
 
@@ -216,20 +223,33 @@ def small_pool(tiny_image_dataset: Dataset, tiny_labels: tuple[str, ...]) -> Pse
 def test_one_story_of_two_levels(on_features, small_pool, tiny_vit, tmp_path):
     tracker, bar = LevelTracker(), Bar()
     args = CoSupervisedConfig(
-        output_dir=str(tmp_path), use_cpu=True, max_steps=2, per_device_train_batch_size=16, logging_steps=1,
-        fit_head_on_features=on_features, rejection="none", disable_tqdm=True, rounds_per_level=2,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=2,
+        per_device_train_batch_size=16,
+        logging_steps=1,
+        fit_head_on_features=on_features,
+        rejection="none",
+        disable_tqdm=True,
+        rounds_per_level=2,
+    )
     trainer = CoSupervisedTrainer(tiny_vit, args, pool=small_pool, callbacks=[tracker, bar])
     trainer.train()
     told = [word for word in tracker.heard if word != "log"]
     level = ["step", "step"]
     assert told == [
         "train begin",
-        "level 0 begin", *level, "level 0 end",
-        "level 1 begin", *level, "level 1 end",
-        "level 1 begin", *level, "level 1 end",
+        "level 0 begin",
+        *level,
+        "level 0 end",
+        "level 1 begin",
+        *level,
+        "level 1 end",
+        "level 1 begin",
+        *level,
+        "level 1 end",
         "train end",
-    ]  # fmt: skip
+    ]
     assert bar.heard == ["train begin", "step", "step", "train end"] * 3
     assert [(plan.level, plan.round) for plan in tracker.plans] == [(0, 0), (1, 0), (1, 1)]
     assert tracker.steps == [2, 4, 6]  # steps go on counting from level to level

@@ -63,9 +63,10 @@ def test_images_and_the_pool_itself(tiny_vit, tiny_image_dataset):
     pool = PseudolabelPool.from_predictions(hierarchy, range(48), {"one": probs})
     dataset = tiny_image_dataset.select_columns(["image"]).add_column(ROW, np.arange(48))
     collator = DataCollatorForCoSupervision(
-        InputProcessor(AutoImageProcessor.from_pretrained(tiny_vit)), "image",
+        InputProcessor(AutoImageProcessor.from_pretrained(tiny_vit)),
+        "image",
         lambda rows: pool.pseudolabels(np.zeros(len(rows), dtype=int), rows),
-    )  # fmt: skip
+    )
     order = [7, 0, 47]
     batch = collator([dataset[row] for row in order])
     assert batch["pixel_values"].shape == (3, 3, 8, 8)

@@ -112,8 +112,11 @@ def test_what_was_chosen_is_told_and_nothing_else(tmp_path):
     args = make(tmp_path, learning_rate=0.1, hub_model_id="me/x", hub_token="hf_x", push_to_hub=True, seed=3)
     args.assignment.append("agreement")  # a default that is changed later counts as well
     assert args.changed_arguments() == {
-        "output_dir": str(tmp_path), "learning_rate": 0.1, "seed": 3, "assignment": ["scope", "agreement"],
-    }  # fmt: skip
+        "output_dir": str(tmp_path),
+        "learning_rate": 0.1,
+        "seed": 3,
+        "assignment": ["scope", "agreement"],
+    }
 
 
 def test_lists_are_not_shared(tmp_path):

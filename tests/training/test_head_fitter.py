@@ -154,14 +154,17 @@ def test_what_a_head_of_a_fold_may_see():
         outside_of_fold(np.array([0, 3]), 0, 3, level=1)
 
 
-@pytest.mark.parametrize(("changes", "facts", "reason"), [
-    ({}, {}, None),
-    ({"fit_head_on_features": False}, {}, "`fit_head_on_features` is off"),
-    ({"save_strategy": "steps"}, {}, "checkpoints within a level are asked for"),
-    ({}, {"has_own_loss": True}, "`compute_loss_func` is given"),
-    ({}, {"has_own_collator": True}, "the data collator is not ours"),
-    ({}, {"is_sharded": True}, "FSDP or DeepSpeed is used"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "facts", "reason"),
+    [
+        ({}, {}, None),
+        ({"fit_head_on_features": False}, {}, "`fit_head_on_features` is off"),
+        ({"save_strategy": "steps"}, {}, "checkpoints within a level are asked for"),
+        ({}, {"has_own_loss": True}, "`compute_loss_func` is given"),
+        ({}, {"has_own_collator": True}, "the data collator is not ours"),
+        ({}, {"is_sharded": True}, "FSDP or DeepSpeed is used"),
+    ],
+)
 def test_what_features_cannot_honour(tmp_path, changes, facts, reason):
     facts = {"has_own_loss": False, "has_own_collator": False, "is_sharded": False} | facts
     assert why_not_on_features(make_args(tmp_path, **changes), make_head(), **facts) == reason

@@ -129,8 +129,10 @@ def test_equal_weights_are_no_weights_and_zero_leaves_an_example_out(make_traine
     silent = np.arange(48) % 2
     pool, other = (weighted_pool(tiny_image_dataset, silent) for _ in range(2))
     wrong = {name: 1 - pool.decode(name) for name in pool.hierarchy.names}  # where the weight is 0, anything
-    wrong = {name: np.where(silent[:, None] > 0, pool.decode(name), rows / rows.sum(axis=1, keepdims=True))
-             for name, rows in wrong.items()}  # fmt: skip
+    wrong = {
+        name: np.where(silent[:, None] > 0, pool.decode(name), rows / rows.sum(axis=1, keepdims=True))
+        for name, rows in wrong.items()
+    }
     other = PseudolabelPool.from_predictions(make_hierarchy(), pool.ids, wrong, inputs=pool.inputs)
     first, second = make_trainer(pool, changes), make_trainer(other, changes)
     first.train_level(first.prepare_level(0))
@@ -138,10 +140,15 @@ def test_equal_weights_are_no_weights_and_zero_leaves_an_example_out(make_traine
     assert_same(weights(first), weights(second), 1e-6)
 
 
-@pytest.mark.parametrize("values, found", [
-    (np.full(48, -1.0), r"-1\.0\.\.-1\.0"), (np.zeros(48), r"0\.0\.\.0\.0"), (np.array([np.nan, *[1.0] * 47]), "nan"),
-    (["much"] * 48, "values"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, found",
+    [
+        (np.full(48, -1.0), r"-1\.0\.\.-1\.0"),
+        (np.zeros(48), r"0\.0\.\.0\.0"),
+        (np.array([np.nan, *[1.0] * 47]), "nan"),
+        (["much"] * 48, "values"),
+    ],
+)
 def test_weights_that_are_none(make_trainer, tiny_image_dataset, values, found):
     with pytest.raises(ValueError, match=rf"`weight_column` 'weight' must hold finite numbers .*, got .*{found}"):
         make_trainer(weighted_pool(tiny_image_dataset, values), {"weight_column": "weight"})
@@ -174,12 +181,21 @@ def test_an_assignment_of_ones_own_needs_no_scopes_and_falls_back(make_trainer, 
     assert re.search(r"^\| 1 \| \S*lambda\S* \|", card, re.MULTILINE) and re.search(r"`assign_func`.*lambda", card)
 
 
-@pytest.mark.parametrize("function, message", [
-    (lambda student, teachers, answered: torch.zeros(3), r"`assign_func` must give a tensor of integers .* \(48,\)"),
-    (lambda student, teachers, answered: [0] * 48, "got list"),
-    (lambda student, teachers, answered: torch.full((48,), 2), r"positions of level 1, 0\.\.1, or -1 .* got 2\.\.2"),
-    (lambda student, teachers, answered: torch.zeros(48, dtype=torch.long), "1 of 48 rows without .* row 7 first"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (
+            lambda student, teachers, answered: torch.zeros(3),
+            r"`assign_func` must give a tensor of integers .* \(48,\)",
+        ),
+        (lambda student, teachers, answered: [0] * 48, "got list"),
+        (
+            lambda student, teachers, answered: torch.full((48,), 2),
+            r"positions of level 1, 0\.\.1, or -1 .* got 2\.\.2",
+        ),
+        (lambda student, teachers, answered: torch.zeros(48, dtype=torch.long), "1 of 48 rows without .* row 7 first"),
+    ],
+)
 def test_an_assignment_that_cannot_be(make_trainer, tiny_image_dataset, function, message):
     trainer = make_trainer(make_pool(tiny_image_dataset, missing=(7,)), assign_func=function)
     with pytest.raises(ValueError, match=message):
@@ -205,11 +221,17 @@ def test_a_rejection_of_ones_own(make_trainer):
     assert 0 < kept.sum() < 48 and trainer.plans[0].keep_mask.all()
 
 
-@pytest.mark.parametrize("function, message", [
-    (lambda student, labels: torch.ones(48), r"`keep_func` must give a tensor of booleans .* got torch\.float32"),
-    (lambda student, labels: None, "got NoneType"),
-    (lambda student, labels: torch.zeros(48, dtype=torch.bool), "`keep_func` must keep at least one example of level"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda student, labels: torch.ones(48), r"`keep_func` must give a tensor of booleans .* got torch\.float32"),
+        (lambda student, labels: None, "got NoneType"),
+        (
+            lambda student, labels: torch.zeros(48, dtype=torch.bool),
+            "`keep_func` must keep at least one example of level",
+        ),
+    ],
+)
 def test_a_rejection_that_cannot_be(make_trainer, function, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(keep_func=function).train()
@@ -222,23 +244,51 @@ def some_loss(*args, **kwargs):
     raise AssertionError
 
 
-@pytest.mark.parametrize("changes, arguments, error, message", [
-    ({"loss": "reverse_kl"}, {"loss_func": some_loss}, ValueError, "One loss .* got loss_func and loss 'reverse_kl'"),
-    ({}, {"loss_func": some_loss, "compute_loss_func": some_loss}, ValueError, "got loss_func and compute_loss_func"),
-    ({"head_solver": "ridge"}, {"loss_func": some_loss}, ValueError, "'ridge' has a loss of its own, got `loss_func`"),
-    ({}, {"keep_func": 3}, TypeError, "`keep_func` must be a function, got int"),
-    ({"weight_column": "oracle_label"}, {"compute_loss_func": some_loss}, ValueError, "sees no `weight_column`"),
-    ({"cross_fit_folds": 2, "student_training": "full"}, {}, ValueError, "`cross_fit_folds` needs a linear head"),
-    ({"teacher_neighbors": 2, "student_training": "full"}, {}, ValueError, "`teacher_neighbors` needs a linear head"),
-    ({"teacher_neighbors": 48}, {}, ValueError, "`teacher_neighbors` must be below the 48 examples"),
-    ({"teacher_neighbors": -1}, {}, ValueError, "`teacher_neighbors` must be a whole number of at least 0, got -1"),
-    ({"cross_fit_folds": 1}, {}, ValueError, "`cross_fit_folds` must be 0, or at least 2, got 1"),
-    ({"cross_fit_folds": 2, "warm_start": True}, {}, ValueError, "needs a fresh head at each level"),
-    ({"head_solver": "ridge", "weight_column": "w"}, {}, ValueError, "'ridge' weighs all examples alike"),
-    ({"weight_column": "nothing"}, {}, ValueError, "must have a column 'nothing'"),
-    ({"loss": "generalized_cross_entropy", "loss_kwargs": {"q": 2}}, {}, ValueError, "`q` must be above 0 and at"),
-    ({"loss": "evidential", "loss_kwargs": {"gamma": -1}}, {}, ValueError, "`gamma` must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, arguments, error, message",
+    [
+        (
+            {"loss": "reverse_kl"},
+            {"loss_func": some_loss},
+            ValueError,
+            "One loss .* got loss_func and loss 'reverse_kl'",
+        ),
+        (
+            {},
+            {"loss_func": some_loss, "compute_loss_func": some_loss},
+            ValueError,
+            "got loss_func and compute_loss_func",
+        ),
+        (
+            {"head_solver": "ridge"},
+            {"loss_func": some_loss},
+            ValueError,
+            "'ridge' has a loss of its own, got `loss_func`",
+        ),
+        ({}, {"keep_func": 3}, TypeError, "`keep_func` must be a function, got int"),
+        ({"weight_column": "oracle_label"}, {"compute_loss_func": some_loss}, ValueError, "sees no `weight_column`"),
+        ({"cross_fit_folds": 2, "student_training": "full"}, {}, ValueError, "`cross_fit_folds` needs a linear head"),
+        (
+            {"teacher_neighbors": 2, "student_training": "full"},
+            {},
+            ValueError,
+            "`teacher_neighbors` needs a linear head",
+        ),
+        ({"teacher_neighbors": 48}, {}, ValueError, "`teacher_neighbors` must be below the 48 examples"),
+        (
+            {"teacher_neighbors": -1},
+            {},
+            ValueError,
+            "`teacher_neighbors` must be a whole number of at least 0, got -1",
+        ),
+        ({"cross_fit_folds": 1}, {}, ValueError, "`cross_fit_folds` must be 0, or at least 2, got 1"),
+        ({"cross_fit_folds": 2, "warm_start": True}, {}, ValueError, "needs a fresh head at each level"),
+        ({"head_solver": "ridge", "weight_column": "w"}, {}, ValueError, "'ridge' weighs all examples alike"),
+        ({"weight_column": "nothing"}, {}, ValueError, "must have a column 'nothing'"),
+        ({"loss": "generalized_cross_entropy", "loss_kwargs": {"q": 2}}, {}, ValueError, "`q` must be above 0 and at"),
+        ({"loss": "evidential", "loss_kwargs": {"gamma": -1}}, {}, ValueError, "`gamma` must be at least 0"),
+    ],
+)
 def test_refused_before_work_starts(make_trainer, changes, arguments, error, message):
     with pytest.raises(error, match=message):
         make_trainer(changes=changes, **arguments)

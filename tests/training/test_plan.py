@@ -165,9 +165,17 @@ def draw_tree(
 
 
 def slow_level(
-    tree: Tree, level: int, assignment: str, parent: slow.Level | None, rejection: str, rules: tuple[str, ...], k: int,
-    *, domains: list[set[str] | None] | None = None, places: list[str] | None = None,
-) -> slow.Level:  # fmt: skip
+    tree: Tree,
+    level: int,
+    assignment: str,
+    parent: slow.Level | None,
+    rejection: str,
+    rules: tuple[str, ...],
+    k: int,
+    *,
+    domains: list[set[str] | None] | None = None,
+    places: list[str] | None = None,
+) -> slow.Level:
     levels = [
         slow.run_level(
             tree.answers[level],
@@ -494,9 +502,13 @@ def test_several_processes_are_one(assignment, num_processes, base_args):
 
     def work(process: int) -> None:
         plans[process] = plan_level(
-            tree.pool, 1, args, previous, chunks[process::num_processes],
+            tree.pool,
+            1,
+            args,
+            previous,
+            chunks[process::num_processes],
             sum_over_processes=functools.partial(processes.sum_for, process),
-        )  # fmt: skip
+        )
 
     threads = [threading.Thread(target=work, args=(process,)) for process in range(num_processes)]
     for thread in threads:

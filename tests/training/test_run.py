@@ -55,8 +55,12 @@ def test_a_run_goes_through_its_stages_and_sums_them_up(tmp_path):
     ]
     assert run.story.epoch == 10.0 and len(run.plans) == 3
     assert sorted(path.name for path in run.path.glob("level-*")) == [
-        "level-0", "level-1", "level-1-round-0", "level-2", "level-2-round-0",
-    ]  # fmt: skip
+        "level-0",
+        "level-1",
+        "level-1-round-0",
+        "level-2",
+        "level-2-round-0",
+    ]
     torch.testing.assert_close(run.load(1).student["w"], torch.full((2,), 11.0))
     with pytest.raises(FileNotFoundError, match="No student of level 3 in"):
         run.load(3)

@@ -57,9 +57,16 @@ class StopAt(TrainerCallback):
 def save_dinov2(folder: Path) -> str:
     torch.manual_seed(0)
     config = Dinov2Config(
-        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2,
-        num_labels=4, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)},
-    )  # fmt: skip
+        image_size=16,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        num_labels=4,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: i for i, name in enumerate(LABELS)},
+    )
     Dinov2ForImageClassification(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
     return str(folder)
@@ -69,9 +76,16 @@ def save_distilbert(folder: Path, bert: str) -> str:
     torch.manual_seed(0)
     tokenizer = BertTokenizerFast.from_pretrained(bert)
     config = DistilBertConfig(
-        vocab_size=len(tokenizer), dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=32,
-        num_labels=4, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)},
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        dim=16,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=32,
+        max_position_embeddings=32,
+        num_labels=4,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: i for i, name in enumerate(LABELS)},
+    )
     DistilBertForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -80,9 +94,12 @@ def save_distilbert(folder: Path, bert: str) -> str:
 @pytest.fixture(scope="session")
 def students(tiny_folder, tiny_vit, tiny_timm, tiny_bert) -> dict[str, str]:
     return {
-        "vit": tiny_vit, "timm": tiny_timm, "bert": tiny_bert, "dinov2": save_dinov2(tiny_folder / "dinov2"),
+        "vit": tiny_vit,
+        "timm": tiny_timm,
+        "bert": tiny_bert,
+        "dinov2": save_dinov2(tiny_folder / "dinov2"),
         "distilbert": save_distilbert(tiny_folder / "distilbert", tiny_bert),
-    }  # fmt: skip
+    }
 
 
 def assert_same_student(first: CoSupervisedTrainer, second: CoSupervisedTrainer) -> None:
@@ -128,7 +145,7 @@ def run(folder, student, data, changes=None, *, stop=None, resume=False, **argum
 CASES = [
     *((name, training) for name in ("vit", "timm", "bert", "dinov2", "distilbert") for training in ("lora", "full")),
     *((name, "probe") for name in ("vit", "timm", "bert", "dinov2", "distilbert")),
-]  # fmt: skip
+]
 
 
 @pytest.mark.core
@@ -147,14 +164,24 @@ def test_inside_and_between_levels(tmp_path, students, student, training, tiny_i
     assert_same_story(again, whole)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"rounds_per_level": 2}, {"warm_start": True}, {"head_solver": "ridge"}, {"cross_fit_folds": 2},
-    {"agreement_neighbors": 3, "assignment": "agreement"}, {"loss": "early_learning_regularization"},
-    {"relabel_above": 0.3, "rejection_k": 1}, {"teacher_neighbors": 3},
-    {"save_strategy": "steps", "save_steps": 2, "rounds_per_level": 2, "gradient_accumulation_steps": 2},
-    {"save_strategy": "steps", "save_steps": 2, "warm_start": True, "num_train_epochs": 1.5, "max_steps": -1},
-    {"save_strategy": "steps", "save_steps": 2, "loss": "early_learning_regularization"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rounds_per_level": 2},
+        {"warm_start": True},
+        {"head_solver": "ridge"},
+        {"cross_fit_folds": 2},
+        {"agreement_neighbors": 3, "assignment": "agreement"},
+        {"loss": "early_learning_regularization"},
+        {"relabel_above": 0.3, "rejection_k": 1},
+        {"teacher_neighbors": 3},
+        {"save_strategy": "steps", "save_steps": 2, "rounds_per_level": 2, "gradient_accumulation_steps": 2},
+        {"save_strategy": "steps", "save_steps": 2, "warm_start": True, "num_train_epochs": 1.5, "max_steps": -1},
+        {"save_strategy": "steps", "save_steps": 2, "loss": "early_learning_regularization"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("stop", [(0, 1), (1, 1), (1, 5)])
 def test_with_every_option(tmp_path, tiny_vit, tiny_image_dataset, changes, stop):
     if changes.get("head_solver") == "ridge" and stop[1] > 1:
@@ -204,12 +231,15 @@ def test_nothing_to_go_on_with_is_a_beginning(tmp_path, tiny_vit, tiny_image_dat
 # ── which run it is ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("changes, seed, found", [
-    ({"learning_rate": 2e-2}, 0, r"learning_rate: 0\.01 -> 0\.02"),
-    ({"seed": 7}, 0, r"data_seed: 42 -> 7; seed: 42 -> 7; student: '\w+' -> '\w+'"),
-    ({"rejection": "none"}, 0, r"rejection: None -> \['none'\]"),
-    ({}, 1, r"pool: '\w+' -> '\w+'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, seed, found",
+    [
+        ({"learning_rate": 2e-2}, 0, r"learning_rate: 0\.01 -> 0\.02"),
+        ({"seed": 7}, 0, r"data_seed: 42 -> 7; seed: 42 -> 7; student: '\w+' -> '\w+'"),
+        ({"rejection": "none"}, 0, r"rejection: None -> \['none'\]"),
+        ({}, 1, r"pool: '\w+' -> '\w+'"),
+    ],
+)
 def test_another_run_is_refused_with_what_differs(tmp_path, tiny_vit, tiny_image_dataset, changes, seed, found):
     run(tmp_path, tiny_vit, tiny_image_dataset, stop=(1, 2))
     args = make_args(tmp_path, **{"learning_rate": 1e-2, "logging_steps": 1} | changes)
@@ -363,10 +393,14 @@ def test_a_checkpoint_of_a_loss_that_is_no_number_is_not_kept(tmp_path, tiny_vit
     assert [path.name for path in (tmp_path / "_run" / "level-0").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: not enough memory"),
+    ],
+)
 def test_too_little_memory_is_said_with_what_to_do(tmp_path, tiny_vit, tiny_image_dataset, error):
     def loss(logits, targets, rows):
         raise error
@@ -412,18 +446,21 @@ def fill_up(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Excep
     monkeypatch.setattr(place, name, full)
 
 
-@pytest.mark.parametrize("training, place, name, error, ending", [
-    ("probe", os, "replace", FULL, "_run/run.json"),
-    ("probe", os, "replace", FULL, "_run/history.json"),
-    ("probe", run_folder, "save_file", FULL, "level-1/.student-*.safetensors"),
-    ("probe", run_folder, "save_file", SAFE, "level-1/.student-*.safetensors"),
-    ("probe", np, "savez", FULL, "level-1/.plan-*.npz"),
-    ("probe", os, "replace", FULL, "level-1/stage.json"),
-    ("lora", checkpointing, "save_file", SAFE, "level-1/checkpoint-2/buffers.safetensors"),
-    ("full", torch, "save", TORCH, "level-0/checkpoint-2/optimizer.pt"),
-    ("full", torch, "save", TORCH, "level-1/checkpoint-4/rng_state.pth"),
-    ("full", os, "replace", FULL, "level-1/checkpoint-4/digests.json"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "training, place, name, error, ending",
+    [
+        ("probe", os, "replace", FULL, "_run/run.json"),
+        ("probe", os, "replace", FULL, "_run/history.json"),
+        ("probe", run_folder, "save_file", FULL, "level-1/.student-*.safetensors"),
+        ("probe", run_folder, "save_file", SAFE, "level-1/.student-*.safetensors"),
+        ("probe", np, "savez", FULL, "level-1/.plan-*.npz"),
+        ("probe", os, "replace", FULL, "level-1/stage.json"),
+        ("lora", checkpointing, "save_file", SAFE, "level-1/checkpoint-2/buffers.safetensors"),
+        ("full", torch, "save", TORCH, "level-0/checkpoint-2/optimizer.pt"),
+        ("full", torch, "save", TORCH, "level-1/checkpoint-4/rng_state.pth"),
+        ("full", os, "replace", FULL, "level-1/checkpoint-4/digests.json"),
+    ],
+)
 def test_a_full_disk_is_told_and_gone_on_from(
     tmp_path, tiny_vit, tiny_image_dataset, monkeypatch, training, place, name, error, ending
 ):
@@ -609,14 +646,27 @@ def test_the_best_checkpoint_of_each_level_comes_back_whole(
             seen.append({name: value.detach().clone() for name, value in model.state_dict().items()})
 
     args = make_args(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, learning_rate=0.05,
-        student_training=training, rejection="none",
-    )  # fmt: skip
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        learning_rate=0.05,
+        student_training=training,
+        rejection="none",
+    )
     trainer = CoSupervisedTrainer(
-        students[student], args, eval_dataset=data, pool=make_pool(data), callbacks=[Keep()],
+        students[student],
+        args,
+        eval_dataset=data,
+        pool=make_pool(data),
+        callbacks=[Keep()],
         compute_metrics=lambda prediction: {"score": next(scores)},
-    )  # fmt: skip
+    )
     trainer.train()
     own = weights(trainer)
     moving = {name for name, value in seen[5].items() if not torch.equal(value, seen[7][name])}
@@ -657,9 +707,15 @@ def test_losses_and_e_step_are_float32_at_any_precision(
         level_loss, "pseudolabel_losses", lambda logits, targets: loss(logits, targets["target_probs"], None)
     )
     args = make_args(
-        tmp_path, student_training=training, learning_rate=1e-2, logging_steps=1, max_steps=3,
-        fit_head_on_features=False, use_cpu=precision == "bf16", **{precision: True},
-    )  # fmt: skip
+        tmp_path,
+        student_training=training,
+        learning_rate=1e-2,
+        logging_steps=1,
+        max_steps=3,
+        fit_head_on_features=False,
+        use_cpu=precision == "bf16",
+        **{precision: True},
+    )
     arguments = {"loss_func": loss} if own_loss else {}
     trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset), assign_func=assign, **arguments)
     for layer in trainer.model.modules():

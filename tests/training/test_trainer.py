@@ -104,8 +104,13 @@ def test_train_walks_the_levels_and_tells_one_story(tmp_path, tiny_vit, tiny_ima
     output = trainer.train()
 
     assert witness.events == [
-        "train begins", "level 0 begins", "level 0 ends", "level 1 begins", "level 1 ends", "train ends",
-    ]  # fmt: skip
+        "train begins",
+        "level 0 begins",
+        "level 0 ends",
+        "level 1 begins",
+        "level 1 ends",
+        "train ends",
+    ]
     assert witness.steps == sorted(witness.steps) and witness.steps[-1] == 12
     assert output.global_step == trainer.state.global_step == 12
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -173,9 +178,14 @@ def test_every_student_learns_what_it_should_and_loads_without_us(
 def test_a_head_that_sees_every_token_is_trained_by_the_standard_loop(tmp_path, tiny_bert, tiny_text_dataset):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        pad_token_id=tokenizer.pad_token_id,
         num_labels=4,
-    )  # fmt: skip
+    )
     student, pool = GPT2ForSequenceClassification(config), make_pool(tiny_text_dataset)
     trainer = CoSupervisedTrainer(student, make_args(tmp_path), pool=pool, processing_class=tokenizer)
     before = weights(trainer)
@@ -384,16 +394,28 @@ def test_the_best_checkpoint_of_a_level_comes_back_whole(tmp_path, tiny_vit, tin
             seen.append({name: value.detach().clone() for name, value in model.state_dict().items()})
 
     args = make_args(
-        tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-        load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, learning_rate=0.1,
+        tmp_path,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        learning_rate=0.1,
         student_training=training,
-    )  # fmt: skip
+    )
     pool = make_pool(tiny_image_dataset)
     pool = pool.with_hierarchy(TeacherHierarchy(LABELS, pool.hierarchy.levels[0]))
     trainer = CoSupervisedTrainer(
-        tiny_vit, args, eval_dataset=tiny_image_dataset, pool=pool, callbacks=[Keep()],
+        tiny_vit,
+        args,
+        eval_dataset=tiny_image_dataset,
+        pool=pool,
+        callbacks=[Keep()],
         compute_metrics=lambda prediction: {"score": next(scores)},
-    )  # fmt: skip
+    )
     trainer.train()
     assert len(seen) == 4 and not all(torch.equal(value, seen[-1][name]) for name, value in seen[1].items())
     for name, value in trainer.model.state_dict().items():
@@ -403,13 +425,24 @@ def test_the_best_checkpoint_of_a_level_comes_back_whole(tmp_path, tiny_vit, tin
 def test_evaluation_and_checkpoints_within_a_level(tmp_path, tiny_vit, tiny_image_dataset):
     """What the fast loop cannot honour falls back to the standard one, early stopping included."""
     args = make_args(
-        tmp_path, max_steps=6, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="accuracy", learning_rate=1e-2, student_training="full",
-    )  # fmt: skip
+        tmp_path,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        learning_rate=1e-2,
+        student_training="full",
+    )
     trainer = CoSupervisedTrainer(
-        tiny_vit, args, eval_dataset=tiny_image_dataset, pool=make_pool(tiny_image_dataset),
+        tiny_vit,
+        args,
+        eval_dataset=tiny_image_dataset,
+        pool=make_pool(tiny_image_dataset),
         callbacks=[EarlyStoppingCallback(early_stopping_patience=10)],
-    )  # fmt: skip
+    )
     trainer.train()
     assert (tmp_path / "_run" / "level-0" / "checkpoint-6").is_dir() and (
         tmp_path / "_run" / "level-1" / "checkpoint-6"
@@ -436,8 +469,9 @@ def test_metadata_and_ensemble_assignment(tmp_path, tiny_vit, tiny_image_dataset
     kinds = ["insect" if label < 2 else "pet" for label in tiny_image_dataset["label"]]
     teachers = [
         Teacher("generalist"),
-        Teacher("insects", level=1, domains=["insect"]), Teacher("pets", level=1, domains=["pet"]),
-    ]  # fmt: skip
+        Teacher("insects", level=1, domains=["insect"]),
+        Teacher("pets", level=1, domains=["pet"]),
+    ]
     pool = PseudolabelPool(TeacherHierarchy(LABELS, teachers), pool.teachers, pool.inputs.add_column("kind", kinds))
     args = make_args(tmp_path / "metadata", assignment="metadata", metadata_column="kind", rejection="none")
     trainer = CoSupervisedTrainer(tiny_vit, args, pool=pool)
@@ -465,36 +499,50 @@ BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], 
     ("k too large", {"rejection_k": 4}, lambda pool, data: {}, r"`rejection_k` must lie in 1..3, got 4"),
     ("k too small", {"rejection_k": 0}, lambda pool, data: {}, r"`rejection_k` must be a whole number of at least 1"),
     (
-        "assignments", {"assignment": ["scope"] * 3}, lambda pool, data: {},
+        "assignments",
+        {"assignment": ["scope"] * 3},
+        lambda pool, data: {},
         r"one for each of the 2 levels, got \['scope'",
     ),
     (
-        "root of several", {},
+        "root of several",
+        {},
         lambda pool, data: {
             "pool": pool.with_hierarchy(TeacherHierarchy(LABELS, [Teacher("generalist"), Teacher("pets")]))
         },
         r"A root level of several teachers .*'ensemble', got 'scope'",
     ),
     (
-        "no scopes", {},
-        lambda pool, data: {"pool": pool.with_hierarchy(
-            TeacherHierarchy(LABELS, [Teacher("generalist"), Teacher("pets", level=1), Teacher("insects", level=1)]))},
+        "no scopes",
+        {},
+        lambda pool, data: {
+            "pool": pool.with_hierarchy(
+                TeacherHierarchy(
+                    LABELS, [Teacher("generalist"), Teacher("pets", level=1), Teacher("insects", level=1)]
+                )
+            )
+        },
         r"needs teachers with a `scope`, got none among \['pets', 'insects'\]",
     ),
     ("metadata", {"assignment": "metadata"}, lambda pool, data: {}, "needs `metadata_column`, got none"),
     (
-        "metadata column", {"assignment": "metadata", "metadata_column": "nothing"}, lambda pool, data: {},
+        "metadata column",
+        {"assignment": "metadata", "metadata_column": "nothing"},
+        lambda pool, data: {},
         "must have a column 'nothing', got",
     ),
     (
-        "no oracle", {"assignment": "oracle_scope"},
+        "no oracle",
+        {"assignment": "oracle_scope"},
         lambda pool, data: {
             "pool": PseudolabelPool(pool.hierarchy, pool.teachers, pool.inputs.remove_columns("oracle_label"))
         },
         "needs `oracle_label` in the pool, got none",
     ),
     (
-        "no inputs", {}, lambda pool, data: {"pool": PseudolabelPool(pool.hierarchy, pool.teachers)},
+        "no inputs",
+        {},
+        lambda pool, data: {"pool": PseudolabelPool(pool.hierarchy, pool.teachers)},
         "`train_dataset` is needed: the pool holds no inputs",
     ),
     (
@@ -506,18 +554,24 @@ BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], 
         "`train_dataset` is needed: the pool holds no inputs",
     ),
     (
-        "too few rows", {}, lambda pool, data: {"train_dataset": data.select(range(40))},
+        "too few rows",
+        {},
+        lambda pool, data: {"train_dataset": data.select(range(40))},
         "must hold the same examples, got 40 and 48",
     ),
     (
-        "other rows", {}, lambda pool, data: {"train_dataset": data.select([0] * 48)},
+        "other rows",
+        {},
+        lambda pool, data: {"train_dataset": data.select([0] * 48)},
         "`train_dataset` must hold every id of the other side, got 47 missing of 48",
     ),
     (
-        "no eval labels", {}, lambda pool, data: {"eval_dataset": data.remove_columns("label")},
+        "no eval labels",
+        {},
+        lambda pool, data: {"eval_dataset": data.remove_columns("label")},
         r"An evaluation set needs labels in a column .*, got \['image'\]",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -607,11 +661,15 @@ def logits_of(trainer: CoSupervisedTrainer, data: Dataset) -> np.ndarray:
 @pytest.mark.parametrize(
     "changes",
     [
-        {}, {"pseudolabels": "hard"}, {"label_smoothing_factor": 0.2}, {"ridge_alpha": 1.0, "ridge_logit_scale": 3.0},
-        {"rejection": "none"}, {"rejection_k": 1},
+        {},
+        {"pseudolabels": "hard"},
+        {"label_smoothing_factor": 0.2},
+        {"ridge_alpha": 1.0, "ridge_logit_scale": 3.0},
+        {"rejection": "none"},
+        {"rejection_k": 1},
     ],
     ids=lambda changes: "-".join(changes) or "default",
-)  # fmt: skip
+)
 def test_a_ridge_head_is_that_of_scikit_learn(tmp_path, tiny_vit, tiny_image_dataset, changes):
     linear_model = pytest.importorskip("sklearn.linear_model")
     args = make_args(tmp_path, head_solver="ridge", **changes)
@@ -690,10 +748,20 @@ def test_callbacks_see_a_ridge_level_as_one_step(tmp_path, tiny_vit, tiny_image_
     args = make_args(tmp_path, head_solver="ridge")
     CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset), callbacks=[witness]).train()
     assert witness.events == [
-        ("level begins", 0), ("epoch begins", 0), ("step ends", 1), ("log", 1), ("epoch ends", 1), ("level ends", 0),
+        ("level begins", 0),
+        ("epoch begins", 0),
+        ("step ends", 1),
+        ("log", 1),
+        ("epoch ends", 1),
+        ("level ends", 0),
         # steps of a level count from 0, those of the log go on
-        ("level begins", 1), ("epoch begins", 0), ("step ends", 1), ("log", 2), ("epoch ends", 1), ("level ends", 1),
-    ]  # fmt: skip
+        ("level begins", 1),
+        ("epoch begins", 0),
+        ("step ends", 1),
+        ("log", 2),
+        ("epoch ends", 1),
+        ("level ends", 1),
+    ]
 
 
 def test_a_silent_ridge(tmp_path, tiny_vit, tiny_image_dataset):
@@ -760,22 +828,31 @@ def test_a_ridge_that_cannot_be(tmp_path, tiny_vit, tiny_image_dataset, changes,
 def test_a_ridge_needs_a_head_on_one_feature_per_example(tmp_path, tiny_bert, tiny_text_dataset):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=32, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=32,
+        pad_token_id=tokenizer.pad_token_id,
         num_labels=4,
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match="'ridge' needs a linear head on features, but the student is not a linear"):
         CoSupervisedTrainer(
-            GPT2ForSequenceClassification(config), make_args(tmp_path, head_solver="ridge"),
-            pool=make_pool(tiny_text_dataset), processing_class=tokenizer,
-        )  # fmt: skip
+            GPT2ForSequenceClassification(config),
+            make_args(tmp_path, head_solver="ridge"),
+            pool=make_pool(tiny_text_dataset),
+            processing_class=tokenizer,
+        )
 
 
 def test_a_ridge_loss_of_the_user_s_own_is_refused(tmp_path, tiny_vit, tiny_image_dataset):
     with pytest.raises(ValueError, match=r"'ridge' needs .*, but `compute_loss_func` is given\. Use 'steps'\."):
         CoSupervisedTrainer(
-            tiny_vit, make_args(tmp_path, head_solver="ridge"), pool=make_pool(tiny_image_dataset),
+            tiny_vit,
+            make_args(tmp_path, head_solver="ridge"),
+            pool=make_pool(tiny_image_dataset),
             compute_loss_func=lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum(),
-        )  # fmt: skip
+        )
 
 
 # --- pseudolabels that name some of many labels ----------------------------------------------------------------------
@@ -799,9 +876,12 @@ def make_pool_of_many(data: Dataset, pool_k: int = 4, *, missing: tuple[int, ...
         predictions[teacher.name] = probs
     predictions["first"][5] = 0.0
     return PseudolabelPool.from_predictions(
-        TeacherHierarchy(MANY, teachers), row_keys(data, "image"), predictions, pool_k=pool_k,
+        TeacherHierarchy(MANY, teachers),
+        row_keys(data, "image"),
+        predictions,
+        pool_k=pool_k,
         inputs=data.remove_columns("label"),
-    )  # fmt: skip
+    )
 
 
 def decoded_pool(pool: PseudolabelPool) -> PseudolabelPool:
@@ -849,9 +929,12 @@ def test_sparse_and_decoded_pools_give_the_same_ridge(tmp_path, vit_of_many, tin
     pool, heads = make_pool_of_many(tiny_image_dataset), []
     for number, own in enumerate((pool, decoded_pool(pool))):
         args = make_args(
-            tmp_path / str(number), assignment="agreement", rejection="none", head_solver="ridge",
+            tmp_path / str(number),
+            assignment="agreement",
+            rejection="none",
+            head_solver="ridge",
             label_smoothing_factor=0.1,
-        )  # fmt: skip
+        )
         trainer = CoSupervisedTrainer(vit_of_many, args, pool=own)
         trainer.train()
         heads.append(weights(trainer)["classifier.weight"])
@@ -932,9 +1015,14 @@ def test_features_in_half_the_space_give_nearly_the_same_student(tmp_path, tiny_
     pool, log_probs = make_pool(tiny_image_dataset), []
     for dtype in ("float32", "float16"):
         args = make_args(
-            tmp_path / dtype, features_dtype=dtype, head_solver=solver, learning_rate=1e-2, rejection="none",
-            assignment="oracle_scope", ridge_alpha=0.1,
-        )  # fmt: skip
+            tmp_path / dtype,
+            features_dtype=dtype,
+            head_solver=solver,
+            learning_rate=1e-2,
+            rejection="none",
+            assignment="oracle_scope",
+            ridge_alpha=0.1,
+        )
         trainer = CoSupervisedTrainer(tiny_vit, args, pool=pool)
         trainer.train()
         log_probs.append(torch.cat([chunk for _, chunk in trainer.predict_log_probs(tiny_image_dataset)]))

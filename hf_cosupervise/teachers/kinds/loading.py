@@ -82,7 +82,10 @@ def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:
 def _find_source(teacher: Teacher, commit: str | None = None) -> TeacherSource:
     """Read the configuration, and pin a Hub repository to one commit."""
     model_source = find_model(
-        teacher.model, what=f"Teacher '{teacher.name}'", revision=teacher.revision, subfolder=teacher.subfolder,
+        teacher.model,
+        what=f"Teacher '{teacher.name}'",
+        revision=teacher.revision,
+        subfolder=teacher.subfolder,
         commit=commit,
-    )  # fmt: skip
+    )
     return TeacherSource(teacher, model_source)
