@@ -31,36 +31,7 @@ def parse_recipe_args(
     *,
     default_config: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, ...]:
-    """Fill dataclasses from a YAML file and the command line.
-
-    `--config file.yaml` sets flat defaults, `--name value` wins over them. Every key is a field of one of the
-    dataclasses; whatever is not is refused, so that a misspelt name never trains with a default in silence. On the
-    command line a list takes several values and a dictionary is written as JSON.
-
-    Args:
-        dataclass_types (`Sequence[type]`):
-            Dataclasses without a common field; fields of type `str`, `int`, `float`, `bool`, `Enum`, `Literal`,
-            `list`, `dict` and `Optional` of them. `TrainingArguments` and its subclasses fit.
-        argv (`Sequence[str]`, *optional*):
-            The command line without the script's name. Defaults to `sys.argv[1:]`.
-        default_config (`str` or `os.PathLike`, *optional*):
-            The YAML file that is read where `--config` is not given.
-
-    Returns:
-        `tuple`: One instance per dataclass, in the same order. As with `HfArgumentParser`, an `Enum` field gets the
-        member's value.
-
-    Raises:
-        FileNotFoundError: If the YAML file does not exist.
-        ValueError: If a key or option is not known, or a value has the wrong type.
-
-    Examples:
-        >>> @dataclasses.dataclass
-        ... class Settings:
-        ...     steps: int = 10
-        >>> parse_recipe_args([Settings], ["--steps", "20"])
-        (Settings(steps=20),)
-    """
+    """Fill dataclasses from a YAML file and the command line."""
     parser = _RecipeParser(dataclass_types, allow_abbrev=False)
     parser.read_dicts_as_json()
     text = f"YAML file with one `name: value` per line (default: {default_config})".replace("%", "%%")
@@ -76,21 +47,7 @@ def parse_recipe_args(
 
 
 def read_recipe_config(path: str | os.PathLike[str], dataclass_types: Sequence[type]) -> dict[str, Any]:
-    """Read a recipe's YAML file and check it against the fields of dataclasses.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            YAML file with one mapping; an empty file is an empty mapping.
-        dataclass_types (`Sequence[type]`):
-            See [`parse_recipe_args`].
-
-    Returns:
-        `dict[str, Any]`: Values by field name; floats written as `1e-3` are floats.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is no YAML mapping, a key is not a field, or a value has the wrong type.
-    """
+    """Read a recipe's YAML file and check it against the fields of dataclasses."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`--config` must name a YAML file, got '{path}'. Check the path.")
@@ -108,23 +65,7 @@ def read_recipe_config(path: str | os.PathLike[str], dataclass_types: Sequence[t
 
 
 def recipe_arguments_to_dict(arguments: Sequence[Any]) -> dict[str, Any]:
-    """Give all values of some dataclasses as one flat dictionary, for the record.
-
-    Args:
-        arguments (`Sequence[Any]`):
-            Instances of dataclasses, such as [`parse_recipe_args`] gives.
-
-    Returns:
-        `dict[str, Any]`: JSON values by field name. Fields that hold a secret (`hub_token` and the like) are left out.
-
-    Examples:
-        >>> @dataclasses.dataclass
-        ... class Settings:
-        ...     steps: int = 10
-        ...     hub_token: str = "secret"
-        >>> recipe_arguments_to_dict([Settings()])
-        {'steps': 10}
-    """
+    """Give all values of some dataclasses as one flat dictionary, for the record."""
     values: dict[str, Any] = {}
     for instance in arguments:
         fields = (field.name for field in dataclasses.fields(instance) if field.init)

@@ -27,15 +27,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give an empty file of a new name to write to, which gets its own name when the block ends well.
-
-    Args:
-        path (`pathlib.Path`):
-            Its name at last, in a folder that exists. A link of that name is replaced, not followed.
-
-    Returns:
-        `Iterator[pathlib.Path]`: Where to write; it has the ending of `path`.
-    """
+    """Give an empty file of a new name to write to, which gets its own name when the block ends well."""
     temporary = _new_name(path)
     # With the rights that any new file gets, and only if nothing is there, not even a link.
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
@@ -48,15 +40,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a new, empty folder to fill, which gets its own name when the block ends well.
-
-    Args:
-        path (`pathlib.Path`):
-            Its name at last, free or that of an empty folder, in a folder that exists.
-
-    Returns:
-        `Iterator[pathlib.Path]`: Where to write.
-    """
+    """Give a new, empty folder to fill, which gets its own name when the block ends well."""
     temporary = _new_name(path)
     temporary.mkdir()
     try:
@@ -72,87 +56,37 @@ def _new_name(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str, newline: str | None = None) -> None:
-    """Write a text file in UTF-8, whole or not at all.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-        text (`str`):
-            What to write.
-        newline (`str`, *optional*):
-            As of `open`; `""` leaves line ends as they are.
-    """
+    """Write a text file in UTF-8, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline=newline)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all; its folder is made, and NaN becomes null.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-        value (`Any`):
-            JSON values.
-    """
+    """Write a JSON file, whole or not at all; its folder is made, and NaN becomes null."""
     text = json.dumps(without_nan(value), indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
 
 def read_json(path: Path) -> Any:
-    """Read what [`write_json`] wrote.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-
-    Returns:
-        `Any`: JSON values.
-    """
+    """Read what [`write_json`] wrote."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_all(file: int, data: bytes) -> None:
-    """Write bytes to a file descriptor.
-
-    Plain writing: where the disk is full, storing into a mapped file would kill the process instead of raising.
-
-    Args:
-        file (`int`):
-            Descriptor of an open file.
-        data (`bytes`):
-            What to write.
-
-    Raises:
-        OSError: If the disk is full or broken.
-    """
+    """Write bytes to a file descriptor."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]
 
 
 def move_file(source: Path, target: Path) -> None:
-    """Give a whole file, or a whole folder, another name on the same disk; what has that name is replaced.
-
-    Args:
-        source (`pathlib.Path`):
-            What was written.
-        target (`pathlib.Path`):
-            Its new name; a folder there must be empty.
-    """
+    """Give a whole file, or a whole folder, another name on the same disk; what has that name is replaced."""
     os.replace(source, target)
 
 
 def link_file(source: Path, path: Path) -> None:
-    """Put a file at another path without a copy, where the disk allows it: files of a pool are never changed.
-
-    Args:
-        source (`pathlib.Path`):
-            The file.
-        path (`pathlib.Path`):
-            Where it is wanted; its folder is made.
-    """
+    """Put a file at another path without a copy, where the disk allows it: files of a pool are never changed."""
     if source == path:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,31 +101,13 @@ def link_file(source: Path, path: Path) -> None:
 
 
 def check_free(folder: Path, advice: str) -> None:
-    """Refuse to write where something is already.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder to make.
-        advice (`str`):
-            What to do otherwise, a sentence.
-
-    Raises:
-        FileExistsError: If it holds files, or is a file.
-    """
+    """Refuse to write where something is already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. {advice}")
 
 
 def make_output_dir(path: Path) -> None:
-    """Make a folder that a run writes to.
-
-    Args:
-        path (`pathlib.Path`):
-            The folder; its parents are made too.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Make a folder that a run writes to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -204,15 +120,7 @@ def make_output_dir(path: Path) -> None:
 
 
 def open_work_folder(path: Path) -> None:
-    """Make a folder of a fixed name for work in progress, or see that the one that is there is of a run of this user.
-
-    Args:
-        path (`pathlib.Path`):
-            The folder; its parents are made too.
-
-    Raises:
-        FileExistsError: If it is or holds a link, is no folder, or is somebody else's.
-    """
+    """Make a folder of a fixed name for work in progress, or see that the one that is there is of a run of this user."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.mkdir()
@@ -243,19 +151,7 @@ def _what_is_wrong(path: Path) -> str:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Tell whether a path leads into a folder when all links on the way are followed.
-
-    In the Hub's cache, a snapshot's files are links to contents beside it, which count as inside.
-
-    Args:
-        path (`pathlib.Path`):
-            Any path.
-        folder (`pathlib.Path`):
-            The folder.
-
-    Returns:
-        `bool`
-    """
+    """Tell whether a path leads into a folder when all links on the way are followed."""
     folder = folder.resolve()
     snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
     return any(
@@ -268,19 +164,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def explain_full_disk(folder: Path, advice: str, num_bytes: int | None = None) -> Iterator[None]:
-    """Say in one sentence that a disk is full, whatever the writer of a file makes of it.
-
-    Args:
-        folder (`pathlib.Path`):
-            Where is written.
-        advice (`str`):
-            What becomes of the work so far, and what to do: sentences.
-        num_bytes (`int`, *optional*):
-            About how much the work takes in all.
-
-    Raises:
-        OSError: If the disk is full.
-    """
+    """Say in one sentence that a disk is full, whatever the writer of a file makes of it."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -306,29 +190,13 @@ def explain_full_disk(folder: Path, advice: str, num_bytes: int | None = None) -
 
 
 def file_signature(path: Path) -> tuple[int, ...]:
-    """Give what tells a file from another one that took its place.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-
-    Returns:
-        `tuple[int, ...]`: Device, inode, size and time of change.
-    """
+    """Give what tells a file from another one that took its place."""
     found = path.stat()
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def file_digest(path: Path) -> str:
-    """Hash a file as the Hub does.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-
-    Returns:
-        `str`: SHA-256, 64 hexadecimal digits.
-    """
+    """Hash a file as the Hub does."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -340,19 +208,7 @@ def is_as_written(folder: Path, name: str, digest: str) -> bool:
 
 
 def without_nan(value: Any) -> Any:
-    """Give numbers as JSON can hold them, for which NaN is no number.
-
-    Args:
-        value (`Any`):
-            A number, or dictionaries and lists of them.
-
-    Returns:
-        `Any`: The same with `None` in place of NaN.
-
-    Examples:
-        >>> without_nan({"pgr": [0.5, float("nan")]})
-        {'pgr': [0.5, None]}
-    """
+    """Give numbers as JSON can hold them, for which NaN is no number."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

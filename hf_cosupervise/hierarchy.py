@@ -159,19 +159,7 @@ class Teacher:
 
 
 def is_inner_folder(path: Any) -> bool:
-    """Tell whether a path leads to a folder below another one, and nowhere else.
-
-    Args:
-        path (`Any`):
-            What should be a relative POSIX path.
-
-    Returns:
-        `bool`
-
-    Examples:
-        >>> is_inner_folder("level-1/cats"), is_inner_folder("../cats"), is_inner_folder("/cats")
-        (True, False, False)
-    """
+    """Tell whether a path leads to a folder below another one, and nowhere else."""
     if not isinstance(path, str) or "\\" in path or ":" in path or path.startswith("~"):
         return False
     return all(part not in ("", ".", "..") for part in path.split("/"))
@@ -196,19 +184,7 @@ def _as_names(values: Any, what: str) -> tuple[str, ...]:
 
 
 def is_writable_text(text: str) -> bool:
-    """Tell whether a text can be an id or a name: without NUL, and without halves of characters.
-
-    Args:
-        text (`str`):
-            Any text.
-
-    Returns:
-        `bool`
-
-    Examples:
-        >>> is_writable_text("naïve 🐝"), is_writable_text("a\\0b"), is_writable_text("\\ud83d")
-        (True, False, False)
-    """
+    """Tell whether a text can be an id or a name: without NUL, and without halves of characters."""
     return _UNWRITABLE.search(text) is None
 
 
@@ -476,21 +452,7 @@ class TeacherHierarchy:
 
 
 def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
-    """Read a hierarchy file as it stands there, without looking for the models that it names.
-
-    Args:
-        path (`pathlib.Path`):
-            A `.json`, `.yaml` or `.yml` file.
-        what (`str`, *optional*):
-            The file, for the error. Its path by default.
-
-    Returns:
-        `TeacherHierarchy`
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If its content is not a hierarchy.
-    """
+    """Read a hierarchy file as it stands there, without looking for the models that it names."""
     if not path.is_file():
         raise FileNotFoundError(f"No hierarchy file at '{path}'. Write one with `TeacherHierarchy.save`.")
     what, is_json = what or f"'{path}'", _is_json(path)

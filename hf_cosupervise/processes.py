@@ -18,28 +18,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of one launch.
-
-    Args:
-        rank (`int`): Which one this is, from 0.
-        count (`int`): How many there are.
-        device (`torch.device`, *optional*): Where tensors must lie that are exchanged. The CPU by default.
-    """
+    """The processes of one launch."""
 
     rank: int
     count: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def on_first(self, make: Callable[[], T]) -> T:
-        """Do something in the first process; all get its result, or its error instead of waiting forever.
-
-        Args:
-            make (`Callable[[], T]`):
-                What to do; what it gives or raises must be picklable where there are several processes.
-
-        Returns:
-            `T`: What it gave.
-        """
+        """Do something in the first process; all get its result, or its error instead of waiting forever."""
         if self.count == 1:
             return make()
         outcome: list[Any] = [None, None]
@@ -58,15 +44,7 @@ class Processes:
             torch.distributed.barrier()
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Put the tensors of all processes side by side.
-
-        Args:
-            values (`torch.Tensor`):
-                This process's own, of one shape in all of them.
-
-        Returns:
-            `torch.Tensor` of shape `(count, ...)`, in order of rank.
-        """
+        """Put the tensors of all processes side by side."""
         if self.count == 1:
             return values.unsqueeze(0)
         values = values.to(self.device).contiguous()
@@ -75,15 +53,7 @@ class Processes:
         return torch.stack(found)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add the tensors of all processes up.
-
-        Args:
-            values (`torch.Tensor`):
-                This process's own, left as it is.
-
-        Returns:
-            `torch.Tensor` of the same shape and type.
-        """
+        """Add the tensors of all processes up."""
         if self.count == 1:
             return values
         total = values.to(self.device, copy=True)
@@ -91,40 +61,16 @@ class Processes:
         return total
 
     def sum_array(self, values: np.ndarray) -> np.ndarray:
-        """Add the arrays of all processes up, each of which has filled its own rows only.
-
-        Args:
-            values (`np.ndarray`):
-                This process's own.
-
-        Returns:
-            `np.ndarray` of the same shape and type.
-        """
+        """Add the arrays of all processes up, each of which has filled its own rows only."""
         return values if self.count == 1 else self.sum(torch.from_numpy(values)).cpu().numpy().astype(values.dtype)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Give this process's share of what any of them can do, every `count`-th.
-
-        Args:
-            items (`Sequence`):
-                All of it.
-
-        Returns:
-            `Sequence`: Its own.
-        """
+        """Give this process's share of what any of them can do, every `count`-th."""
         return items[self.rank :: self.count]
 
 
 def row_chunks(num_examples: int) -> list[slice]:
-    """Cut rows into the chunks in which a student is asked and a level is planned.
-
-    Args:
-        num_examples (`int`):
-            Number of rows.
-
-    Returns:
-        `list[slice]`: consecutive rows, `CHUNK_ROWS` each but for the last.
-    """
+    """Cut rows into the chunks in which a student is asked and a level is planned."""
     return [slice(start, min(start + CHUNK_ROWS, num_examples)) for start in range(0, num_examples, CHUNK_ROWS)]
 
 
@@ -142,11 +88,7 @@ class _KeptError:
 
 
 def join_processes() -> Processes:
-    """Find the processes of this launch, and join them.
-
-    Returns:
-        `Processes`: This one alone, if it was not launched with others.
-    """
+    """Find the processes of this launch, and join them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(0, 1)
     if not torch.distributed.is_initialized():

@@ -63,22 +63,7 @@ _StrictLoader.add_constructor(_AMBIGUOUS, _StrictLoader.construct_ambiguous)
 
 
 def parse_yaml(text: str) -> Any:
-    """Read YAML that people write: each key once, nothing that holds itself or has two meanings, no code.
-
-    Args:
-        text (`str`):
-            One document.
-
-    Returns:
-        `Any`: Its value, `None` of an empty one.
-
-    Raises:
-        ValueError: If it is no such YAML.
-
-    Examples:
-        >>> parse_yaml("{rate: 0.1, names: [a, b]}")
-        {'rate': 0.1, 'names': ['a', 'b']}
-    """
+    """Read YAML that people write: each key once, nothing that holds itself or has two meanings, no code."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except RecursionError as error:
@@ -90,39 +75,12 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """Write YAML that [`parse_yaml`] reads as the same values, keys in their order.
-
-    Args:
-        values (`Any`):
-            JSON values.
-
-    Returns:
-        `str`
-
-    Examples:
-        >>> dump_yaml({"labels": ["no", "0o17"]})
-        "labels:\\n- 'no'\\n- '0o17'\\n"
-    """
+    """Write YAML that [`parse_yaml`] reads as the same values, keys in their order."""
     return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_json(text: str) -> Any:
-    """Read JSON that people write: each key once.
-
-    Args:
-        text (`str`):
-            One document.
-
-    Returns:
-        `Any`: Its value.
-
-    Raises:
-        ValueError: If it is no such JSON.
-
-    Examples:
-        >>> parse_json('{"rate": 0.1}')
-        {'rate': 0.1}
-    """
+    """Read JSON that people write: each key once."""
     return json.loads(text, object_pairs_hook=_as_mapping)
 
 

@@ -14,15 +14,7 @@ class OutsideCellError(ValueError):
 
 
 def outside_cells(table: pa.Table) -> Iterator[tuple[str, int, str]]:
-    """Find cells that do not hold their content but say where it is: files or addresses, at any depth of any column.
-
-    Args:
-        table (`pa.Table`):
-            Data as `datasets` stores them: an image, a sound, a document is a struct of `bytes` and `path`.
-
-    Returns:
-        `Iterator[tuple[str, int, str]]`: Column, row, and the path.
-    """
+    """Find cells that do not hold their content but say where it is."""
     for column in table.column_names:
         start = 0
         for chunk in table.column(column).chunks:
@@ -53,23 +45,7 @@ def _outside(array: pa.Array) -> Iterator[tuple[int, str]]:
 def check_cells(
     table: pa.Table, what: str, advice: str, is_own: Callable[[str], bool] = lambda path: False, start: int = 0
 ) -> None:
-    """Refuse data of others that would have us open a file of this machine, or an address, in place of a cell.
-
-    Args:
-        table (`pa.Table`):
-            What was loaded.
-        what (`str`):
-            The data, for the error.
-        advice (`str`):
-            What to do, a sentence.
-        is_own (`Callable[[str], bool]`, *optional*):
-            Whether a path is one of the data's own files.
-        start (`int`, *optional*, defaults to 0):
-            Number of the first row, for the error.
-
-    Raises:
-        OutsideCellError: If there is a path that is not.
-    """
+    """Refuse data of others that would have us open a file of this machine, or an address, in place of a cell."""
     for column, row, path in outside_cells(table):
         if not is_own(path):
             raise OutsideCellError(

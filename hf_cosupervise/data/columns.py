@@ -19,22 +19,7 @@ _CHUNK = 1000
 
 
 def find_input_column(dataset: Any, input_column: str | None = None) -> str:
-    """Find the column that models read.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            Data with named columns.
-        input_column (`str`, *optional*):
-            Its name. By default the only image column, else the first of `image`, `img`, `pixel_values`, `text`,
-            `sentence` that is there.
-
-    Returns:
-        `str`
-
-    Raises:
-        TypeError: If it is no name.
-        ValueError: If the column does not exist, or none or several could be meant.
-    """
+    """Find the column that models read."""
     check_column_name(input_column, "input_column")
     columns = list(dataset.column_names or (dataset.features or {}))
     if input_column is not None:
@@ -52,17 +37,7 @@ def find_input_column(dataset: Any, input_column: str | None = None) -> str:
 
 
 def check_column_name(column: Any, what: str) -> None:
-    """Refuse what names no single column.
-
-    Args:
-        column (`Any`):
-            What should be a name, or `None`.
-        what (`str`):
-            The argument, for the error.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Refuse what names no single column."""
     if not isinstance(column, str | None):
         advice = "Make pairs one text first: `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`"
         advice = advice if isinstance(column, list | tuple) and what == "input_column" else "Give its name"
@@ -75,38 +50,14 @@ def _check_column(dataset: Dataset, column: str) -> None:
 
 
 def is_text_column(dataset: Dataset, column: str) -> bool:
-    """Tell whether a column holds text.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Data.
-        column (`str`):
-            Name of a column.
-
-    Returns:
-        `bool`
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """Tell whether a column holds text."""
     _check_column(dataset, column)
     feature = dataset.features[column]
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def find_label_column(dataset: Dataset) -> str:
-    """Find the column with the labels of an evaluation set.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Data.
-
-    Returns:
-        `str`: `label`, `labels` or `oracle_label`.
-
-    Raises:
-        ValueError: If none of them is there.
-    """
+    """Find the column with the labels of an evaluation set."""
     for name in LABEL_NAMES:
         if name in dataset.column_names:
             return name
@@ -117,22 +68,7 @@ def find_label_column(dataset: Dataset) -> str:
 
 
 def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndarray:
-    """Read a label column as label ids of the task, by name where the data has names.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Data.
-        column (`str`):
-            A column of `ClassLabel`, of label names, or of label ids; whole floats are ids too.
-        labels (`Sequence[str]`):
-            The task's label names.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples,)`, int64.
-
-    Raises:
-        ValueError: If there is no such column, or a value is not a label of the task.
-    """
+    """Read a label column as label ids of the task, by name where the data has names."""
     _check_column(dataset, column)
     feature, values = dataset.features[column], list(dataset[column])
     positions = {name: index for index, name in enumerate(labels)}
@@ -149,19 +85,7 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
 
 
 def as_label_id(value: Any) -> Any:
-    """Give a whole float as an integer: pandas makes 0.0, 1.0 and NaN of label ids of which one is missing.
-
-    Args:
-        value (`Any`):
-            What a label column holds.
-
-    Returns:
-        `Any`: an `int` for a whole number, `None` for NaN, anything else as it is.
-
-    Examples:
-        >>> as_label_id(1.0), as_label_id(float("nan")), as_label_id(0.5)
-        (1, None, 0.5)
-    """
+    """Give a whole float as an integer: pandas makes 0.0, 1.0 and NaN of label ids of which one is missing."""
     if isinstance(value, np.generic) and not isinstance(value, np.bool_):
         value = value.item()
     if not isinstance(value, float | Decimal):
@@ -172,38 +96,14 @@ def as_label_id(value: Any) -> Any:
 
 
 def has_input(dataset: Dataset, column: str) -> np.ndarray:
-    """Tell which rows hold anything: a pool stores what could not be read as missing.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Data.
-        column (`str`):
-            Name of a column.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples,)`, bool.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """Tell which rows hold anything: a pool stores what could not be read as missing."""
     _check_column(dataset, column)
     is_there = dataset.data.column(column).is_valid().to_numpy()
     return is_there if dataset._indices is None else is_there[dataset._indices.column(0).to_numpy()]
 
 
 def row_keys(dataset: Dataset, column: str) -> list[str]:
-    """Give each row a key that depends on its content only, so that it survives shuffling and selection.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Data.
-        column (`str`):
-            The column that models read.
-
-    Returns:
-        `list[str]`: 32 hexadecimal digits of blake2b over the raw cell; the second, third … row of the same content
-        gets `-1`, `-2` … appended.
-    """
+    """Give each row a key that depends on its content only, so that it survives shuffling and selection."""
     seen: dict[str, int] = {}
     keys = []
     for digest in cell_digests(dataset, column):
@@ -213,20 +113,7 @@ def row_keys(dataset: Dataset, column: str) -> list[str]:
 
 
 def cell_digests(dataset: Dataset, column: str) -> list[str]:
-    """Hash the raw content of each cell; equal cells have equal digests. Of a file that is gone, its name is hashed.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Data.
-        column (`str`):
-            Name of a column.
-
-    Returns:
-        `list[str]`: 32 hexadecimal digits each.
-
-    Raises:
-        ValueError: If there is no such column.
-    """
+    """Hash the raw content of each cell; equal cells have equal digests."""
     _check_column(dataset, column)
     table_view = dataset.select_columns([column]).with_format("arrow")
     digests = []
@@ -237,15 +124,7 @@ def cell_digests(dataset: Dataset, column: str) -> list[str]:
 
 
 def cell_digest(cell: Any) -> str:
-    """Hash the raw content of one cell, as [`cell_digests`] does.
-
-    Args:
-        cell (`Any`):
-            What Arrow holds, as a Python value.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
-    """
+    """Hash the raw content of one cell, as [`cell_digests`] does."""
     return hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest()
 
 
@@ -265,16 +144,6 @@ def _cell_bytes(cell: Any) -> bytes:
 
 
 def shorten(names: Iterable[Any], limit: int = 20) -> str:
-    """Give the first names as a list, and how many more there are: a thousand labels make no readable error.
-
-    Args:
-        names (`Iterable`):
-            Names, ids or numbers.
-        limit (`int`, *optional*, defaults to 20):
-            How many to show.
-
-    Returns:
-        `str`
-    """
+    """Give the first names as a list, and how many more there are: a thousand labels make no readable error."""
     names = list(names)
     return str(names) if len(names) <= limit else f"{names[:limit]} and {len(names) - limit} more"

@@ -18,29 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 class RowError(TypeError, ValueError):
-    """A row's input cannot be made into what a model reads; a teacher's `prepare` may raise it to say so.
-
-    Nothing else that a teacher raises is taken for the fault of a row.
-    """
+    """A row's input cannot be made into what a model reads; a teacher's `prepare` may raise it to say so."""
 
 
 def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
-    """Give an image cell as a PIL image of the wanted mode.
-
-    Args:
-        cell (`PIL.Image.Image`, `np.ndarray` or nested `list`):
-            A decoded image; arrays are of shape `(height, width)` or `(height, width, channels)`, of uint8 or of other
-            whole numbers in 0..255, of uint16, or bool.
-        mode (`str`, *optional*):
-            PIL mode such as `"RGB"` or `"L"`. The image's own by default.
-
-    Returns:
-        `PIL.Image.Image`: of 8 bits per channel. Of 16 bits (PIL's `I;16` and its kin, uint16) the upper 8 stay, as
-        PIL does it for colours. Pixels that are floats or 32 bits have no range that is certain: they are refused.
-
-    Raises:
-        RowError: If the cell is no image, or one that cannot be made one of 8 bits. It is a `TypeError`.
-    """
+    """Give an image cell as a PIL image of the wanted mode."""
     if isinstance(cell, PILImage.Image):
         if cell.mode in ("I", "F"):
             raise RowError(
@@ -75,21 +57,7 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
 
 
 class InputProcessor:
-    """Turn a list of cells into the tensors of one batch, by a tokenizer or an image processor.
-
-    Args:
-        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
-            What `AutoTokenizer` or `AutoImageProcessor` gives for the model.
-        config (`PreTrainedConfig`, *optional*):
-            The model's configuration, for the number of channels it reads (3 where it does not tell). Where it names
-            no pad token, it gets the tokenizer's; a tokenizer without one pads with its end of a text.
-        what (`str`, *optional*):
-            Whose it is, for the error.
-
-    Raises:
-        TypeError: If `processing_class` can be called neither on text nor on images.
-        ValueError: If a tokenizer has no token to pad with.
-    """
+    """Turn a list of cells into the tensors of one batch, by a tokenizer or an image processor."""
 
     def __init__(self, processing_class: Any, config: Any = None, what: str = "`processing_class`") -> None:
         if not callable(processing_class):
@@ -107,19 +75,7 @@ class InputProcessor:
         self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
 
     def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Process cells.
-
-        Args:
-            cells (`Sequence`):
-                Texts, or images as [`to_pil`] takes them.
-
-        Returns:
-            `dict[str, torch.Tensor]`: What the model's forward reads, first dimension `len(cells)`.
-
-        Raises:
-            RowError: If a cell is no image or no text, or a text has no token: alone it could not be read, and beside
-                longer ones it would be all padding.
-        """
+        """Process cells."""
         if self.is_text:
             batch = self._tokenize(cells)
         else:
@@ -146,14 +102,7 @@ class InputProcessor:
         return batch
 
     def probe(self) -> dict[str, torch.Tensor]:
-        """Process two examples that every model of this kind can read: what fails here is no row's fault.
-
-        Returns:
-            `dict[str, torch.Tensor]`: As for cells; two texts of different length, or two grey images.
-
-        Raises:
-            ValueError: If they cannot be processed.
-        """
+        """Process two examples that every model of this kind can read: what fails here is no row's fault."""
         if not self.is_text:
             cells: list[Any] = [PILImage.new(self.mode, (64, 64))] * 2
         else:

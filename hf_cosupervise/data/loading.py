@@ -48,14 +48,7 @@ _IN_ARCHIVE = re.compile(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://")
 
 @dataclass(frozen=True)
 class DataChoice:
-    """Which part of a data set that is given by its name.
-
-    Args:
-        split (`str`): One of its splits, as `datasets.load_dataset` takes it.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
-        config_name (`str`, *optional*): One of its configurations.
-        streaming (`bool`): Read from the Hub while labelling, and keep nothing in the cache of `datasets`.
-    """
+    """Which part of a data set that is given by its name."""
 
     split: str
     revision: str | None
@@ -66,24 +59,7 @@ class DataChoice:
 def find_data(
     dataset: Dataset | IterableDataset | str, choice: DataChoice, processes: Processes
 ) -> tuple[Dataset, dict[str, Any] | None]:
-    """Give the data, and where they came from as far as it is certain.
-
-    Args:
-        dataset (`datasets.Dataset`, `datasets.IterableDataset` or `str`):
-            Data, a folder of `save_to_disk`, or the id of a data set on the Hub, which is pinned to one commit.
-        choice (`DataChoice`):
-            Which part, for data given by name.
-        processes (`Processes`):
-            Who reads; one downloads.
-
-    Returns:
-        `tuple[datasets.Dataset, dict[str, Any] or None]`: data that can be read in any order; and `dataset`, `config`,
-        `split` and `commit`, or what is known of them.
-
-    Raises:
-        OSError: If the Hub refuses it or cannot be reached.
-        ValueError: If there is no such split, or the data would need code from the Hub.
-    """
+    """Give the data, and where they came from as far as it is certain."""
     is_hub_id = isinstance(dataset, str) and not Path(dataset).is_dir()
     given = [name for name in ("revision", "config_name", "streaming") if getattr(choice, name)]
     if given and not is_hub_id:
@@ -110,18 +86,7 @@ def _load_folder(folder: str, split: str) -> tuple[Dataset, dict[str, Any] | Non
 
 
 def load_folder(folder: str) -> Dataset | DatasetDict:
-    """Open a folder that may be from anybody: all that it names must lie in it.
-
-    Args:
-        folder (`str`):
-            What `save_to_disk` wrote.
-
-    Returns:
-        `datasets.Dataset` or `datasets.DatasetDict`
-
-    Raises:
-        ValueError: If it is no such folder, leads out of itself, or names files in place of their content.
-    """
+    """Open a folder that may be from anybody: all that it names must lie in it."""
     splits = _listed(Path(folder, "dataset_dict.json"), "splits")
     for part in (Path(folder), *(Path(folder, str(split)) for split in splits)):
         names = [
@@ -195,21 +160,7 @@ def _checked_tables(stream: IterableDataset, builder: DatasetBuilder, repo_id: s
 
 
 def load_splits(repo_id: str, commit: str | None) -> DatasetDict:
-    """Load all splits of a data set on the Hub, as [`find_data`] loads one.
-
-    Args:
-        repo_id (`str`):
-            Its id.
-        commit (`str`, *optional*):
-            What [`resolve_commit`] gave.
-
-    Returns:
-        `datasets.DatasetDict`
-
-    Raises:
-        OSError: If the Hub refuses it or cannot be reached.
-        ValueError: If it would need code from the Hub, or names files elsewhere in place of their content.
-    """
+    """Load all splits of a data set on the Hub, as [`find_data`] loads one."""
     builder = _download(repo_id, commit, DataChoice(split="all", revision=commit, config_name=None, streaming=False))
     return DatasetDict({name: _hold(split, builder, repo_id) for name, split in builder.as_dataset().items()})
 
@@ -355,13 +306,5 @@ def _map_written(features: Features | None, fill: Callable[[ArrowWriter], None])
 
 
 def tell_error(error: BaseException) -> str:
-    """Give an error as words that fit into another one.
-
-    Args:
-        error (`BaseException`):
-            What was raised.
-
-    Returns:
-        `str`: Its class and what it says, without a full stop.
-    """
+    """Give an error as words that fit into another one."""
     return f"{type(error).__name__}: {str(error).rstrip('.')}"

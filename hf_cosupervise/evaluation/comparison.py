@@ -36,43 +36,7 @@ def compare_methods(
     resume: bool = False,
     on_trained: Callable[[str, CoSupervisedTrainer], None] = lambda method, trainer: None,
 ) -> tuple[dict[str, Any], CoSupervisedTrainer]:
-    """Train the student by several methods with one recipe and measure all of them on one test set.
-
-    The last checkpoint counts; the test set chooses nothing. Every method has the same optimizer, schedule, steps,
-    seed and fresh head.
-
-    Args:
-        student (`str` or `PreTrainedModel`):
-            Hub id or folder, or a model, of which every method gets a copy.
-        args (`CoSupervisedConfig`):
-            The recipe. Co-supervision writes to its `output_dir`, other methods below `_run/methods/`. Nothing is
-            pushed; the trainer that comes back can be.
-        pool (`PseudolabelPool`):
-            All teachers' answers on the unlabelled data, with `oracle_label` for the ceiling.
-        test_dataset (`datasets.Dataset`):
-            Inputs with labels.
-        weak (`float`):
-            Accuracy of the generalist on the same test set, see [`weak_accuracy`].
-        methods (`Sequence[str]`, *optional*):
-            Which of `METHODS` and `OTHER_METHODS`. `csl` and `ceiling` must be among them.
-        processing_class (`Any`, *optional*):
-            The student's, where that is a model.
-        extra_pools (`Mapping[str, PseudolabelPool]`, *optional*):
-            Controls of one level, such as one teacher with all labels, by name.
-        labelled_pool (`PseudolabelPool`, *optional*):
-            For `boosting`: the same teachers' answers on other examples, with `oracle_label`.
-        resume (`bool`, *optional*, defaults to `False`):
-            Go on after the last finished level of each method, where an earlier run of the same recipe was cut off.
-        on_trained (`Callable`, *optional*):
-            Called with the name of each method and its trainer.
-
-    Returns:
-        `tuple[dict[str, Any], CoSupervisedTrainer]`: `weak_accuracy`, `methods` (accuracy and PGR) and `levels` (of
-        co-supervision), all accuracies 0 to 1; and the trainer of co-supervision, with the final student.
-
-    Raises:
-        ValueError: If `csl` or `ceiling` is left out, or a method is not known or lacks what it needs.
-    """
+    """Train the student by several methods with one recipe and measure all of them on one test set."""
     if missing := {"csl", "ceiling"} - set(methods):
         raise ValueError(
             f"`methods` must hold 'csl' and 'ceiling' to measure a gap, got {list(methods)} without {sorted(missing)}."

@@ -30,32 +30,13 @@ OTHER_METHODS = (*AGGREGATED_METHODS, "boosting", "aekd", "generalist_rejection"
 
 
 def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
-    """Measure every teacher on labelled data.
-
-    Args:
-        test_pool (`PseudolabelPool`):
-            The teachers' answers on the test set, with `oracle_label`. No answer counts as wrong.
-
-    Returns:
-        `dict[str, float]`: accuracy by teacher name, 0 to 1.
-
-    Raises:
-        ValueError: If the pool has no ground truth.
-    """
+    """Measure every teacher on labelled data."""
     labels = _oracle_labels(test_pool)
     return {name: accuracy(test_pool.hard_labels(name), labels) for name in test_pool.hierarchy.names}
 
 
 def weak_accuracy(test_pool: PseudolabelPool) -> float:
-    """Measure the generalist: the root teacher, or the mean of the root level's probabilities where it has several.
-
-    Args:
-        test_pool (`PseudolabelPool`):
-            The teachers' answers on the test set, with `oracle_label`.
-
-    Returns:
-        `float`: 0 to 1.
-    """
+    """Measure the generalist: the root teacher, or the mean of the root level's probabilities where it has several."""
     root = test_pool.hierarchy.level_indices(0)
     rows = np.arange(len(test_pool))
     sources = np.full(len(rows), root[0] if len(root) == 1 else len(test_pool.hierarchy.teachers))
@@ -78,27 +59,7 @@ def method_pool(
     features: torch.Tensor | None = None,
     labelled_pool: PseudolabelPool | None = None,
 ) -> PseudolabelPool:
-    """Give the pool on which a method trains the student.
-
-    Args:
-        pool (`PseudolabelPool`):
-            All teachers; for `ceiling` and `oracle_…` with `oracle_label`.
-        method (`str`):
-            `generalist` keeps the root only, and `generalist_rejection` repeats it at every level; `ensemble` and
-            `aekd` put all teachers at the root; `boosting` and the names of [`aggregated_pool`] make one pseudolabel
-            of them; `ceiling` has the ground truth as its one teacher; `csl`, `oracle_…` and `random` keep the pool as
-            it is.
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
-            For `raven` and `crowdlab`, see [`aggregated_pool`].
-        labelled_pool (`PseudolabelPool`, *optional*):
-            For `boosting`, see [`boosted_pool`].
-
-    Returns:
-        `PseudolabelPool`
-
-    Raises:
-        ValueError: If the method is not known, or needs ground truth, features or a labelled pool that is not there.
-    """
+    """Give the pool on which a method trains the student."""
     hierarchy = pool.hierarchy
     if method == "generalist":
         return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.levels[0]))
@@ -127,17 +88,7 @@ def method_pool(
 
 
 def method_loss(pool: PseudolabelPool, method: str) -> AdaptiveEnsembleDistillation | None:
-    """Give the loss with which a method trains, where it has one of its own.
-
-    Args:
-        pool (`PseudolabelPool`):
-            All teachers.
-        method (`str`):
-            See [`method_pool`].
-
-    Returns:
-        [`AdaptiveEnsembleDistillation`] for `aekd`, for `CoSupervisedTrainer(loss_func=...)`; otherwise `None`.
-    """
+    """Give the loss with which a method trains, where it has one of its own."""
     if method != "aekd":
         return None
     return AdaptiveEnsembleDistillation(*pool.decode_level(range(len(pool.hierarchy.teachers)), slice(None)))
@@ -160,25 +111,7 @@ def _repeat_root(pool: PseudolabelPool) -> PseudolabelPool:
 
 
 def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> CoSupervisedConfig:
-    """Give the configuration with which a method trains: the same recipe, with its own assignment.
-
-    Where co-supervision goes on from level to level (`warm_start`), the methods of one level get as many steps as all
-    its levels together. `aekd` has its own loss in place of `args.loss`, see [`method_loss`].
-
-    Args:
-        args (`CoSupervisedConfig`):
-            The configuration of co-supervision.
-        method (`str`):
-            See [`method_pool`].
-        num_levels (`int`):
-            Levels of the full hierarchy.
-
-    Returns:
-        `CoSupervisedConfig`
-
-    Raises:
-        ValueError: If the method cannot train as `head_solver` says.
-    """
+    """Give the configuration with which a method trains: the same recipe, with its own assignment."""
     args = copy.copy(args)
     if method in ("csl", "generalist_rejection", *ASSIGNED_METHODS):
         if method == "generalist_rejection":

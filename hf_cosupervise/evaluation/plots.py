@@ -25,26 +25,7 @@ _SMALLEST_LABELLED_SHARE = 0.06
 
 
 def plot_pgr(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draw the performance gap recovered by each method, and by co-supervision level after level.
-
-    Bars are means over seeds, error bars the standard deviation (from two seeds on), dots the seeds.
-
-    Args:
-        report (`Mapping[str, Any]`):
-            `methods`: by name a dictionary with `pgr`, a list with one fraction per seed (`None` or NaN where there
-            was no gap; methods without `pgr`, and `ceiling`, which recovers all by definition, are left out).
-            `levels`: dictionaries of `level` and `pgr`. JSON values, as `report.json` holds them.
-        path (`str` or `os.PathLike`):
-            File to write, whole or not at all; its suffix decides the format (`.png`, `.svg`, `.pdf`). Its folder is
-            made.
-
-    Returns:
-        `pathlib.Path`: The file.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If the report has no method with a PGR.
-    """
+    """Draw the performance gap recovered by each method, and by co-supervision level after level."""
     methods = {name: _numbers(numbers.get("pgr")) for name, numbers in report.get("methods", {}).items()}
     methods = {name: values for name, values in methods.items() if name != "ceiling" and len(values)}
     levels = {str(level["level"]): _numbers(level.get("pgr")) for level in report.get("levels", [])}
@@ -63,23 +44,7 @@ def plot_pgr(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 
 
 def plot_teacher_shares(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draw which share of the examples each teacher got, level by level, as the mean over seeds.
-
-    What is missing to 100 % are examples that nobody answered.
-
-    Args:
-        report (`Mapping[str, Any]`):
-            `levels`: dictionaries of `level` and `teachers`, by name a list with one share per seed, 0 to 1.
-        path (`str` or `os.PathLike`):
-            File to write, see [`plot_pgr`].
-
-    Returns:
-        `pathlib.Path`: The file.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If the report has no level with shares.
-    """
+    """Draw which share of the examples each teacher got, level by level, as the mean over seeds."""
     levels = {str(level["level"]): level.get("teachers") or {} for level in report.get("levels", [])}
     names = list(dict.fromkeys(name for shares in levels.values() for name in shares))
     if not names:
@@ -95,22 +60,7 @@ def plot_teacher_shares(report: Mapping[str, Any], path: str | os.PathLike[str])
 
 
 def plot_group_shares(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draw which share of each class or domain every teacher got, a panel for each level below the root.
-
-    Args:
-        report (`Mapping[str, Any]`):
-            `levels`: dictionaries of `level` and `teachers_by_group`, by group (a class or a domain) a dictionary with
-            one list of shares, 0 to 1, per teacher: one share for each seed.
-        path (`str` or `os.PathLike`):
-            File to write, see [`plot_pgr`].
-
-    Returns:
-        `pathlib.Path`: The file.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If no level below the root has shares by group.
-    """
+    """Draw which share of each class or domain every teacher got, a panel for each level below the root."""
     levels = {
         str(level["level"]): level["teachers_by_group"]
         for level in report.get("levels", [])[1:]
@@ -133,24 +83,7 @@ def plot_group_shares(report: Mapping[str, Any], path: str | os.PathLike[str]) -
 
 
 def plot_levels(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draw PGR, and precision and recall of what was kept, level after level, one line for each method.
-
-    Lines are means over seeds, error bars the standard deviation (from two seeds on).
-
-    Args:
-        report (`Mapping[str, Any]`):
-            `methods`: by name a dictionary with `levels`, dictionaries of `level`, `pgr`, `kept_precision` and
-            `kept_recall`, each a list with one fraction per seed. Methods of one level are left out.
-        path (`str` or `os.PathLike`):
-            File to write, see [`plot_pgr`].
-
-    Returns:
-        `pathlib.Path`: The file.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If no method has several levels.
-    """
+    """Draw PGR, and precision and recall of what was kept, level after level, one line for each method."""
     methods = {
         name: numbers["levels"]
         for name, numbers in report.get("methods", {}).items()
@@ -184,24 +117,7 @@ def plot_levels(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
 
 
 def plot_reliability(curves: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
-    """Draw a reliability diagram for each model: accuracy by confidence, with the diagonal of the calibrated.
-
-    Dots grow with the number of examples in their bin.
-
-    Args:
-        curves (`Mapping[str, Mapping[str, Any]]`):
-            By name of a model `confidence`, `accuracy` (0 to 1, `None` or NaN in empty bins) and `count`, lists with
-            one number per bin, as [`~metrics.reliability_curve`] gives them.
-        path (`str` or `os.PathLike`):
-            File to write, see [`plot_pgr`].
-
-    Returns:
-        `pathlib.Path`: The file.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If there is no curve.
-    """
+    """Draw a reliability diagram for each model: accuracy by confidence, with the diagonal of the calibrated."""
     if not curves:
         raise ValueError("At least one curve is needed, got none. Compute them by `reliability_curve`.")
     columns = min(len(curves), 5)

@@ -12,17 +12,7 @@ from ..method.metrics import mean_and_spread
 
 
 def merge_reports(reports: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Put the reports of several seeds side by side: every number becomes a list over seeds.
-
-    Args:
-        reports (`Sequence[Mapping[str, Any]]`):
-            What [`compare_methods`] gave for each seed.
-        seeds (`Sequence[int]`):
-            The seeds.
-
-    Returns:
-        `dict[str, Any]`: `seeds` and the keys of one report.
-    """
+    """Put the reports of several seeds side by side: every number becomes a list over seeds."""
     return {"seeds": list(seeds), **_merge(list(reports))}
 
 
@@ -39,15 +29,7 @@ def _merge(values: list[Any]) -> Any:
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """Print a merged report as two tables: co-supervision by level, and all methods.
-
-    Args:
-        report (`Mapping[str, Any]`):
-            What [`merge_reports`] gave.
-
-    Returns:
-        `str`: accuracies, shares and PGR in percent, mean ± standard deviation where there are several seeds.
-    """
+    """Print a merged report as two tables: co-supervision by level, and all methods."""
     lines = [_row("level", "keep rate", "agreement", "accuracy", "PGR", "share per teacher")]
     for level in report["levels"]:
         shares = " ".join(f"{name} {100 * mean_and_spread(share)[0]:.0f}" for name, share in level["teachers"].items())
@@ -78,12 +60,5 @@ def _percent(values: Sequence[float | None]) -> str:
 
 
 def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a report as JSON, whole or not at all; NaN becomes null.
-
-    Args:
-        report (`Mapping[str, Any]`):
-            JSON values.
-        path (`str` or `os.PathLike`):
-            File to write.
-    """
+    """Write a report as JSON, whole or not at all; NaN becomes null."""
     write_json(Path(path), report)

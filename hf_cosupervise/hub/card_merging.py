@@ -38,15 +38,7 @@ class _Record(NamedTuple):
 
 
 class MergedCard(NamedTuple):
-    """What [`merge_card`] gives.
-
-    Args:
-        text (`str`):
-            The card.
-        kept (`tuple[str, ...]`):
-            Where a hand edit won over something new of ours: section titles (`introduction` is the text before the
-            first of them) and `metadata <key>`.
-    """
+    """What [`merge_card`] gives."""
 
     text: str
     kept: tuple[str, ...]
@@ -59,29 +51,7 @@ class _Card(NamedTuple):
 
 
 def merge_card(existing: str, new: str) -> MergedCard:
-    """Bring a new card into one that may have been edited by hand.
-
-    A section or metadata key that still is as we wrote it is replaced, or removed where the new card has none; one
-    that was edited, deleted or added by hand stays so. Lists of names (`tags`, `datasets`, `language`, `metrics`) take
-    the names of both; `configs` and `model-index` are ours where we have them, beside other people's results. A card
-    without our comment is all theirs. Merging once more changes nothing.
-
-    Args:
-        existing (`str`):
-            The card as it is now, whoever wrote it.
-        new (`str`):
-            What [`model_card`], [`pool_card`] or [`hierarchy_card`] gave.
-
-    Returns:
-        [`MergedCard`]: The card, with the line ends of `existing`, and the parts in which a hand edit won.
-
-    Raises:
-        ValueError: If a YAML header cannot be read.
-
-    Examples:
-        >>> merge_card("# Mine\\n", "---\\nlicense: mit\\n---\\n\\n# Ours\\n\\n## Use\\n").kept
-        ('introduction',)
-    """
+    """Bring a new card into one that may have been edited by hand."""
     theirs, ours = _read(existing), _read(new)
     known, written = theirs.record or _Record({}, {}), ours.record or _record_of(ours)
     sections = list(theirs.sections)
@@ -106,18 +76,7 @@ def merge_card(existing: str, new: str) -> MergedCard:
 
 
 def sign_card(text: str) -> str:
-    """Add the comment that records what we wrote.
-
-    Args:
-        text (`str`):
-            A card, just rendered.
-
-    Returns:
-        `str`: The card with one more line.
-
-    Raises:
-        ValueError: If its YAML header cannot be read.
-    """
+    """Add the comment that records what we wrote."""
     card = _read(text)
     return _write(card.metadata, card.sections, _record_of(card))
 

@@ -33,39 +33,7 @@ _MAX_LABELS = 100
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Write the model card of a student.
-
-    Every fact is optional; one that is absent, `None` or NaN is left out of the card, never guessed. Numbers marked
-    (s) are one number or a list with one per seed; accuracies, rates and PGR are fractions and printed in percent.
-
-    Args:
-        facts (`Mapping[str, Any]`):
-            - `name`, `hub_model_id`, `hub_branch` (where it is not the main one), `license`, `language` (`str`);
-            - `modality` (`"image"` or `"text"`), which decides `pipeline_tag` and the snippet;
-            - `library_name` (`str`, default `"transformers"`; with `"timm"` the snippet shows both libraries), `tags`
-              and `datasets` (`list[str]`, Hub ids);
-            - `base_model`, `base_model_revision` (or `student_revision`), `base_model_commit`, `student_training`
-              (`str`), `has_adapter` (`bool`);
-            - `pool`, `pool_revision`, `source_dataset`, `source_revision` (`str`, Hub ids and what they were read at);
-            - `labels` (`list[str]`), `num_examples` (`int`, in the pool);
-            - `teachers` (`list[dict]`): `name`, `model`, `kind`, `revision`, `level`, `scope`, `domains` as in
-              [`Teacher`], `commit` (what `revision` was at), `subfolder`, `accuracy` (s);
-            - `levels` (`list[dict]`): `level`, `assignment`, `keep_rate` (s), `num_kept` (s), `accuracy` (s),
-              `pgr` (s), `teachers` (shares (s) by name); what they leave out is taken from the report;
-            - `report` (`dict`): `weak_accuracy` (s), `methods` (`accuracy` (s) and `pgr` (s) by method, of which `csl`
-              is this student and `ceiling` the one with ground truth), `seeds`, `levels`, see [`plot_pgr`];
-            - `seed` (`int`): which of the seeds this student is;
-            - `dataset_name`, `dataset_type`, `dataset_split` (`str`, what the report was measured on);
-            - `files` (`list[tuple[str, str]]`: path in the repository, what it is);
-            - `figure` (`str`, path in the repository), `hyperparameters` (`dict`, those that are not defaults; folders
-              and secrets are left out) and `versions` (`dict`).
-
-    Returns:
-        `str`: Markdown with a YAML header; it ends with a line break.
-
-    Raises:
-        ValueError: If `modality` is neither `"image"` nor `"text"`.
-    """
+    """Write the model card of a student."""
     facts = _known(facts)
     report = facts.get("report", {})
     name = _title(facts, "hub_model_id", "Co-supervised student")
@@ -96,27 +64,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
 
 def pool_card(facts: Mapping[str, Any]) -> str:
-    """Write the data-set card of a pool, with one configuration per teacher for `datasets.load_dataset`.
-
-    Every fact but `teachers` is optional; one that is absent or `None` is left out, never guessed.
-
-    Args:
-        facts (`Mapping[str, Any]`):
-            - `teachers` (`list[dict]`, not empty): `name` (the folder `teachers/<name>`), `model`, `kind`, `revision`,
-              `commit`, `subfolder`, `level`, `scope`, `domains`, `pool_k`, `dropped_mass` (mean mass left out, 0 to
-              1), `answered` (share of the examples, 0 to 1), `accuracy`;
-            - `name`, `hub_dataset_id`, `hub_branch`, `license` (`str`), `tags` (`list[str]`);
-            - `source_dataset`, `source_revision`, `source_split` (`str`): the unlabelled data, a Hub id;
-            - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `num_examples` (`int`);
-            - `input_columns` (`list[str]`): columns of `inputs`, absent where the pool holds no inputs;
-            - `versions` (`dict`).
-
-    Returns:
-        `str`: Markdown with a YAML header; it ends with a line break.
-
-    Raises:
-        ValueError: If there is no teacher, one is named `inputs`, or `modality` is not known.
-    """
+    """Write the data-set card of a pool, with one configuration per teacher for `datasets.load_dataset`."""
     facts = _known(facts)
     teachers, columns = facts.get("teachers", []), facts.get("input_columns", [])
     names = [teacher["name"] for teacher in teachers]
@@ -147,24 +95,7 @@ def pool_card(facts: Mapping[str, Any]) -> str:
 
 
 def hierarchy_card(facts: Mapping[str, Any]) -> str:
-    """Write the model card of a repository that holds a hierarchy of teachers.
-
-    Every fact but `teachers` is optional; one that is absent or `None` is left out, never guessed.
-
-    Args:
-        facts (`Mapping[str, Any]`):
-            - `teachers` (`list[dict]`, not empty): `name`, `level`, `scope`, `domains`, `kind` as in [`Teacher`],
-              `subfolder` (where it is in this repository), `accuracy`; for one of another repository `model` (its
-              Hub id), `revision`, `commit` and `subfolder` there;
-            - `name`, `hub_model_id`, `hub_branch`, `license` (`str`), `tags` and `datasets` (`list[str]`, Hub ids);
-            - `modality` (`"image"` or `"text"`), `labels` (`list[str]`), `versions` (`dict`).
-
-    Returns:
-        `str`: Markdown with a YAML header; it ends with a line break.
-
-    Raises:
-        ValueError: If there is no teacher, or `modality` is not known.
-    """
+    """Write the model card of a repository that holds a hierarchy of teachers."""
     facts = _known(facts)
     teachers = [_known(teacher) for teacher in facts.get("teachers", [])]
     if not teachers:
@@ -193,24 +124,7 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
 
 
 def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
-    """Write a card as the `README.md` of a folder, whole or not at all.
-
-    What was edited by hand in a card that is there already stays, see [`merge_card`]; a warning names it where the new
-    card says something else.
-
-    Args:
-        text (`str`):
-            What [`model_card`], [`pool_card`] or [`hierarchy_card`] gave.
-        folder (`str` or `os.PathLike`):
-            An existing folder.
-
-    Returns:
-        `pathlib.Path`: The card.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If the card that is there is not UTF-8, or its YAML header cannot be read.
-    """
+    """Write a card as the `README.md` of a folder, whole or not at all."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")

@@ -57,29 +57,7 @@ def hub_errors(
     token: str | None = None,
     writing: bool = False,
 ) -> Iterator[None]:
-    """Turn what the client raises into one clear error that names the repository and says what to do.
-
-    Args:
-        what (`str`):
-            Who needs it, as the error begins: `"Teacher 'low'"`.
-        repo_id (`str`):
-            The repository.
-        revision (`str`, *optional*):
-            Branch, tag or commit that was asked for.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"` or `"dataset"`.
-        token (`str`, *optional*):
-            What was used instead of the token of the environment.
-        writing (`bool`, *optional*, defaults to `False`):
-            Whether something is pushed.
-
-    Raises:
-        ConnectionError: If the Hub cannot be reached and the cache does not help, or it asks to wait.
-        FileNotFoundError: If the repository, the revision or a file of it does not exist for this user.
-        PermissionError: If the repository is gated, or the token is missing, wrong or may not write.
-        RuntimeError: If somebody else changed the repository at the same moment.
-        ValueError: If the id cannot be one.
-    """
+    """Turn what the client raises into one clear error that names the repository and says what to do."""
     kind = KINDS[repo_type]
     try:
         yield
@@ -212,29 +190,7 @@ def _known_revisions(repo_id: str, repo_type: str, token: str | None) -> str:
 def resolve_commit(
     repo_id: str, revision: str | None = None, *, what: str, repo_type: str = "model", token: str | None = None
 ) -> str:
-    """Pin a repository: find the commit that a branch or tag is at now.
-
-    Without a connection, it is the commit that the cache knows for that revision.
-
-    Args:
-        repo_id (`str`):
-            The repository.
-        revision (`str`, *optional*):
-            Branch, tag or commit. Defaults to the main branch.
-        what (`str`):
-            Who needs it, for the error.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"` or `"dataset"`.
-        token (`str`, *optional*):
-            Instead of the token of the environment.
-
-    Returns:
-        `str`: 40 hexadecimal digits.
-
-    Raises:
-        OSError: See [`hub_errors`].
-        ValueError: If the id cannot be one.
-    """
+    """Pin a repository: find the commit that a branch or tag is at now."""
     if revision == "":
         raise ValueError(f"{what} must be at a branch, tag or commit of '{repo_id}', got ''. Leave `revision` out.")
     with hub_errors(what, repo_id, revision=revision, repo_type=repo_type, token=token):
@@ -251,30 +207,7 @@ def fetch_files(
     token: str | None = None,
     ignore: Sequence[str] = (),
 ) -> Path:
-    """Download files of a commit into the client's cache, those that are not there yet.
-
-    Args:
-        repo_id (`str`):
-            The repository.
-        commit (`str`):
-            What [`resolve_commit`] gave.
-        patterns (`Sequence[str]`):
-            Which files, as `fnmatch` reads them: `*` matches `/` too.
-        what (`str`):
-            Who needs them, for the error.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"` or `"dataset"`.
-        token (`str`, *optional*):
-            Instead of the token of the environment.
-        ignore (`Sequence[str]`, *optional*):
-            Which of them not.
-
-    Returns:
-        `pathlib.Path`: The folder of the cache that holds them under their names.
-
-    Raises:
-        OSError: See [`hub_errors`].
-    """
+    """Download files of a commit into the client's cache, those that are not there yet."""
     with hub_errors(what, repo_id, revision=commit, repo_type=repo_type, token=token):
         try:
             return Path(
@@ -297,27 +230,7 @@ def fetch_files(
 def open_repo(
     repo_id: str, *, what: str, repo_type: str = "model", private: bool | None = None, token: str | None = None
 ) -> str:
-    """Make a repository where there is none, and see that the token may write, before any work.
-
-    Args:
-        repo_id (`str`):
-            `name` or `user/name`.
-        what (`str`):
-            What will be pushed, for the error.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"` or `"dataset"`.
-        private (`bool`, *optional*):
-            Whether a new repository is private. Defaults to the user's or organisation's setting.
-        token (`str`, *optional*):
-            Instead of the token of the environment.
-
-    Returns:
-        `str`: The id, `user/name`.
-
-    Raises:
-        OSError: See [`hub_errors`].
-        ValueError: If the id cannot be one, or the repository is there and public although `private` is wanted.
-    """
+    """Make a repository where there is none, and see that the token may write, before any work."""
     with hub_errors(what, repo_id, repo_type=repo_type, token=token, writing=True):
         api = HfApi(token=token)
         access = api.whoami().get("auth", {}).get("accessToken", {})
@@ -344,39 +257,7 @@ def publish(
     token: str | None = None,
     parent: str | None = None,
 ) -> CommitInfo:
-    """Upload files in one commit: all of them are there afterwards, or none.
-
-    A card that is there already and was edited by hand is kept, and ours is merged into it. Files that have not
-    changed are not uploaded again.
-
-    Args:
-        files (`Mapping[str, str | Path | bytes]`):
-            By path in the repository, a file on disk or its content.
-        repo_id (`str`):
-            What [`open_repo`] gave.
-        what (`str`):
-            What is pushed, for the error.
-        message (`str`):
-            Title of the commit.
-        repo_type (`str`, *optional*, defaults to `"model"`):
-            `"model"` or `"dataset"`.
-        replaced (`Sequence[str]`, *optional*):
-            Patterns of files that a push like this one leaves: those in the repository that are not among `files` are
-            deleted. A pattern without `/` means files at the top.
-        revision (`str`, *optional*):
-            Branch to commit to, made where it does not exist. Defaults to the main branch.
-        token (`str`, *optional*):
-            Instead of the token of the environment.
-        parent (`str`, *optional*):
-            The commit that the repository must still be at. Defaults to the one it is at when this begins.
-
-    Returns:
-        `CommitInfo`: The commit; the last one, where nothing has changed.
-
-    Raises:
-        OSError: See [`hub_errors`].
-        RuntimeError: If somebody else pushed at the same moment.
-    """
+    """Upload files in one commit: all of them are there afterwards, or none."""
     api = HfApi(token=token)
     with hub_errors(what, repo_id, revision=revision, repo_type=repo_type, token=token, writing=True):
         if revision is not None:
@@ -417,21 +298,7 @@ def publish(
 
 
 def open_branch(api: HfApi, repo_id: str, revision: str, repo_type: str) -> None:
-    """Make a branch where it is missing; nothing can be pushed to a tag or a commit.
-
-    Args:
-        api (`HfApi`):
-            The client, inside [`hub_errors`].
-        repo_id (`str`):
-            The repository.
-        revision (`str`):
-            The branch.
-        repo_type (`str`):
-            `"model"` or `"dataset"`.
-
-    Raises:
-        ValueError: If it is no branch and cannot be one.
-    """
+    """Make a branch where it is missing; nothing can be pushed to a tag or a commit."""
     refs = api.list_repo_refs(repo_id, repo_type=repo_type)
     if revision in {ref.name for ref in refs.branches}:
         return

@@ -216,19 +216,7 @@ class AdaptiveEnsembleDistillation:
         self.temperature, self.cap = temperature, cap
 
     def __call__(self, logits: torch.Tensor, target_probs: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-        """Give the loss of each example of a batch.
-
-        Args:
-            logits (`torch.Tensor` of shape `(batch, num_labels)`):
-                Student logits.
-            target_probs (`torch.Tensor`, *optional*):
-                Not looked at: the teachers are.
-            rows (`torch.LongTensor` of shape `(batch,)`):
-                Which of the examples these are.
-
-        Returns:
-            `torch.Tensor` of shape `(batch,)`: at least 0; 0 where nobody answered.
-        """
+        """Give the loss of each example of a batch."""
         rows = rows.to(self.answered.device)
         probs, answered = self.teacher_probs[rows].to(logits.device), self.answered[rows].to(logits.device)
         options = {"temperature": self.temperature, "cap": self.cap, "min_prob": _MIN_PROB}

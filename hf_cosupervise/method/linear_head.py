@@ -100,15 +100,7 @@ class BatchReader:
             self._submit()
 
     def __call__(self, rows: torch.Tensor) -> _Batch:
-        """Read a batch. What is given is valid until the window of batches after it is read.
-
-        Args:
-            rows (`torch.LongTensor` of shape `(batch,)`):
-                Row positions.
-
-        Returns:
-            `tuple`: inputs `(batch, feature_size)`, float32, and pseudolabels as `targets` gives them.
-        """
+        """Read a batch."""
         if id(rows) not in self._ahead and self._next is not None:
             self._ahead = self._next.result()
             self._submit()

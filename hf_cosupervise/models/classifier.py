@@ -37,18 +37,7 @@ _ADAPTED = "base_model.model."  # how peft begins the name of every weight of an
 
 
 def read_config(source: ModelSource) -> Any:
-    """Read the configuration of a classifier of transformers, or of timm in transformers' wrapper.
-
-    Args:
-        source ([`ModelSource`]):
-            A model that is no adapter.
-
-    Returns:
-        `PreTrainedConfig`
-
-    Raises:
-        ValueError: If transformers does not know the type of model.
-    """
+    """Read the configuration of a classifier of transformers, or of timm in transformers' wrapper."""
     model_type = source.config.get("model_type")
     if "architecture" not in source.config and model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(
@@ -64,20 +53,7 @@ def read_config(source: ModelSource) -> Any:
 
 
 def reads_text(config: Any, what: str) -> bool:
-    """Tell whether a configuration belongs to a text classifier or to an image classifier.
-
-    Args:
-        config (`PreTrainedConfig`):
-            Of the model. Its architecture decides; where it names none, what its type can be.
-        what (`str`):
-            Who asks, for the error.
-
-    Returns:
-        `bool`: `True` for texts.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Tell whether a configuration belongs to a text classifier or to an image classifier."""
     architectures = config.architectures or []
     for task, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
         if any(task in architecture for architecture in architectures):
@@ -95,22 +71,7 @@ def reads_text(config: Any, what: str) -> bool:
 
 
 def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
-    """Load the tokenizer or image processor of a model.
-
-    Args:
-        source ([`ModelSource`]):
-            Whose it is.
-        folder (`pathlib.Path`):
-            Where it is: what [`~Checkpoint.fetch`] gave, or [`load_adapted`].
-        is_text (`bool`):
-            Whether it is a tokenizer.
-
-    Returns:
-        `PreTrainedTokenizerBase` or `BaseImageProcessor`
-
-    Raises:
-        ValueError: If there is none, its vocabulary is missing, or it would need code of the repository.
-    """
+    """Load the tokenizer or image processor of a model."""
     kind = "tokenizer" if is_text else "image processor"
     try:
         processor = (AutoTokenizer if is_text else AutoImageProcessor).from_pretrained(folder, trust_remote_code=False)
@@ -134,26 +95,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any, Path]:
-    """Load an adapter of peft on its base, merged: an ordinary classifier of transformers.
-
-    The base comes from its own folder or commit. It gets as many labels as the head that the adapter has saved
-    (`modules_to_save`), and its own head where there is none. Names of labels are those of the adapter's `config.json`
-    if it has one, else the base's if they are as many, else `LABEL_0` …
-
-    Args:
-        source ([`ModelSource`]):
-            One with `is_adapter`.
-        random_head (`bool`, *optional*, defaults to `False`):
-            Allow a head that neither the adapter nor the base has: of a student, whose head is replaced anyway.
-
-    Returns:
-        `tuple[PreTrainedModel, pathlib.Path]`: the model, on the CPU; and the folder to load its tokenizer or image
-        processor from, the adapter's where it has one, else the base's.
-
-    Raises:
-        OSError: If files are missing, or the Hub refuses them or cannot be reached.
-        ValueError: If the adapter cannot be merged, does not fit its base, or weights would be random.
-    """
+    """Load an adapter of peft on its base, merged: an ordinary classifier of transformers."""
     base = source.base
     if base is None:
         raise ValueError(f"{source.what} must be an adapter, got a whole model in '{source.place}'. Load that.")
@@ -200,17 +142,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def check_no_missing(what: str, missing: Iterable[str]) -> None:
-    """See that a checkpoint lacks no weight of its model.
-
-    Args:
-        what (`str`):
-            Whose it is, for the error.
-        missing (`Iterable[str]`):
-            Names of weights without a value.
-
-    Raises:
-        ValueError: If there is one.
-    """
+    """See that a checkpoint lacks no weight of its model."""
     names = sorted(missing)
     if names:
         raise ValueError(

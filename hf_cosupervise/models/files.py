@@ -64,19 +64,7 @@ _TIMM_ARGS = (
 
 
 def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
-    """See that a configuration names no code, no repository and no file that its libraries would follow.
-
-    Args:
-        config (`Mapping[str, Any]`):
-            Content of a JSON file.
-        what (`str`):
-            Whose it is, for the error: `"Teacher 'low'"`.
-        name (`str`):
-            Name of the file.
-
-    Raises:
-        ValueError: If it does, at any depth.
-    """
+    """See that a configuration names no code, no repository and no file that its libraries would follow."""
     for path, key, value in _entries(config):
         where = f"`{path}` in its '{name}'"
         if key != "cache_implementation" and _IMPLEMENTATION.fullmatch(key):
@@ -185,23 +173,7 @@ def _short(value: Any) -> str:
 
 
 def read_json(path: Path, what: str, advice: str = "Save the model again.") -> dict[str, Any]:
-    """Read a JSON object from a file that anybody may have written.
-
-    Args:
-        path (`pathlib.Path`):
-            The file.
-        what (`str`):
-            Whose it is, for the error: `"Teacher 'low'"`.
-        advice (`str`, *optional*):
-            What to do, for the error.
-
-    Returns:
-        `dict[str, Any]`
-
-    Raises:
-        ValueError: If it is too large, no UTF-8, no JSON, no object, nested too deeply, or has a key twice, `NaN`,
-            `Infinity` or a number without measure.
-    """
+    """Read a JSON object from a file that anybody may have written."""
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"{path.stat().st_size:,} bytes, more than {_MAX_JSON_BYTES:,}")
@@ -216,18 +188,7 @@ def read_json(path: Path, what: str, advice: str = "Save the model again.") -> d
 
 
 def parse_json(content: bytes) -> Any:
-    """Read JSON strictly: what is valid here means the same to every reader.
-
-    Args:
-        content (`bytes`):
-            UTF-8.
-
-    Returns:
-        `Any`
-
-    Raises:
-        ValueError: See [`read_json`]; the message is the reason alone.
-    """
+    """Read JSON strictly: what is valid here means the same to every reader."""
     try:
         value = json.loads(
             content.decode("utf-8"),
@@ -285,17 +246,7 @@ def _no_number(text: str) -> float:
 
 
 def check_processor_files(folder: Path, what: str) -> None:
-    """Check what the tokenizer or image processor of a model will be read from.
-
-    Args:
-        folder (`pathlib.Path`):
-            Where the model is.
-        what (`str`):
-            Whose it is, for the error.
-
-    Raises:
-        ValueError: See [`read_json`] and [`check_config`].
-    """
+    """Check what the tokenizer or image processor of a model will be read from."""
     for name in (*_CONFIGS, *_VOCABULARIES):
         if (folder / name).is_file():
             content = read_json(folder / name, what)
@@ -304,20 +255,7 @@ def check_processor_files(folder: Path, what: str) -> None:
 
 
 def read_shards(index: Path, what: str) -> set[str]:
-    """Read the names of the parts of a model's weights.
-
-    Args:
-        index (`pathlib.Path`):
-            `model.safetensors.index.json`.
-        what (`str`):
-            Whose it is, for the error.
-
-    Returns:
-        `set[str]`: Names of files beside the index, empty where there is no index.
-
-    Raises:
-        ValueError: If it names anything else.
-    """
+    """Read the names of the parts of a model's weights."""
     if not index.is_file():
         return set()
     parts = read_json(index, what).get("weight_map")
@@ -333,15 +271,7 @@ def read_shards(index: Path, what: str) -> set[str]:
 
 
 def check_safetensors(path: Path) -> None:
-    """See by its bytes that a file is what its name says, before any library opens it.
-
-    Args:
-        path (`pathlib.Path`):
-            A file of weights.
-
-    Raises:
-        SafetensorError: If it is a pickle or anything else.
-    """
+    """See by its bytes that a file is what its name says, before any library opens it."""
     if not path.is_file():
         raise SafetensorError(f"'{path.name}' is no file")
     with open(path, "rb") as file:

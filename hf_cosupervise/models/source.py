@@ -39,19 +39,7 @@ _TIMM_PREFIXES = ("hf-hub:", "local-dir:")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model's files, in a folder or at one commit of the Hub. [`find_model`] makes it.
-
-    Args:
-        what (`str`): How errors name it: `"Teacher 'low'"`.
-        repo (`str`): Folder or Hub id, without a prefix of timm.
-        revision (`str`, *optional*): Branch, tag or commit that was asked for.
-        commit (`str`, *optional*): 40 hexadecimal digits; `None` for a folder.
-        subfolder (`str`, *optional*): Where in the folder or repository.
-        folder (`pathlib.Path`): Where on this machine the files are; of the Hub, in the client's cache.
-        config (`dict[str, Any]`): Content of `config.json`, empty where an adapter has none.
-        adapter (`dict[str, Any]`, *optional*): Content of `adapter_config.json`.
-        base (`ModelSource`, *optional*): The model that an adapter was trained on.
-    """
+    """A model's files, in a folder or at one commit of the Hub."""
 
     what: str
     repo: str
@@ -93,18 +81,7 @@ class ModelSource:
         return {"commit": None, "weights": _hash_files(files), **base}
 
     def fetch(self) -> Path:
-        """Download everything that the loaders read and that is not here yet.
-
-        Of a repository it is the one folder, without folders in it: safetensors and skops, configurations and
-        vocabularies, never a pickle or code.
-
-        Returns:
-            `pathlib.Path`: The folder to load from.
-
-        Raises:
-            OSError: If the Hub refuses it or cannot be reached, or there are no weights.
-            ValueError: If its weights are kept in another format.
-        """
+        """Download everything that the loaders read and that is not here yet."""
         if self.commit is not None:
             fetch_files(
                 self.repo,
@@ -160,18 +137,7 @@ class ModelSource:
         return self.repo if self.subfolder is None else f"{self.repo}/{self.subfolder}"
 
     def file(self, name: str) -> Path:
-        """Give the path of one file, after [`~Checkpoint.fetch`].
-
-        Args:
-            name (`str`):
-                Its name.
-
-        Returns:
-            `pathlib.Path`
-
-        Raises:
-            FileNotFoundError: If there is none.
-        """
+        """Give the path of one file, after [`~Checkpoint.fetch`]."""
         path = self.folder / name
         if not path.is_file():
             raise FileNotFoundError(
@@ -181,12 +147,7 @@ class ModelSource:
         return path
 
     def name_after(self, *loaded: Any) -> None:
-        """Let models and processors of the Hub say their id, not the folder of the cache that they were read from.
-
-        Args:
-            loaded (`PreTrainedModel`, `PreTrainedTokenizerBase` …):
-                What was loaded from [`~Checkpoint.fetch`], changed in place.
-        """
+        """Let models and processors of the Hub say their id, not the folder of the cache that they were read from."""
         if self.is_local:
             return
         for item in loaded:
@@ -228,29 +189,7 @@ def find_model(
     commit: str | None = None,
     is_base: bool = False,
 ) -> ModelSource:
-    """Find a model and pin it: only its configuration is read.
-
-    Args:
-        model (`str`):
-            Folder, or Hub id; also as timm writes them (`hf-hub:user/name@v1`, `local-dir:folder`).
-        what (`str`):
-            Who needs it, for errors: `"Teacher 'low'"`.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub. Defaults to the main branch.
-        subfolder (`str`, *optional*):
-            Folder in it that holds the model.
-        commit (`str`, *optional*):
-            The commit, where it is known already; the Hub is then not asked for it again.
-        is_base (`bool`, *optional*, defaults to `False`):
-            Whether an adapter needs it as its base, so that it may not be an adapter itself.
-
-    Returns:
-        [`ModelSource`]
-
-    Raises:
-        OSError: If the model is not there, or the Hub refuses it or cannot be reached.
-        ValueError: If the id or a configuration is not usable, or two revisions are named.
-    """
+    """Find a model and pin it: only its configuration is read."""
     repo, revision = _split_model(model, revision, what)
     if Path(repo).is_dir():
         if revision is not None:
@@ -283,20 +222,7 @@ def find_model(
 
 
 def find_kind(source: ModelSource, model: str) -> str:
-    """Tell by its files which library reads a model.
-
-    Args:
-        source ([`ModelSource`]):
-            What [`find_model`] gave.
-        model (`str`):
-            As it was asked for: one with a prefix of timm is timm's.
-
-    Returns:
-        `str`: `"transformers"` (adapters of peft too), `"timm"` or `"sklearn"`.
-
-    Raises:
-        ValueError: If it does not show.
-    """
+    """Tell by its files which library reads a model."""
     if source.is_adapter:
         return "transformers"
     if model.startswith(_TIMM_PREFIXES):
@@ -413,15 +339,7 @@ def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
 
 @contextmanager
 def whole_weights(source: ModelSource) -> Iterator[None]:
-    """Say of which model a file of weights is damaged.
-
-    Args:
-        source ([`ModelSource`]):
-            What is loaded inside.
-
-    Raises:
-        ValueError: If a file of weights is cut off or no such file.
-    """
+    """Say of which model a file of weights is damaged."""
     try:
         yield
     except SafetensorError as error:

@@ -40,22 +40,7 @@ _RIDGE_ALPHA, _LOGIT_SCALE = 0.01, 10.0
 
 
 def single_teacher_pool(pool: PseudolabelPool, name: str, probs: np.ndarray) -> PseudolabelPool:
-    """Give the examples of a pool with pseudolabels of one's own.
-
-    Args:
-        pool (`PseudolabelPool`):
-            Ids, inputs and labels are its.
-        name (`str`):
-            What the one teacher is called.
-        probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            Rows sum to 1, or are all zero where there is no pseudolabel.
-
-    Returns:
-        `PseudolabelPool`
-
-    Raises:
-        ValueError: If the name or the probabilities are not usable.
-    """
+    """Give the examples of a pool with pseudolabels of one's own."""
     hierarchy = TeacherHierarchy(pool.labels, [Teacher(name, kind="column")])
     single = PseudolabelPool.from_predictions(hierarchy, pool.ids, {name: probs}, inputs=pool.inputs)
     single.source, single.input_column = pool.source, pool.input_column
@@ -243,22 +228,7 @@ def _hard_labels(pool: PseudolabelPool, names: tuple[str, ...]) -> torch.Tensor:
 
 
 def fit_temperatures(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> dict[str, float]:
-    """Find how sure each teacher should be, from labelled examples.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The teachers.
-        labelled_pool (`PseudolabelPool`):
-            The same teachers on other examples, with `oracle_label`. Of a teacher, those count that it answered, and
-            where it has a `scope` only those whose label is in it: elsewhere it cannot be right, and its temperature
-            would say so instead of how sure it may be.
-
-    Returns:
-        `dict[str, float]`: temperature by teacher name, see [`fit_temperature`].
-
-    Raises:
-        ValueError: If the labelled pool lacks teachers or ground truth, or fewer than 10 examples count for a teacher.
-    """
+    """Find how sure each teacher should be, from labelled examples."""
     truth = _oracle_labels(pool, labelled_pool)
     temperatures = {}
     for teacher in pool.hierarchy.teachers:

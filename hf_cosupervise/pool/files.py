@@ -32,22 +32,7 @@ _FACTS = {"kind": str, "revision": str, "commit": str, "dropped_mass": int | flo
 
 
 def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, label_probs: np.ndarray) -> Dataset:
-    """Wrap one teacher's pseudolabels as a dataset of fixed-size lists.
-
-    Args:
-        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
-            Id of each example.
-        label_ids (`np.ndarray` of shape `(num_examples, k)`):
-            Label ids.
-        label_probs (`np.ndarray` of shape `(num_examples, k)`, float16):
-            Their probabilities.
-
-    Returns:
-        `datasets.Dataset` of `id`, `label_ids` and `label_probs`, in one Arrow chunk.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-    """
+    """Wrap one teacher's pseudolabels as a dataset of fixed-size lists."""
     if label_ids.ndim != 2 or not (len(ids), label_ids.shape[1]) == label_ids.shape == label_probs.shape:
         raise ValueError(
             f"Pseudolabels of {len(ids)} examples must have shape ({len(ids)}, k), got {label_ids.shape} and "
@@ -81,16 +66,7 @@ def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, labe
 def write_teacher(
     path: Path, ids: Sequence[Any] | np.ndarray, pieces: Iterable[tuple[np.ndarray, np.ndarray]]
 ) -> None:
-    """Write one teacher's pseudolabels to an Arrow file of a single chunk, without holding them in memory.
-
-    Args:
-        path (`pathlib.Path`):
-            File to write; its folder is made.
-        ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
-            Id of each example.
-        pieces (`Iterable[tuple[np.ndarray, np.ndarray]]`):
-            Label ids and float16 probabilities, each `(num_rows, k)`, of at least one row and `num_examples` in all.
-    """
+    """Write one teacher's pseudolabels to an Arrow file of a single chunk, without holding them in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = (path.with_suffix(".ids"), path.with_suffix(".probs"))
     with open(raw[0], "wb") as ids_file, open(raw[1], "wb") as probs_file:
@@ -105,14 +81,7 @@ def write_teacher(
 
 
 def write_arrow(dataset: Dataset, path: Path) -> None:
-    """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            What to write; images that are still files or addresses are read in.
-        path (`pathlib.Path`):
-            File to write; its folder is made.
-    """
+    """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
     batch = len(dataset) if "label_ids" in dataset.column_names else 1000
@@ -124,15 +93,7 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
 
 
 def find_own_file(dataset: Dataset) -> Path | None:
-    """Find the file of one chunk that holds these pseudolabels and nothing else, as it is on disk now.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            Pseudolabels of one teacher.
-
-    Returns:
-        `pathlib.Path`, or `None` where there is no such file.
-    """
+    """Find the file of one chunk that holds these pseudolabels and nothing else, as it is on disk now."""
     files = [Path(file["filename"]) for file in dataset.cache_files]
     if "label_ids" not in dataset.column_names or dataset._indices is not None or len(files) != 1:
         return None
@@ -144,28 +105,7 @@ def find_own_file(dataset: Dataset) -> Path | None:
 
 
 def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, what: str, advice: str) -> Dataset:
-    """Map a file of a pool, of which the header may know what it must be.
-
-    Args:
-        path (`pathlib.Path`):
-            The file, which exists.
-        size (`int`, *optional*):
-            What it must measure in bytes.
-        digest (`str`, *optional*):
-            What [`file_digest`] must give.
-        verify (`bool`):
-            Whether to compare the digest, which reads all of the file.
-        what (`str`):
-            The pool, for the error.
-        advice (`str`):
-            What to do, for the error.
-
-    Returns:
-        `datasets.Dataset`
-
-    Raises:
-        ValueError: If the file is another one, or damaged, or names files in place of its content.
-    """
+    """Map a file of a pool, of which the header may know what it must be."""
     found, found_size = "", path.stat().st_size
     if size not in (None, found_size):
         found = f"{found_size} bytes instead of {size}"
@@ -201,33 +141,12 @@ def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, wh
 
 
 def dump_header(header: Mapping[str, Any]) -> str:
-    """Give a header as the text of its file.
-
-    Args:
-        header (`Mapping[str, Any]`):
-            JSON values.
-
-    Returns:
-        `str`: JSON; it ends with a line break.
-    """
+    """Give a header as the text of its file."""
     return json.dumps(header, indent=2) + "\n"
 
 
 def read_header(path: Path, what: str | Path) -> dict[str, Any]:
-    """Read a header that anybody may have written.
-
-    Args:
-        path (`pathlib.Path`):
-            Its file.
-        what (`str` or `pathlib.Path`):
-            The pool, for the error.
-
-    Returns:
-        `dict[str, Any]`: The header, with a hierarchy that is valid.
-
-    Raises:
-        ValueError: If it is of a newer version, or none that a pool could have.
-    """
+    """Read a header that anybody may have written."""
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
         json.dumps(header, ensure_ascii=False).encode("utf-8")  # JSON can spell what is no text
@@ -277,29 +196,13 @@ def _bad_header(what: str | Path, found: str) -> ValueError:
 
 
 def file_names(header: Mapping[str, Any]) -> list[str]:
-    """Tell which Arrow files a pool has.
-
-    Args:
-        header (`Mapping[str, Any]`):
-            What [`read_header`] gave.
-
-    Returns:
-        `list[str]`: Paths in its folder.
-    """
+    """Tell which Arrow files a pool has."""
     names = [f"teachers/{teacher['name']}/data.arrow" for teacher in header["hierarchy"]["teachers"]]
     return [*names, INPUTS] if header["has_inputs"] else names
 
 
 def ids_digest(ids: np.ndarray) -> str:
-    """Hash ids in their order.
-
-    Args:
-        ids (`np.ndarray` of shape `(num_examples,)`):
-            Integers or strings.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-    """
+    """Hash ids in their order."""
     digest = hashlib.blake2b(digest_size=8)
     for start in range(0, len(ids), _CHUNK):
         digest.update("".join(f"{value!r}\n" for value in ids[start : start + _CHUNK].tolist()).encode("utf-8"))

@@ -28,22 +28,7 @@ def check_id_values(ids: Sequence[Any] | np.ndarray) -> None:
 
 
 def match_ids(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
-    """Find the rows that hold the wanted ids.
-
-    Args:
-        ids (`np.ndarray` of shape `(num_rows,)`):
-            Unique ids.
-        wanted (`np.ndarray` of shape `(num_wanted,)`):
-            Unique ids, each of which must be there.
-        what (`str`):
-            Who is searched, for the error.
-
-    Returns:
-        `np.ndarray` of shape `(num_wanted,)`: `ids[rows] == wanted`.
-
-    Raises:
-        ValueError: If an id is missing.
-    """
+    """Find the rows that hold the wanted ids."""
     positions = {value: row for row, value in enumerate(ids.tolist())}
     rows = [positions.get(value, -1) for value in wanted.tolist()]
     if missing := [value for value, row in zip(wanted.tolist(), rows) if row < 0]:

@@ -71,24 +71,7 @@ def pool_from_votes(
     labels: Sequence[str],
     inputs: Dataset | None = None,
 ) -> PseudolabelPool:
-    """Make a pool of a matrix of votes, each column a teacher of level 0.
-
-    Args:
-        matrix (`np.ndarray` or nested sequence of shape `(num_rows, num_voters)`):
-            Label ids or label names; -1, `None`, NaN and `""` are no vote.
-        names (`Sequence[str]`):
-            One per voter.
-        labels (`Sequence[str]`):
-            The task's label names.
-        inputs (`datasets.Dataset`, *optional*):
-            One row per row of votes. Its `id` column is used where it has one; rows are numbered otherwise.
-
-    Returns:
-        `PseudolabelPool`
-
-    Raises:
-        ValueError: If the shape, a vote or a name is not usable.
-    """
+    """Make a pool of a matrix of votes, each column a teacher of level 0."""
     votes = _read_matrix(matrix, labels)
     if votes.ndim != 2 or votes.shape[1] != len(names):
         raise ValueError(
@@ -108,32 +91,7 @@ def pool_from_answers(
     worker_column: str = "worker",
     label_column: str = "label",
 ) -> PseudolabelPool:
-    """Make a pool of a long table of a crowd's answers, one row for each; every worker is a teacher of level 0.
-
-    A worker that answered an item several times has the vote of most of these answers, and none where they are even.
-    Characters that a teacher's name cannot have become `-`.
-
-    Args:
-        table (`datasets.Dataset`, `pandas.DataFrame`, or `Mapping[str, Sequence]`):
-            With the three columns.
-        labels (`Sequence[str]`, *optional*):
-            The task's label names. Defaults to what the answers say, as in [`hierarchy_from_columns`].
-        inputs (`datasets.Dataset`, *optional*):
-            With an `id` column of the items: these are the rows then, answered or not. Otherwise the items are, in the
-            order in which they first appear.
-        item_column (`str`, *optional*, defaults to `"item"`):
-            Which column names the item.
-        worker_column (`str`, *optional*, defaults to `"worker"`):
-            Which column names the worker.
-        label_column (`str`, *optional*, defaults to `"label"`):
-            Which column holds the label, an id or a name; -1, `None`, NaN and `""` are no answer.
-
-    Returns:
-        `PseudolabelPool`
-
-    Raises:
-        ValueError: If a column is missing, an answer is no label, or an item is not among the inputs.
-    """
+    """Make a pool of a long table of a crowd's answers, one row for each; every worker is a teacher of level 0."""
     items, workers, answers = (_read_column(table, name) for name in (item_column, worker_column, label_column))
     if labels is None:
         labels = _seen_labels(answers, f"the column '{label_column}'")
@@ -241,15 +199,7 @@ def _read_column(table: Any, name: str) -> list[Any]:
 
 
 def pool_votes(pool: PseudolabelPool) -> np.ndarray:
-    """Give the most probable label of every teacher, what label models are fitted on.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The teachers.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples, num_teachers)`, int64: -1 where a teacher has no answer.
-    """
+    """Give the most probable label of every teacher, what label models are fitted on."""
     return np.stack([pool.hard_labels(name) for name in pool.hierarchy.names], axis=1)
 
 
@@ -260,25 +210,7 @@ def with_aggregate(
     *,
     features: Any = None,
 ) -> PseudolabelPool:
-    """Put a label model at the root of a pool, and move its teachers a level down, where they are its specialists.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The teachers, such as columns of votes.
-        method (`str`, `Callable` or `LabelModel`, *optional*, defaults to `"shared_majority"`):
-            A name of [`LABEL_MODELS`], what [`aggregated_pool`] takes, or a label model: as it is where it is fitted,
-            so that the rows of another split get the posteriors of the first one's model, and fitted here otherwise.
-        name (`str`, *optional*):
-            What the root is called. Defaults to the method's name.
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
-            See [`aggregated_pool`].
-
-    Returns:
-        `PseudolabelPool`: of one more teacher and one more level.
-
-    Raises:
-        ValueError: If the method is not known or cannot use these votes, or a teacher has the root's name.
-    """
+    """Put a label model at the root of a pool, and move its teachers a level down, where they are its specialists."""
     if isinstance(method, str) and method in LABEL_MODELS:
         method = make_label_model(method)
     if isinstance(method, LabelModel):
@@ -307,20 +239,7 @@ def with_aggregate(
 
 @dataclass(frozen=True)
 class PoolDescription:
-    """What the teachers of a pool said, as a table when it is printed.
-
-    Args:
-        labels (`tuple[str, ...]`):
-            The task's label names.
-        num_rows (`int`):
-            Number of examples.
-        coverage (`float`):
-            Share of the examples with a vote.
-        conflicts (`float`):
-            Share of the examples whose votes name several labels.
-        voters (`tuple[VoterFacts, ...]`):
-            Each teacher.
-    """
+    """What the teachers of a pool said, as a table when it is printed."""
 
     labels: tuple[str, ...]
     num_rows: int
@@ -348,15 +267,7 @@ class PoolDescription:
 
 
 def describe(pool: PseudolabelPool) -> PoolDescription:
-    """Say of every teacher which labels it names, where, with whom and against whom; how well, where that is declared.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The teachers. Accuracy is there only with an `oracle_label` among the inputs.
-
-    Returns:
-        `PoolDescription`: print it for a table.
-    """
+    """Say of every teacher which labels it names, where, with whom and against whom."""
     votes = pool_votes(pool)
     facts = voter_facts(votes, pool.hierarchy.names, pool.oracle_labels)
     kinds = [len(set(row) - {_NO_VOTE}) for row in votes.tolist()]

@@ -44,29 +44,7 @@ _verified: set[tuple[tuple[int, ...], str]] = set()
 
 
 class FeatureStore:
-    """Keep the head's inputs of each example, keyed by backbone, preprocessing and content.
-
-    Rows are found by the digest of their content, so that training sets, test sets, levels, seeds and baselines that
-    share examples share their features, whatever the order. A run that was killed while the backbone ran is gone on
-    with by the next one of the same rows and batch size. Files are compared with their digests when a process first
-    uses them; what is spoilt is named in a warning and computed again.
-
-    Args:
-        folder (`pathlib.Path`):
-            Where all stores live; one sub-folder per backbone and preprocessing.
-        model (`nn.Module`):
-            The whole student, in `eval()` mode.
-        head (`nn.Linear`):
-            Its head, the inputs of which are kept.
-        processor (`InputProcessor`):
-            How cells become model inputs.
-        autocast (`Callable`, *optional*):
-            Context for mixed precision while the backbone runs.
-        precision (`str`, *optional*, defaults to `"float32"`):
-            Name of that precision, part of the key.
-        dtype (`str`, *optional*, defaults to `"float32"`):
-            How features are kept: `"float32"`, or `"float16"` for half the space.
-    """
+    """Keep the head's inputs of each example, keyed by backbone, preprocessing and content."""
 
     def __init__(
         self,
@@ -94,31 +72,7 @@ class FeatureStore:
         wait: Callable[[], None] = lambda: None,
         disable_tqdm: bool = False,
     ) -> np.ndarray:
-        """Give the head's inputs of every row, running the backbone only where they are not known yet.
-
-        Args:
-            dataset (`datasets.Dataset`):
-                Data.
-            column (`str`):
-                The column that the model reads.
-            batch_size (`int`, *optional*, defaults to 64):
-                Rows per forward pass.
-            shard (`tuple[int, int]`, *optional*, defaults to `(0, 1)`):
-                Number of this process and of all processes, each of which computes its share.
-            wait (`Callable`, *optional*):
-                Barrier between processes.
-            disable_tqdm (`bool`, *optional*, defaults to `False`):
-                Hide the progress bar.
-
-        Returns:
-            `np.ndarray` of shape `(num_examples, feature_size)`: mapped from disk where the rows lie there in this
-            order or are too many for the memory, else in memory.
-
-        Raises:
-            FileNotFoundError: If what another process wrote cannot be seen.
-            OSError: If the disk is full; what is computed stays, and the next run goes on from there.
-            ValueError: If features that were put in by [`write`] are not as they were, or others are not finite.
-        """
+        """Give the head's inputs of every row, running the backbone only where they are not known yet."""
         digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
         self._load_ordered(digests)
         unknown = np.flatnonzero(self._find(digests).rows < 0)
@@ -138,21 +92,7 @@ class FeatureStore:
         return self._gather(found, digests)
 
     def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
-        """Put features in that were computed elsewhere, so that the backbone need not run for them.
-
-        Args:
-            dataset (`datasets.Dataset`):
-                Data.
-            column (`str`):
-                The column that the model reads.
-            batches (`Iterable[np.ndarray]`):
-                Arrays of shape `(num_rows, feature_size)`: what the head reads, in the order of the data.
-
-        Raises:
-            OSError: If the disk is full; nothing half written is left.
-            ValueError: If their sizes are not those of the head and the data, a value is not finite, or the features
-                of a row are known already.
-        """
+        """Put features in that were computed elsewhere, so that the backbone need not run for them."""
         digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
         if num_known := int((self._find(digests).rows >= 0).sum()):
             raise ValueError(
@@ -174,28 +114,7 @@ class FeatureStore:
         is_first: bool = True,
         wait: Callable[[], None] = lambda: None,
     ) -> torch.Tensor:
-        """Give each row's nearest others among the rows, found once for the same rows in the same order.
-
-        Args:
-            dataset (`datasets.Dataset`):
-                Data.
-            column (`str`):
-                The column that the model reads.
-            features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-                What [`features`] gave for it.
-            k (`int`):
-                How many.
-            is_first (`bool`, *optional*, defaults to `True`):
-                Whether this process writes what others read.
-            wait (`Callable`, *optional*):
-                Barrier between processes.
-
-        Returns:
-            `torch.LongTensor` of shape `(num_examples, k)`, see [`nearest_neighbors`].
-
-        Raises:
-            FileNotFoundError: If what the first process wrote cannot be seen.
-        """
+        """Give each row's nearest others among the rows, found once for the same rows in the same order."""
         digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
         folder, shape = self.folder / _name(f"neighbors-{k}", digests), (len(digests), k)
         if is_first and self._load(folder, _ROWS, np.dtype(np.int32), shape) is None:
@@ -301,11 +220,7 @@ class FeatureStore:
 
     @contextmanager
     def _unfinished(self, name: str, num_bytes: int, keep: bool = False) -> Iterator[Path]:
-        """A folder that gets its name only when all in it is whole.
-
-        With `keep`, a later run finds what was in it when this one died; if another is at it now, the folder is a
-        private one.
-        """
+        """A folder that gets its name only when all in it is whole."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             folder = self.folder / f"{_PARTIAL}{name}"
@@ -433,10 +348,7 @@ def _write_features(
     batch_size: int = 1,
     disable_tqdm: bool = True,
 ) -> None:
-    """Write features batch by batch, and after each a line with a checksum; go on where a run before was killed.
-
-    `batches` gives what comes after the number of rows that are there.
-    """
+    """Write features batch by batch, and after each a line with a checksum; go on where a run before was killed."""
     header = _header(shape, dtype)
     done, checksum = _read_done(folder, header, shape, dtype, batch_size)
     with (
@@ -504,12 +416,7 @@ def _seal(folder: Path, backbone: str) -> None:
 
 
 def _verify(path: Path, backbone: str) -> None:
-    """Compare a file with what was noted of it: its size each time, its content once per process.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is another one.
-    """
+    """Compare a file with what was noted of it: its size each time, its content once per process."""
     *notes, owner = (path.parent / _OWNER).read_text(encoding="utf-8").split("\n")
     if owner != backbone:
         raise ValueError(f"one of backbone '{owner}' instead of '{backbone}'")
@@ -556,21 +463,7 @@ def _channels_last(value: torch.Tensor) -> torch.Tensor:
 
 
 def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, precision: str) -> str:
-    """Hash everything that decides the head's inputs: weights outside the head, preprocessing and precision.
-
-    Args:
-        model (`nn.Module`):
-            The whole student.
-        head (`nn.Linear`):
-            Its head, left out.
-        processor (`InputProcessor`):
-            How cells become model inputs.
-        precision (`str`):
-            Precision in which the backbone runs.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-    """
+    """Hash everything that decides the head's inputs: weights outside the head, preprocessing and precision."""
     own = {id(parameter) for parameter in head.parameters()}
     digest = hashlib.blake2b(digest_size=8)
     digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}".encode())

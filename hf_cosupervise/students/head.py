@@ -16,18 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Find the parameters of a classifier that are not its backbone's.
-
-    Args:
-        model (`nn.Module`):
-            A classification model of transformers, or timm's in transformers' wrapper.
-
-    Returns:
-        `list[tuple[str, nn.Parameter]]`: full names and parameters.
-
-    Raises:
-        ValueError: If the model does not tell its backbone from its head.
-    """
+    """Find the parameters of a classifier that are not its backbone's."""
     if hasattr(model, "timm_model"):
         classifier: nn.Module = model.timm_model.get_classifier()  # type: ignore[union-attr, operator]
         own = {id(parameter) for parameter in classifier.parameters()}
@@ -42,15 +31,7 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:
-    """Find the head of a classifier if it is one linear layer and nothing else.
-
-    Args:
-        model (`nn.Module`):
-            A classification model.
-
-    Returns:
-        `nn.Linear`, or `None` where the head has more parameters (RoBERTa, DistilBERT).
-    """
+    """Find the head of a classifier if it is one linear layer and nothing else."""
     own = {id(parameter) for _, parameter in head_parameters(model)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and {id(parameter) for parameter in module.parameters()} == own:
@@ -59,21 +40,7 @@ def linear_head(model: nn.Module) -> nn.Linear | None:
 
 
 def head_gives_logits(model: nn.Module, head: nn.Linear, inputs: Mapping[str, torch.Tensor]) -> bool:
-    """Tell whether the head's output on one vector per example is what the model answers.
-
-    It is not where the head sees every token and the model chooses among its outputs, as GPT-2 does.
-
-    Args:
-        model (`nn.Module`):
-            A classification model, in `eval()` mode.
-        head (`nn.Linear`):
-            Its head.
-        inputs (`Mapping[str, torch.Tensor]`):
-            What its forward reads, for a few examples.
-
-    Returns:
-        `bool`
-    """
+    """Tell whether the head's output on one vector per example is what the model answers."""
     captured: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, arguments: captured.append(arguments[0]))
     try:
@@ -88,12 +55,7 @@ def head_gives_logits(model: nn.Module, head: nn.Linear, inputs: Mapping[str, to
 
 
 def reset_head(model: nn.Module) -> None:
-    """Give every layer of the head fresh weights from torch's global generator.
-
-    Args:
-        model (`nn.Module`):
-            A classification model, changed in place.
-    """
+    """Give every layer of the head fresh weights from torch's global generator."""
     own = {id(parameter) for _, parameter in head_parameters(model)}
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))
@@ -108,21 +70,7 @@ def reset_head(model: nn.Module) -> None:
 def prepare_student(
     model: PreTrainedModel, training: str, lora: LoraConfig | None = None, *, seed: int = 42
 ) -> PreTrainedModel | PeftModel:
-    """Freeze what is not trained.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The student, changed in place.
-        training (`str`):
-            `"probe"` (only the head learns), `"lora"` (adapters and the head) or `"full"`.
-        lora (`LoraConfig`, *optional*):
-            Adapters for `"lora"`. Its `modules_to_save` is set to the head.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the adapters' first weights.
-
-    Returns:
-        `PreTrainedModel` or `PeftModel`: what the `Trainer` trains.
-    """
+    """Freeze what is not trained."""
     if training == "lora":
         if isinstance(model, PeftModel):
             return model

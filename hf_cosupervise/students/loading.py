@@ -51,26 +51,7 @@ def load_student(
 def load_pinned_student(
     model: str | os.PathLike[str], labels: Sequence[str], *, revision: str | None = None, seed: int = 42
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    """Do what [`load_student`] does, and tell what was loaded.
-
-    Args:
-        model (`str` or `os.PathLike`):
-            See [`load_student`].
-        labels (`Sequence[str]`):
-            The task's label names.
-        revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
-        seed (`int`, *optional*, defaults to 42):
-            Seed of the fresh head.
-
-    Returns:
-        `tuple[PreTrainedModel, Any, dict[str, Any]]`: the model, its processor, and for a model of the Hub `model`,
-        `revision` (as it was asked for) and `commit`; of a folder nothing is told.
-
-    Raises:
-        OSError: See [`load_student`].
-        ValueError: See [`load_student`].
-    """
+    """Do what [`load_student`] does, and tell what was loaded."""
     source = find_model(str(model), what="The student", revision=revision)
     origin: dict[str, Any] = {}
     if not source.is_local:

@@ -22,19 +22,7 @@ from ..models.source import MODEL_FILES
 
 
 def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_class: Any = None) -> None:
-    """Write the student as an ordinary model that loads without this package.
-
-    A LoRA student is merged, and its adapter is kept beside it in `adapter/`. Files are written to a temporary folder
-    and moved when all of them are whole. Files of a model that was exported there before go, others stay.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The student.
-        folder (`str` or `os.PathLike`):
-            Where to write.
-        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
-            Saved beside it.
-    """
+    """Write the student as an ordinary model that loads without this package."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="_student-", dir=folder))
@@ -75,30 +63,7 @@ def push_student(
     revision: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Upload an exported student in one commit: model, processor, card, history, report and figures, and nothing else.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            What [`export_student`] wrote, with a card.
-        repo_id (`str`):
-            The model repository, which exists.
-        message (`str`, *optional*):
-            Title of the commit.
-        story (`Mapping[str, bytes | Path]`, *optional*):
-            History, report and figures of this very student, by their names among `STORY_FILES`.
-        revision (`str`, *optional*):
-            Branch to commit to. Defaults to the main branch.
-        token (`str`, *optional*):
-            Instead of the token of the environment.
-
-    Returns:
-        `CommitInfo`: The commit.
-
-    Raises:
-        FileNotFoundError: If the folder holds no exported student.
-        OSError: If the Hub refuses it or cannot be reached; the repository is then as it was.
-        RuntimeError: If somebody else pushed at the same moment.
-    """
+    """Upload an exported student in one commit."""
     folder = Path(folder)
     files: dict[str, Path | bytes] = {
         str(path.relative_to(folder).as_posix()): path

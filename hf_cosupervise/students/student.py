@@ -34,27 +34,7 @@ def open_student(
     processing_class: Any = None,
     peft_config: LoraConfig | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Any, dict[str, Any]]:
-    """Load a student where it is named, see that it fits the task, and freeze what does not learn.
-
-    Args:
-        model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
-            A Hub id or folder, or a model, which is changed in place.
-        labels (`tuple[str, ...]`):
-            Label names of the task.
-        args (`CoSupervisedConfig`):
-            How it is trained.
-        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`, *optional*):
-            The student's, where `model` is a model.
-        peft_config (`peft.LoraConfig`, *optional*):
-            Adapters, instead of the `lora_…` fields.
-
-    Returns:
-        `tuple[PreTrainedModel | PeftModel, Any, dict[str, Any]]`: the model, its processor, and what
-        [`load_pinned_student`] tells of a model of the Hub.
-
-    Raises:
-        ValueError: If it does not fit the task, or its processor is missing.
-    """
+    """Load a student where it is named, see that it fits the task, and freeze what does not learn."""
     origin: dict[str, Any] = {}
     if isinstance(model, (str, os.PathLike)):
         model, loaded, origin = load_pinned_student(model, labels, revision=args.student_revision, seed=args.seed)
@@ -77,17 +57,7 @@ def open_student(
 
 
 def check_student(model: Any, labels: tuple[str, ...]) -> None:
-    """See that the head fits the task, and name its labels.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The student; its configuration is changed in place.
-        labels (`tuple[str, ...]`):
-            Label names of the task.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """See that the head fits the task, and name its labels."""
     num_labels = int(model.config.num_labels)
     if num_labels != len(labels):
         raise ValueError(
@@ -109,40 +79,14 @@ def check_student(model: Any, labels: tuple[str, ...]) -> None:
 
 
 class SavedStudent(Protocol):
-    """What is kept of a student: `student`, what training changed, and `folds`, heads for examples that each has not
-    seen."""
+    """What is kept of a student."""
 
     student: dict[str, torch.Tensor]
     folds: list[dict[str, torch.Tensor]]
 
 
 class Student:
-    """Ask the model that learns, and put it back as it was at another time.
-
-    Where it is a linear head on a frozen backbone, it is asked through features, which are computed once and kept.
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The model; it is changed in place.
-        processor (`InputProcessor`):
-            How cells become model inputs.
-        examples (`datasets.Dataset`):
-            The inputs that it learns from. Their features stay in memory.
-        input_column (`str`):
-            The column that it reads.
-        labels (`Sequence[str]`):
-            Label names of the task.
-        args (`CoSupervisedConfig`):
-            How it is trained, and how features are kept.
-        features_dir (`pathlib.Path`):
-            Where features are kept, if `args.features_dir` does not say it.
-        processes (`Processes`, *optional*):
-            Among which the work is shared out. This one alone by default.
-        prepare_inputs (`Callable`, *optional*):
-            Puts model inputs on the device of the model.
-        disable_tqdm (`bool`, *optional*, defaults to `True`):
-            Draw no bar while the backbone runs.
-    """
+    """Ask the model that learns, and put it back as it was at another time."""
 
     def __init__(
         self,
@@ -186,30 +130,17 @@ class Student:
         return tensors if self.args.student_training == "probe" else tensors | dict(self.model.named_buffers())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Give what training can change.
-
-        Returns:
-            `dict[str, torch.Tensor]`: By name, on the CPU.
-        """
+        """Give what training can change."""
         return {name: value.detach().cpu().contiguous() for name, value in self._trained().items()}
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """Give what training changes without a gradient, such as running means, which adapters leave out.
-
-        Returns:
-            `dict[str, torch.Tensor]`: By name, on the CPU.
-        """
+        """Give what training changes without a gradient, such as running means, which adapters leave out."""
         own = {name: value for name, value in self._trained().items() if not value.requires_grad}
         return {name: value.detach().cpu().contiguous() for name, value in own.items()}
 
     @torch.no_grad()
     def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write over what training changed.
-
-        Args:
-            tensors (`Mapping[str, torch.Tensor]`):
-                What [`tensors`] or [`buffers`] gave.
-        """
+        """Write over what training changed."""
         own = self._trained()
         for name, value in tensors.items():
             own[name].copy_(value)
@@ -219,12 +150,7 @@ class Student:
         self.put_back(self._first)
 
     def restore(self, saved: SavedStudent | None) -> None:
-        """Be as at the end of a finished stage, or as before the first one.
-
-        Args:
-            saved (`SavedStudent`, *optional*):
-                What was kept of that stage; none where nothing is finished.
-        """
+        """Be as at the end of a finished stage, or as before the first one."""
         self.folds = []
         if saved is None:
             self.start_anew()
@@ -235,35 +161,20 @@ class Student:
             self.folds[-1].load_state_dict(tensors)
 
     def fold_tensors(self) -> list[dict[str, torch.Tensor]]:
-        """Give the heads of the folds.
-
-        Returns:
-            `list[dict[str, torch.Tensor]]`: One per fold, on the CPU.
-        """
+        """Give the heads of the folds."""
         return [
             {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
             for head in self.folds
         ]
 
     def copy_head(self) -> nn.Linear:
-        """Copy the head of a frozen backbone as it is now.
-
-        Returns:
-            `nn.Linear`
-
-        Raises:
-            ValueError: If the student is another one.
-        """
+        """Copy the head of a frozen backbone as it is now."""
         if self.head is None:
             raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
         return copy.deepcopy(self.head)
 
     def digest(self) -> str:
-        """Hash all weights, as they were before any training.
-
-        Returns:
-            `str`: 16 hexadecimal digits.
-        """
+        """Hash all weights, as they were before any training."""
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.model.state_dict().items()):
             tensor = self._first.get(name, value)
@@ -275,17 +186,7 @@ class Student:
 
     @torch.no_grad()
     def predict_log_probs(self, dataset: Dataset, *, share: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Stream log-probabilities, a chunk of rows at a time.
-
-        Args:
-            dataset (`datasets.Dataset`):
-                Inputs.
-            share (`bool`, *optional*, defaults to `False`):
-                With several processes, give each its own chunks only.
-
-        Returns:
-            `Iterator[tuple[slice, torch.Tensor]]`: rows and log-probabilities `(rows, num_labels)`, float32 on CPU.
-        """
+        """Stream log-probabilities, a chunk of rows at a time."""
         chunks = self.processes.share(row_chunks(len(dataset))) if share else row_chunks(len(dataset))
         if self.head is not None:
             features = self.features(dataset)
@@ -303,14 +204,7 @@ class Student:
         return self.model(**inputs).logits.float()
 
     def judge_examples(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Stream what it says of this process's share of the examples that it learns from.
-
-        Under cross-fitting heads say it that were not trained on the example: what a student has learnt by heart it
-        would agree with.
-
-        Returns:
-            `Iterator[tuple[slice, torch.Tensor]]`: See [`predict_log_probs`].
-        """
+        """Stream what it says of this process's share of the examples that it learns from."""
         if not self.folds:
             yield from self.predict_log_probs(self.examples, share=True)
             return
@@ -323,58 +217,24 @@ class Student:
             yield chunk, torch.log_softmax(logits, dim=1)
 
     def predict_labels(self, dataset: Dataset) -> np.ndarray:
-        """Give the most probable label of each example.
-
-        Args:
-            dataset (`datasets.Dataset`):
-                Inputs; labels are not looked at.
-
-        Returns:
-            `np.ndarray` of shape `(num_examples,)`, int64.
-        """
+        """Give the most probable label of each example."""
         parts = [log_probs.numpy().argmax(axis=1) for _, log_probs in self.predict_log_probs(dataset)]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def measure_accuracy(self, dataset: Dataset) -> float:
-        """Measure the accuracy on labelled data.
-
-        Args:
-            dataset (`datasets.Dataset`):
-                Inputs with a label column.
-
-        Returns:
-            `float`: 0 to 1.
-
-        Raises:
-            ValueError: If the data has no labels of the task.
-        """
+        """Measure the accuracy on labelled data."""
         labels = read_labels(dataset, find_label_column(dataset), self.labels)
         return accuracy(self.predict_labels(dataset), labels)
 
     def label(self, dataset: Any) -> Any:
-        """Reduce an evaluation set, or several by name, to inputs and label ids of the task.
-
-        Args:
-            dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`):
-                Inputs with a label column. `None`, and the name of a set, stay as they are.
-
-        Returns:
-            The same, with the columns that are needed, the label ids in `labels`.
-
-        Raises:
-            ValueError: If the data has no labels of the task.
-        """
+        """Reduce an evaluation set, or several by name, to inputs and label ids of the task."""
         return label_inputs(dataset, self.input_column, self.labels)
 
     # --- features, where it is a linear head on a frozen backbone ----------------------------------------------------
 
     @property
     def store(self) -> FeatureStore:
-        """[`FeatureStore`]: Where the head's inputs are kept; features computed elsewhere can be put there.
-
-        Raises:
-            ValueError: If the student is not a linear head on a frozen backbone.
-        """
+        """[`FeatureStore`]: Where the head's inputs are kept; features computed elsewhere can be put there."""
         if self.head is None:
             raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
         self.model.eval()
@@ -389,19 +249,7 @@ class Student:
         )
 
     def features(self, dataset: Dataset) -> torch.Tensor:
-        """Give the head's inputs.
-
-        Args:
-            dataset (`datasets.Dataset`):
-                Inputs.
-
-        Returns:
-            `torch.Tensor` of shape `(num_examples, feature_size)`: mapped from disk, or on the student's device where
-            that is another one.
-
-        Raises:
-            ValueError: If the student is not a linear head on a frozen backbone.
-        """
+        """Give the head's inputs."""
         if dataset is self.examples and self._features is not None:
             return self._features
         values = self.store.features(
@@ -418,29 +266,11 @@ class Student:
         return features
 
     def example_features(self) -> torch.Tensor:
-        """Give the head's inputs for each example that it learns from.
-
-        Returns:
-            `torch.Tensor` of shape `(num_examples, feature_size)`: See [`features`].
-
-        Raises:
-            ValueError: If the student is not a linear head on a frozen backbone.
-        """
+        """Give the head's inputs for each example that it learns from."""
         return self.features(self.examples)
 
     def nearest(self, k: int) -> torch.Tensor:
-        """Give each example's neighbours in the features: the backbone is frozen, so they are found once.
-
-        Args:
-            k (`int`):
-                How many, at most the larger of `agreement_neighbors` and `teacher_neighbors`.
-
-        Returns:
-            `torch.LongTensor` of shape `(num_examples, k)`, the nearest first.
-
-        Raises:
-            ValueError: If the student is not a linear head on a frozen backbone.
-        """
+        """Give each example's neighbours in the features: the backbone is frozen, so they are found once."""
         if self._neighbors is None:
             most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
             self._neighbors = self.store.neighbors(
@@ -455,22 +285,7 @@ class Student:
 
 
 def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...]) -> Any:
-    """Reduce an evaluation set, or several by name, to inputs and label ids.
-
-    Args:
-        dataset (`datasets.Dataset` or `dict[str, datasets.Dataset]`):
-            Inputs with a label column. `None`, and the name of a set, stay as they are.
-        input_column (`str`):
-            The column that the student reads.
-        labels (`tuple[str, ...]`):
-            Label names of the task.
-
-    Returns:
-        The same, with the columns that are needed, the label ids in `labels`.
-
-    Raises:
-        ValueError: If the data has no labels of the task.
-    """
+    """Reduce an evaluation set, or several by name, to inputs and label ids."""
     if dataset is None or isinstance(dataset, str):
         return dataset
     if isinstance(dataset, dict):
@@ -480,13 +295,5 @@ def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...]) -> An
 
 
 def measure_predictions(prediction: EvalPrediction) -> dict[str, float]:
-    """Measure what the `Trainer` predicted: the default of its `compute_metrics`.
-
-    Args:
-        prediction (`EvalPrediction`):
-            Logits and label ids.
-
-    Returns:
-        `dict[str, float]`: `accuracy`, 0 to 1.
-    """
+    """Measure what the `Trainer` predicted: the default of its `compute_metrics`."""
     return {"accuracy": accuracy(prediction.predictions.argmax(axis=1), prediction.label_ids)}

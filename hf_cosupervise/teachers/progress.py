@@ -29,19 +29,7 @@ _AFRESH = "Delete that folder to start afresh."
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows `start` to `stop` that one teacher has labelled, and where their bytes lie.
-
-    Args:
-        path (`pathlib.Path`): File of the bytes.
-        offset (`int`): Where they begin.
-        start (`int`): First row.
-        stop (`int`): One after the last row.
-        num_answered (`int`): Rows that are not all zero.
-        num_failed (`int`): Rows that are missing because the teacher failed on them.
-        failed_rows (`tuple[int, ...]`): The first few of those.
-        dropped (`float`): Sum of the probability mass that was not kept, over the answered rows.
-        reason (`str`): Why the first of the failed rows is missing.
-    """
+    """Rows `start` to `stop` that one teacher has labelled, and where their bytes lie."""
 
     path: Path
     offset: int
@@ -55,21 +43,7 @@ class Segment:
 
 
 class Progress:
-    """A folder of labels of some rows of some teachers, in the order in which they were made.
-
-    Each process of each run appends to files of its own (a *part*): the bytes of a batch, then a line that says which
-    rows they are, with a checksum. What was cut off or damaged has no valid line, and is labelled again.
-
-    Args:
-        folder (`pathlib.Path`):
-            Where it lies.
-        num_rows (`int`):
-            Rows of the dataset.
-        k (`int`):
-            Labels kept per row.
-        dtype (`np.dtype`):
-            Type of the label ids.
-    """
+    """A folder of labels of some rows of some teachers, in the order in which they were made."""
 
     def __init__(self, folder: Path, num_rows: int, k: int, dtype: np.dtype) -> None:
         self.folder, self.num_rows, self.k, self.dtype = Path(folder), num_rows, k, np.dtype(dtype)
@@ -77,17 +51,7 @@ class Progress:
         self._lock: int | None = None
 
     def open(self, plan: Mapping[str, Any]) -> None:
-        """Begin the work, or go on with it: one process of one run holds the folder.
-
-        Args:
-            plan (`Mapping[str, Any]`):
-                What is being made, JSON values. Work under another plan is refused.
-
-        Raises:
-            FileExistsError: If the folder is not one that a run of this user has left.
-            RuntimeError: If another run holds the folder.
-            ValueError: If the folder holds work under another plan.
-        """
+        """Begin the work, or go on with it: one process of one run holds the folder."""
         open_work_folder(self.folder)
         self._acquire()
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -113,15 +77,7 @@ class Progress:
         return self._read_plan()["facts"]
 
     def add_facts(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note facts of teachers.
-
-        Args:
-            facts (`Mapping[str, Mapping[str, Any]]`):
-                By teacher name, JSON values. What is known already must not differ.
-
-        Raises:
-            ValueError: If a teacher is not the one that began the work.
-        """
+        """Note facts of teachers."""
         content = self._read_plan()
         for name, new in json.loads(json.dumps(facts)).items():
             known = content["facts"].setdefault(name, {})
@@ -130,27 +86,11 @@ class Progress:
         self._write_plan(content)
 
     def start_part(self, name: str) -> Part:
-        """Open new files to append a teacher's labels to.
-
-        Args:
-            name (`str`):
-                Name of the teacher.
-
-        Returns:
-            [`Part`]
-        """
+        """Open new files to append a teacher's labels to."""
         return Part(self.folder / _PARTS / name)
 
     def segments(self, name: str) -> list[Segment]:
-        """Read what a teacher has labelled, leaving out what is cut off or damaged.
-
-        Args:
-            name (`str`):
-                Name of the teacher.
-
-        Returns:
-            `list[Segment]`: In the order of the rows; each holds rows that the ones before it do not.
-        """
+        """Read what a teacher has labelled, leaving out what is cut off or damaged."""
         found = []
         for path in sorted((self.folder / _PARTS / name).glob("*.journal")):
             if not path.with_suffix(".data").is_file():
@@ -167,15 +107,7 @@ class Progress:
         return segments
 
     def missing(self, name: str) -> list[tuple[int, int]]:
-        """Tell which rows a teacher has not labelled.
-
-        Args:
-            name (`str`):
-                Name of the teacher.
-
-        Returns:
-            `list[tuple[int, int]]`: First row, and one after the last row, of each gap.
-        """
+        """Tell which rows a teacher has not labelled."""
         gaps, done = [], 0
         for segment in self.segments(name):
             if segment.start > done:
@@ -184,15 +116,7 @@ class Progress:
         return gaps + ([(done, self.num_rows)] if done < self.num_rows else [])
 
     def rows(self, segments: Sequence[Segment]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Read labels back in the order of the rows.
-
-        Args:
-            segments (`Sequence[Segment]`):
-                What [`segments`] gave.
-
-        Returns:
-            `Iterator[tuple[np.ndarray, np.ndarray]]`: label ids and float16 probabilities `(num_rows_of_segment, k)`.
-        """
+        """Read labels back in the order of the rows."""
         done = 0
         for segment in segments:
             count = segment.stop - segment.start
@@ -207,12 +131,7 @@ class Progress:
             done = segment.stop
 
     def drop(self, *names: str) -> None:
-        """Forget teachers and what they have labelled.
-
-        Args:
-            names (`str`):
-                Names of the teachers.
-        """
+        """Forget teachers and what they have labelled."""
         content = self._read_plan()
         for name in names:
             shutil.rmtree(self.folder / _PARTS / name, ignore_errors=True)
@@ -279,12 +198,7 @@ class Progress:
 
 
 class Part:
-    """Files that one process appends one teacher's labels to.
-
-    Args:
-        folder (`pathlib.Path`):
-            Folder of the teacher's parts.
-    """
+    """Files that one process appends one teacher's labels to."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -303,25 +217,7 @@ class Part:
         dropped: float = 0.0,
         reason: str = "",
     ) -> None:
-        """Write a batch, and then the line that makes it count.
-
-        Args:
-            start (`int`):
-                First row.
-            label_ids (`np.ndarray` of shape `(num_rows, k)`):
-                Label ids.
-            label_probs (`np.ndarray` of shape `(num_rows, k)`, float16):
-                Their probabilities.
-            failed_rows (`Sequence[int]`, *optional*):
-                Rows that are missing because the teacher failed on them.
-            dropped (`float`, *optional*, defaults to 0.0):
-                Sum of the probability mass that was not kept.
-            reason (`str`, *optional*, defaults to `""`):
-                Why the first of the failed rows is missing; its first letters are kept.
-
-        Raises:
-            OSError: If it cannot be written.
-        """
+        """Write a batch, and then the line that makes it count."""
         data = label_ids.tobytes() + label_probs.tobytes()
         num_answered = int(np.count_nonzero(label_probs[:, 0]))
         noted = ",".join(str(row) for row in failed_rows[:_NUM_NOTED]) or "-"

@@ -218,11 +218,7 @@ def _label_share(job: Job, progress: Progress, models: Mapping[str, TeacherModel
 
 
 def _cut_batches(missing: Mapping[str, list[tuple[int, int]]], num_rows: int, step: int) -> list[_Batch]:
-    """Cut the rows into batches, each with the teachers that have not labelled it.
-
-    Cuts lie at multiples of `step` first of all: a run that goes on, and one of several processes, then has the very
-    batches of an undisturbed one, and gives the same bits.
-    """
+    """Cut the rows into batches, each with the teachers that have not labelled it."""
     ends = [edge for gaps in missing.values() for gap in gaps for edge in gap]
     edges = np.unique(np.concatenate([np.arange(0, num_rows, step), [num_rows], ends]).astype(np.int64))
     lacking = np.zeros((len(missing), len(edges) - 1), dtype=bool)

@@ -12,19 +12,7 @@ from .config import CoSupervisedConfig
 
 @contextmanager
 def explain_memory(what: str, args: CoSupervisedConfig, name: str) -> Iterator[None]:
-    """Say what to do where a batch does not fit.
-
-    Args:
-        what (`str`):
-            What is done, and for which level: how the sentence begins.
-        args (`CoSupervisedConfig`):
-            What to do.
-        name (`str`):
-            The field that tells the size of a batch.
-
-    Raises:
-        torch.OutOfMemoryError: If the memory of a device or of this machine is used up.
-    """
+    """Say what to do where a batch does not fit."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -40,17 +28,7 @@ def explain_memory(what: str, args: CoSupervisedConfig, name: str) -> Iterator[N
 
 @contextmanager
 def explain_lone_example(level: int, num_kept: int) -> Iterator[None]:
-    """Say what to do where the examples that a level keeps leave one alone in a batch.
-
-    Args:
-        level (`int`):
-            The level.
-        num_kept (`int`):
-            How many examples it keeps.
-
-    Raises:
-        ValueError: If the student cannot normalize a batch of one.
-    """
+    """Say what to do where the examples that a level keeps leave one alone in a batch."""
     try:
         yield
     except ValueError as error:

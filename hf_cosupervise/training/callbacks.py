@@ -13,16 +13,7 @@ _PER_LEVEL = {"ProgressCallback", "NotebookProgressCallback"}
 
 
 class LevelCallbackHandler(CallbackHandler):
-    """Tell callbacks of one training although the `Trainer` trains once per level.
-
-    Trackers open a run at `on_train_begin` and close it at `on_train_end`; both come once per call of `train()`.
-    Callbacks may have `on_level_begin(args, state, control, plan=…, **kwargs)` and
-    `on_level_end(args, state, control, plan=…, metrics=…, **kwargs)` of their own.
-
-    Args:
-        handler (`CallbackHandler`):
-            What the `Trainer` made; its callbacks are taken over.
-    """
+    """Tell callbacks of one training although the `Trainer` trains once per level."""
 
     def __init__(self, handler: CallbackHandler) -> None:
         super().__init__(
@@ -34,23 +25,7 @@ class LevelCallbackHandler(CallbackHandler):
         self._concerned: dict[tuple[str, bool], list[TrainerCallback]] = {}
 
     def call_event(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Pass an event on to the callbacks that it concerns.
-
-        Args:
-            event (`str`):
-                Name of the method to call.
-            args (`TrainingArguments`):
-                Of the trainer.
-            state (`TrainerState`):
-                Of the trainer.
-            control (`TrainerControl`):
-                Of the trainer.
-            kwargs (`Any`):
-                Passed on.
-
-        Returns:
-            `TrainerControl`
-        """
+        """Pass an event on to the callbacks that it concerns."""
         if self.callbacks != self._known:  # a callback may add or remove others
             self._known, self._concerned = list(self.callbacks), {}
         key = (event, self.in_level)
@@ -73,11 +48,7 @@ class LevelCallbackHandler(CallbackHandler):
         return control
 
     def silent(self) -> LevelCallbackHandler:
-        """Give a handler that tells nobody, for what is no part of the story.
-
-        Returns:
-            `LevelCallbackHandler`
-        """
+        """Give a handler that tells nobody, for what is no part of the story."""
         quiet = copy.copy(self)
         quiet.callbacks = []
         return quiet

@@ -25,46 +25,19 @@ _BUFFERS, _STORY = "buffers.safetensors", "story.json"
 
 
 def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
-    """Write down the digests of a checkpoint's files, last: one without them is not whole.
-
-    Args:
-        folder (`pathlib.Path`):
-            A `checkpoint-…` folder.
-        story (`Mapping[str, Any]`):
-            JSON values that [`read_story`] gives back.
-    """
+    """Write down the digests of a checkpoint's files, last: one without them is not whole."""
     write_json(folder / _STORY, dict(story))
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in names if name != DIGESTS})
 
 
 def read_story(folder: Path) -> dict[str, Any]:
-    """Read what was told to [`seal_checkpoint`].
-
-    Args:
-        folder (`pathlib.Path`):
-            A `checkpoint-…` folder.
-
-    Returns:
-        `dict[str, Any]`
-    """
+    """Read what was told to [`seal_checkpoint`]."""
     return read_json(folder / _STORY)
 
 
 def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
-    """Find the last whole checkpoint of a round that is not finished.
-
-    Args:
-        folder (`pathlib.Path`):
-            The round's folder.
-        num_processes (`int`, *optional*, defaults to 1):
-            How many processes there are now.
-
-    Returns:
-        `pathlib.Path`, or `None`. One after the very last step is passed over: the `Trainer` would take another step.
-        So is one of another number of processes, which shared the examples out otherwise. Spoilt ones are named in a
-        warning.
-    """
+    """Find the last whole checkpoint of a round that is not finished."""
     paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         if not (path / DIGESTS).is_file():
@@ -89,21 +62,7 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
 def sealing(
     folder: Path, story: Mapping[str, Any], buffers: Mapping[str, torch.Tensor] | None, processes: Processes
 ) -> Iterator[None]:
-    """Seal what is written meanwhile, so that a spoilt or half written checkpoint is never gone on from.
-
-    Args:
-        folder (`pathlib.Path`):
-            The `checkpoint-…` folder that is written, in the folder of a stage.
-        story (`Mapping[str, Any]`):
-            See [`seal_checkpoint`].
-        buffers (`Mapping[str, torch.Tensor]`, *optional*):
-            See [`save_buffers`].
-        processes (`Processes`):
-            Each of them writes a file; the first one seals.
-
-    Raises:
-        OSError: If the disk is full. What is there of the checkpoint is gone then.
-    """
+    """Seal what is written meanwhile, so that a spoilt or half written checkpoint is never gone on from."""
     try:
         with explain_full_disk(folder.parent.parent, GO_ON):
             yield
@@ -118,19 +77,7 @@ def sealing(
 
 
 def find_checkpoint(folder: Path, level: int, processes: Processes) -> Path | None:
-    """Find where a level that was cut off is gone on with; where there is no place it is trained from its beginning.
-
-    Args:
-        folder (`pathlib.Path`):
-            The round's folder.
-        level (`int`):
-            Its level, for the sentence.
-        processes (`Processes`):
-            All must go on from the same place.
-
-    Returns:
-        `pathlib.Path`, or `None`.
-    """
+    """Find where a level that was cut off is gone on with."""
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if processes.count > 1 and processes.device.type == "cpu" and release < (5, 23):
         logger.warning(
@@ -145,27 +92,12 @@ def find_checkpoint(folder: Path, level: int, processes: Processes) -> Path | No
 
 
 def save_buffers(folder: Path, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Write what training changed without a gradient beside an adapter, which leaves it out.
-
-    Args:
-        folder (`pathlib.Path`):
-            A `checkpoint-…` folder.
-        buffers (`Mapping[str, torch.Tensor]`):
-            By name.
-    """
+    """Write what training changed without a gradient beside an adapter, which leaves it out."""
     save_file(dict(buffers), folder / _BUFFERS)
 
 
 def load_buffers(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Read what [`save_buffers`] wrote.
-
-    Args:
-        folder (`str` or `pathlib.Path`):
-            A `checkpoint-…` folder.
-
-    Returns:
-        `dict[str, torch.Tensor]`: By name; none where nothing was written.
-    """
+    """Read what [`save_buffers`] wrote."""
     path = Path(folder, _BUFFERS)
     return load_file(path) if path.is_file() else {}
 
@@ -173,24 +105,7 @@ def load_buffers(folder: str | Path) -> dict[str, torch.Tensor]:
 def read_back(
     model: Any, folder: str | Path, by_parent: Callable[[], None], *, is_sharded: bool
 ) -> dict[str, torch.Tensor]:
-    """Read a checkpoint's weights back through `from_pretrained`, where that is possible.
-
-    The `Trainer` loads the file as it is, by keys that `save_pretrained` has renamed for ViT and its kin, and only
-    warns of the weights that it thereby leaves as they are (transformers #43701, open in 5.23).
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            Changed in place.
-        folder (`str` or `pathlib.Path`):
-            A `checkpoint-…` folder.
-        by_parent (`Callable`):
-            How the `Trainer` does it: for adapters, and for weights in shards.
-        is_sharded (`bool`):
-            Whether the weights lie in shards, of FSDP or DeepSpeed.
-
-    Returns:
-        `dict[str, torch.Tensor]`: What is still to be put back, see [`load_buffers`].
-    """
+    """Read a checkpoint's weights back through `from_pretrained`, where that is possible."""
     if is_sharded or not isinstance(model, PreTrainedModel):
         by_parent()
         return load_buffers(folder)

@@ -19,22 +19,7 @@ from .plan_rules import level_assignment
 
 
 def check_first(args: Any, given: Mapping[str, Any]) -> CoSupervisedConfig:
-    """Refuse what no student could be trained with, and see that there is a place to write to.
-
-    Args:
-        args (`CoSupervisedConfig`, *optional*):
-            What to do. Defaults write to `trainer_output`.
-        given (`Mapping[str, Any]`):
-            What the `Trainer` is given by name.
-
-    Returns:
-        `CoSupervisedConfig`
-
-    Raises:
-        OSError: If `output_dir` cannot be written.
-        TypeError: If `args` is another configuration.
-        ValueError: If optimizers or a maker of models are given.
-    """
+    """Refuse what no student could be trained with, and see that there is a place to write to."""
     args = CoSupervisedConfig() if args is None else args
     if not isinstance(args, CoSupervisedConfig):
         raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")
@@ -66,26 +51,7 @@ def check_arguments(
     functions: Mapping[str, Any],
     compute_loss_func: Any = None,
 ) -> None:
-    """Refuse arguments that do not go together.
-
-    Args:
-        args (`CoSupervisedConfig`):
-            What to do.
-        num_examples (`int`):
-            Of the pool.
-        head (`nn.Linear`, *optional*):
-            The student's, where that is a linear head on a frozen backbone.
-        reason (`str`, *optional*):
-            Why the head cannot be fitted on features.
-        functions (`Mapping[str, Any]`):
-            `loss_func`, `assign_func` and `keep_func`, the user's own or `None`.
-        compute_loss_func (`Callable`, *optional*):
-            The `Trainer`'s.
-
-    Raises:
-        ValueError: If they do not.
-        TypeError: If a function is none.
-    """
+    """Refuse arguments that do not go together."""
     if args.head_solver == "ridge" and reason:
         raise ValueError(f"`head_solver` 'ridge' needs a linear head on features, but {reason}. Use 'steps'.")
     if args.cross_fit_folds and reason:
@@ -122,20 +88,7 @@ def check_arguments(
 
 
 def read_weights(pool: PseudolabelPool, column: str) -> np.ndarray:
-    """Give the examples' weights.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The pool.
-        column (`str`):
-            Where they are.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples,)`, float64.
-
-    Raises:
-        ValueError: If they are not finite numbers of at least 0, or all 0.
-    """
+    """Give the examples' weights."""
     values = np.asarray(pool.column(column))
     is_number = values.dtype.kind in "iuf"
     if not is_number or not np.isfinite(values).all() or (values < 0).any() or not (values > 0).any():
@@ -148,19 +101,7 @@ def read_weights(pool: PseudolabelPool, column: str) -> np.ndarray:
 
 
 def check_levels(pool: PseudolabelPool, args: CoSupervisedConfig, has_own_assignment: bool) -> None:
-    """Refuse an assignment or rejection that cannot work on this pool.
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say.
-        args (`CoSupervisedConfig`):
-            `assignment` and `rejection`.
-        has_own_assignment (`bool`):
-            Whether a function of the user's own assigns below the root.
-
-    Raises:
-        ValueError: If one cannot.
-    """
+    """Refuse an assignment or rejection that cannot work on this pool."""
     hierarchy = pool.hierarchy
     if len(args.assignment) not in (1, hierarchy.num_levels):
         raise ValueError(
@@ -210,22 +151,7 @@ def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: in
 
 
 def match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | None) -> Dataset:
-    """Give the inputs alone, in the order of the pool; a label column stays behind.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The pool.
-        train_dataset (`datasets.Dataset`, *optional*):
-            The inputs, where the pool has none.
-        input_column (`str`, *optional*):
-            The column that the student reads.
-
-    Returns:
-        `datasets.Dataset`: That one column.
-
-    Raises:
-        ValueError: If there are no inputs, or they are of other examples.
-    """
+    """Give the inputs alone, in the order of the pool; a label column stays behind."""
     dataset = pool.inputs if train_dataset is None else train_dataset
     if (
         dataset is None

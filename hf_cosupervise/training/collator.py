@@ -16,15 +16,7 @@ TARGETS = ("target_ids", "target_probs", "target_rest")
 
 
 def split_batch(batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Any, Any]:
-    """Take out of a batch what is no input of a model: some models refuse what they do not know.
-
-    Args:
-        batch (`dict[str, Any]`):
-            What [`DataCollatorForCoSupervision`] gave; model inputs are left in it.
-
-    Returns:
-        `tuple`: pseudolabels by the names in `TARGETS`, `labels` and rows of the pool, as far as they are there.
-    """
+    """Take out of a batch what is no input of a model: some models refuse what they do not know."""
     targets = {name: batch.pop(name) for name in TARGETS if name in batch}
     return targets, batch.pop("labels", None), batch.pop(ROWS, None)
 
@@ -52,20 +44,7 @@ class DataCollatorForCoSupervision:
     pseudolabels: Callable[[np.ndarray], np.ndarray | tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Collate examples.
-
-        Args:
-            examples (`Sequence[dict[str, Any]]`):
-                Rows of a dataset.
-
-        Returns:
-            `dict[str, torch.Tensor]`: model inputs; `target_probs` `(batch, num_labels)`, or with `target_ids`
-            `(batch, k)` and `target_rest` `(batch,)`, and `target_rows` `(batch,)`; or `labels` `(batch,)`.
-
-        Raises:
-            KeyError: If an example lacks a column.
-            ValueError: If there are no examples, a label is no label id, or there is not one pseudolabel per example.
-        """
+        """Collate examples."""
         self._check_examples(examples)
         batch = self.processor([example[self.input_column] for example in examples])
         if ROW in examples[0] and self.pseudolabels is not None:

@@ -374,19 +374,7 @@ class CoSupervisedConfig(TrainingArguments):
 
 @cache
 def fields_without(purpose: str) -> frozenset[str]:
-    """Name the fields that do not count for something.
-
-    Args:
-        purpose (`str`):
-            `"resume"`: for going on with a run. `"compare"`: for telling settings apart. `"publish"`: for a card.
-            `"ceiling"`: for a student of ground truth.
-
-    Returns:
-        `frozenset[str]`
-
-    Raises:
-        ValueError: If there is no such purpose.
-    """
+    """Name the fields that do not count for something."""
     if purpose not in _PURPOSES:
         raise ValueError(f"`purpose` must be one of {list(_PURPOSES)}, got {purpose!r}.")
     inherited = tuple(name for names, purposes in _INHERITED.items() if purpose in purposes for name in names)

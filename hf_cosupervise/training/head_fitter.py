@@ -30,20 +30,7 @@ TargetLookup = Callable[[torch.Tensor], torch.Tensor | SparseTargets]
 
 @dataclass
 class FitEvents:
-    """Tell callbacks and logs how a fit goes on.
-
-    Args:
-        callbacks (`CallbackHandler`):
-            Who listens.
-        args (`CoSupervisedConfig`):
-            What they are told of the training.
-        state (`TrainerState`):
-            Where it is; counted on here.
-        control (`TrainerControl`):
-            What they want.
-        log (`Callable`):
-            Takes numbers and the control; gives the control back.
-    """
+    """Tell callbacks and logs how a fit goes on."""
 
     callbacks: Any
     args: CoSupervisedConfig
@@ -52,41 +39,17 @@ class FitEvents:
     log: Callable[[dict[str, float], TrainerControl], TrainerControl]
 
     def tell(self, event: str) -> TrainerControl:
-        """Tell that something happens.
-
-        Args:
-            event (`str`):
-                Name of a method of `TrainerCallback`.
-
-        Returns:
-            `TrainerControl`: What is wanted now.
-        """
+        """Tell that something happens."""
         self.control = getattr(self.callbacks, event)(self.args, self.state, self.control)
         return self.control
 
     def tell_numbers(self, numbers: dict[str, float]) -> None:
-        """Log numbers.
-
-        Args:
-            numbers (`dict[str, float]`):
-                By name.
-        """
+        """Log numbers."""
         self.control = self.log(numbers, self.control)
 
 
 class HeadFitter:
-    """Fit the head of a frozen backbone, level after level, on the same features.
-
-    Args:
-        head (`nn.Linear` from `feature_size` to `num_labels`):
-            The head, changed in place.
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Its inputs for each example of the pool, on its device.
-        args (`CoSupervisedConfig`):
-            How it is trained.
-        processes (`Processes`, *optional*):
-            Among which the work is shared out. This one alone by default.
-    """
+    """Fit the head of a frozen backbone, level after level, on the same features."""
 
     def __init__(
         self, head: nn.Linear, features: torch.Tensor, args: CoSupervisedConfig, processes: Processes | None = None
@@ -104,28 +67,7 @@ class HeadFitter:
         make_optimizer: Callable[[], torch.optim.Optimizer],
         make_scheduler: Callable[[int], Any],
     ) -> TrainOutput:
-        """Fit the head on what a level kept, as `head_solver` says.
-
-        Args:
-            kept (`np.ndarray` of shape `(num_kept,)`):
-                Rows of the pool.
-            loss (`LevelLoss`):
-                Of the level.
-            events (`FitEvents`):
-                Who listens. Its state is filled in.
-            make_dataloader (`Callable`):
-                Gives the standard loop's own, for the order of the rows.
-            make_optimizer (`Callable`):
-                Gives its optimizer.
-            make_scheduler (`Callable`):
-                Gives its schedule, from the number of steps.
-
-        Returns:
-            `TrainOutput`: Steps, mean loss and speed.
-
-        Raises:
-            ValueError: If there is no whole batch.
-        """
+        """Fit the head on what a level kept, as `head_solver` says."""
         targets, state = loss.lookup(kept, self.features.device), events.state
         if self.args.head_solver == "ridge":
             state.max_steps, state.num_train_epochs, state.train_batch_size = 1, 1, len(kept)
@@ -150,20 +92,7 @@ class HeadFitter:
     # --- by steps ----------------------------------------------------------------------------------------------------
 
     def count_steps(self, dataloader: DataLoader, num_kept: int) -> tuple[int, int]:
-        """Tell how many optimizer steps a level takes.
-
-        Args:
-            dataloader (`DataLoader`):
-                Of the rows that the level kept.
-            num_kept (`int`):
-                How many they are.
-
-        Returns:
-            `tuple[int, int]`: All steps, and those of an epoch.
-
-        Raises:
-            ValueError: If there is no whole batch.
-        """
+        """Tell how many optimizer steps a level takes."""
         if not len(dataloader):
             raise ValueError(
                 f"A level must keep at least one whole batch under `dataloader_drop_last`, got {num_kept} examples. "
@@ -185,29 +114,7 @@ class HeadFitter:
         loss: LossAndGradient | None = None,
         watch: Callable[[torch.Tensor], None] = lambda loss: None,
     ) -> TrainOutput:
-        """Do what the standard loop does: same order, optimizer, schedule, logs and callbacks.
-
-        Args:
-            kept (`np.ndarray` of shape `(num_kept,)`):
-                Rows of the pool, in the order of the dataloader's data set.
-            targets (`Callable`):
-                From rows of the pool to pseudolabels.
-            dataloader (`DataLoader`):
-                Says which rows make a batch; its data are not read.
-            optimizer (`torch.optim.Optimizer`):
-                Over the head's parameters.
-            scheduler (`torch.optim.lr_scheduler.LRScheduler`):
-                Its schedule.
-            events (`FitEvents`):
-                Who listens. Its state has the number of steps and epochs.
-            loss (`Callable`, *optional*):
-                Losses with their gradient. Defaults to the cross-entropy.
-            watch (`Callable`, *optional*):
-                Called with the loss of each step.
-
-        Returns:
-            `TrainOutput`: Steps, mean loss and speed.
-        """
+        """Do what the standard loop does: same order, optimizer, schedule, logs and callbacks."""
         _, per_epoch = self.count_steps(dataloader, len(kept))
         events.callbacks.optimizer, events.callbacks.lr_scheduler = optimizer, scheduler
         events.tell("on_train_begin")
@@ -287,19 +194,7 @@ class HeadFitter:
     # --- at once -----------------------------------------------------------------------------------------------------
 
     def fit_at_once(self, kept: np.ndarray, targets: TargetLookup, events: FitEvents) -> TrainOutput:
-        """Fit by ridge regression; for logs and callbacks it is a level of one step.
-
-        Args:
-            kept (`np.ndarray` of shape `(num_kept,)`):
-                Rows of the pool.
-            targets (`Callable`):
-                From rows of the pool to pseudolabels.
-            events (`FitEvents`):
-                Who listens.
-
-        Returns:
-            `TrainOutput`: One step, mean loss and speed.
-        """
+        """Fit by ridge regression; for logs and callbacks it is a level of one step."""
         started = time.time()
         events.tell("on_train_begin")
         events.tell("on_epoch_begin")
@@ -340,23 +235,7 @@ class HeadFitter:
 def why_not_on_features(
     args: CoSupervisedConfig, head: nn.Linear | None, *, has_own_loss: bool, has_own_collator: bool, is_sharded: bool
 ) -> str | None:
-    """Name what a fit on features cannot honour.
-
-    Args:
-        args (`CoSupervisedConfig`):
-            How a student is trained.
-        head (`nn.Linear`, *optional*):
-            Its head, if that is all that learns.
-        has_own_loss (`bool`):
-            Whether a `compute_loss_func` is given, which wants the model's outputs.
-        has_own_collator (`bool`):
-            Whether the collator is another one, which may do anything to a batch.
-        is_sharded (`bool`):
-            Whether FSDP or DeepSpeed is used.
-
-    Returns:
-        `str`, or `None` where a head can be fitted on features.
-    """
+    """Name what a fit on features cannot honour."""
     reasons = {
         "`fit_head_on_features` is off": not args.fit_head_on_features,
         "the student is not a linear head on a frozen backbone": head is None,
@@ -380,24 +259,7 @@ def why_not_on_features(
 
 
 def outside_of_fold(kept: np.ndarray, fold: int, num_folds: int, level: int) -> np.ndarray:
-    """Give what a head may be trained on that is to judge the examples of a fold, every `num_folds`-th of the pool.
-
-    Args:
-        kept (`np.ndarray` of shape `(num_kept,)`):
-            Rows of the pool that the level keeps.
-        fold (`int`):
-            Which fold, from 0.
-        num_folds (`int`):
-            How many there are.
-        level (`int`):
-            The level, for the sentence.
-
-    Returns:
-        `np.ndarray`: Those of other folds.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Give what a head may be trained on that is to judge the examples of a fold, every `num_folds`-th of the pool."""
     own = kept[kept % num_folds != fold]
     if not len(own):
         raise ValueError(

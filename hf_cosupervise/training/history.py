@@ -11,16 +11,7 @@ from ..files import without_nan, write_text
 
 
 class LevelHistory:
-    """Keep what a run was made of, and the numbers of every finished level, in one JSON file.
-
-    The file holds `run`, a dictionary, and `levels`, a list of records.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file, made at the first record.
-        run (`dict[str, Any]`, *optional*):
-            Student, teachers and data at the commits that they were pinned to, JSON values.
-    """
+    """Keep what a run was made of, and the numbers of every finished level, in one JSON file."""
 
     def __init__(self, path: str | os.PathLike[str], run: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
@@ -28,11 +19,7 @@ class LevelHistory:
         self.records: list[dict[str, Any]] = []
 
     def read(self) -> dict[str, Any]:
-        """Read the records of an earlier run, none where there is no file.
-
-        Returns:
-            `dict[str, Any]`: What that run was made of, empty where nothing is known.
-        """
+        """Read the records of an earlier run, none where there is no file."""
         content = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
         content = {"levels": content} if isinstance(content, list) else content  # of a version before 0.2
         self.records = content.get("levels", [])
@@ -44,22 +31,11 @@ class LevelHistory:
         self.path.unlink(missing_ok=True)
 
     def to_json(self) -> str:
-        """Give the content of the file.
-
-        Returns:
-            `str`: JSON; it ends with a line break.
-        """
+        """Give the content of the file."""
         return json.dumps(without_nan({"run": self.run, "levels": self.records}), indent=2) + "\n"
 
     def add(self, record: dict[str, Any], *, write: bool = True) -> None:
-        """Add the record of a finished level.
-
-        Args:
-            record (`dict[str, Any]`):
-                JSON values; `level` and `round` among them.
-            write (`bool`, *optional*, defaults to `True`):
-                Write the file too, whole or not at all. One process of several does.
-        """
+        """Add the record of a finished level."""
         self.records.append(record)
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,27 +23,7 @@ _MAX_DECODED_BYTES = 2**30
 
 
 class LevelLoss:
-    """Measure how far a student is from the pseudolabels of one level.
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say.
-        plan (`LevelPlan`):
-            Who speaks, and what is kept.
-        args (`CoSupervisedConfig`):
-            `loss`, `pseudolabels`, `label_smoothing_factor`.
-        loss_func (`Callable`, *optional*):
-            A loss of the user's own in place of `args.loss`.
-        weights (`np.ndarray` of shape `(num_examples,)`, *optional*):
-            Of each example of the pool.
-        needs_all_labels (`bool`, *optional*, defaults to `False`):
-            Whether somebody else reads the pseudolabels, who expects them over all labels.
-        processes (`Processes`, *optional*):
-            That see a part of each batch each. This one alone by default.
-
-    Raises:
-        ValueError: If the weights of all that is kept are 0.
-    """
+    """Measure how far a student is from the pseudolabels of one level."""
 
     def __init__(
         self,
@@ -99,49 +79,19 @@ class LevelLoss:
         return None if self._own is None else self._own[1]
 
     def __call__(self, logits: torch.Tensor, targets: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        """Measure a batch.
-
-        Args:
-            logits (`torch.Tensor` of shape `(batch, num_labels)`):
-                Of the student, float32.
-            targets (`dict[str, torch.Tensor]`):
-                What the collator gave: `target_probs`, or `target_ids`, `target_probs` and `target_rest`.
-            rows (`torch.LongTensor` of shape `(batch,)`):
-                Of the pool.
-
-        Returns:
-            `torch.Tensor`: The mean loss.
-        """
+        """Measure a batch."""
         wanted = {name: value if name == "target_ids" else self.smooth(value) for name, value in targets.items()}
         if self._own is not None:
             return self._own[0](logits, wanted["target_probs"], rows).mean()
         return pseudolabel_losses(logits, wanted).mean()
 
     def smooth(self, probs: torch.Tensor) -> torch.Tensor:
-        """Spread a share of the pseudolabels evenly, as `label_smoothing_factor` says.
-
-        Args:
-            probs (`torch.Tensor`):
-                Probabilities of labels, of any shape.
-
-        Returns:
-            `torch.Tensor`: The same, float32.
-        """
+        """Spread a share of the pseudolabels evenly, as `label_smoothing_factor` says."""
         share, probs = self.args.label_smoothing_factor, probs.float()
         return probs * (1 - share) + share / self._num_labels if share else probs
 
     def lookup(self, kept: np.ndarray, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor | SparseTargets]:
-        """Give smoothed pseudolabels by row: decoded once where they fit in memory, else batch by batch.
-
-        Args:
-            kept (`np.ndarray` of shape `(num_kept,)`):
-                Rows that will be asked for.
-            device (`torch.device`):
-                Where they are wanted.
-
-        Returns:
-            `Callable`: From rows `(batch,)` to pseudolabels `(batch, num_labels)`, or [`SparseTargets`].
-        """
+        """Give smoothed pseudolabels by row: decoded once where they fit in memory, else batch by batch."""
 
         def read(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             targets = self.pseudolabels(rows)
@@ -161,14 +111,7 @@ class LevelLoss:
     # --- all steps so far --------------------------------------------------------------------------------------------
 
     def watch(self, loss: torch.Tensor, *, ends_step: bool = True) -> None:
-        """Remember the loss of a batch; nothing waits for it.
-
-        Args:
-            loss (`torch.Tensor`):
-                What a batch gave.
-            ends_step (`bool`, *optional*, defaults to `True`):
-                Whether it is the last batch of its step, under gradient accumulation.
-        """
+        """Remember the loss of a batch; nothing waits for it."""
         self._micro_losses.append(loss.detach())
         if not ends_step:
             return
@@ -178,45 +121,20 @@ class LevelLoss:
         self.count, self._micro_losses = self.count + 1, []
 
     def mean(self) -> float:
-        """Average all steps of all processes, those before a crash too.
-
-        Returns:
-            `float`
-        """
+        """Average all steps of all processes, those before a crash too."""
         return float(self._processes.sum(self.total.reshape(1))) / (max(self.count, 1) * self._processes.count)
 
     def told(self) -> dict[str, Any]:
-        """Tell what [`take_up`] wants, of all processes.
-
-        Returns:
-            `dict[str, Any]`: JSON values.
-        """
+        """Tell what [`take_up`] wants, of all processes."""
         sums = self._processes.gather(self.total).tolist()
         return {"num_losses": self.count, "loss_sums": sums, "num_processes": self._processes.count}
 
     def take_up(self, total: float, count: int) -> None:
-        """Go on after steps of an earlier process.
-
-        Args:
-            total (`float`):
-                Sum of their losses.
-            count (`int`):
-                How many there were.
-        """
+        """Go on after steps of an earlier process."""
         self.total, self.count = torch.tensor(total, dtype=torch.float64), count
 
     def check(self, where: str, kept_in: str) -> None:
-        """Stop where the loss is no longer a number: nothing that is trained from there on is worth keeping.
-
-        Args:
-            where (`str`):
-                Step and level, for the sentence.
-            kept_in (`str`):
-                Where finished levels are.
-
-        Raises:
-            FloatingPointError: If it is not.
-        """
+        """Stop where the loss is no longer a number: nothing that is trained from there on is worth keeping."""
         if self.count and not torch.isfinite(self._processes.sum(self.total.reshape(1))):
             raise FloatingPointError(
                 f"The loss must be a number, got NaN or infinity by {where}. Lower `learning_rate`, or set "
@@ -225,17 +143,7 @@ class LevelLoss:
 
 
 def pseudolabel_losses(logits: torch.Tensor, targets: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Compute the cross-entropy against what the collator gave.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch, num_labels)`):
-            Of the student.
-        targets (`dict[str, torch.Tensor]`):
-            `target_probs`, or `target_ids`, `target_probs` and `target_rest`.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`.
-    """
+    """Compute the cross-entropy against what the collator gave."""
     if "target_ids" not in targets:
         return soft_cross_entropy(logits, targets["target_probs"].float())
     return sparse_soft_cross_entropy(logits, *(targets[name] for name in TARGETS))

@@ -42,25 +42,7 @@ class AskedStudent(Protocol):
 
 @dataclass
 class LevelPlan:
-    """Say what one level (or one round of it) trains on.
-
-    Args:
-        level (`int`):
-            Level, from 0.
-        round (`int`):
-            Round within the level, from 0.
-        assigned_teacher (`np.ndarray` of shape `(num_examples,)`):
-            Who speaks for each example, a position in `pool.source_names`; -1 for nobody.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Hard pseudolabels; -1 where there is none.
-        keep_mask (`np.ndarray` of shape `(num_examples,)`, bool):
-            What is trained on.
-        metrics (`dict[str, float]`):
-            Numbers for the log.
-        relabelled (`np.ndarray` of shape `(num_examples,)`, *optional*):
-            The student's own label of rejected examples that are trained on with it; -1 for all others. These have it
-            in `labels` too, and are in `keep_mask`.
-    """
+    """Say what one level (or one round of it) trains on."""
 
     level: int
     round: int
@@ -89,40 +71,7 @@ def plan_level(
     keep_func: KeepFunction | None = None,
     sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
 ) -> LevelPlan:
-    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level).
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say.
-        level (`int`):
-            Level, from 0.
-        args (`CoSupervisedConfig`):
-            Assignment and rejection.
-        previous (`np.ndarray` of shape `(num_examples,)`):
-            `assigned_teacher` of the level above; all -1 at the root.
-        student_chunks (`Iterable[tuple[slice, torch.Tensor]]`, *optional*):
-            Consecutive rows and the student's log-probabilities `(rows, num_labels)` on them; this process's share.
-            Not needed at the root, where there is no student to ask.
-        round (`int`, *optional*, defaults to 0):
-            Round within the level.
-        chosen (`torch.LongTensor` of shape `(num_examples,)`, *optional*):
-            What [`assign_by_neighbors`] gave, in place of the level's own assignment.
-        assign_func (`Callable`, *optional*):
-            Below the root in place of the level's own assignment, a chunk of rows at a time: see [`AssignFunction`].
-        keep_func (`Callable`, *optional*):
-            Below the root in place of the rejection, a chunk of rows at a time: see [`KeepFunction`].
-        sum_over_processes (`Callable`, *optional*):
-            Adds an array up over all processes, each of which has filled its own rows only.
-
-    Returns:
-        `LevelPlan`
-
-    Raises:
-        ValueError: If no example is left to train on, or a function gives what cannot be.
-
-    Source:
-        arXiv 2402.15505, released code; see [`assignment`] and [`consistency`] for what is ours.
-    """
+    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level)."""
     chunks: Iterable[tuple[slice, torch.Tensor | None]]
     # Not `or`: a process whose share is empty has no chunks, which is not the same as having no student.
     chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
@@ -180,34 +129,7 @@ def plan_by_student(
     assign_func: AssignFunction | None = None,
     keep_func: KeepFunction | None = None,
 ) -> LevelPlan:
-    """Plan a level below the root: ask the student, and where it is wanted the neighbours of each example too.
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say.
-        level (`int`):
-            Level, from 1.
-        args (`CoSupervisedConfig`):
-            Assignment and rejection.
-        previous (`np.ndarray` of shape `(num_examples,)`):
-            `assigned_teacher` of the level above.
-        student (`Student`):
-            That of the level above.
-        sum_over_processes (`Callable`):
-            See [`plan_level`].
-        round (`int`, *optional*, defaults to 0):
-            Round within the level.
-        assign_func (`Callable`, *optional*):
-            See [`plan_level`].
-        keep_func (`Callable`, *optional*):
-            See [`plan_level`].
-
-    Returns:
-        `LevelPlan`
-
-    Raises:
-        ValueError: See [`plan_level`].
-    """
+    """Plan a level below the root: ask the student, and where it is wanted the neighbours of each example too."""
     chosen = None
     if args.agreement_neighbors and assign_func is None and level_assignment(args, level) == "agreement":
         near = student.nearest(args.agreement_neighbors)

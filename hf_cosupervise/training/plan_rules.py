@@ -49,17 +49,7 @@ KeepFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def level_assignment(args: CoSupervisedConfig, level: int) -> str:
-    """Give the assignment of a level.
-
-    Args:
-        args (`CoSupervisedConfig`):
-            `assignment` holds one name for all levels, or one per level.
-        level (`int`):
-            Level, from 0.
-
-    Returns:
-        `str`
-    """
+    """Give the assignment of a level."""
     return args.assignment[0] if len(args.assignment) == 1 else args.assignment[level]
 
 
@@ -67,16 +57,7 @@ def level_assignment(args: CoSupervisedConfig, level: int) -> str:
 
 
 class LevelAnswers:
-    """What the teachers say of one chunk of rows: the pool is asked once for each teacher, when it is first needed.
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say of all rows.
-        level (`int`):
-            The level that is planned. Teachers above it may be asked too: examples fall back to them.
-        rows (`slice`):
-            The chunk.
-    """
+    """What the teachers say of one chunk of rows: the pool is asked once for each teacher, when it is first needed."""
 
     def __init__(self, pool: PseudolabelPool, level: int, rows: slice) -> None:
         self.pool, self.level, self.rows = pool, level, rows
@@ -112,15 +93,7 @@ class LevelAnswers:
         return torch.from_numpy(np.stack([self._first(i) for i in range(len(self.pool.hierarchy.names))], axis=1))
 
     def hard_labels(self, sources: np.ndarray) -> np.ndarray:
-        """Give the most probable label of each row by whoever speaks for it, see `PseudolabelPool.hard_pseudolabels`.
-
-        Args:
-            sources (`np.ndarray` of shape `(num_rows,)`):
-                Positions in `pool.source_names`, -1 for nobody.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows,)`, int64; -1 where there is no answer.
-        """
+        """Give the most probable label of each row by whoever speaks for it, see `PseudolabelPool.hard_pseudolabels`."""
         if (sources >= len(self.pool.hierarchy.names)).any():  # an ensemble's best label is known of its mean only
             probs = self.pseudolabels(sources)
             return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
@@ -131,15 +104,7 @@ class LevelAnswers:
         return labels
 
     def pseudolabels(self, sources: np.ndarray) -> np.ndarray:
-        """Give the probabilities of whoever speaks for each row, see [`PseudolabelPool.pseudolabels`].
-
-        Args:
-            sources (`np.ndarray` of shape `(num_rows,)`):
-                Positions in `pool.source_names`, -1 for nobody.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32; all zero where nobody speaks.
-        """
+        """Give the probabilities of whoever speaks for each row, see [`PseudolabelPool.pseudolabels`]."""
         hierarchy = self.pool.hierarchy
         probs = np.zeros((len(self), hierarchy.num_labels), dtype=np.float32)
         for source in np.unique(sources[sources != NOBODY]).tolist():
@@ -180,20 +145,7 @@ def _remembered(kind: type) -> Any:
 
 @dataclass
 class PlannedRows:
-    """The few numbers remembered of each example, of a chunk or of all chunks together.
-
-    Args:
-        assigned (`np.ndarray` of shape `(num_rows,)`, and so are the others): Who speaks; -1 for nobody.
-        labels (`np.ndarray`): Hard pseudolabels; -1 without one.
-        losses (`np.ndarray`): The student's loss on them.
-        in_student_top_k (`np.ndarray`): Whether they are among the student's k most probable ones.
-        passes_parent (`np.ndarray`): Whether they agree with the level above.
-        passes_others (`np.ndarray`): Whether they pass all tests that need no other example.
-        student_labels (`np.ndarray`): The student's most probable label.
-        student_entropy (`np.ndarray`): How unsure it is.
-        student_confidence (`np.ndarray`): How sure it is of that label.
-        vote_entropy (`np.ndarray`): How much the teachers differ.
-    """
+    """The few numbers remembered of each example, of a chunk or of all chunks together."""
 
     assigned: np.ndarray = _remembered(np.int32)
     labels: np.ndarray = _remembered(np.int32)
@@ -213,19 +165,7 @@ class PlannedRows:
         num_examples: int,
         sum_over_processes: Callable[[np.ndarray], np.ndarray],
     ) -> PlannedRows:
-        """Put this process's chunks in their places, and those of the others.
-
-        Args:
-            chunks (`Sequence[tuple[slice, PlannedRows]]`):
-                Rows and what is remembered of them.
-            num_examples (`int`):
-                Number of rows of the pool.
-            sum_over_processes (`Callable`):
-                Adds an array up over all processes; what one has not filled is 0 there.
-
-        Returns:
-            `PlannedRows`: Of all rows.
-        """
+        """Put this process's chunks in their places, and those of the others."""
         columns = {}
         for item in fields(cls):
             whole = np.zeros(num_examples, dtype=item.metadata["kind"])
@@ -239,22 +179,7 @@ class PlannedRows:
 
 
 def assign(answers: LevelAnswers, args: CoSupervisedConfig, log_probs: torch.Tensor | None) -> torch.Tensor:
-    """Say who of a level speaks for each row of a chunk, before anybody falls back.
-
-    Args:
-        answers (`LevelAnswers`):
-            What the teachers say.
-        args (`CoSupervisedConfig`):
-            `assignment` and its parameters.
-        log_probs (`torch.Tensor` of shape `(num_rows, num_labels)`, *optional*):
-            What the student of the level above says; the root has none.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_rows,)`: positions in `pool.source_names`, -1 for nobody.
-
-    Raises:
-        ValueError: If the assignment needs a student or a column that is not there.
-    """
+    """Say who of a level speaks for each row of a chunk, before anybody falls back."""
     level, indices, method = answers.level, answers.indices, level_assignment(args, answers.level)
     if method == "ensemble" and len(indices) > 1:
         return torch.where(answers.answered.any(dim=1), len(answers.pool.hierarchy.teachers) + level, NOBODY)
@@ -268,17 +193,7 @@ def assign(answers: LevelAnswers, args: CoSupervisedConfig, log_probs: torch.Ten
 
 
 def in_hierarchy(answers: LevelAnswers, inside: torch.Tensor) -> torch.Tensor:
-    """Turn positions within a level into positions in the hierarchy.
-
-    Args:
-        answers (`LevelAnswers`):
-            Of the level.
-        inside (`torch.LongTensor` of shape `(num_rows,)`):
-            Positions in the level, -1 for nobody.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_rows,)`: positions in `pool.source_names`, -1 for nobody.
-    """
+    """Turn positions within a level into positions in the hierarchy."""
     return torch.where(inside == NOBODY, NOBODY, inside + answers.indices[0])
 
 
@@ -330,29 +245,7 @@ def assign_by_neighbors(
     neighbors: torch.Tensor,
     sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
 ) -> torch.Tensor:
-    """Choose the teacher that the student agrees with most on an example and on those next to it.
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say.
-        level (`int`):
-            Level, from 1.
-        args (`CoSupervisedConfig`):
-            `agreement_rule` and `agreement_min_prob`.
-        student_chunks (`Iterable[tuple[slice, torch.Tensor]]`):
-            See [`plan_level`].
-        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
-            What [`nearest_neighbors`] gives for the pool.
-        sum_over_processes (`Callable`, *optional*):
-            See [`plan_level`].
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1 where none of
-        its teachers answered the example.
-
-    Source:
-        Ours: [`agreement_scores`] averaged by [`mean_over_neighbors`].
-    """
+    """Choose the teacher that the student agrees with most on an example and on those next to it."""
     # All scores are needed before the first mean: neighbours lie anywhere in the pool.
     shape = len(pool), len(pool.hierarchy.level_indices(level))
     scores, answered = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.int8)
@@ -365,22 +258,7 @@ def assign_by_neighbors(
 
 
 def assign_by_function(answers: LevelAnswers, log_probs: torch.Tensor, function: AssignFunction) -> torch.Tensor:
-    """Ask the user's own assignment, and see that who shall speak has something to say.
-
-    Args:
-        answers (`LevelAnswers`):
-            What the teachers say.
-        log_probs (`torch.Tensor` of shape `(num_rows, num_labels)`):
-            What the student says.
-        function (`Callable`):
-            See [`AssignFunction`].
-
-    Returns:
-        `torch.LongTensor` of shape `(num_rows,)`: positions in the level, -1 for nobody.
-
-    Raises:
-        ValueError: If the function gives what cannot be.
-    """
+    """Ask the user's own assignment, and see that who shall speak has something to say."""
     answered, part = answers.answered, answers.rows
     # A function may write into what it is given; the next rule must not see that.
     found = function(log_probs, answers.probs, answered.clone())
@@ -419,25 +297,7 @@ def judge(
     log_probs: torch.Tensor | None,
     keep_func: KeepFunction | None = None,
 ) -> PlannedRows:
-    """Compare the pseudolabels of a chunk with the student and with the level above.
-
-    Args:
-        answers (`LevelAnswers`):
-            What the teachers say.
-        args (`CoSupervisedConfig`):
-            `rejection` and its parameters.
-        assigned (`torch.LongTensor` of shape `(num_rows,)`):
-            Who speaks, positions in `pool.source_names`; -1 for nobody.
-        parent (`torch.LongTensor` of shape `(num_rows,)`):
-            Who spoke at the level above.
-        log_probs (`torch.Tensor` of shape `(num_rows, num_labels)`, *optional*):
-            What the student of the level above says; the root has none.
-        keep_func (`Callable`, *optional*):
-            In place of the tests: see [`KeepFunction`].
-
-    Returns:
-        `PlannedRows`: Of the chunk. Tests that compare examples with each other are made of all chunks together.
-    """
+    """Compare the pseudolabels of a chunk with the student and with the level above."""
     sources = assigned.numpy()
     rows = PlannedRows(sources, answers.hard_labels(sources), passes_parent=np.array(1))
     if log_probs is None:

@@ -25,15 +25,7 @@ from .run_folder import versions
 
 
 def name_functions(**functions: Any) -> dict[str, str]:
-    """Name the user's own functions.
-
-    Args:
-        functions (`Any`):
-            By argument; those that are `None` are left out.
-
-    Returns:
-        `dict[str, str]`
-    """
+    """Name the user's own functions."""
     return {
         name: getattr(function, "__name__", type(function).__name__)
         for name, function in functions.items()
@@ -42,19 +34,7 @@ def name_functions(**functions: Any) -> dict[str, str]:
 
 
 def describe_run(student: dict[str, Any], pool: PseudolabelPool, num_processes: int) -> dict[str, Any]:
-    """Tell what a run is made of, at the commits that everything was pinned to; folders are nobody's business.
-
-    Args:
-        student (`dict[str, Any]`):
-            What [`load_pinned_student`] told; empty for a model object.
-        pool (`PseudolabelPool`):
-            The pool.
-        num_processes (`int`):
-            How many train.
-
-    Returns:
-        `dict[str, Any]`: JSON values.
-    """
+    """Tell what a run is made of, at the commits that everything was pinned to; folders are nobody's business."""
     return {
         "num_processes": num_processes,
         "student": student,
@@ -65,18 +45,7 @@ def describe_run(student: dict[str, Any], pool: PseudolabelPool, num_processes: 
 
 
 def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
-    """Tell which weights spoke for a teacher, as cards and histories show it.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The pool.
-        name (`str`):
-            Name of a teacher.
-
-    Returns:
-        `dict[str, Any]`: `name`, `level`, `model` (a Hub id or a column; `None` for a folder of this machine),
-        `revision` (as it was asked for) and `commit`, where they are known.
-    """
+    """Tell which weights spoke for a teacher, as cards and histories show it."""
     teacher = pool.hierarchy.teachers[pool.hierarchy.index(name)]
     return {
         "name": name,
@@ -96,27 +65,7 @@ def student_facts(
     model: Any,
     is_text: bool,
 ) -> dict[str, Any]:
-    """Gather what is known of a trained student for its card; folders of this machine are nobody's business.
-
-    Args:
-        args (`CoSupervisedConfig`):
-            How it was trained.
-        pool (`PseudolabelPool`):
-            What it was trained on.
-        history (`LevelHistory`):
-            What the run is made of, and its levels.
-        functions (`Mapping[str, str]`):
-            What [`name_functions`] gave.
-        hub_model_id (`str`, *optional*):
-            Its repository.
-        model (`PreTrainedModel` or `PeftModel`):
-            The student.
-        is_text (`bool`):
-            Whether it reads texts, not images.
-
-    Returns:
-        `dict[str, Any]`: See [`model_card`].
-    """
+    """Gather what is known of a trained student for its card; folders of this machine are nobody's business."""
     run, student = history.run, history.run["student"]
     return {
         "name": str(hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1],
@@ -174,38 +123,7 @@ def make_card(
     figure: str | None = None,
     branch: str | None = None,
 ) -> None:
-    """Write a model card of what is known; one that was edited by hand is kept, and this one is merged into it.
-
-    Args:
-        folder (`str`):
-            Where to write.
-        facts (`dict[str, Any]`):
-            What [`student_facts`] gave.
-        language (`str`, *optional*):
-            Language of the model's texts.
-        license (`str`, *optional*):
-            Licence of the model; left out where it is not given.
-        tags (`str` or `list[str]`, *optional*):
-            More tags.
-        model_name (`str`, *optional*):
-            Title of the card. Defaults to the name of the output folder.
-        finetuned_from (`str`, *optional*):
-            The pre-trained student. Defaults to what the model was loaded from, where that is on the Hub.
-        tasks (`str` or `list[str]`, *optional*):
-            Not used: the pool tells the task.
-        dataset_tags (`str` or `list[str]`, *optional*):
-            Hub ids of the unlabelled data.
-        dataset (`str` or `list[str]`, *optional*):
-            What the report was measured on.
-        dataset_args (`str` or `list[str]`, *optional*):
-            Its split.
-        report (`Mapping[str, Any]`, *optional*):
-            What [`~evaluation.merge_reports`] gave: accuracies and PGR of the methods, with seeds and levels.
-        figure (`str`, *optional*):
-            Name of a picture in the folder, `pgr.png` or `teacher_shares.png`.
-        branch (`str`, *optional*):
-            Where the student is pushed to, if not to the main branch.
-    """
+    """Write a model card of what is known; one that was edited by hand is kept, and this one is merged into it."""
     given = {
         "language": language,
         "license": license,
@@ -226,24 +144,7 @@ def make_card(
 def open_student_repo(
     args: CoSupervisedConfig, processes: Processes, *, token: str | None = None, private: bool | None = None
 ) -> str:
-    """Make the model repository where there is none, and see that the token may write, before any work.
-
-    Args:
-        args (`CoSupervisedConfig`):
-            `hub_model_id`, by default the name of `output_dir`; `hub_private_repo` and `hub_token`.
-        processes (`Processes`):
-            All must call this.
-        token (`str`, *optional*):
-            Instead of `hub_token`, which defaults to that of the environment.
-        private (`bool`, *optional*):
-            Whether a new repository is private. Defaults to `hub_private_repo`.
-
-    Returns:
-        `str`: Its id.
-
-    Raises:
-        OSError: If the Hub refuses it or cannot be reached.
-    """
+    """Make the model repository where there is none, and see that the token may write, before any work."""
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     private = args.hub_private_repo if private is None else private
     token = token or args.hub_token
@@ -251,21 +152,7 @@ def open_student_repo(
 
 
 def export(model: Any, folder: str, processing_class: Any, processes: Processes) -> None:
-    """Write the student as an ordinary model, by the first of all processes, see [`export_student`].
-
-    Args:
-        model (`PreTrainedModel` or `PeftModel`):
-            The student.
-        folder (`str`):
-            Where to write.
-        processing_class (`PreTrainedTokenizerBase` or `BaseImageProcessor`):
-            Saved beside it.
-        processes (`Processes`):
-            All must call this.
-
-    Raises:
-        OSError: If the disk is full.
-    """
+    """Write the student as an ordinary model, by the first of all processes, see [`export_student`]."""
     with explain_full_disk(Path(folder), "Free some space and save it again: the trained levels are kept."):
         processes.on_first(partial(export_student, model, folder, processing_class))
 
@@ -284,39 +171,7 @@ def push(
     report: Mapping[str, Any] | None = None,
     figure: str | None = None,
 ) -> CommitInfo | Future[CommitInfo] | None:
-    """Publish an exported student in one commit, by the first of all processes.
-
-    Args:
-        folder (`str`):
-            What [`export_student`] wrote.
-        repo_id (`str`):
-            The model repository, which exists.
-        history (`LevelHistory`):
-            Of this very student.
-        write_card (`Callable`):
-            Writes the card into the folder.
-        processes (`Processes`):
-            All must call this.
-        message (`str`, *optional*):
-            Title of the commit.
-        blocking (`bool`, *optional*, defaults to `True`):
-            Wait until it is there.
-        revision (`str`, *optional*):
-            Branch, made where it does not exist. Defaults to the main branch.
-        token (`str`, *optional*):
-            Instead of the token of the environment.
-        report (`Mapping[str, Any]`, *optional*):
-            What was measured.
-        figure (`str`, *optional*):
-            Name of a picture in the folder.
-
-    Returns:
-        `CommitInfo`, or a `Future` of it with `blocking=False`; `None` in the other processes.
-
-    Raises:
-        OSError: If the Hub refuses it or cannot be reached; the repository is then as it was.
-        RuntimeError: If somebody else pushed at the same moment.
-    """
+    """Publish an exported student in one commit, by the first of all processes."""
     story: dict[str, bytes | Path] = {"history.json": history.to_json().encode("utf-8")}
     if report:
         story["report.json"] = (json.dumps(without_nan(report), indent=2) + "\n").encode("utf-8")

@@ -35,22 +35,7 @@ _STORY = ("global_step", "epoch", "total_flos", "log_history")
 
 
 class TrainingRun:
-    """Go through the stages of a run, keep what is finished, and know what is not.
-
-    Args:
-        path (`pathlib.Path`):
-            Its folder, made when something is written.
-        args (`CoSupervisedConfig`):
-            Says how many rounds a level has.
-        num_levels (`int`):
-            Levels of the hierarchy.
-        facts (`dict[str, Any]`):
-            What the run is made of, as the history shows it.
-        processes (`Processes`, *optional*):
-            That work on it together. This one alone by default.
-        new_story (`Callable`, *optional*):
-            Makes the state that counts over all stages.
-    """
+    """Go through the stages of a run, keep what is finished, and know what is not."""
 
     def __init__(
         self,
@@ -79,81 +64,32 @@ class TrainingRun:
     # --- stages ------------------------------------------------------------------------------------------------------
 
     def num_rounds(self, level: int) -> int:
-        """Tell how often a level is trained.
-
-        Args:
-            level (`int`):
-                Level, from 0.
-
-        Returns:
-            `int`
-        """
+        """Tell how often a level is trained."""
         return self.args.rounds_per_level if level else 1  # the root has nothing to choose again
 
     def stages(self) -> list[tuple[int, int]]:
-        """Give all levels and their rounds, in order.
-
-        Returns:
-            `list[tuple[int, int]]`
-        """
+        """Give all levels and their rounds, in order."""
         return [(level, number) for level in range(self.num_levels) for number in range(self.num_rounds(level))]
 
     def unfinished(self) -> Iterator[tuple[int, int]]:
-        """Give what is still to be done. Each stage must be finished before the next one is asked for.
-
-        Returns:
-            `Iterator[tuple[int, int]]`: Levels and rounds.
-        """
+        """Give what is still to be done."""
         for stage in self.stages()[len(self.history.records) :]:
             yield stage
             self._resuming = False  # only the first of them can have been cut off
 
     def stage_dir(self, level: int, round: int) -> Path:
-        """Give the folder of a stage.
-
-        Args:
-            level (`int`):
-                Level, from 0.
-            round (`int`):
-                Round, from 0.
-
-        Returns:
-            `pathlib.Path`
-        """
+        """Give the folder of a stage."""
         return self.folder.stage_dir(level, round, is_last=round == self.num_rounds(level) - 1)
 
     def is_last(self, plan: LevelPlan) -> bool:
-        """Tell whether nothing comes after a stage.
-
-        Args:
-            plan (`LevelPlan`):
-                Of the stage.
-
-        Returns:
-            `bool`
-        """
+        """Tell whether nothing comes after a stage."""
         return (plan.level, plan.round) == self.stages()[-1]
 
     # --- begin, or go on ---------------------------------------------------------------------------------------------
 
     @contextmanager
     def open(self, settings: Callable[[], Mapping[str, Any]], resume: bool) -> Iterator[Stage | None]:
-        """Begin the run, or go on with the one in this folder, and see that nobody else works there meanwhile.
-
-        Args:
-            settings (`Callable`):
-                Gives what must be the same for a run to be gone on with.
-            resume (`bool`):
-                Go on with what is there.
-
-        Returns:
-            `ContextManager[Stage | None]`: The last finished stage, `None` where there is none.
-
-        Raises:
-            FileExistsError: If the folder holds another run, or another process works there.
-            FileNotFoundError: If processes see different folders.
-            ValueError: If the run there was begun otherwise.
-        """
+        """Begin the run, or go on with the one in this folder, and see that nobody else works there meanwhile."""
         with self._only_one():
             is_there = self._find(resume)
             self.story, self.plans, self._resuming = self._new_story(), [], resume
@@ -168,15 +104,7 @@ class TrainingRun:
             yield last
 
     def claim(self, settings: Callable[[], Mapping[str, Any]]) -> None:
-        """Begin the run of a notebook that goes from stage to stage by itself, at its first stage.
-
-        Args:
-            settings (`Callable`):
-                See [`open`].
-
-        Raises:
-            FileExistsError: If the folder holds another run.
-        """
+        """Begin the run of a notebook that goes from stage to stage by itself, at its first stage."""
         if not self._is_own:
             self._find(resume=False)
             self._begin(settings())
@@ -265,15 +193,7 @@ class TrainingRun:
     # --- one stage ---------------------------------------------------------------------------------------------------
 
     def check_turn(self, level: int) -> None:
-        """See that the level above is finished.
-
-        Args:
-            level (`int`):
-                That is to be planned, from 0.
-
-        Raises:
-            ValueError: If it is not.
-        """
+        """See that the level above is finished."""
         if len(self.plans) < level:
             raise ValueError(
                 f"Level {level} must follow a finished level {level - 1} of this trainer, got {len(self.plans)} "
@@ -281,11 +201,7 @@ class TrainingRun:
             )
 
     def check_trained(self) -> None:
-        """Refuse to publish a student that has learnt nothing, before a repository is made for it.
-
-        Raises:
-            RuntimeError: If no stage is finished.
-        """
+        """Refuse to publish a student that has learnt nothing, before a repository is made for it."""
         if not self.history.records:
             raise RuntimeError(
                 "A student must be trained before it is pushed, got one without a finished level. Call `train()`, or "
@@ -293,17 +209,7 @@ class TrainingRun:
             )
 
     def begin_stage(self, plan: LevelPlan, can_resume: bool) -> str | None:
-        """Make room for a stage, or find where it was cut off.
-
-        Args:
-            plan (`LevelPlan`):
-                Of the stage.
-            can_resume (`bool`):
-                Whether the way it is trained can be gone on with inside a stage.
-
-        Returns:
-            `str`: The checkpoint to go on from; `None` to begin.
-        """
+        """Make room for a stage, or find where it was cut off."""
         folder = self.stage_dir(plan.level, plan.round)
         checkpoint = None
         if self._resuming and can_resume:
@@ -314,33 +220,13 @@ class TrainingRun:
         return None if checkpoint is None else str(checkpoint)
 
     def take_up(self, checkpoint: str) -> tuple[float, int]:
-        """Go on with the story where a checkpoint left it.
-
-        Args:
-            checkpoint (`str`):
-                What [`begin_stage`] gave.
-
-        Returns:
-            `tuple[float, int]`: This process's sum of the losses of the stage so far, and their number.
-        """
+        """Go on with the story where a checkpoint left it."""
         story = read_story(Path(checkpoint))
         self.story.log_history = story["log_history"]
         return story["loss_sums"][self.processes.rank], story["num_losses"]
 
     def record(self, plan: LevelPlan, output: TrainOutput, state: TrainerState) -> dict[str, Any]:
-        """Count the steps of a trained stage, and write its numbers down.
-
-        Args:
-            plan (`LevelPlan`):
-                Of the stage.
-            output (`TrainOutput`):
-                What its training gave.
-            state (`TrainerState`):
-                Where its training ended.
-
-        Returns:
-            `dict[str, Any]`: The numbers.
-        """
+        """Count the steps of a trained stage, and write its numbers down."""
         self.story.global_step += output.global_step
         self.story.epoch = (self.story.epoch or 0.0) + (state.epoch or 0.0)
         self.story.total_flos += state.total_flos
@@ -358,16 +244,7 @@ class TrainingRun:
         return record
 
     def save(self, plan: LevelPlan, student: dict[str, torch.Tensor], folds: list[dict[str, torch.Tensor]]) -> None:
-        """Keep a trained stage: the next one, or another process, goes on from here.
-
-        Args:
-            plan (`LevelPlan`):
-                Of the stage.
-            student (`dict[str, torch.Tensor]`):
-                What training changed, by name.
-            folds (`list[dict[str, torch.Tensor]]`):
-                Heads of `cross_fit_folds`, none without.
-        """
+        """Keep a trained stage: the next one, or another process, goes on from here."""
         self.plans = [*self.plans[: plan.level], plan]
         own = plan.level, plan.round
 
@@ -382,18 +259,7 @@ class TrainingRun:
         self.processes.on_first(save)
 
     def load(self, level: int) -> Stage:
-        """Read a finished level.
-
-        Args:
-            level (`int`):
-                Level, from 0.
-
-        Returns:
-            `Stage`: Its last round.
-
-        Raises:
-            FileNotFoundError: If that level has not been finished in this folder.
-        """
+        """Read a finished level."""
         stage = self.folder.load_stage(self.stage_dir(level, self.num_rounds(level) - 1))
         if stage is None:
             raise FileNotFoundError(f"No student of level {level} in '{self.path}'. Call `train()` first.")
@@ -407,11 +273,7 @@ class TrainingRun:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> TrainOutput:
-        """Sum up what was trained since the run was opened.
-
-        Returns:
-            `TrainOutput`: Steps of all stages, mean loss of those that were trained now, and metrics of the whole.
-        """
+        """Sum up what was trained since the run was opened."""
         steps = sum(output.global_step for output in self._outputs)
         loss = sum(output.training_loss * output.global_step for output in self._outputs) / max(steps, 1)
         metrics = speed_metrics("train", self._started, num_steps=steps)
@@ -422,21 +284,7 @@ class TrainingRun:
 def describe_settings(
     args: CoSupervisedConfig, pool: PseudolabelPool, student: Callable[[], str], functions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Tell what must be the same for a run to be gone on with.
-
-    Args:
-        args (`CoSupervisedConfig`):
-            What to do; fields that are marked so do not count.
-        pool (`PseudolabelPool`):
-            What is trained on.
-        student (`Callable`):
-            Gives the digest of the student before any training.
-        functions (`Mapping[str, str]`):
-            Names of the user's own functions.
-
-    Returns:
-        `dict[str, Any]`: JSON values. Other `versions` are told, not refused.
-    """
+    """Tell what must be the same for a run to be gone on with."""
     plain = (bool, int, float, str, list, dict, type(None))
     arguments = {
         name: value if isinstance(value, plain) else str(value)

@@ -33,20 +33,7 @@ _PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 @dataclass
 class Stage:
-    """One trained round of a level, as it lies on disk.
-
-    Args:
-        plan (`LevelPlan`):
-            What it was trained on.
-        student (`dict[str, torch.Tensor]`):
-            What training changed, by name.
-        folds (`list[dict[str, torch.Tensor]]`):
-            Heads of `cross_fit_folds`, none without.
-        record (`dict[str, Any]`):
-            Its record in the history.
-        story (`dict[str, Any]`):
-            What was logged up to its end: `global_step`, `epoch`, `total_flos` and `log_history`.
-    """
+    """One trained round of a level, as it lies on disk."""
 
     plan: LevelPlan
     student: dict[str, torch.Tensor]
@@ -56,27 +43,14 @@ class Stage:
 
 
 class RunFolder:
-    """Keep what a run needs to go on, below `output_dir`.
-
-    A file has its name only when it is whole, and a stage is finished when its `stage.json` is there, which is written
-    last and tells the digests of the others.
-
-    Args:
-        path (`pathlib.Path`):
-            The folder, made when something is written.
-    """
+    """Keep what a run needs to go on, below `output_dir`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """See that no other process works here; a process that dies frees the folder.
-
-        Raises:
-            FileExistsError: If another process does.
-            OSError: If the folder cannot be written.
-        """
+        """See that no other process works here; a process that dies frees the folder."""
         make_output_dir(self.path)
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -96,22 +70,12 @@ class RunFolder:
     # --- which run it is ---------------------------------------------------------------------------------------------
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Write down which run this is, and forget all stages of the one before.
-
-        Args:
-            facts (`Mapping[str, Any]`):
-                JSON values.
-        """
+        """Write down which run this is, and forget all stages of the one before."""
         self.forget(path for path in self.path.glob("level-*") if path.is_dir())
         write_json(self.path / _RUN, dict(facts))
 
     def forget(self, folders: Iterable[Path]) -> None:
-        """Delete stages and their checkpoints, which are about to be made anew or come after one that is.
-
-        Args:
-            folders (`Iterable[pathlib.Path]`):
-                What [`stage_dir`] gave; those that are not there are passed over.
-        """
+        """Delete stages and their checkpoints, which are about to be made anew or come after one that is."""
         for folder in folders:
             # What makes them count goes first, so that nothing counts of which a part is gone.
             for path in (folder / _STAGE, *folder.glob(f"checkpoint-*/{DIGESTS}")):
@@ -119,17 +83,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def check(self, facts: Mapping[str, Any]) -> None:
-        """See that the run that was begun here is this one.
-
-        Args:
-            facts (`Mapping[str, Any]`):
-                What [`begin`] would be given. Other `versions` and another `num_processes` are logged, everything else
-                must be the same; under another `num_processes` with equal `examples_per_step` a process may have
-                another share of them.
-
-        Raises:
-            ValueError: If it is another run; the sentence says in what.
-        """
+        """See that the run that was begun here is this one."""
         if not (self.path / _RUN).is_file():
             return
         known, own = read_json(self.path / _RUN), json.loads(json.dumps(without_nan(dict(facts))))
@@ -170,30 +124,11 @@ class RunFolder:
     # --- what is finished --------------------------------------------------------------------------------------------
 
     def stage_dir(self, level: int, round: int, is_last: bool) -> Path:
-        """Give the folder of a round of a level.
-
-        Args:
-            level (`int`):
-                Level, from 0.
-            round (`int`):
-                Round, from 0.
-            is_last (`bool`):
-                Whether it is the last of its level, whose folder has the level's own name.
-
-        Returns:
-            `pathlib.Path`
-        """
+        """Give the folder of a round of a level."""
         return self.path / (f"level-{level}" if is_last else f"level-{level}-round-{round}")
 
     def save_stage(self, folder: Path, stage: Stage) -> None:
-        """Write a finished round; it counts from the moment when all of it is there.
-
-        Args:
-            folder (`pathlib.Path`):
-                What [`stage_dir`] gave.
-            stage (`Stage`):
-                What to keep.
-        """
+        """Write a finished round; it counts from the moment when all of it is there."""
         folder.mkdir(parents=True, exist_ok=True)
         arrays = {name: getattr(stage.plan, name) for name in _ARRAYS if getattr(stage.plan, name) is not None}
         with whole_file(folder / _PLAN) as path:
@@ -217,16 +152,7 @@ class RunFolder:
         write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
 
     def load_stage(self, folder: Path) -> Stage | None:
-        """Read a finished round.
-
-        Args:
-            folder (`pathlib.Path`):
-                What [`stage_dir`] gave.
-
-        Returns:
-            `Stage`, or `None` where the round is not finished, or a file of it is spoilt: a warning names that file,
-            and the round can be trained again.
-        """
+        """Read a finished round."""
         if not (folder / _STAGE).is_file():
             return None
         try:
@@ -256,15 +182,7 @@ class RunFolder:
 
 
 def pool_digest(pool: PseudolabelPool) -> str:
-    """Hash what is trained on: ids, hierarchy and every stored pseudolabel.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The pool.
-
-    Returns:
-        `str`: 16 hexadecimal digits.
-    """
+    """Hash what is trained on: ids, hierarchy and every stored pseudolabel."""
     teachers = [(teacher.name, teacher.level, teacher.scope, teacher.domains) for teacher in pool.hierarchy.teachers]
     digest = hashlib.blake2b(json.dumps([pool.labels, teachers]).encode(), digest_size=8)
     digest.update("\n".join(map(str, pool.ids.tolist())).encode())
@@ -277,11 +195,7 @@ def pool_digest(pool: PseudolabelPool) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Tell the versions that a student hangs on.
-
-    Returns:
-        `dict[str, str]`: By package.
-    """
+    """Tell the versions that a student hangs on."""
     return {"hf_cosupervise": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
 
 

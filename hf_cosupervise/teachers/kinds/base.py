@@ -19,55 +19,22 @@ from ...models.source import ModelSource
 
 
 class TeacherModel(Protocol):
-    """A loaded teacher: cells are prepared, and probabilities over the task's labels come out.
-
-    Attributes:
-        facts (`dict[str, Any]`): What travels with its pseudolabels, JSON values: kind, revision, commit, class and
-            `preprocessing`, a fingerprint of what `prepare` does. Teachers with the same one share what is prepared;
-            one without a fingerprint (`None` or absent) shares with nobody.
-        column (`str`, *optional*): The column that it reads instead of the inputs; `None` for a model of the inputs.
-    """
+    """A loaded teacher: cells are prepared, and probabilities over the task's labels come out."""
 
     facts: dict[str, Any]
     column: str | None
 
     def prepare(self, cells: Sequence[Any]) -> Any:
-        """Turn cells into what the model reads. It may run in a worker process, so it leaves the device alone.
-
-        For a cell that cannot be read it raises [`RowError`]; any other error is taken for its own, not for the row's.
-
-        Args:
-            cells (`Sequence` of length `num_rows`): PIL images, texts or vectors; or the values of `column`.
-
-        Returns:
-            What `__call__` takes, such as tensors of `num_rows` rows.
-        """
+        """Turn cells into what the model reads."""
         ...
 
     def __call__(self, inputs: Any) -> np.ndarray:
-        """Label a batch.
-
-        Args:
-            inputs: What `prepare` gave for it.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1; a row of zeros is no answer.
-        """
+        """Label a batch."""
         ...
 
 
 def check_teacher_model(model: Any, name: str) -> None:
-    """See that an object can be run as a teacher.
-
-    Args:
-        model (`Any`):
-            What should be a [`TeacherModel`].
-        name (`str`):
-            Its name in the hierarchy, for the error.
-
-    Raises:
-        TypeError: If it lacks a part of one, or its facts are no JSON values.
-    """
+    """See that an object can be run as a teacher."""
     lacking = [] if callable(model) else ["`__call__(inputs)`"]
     lacking += [] if callable(getattr(model, "prepare", None)) else ["`prepare(cells)`"]
     lacking += [] if isinstance(getattr(model, "column", 0), str | None) else ["`column` (a name or None)"]
@@ -123,11 +90,7 @@ class TeacherSource:
 
 
 def default_device() -> torch.device:
-    """Give the GPU of this process, if there is one.
-
-    Returns:
-        `torch.device`: `cuda:LOCAL_RANK`, or `cpu`.
-    """
+    """Give the GPU of this process, if there is one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -161,20 +124,7 @@ def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequenc
 
 
 def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
-    """Give a function that finds a name, exactly or else by the only label that differs in case alone.
-
-    Args:
-        labels (`Sequence[str]`):
-            The task's label names.
-
-    Returns:
-        `Callable[[str], int | None]`: From a name to its position; `None` where no label, or more than one, is meant.
-
-    Examples:
-        >>> find = label_finder(["cat", "Dog"])
-        >>> find("cat"), find("DOG"), find("cow")
-        (0, 1, None)
-    """
+    """Give a function that finds a name, exactly or else by the only label that differs in case alone."""
     exact = {label: position for position, label in enumerate(labels)}
     alike: dict[str, int | None] = {}
     for position, label in enumerate(labels):

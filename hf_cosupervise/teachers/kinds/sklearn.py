@@ -22,29 +22,7 @@ _SKLEARN_FILE = "model.skops"
 def save_sklearn_teacher(
     model: Any, folder: str | os.PathLike[str], feature: Mapping[str, Any], labels: Sequence[str] | None = None
 ) -> None:
-    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`.
-
-    Args:
-        model (`sklearn.base.ClassifierMixin`):
-            A fitted classifier with `predict_proba`.
-        folder (`str` or `os.PathLike`):
-            Folder to make; written whole or not at all.
-        feature (`Mapping[str, Any]`):
-            How an example becomes what the classifier reads. `kind` is `"pixels"` (with `size` `[height, width]` or
-            `None` for the image's own, `mode` `"L"` or `"RGB"`, and `divide_by`), `"values"` (a vector of numbers) or
-            `"text"` (a string).
-        labels (`Sequence[str]`, *optional*):
-            Label names, where the classifier was fitted to their positions. Without it, its classes are the names.
-
-    Raises:
-        FileExistsError: If the folder holds something already.
-        ImportError: If skops is not installed.
-        TypeError: If the model has no `predict_proba`.
-        ValueError: If `feature` is not usable or a class of the model has no label.
-
-    Examples:
-        >>> save_sklearn_teacher(tree, "teachers/tree", {"kind": "pixels", "size": [8, 8]}, labels)  # doctest: +SKIP
-    """
+    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`."""
     skops_io = _import_skops()
     _check_predict_proba(model, f"'{folder}'")
     settings = _feature_settings(feature, f"`feature` of '{folder}'")

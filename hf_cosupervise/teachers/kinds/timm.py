@@ -70,10 +70,7 @@ def _transform_images(cells: Sequence[Any], transform: Callable[[Any], torch.Ten
 
 
 def _build_timm(source: TeacherSource) -> Any:
-    """A model of timm as its configuration describes it, with fresh weights.
-
-    timm would read `config.json` itself, by `local-dir:`, and would then open whatever files that names.
-    """
+    """A model of timm as its configuration describes it, with fresh weights."""
     import timm
 
     config = source.config
