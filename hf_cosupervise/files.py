@@ -120,7 +120,7 @@ def make_output_dir(path: Path) -> None:
 
 
 def open_work_folder(path: Path) -> None:
-    """Make a folder of a fixed name for work in progress, or see that the one that is there is of a run of this user."""
+    """Make a folder of a fixed name for work in progress, or see that the one there is of a run of this user."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.mkdir()

@@ -232,7 +232,8 @@ ROWS: list[tuple[str, str, Spoil, str]] = [
         "tokenizer-auto",
         "bert",
         with_json("tokenizer_config.json", tokenizer_class="AutoTokenizer"),
-        "must be read by a class of its own kind, got `tokenizer_class` in its 'tokenizer_config.json': 'AutoTokenizer'",
+        "must be read by a class of its own kind, got `tokenizer_class` in its 'tokenizer_config.json': "
+        "'AutoTokenizer'",
     ),
     (
         "tokenizer-model",

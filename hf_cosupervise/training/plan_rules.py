@@ -93,7 +93,7 @@ class LevelAnswers:
         return torch.from_numpy(np.stack([self._first(i) for i in range(len(self.pool.hierarchy.names))], axis=1))
 
     def hard_labels(self, sources: np.ndarray) -> np.ndarray:
-        """Give the most probable label of each row by whoever speaks for it, see `PseudolabelPool.hard_pseudolabels`."""
+        """Give the most probable label of each row by whoever speaks for it."""
         if (sources >= len(self.pool.hierarchy.names)).any():  # an ensemble's best label is known of its mean only
             probs = self.pseudolabels(sources)
             return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
