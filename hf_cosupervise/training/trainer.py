@@ -272,10 +272,9 @@ class CoSupervisedTrainer(Trainer):
     def finish_level(self, plan: LevelPlan) -> None:
         """Keep the student of a level (or a round) and its plan: the next one, or another run, goes on from here."""
         self.run.save(plan, self.student.tensors(), self.student.fold_tensors())
-        is_last_level = plan.level == self.pool.hierarchy.num_levels - 1  # which the user pushes, with a report
-        is_whole = plan.round == self.run.num_rounds(plan.level) - 1
-        strategy = self.args.hub_strategy
-        if self.args.push_to_hub and strategy == HubStrategy.EVERY_SAVE and is_whole and not is_last_level:
+        is_whole, strategy = plan.round == self.run.num_rounds(plan.level) - 1, self.args.hub_strategy
+        # The last level is for the user to push, with a report.
+        if self.args.push_to_hub and strategy == HubStrategy.EVERY_SAVE and is_whole and not self.run.is_last(plan):
             self.push_to_hub(commit_message=f"Student of level {plan.level}")
 
     # --- one level ---------------------------------------------------------------------------------------------------
