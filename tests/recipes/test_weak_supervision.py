@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 README = (RECIPES / "README.md").read_text(encoding="utf-8")
 WORDS = {"bad": ["stings", "barks"], "good": ["purrs", "hums"]}  # which the tiny tokenizer knows
 
