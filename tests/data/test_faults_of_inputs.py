@@ -91,7 +91,7 @@ def test_colours_of_sixteen_bits_and_bools() -> None:
         np.full((2, 2), 70000, np.uint32),
         np.full((2, 2), -1, np.int16),
     ],
-    ids=str,
+    ids=["F", "I", "La", "TIFF of floats", "half precision", "beyond 16 bits", "below zero"],
 )
 def test_pixels_of_no_certain_range_are_refused_whatever_their_values(cell: Any) -> None:
     with pytest.raises(RowError, match="^An image"):
