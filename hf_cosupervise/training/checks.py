@@ -15,10 +15,13 @@ from ..method.rejection import check_top_k_value
 from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
 from .config import CoSupervisedConfig
+from .inherited import check_together
 from .plan_rules import level_assignment
 
 
-def check_first(args: Any, given: Mapping[str, Any]) -> CoSupervisedConfig:
+def check_first(
+    args: Any, given: Mapping[str, Any], pool: PseudolabelPool, has_own_assignment: bool
+) -> CoSupervisedConfig:
     """Refuse what no student could be trained with, and see that there is a place to write to."""
     args = CoSupervisedConfig() if args is None else args
     if not isinstance(args, CoSupervisedConfig):
@@ -30,17 +33,28 @@ def check_first(args: Any, given: Mapping[str, Any]) -> CoSupervisedConfig:
         )
     if given.get("model_init") is not None:
         raise ValueError("`model_init` cannot be given: each level begins with a fresh head. Give a model or its id.")
+    check_levels(pool, args, has_own_assignment)
     return args
 
 
-def check_modality(is_text: bool, inputs: Dataset, column: str) -> None:
-    """Refuse a student that reads the other kind of inputs."""
+def check_student(args: CoSupervisedConfig, model: Any, is_text: bool, inputs: Dataset, has_own_metrics: bool) -> None:
+    """Refuse a student of the other kind of inputs, and arguments that do not fit this model or what is installed."""
+    (column,) = inputs.column_names
     if isinstance(inputs.features[column], Image) if is_text else is_text_column(inputs, column):
         read, held = ("texts", "images") if is_text else ("images", "texts")
         raise ValueError(
             f"The student must read what the pool holds, got a student of {read} and {held} in column '{column}'. "
             "Choose another student, or another `input_column`."
         )
+    check_together(args, model, has_own_metrics)
+
+
+def refuse_search(*_: Any, **__: Any) -> Any:
+    """Refuse `hyperparameter_search`: it would choose by labels, of which there are none."""
+    raise NotImplementedError(
+        "`hyperparameter_search` would choose by labels, which co-supervision does without. Compare configurations by "
+        "runs of their own."
+    )
 
 
 def check_arguments(

@@ -1,8 +1,4 @@
-"""Co-supervised training: down the hierarchy, level by level, with a `transformers.Trainer`.
-
-`train` is the algorithm; the run on disk, the student, the loss of a level and the fast fit of a head are held. The
-rest of the class is where the parent's own loop, checkpoints, evaluation and pushes differ.
-"""
+"""Co-supervised training: `train` goes down the hierarchy; run, student, loss and fast fit of a head are held."""
 
 from __future__ import annotations
 
@@ -37,11 +33,10 @@ from ..students.student import Student, label_inputs, measure_predictions, open_
 from .advice import explain_lone_example, explain_memory
 from .callbacks import LevelCallbackHandler
 from .checkpointing import read_back, sealing
-from .checks import check_arguments, check_first, check_levels, check_modality, match_inputs, read_weights
+from .checks import check_arguments, check_first, check_student, match_inputs, read_weights, refuse_search
 from .collator import ROW, DataCollatorForCoSupervision, split_batch
 from .config import CoSupervisedConfig
 from .head_fitter import FitEvents, HeadFitter, outside_of_fold, why_not_on_features
-from .inherited import check_together
 from .level_loss import LevelLoss, pseudolabel_losses
 from .plan import LevelPlan, plan_by_student, plan_level
 from .plan_rules import AssignFunction, KeepFunction
@@ -118,8 +113,7 @@ class CoSupervisedTrainer(Trainer):
         keep_func: KeepFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        args = check_first(args, kwargs)
-        check_levels(pool, args, has_own_assignment=assign_func is not None)
+        args = check_first(args, kwargs, pool, has_own_assignment=assign_func is not None)
         self.pool = self._own_pool = pool  # that in use may be smoothed over neighbours
         self.loss_func, self.assign_func, self.keep_func = loss_func, assign_func, keep_func
         functions = {"loss_func": loss_func, "assign_func": assign_func, "keep_func": keep_func}
@@ -128,8 +122,7 @@ class CoSupervisedTrainer(Trainer):
         examples = inputs.add_column(ROW, np.arange(len(pool)))
         model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
         self.processor = InputProcessor(processing_class, model.config)
-        check_modality(self.processor.is_text, inputs, self.input_column)
-        check_together(args, model, has_own_metrics=kwargs.get("compute_metrics") is not None)
+        check_student(args, model, self.processor.is_text, inputs, has_own_metrics="compute_metrics" in kwargs)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}
         eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels)
@@ -417,19 +410,14 @@ class CoSupervisedTrainer(Trainer):
 
     # --- evaluation, saving, publishing ------------------------------------------------------------------------------
 
+    hyperparameter_search = refuse_search
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the student on inputs with a label column, by default the trainer's `eval_dataset`."""
         is_known = eval_dataset is self.eval_dataset
         if not is_known and not (isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.column_names):
             eval_dataset = self.student.label(eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: it would choose by labels, of which there are none."""
-        raise NotImplementedError(
-            "`hyperparameter_search` would choose by labels, which co-supervision does without. Compare "
-            "configurations by runs of their own."
-        )
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict with the student, and measure where the data has labels."""
