@@ -1060,7 +1060,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
      "`q` must be above 0 and at most 1, got '0.7'. Leave it out for 0.7."),
     ({"hub_strategy": "checkpoint"},
      "`hub_strategy` must be 'end' or 'every_save', got … hold pickles, which are never uploaded."),
-    ({"remove_unused_columns": True}, "`remove_unused_columns` must stay False: the collator reads the raw columns."),
+    ({"remove_unused_columns": True},
+     "`remove_unused_columns` must stay False: the collator reads the raw columns. Leave it out."),
 ]
 # fmt: on
 NUMBERS = {  # what each field must be, and values that it is not, beside text, booleans and NaN

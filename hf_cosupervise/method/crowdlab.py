@@ -1,4 +1,4 @@
-""""""
+"""CROWDLAB: hard labels of several teachers and a classifier's probabilities, weighed by how well each agrees."""
 
 from __future__ import annotations
 

@@ -124,6 +124,7 @@ class Job:
 
 
 def is_column(teacher: Teacher) -> bool:
+    """Whether a teacher's answers stand in a column of the data."""
     return teacher.kind == "column"
 
 

@@ -499,7 +499,8 @@ def test_a_disk_that_is_really_full(tmp_path, tiny_vit, tiny_image_dataset, trai
                 assert error.errno == errno.ENOSPC and f"The disk of '{folder / '_run'}" in str(error), error
                 told += 1
             ballast.unlink()
-            assert not list(folder.rglob(".*-*"))
+            # Features in progress are gone on with; of every other file there is the whole or nothing.
+            assert not [path for path in folder.rglob(".*-*") if not path.name.startswith(".partial-")]
         assert told >= (2 if training == "probe" else 4)
         again = run(folder, tiny_vit, tiny_image_dataset, changes, resume=True)
         assert_same_student(again, whole)
