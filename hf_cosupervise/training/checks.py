@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, Image
 
 from ..data.columns import find_input_column, is_text_column, row_keys
+from ..data.inputs import check_depth
 from ..files import make_output_dir
 from ..method.rejection import check_top_k_value
 from ..pool.ids import match_ids
@@ -34,7 +35,8 @@ def check_first(args: Any, given: Mapping[str, Any]) -> CoSupervisedConfig:
 
 
 def check_modality(is_text: bool, inputs: Dataset, column: str) -> None:
-    """Refuse a student that reads the other kind of inputs."""
+    """Refuse a student that reads the other kind of inputs, and images of more bits than are read."""
+    check_depth(inputs, column)
     if isinstance(inputs.features[column], Image) if is_text else is_text_column(inputs, column):
         read, held = ("texts", "images") if is_text else ("images", "texts")
         raise ValueError(
