@@ -198,7 +198,11 @@ class CoSupervisedConfig(TrainingArguments):
 
     # Training
     pseudolabels: Annotated[str, _NOT_FOR_CEILING] = field(
-        default="soft", metadata={"help": "Train on 'soft' or 'hard' pseudolabels."}
+        default="soft",
+        metadata={
+            "help": "Train on 'soft' or 'hard' pseudolabels. A hard one is the label that its teacher put first; a tie, "
+            "as a shared majority may give, goes to the lowest label, as in the paper's code."
+        },
     )
     loss: str = field(
         default="cross_entropy",
