@@ -200,8 +200,8 @@ class CoSupervisedConfig(TrainingArguments):
     pseudolabels: Annotated[str, _NOT_FOR_CEILING] = field(
         default="soft",
         metadata={
-            "help": "Train on 'soft' or 'hard' pseudolabels. A hard one is the label that its teacher put first; a tie, "
-            "as a shared majority may give, goes to the lowest label, as in the paper's code."
+            "help": "Train on 'soft' or 'hard' pseudolabels. A hard one is the label that its teacher put first: of "
+            "labels that are tied, as by a shared majority, the lowest, as by the `argmax` of the paper's code."
         },
     )
     loss: str = field(
