@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from test_trainer import LABELS
 
-from hf_cosupervise import CoSupervisedConfig
+from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, build_pool
 from hf_cosupervise.data.inputs import InputProcessor
 from hf_cosupervise.method.neighbors import nearest_neighbors
 from hf_cosupervise.processes import Processes, row_chunks
@@ -227,6 +227,8 @@ def test_a_column_that_cuts_16_bits_off_is_refused(make_student, tiny_vit, tiny_
             "above 255 in an image of mode 'I;16', row 9 first. Use `dataset.cast_column('image', Image())`: 16 bits "
             "are then scaled, and what a model reads is converted for it."
         )
+    with pytest.raises(ValueError, match="must give images as they are stored, got .* row 9 first. Use `dataset.cast"):
+        build_pool(cut.remove_columns("label"), TeacherHierarchy(LABELS, [Teacher(tiny_vit)]))
     assert student.predict_labels(data).min() >= 0
     others = tiny_image_dataset.cast_column("image", Image(mode="RGB"))
     assert np.array_equal(student.predict_labels(others), student.predict_labels(tiny_image_dataset))
