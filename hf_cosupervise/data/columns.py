@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Image, Value
 
 LABEL_NAMES = ("label", "labels", "oracle_label")
@@ -98,7 +100,11 @@ def as_label_id(value: Any) -> Any:
 def has_input(dataset: Dataset, column: str) -> np.ndarray:
     """Tell which rows hold anything: a pool stores what could not be read as missing."""
     _check_column(dataset, column)
-    is_there = dataset.data.column(column).is_valid().to_numpy()
+    cells = dataset.data.column(column)
+    is_there = cells.is_valid().to_numpy()
+    if pa.types.is_struct(cells.type) and {"bytes", "path"} <= {field.name for field in cells.type}:
+        held = (pc.struct_field(cells, name).is_valid().to_numpy() for name in ("bytes", "path"))
+        is_there = is_there & np.any(list(held), axis=0)
     return is_there if dataset._indices is None else is_there[dataset._indices.column(0).to_numpy()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, Image
 from PIL import Image as PILImage
 
 from ..hierarchy import is_writable_text
+from .columns import has_input, is_text_column
 
 logger = logging.getLogger(__name__)
+_CHUNK = 1000
 
 
 class RowError(TypeError, ValueError):
@@ -54,6 +58,33 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
         return cell.convert(mode)
     except ValueError as error:
         raise RowError(f"An image must be one that PIL can make {mode!r}, got {error}. Convert it first.") from error
+
+
+def check_depth(dataset: Dataset, column: str) -> None:
+    """Refuse a column that makes 8 bits of 16 when it is read: `datasets` cuts off what is above 255."""
+    feature = dataset.features[column]
+    if not isinstance(feature, Image) or feature.mode is None or feature.mode.startswith(("I", "F")):
+        return
+    cells = dataset.select_columns([column]).with_format(None).cast_column(column, Image(decode=False))
+    for row, cell in enumerate(cells):
+        if (found := _stored_mode(cell[column])).startswith(("I", "F")):
+            raise ValueError(
+                f"Column '{column}' must give images as they are stored, got `Image(mode={feature.mode!r})`, which "
+                f"cuts off what is above 255 in an image of mode {found!r}, row {row} first. Use "
+                f"`dataset.cast_column({column!r}, Image())`: 16 bits are then scaled, and what a model reads is "
+                "converted for it."
+            )
+
+
+def _stored_mode(cell: Mapping[str, Any] | None) -> str:
+    """Mode that the header of an image tells; nothing where it cannot be read, which whoever decodes it says."""
+    if cell is None or not (cell["bytes"] or cell["path"]):
+        return ""
+    try:
+        with PILImage.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as image:
+            return image.mode
+    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
+        return ""
 
 
 class InputProcessor:
@@ -100,6 +131,22 @@ class InputProcessor:
         if bool(is_empty.any()):
             raise RowError(f"A text must have at least one token, got {cells[int(is_empty.nonzero()[0])]!r}.")
         return batch
+
+    def find_readable(self, dataset: Dataset, column: str, *, needs_tokens: bool = True) -> np.ndarray:
+        """Tell which rows of a column hold an input, and if it is a text, at least one token."""
+        is_readable = has_input(dataset, column)
+        # Most tokenizers add tokens of their own, so that no text is without.
+        if not (needs_tokens and self.is_text and is_text_column(dataset, column)) or self._num_tokens([""])[0]:
+            return is_readable
+        texts, rows = dataset.select_columns([column]).with_format(None), np.flatnonzero(is_readable)
+        for start in range(0, len(rows), _CHUNK):
+            some = rows[start : start + _CHUNK]
+            is_readable[some] = np.array(self._num_tokens(texts[some][column])) > 0
+        return is_readable
+
+    def _num_tokens(self, texts: Sequence[str]) -> list[int]:
+        encoded = self.processing_class(list(texts), truncation=True, max_length=self.max_length)
+        return [len(ids) for ids in encoded["input_ids"]]
 
     def probe(self) -> dict[str, torch.Tensor]:
         """Process two examples that every model of this kind can read: what fails here is no row's fault."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
-from datasets.arrow_writer import ArrowWriter
 from datasets.table import embed_table_storage, table_cast
 
 from ..data.cells import check_cells
@@ -22,6 +21,8 @@ from ..hierarchy import TeacherHierarchy
 FORMAT_VERSION = 1
 HEADER = "pool.json"
 INPUTS = "inputs/data.arrow"
+# In the schema of a file: the folder that it was written to, which is its teacher's name. Older files have none.
+_OWNER = b"hf_cosupervise.owner"
 _FILE = re.compile(r"(inputs|teachers/[A-Za-z0-9][A-Za-z0-9._-]*)/data\.arrow")
 _CHUNK = 8192
 # What every header holds, and what pools of older versions lack.
@@ -85,19 +86,26 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
     batch = len(dataset) if "label_ids" in dataset.column_names else 1000
-    with ArrowWriter(path=str(path), features=dataset.features, writer_batch_size=max(batch, 1)) as writer:
+    schema = dataset.features.arrow_schema
+    owned = schema.with_metadata({**schema.metadata, _OWNER: path.parent.name.encode("utf-8")})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, owned) as writer:
         for start in range(0, len(dataset), max(batch, 1)):
-            table = table_cast(dataset.with_format("arrow")[start : start + batch], dataset.features.arrow_schema)
-            writer.write_table(embed_table_storage(table))
-        writer.finalize()
+            table = embed_table_storage(table_cast(dataset.with_format("arrow")[start : start + batch], schema))
+            writer.write_table(table.combine_chunks())
 
 
-def find_own_file(dataset: Dataset) -> Path | None:
+def _is_owner(path: Path, name: str) -> bool:
+    """Tell whether a file was written for a name, as far as it knows; a loaded data set does not know any more."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        return (reader.schema.metadata or {}).get(_OWNER, name.encode("utf-8")) == name.encode("utf-8")
+
+
+def find_own_file(dataset: Dataset, name: str) -> Path | None:
     """Find the file of one chunk that holds these pseudolabels and nothing else, as it is on disk now."""
     files = [Path(file["filename"]) for file in dataset.cache_files]
     if "label_ids" not in dataset.column_names or dataset._indices is not None or len(files) != 1:
         return None
-    if not files[0].is_file():
+    if not files[0].is_file() or not _is_owner(files[0], name):
         return None
     whole = Dataset.from_file(str(files[0]))
     is_one_chunk = whole.data.column("label_ids").num_chunks == 1
@@ -116,6 +124,7 @@ def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, wh
             dataset = Dataset.from_file(str(path))
             # Arrow follows wrong offsets blindly. This looks at all of them, and at 10 GB of text in a second.
             dataset.data.validate(full=True)
+            found = "" if _is_owner(path, path.parent.name) else "what was written as another file of a pool"
         except (
             pa.ArrowException,
             ValueError,

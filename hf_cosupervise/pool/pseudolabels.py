@@ -677,7 +677,7 @@ class PseudolabelPool:
         files: dict[str, Path] = {}
         for name, dataset in self.teachers.items():
             path = f"teachers/{name}/data.arrow"
-            if (own := find_own_file(dataset)) is None:
+            if (own := find_own_file(dataset, name)) is None:
                 write_arrow(dataset, folder / path)
             files[path] = own or folder / path
         if inputs and self.inputs is not None:

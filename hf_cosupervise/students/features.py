@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from filelock import FileLock
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.columns import cell_digests
+from ..data.columns import cell_digests, has_input
 from ..data.inputs import InputProcessor
 from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, write_all
 from ..method.neighbors import nearest_neighbors
@@ -34,6 +34,8 @@ _KEYS, _VALUES, _OWNER, _ROWS, _BATCHES = "keys.npy", "features.npy", "backbone.
 _PARTIAL, _PRIVATE, _LOCK = ".partial-", ".private-", ".lock"
 _WRITTEN = "-written"
 _KEY_DTYPE = np.dtype("S32")
+# The key of all rows that hold nothing to read: no digest, so that no content can have it.
+_UNREAD = b"unread"
 # Rows that do not lie on disk in the order wanted are copied to memory up to this size, beyond it to a file.
 _MAX_COPIED_BYTES = 2**30
 _CHUNK = 8192
@@ -71,12 +73,23 @@ class FeatureStore:
         shard: tuple[int, int] = (0, 1),
         wait: Callable[[], None] = lambda: None,
         disable_tqdm: bool = False,
+        readable: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Give the head's inputs of every row, running the backbone only where they are not known yet."""
-        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        """Give the head's inputs of every row, running the backbone only where they are not known yet.
+
+        Rows that are not `readable`, as those without an input, are not read: they get zeros.
+        """
+        digests = _row_digests(dataset, column, readable)
         self._load_ordered(digests)
         unknown = np.flatnonzero(self._find(digests).rows < 0)
         _, first = np.unique(digests[unknown], return_index=True)
+        num_lacking = int((digests[unknown] != _UNREAD).sum())
+        if num_lacking and self.is_written:
+            raise ValueError(
+                f"'{self.folder}' must hold the features of all {len(digests)} rows, because they are computed "
+                f"elsewhere and put in by `write`, got none of {num_lacking}. Put those in too, or give another "
+                "`features_dir`."
+            )
         wait()  # nobody may write before everybody has seen what is missing or spoilt
         own = np.array_split(unknown[np.sort(first)], shard[1])[shard[0]]
         if len(own):
@@ -93,7 +106,7 @@ class FeatureStore:
 
     def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
         """Put features in that were computed elsewhere, so that the backbone need not run for them."""
-        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+        digests = _row_digests(dataset, column)
         if num_known := int((self._find(digests).rows >= 0).sum()):
             raise ValueError(
                 f"Features must be of rows that '{self.folder}' does not hold yet, got {num_known} of {len(digests)} "
@@ -104,6 +117,11 @@ class FeatureStore:
             _save_array(folder / _KEYS, digests)
             _write_features(folder, lambda done: batches, shape, self.dtype)
 
+    @property
+    def is_written(self) -> bool:
+        """`bool`: Whether features of any row were put in, so that the backbone here may be another one's stand-in."""
+        return any(len(keys) for folder, keys in self._keys().items() if folder.name.endswith(_WRITTEN))
+
     def neighbors(
         self,
         dataset: Dataset,
@@ -113,22 +131,31 @@ class FeatureStore:
         *,
         is_first: bool = True,
         wait: Callable[[], None] = lambda: None,
+        readable: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """Give each row's nearest others among the rows, found once for the same rows in the same order."""
-        digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
-        folder, shape = self.folder / _name(f"neighbors-{k}", digests), (len(digests), k)
+        """Give each row's nearest others among the readable rows, found once for the same rows in the same order.
+
+        A row that is not readable is next to nobody, and its neighbours are itself.
+        """
+        digests = _row_digests(dataset, column, readable)
+        rows = np.flatnonzero(digests != _UNREAD)
+        # Neighbours of an older version may be rows that hold nothing.
+        what = f"neighbors-{k}" if len(rows) == len(digests) else f"neighbors-{k}-of-{len(rows)}"
+        folder, shape = self.folder / _name(what, digests), (len(digests), k)
         if is_first and self._load(folder, _ROWS, np.dtype(np.int32), shape) is None:
-            found = nearest_neighbors(features, k).numpy().astype(np.int32)
+            found = np.repeat(np.arange(len(digests), dtype=np.int32)[:, None], k, axis=1)
+            own = features if len(rows) == len(digests) else features[rows]
+            found[rows] = rows[nearest_neighbors(own, k).numpy()]
             with self._unfinished(folder.name, found.nbytes) as unfinished:
                 _save_array(unfinished / _ROWS, found)
         wait()
-        rows = self._load(folder, _ROWS, np.dtype(np.int32), shape)
-        if rows is None:
+        loaded = self._load(folder, _ROWS, np.dtype(np.int32), shape)
+        if loaded is None:
             raise FileNotFoundError(
                 f"'{folder}' must hold the neighbours that the first process found, got none. Give a `features_dir` "
                 "that all processes see."
             )
-        return torch.from_numpy(rows.astype(np.int64))
+        return torch.from_numpy(loaded.astype(np.int64))
 
     def _load(self, folder: Path, name: str, dtype: np.dtype, shape: tuple[int, ...] | None) -> np.ndarray | None:
         """Map a file; `None` if it is not there, or is spoilt, after which its folder is not there either."""
@@ -211,7 +238,7 @@ class FeatureStore:
             _save_array(folder / _KEYS, keys)
             _write_features(
                 folder,
-                lambda done: self._forward(dataset, column, rows[done:], batch_size),
+                lambda done: self._forward(dataset, column, rows[done:], keys[done:] != _UNREAD, batch_size),
                 shape,
                 self.dtype,
                 batch_size=batch_size,
@@ -265,18 +292,19 @@ class FeatureStore:
             return False
         return bool((_match(list(self._keys().values()), keys) < 0).any())
 
-    def _forward(self, dataset: Dataset, column: str, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    def _forward(
+        self, dataset: Dataset, column: str, rows: np.ndarray, readable: np.ndarray, batch_size: int
+    ) -> Iterator[np.ndarray]:
         captured: list[torch.Tensor] = []
         hook = self.head.register_forward_pre_hook(lambda module, inputs: captured.append(inputs[0].detach()))
         device = self.head.weight.device
         self.model.to(memory_format=torch.channels_last)  # convolutions run faster so, on CPU too
         try:
             for start in range(0, len(rows), batch_size):
-                cells = dataset[rows[start : start + batch_size]][column]
-                is_there = [cell is not None for cell in cells]  # a pool keeps no cell that could not be read
-                values = np.zeros((len(cells), self.head.in_features), dtype=np.float32)
-                if any(is_there):
-                    batch = self.processor([cell for cell in cells if cell is not None])
+                is_there = readable[start : start + batch_size]
+                values = np.zeros((len(is_there), self.head.in_features), dtype=np.float32)
+                if is_there.any():
+                    batch = self.processor(dataset[rows[start : start + batch_size][is_there]][column])
                     inputs = {name: _channels_last(value.to(device)) for name, value in batch.items()}
                     with torch.no_grad(), self.autocast():
                         self.model(**inputs)
@@ -284,6 +312,20 @@ class FeatureStore:
                 yield values
         finally:
             hook.remove()
+
+
+def _row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = None) -> np.ndarray:
+    """Key of each row: of its content, and of the whole column where a cell is no content but a number for it."""
+    digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+    feature = dataset.features[column]
+    is_text = isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
+    if isinstance(feature, Value | ClassLabel) and not is_text:
+        kind = f"{type(feature).__name__} {feature.dtype} "
+        whole = hashlib.blake2b(kind.encode() + np.sort(digests).tobytes(), digest_size=16).digest()
+        named = (hashlib.blake2b(digest, key=whole, digest_size=16).hexdigest() for digest in digests.tolist())
+        digests = np.array(list(named), dtype=_KEY_DTYPE)
+    is_there = has_input(dataset, column)
+    return np.where(is_there if readable is None else is_there & readable, digests, _UNREAD).astype(_KEY_DTYPE)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,13 +21,15 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
 from ..data.columns import find_input_column, find_label_column, read_labels
-from ..data.inputs import InputProcessor
+from ..data.inputs import InputProcessor, check_depth
 from ..method.linear_head import linear_logits
 from ..method.metrics import accuracy
 from ..processes import Processes, row_chunks
 from .features import FeatureStore
 from .head import head_gives_logits, linear_head, prepare_student
 from .loading import load_pinned_student
+
+logger = logging.getLogger(__name__)
 
 
 def open_student(
@@ -98,12 +103,14 @@ class Student:
         args: Any,
         features_dir: Path,
         *,
+        answered: np.ndarray | None = None,
         processes: Processes | None = None,
         prepare_inputs: Callable[[dict[str, Any]], dict[str, Any]] = lambda inputs: inputs,
         disable_tqdm: bool = True,
     ) -> None:
         self.model, self.processor, self.labels = model, processor, labels
         self.examples, self.input_column = examples, input_column
+        self._answered = np.ones(len(examples), dtype=bool) if answered is None else answered
         self.args, self.disable_tqdm = args, disable_tqdm
         self._features_dir = Path(args.features_dir) if args.features_dir else features_dir
         self.processes = processes or Processes(0, 1)
@@ -184,20 +191,55 @@ class Student:
 
     # --- asking it ---------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def readable(self) -> np.ndarray:
+        """`np.ndarray` of shape `(num_examples,)`: Which examples it can read and somebody answered."""
+        is_readable = self._holds_input(self.examples)
+        if num_lost := int((self._answered & ~is_readable).sum()):
+            logger.warning(
+                f"{num_lost} of {len(is_readable)} examples are answered but hold nothing that the student can read: "
+                "no input, or a text without a token. They are left out."
+            )
+        return is_readable & self._answered
+
+    def _find_readable(self, dataset: Dataset) -> np.ndarray:
+        if dataset is self.examples:
+            return self.readable
+        check_depth(dataset, self.input_column)
+        return self._holds_input(dataset)
+
+    def _holds_input(self, dataset: Dataset) -> np.ndarray:
+        # What stands beside features that were put in may be a name only.
+        needs_tokens = self.head is None or not self.store.is_written
+        return self.processor.find_readable(dataset, self.input_column, needs_tokens=needs_tokens)
+
     @torch.no_grad()
     def predict_log_probs(self, dataset: Dataset, *, share: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Stream log-probabilities, a chunk of rows at a time."""
+        """Stream log-probabilities, a chunk of rows at a time; of what it cannot read, all labels are alike."""
         chunks = self.processes.share(row_chunks(len(dataset))) if share else row_chunks(len(dataset))
+        yield from self._log_probs(dataset, self._find_readable(dataset), chunks)
+
+    def _log_probs(
+        self, dataset: Dataset, readable: np.ndarray, chunks: Iterable[slice]
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
         if self.head is not None:
-            features = self.features(dataset)
+            features = self._read_features(dataset, readable)
             for chunk in chunks:
-                yield chunk, torch.log_softmax(linear_logits(self.head, features[chunk]), dim=1).cpu()
+                log_probs = torch.log_softmax(linear_logits(self.head, features[chunk]), dim=1).cpu()
+                yield chunk, self._without(~readable[chunk], log_probs)
             return
         self.model.eval()
         for chunk in chunks:
-            rows, size = range(chunk.start, chunk.stop), self.args.per_device_eval_batch_size
-            logits = [self._logits(dataset[list(rows[start : start + size])]) for start in range(0, len(rows), size)]
-            yield chunk, torch.log_softmax(torch.cat(logits), dim=1).cpu()
+            rows, size = chunk.start + np.flatnonzero(readable[chunk]), self.args.per_device_eval_batch_size
+            logits = [self._logits(dataset[rows[start : start + size]]) for start in range(0, len(rows), size)]
+            log_probs = torch.zeros(chunk.stop - chunk.start, len(self.labels))
+            if logits:
+                log_probs[rows - chunk.start] = torch.log_softmax(torch.cat(logits), dim=1).cpu()
+            yield chunk, self._without(~readable[chunk], log_probs)
+
+    def _without(self, unreadable: np.ndarray, log_probs: torch.Tensor) -> torch.Tensor:
+        log_probs[torch.from_numpy(unreadable)] = -math.log(len(self.labels))
+        return log_probs
 
     def _logits(self, examples: dict[str, list[Any]]) -> torch.Tensor:
         inputs = self._prepare_inputs(self.processor(examples[self.input_column]))
@@ -214,12 +256,15 @@ class Student:
             for fold, head in enumerate(self.folds):
                 first = (fold - chunk.start) % num_folds  # example i is in fold i modulo their number
                 logits[first::num_folds] = linear_logits(head, features[chunk][first::num_folds]).cpu()
-            yield chunk, torch.log_softmax(logits, dim=1)
+            yield chunk, self._without(~self.readable[chunk], torch.log_softmax(logits, dim=1))
 
     def predict_labels(self, dataset: Dataset) -> np.ndarray:
-        """Give the most probable label of each example."""
-        parts = [log_probs.numpy().argmax(axis=1) for _, log_probs in self.predict_log_probs(dataset)]
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        """Give the most probable label of each example, -1 where there is nothing that it can read."""
+        readable, labels = self._find_readable(dataset), np.full(len(dataset), -1, dtype=np.int64)
+        with torch.no_grad():
+            for chunk, log_probs in self._log_probs(dataset, readable, row_chunks(len(dataset))):
+                labels[chunk] = np.where(readable[chunk], log_probs.numpy().argmax(axis=1), -1)
+        return labels
 
     def measure_accuracy(self, dataset: Dataset) -> float:
         """Measure the accuracy on labelled data."""
@@ -250,6 +295,9 @@ class Student:
 
     def features(self, dataset: Dataset) -> torch.Tensor:
         """Give the head's inputs."""
+        return self._read_features(dataset, self._find_readable(dataset))
+
+    def _read_features(self, dataset: Dataset, readable: np.ndarray) -> torch.Tensor:
         if dataset is self.examples and self._features is not None:
             return self._features
         values = self.store.features(
@@ -259,6 +307,7 @@ class Student:
             shard=(self.processes.rank, self.processes.count),
             wait=self.processes.wait,
             disable_tqdm=self.disable_tqdm,
+            readable=readable,
         )
         features = torch.from_numpy(values).to(self.args.device)
         if dataset is self.examples:  # every level and every question needs them again
@@ -280,6 +329,7 @@ class Student:
                 most,
                 is_first=self.processes.rank == 0,
                 wait=self.processes.wait,
+                readable=self.readable,
             )
         return self._neighbors[:, :k]
 
@@ -291,7 +341,8 @@ def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...]) -> An
     if isinstance(dataset, dict):
         return {name: label_inputs(part, input_column, labels) for name, part in dataset.items()}
     ids = read_labels(dataset, find_label_column(dataset), labels)
-    return dataset.select_columns([find_input_column(dataset, input_column)]).add_column("labels", ids)
+    check_depth(dataset, column := find_input_column(dataset, input_column))
+    return dataset.select_columns([column]).add_column("labels", ids)
 
 
 def measure_predictions(prediction: EvalPrediction) -> dict[str, float]:

@@ -21,7 +21,7 @@ import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
 
 from ..data.columns import as_label_id, check_column_name, find_input_column, row_keys, shorten
-from ..data.inputs import to_pil
+from ..data.inputs import check_depth, to_pil
 from ..data.loading import DataChoice, find_data
 from ..files import check_free, explain_full_disk, move_file
 from ..hierarchy import Teacher, TeacherHierarchy, is_writable_text
@@ -281,6 +281,7 @@ def _check_columns(
     is_needed = input_column is not None or None in read.values()
     if is_needed or "id" not in dataset.column_names:
         input_column = find_input_column(dataset, input_column)
+        check_depth(dataset, input_column)
     return Columns(input_column, oracle_column, oracle_domain_column)
 
 

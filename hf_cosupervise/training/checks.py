@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset, Image
 
 from ..data.columns import find_input_column, is_text_column, row_keys
+from ..data.inputs import check_depth
 from ..files import make_output_dir
 from ..method.rejection import check_top_k_value
 from ..pool.ids import match_ids
@@ -40,6 +41,7 @@ def check_first(
 def check_student(args: CoSupervisedConfig, model: Any, is_text: bool, inputs: Dataset, has_own_metrics: bool) -> None:
     """Refuse a student of the other kind of inputs, and arguments that do not fit this model or what is installed."""
     (column,) = inputs.column_names
+    check_depth(inputs, column)
     if isinstance(inputs.features[column], Image) if is_text else is_text_column(inputs, column):
         read, held = ("texts", "images") if is_text else ("images", "texts")
         raise ValueError(

@@ -198,7 +198,11 @@ class CoSupervisedConfig(TrainingArguments):
 
     # Training
     pseudolabels: Annotated[str, _NOT_FOR_CEILING] = field(
-        default="soft", metadata={"help": "Train on 'soft' or 'hard' pseudolabels."}
+        default="soft",
+        metadata={
+            "help": "Train on 'soft' or 'hard' pseudolabels. A hard one is the label that its teacher put first: of "
+            "labels that are tied, as by a shared majority, the lowest, as by the `argmax` of the paper's code."
+        },
     )
     loss: str = field(
         default="cross_entropy",

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..method.assignment import fall_back
+from ..method.assignment import NOBODY, fall_back
 from ..method.metrics import agreement, oracle_selection
 from ..method.rejection import select_by_loss_rank, select_consistent
 from ..pool.pseudolabels import PseudolabelPool
@@ -32,6 +32,10 @@ from .plan_rules import (
 
 class AskedStudent(Protocol):
     """What planning wants of a student: its opinion of each example, and which examples are alike to it."""
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Which examples it can read, `(num_examples,)`."""
 
     def judge_examples(self) -> StudentChunks:
         """Stream this process's share of its log-probabilities."""
@@ -70,8 +74,12 @@ def plan_level(
     assign_func: AssignFunction | None = None,
     keep_func: KeepFunction | None = None,
     sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+    readable: np.ndarray | None = None,
 ) -> LevelPlan:
-    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level)."""
+    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level).
+
+    Nobody speaks for an example that the student cannot read.
+    """
     chunks: Iterable[tuple[slice, torch.Tensor | None]]
     # Not `or`: a process whose share is empty has no chunks, which is not the same as having no student.
     chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
@@ -88,7 +96,10 @@ def plan_level(
         else:
             own = assign(answers, args, log_probs)
         # Where nobody of this level answers, who spoke at the level above goes on speaking.
-        planned.append((part, judge(answers, args, fall_back(own, parent), parent, log_probs, keep_func)))
+        assigned = fall_back(own, parent)
+        if readable is not None:
+            assigned = torch.where(torch.from_numpy(readable[part]), assigned, NOBODY)
+        planned.append((part, judge(answers, args, assigned, parent, log_probs, keep_func)))
     # Reject: some tests rank an example among all, so they wait until every process has told of its share.
     rows = PlannedRows.concatenate(planned, len(pool), sum_over_processes)
     has_label = rows.labels >= 0
@@ -145,6 +156,7 @@ def plan_by_student(
         assign_func=assign_func,
         keep_func=keep_func,
         sum_over_processes=sum_over_processes,
+        readable=student.readable,
     )
 
 

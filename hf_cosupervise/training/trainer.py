@@ -139,7 +139,9 @@ class CoSupervisedTrainer(Trainer):
         task = self.processor, examples, self.input_column, pool.labels, args, path / "features"
         is_quiet = bool(args.disable_tqdm) or not local_first
         own, prepare = self.accelerator.unwrap_model(self.model), self._prepare_inputs
-        self.student = Student(own, *task, processes=self.processes, prepare_inputs=prepare, disable_tqdm=is_quiet)
+        answered = np.any([pool.answered(name) for name in pool.hierarchy.names], axis=0)
+        means: dict[str, Any] = {"answered": answered, "processes": self.processes, "prepare_inputs": prepare}
+        self.student = Student(own, *task, **means, disable_tqdm=is_quiet)
         self._head_fitter: HeadFitter | None = None
         self._weights = None if args.weight_column is None else read_weights(pool, args.weight_column)
         known = self.student.head, self._why_not_on_features(), functions, self.compute_loss_func
@@ -206,7 +208,8 @@ class CoSupervisedTrainer(Trainer):
             if args.teacher_neighbors and self.pool is self._own_pool:
                 self.pool = smoothed_pool(self.pool, self.student.nearest(args.teacher_neighbors))
             if level == 0:  # there is no student yet, and nobody above to fall back to
-                return plan_level(self.pool, level, args, np.full(len(self.pool), -1), round=round)
+                nobody, readable = np.full(len(self.pool), -1), self.student.readable
+                return plan_level(self.pool, level, args, nobody, round=round, readable=readable)
             # Every round falls back to the level above, not to the round before: choices do not accumulate.
             above, add_up = self.plans[level - 1].assigned_teacher, self.processes.sum_array
             own: dict[str, Any] = {"assign_func": self.assign_func, "keep_func": self.keep_func}

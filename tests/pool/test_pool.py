@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as PILImage
 
+from hf_cosupervise.files import file_digest
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.pool import pseudolabels as pool_module
 from hf_cosupervise.pool.files import FORMAT_VERSION, teacher_dataset, write_arrow
@@ -381,7 +382,7 @@ def test_a_file_that_took_the_place_of_the_inputs_is_not_taken_for_them(pool, hi
     loaded = PseudolabelPool.load(tmp_path / "one")
     file = tmp_path / "one" / "inputs" / "data.arrow"
     stat = file.stat()
-    other = tmp_path / "other.arrow"
+    other = tmp_path / "inputs" / "other.arrow"
     write_arrow(inputs.map(lambda row: {"text": row["text"].upper()}), other)
     assert other.stat().st_size == stat.st_size
     os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -393,6 +394,76 @@ def test_a_file_that_took_the_place_of_the_inputs_is_not_taken_for_them(pool, hi
     again.inputs = inputs.select_columns(["id"])
     again.save(tmp_path / "three")
     assert PseudolabelPool.load(tmp_path / "three", verify=True).inputs.column_names == ["id"]
+
+
+ROOT_FILE, LEFT_FILE, RIGHT_FILE = (f"teachers/{name}/data.arrow" for name in ("root", "left", "right"))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {LEFT_FILE: RIGHT_FILE, RIGHT_FILE: LEFT_FILE},
+        {ROOT_FILE: LEFT_FILE, LEFT_FILE: ROOT_FILE},
+        {ROOT_FILE: LEFT_FILE, LEFT_FILE: RIGHT_FILE, RIGHT_FILE: ROOT_FILE},
+        {RIGHT_FILE: LEFT_FILE},
+        {LEFT_FILE: ROOT_FILE, RIGHT_FILE: ROOT_FILE},
+        {"inputs/data.arrow": ROOT_FILE},
+    ],
+)
+@pytest.mark.parametrize("knows_sizes", [True, False])
+def test_files_in_the_place_of_others_are_refused(places, knows_sizes, hierarchy, inputs, tmp_path):
+    # of one size, all of them, and each by itself as it was written
+    predictions = {name: random_rows(4, 3, seed) for seed, name in enumerate(hierarchy.names)}
+    pool = PseudolabelPool.from_predictions(hierarchy, inputs["id"], predictions, inputs=inputs)
+    pool.save(tmp_path / "pool")
+    folder = tmp_path / "pool"
+    if "inputs/data.arrow" in places or not knows_sizes:  # as in a header that somebody wrote
+        header = json.loads((folder / "pool.json").read_text())
+        (folder / "pool.json").write_text(json.dumps({**header, "files": {}}))
+    contents = {path: (folder / source).read_bytes() for path, source in places.items()}
+    for path, content in contents.items():
+        (folder / path).unlink()
+        (folder / path).write_bytes(content)
+    with pytest.raises(ValueError, match="must be the Arrow file that was written, got what was written as another f"):
+        PseudolabelPool.load(folder)
+
+
+def without_owners(folder: Path) -> None:
+    """Make a pool one of an older version, which says nowhere in a file whose it is."""
+    for path in folder.glob("*/**/data.arrow"):
+        content = path.read_bytes()
+        table = pa.ipc.open_stream(content).read_all()
+        known = {key: value for key, value in table.schema.metadata.items() if key == b"huggingface"}
+        assert len(known) < len(table.schema.metadata)
+        path.unlink()
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema.with_metadata(known)) as writer:
+            writer.write_table(table.replace_schema_metadata(known))
+    header = json.loads((folder / "pool.json").read_text())
+    header["files"] = {name: [(folder / name).stat().st_size, file_digest(folder / name)] for name in header["files"]}
+    (folder / "pool.json").write_text(json.dumps(header))
+
+
+def test_pools_that_do_not_say_whose_a_file_is_go_on(pool, tmp_path):
+    pool.save(tmp_path / "one")
+    without_owners(tmp_path / "one")
+    loaded = PseudolabelPool.load(tmp_path / "one", verify=True)
+    loaded.save(tmp_path / "two")
+    assert (tmp_path / "one" / ROOT_FILE).samefile(tmp_path / "two" / ROOT_FILE)
+    again = PseudolabelPool.load(tmp_path / "two", verify=True)
+    assert {name: again.decode(name).tolist() for name in again.teachers} == {
+        name: pool.decode(name).tolist() for name in pool.teachers
+    }
+
+
+def test_answers_under_another_name_are_written_under_it(pool, inputs, tmp_path):
+    pool.save(tmp_path / "one")
+    loaded = PseudolabelPool.load(tmp_path / "one")
+    renamed = TeacherHierarchy(LABELS, [Teacher("t/root", name="top"), Teacher("t/left", name="right", level=1)])
+    datasets = {"top": loaded.teachers["root"], "right": loaded.teachers["left"]}
+    PseudolabelPool(renamed, datasets, loaded.inputs).save(tmp_path / "two")
+    again = PseudolabelPool.load(tmp_path / "two", verify=True)
+    assert again.decode("top").tolist() == ROOT.tolist() and again.decode("right").tolist() == LEFT.tolist()
+    assert not (tmp_path / "one" / ROOT_FILE).samefile(tmp_path / "two" / "teachers/top/data.arrow")
 
 
 def test_damage_is_found(pool, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, concatenate_datasets
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 from PIL import Image as PILImage
 from torch import nn
 
@@ -539,12 +539,87 @@ def test_written_features_are_read_without_the_backbone(sizes, vit, tiny_image_d
     assert vit.batches == []
 
 
-def test_written_and_computed_features_stand_side_by_side(vit, tiny_image_dataset):
-    given = draw_features(20)
-    vit.store().write(tiny_image_dataset.select(range(20)), "image", [given])
-    found = vit.store().features(tiny_image_dataset, "image", batch_size=100, disable_tqdm=True)
-    assert vit.batches == [28] and np.array_equal(found[:20], given)
-    np.testing.assert_allclose(found[20:], vit.direct(tiny_image_dataset.select(range(20, 48))["image"]), atol=1e-5)
+@pytest.mark.parametrize(
+    "given, wanted, num_lacking",
+    [
+        (range(20), range(48), 28),
+        (range(47), range(48), 1),
+        (range(20), range(20, 40), 20),
+        (range(20), [5, 47, 5], 1),
+        ([3], [2], 1),
+        (range(1, 48), range(3), 1),
+    ],
+)
+def test_rows_that_lack_among_written_ones_are_refused(given, wanted, num_lacking, vit, tiny_image_dataset):
+    # the backbone here may be a stand-in for the one that the features are of
+    vit.store().write(tiny_image_dataset.select(given), "image", [draw_features(len(given))])
+    with pytest.raises(ValueError) as error:
+        vit.store().features(tiny_image_dataset.select(wanted), "image", disable_tqdm=True)
+    assert str(error.value) == (
+        f"'{vit.store().folder}' must hold the features of all {len(wanted)} rows, because they are computed "
+        f"elsewhere and put in by `write`, got none of {num_lacking}. Put those in too, or give another "
+        "`features_dir`."
+    )
+    assert vit.batches == []
+
+
+def test_features_may_be_written_beside_computed_ones(vit, tiny_image_dataset):
+    first, given = tiny_image_dataset.select(range(20)), draw_features(28)
+    computed = np.array(vit.store().features(first, "image", batch_size=100, disable_tqdm=True))
+    vit.store().write(tiny_image_dataset.select(range(20, 48)), "image", [given])
+    found = vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert vit.batches == [20] and np.array_equal(found, np.concatenate([computed, given]))
+
+
+def test_a_row_without_an_input_needs_no_written_features(vit, tiny_image_dataset):
+    given = draw_features(4)
+    vit.store().write(tiny_image_dataset.select(range(4)), "image", [given])
+    cells = tiny_image_dataset.cast_column("image", Image(decode=False))[:4]["image"]
+    missing = Dataset.from_dict({"image": [None, *cells, {"bytes": None, "path": None}]})
+    missing = missing.cast_column("image", Image())
+    found = vit.store().features(missing, "image", disable_tqdm=True)
+    assert np.array_equal(found, np.concatenate([np.zeros((1, 16)), given, np.zeros((1, 16))]).astype(np.float32))
+    silent = np.array([True, True, False, True, True])  # a row that nobody answered is not looked up either
+    found = vit.store().features(missing.select([1, 2, 3, 4, 0]), "image", readable=silent, disable_tqdm=True)
+    assert np.array_equal(found[:4], given * silent[:4, None]) and vit.batches == []
+
+
+HANDLES = {
+    "int64": Dataset.from_dict({"row": [0, 1, 2]}),
+    "int32": Dataset.from_dict({"row": [0, 1, 2]}, features=Features({"row": Value("int32")})),
+    "float": Dataset.from_dict({"row": [0.0, 1.0, 2.0]}),
+    "bool": Dataset.from_dict({"row": [False, True]}),
+    "label": Dataset.from_dict({"row": [0, 1, 2]}, features=Features({"row": ClassLabel(names=["a", "b", "c"])})),
+    "more": Dataset.from_dict({"row": [0, 1, 2, 3]}),
+    "others": Dataset.from_dict({"row": [0, 1, 7]}),
+    "text": Dataset.from_dict({"row": ["0", "1", "2"]}),
+}
+
+
+def test_numbers_that_name_rows_are_of_one_data_set(vit):
+    # 0, 1, 2 are the rows of any task: what one put in is not what another reads
+    given = {name: draw_features(len(data), seed) for seed, (name, data) in enumerate(HANDLES.items())}
+    for name, data in HANDLES.items():
+        if name != "int64":  # the first one
+            with pytest.raises(ValueError, match=f"put in by `write`, got none of {len(data)}. Put"):
+                vit.store().features(data, "row", disable_tqdm=True)
+        vit.store().write(data, "row", [given[name]])
+    for name, data in HANDLES.items():
+        back = data.select(range(len(data))[::-1])  # in whatever order
+        assert np.array_equal(vit.store().features(back, "row", disable_tqdm=True), given[name][::-1])
+    with pytest.raises(ValueError, match="all 2 rows, because .* got none of 2. Put those in too"):
+        vit.store().features(HANDLES["int64"].select([0, 1]), "row", disable_tqdm=True)
+
+
+def test_neighbours_are_readable_rows(vit, tiny_image_dataset):
+    readable = np.ones(48, dtype=bool)
+    readable[[0, 5, 47]] = False
+    features, own = torch.from_numpy(draw_features(48)), np.flatnonzero(readable)
+    found = vit.store().neighbors(tiny_image_dataset, "image", features, 3, readable=readable)
+    assert torch.equal(found[own], torch.from_numpy(own)[nearest_neighbors(features[own], 3)])
+    assert found[~readable].tolist() == [[row] * 3 for row in (0, 5, 47)]
+    whole = vit.store().neighbors(tiny_image_dataset, "image", features, 3)
+    assert torch.equal(whole, nearest_neighbors(features, 3))
 
 
 def test_written_texts_and_other_dtypes(bert, tiny_text_dataset):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_vit
-from datasets import Dataset
+from datasets import Dataset, Image
 from huggingface_hub import ModelCard
 from transformers import (
     AutoImageProcessor,
@@ -858,6 +858,31 @@ def test_a_ridge_loss_of_the_user_s_own_is_refused(tmp_path, tiny_vit, tiny_imag
 # --- pseudolabels that name some of many labels ----------------------------------------------------------------------
 
 MANY = tuple(f"kind-{number}" for number in range(40))
+
+
+@pytest.mark.parametrize("training", ["probe", "lora", "full"])
+@pytest.mark.parametrize("rows", [[0], [47], [0, 1, 2, 3], [20], [3, 30, 46]])
+def test_rows_without_an_input_train_nobody(training, rows, tiny_vit, tiny_image_dataset, tmp_path):
+    # the same as from a pool that has no such rows, wherever they are, and whether somebody answered them or not
+    others = np.setdiff1d(np.arange(48), rows)
+    whole = make_pool(tiny_image_dataset, missing=tuple(rows[1:]))
+    cells = tiny_image_dataset.cast_column("image", Image(decode=False))["image"]
+    broken = Dataset.from_dict({"image": [None if row in rows else cell for row, cell in enumerate(cells)]})
+    broken = broken.cast_column("image", Image()).add_column("id", whole.ids.tolist())
+    plans = []
+    for folder, pool in (("a", PseudolabelPool(whole.hierarchy, whole.teachers, broken)), ("b", whole.select(others))):
+        args = make_args(tmp_path / folder, student_training=training, rejection="none")
+        trainer = CoSupervisedTrainer(tiny_vit, args, pool=pool)
+        trainer.train()
+        plans.append((trainer.plans, trainer.student.tensors()))
+    (found, student), (expected, same) = plans
+    for plan, other in zip(found, expected, strict=True):
+        assert np.flatnonzero(plan.keep_mask).tolist() == others[other.keep_mask].tolist()
+        assert np.array_equal(plan.assigned_teacher[others], other.assigned_teacher)
+        assert (plan.assigned_teacher[rows] == -1).all() and (plan.labels[rows] == -1).all()
+        assert plan.metrics == {name: other.metrics[name] for name in plan.metrics}
+    for name, value in student.items():
+        torch.testing.assert_close(value, same[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(scope="session")
