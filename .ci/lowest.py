@@ -5,10 +5,9 @@ import tomllib
 from itertools import chain
 from pathlib import Path
 
-project = tomllib.loads((Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8"))[
-    "project"
-]
+path = Path(__file__).resolve().parents[1] / "pyproject.toml"
+project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
 extras = project["optional-dependencies"]
 for line in chain(project["dependencies"], *(extras[name] for name in extras if name != "dev")):
     if not line.startswith(project["name"]):
-        print("{}=={}".format(*re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,<\w+)?", line).groups()))
+        print("{}=={}".format(*re.fullmatch(r"([\w.-]+)>=([\w.]+)(?:,<[\w.]+)?", line).groups()))
