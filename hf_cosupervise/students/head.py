@@ -11,10 +11,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
 
+_CLASSIFIERS = {
+    *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+}
 # GPT-2 and its kin keep their linear layers transposed, as `Conv1D`.
 _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 
@@ -27,6 +35,12 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix):
+        if type(model).__name__ in _CLASSIFIERS:
+            raise ValueError(
+                f"A student must keep its backbone under one name beside its head, got {type(model).__name__}, which "
+                f"has no `{prefix}`: what is not the head's cannot be told. Use another architecture, such as the "
+                "same backbone in timm."
+            )
         raise ValueError(
             f"A student must be a model with a backbone and a classification head, got {type(model).__name__}. "
             "Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."

@@ -33,7 +33,7 @@ from ..method.losses import LossFunction, hard_cross_entropy
 from ..pool.derived import smoothed_pool
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
-from ..students.student import Student, label_inputs, measure_predictions, open_student
+from ..students.student import Student, check_answers, label_inputs, measure_predictions, open_student
 from .advice import explain_lone_example, explain_memory
 from .callbacks import LevelCallbackHandler
 from .checkpointing import read_back, sealing
@@ -61,6 +61,9 @@ class CoSupervisedTrainer(Trainer):
     Args:
         model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
             The student: a Hub id or folder, which gets a fresh head, or a model whose head fits the pool's labels.
+            As by [`~transformers.Trainer`], a model is trained in place, in float32: every level starts from the head
+            and weights that it came with, so that a second run starts from what the first one taught it. Give a copy
+            (`copy.deepcopy`) or an id to start anew.
         args (`CoSupervisedConfig`, *optional*):
             What to do. Defaults write to `trainer_output`.
         data_collator (`DataCollatorForCoSupervision`, *optional*):
@@ -126,9 +129,12 @@ class CoSupervisedTrainer(Trainer):
         inputs = match_inputs(pool, train_dataset, input_column)
         (self.input_column,) = inputs.column_names
         examples = inputs.add_column(ROW, np.arange(len(pool)))
+        is_object = not isinstance(model, (str, os.PathLike))
         model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
         self.processor = InputProcessor(processing_class, model.config)
         check_modality(self.processor.is_text, inputs, self.input_column)
+        if is_object and not args.deepspeed:  # which may have shared out its weights already
+            check_answers(model, self.processor, len(pool.labels))
         check_together(args, model, has_own_metrics=kwargs.get("compute_metrics") is not None)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import LABELS, make_args, make_pool, weights
 from timm.layers import ScaledStdConv2d, StdConv2d, StdConv2dSame
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForTokenClassification,
+    BertModel,
     BitConfig,
     BitForImageClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
 )
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
+from hf_cosupervise import CoSupervisedTrainer
 from hf_cosupervise.students.head import prepare_student
 from hf_cosupervise.students.publishing import export_student
 
 pytestmark = pytest.mark.core
-
-LABELS = ("ant", "bee", "cat", "dog")
 
 
 class _Doubled(nn.Linear):
@@ -163,3 +178,160 @@ def test_a_student_that_merging_changes_is_not_written(kind, tiny_vit: str, tmp_
     assert not (tmp_path / "out").exists()
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
     assert adapted.training == model.training
+
+
+# ── models that come as they are ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def make_trainer(
+    tmp_path: Path, tiny_vit: str, tiny_bert: str, tiny_image_dataset: Dataset, tiny_text_dataset: Dataset
+):
+    def make(model: Any, training: str = "probe", *, text: bool = False, **changes: Any) -> CoSupervisedTrainer:
+        pool = make_pool(tiny_text_dataset if text else tiny_image_dataset)
+        processor = AutoTokenizer.from_pretrained(tiny_bert) if text else AutoImageProcessor.from_pretrained(tiny_vit)
+        args = make_args(tmp_path / "out", student_training=training, **changes)
+        return CoSupervisedTrainer(model, args, pool=pool, processing_class=processor)
+
+    return make
+
+
+@pytest.mark.parametrize("training", ["probe", "lora", "full"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_models_of_another_precision_are_trained_in_float32(make_trainer, tiny_vit, training, dtype, caplog, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(tiny_vit, dtype=getattr(torch, dtype))
+    same = AutoModelForImageClassification.from_pretrained(tiny_vit, dtype=getattr(torch, dtype)).float()
+    with caplog.at_level("WARNING", "hf_cosupervise"):
+        trainer = make_trainer(model, training)
+    assert f"The weights of ViTForImageClassification are changed from {dtype} to float32" in caplog.text
+    assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
+    trainer.train()
+    first, _ = weights(trainer), caplog.clear()
+    shutil.rmtree(tmp_path / "out")
+    with caplog.at_level("WARNING", "hf_cosupervise"):
+        again = make_trainer(same, training)
+    assert "float32" not in caplog.text
+    again.train()
+    assert all(torch.equal(value, first[name]) for name, value in weights(again).items())
+
+
+def of_labels(model_class: Any, folder: str, **changes: Any) -> PreTrainedModel:
+    return model_class.from_pretrained(folder, num_labels=4, id2label=dict(enumerate(LABELS)), **changes)
+
+
+def test_frozen_models(make_trainer, tiny_vit, tmp_path):
+    def frozen(name: str = "") -> PreTrainedModel:
+        model = of_labels(AutoModelForImageClassification, tiny_vit)
+        for own, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(name) and name in own)
+        return model
+
+    with pytest.raises(ValueError) as error:
+        make_trainer(frozen(), "full")
+    assert str(error.value) == (
+        "`student_training` 'full' needs weights that learn, got a ViTForImageClassification all of which are frozen. "
+        "Call `model.requires_grad_(True)`, or load adapters with `is_trainable=True`."
+    )
+    adapted = prepare_student(of_labels(AutoModelForImageClassification, tiny_vit), "lora")
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = PeftModel.from_pretrained(of_labels(AutoModelForImageClassification, tiny_vit), tmp_path / "adapter")
+    for training in ("lora", "full"):
+        with pytest.raises(ValueError, match=f"'{training}' needs weights that learn, got a PeftModel"):
+            make_trainer(saved, training)
+    # a head and adapters learn whatever was frozen, and what is frozen in part is so on purpose
+    for model, training in ((frozen(), "probe"), (frozen(), "lora"), (frozen("layernorm"), "full")):
+        trainer = make_trainer(model, training)
+        before = weights(trainer)
+        trainer.train()
+        moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+        assert moved == {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+        shutil.rmtree(tmp_path / "out")
+
+
+NO_CLASSIFIERS = {
+    "ViT": (ViTModel, "an answer without `logits`"),
+    "masked images": (ViTForMaskedImageModeling, r"(ValueError: .*|an answer without `logits`)"),
+    "BERT": (BertModel, "an answer without `logits`"),
+    "masked words": (BertForMaskedLM, r"logits of shape \(2, \d+, \d+\)"),
+    "tokens": (BertForTokenClassification, r"logits of shape \(2, \d+, 4\)"),
+    "next sentence": (BertForNextSentencePrediction, r"logits of shape \(2, 2\)"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CLASSIFIERS)
+def test_models_that_are_no_classifiers_are_refused_before_any_work(make_trainer, tiny_vit, tiny_bert, kind):
+    model_class, found = NO_CLASSIFIERS[kind]
+    is_text = "Bert" in model_class.__name__
+    make = partial(of_labels, model_class, tiny_bert if is_text else tiny_vit)
+    with pytest.raises(ValueError, match=rf"logits of shape \(2, 4\), got {found} from {model_class.__name__}\."):
+        make_trainer(make(), "full", text=is_text)
+    for training in ("probe", "lora"):
+        with pytest.raises(ValueError, match=r"must (be a model with a backbone and a class|answer two)"):
+            make_trainer(make(), training, text=is_text)
+
+
+def test_models_without_weights_are_refused(make_trainer, tiny_vit):
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(tiny_vit))
+    for training in ("probe", "lora", "full"):
+        with pytest.raises(ValueError) as error:
+            make_trainer(model, training)
+        assert str(error.value) == (
+            "A student must have its weights in memory, got a ViTForImageClassification on the device 'meta'. Load it "
+            "with `from_pretrained`."
+        )
+    with pytest.raises(TypeError, match="`model` must be a Hub id, a folder, a `PreTrainedModel` .*got Linear"):
+        make_trainer(nn.Linear(2, 2))
+
+
+def test_a_classifier_without_one_backbone_is_told_so(make_trainer):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    config = CLIPConfig(
+        text_config={**shape, "vocab_size": 9}, vision_config={**shape, "image_size": 8, "patch_size": 4}, **names
+    )
+    for training in ("probe", "lora"):
+        with pytest.raises(ValueError) as error:
+            make_trainer(CLIPForImageClassification(config), training)
+        assert str(error.value) == (
+            "A student must keep its backbone under one name beside its head, got CLIPForImageClassification, which "
+            "has no `clip`: what is not the head's cannot be told. Use another architecture, such as the same "
+            "backbone in timm."
+        )
+    make_trainer(CLIPForImageClassification(config), "full").train()
+
+
+def test_the_pooler_of_a_masked_language_model_is_trained_or_refused(make_trainer, tiny_bert, tmp_path):
+    folder = tmp_path / "words"
+    BertForMaskedLM.from_pretrained(tiny_bert).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    for training in ("probe", "lora"):
+        with pytest.raises(ValueError) as error:
+            make_trainer(str(folder), training, text=True)
+        assert str(error.value) == (
+            f"Every weight of the student's backbone must be in the checkpoint, '{folder}' lacks "
+            "['bert.pooler.dense.bias', 'bert.pooler.dense.weight'] (2 in all). Train its pooler by "
+            "`student_training` 'full', or use a checkpoint that has one."
+        )
+    trainer = make_trainer(str(folder), "full", text=True)
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(weights(trainer)["bert.pooler.dense.weight"], before["bert.pooler.dense.weight"])
+    shutil.rmtree(tmp_path / "out")
+    again = make_trainer(str(folder), "full", text=True)  # the same random pooler
+    assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
+
+
+@pytest.mark.parametrize("training", ["probe", "full"])
+def test_a_model_is_trained_in_place_and_a_copy_starts_anew(make_trainer, tiny_vit, training, tmp_path):
+    model = of_labels(AutoModelForImageClassification, tiny_vit)
+    kept, runs = copy.deepcopy(model), []
+    for student in (model, kept, model):
+        trainer = make_trainer(student, training)
+        trainer.train()
+        assert trainer.model is student
+        runs.append(weights(trainer))
+        shutil.rmtree(tmp_path / "out")
+    first, second, third = runs
+    assert all(torch.equal(value, first[name]) for name, value in second.items())
+    assert not torch.equal(third["classifier.weight"], first["classifier.weight"])
