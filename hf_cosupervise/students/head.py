@@ -8,11 +8,23 @@ from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
+
+_CLASSIFIERS = {
+    *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+}
+# GPT-2 and its kin keep their linear layers transposed, as `Conv1D`.
+_PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 
 
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -23,6 +35,12 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix):
+        if type(model).__name__ in _CLASSIFIERS:
+            raise ValueError(
+                f"A student must keep its backbone under one name beside its head, got {type(model).__name__}, which "
+                f"has no `{prefix}`: what is not the head's cannot be told. Use another architecture, such as the "
+                "same backbone in timm."
+            )
         raise ValueError(
             f"A student must be a model with a backbone and a classification head, got {type(model).__name__}. "
             "Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
@@ -73,15 +91,30 @@ def prepare_student(
     """Freeze what is not trained."""
     if training == "lora":
         if isinstance(model, PeftModel):
+            _check_adapted(model)
             return model
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "A student must hold no adapters before it is given new ones, got some in the "
+                f"{type(model).__name__}: peft changes a model in place. Give the `PeftModel` that was made of it, "
+                "or load the model again."
+            )
         config = copy.deepcopy(lora) if lora is not None else LoraConfig()
         heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)}
         config.modules_to_save = sorted(heads)
-        if not config.target_modules:
+        if not config.target_modules or config.target_modules == "all-linear":
             config.target_modules = _backbone_layers(model, heads)
+        learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
+        try:
+            _check_adapted(adapted)
+        except ValueError:
+            for name, parameter in adapted.unload().named_parameters():  # the model is the user's
+                parameter.requires_grad_(learns[name])
+            raise
+        return adapted
     if training == "probe":
         own = {id(parameter) for _, parameter in head_parameters(model)}
         for parameter in model.parameters():
@@ -94,19 +127,44 @@ def prepare_student(
     return model
 
 
+def _check_adapted(model: PeftModel) -> None:
+    """Refuse adapters on layers that would not be the same layer once they are merged."""
+    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    refused = {
+        name.removeprefix("base_model.model."): type(layer.get_base_layer()).__name__
+        for name, layer in adapted.items()
+        if not _merges_exactly(layer.get_base_layer())
+    }
+    if refused:
+        name, kind = next(iter(refused.items()))
+        raise ValueError(
+            f"Adapters must be of plain layers, which merge exactly, got '{name}' ({kind}; {len(refused)} such in "
+            "all), which transforms its weights or inputs. Leave it out of `lora_target_modules`, or use "
+            "`student_training` 'full'."
+        )
+
+
+def _merges_exactly(layer: nn.Module) -> bool:
+    """Whether what an adapter adds to the output is what it adds to the weights."""
+    # A subclass may have a forward of its own, and `parametrize` makes one; older ways compute `weight` in a hook.
+    if type(layer) not in _PLAIN_LAYERS or "weight" not in dict(layer.named_parameters(recurse=False)):
+        return False
+    # peft gives its own convolutions neither of these.
+    return not isinstance(layer, nn.Conv2d) or layer.padding_mode == "zeros" and set(layer.dilation) == {1}
+
+
 def _backbone_layers(model: nn.Module, heads: set[str]) -> list[str]:
     """Full names of every linear layer outside the head, or of every plain convolution where there is none."""
     outside = [
         (name, module)
         for name, module in model.named_modules()
-        if not any(name == head or name.startswith(f"{head}.") for head in heads)
+        if not any(name == head or name.startswith(f"{head}.") for head in heads) and _merges_exactly(module)
     ]
-    # GPT-2 and its kin keep their linear layers transposed, as `Conv1D`.
     linears = [name for name, module in outside if isinstance(module, nn.Linear | Conv1D)]
     found = linears or [name for name, module in outside if isinstance(module, nn.Conv2d) and module.groups == 1]
     if not found:
         raise ValueError(
-            f"Adapters need linear or plain convolution layers in the backbone, got none in {type(model).__name__}. "
-            "Name layers by `lora_target_modules`."
+            f"Adapters need plain linear or convolution layers in the backbone, got none in {type(model).__name__}. "
+            "Use `student_training` 'probe' or 'full'."
         )
     return found

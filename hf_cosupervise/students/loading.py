@@ -49,7 +49,12 @@ def load_student(
 
 
 def load_pinned_student(
-    model: str | os.PathLike[str], labels: Sequence[str], *, revision: str | None = None, seed: int = 42
+    model: str | os.PathLike[str],
+    labels: Sequence[str],
+    *,
+    revision: str | None = None,
+    seed: int = 42,
+    training: str = "probe",
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Do what [`load_student`] does, and tell what was loaded."""
     source = find_model(str(model), what="The student", revision=revision)
@@ -74,7 +79,7 @@ def load_pinned_student(
         )
         reset_head(student)
     processor = load_processor(source, folder, auto_class is AutoModelForSequenceClassification)
-    _check_backbone(student, loading, source.repo)
+    _check_backbone(student, loading, source.repo, training)
     source.name_after(student)
     student.float()
     return student, processor, origin
@@ -115,18 +120,25 @@ def _auto_class(model_type: str, path: str) -> Any:
     raise ValueError(f"A student must be an image or text classification model, got '{model_type}' at '{path}'.")
 
 
-def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str) -> None:
+def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str, training: str) -> None:
     head = {name for name, _ in head_parameters(student)}
     lost = [
         str(key[0] if isinstance(key, tuple) else key)
         for key in [*loading["missing_keys"], *loading["mismatched_keys"]]
     ]
     # The classifier is meant to be new; anything else would be frozen at random values.
-    if random := sorted(name for name in lost if name not in head and not _belongs_to_head(name, head)):
-        raise ValueError(
-            f"Every weight of the student's backbone must be in the checkpoint, '{path}' lacks {random[:5]} "
-            f"({len(random)} in all). Use a checkpoint of this architecture."
-        )
+    random = sorted(name for name in lost if name not in head and not _belongs_to_head(name, head))
+    # What masked language models are trained without, and their classifiers read.
+    is_pooler = all(".pooler." in name for name in random)
+    if not random or is_pooler and training == "full":
+        return
+    advice = "Use a checkpoint of this architecture."
+    if is_pooler:
+        advice = "Train its pooler by `student_training` 'full', or use a checkpoint that has one."
+    raise ValueError(
+        f"Every weight of the student's backbone must be in the checkpoint, '{path}' lacks {random[:5]} "
+        f"({len(random)} in all). {advice}"
+    )
 
 
 def _belongs_to_head(name: str, head: set[str]) -> bool:

@@ -12,26 +12,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import nn
 
+from ..data.inputs import InputProcessor
 from ..files import move_file
 from ..hub.client import publish
 from ..models.source import MODEL_FILES
 
+# What merging may change, relative to the largest logit: a GPU multiplies with 10 bits of mantissa by default.
+_ROUNDING = 0.01
+
 
 def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_class: Any = None) -> None:
     """Write the student as an ordinary model that loads without this package."""
-    folder = Path(folder)
+    folder, plain = Path(folder), model
+    if isinstance(model, PeftModel):
+        plain = _merge(model, processing_class)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="_student-", dir=folder))
     try:
-        plain = model
         if isinstance(model, PeftModel):
             model.save_pretrained(str(temporary / "adapter"))
             (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # an empty form of peft's
-            plain = copy.deepcopy(model).merge_and_unload()
         plain.save_pretrained(temporary)  # type: ignore[operator]
         # timm's processor is part of the configuration and only warns when it is asked to save itself.
         if processing_class is not None and not type(processing_class).__name__.startswith("TimmWrapper"):
@@ -46,6 +51,34 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
         _move_files(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _merge(model: PeftModel, processing_class: Any) -> nn.Module:
+    """A copy with its adapters in its weights, which answers as the model does."""
+    merged: Any = copy.deepcopy(model).eval()
+    inputs = {} if processing_class is None else _noise(InputProcessor(processing_class, model.config).probe())
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    with torch.no_grad():
+        expected = merged(**inputs).logits.float() if inputs else torch.zeros(1)
+        merged = merged.merge_and_unload()
+        found = merged(**inputs).logits.float() if inputs else expected
+    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not difference <= _ROUNDING * scale:
+        raise ValueError(
+            "A student with its adapters merged must answer as the one that was trained, got logits that differ by "
+            f"{difference:.2g} where the largest is {scale:.2g}. Name other layers by `lora_target_modules`, or use "
+            "`student_training` 'full'; nothing is written."
+        )
+    return merged
+
+
+def _noise(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs in which each pixel is another one: layers that see differences only answer 0 to an even image."""
+    random = torch.Generator().manual_seed(0)
+    return {
+        name: value + torch.randn(value.shape, generator=random) if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
 
 
 # What a student's repository holds: the model, its processor, its story. No checkpoint, pool, pickle or folder else.

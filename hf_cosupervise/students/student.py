@@ -42,8 +42,12 @@ def open_student(
     """Load a student where it is named, see that it fits the task, and freeze what does not learn."""
     origin: dict[str, Any] = {}
     if isinstance(model, (str, os.PathLike)):
-        model, loaded, origin = load_pinned_student(model, labels, revision=args.student_revision, seed=args.seed)
+        revision, training = args.student_revision, args.student_training
+        model, loaded, origin = load_pinned_student(
+            model, labels, revision=revision, seed=args.seed, training=training
+        )
         processing_class = loaded if processing_class is None else processing_class
+    _check_weights(model)
     check_student(model, labels)
     if processing_class is None:
         raise ValueError(
@@ -56,9 +60,58 @@ def open_student(
         target_modules=list(args.lora_target_modules) or None,
     )
     student = prepare_student(model, args.student_training, adapters, seed=args.seed)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            f"`student_training` {args.student_training!r} needs weights that learn, got a {type(model).__name__} all "
+            "of which are frozen. Call `model.requires_grad_(True)`, or load adapters with `is_trainable=True`."
+        )
     if isinstance(student, PeftModel) and origin:
         student.peft_config[student.active_adapter].revision = origin["commit"]
     return student, processing_class, origin
+
+
+def _check_weights(model: Any) -> None:
+    """See that a model has weights that can be trained, and train them in float32, as those of an id."""
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise TypeError(
+            "`model` must be a Hub id, a folder, a `PreTrainedModel` or a `PeftModel`, got "
+            f"{type(model).__name__}. Save a model of your own as one that transformers loads."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"A student must have its weights in memory, got a {type(model).__name__} on the device 'meta'. Load it "
+            "with `from_pretrained`."
+        )
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtypes != {torch.float32} and not getattr(model, "is_quantized", False):
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32}))
+        logger.warning(
+            f"The weights of {type(model).__name__} are changed from {found} to float32, in which students are "
+            "trained. For half precision use `bf16=True`."
+        )
+        model.float()
+
+
+def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> None:
+    """See that a model object answers with a logit for each label, whatever its class."""
+    was_training = model.training
+    inputs = {name: value.to(model.device) for name, value in processor.probe().items()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = getattr(model(**inputs), "logits", None)
+        found = "an answer without `logits`" if logits is None else f"logits of shape {tuple(logits.shape)}"
+        shape = None if logits is None else tuple(logits.shape)
+    except (TypeError, ValueError) as error:
+        found, shape = f"{type(error).__name__}: {str(error).rstrip('.')}", None
+    finally:
+        model.train(was_training)
+    wanted = (2, num_labels)
+    if shape != wanted:
+        raise ValueError(
+            f"A student must answer two examples with logits of shape {wanted}, got {found} from "
+            f"{type(model).__name__}. Load a classifier with `load_student(model, pool.labels)`."
+        )
 
 
 def check_student(model: Any, labels: tuple[str, ...]) -> None:

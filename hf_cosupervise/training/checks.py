@@ -10,11 +10,12 @@ import numpy as np
 from datasets import Dataset, Image
 
 from ..data.columns import find_input_column, is_text_column, row_keys
-from ..data.inputs import check_depth
+from ..data.inputs import InputProcessor, check_depth
 from ..files import make_output_dir
 from ..method.rejection import check_top_k_value
 from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
+from ..students.student import check_answers
 from .config import CoSupervisedConfig
 from .inherited import check_together
 from .plan_rules import level_assignment
@@ -38,16 +39,25 @@ def check_first(
     return args
 
 
-def check_student(args: CoSupervisedConfig, model: Any, is_text: bool, inputs: Dataset, has_own_metrics: bool) -> None:
-    """Refuse a student of the other kind of inputs, and arguments that do not fit this model or what is installed."""
+def check_student(
+    args: CoSupervisedConfig,
+    model: Any,
+    processor: InputProcessor,
+    inputs: Dataset,
+    origin: Mapping[str, Any],
+    has_own_metrics: bool,
+) -> None:
+    """Refuse a student that cannot learn from these inputs, and arguments that do not fit it or what is installed."""
     (column,) = inputs.column_names
     check_depth(inputs, column)
-    if isinstance(inputs.features[column], Image) if is_text else is_text_column(inputs, column):
-        read, held = ("texts", "images") if is_text else ("images", "texts")
+    if isinstance(inputs.features[column], Image) if processor.is_text else is_text_column(inputs, column):
+        read, held = ("texts", "images") if processor.is_text else ("images", "texts")
         raise ValueError(
             f"The student must read what the pool holds, got a student of {read} and {held} in column '{column}'. "
             "Choose another student, or another `input_column`."
         )
+    if not origin and not args.deepspeed:  # a model object; DeepSpeed may have shared out its weights already
+        check_answers(model, processor, model.config.num_labels)
     check_together(args, model, has_own_metrics)
 
 

@@ -52,10 +52,12 @@ class CoSupervisedTrainer(Trainer):
     `train()` goes down the levels. At each it asks the student so far which teacher to trust on each example
     ([`prepare_level`]), rejects pseudolabels that student and teachers do not agree on, and trains on the rest
     ([`train_level`]) with a new optimizer, schedule and shuffle order. What comes out is an ordinary model.
+    Source: Liu and Alahi, arXiv 2402.15505.
 
     Args:
         model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
             The student: a Hub id or folder, which gets a fresh head, or a model whose head fits the pool's labels.
+            A model is trained in place, in float32, as by the parent: another run of it goes on from there.
         args (`CoSupervisedConfig`, *optional*):
             What to do. Defaults write to `trainer_output`.
         data_collator (`DataCollatorForCoSupervision`, *optional*):
@@ -84,9 +86,6 @@ class CoSupervisedTrainer(Trainer):
     Raises:
         ValueError: If pool, data, student and configuration do not fit together.
         TypeError: If `args` is not a [`CoSupervisedConfig`].
-
-    Source:
-        Liu and Alahi, arXiv 2402.15505.
     """
 
     _tag_names = ["co-supervised-learning", "weak-to-strong"]
@@ -122,7 +121,7 @@ class CoSupervisedTrainer(Trainer):
         examples = inputs.add_column(ROW, np.arange(len(pool)))
         model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
         self.processor = InputProcessor(processing_class, model.config)
-        check_student(args, model, self.processor.is_text, inputs, has_own_metrics="compute_metrics" in kwargs)
+        check_student(args, model, self.processor, inputs, origin, has_own_metrics="compute_metrics" in kwargs)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}
         eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels)
@@ -162,8 +161,7 @@ class CoSupervisedTrainer(Trainer):
         Args:
             resume_from_checkpoint (`bool`, *optional*):
                 True to go on where an earlier run in this `output_dir` was cut off, or to begin where there is none.
-                What it finished is not done again, and the student is the same as if it had not been cut off. Another
-                number of processes takes over finished levels, and begins the one that was cut off anew.
+                What it finished is not done again, and the student is the same as if it had not been cut off.
 
         Raises:
             FileExistsError: If `output_dir` holds another run, or another process works there.

@@ -1,0 +1,337 @@
+"""Students that are unlike most: layers that are no plain ones, and models that come as they are."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_trainer import LABELS, make_args, make_pool, weights
+from timm.layers import ScaledStdConv2d, StdConv2d, StdConv2dSame
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_norm
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForTokenClassification,
+    BertModel,
+    BitConfig,
+    BitForImageClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
+)
+from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+
+from hf_cosupervise import CoSupervisedTrainer
+from hf_cosupervise.students.head import prepare_student
+from hf_cosupervise.students.publishing import export_student
+
+pytestmark = pytest.mark.core
+
+
+class _Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
+class _Centred(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight - weight.mean()
+
+
+def _parametrized(layer: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(layer, "weight", _Centred())
+    return layer
+
+
+# What stands in the place of a ViT's projection of patches, and of a linear layer.
+CONVOLUTIONS: dict[str, Callable[..., nn.Module]] = {
+    "BiT": WeightStandardizedConv2d,
+    "standardised": StdConv2d,
+    "standardised, same": StdConv2dSame,
+    "scaled": ScaledStdConv2d,
+    "spectral norm": lambda *shape, **kw: spectral_norm(nn.Conv2d(*shape, **kw)),
+    "reflecting": lambda *shape, **kw: nn.Conv2d(*shape, **kw, padding=1, padding_mode="reflect"),
+    "dilated": lambda *shape, **kw: nn.Conv2d(*shape, **kw, padding=1, dilation=(2, 1)),
+}
+LINEARS: dict[str, Callable[..., nn.Module]] = {
+    "own forward": _Doubled,
+    "parametrized": lambda *shape: _parametrized(nn.Linear(*shape)),
+    "orthogonal": lambda *shape: parametrizations.orthogonal(nn.Linear(*shape)),
+    "weight norm": lambda *shape: parametrizations.weight_norm(nn.Linear(*shape)),
+    "weight norm by a hook": lambda *shape: weight_norm(nn.Linear(*shape)),
+    "spectral norm by a hook": lambda *shape: spectral_norm(nn.Linear(*shape)),
+}
+
+
+def tiny_model(**changes: Any) -> PreTrainedModel:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape, **names, **changes))
+
+
+def unlike(kind: str) -> tuple[PreTrainedModel, str]:
+    """A model with one layer that is not plain, and the layer's name."""
+    model = tiny_model()
+    if kind in CONVOLUTIONS:
+        name, layer = "vit.embeddings.patch_embeddings.projection", CONVOLUTIONS[kind](3, 16, kernel_size=4, stride=4)
+    else:
+        squares = (n for n, p in model.named_parameters() if p.shape == (16, 16) and n.endswith(".weight"))
+        name, layer = next(squares).removesuffix(".weight"), LINEARS[kind](16, 16)
+    model.set_submodule(name, layer)
+    return model, name
+
+
+def adapted_layers(model: nn.Module) -> set[str]:
+    return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, *LINEARS])
+def test_adapters_leave_out_layers_that_do_not_merge(kind):
+    model, name = unlike(kind)
+    plain = {n for n, layer in tiny_model().named_modules() if isinstance(layer, nn.Linear) and n != "classifier"}
+    found = {layer.removeprefix("base_model.model.") for layer in adapted_layers(prepare_student(model, "lora"))}
+    assert found == plain - {name}
+
+
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, *LINEARS])
+@pytest.mark.parametrize("as_regex", [False, True])
+def test_layers_that_do_not_merge_are_refused_by_name(kind, as_regex):
+    model, name = unlike(kind)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    targets: Any = f".*{re.escape(name)}" if as_regex else [name.split(".", 2)[-1]]
+    with pytest.raises(ValueError) as error:
+        prepare_student(model, "lora", LoraConfig(r=2, target_modules=targets))
+    layer = type(model.get_submodule(name)).__name__
+    assert str(error.value) == (
+        f"Adapters must be of plain layers, which merge exactly, got '{name}' ({layer}; 1 such in all), which "
+        "transforms its weights or inputs. Leave it out of `lora_target_modules`, or use `student_training` 'full'."
+    )
+    # the model is the user's, and is as it was
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before and not adapted_layers(model)
+
+
+def test_networks_without_a_plain_layer_are_refused():
+    config = BitConfig(embedding_size=32, hidden_sizes=[128, 256], depths=[1, 1], num_labels=4)
+    with pytest.raises(ValueError) as error:
+        prepare_student(BitForImageClassification(config), "lora")
+    assert str(error.value) == (
+        "Adapters need plain linear or convolution layers in the backbone, got none in BitForImageClassification. "
+        "Use `student_training` 'probe' or 'full'."
+    )
+
+
+def test_all_linear_layers_are_those_of_the_backbone():
+    named, found = (
+        adapted_layers(prepare_student(tiny_model(), "lora", LoraConfig(r=2, target_modules=targets)))
+        for targets in (None, "all-linear")
+    )
+    assert named == found and len(found) > 3
+
+
+def test_a_model_that_holds_adapters_is_refused():
+    model = tiny_model()
+    adapted = prepare_student(model, "lora")
+    assert prepare_student(adapted, "lora") is adapted
+    with pytest.raises(ValueError, match="must hold no adapters before it is given new ones, got some in the ViTFor"):
+        prepare_student(model, "lora")
+
+
+@pytest.mark.parametrize("kind", ["BiT", "standardised", "scaled", "own forward", "parametrized"])
+def test_ready_made_adapters_that_do_not_merge_are_refused(kind):
+    model, name = unlike(kind)
+    with pytest.raises(ValueError, match=rf"plain layers, which merge exactly, got '{re.escape(name)}' \("):
+        prepare_student(get_peft_model(model, LoraConfig(r=2, target_modules=[name])), "lora")
+
+
+@pytest.mark.parametrize("kind", ["BiT", "reflecting", "own forward", "parametrized", "orthogonal", "weight norm"])
+def test_a_student_that_merging_changes_is_not_written(kind, tiny_vit: str, tmp_path: Path):
+    """Whatever it is that does not merge: here adapters that nobody refused."""
+    model, name = unlike(kind)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[name]))
+    processor = AutoImageProcessor.from_pretrained(tiny_vit)
+    export_student(adapted, tmp_path / "untrained", processor)  # adapters that are zero merge
+    torch.manual_seed(0)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    with pytest.raises(ValueError, match=r"must answer as the one that was trained, got logits that differ by \d"):
+        export_student(adapted, tmp_path / "out", processor)
+    assert not (tmp_path / "out").exists()
+    assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+    assert adapted.training == model.training
+
+
+# ── models that come as they are ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def make_trainer(
+    tmp_path: Path, tiny_vit: str, tiny_bert: str, tiny_image_dataset: Dataset, tiny_text_dataset: Dataset
+):
+    def make(model: Any, training: str = "probe", *, text: bool = False, **changes: Any) -> CoSupervisedTrainer:
+        pool = make_pool(tiny_text_dataset if text else tiny_image_dataset)
+        processor = AutoTokenizer.from_pretrained(tiny_bert) if text else AutoImageProcessor.from_pretrained(tiny_vit)
+        args = make_args(tmp_path / "out", student_training=training, **changes)
+        return CoSupervisedTrainer(model, args, pool=pool, processing_class=processor)
+
+    return make
+
+
+@pytest.mark.parametrize("training", ["probe", "lora", "full"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_models_of_another_precision_are_trained_in_float32(make_trainer, tiny_vit, training, dtype, caplog, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(tiny_vit, dtype=getattr(torch, dtype))
+    same = AutoModelForImageClassification.from_pretrained(tiny_vit, dtype=getattr(torch, dtype)).float()
+    with caplog.at_level("WARNING", "hf_cosupervise"):
+        trainer = make_trainer(model, training)
+    assert f"The weights of ViTForImageClassification are changed from {dtype} to float32" in caplog.text
+    assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
+    trainer.train()
+    first, _ = weights(trainer), caplog.clear()
+    shutil.rmtree(tmp_path / "out")
+    with caplog.at_level("WARNING", "hf_cosupervise"):
+        again = make_trainer(same, training)
+    assert "float32" not in caplog.text
+    again.train()
+    assert all(torch.equal(value, first[name]) for name, value in weights(again).items())
+
+
+def of_labels(model_class: Any, folder: str, **changes: Any) -> PreTrainedModel:
+    return model_class.from_pretrained(folder, num_labels=4, id2label=dict(enumerate(LABELS)), **changes)
+
+
+def test_frozen_models(make_trainer, tiny_vit, tmp_path):
+    def frozen(name: str = "") -> PreTrainedModel:
+        model = of_labels(AutoModelForImageClassification, tiny_vit)
+        for own, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(name) and name in own)
+        return model
+
+    with pytest.raises(ValueError) as error:
+        make_trainer(frozen(), "full")
+    assert str(error.value) == (
+        "`student_training` 'full' needs weights that learn, got a ViTForImageClassification all of which are frozen. "
+        "Call `model.requires_grad_(True)`, or load adapters with `is_trainable=True`."
+    )
+    adapted = prepare_student(of_labels(AutoModelForImageClassification, tiny_vit), "lora")
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = PeftModel.from_pretrained(of_labels(AutoModelForImageClassification, tiny_vit), tmp_path / "adapter")
+    for training in ("lora", "full"):
+        with pytest.raises(ValueError, match=f"'{training}' needs weights that learn, got a PeftModel"):
+            make_trainer(saved, training)
+    # a head and adapters learn whatever was frozen, and what is frozen in part is so on purpose
+    for model, training in ((frozen(), "probe"), (frozen(), "lora"), (frozen("layernorm"), "full")):
+        trainer = make_trainer(model, training)
+        before = weights(trainer)
+        trainer.train()
+        moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+        assert moved == {name for name, value in trainer.model.named_parameters() if value.requires_grad}
+        shutil.rmtree(tmp_path / "out")
+
+
+NO_CLASSIFIERS = {
+    "ViT": (ViTModel, "an answer without `logits`"),
+    "masked images": (ViTForMaskedImageModeling, r"(ValueError: .*|an answer without `logits`)"),
+    "BERT": (BertModel, "an answer without `logits`"),
+    "masked words": (BertForMaskedLM, r"logits of shape \(2, \d+, \d+\)"),
+    "tokens": (BertForTokenClassification, r"logits of shape \(2, \d+, 4\)"),
+    "next sentence": (BertForNextSentencePrediction, r"logits of shape \(2, 2\)"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CLASSIFIERS)
+def test_models_that_are_no_classifiers_are_refused_before_any_work(make_trainer, tiny_vit, tiny_bert, kind):
+    model_class, found = NO_CLASSIFIERS[kind]
+    is_text = "Bert" in model_class.__name__
+    make = partial(of_labels, model_class, tiny_bert if is_text else tiny_vit)
+    with pytest.raises(ValueError, match=rf"logits of shape \(2, 4\), got {found} from {model_class.__name__}\."):
+        make_trainer(make(), "full", text=is_text)
+    for training in ("probe", "lora"):
+        with pytest.raises(ValueError, match=r"must (be a model with a backbone and a class|answer two)"):
+            make_trainer(make(), training, text=is_text)
+
+
+def test_models_without_weights_are_refused(make_trainer, tiny_vit):
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(tiny_vit))
+    for training in ("probe", "lora", "full"):
+        with pytest.raises(ValueError) as error:
+            make_trainer(model, training)
+        assert str(error.value) == (
+            "A student must have its weights in memory, got a ViTForImageClassification on the device 'meta'. Load it "
+            "with `from_pretrained`."
+        )
+    with pytest.raises(TypeError, match="`model` must be a Hub id, a folder, a `PreTrainedModel` .*got Linear"):
+        make_trainer(nn.Linear(2, 2))
+
+
+def test_a_classifier_without_one_backbone_is_told_so(make_trainer):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    config = CLIPConfig(
+        text_config={**shape, "vocab_size": 9}, vision_config={**shape, "image_size": 8, "patch_size": 4}, **names
+    )
+    for training in ("probe", "lora"):
+        with pytest.raises(ValueError) as error:
+            make_trainer(CLIPForImageClassification(config), training)
+        assert str(error.value) == (
+            "A student must keep its backbone under one name beside its head, got CLIPForImageClassification, which "
+            "has no `clip`: what is not the head's cannot be told. Use another architecture, such as the same "
+            "backbone in timm."
+        )
+    make_trainer(CLIPForImageClassification(config), "full").train()
+
+
+def test_the_pooler_of_a_masked_language_model_is_trained_or_refused(make_trainer, tiny_bert, tmp_path):
+    folder = tmp_path / "words"
+    BertForMaskedLM.from_pretrained(tiny_bert).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
+    for training in ("probe", "lora"):
+        with pytest.raises(ValueError) as error:
+            make_trainer(str(folder), training, text=True)
+        assert str(error.value) == (
+            f"Every weight of the student's backbone must be in the checkpoint, '{folder}' lacks "
+            "['bert.pooler.dense.bias', 'bert.pooler.dense.weight'] (2 in all). Train its pooler by "
+            "`student_training` 'full', or use a checkpoint that has one."
+        )
+    trainer = make_trainer(str(folder), "full", text=True)
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(weights(trainer)["bert.pooler.dense.weight"], before["bert.pooler.dense.weight"])
+    shutil.rmtree(tmp_path / "out")
+    again = make_trainer(str(folder), "full", text=True)  # the same random pooler
+    assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
+
+
+@pytest.mark.parametrize("training", ["probe", "full"])
+def test_a_model_is_trained_in_place_and_a_copy_starts_anew(make_trainer, tiny_vit, training, tmp_path):
+    model = of_labels(AutoModelForImageClassification, tiny_vit)
+    kept, runs = copy.deepcopy(model), []
+    for student in (model, kept, model):
+        trainer = make_trainer(student, training)
+        trainer.train()
+        assert trainer.model is student
+        runs.append(weights(trainer))
+        shutil.rmtree(tmp_path / "out")
+    first, second, third = runs
+    assert all(torch.equal(value, first[name]) for name, value in second.items())
+    assert not torch.equal(third["classifier.weight"], first["classifier.weight"])
