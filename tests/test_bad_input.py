@@ -1036,6 +1036,8 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"loss": "confidence", "loss_kwargs": {"peak": 3.0}},
      "`peak` must be at least 0 and at most 1, got 3.0. Leave it out for 0.5."),
     ({"features_dtype": "int8"}, "`features_dtype` must be one of ['float32', 'float16'], got 'int8'."),
+    ({"ridge_alpha": 0.0},
+     "`ridge_alpha` must be 'auto' or a finite number above 0, got 0.0. Leave it out for 'auto'."),
     ({"head_solver": "newton"}, "`head_solver` must be one of ['steps', 'ridge'], got 'newton'."),
     ({"head_solver": "ridge", "loss": "reverse_kl"},
      "`head_solver` 'ridge' has a loss of its own, got `loss` 'reverse_kl'. Use 'steps'."),
@@ -1076,7 +1078,6 @@ NUMBERS = {  # what each field must be, and values that it is not, beside text, 
     "rejection_share": ("a number above 0 and at most 1", (0.0, 1.01, None)),
     "lora_dropout": ("a number of at least 0 and at most 1", (-0.1, 1.5, None)),
     "relabel_above": ("a number of at least 0 and at most 1", (-0.1, 2.0)),
-    "ridge_alpha": ("a finite number above 0", (0.0, -1.0, math.inf, None)),
     "ridge_logit_scale": ("a finite number above 0", (0, -1.0, math.inf, None)),
 }
 

@@ -1,4 +1,8 @@
-"""Several students of one pool as one: linear heads on the same features, standardised and averaged."""
+"""Several students of one pool as one: linear heads on the same features, standardised and averaged.
+
+Students that different methods trained on one pool are made a single linear head, without labels to choose among them.
+The trainer does not use it: it is there for whoever holds several heads.
+"""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """
     size = features.shape[1]
     gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=features.device)
-    origin = _origin(features)
+    origin = feature_origin(features)
     for part in rows.to(features.device).split(_GRAM_ROWS):
         inputs = features[part].float() - origin
         gram[:size, :size] += product(inputs.T, inputs.T)
@@ -273,6 +273,67 @@ def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         gram[size, size] += len(inputs)
     gram[:size, size] = gram[size, :size]
     return gram
+
+
+def cross_products(
+    features: torch.Tensor,
+    rows: torch.Tensor,
+    targets: Callable[[torch.Tensor], torch.Tensor | SparseTargets],
+    num_labels: int,
+) -> torch.Tensor:
+    """Sum x y^T over rows of features and their pseudolabels, the features as in [`gram_matrix`].
+
+    Args:
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+            Inputs of the head.
+        rows (`torch.LongTensor` of shape `(num_rows,)`):
+            Which of them.
+        targets (`Callable`):
+            See [`fit_linear_head`].
+        num_labels (`int`):
+            Outputs of the head.
+
+    Returns:
+        `torch.Tensor` of shape `(feature_size + 1, num_labels)`, float64.
+    """
+    size, origin = features.shape[1], feature_origin(features)
+    cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)
+    for part in rows.to(features.device).split(_GRAM_ROWS):
+        wanted = dense_targets(targets(part), num_labels)
+        cross[:size] += product((features[part].float() - origin).T, wanted.T)
+        cross[size] += wanted.sum(dim=0)
+    return cross
+
+
+def feature_origin(features: torch.Tensor) -> torch.Tensor:
+    """Give about the middle of features, the same whichever rows are summed.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+            Inputs of the head.
+
+    Returns:
+        `torch.Tensor` of shape `(feature_size,)`, float32: what [`gram_matrix`] and [`cross_products`] take off.
+    """
+    return features[:_ORIGIN_ROWS].float().mean(dim=0)
+
+
+def dense_targets(wanted: torch.Tensor | SparseTargets, num_labels: int) -> torch.Tensor:
+    """Spread pseudolabels over all labels.
+
+    Args:
+        wanted (`torch.Tensor` of shape `(batch, num_labels)`, or [`SparseTargets`]):
+            Pseudolabels.
+        num_labels (`int`):
+            How many labels there are.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, num_labels)`.
+    """
+    if isinstance(wanted, torch.Tensor):
+        return wanted
+    spread = wanted.rest_probs.unsqueeze(1).repeat(1, num_labels)
+    return spread.scatter_(1, wanted.label_ids, wanted.label_probs)
 
 
 def fit_ridge_head(
@@ -284,6 +345,7 @@ def fit_ridge_head(
     *,
     alpha: float,
     logit_scale: float,
+    cross: torch.Tensor | None = None,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> torch.Tensor:
     """Fit a linear head in closed form: regress the pseudolabels on the features, and scale up to logits.
@@ -306,6 +368,8 @@ def fit_ridge_head(
             Ridge penalty, above 0, relative to the variance of the features.
         logit_scale (`float`):
             Above 0: predictions lie near 0..1, which as logits would make a student that is never sure.
+        cross (`torch.Tensor` of shape `(feature_size + 1, num_labels)`, float64, *optional*):
+            What [`cross_products`] gives for the rows of all processes. Summed here where it is left out.
         sum_over_processes (`Callable`, *optional*):
             Adds a tensor up over all processes.
 
@@ -323,15 +387,10 @@ def fit_ridge_head(
         [0, 1]
     """
     size, num_labels = features.shape[1], head.weight.shape[0]
-    cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)
-    origin = _origin(features)
     parts = rows.to(features.device).split(_GRAM_ROWS)
-    for part in parts:
-        wanted = _dense(targets(part), num_labels)
-        cross[:size] += product((features[part].float() - origin).T, wanted.T)
-        cross[size] += wanted.sum(dim=0)
-    cross = sum_over_processes(cross)
-    num_rows, shift = gram[size, size], origin.double()
+    if cross is None:
+        cross = sum_over_processes(cross_products(features, rows, targets, num_labels))
+    num_rows, shift = gram[size, size], feature_origin(features).double()
     means, label_means = gram[size, :size] / num_rows, cross[size] / num_rows
     if head.bias is None:  # nothing takes the means up, so features and pseudolabels stay as they are
         moved = gram[size, :size]
@@ -354,11 +413,6 @@ def fit_ridge_head(
             log_probs = torch.log_softmax(linear_logits(head, features[part]), dim=1).T.contiguous()
             loss -= _likelihood_and_gradient(log_probs, targets(part))[0]
     return sum_over_processes(loss)[0] / num_rows
-
-
-def _origin(features: torch.Tensor) -> torch.Tensor:
-    """About the middle of the features `(feature_size,)`, the same whichever rows are summed."""
-    return features[:_ORIGIN_ROWS].float().mean(dim=0)
 
 
 def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
@@ -410,11 +464,3 @@ def _likelihood_and_gradient(
     excess = wanted.label_probs.T - rest
     likelihood = (excess * log_probs.gather(0, label_ids)).sum() + torch.dot(rest, log_probs.sum(dim=0))
     return likelihood, log_probs.exp().sub_(rest).scatter_add_(0, label_ids, -excess)
-
-
-def _dense(wanted: torch.Tensor | SparseTargets, num_labels: int) -> torch.Tensor:
-    """Pseudolabels over all labels `(batch, num_labels)`."""
-    if isinstance(wanted, torch.Tensor):
-        return wanted
-    spread = wanted.rest_probs.unsqueeze(1).repeat(1, num_labels)
-    return spread.scatter_(1, wanted.label_ids, wanted.label_probs)

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
@@ -59,7 +60,7 @@ _NUMBERS: Numbers = (
     ("a number above 0 and below 1", Real, lambda value: 0 < value < 1, ("agreement_min_prob",)),
     ("a number above 0 and at most 1", Real, lambda value: 0 < value <= 1, ("rejection_share",)),
     ("a number of at least 0 and at most 1", Real, lambda value: 0 <= value <= 1, ("lora_dropout", "relabel_above")),
-    ("a finite number above 0", Real, lambda value: 0 < value < math.inf, ("ridge_alpha", "ridge_logit_scale")),
+    ("a finite number above 0", Real, lambda value: 0 < value < math.inf, ("ridge_logit_scale",)),
 )
 _LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules")
 # What an option may not count for, said in its annotation, where it counts for all of it otherwise. (Not in its
@@ -246,8 +247,13 @@ class CoSupervisedConfig(TrainingArguments):
         default="steps",
         metadata={"help": "How a probe's head is fitted: 'steps' of `optim`, or 'ridge' (at once, in closed form)."},
     )
-    ridge_alpha: float = field(
-        default=0.01, metadata={"help": "Penalty of 'ridge', above 0, relative to the mean variance of a feature."}
+    # With None, or the parser of the command line would take numbers alone, and fail on the default.
+    ridge_alpha: float | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Penalty of 'ridge', above 0, relative to the mean variance of a feature; 'auto': found at each "
+            "level, by leave-one-out on the pseudolabels."
+        },
     )
     ridge_logit_scale: float = field(
         default=10.0, metadata={"help": "Scale of the logits of 'ridge', above 0: its predictions lie near 0..1."}
@@ -271,6 +277,7 @@ class CoSupervisedConfig(TrainingArguments):
         self._check_names()
         check_numbers(self, _NUMBERS)
         self._check_window()
+        self._check_alpha()
         self._check_loss()
         self._check_neighbors_and_folds()
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
@@ -331,6 +338,16 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError(
                 f"`rejection_window` must be [lowest, highest] within 0..1, got {window!r}. Leave it out for "
                 f"[0.5, 1.0]."
+            )
+
+    def _check_alpha(self) -> None:
+        value = alpha = self.ridge_alpha
+        if isinstance(value, str) and value != "auto":  # the command line gives text
+            with suppress(ValueError):
+                self.ridge_alpha = alpha = float(value)
+        if alpha != "auto" and not (is_number(alpha) and 0 < float(alpha or 0) < math.inf):
+            raise ValueError(
+                f"`ridge_alpha` must be 'auto' or a finite number above 0, got {value!r}. Leave it out for 'auto'."
             )
 
     def _check_loss(self) -> None:

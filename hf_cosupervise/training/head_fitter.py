@@ -19,12 +19,24 @@ from torch.utils.data import BatchSampler, DataLoader
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
-from ..method.linear_head import BatchReader, SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix
+from ..method.linear_head import (
+    BatchReader,
+    SparseTargets,
+    cross_products,
+    dense_targets,
+    feature_origin,
+    fit_linear_head,
+    fit_ridge_head,
+    gram_matrix,
+)
 from ..method.losses import LossAndGradient
+from ..method.ridge import choose_ridge_alpha, draw_left_out
 from ..processes import Processes
 from .config import CoSupervisedConfig
 from .level_loss import LevelLoss
 
+# Under this name the penalty of a level is logged, and kept in its record.
+RIDGE_ALPHA = "head/ridge_alpha"
 TargetLookup = Callable[[torch.Tensor], torch.Tensor | SparseTargets]
 
 
@@ -198,23 +210,45 @@ class HeadFitter:
         started = time.time()
         events.tell("on_train_begin")
         events.tell("on_epoch_begin")
+        rows, gram = self._own_share(kept), self._gram_of(kept)
+        cross = self.processes.sum(cross_products(self.features, rows, targets, self.head.out_features))
+        alpha = self._find_alpha(kept, targets, gram, cross)
         loss = fit_ridge_head(
             self.head,
             self.features,
-            self._own_share(kept),
+            rows,
             targets,
-            self._gram_of(kept),
-            alpha=self.args.ridge_alpha,
+            gram,
+            alpha=alpha,
             logit_scale=self.args.ridge_logit_scale,
+            cross=cross,
             sum_over_processes=self.processes.sum,
         )
         events.state.global_step, events.state.epoch = 1, 1.0
         events.tell("on_step_end")
         if self.args.logging_strategy != "no":
-            events.tell_numbers({"loss": float(loss)})
+            events.tell_numbers({"loss": float(loss), RIDGE_ALPHA: alpha})
         events.tell("on_epoch_end")
         events.tell("on_train_end")
-        return TrainOutput(1, float(loss), speed_metrics("train", started, num_steps=1))
+        metrics = speed_metrics("train", started, num_steps=1)
+        return TrainOutput(1, float(loss), {**metrics, RIDGE_ALPHA: alpha})
+
+    def _find_alpha(self, kept: np.ndarray, targets: TargetLookup, gram: torch.Tensor, cross: torch.Tensor) -> float:
+        """Give the penalty: a number as it is, or what predicts the pseudolabels best that a fit has not seen."""
+        if not isinstance(self.args.ridge_alpha, str | None):
+            return float(self.args.ridge_alpha)
+        # Always of the same seed: whatever the run's own is, a ridge gives the same student.
+        left_out = self._own_share(draw_left_out(torch.from_numpy(kept), seed=0).numpy())
+        return choose_ridge_alpha(
+            self.features,
+            lambda rows: dense_targets(targets(rows), self.head.out_features),
+            left_out.to(self.features.device),
+            gram,
+            cross,
+            feature_origin(self.features),
+            bias=self.head.bias is not None,
+            sum_over_processes=self.processes.sum,
+        )
 
     def _gram_of(self, kept: np.ndarray) -> torch.Tensor:
         """Give the Gram matrix of the kept rows: that of the whole pool, computed once, less that of the others."""

@@ -19,6 +19,7 @@ from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
 from ..students.publishing import export_student, push_student
 from .config import CoSupervisedConfig
+from .head_fitter import RIDGE_ALPHA
 from .history import LevelHistory
 from .plan_rules import level_assignment
 from .run_folder import versions
@@ -87,9 +88,15 @@ def student_facts(
             {**teacher.to_dict(), **known} for teacher, known in zip(pool.hierarchy.teachers, run["teachers"])
         ],
         "levels": [_level_facts(args, pool, record, functions) for record in history.records],
-        "hyperparameters": args.changed_arguments() | dict(functions),
+        "hyperparameters": args.changed_arguments() | _found_alphas(args, history) | dict(functions),
         "versions": versions(),
     }
+
+
+def _found_alphas(args: CoSupervisedConfig, history: LevelHistory) -> dict[str, str]:
+    """Tell which penalties were found for the levels, where they had to be."""
+    found = [record[RIDGE_ALPHA] for record in history.records if RIDGE_ALPHA in record]
+    return {"ridge_alpha": f"auto: {', '.join(map(str, found))}"} if found and args.ridge_alpha == "auto" else {}
 
 
 def _level_facts(

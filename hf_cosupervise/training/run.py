@@ -237,6 +237,7 @@ class TrainingRun:
             "num_steps": output.global_step,
             "train_loss": output.training_loss,
             "train_runtime": output.metrics["train_runtime"],
+            **{name: value for name, value in output.metrics.items() if name.startswith("head/")},
         }
         self._outputs.append(output)
         self.history.add(record, write=False)

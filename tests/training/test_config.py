@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_cosupervise.arguments import parse_recipe_args
 from hf_cosupervise.method.assignment import AGREEMENT_RULES
 from hf_cosupervise.method.rejection import SELECTION_RULES
 from hf_cosupervise.training.config import (
@@ -52,7 +53,7 @@ OWN = {
     "features_dir": None,
     "features_dtype": "float32",
     "head_solver": "steps",
-    "ridge_alpha": 0.01,
+    "ridge_alpha": "auto",
     "ridge_logit_scale": 10.0,
 }
 CHANGED = {
@@ -176,7 +177,10 @@ def test_one_unknown_name_among_several(tmp_path):
             {"agreement_min_prob": 1.0},
             "`agreement_min_prob` must be a number above 0 and below 1, got 1.0. Leave it out for 1e-06.",
         ),
-        ({"ridge_alpha": 0.0}, "`ridge_alpha` must be a finite number above 0, got 0.0. Leave it out for 0.01."),
+        (
+            {"ridge_logit_scale": 0.0},
+            "`ridge_logit_scale` must be a finite number above 0, got 0.0. Leave it out for 10.0.",
+        ),
         (
             {"head_solver": "ridge", "student_training": "lora"},
             "`head_solver` 'ridge' fits a fresh head on a frozen backbone, got `student_training` 'lora' and "
@@ -308,6 +312,28 @@ def test_the_ridge_fields_on_the_command_line(tmp_path):
     assert args.features_dtype == "float16"
     again = CoSupervisedConfig(**{**json.loads(args.to_json_string()), "output_dir": str(tmp_path)})
     assert (again.head_solver, again.ridge_alpha, again.features_dtype) == ("ridge", 0.5, "float16")
+
+
+@pytest.mark.parametrize(("given", "expected"), [("auto", "auto"), (1, 1), (0.5, 0.5), ("1e-3", 0.001)])
+def test_a_ridge_penalty_is_a_number_or_found(tmp_path, given, expected):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nridge_alpha: {given}\n", encoding="utf-8")
+    (from_file,) = parse_recipe_args([CoSupervisedConfig], ["--config", str(path)])
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--ridge_alpha", str(given)]
+    (over_file,) = parse_recipe_args([CoSupervisedConfig], ["--config", str(path), "--ridge_alpha", "2"])
+    assert make(tmp_path, ridge_alpha=given).ridge_alpha == from_file.ridge_alpha == expected
+    assert parse(*words).ridge_alpha == expected and over_file.ridge_alpha == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [0, -1.0, float("inf"), float("nan"), None, True, [1], "many", "0", "inf", "nan", ""]
+)
+def test_no_other_ridge_penalty(tmp_path, wrong):
+    with pytest.raises(ValueError) as error:
+        make(tmp_path, ridge_alpha=wrong)
+    assert str(error.value) == (
+        f"`ridge_alpha` must be 'auto' or a finite number above 0, got {wrong!r}. Leave it out for 'auto'."
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from hf_cosupervise import CoSupervisedConfig
+from hf_cosupervise.method.linear_head import SparseTargets
+from hf_cosupervise.method.ridge import RIDGE_ALPHAS, choose_ridge_alpha
 from hf_cosupervise.training.head_fitter import FitEvents, HeadFitter, outside_of_fold, why_not_on_features
 
 FEATURES = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32))
@@ -121,8 +123,39 @@ def test_a_ridge_is_a_level_of_one_step(tmp_path):
     output = HeadFitter(head, FEATURES, args).fit_at_once(np.arange(40), WANTED.__getitem__, events)
     expected = -(WANTED * torch.log_softmax(head(FEATURES), dim=1)).sum(dim=1).mean()
     assert output.global_step == 1 and output.training_loss == pytest.approx(float(expected), rel=1e-5)
-    assert logged == [{"loss": output.training_loss}] and events.state.epoch == 1.0
+    assert logged == [{"loss": output.training_loss, "head/ridge_alpha": output.metrics["head/ridge_alpha"]}]
+    assert events.state.epoch == 1.0
     assert witness.told == ["train_begin", "epoch_begin", "epoch_end", "train_end"]
+
+
+def fit_ridge(tmp_path, targets: Any, kept: np.ndarray, **changes: Any) -> tuple[nn.Linear, float]:
+    args = make_args(tmp_path, head_solver="ridge", **changes)
+    head = make_head()
+    output = HeadFitter(head, FEATURES, args).fit_at_once(kept, targets, make_events(args)[0])
+    return head, output.metrics["head/ridge_alpha"]
+
+
+def test_a_ridge_finds_its_penalty(tmp_path):
+    kept, found = np.arange(0, 40, 2), []
+    for labels in (torch.eye(3)[WANTED.argmax(dim=1)], torch.eye(3)[[1] * 40]):
+        head, alpha = fit_ridge(tmp_path, labels.__getitem__, kept)
+        rows, origin = torch.from_numpy(kept), FEATURES.mean(dim=0)
+        inputs = torch.cat([FEATURES[rows] - origin, torch.ones(len(rows), 1)], dim=1).double()
+        cross = inputs.T @ labels[rows].double()
+        by_hand = choose_ridge_alpha(FEATURES, labels.__getitem__, rows, inputs.T @ inputs, cross, origin)
+        same, _ = fit_ridge(tmp_path, labels.__getitem__, kept, ridge_alpha=alpha)
+        assert alpha == by_hand and torch.equal(head.weight, same.weight) and torch.equal(head.bias, same.bias)
+        found.append(alpha)
+    assert found[0] < found[1] == max(RIDGE_ALPHAS)  # of one label alone the features tell nothing
+
+
+def test_sparse_pseudolabels_find_the_penalty_of_dense_ones(tmp_path):
+    probs, ids = WANTED.topk(2, dim=1)
+    rest = 1 - probs.sum(dim=1)
+    sparse = fit_ridge(tmp_path, lambda rows: SparseTargets(ids[rows], probs[rows], rest[rows]), np.arange(40))
+    dense = fit_ridge(tmp_path, WANTED.__getitem__, np.arange(40))
+    assert sparse[1] == dense[1]
+    torch.testing.assert_close(sparse[0].weight, dense[0].weight, atol=1e-5, rtol=0)
 
 
 def test_sums_of_few_kept_rows_are_those_of_many_rejected_ones(tmp_path):

@@ -171,6 +171,8 @@ def test_inside_and_between_levels(tmp_path, students, student, training, tiny_i
         {"rounds_per_level": 2},
         {"warm_start": True},
         {"head_solver": "ridge"},
+        {"head_solver": "ridge", "ridge_alpha": 0.1, "cross_fit_folds": 2},
+        {"head_solver": "ridge", "cross_fit_folds": 2},
         {"cross_fit_folds": 2},
         {"agreement_neighbors": 3, "assignment": "agreement"},
         {"loss": "early_learning_regularization"},

@@ -685,7 +685,9 @@ def test_a_ridge_head_is_that_of_scikit_learn(tmp_path, tiny_vit, tiny_image_dat
     if args.pseudolabels == "hard":
         targets = np.eye(4)[targets.argmax(axis=1)]
     targets = (1 - args.label_smoothing_factor) * targets + args.label_smoothing_factor / 4
-    penalty = args.ridge_alpha * features[kept].var(axis=0).mean() * len(kept)
+    alpha = trainer.history.records[-1]["head/ridge_alpha"]
+    assert args.ridge_alpha in ("auto", alpha)
+    penalty = alpha * features[kept].var(axis=0).mean() * len(kept)
     theirs = linear_model.Ridge(alpha=penalty).fit(features[kept], targets)
     expected = args.ridge_logit_scale * theirs.predict(features)
     np.testing.assert_allclose(logits_of(trainer, tiny_image_dataset), expected, atol=2e-3)
@@ -709,6 +711,9 @@ def test_a_ridge_student_is_an_ordinary_model(tmp_path, tiny_vit, tiny_image_dat
     assert losses == [pytest.approx(record["train_loss"]) for record in trainer.history.records]
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
     trainer.save_model()
+    trainer.create_model_card()
+    found = ", ".join(str(record["head/ridge_alpha"]) for record in trainer.history.records)
+    assert f"| `ridge_alpha` | `auto: {found}` |" in (tmp_path / "README.md").read_text(encoding="utf-8")
     model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     batch = AutoImageProcessor.from_pretrained(tmp_path)(list(tiny_image_dataset["image"]), return_tensors="pt")
     with torch.no_grad():
