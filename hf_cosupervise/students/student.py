@@ -108,9 +108,10 @@ def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> Non
         model.train(was_training)
     wanted = (2, num_labels)
     if shape != wanted:
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
         raise ValueError(
             f"A student must answer two examples with logits of shape {wanted}, got {found} from "
-            f"{type(model).__name__}. Load a classifier with `load_student(model, pool.labels)`."
+            f"{type(plain).__name__}. Load a classifier with `load_student(model, pool.labels)`."
         )
 
 
