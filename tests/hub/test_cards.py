@@ -488,7 +488,7 @@ def test_an_edited_card_is_kept_and_a_warning_says_so(tmp_path, caplog):
         write_card(model_card(NEXT), tmp_path)
         assert path.read_bytes().decode() == merge_card(EDITED, model_card(NEXT)).text.replace("\n", "\r\n")
         assert [record.getMessage() for record in caplog.records] == [
-            f"'{path}': edited by hand and kept: Use. For a fresh card, delete it."
+            f"'{path}': edited by hand and kept: text. For a fresh card, delete it."
         ]
 
 
