@@ -5,13 +5,14 @@ Only safetensors is read, no code is run, no pickle is read or published, no tok
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from conftest import TINY_LABELS
 from datasets import Dataset
 from hub_server import WRITE_TOKEN, HubServer
 from safetensors.torch import load_file, save_file
+from test_architecture import SOURCES, dotted_name
 from test_features import Counter
 from test_hostile_data import change_header, choose
 from test_hostile_data import make_pool as make_small_pool
@@ -42,6 +44,7 @@ from hf_cosupervise import (
     load_label_model,
     load_student,
     push_hierarchy,
+    read_wrench,
 )
 from hf_cosupervise.arguments import parse_recipe_args, read_recipe_config
 from hf_cosupervise.data.loading import find_data
@@ -329,6 +332,15 @@ def from_recipe(path: Path) -> Any:
 
 DEEP = "[" * 100000
 HALF = '"\\ud800"'
+
+
+@dataclass
+class Extras:
+    """Options of a recipe."""
+
+    extras: dict[str, int] = field(default_factory=dict)
+
+
 HIERARCHIES = {
     "labels": ("x.yaml", "labels: COMMAND" + TEACHERS, "python/object/apply"),
     "label": ("x.yaml", "labels: [a, COMMAND]" + TEACHERS, "python/object/apply"),
@@ -368,11 +380,7 @@ RECIPES = {
 for name, (text, words) in RECIPES.items():
     DOORS[f"recipe-{name}"] = partial(text_with, "x.yaml", text, from_recipe), words
 DOORS["recipe-command-line-twice"] = (
-    lambda place: (
-        lambda: parse_recipe_args(
-            [CoSupervisedConfig], ["--output_dir", str(place.folder), "--lr_scheduler_kwargs", '{"a": 1, "a": 2}']
-        )
-    ),
+    lambda place: lambda: parse_recipe_args([Extras], ["--extras", '{"a": 1, "a": 2}']),
     "`a` is there twice",
 )
 for name, text, words in [
@@ -381,6 +389,14 @@ for name, text, words in [
     ("twice", '{"model": "a", "model": "b"}', "`model` is there twice"),
 ]:
     DOORS[f"label-model-{name}"] = partial(text_with, "model.json", text, load_label_model), words
+
+ROW = '{"label": 0, "weak_labels": [0], "data": {}}'
+for name, text, words in [
+    ("pickle", "\x80\x04", "train.json' must be JSON"),
+    ("deep", DEEP, "train.json' must be JSON"),
+    ("row-twice", f'{{"0": {ROW}, "0": {ROW}}}', "`0` is there twice"),
+]:
+    DOORS[f"wrench-{name}"] = partial(text_with, "train.json", text, lambda path: read_wrench(path.parent)), words
 
 JINJA = "{{ cycler.__init__.__globals__.os.mkdir('MARKER') }}{% for x in y %}<script>x</script>"
 
@@ -424,6 +440,53 @@ def test_nothing_foreign_is_run(name, tmp_path, request):
     else:
         enter()
     assert not marker(folder).exists()
+
+
+READERS = {
+    "pickle",
+    "dill",
+    "joblib",
+    "cloudpickle",
+    "eval",
+    "exec",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "torch.load",
+}
+
+
+def unsafe_readers(source: str) -> list[str]:
+    """Calls that would run what they read, or could be told to."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name, told = dotted_name(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            loose = name == "np.load" and told.get("allow_pickle") != "False"
+            if loose or name in READERS or name.split(".")[0] in READERS or told.get("trust_remote_code") == "True":
+                found.append(f"{name}, line {node.lineno}")
+    return found
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_code_of_ours_reads_a_pickle(name):
+    assert not unsafe_readers(SOURCES[name])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pickle.loads(x)",
+        "torch.load(x, weights_only=True)",
+        "np.load(x)",
+        "np.load(x, allow_pickle=True)",
+        "eval(x)",
+        "Model.from_pretrained(x, trust_remote_code=True)",
+        "yaml.full_load(x)",
+    ],
+)
+def test_the_reader_of_unsafe_readers(source):
+    assert len(unsafe_readers(source)) == 1
+    assert not unsafe_readers("np.load(x, allow_pickle=False); model.eval(); a.load(x, trust_remote_code=False)")
 
 
 # ── what goes out ───────────────────────────────────────────────────────────────────────────────────────────────────
