@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from transformers import HfArgumentParser
 
-from .strict_yaml import parse_yaml
+from .strict_yaml import parse_json, parse_yaml
 
 # YAML 1.1 takes a number for a float only if it has a dot and a signed exponent: 1e-3 and 1.0e5 arrive as strings.
 _EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -54,7 +53,9 @@ def read_recipe_config(path: str | os.PathLike[str], dataclass_types: Sequence[t
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"'{path}' must be valid YAML, got an error. {error}") from error
+        raise ValueError(
+            f"'{path}' must be valid YAML, got an error. {str(error).rstrip('.')}. Correct it there."
+        ) from error
     if not isinstance(values, dict | None):
         raise ValueError(f"'{path}' must hold one `name: value` per line, got a {type(values).__name__}.")
     hints = _field_types(dataclass_types)
@@ -94,7 +95,7 @@ class _RecipeParser(HfArgumentParser):
 
 def _read_json_dict(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(
             f"a dictionary is written as JSON, and {text[:80]!r} is not ({error})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from ..method.aggregation import Aggregator
 from ..method.label_model import LabelModel
 from ..method.label_models import LABEL_MODELS, make_label_model
 from ..method.votes import VoterFacts, check_votes, voter_facts
+from ..strict_yaml import parse_json
 from .derived import aggregated_pool, single_teacher_pool
 from .pseudolabels import ORACLE_LABEL, PseudolabelPool
 
@@ -334,8 +334,8 @@ def _read_wrench_split(table: Mapping[str, Any], labels: Sequence[str], path: Pa
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        facts = parse_json(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' must be JSON, got: {error}. Copy it again.") from error
     if not isinstance(facts, dict):
         raise ValueError(f"'{path}' must hold an object by id, got {type(facts).__name__}. Copy it again.")

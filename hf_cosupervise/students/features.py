@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Value
 from filelock import FileLock
+from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -164,7 +165,7 @@ class FeatureStore:
         try:
             _verify(folder / name, self.folder.name)
             # Copy on write: torch wants memory that can be written, though nobody does.
-            array = np.load(folder / name, mmap_mode="c", allow_pickle=False)
+            array = open_memmap(folder / name, mode="c")
             if array.dtype != dtype or shape not in (None, array.shape):
                 raise ValueError(f"{array.shape} {array.dtype} instead of {shape} {dtype}")
             return array
@@ -217,7 +218,7 @@ class FeatureStore:
         folder = self.folder / _name("ordered", digests)
         with self._unfinished(folder.name, self._num_bytes(len(rows))) as unfinished:
             _write_features(unfinished, lambda done: _pieces(found), shape, self.dtype)
-        return np.load(folder / _VALUES, mmap_mode="c", allow_pickle=False)
+        return open_memmap(folder / _VALUES, mode="c")
 
     def _load_ordered(self, digests: np.ndarray) -> np.ndarray | None:
         """Features that were put in the order of these digests on disk before."""
@@ -285,7 +286,7 @@ class FeatureStore:
     def _is_wanted(self, folder: Path) -> bool:
         """Whether a folder in progress is of rows of which some are not known."""
         try:
-            keys = np.load(folder / _KEYS, allow_pickle=False)
+            keys = open_memmap(folder / _KEYS, mode="r")
         except (OSError, *_UNREADABLE):
             return False
         if not folder.name.startswith(_PARTIAL) or keys.dtype != _KEY_DTYPE:

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -86,6 +88,20 @@ def find_checkpoint(folder: Path, level: int, processes: Processes) -> Path | No
         )
         return None
     return processes.on_first(lambda: last_checkpoint(folder, processes.count))
+
+
+@contextmanager
+def explain_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Name the checkpoint of which a file holds no tensors: the parent refuses it, but tells how to run it."""
+    try:
+        yield
+    except (UnpicklingError, SafetensorError) as error:
+        if checkpoint is None:
+            raise
+        raise ValueError(
+            f"'{checkpoint}' must hold the tensors that the run wrote, got a file of something else, which was not "
+            "loaded. Delete that folder: the checkpoint before it is taken."
+        ) from error
 
 
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 import transformers
 from accelerate.logging import get_logger
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import __version__
@@ -28,6 +30,10 @@ logger = get_logger(__name__)
 _RUN, _STAGE, DIGESTS = "run.json", "stage.json", "digests.json"
 _PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
 _ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
+_UNREADABLE = (
+    *(KeyError, TypeError, ValueError, AttributeError, EOFError),
+    *(SafetensorError, zipfile.BadZipFile),
+)
 _PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -86,7 +92,14 @@ class RunFolder:
         """See that the run that was begun here is this one."""
         if not (self.path / _RUN).is_file():
             return
-        known, own = read_json(self.path / _RUN), json.loads(json.dumps(without_nan(dict(facts))))
+        try:
+            known = read_json(self.path / _RUN)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"'{self.path / _RUN}' must be what the run wrote there, got no JSON ({error}). Choose another "
+                "`output_dir`."
+            ) from error
+        own = json.loads(json.dumps(without_nan(dict(facts))))
         versions = [
             f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}"
             for name, value in own.pop("versions", {}).items()
@@ -173,7 +186,7 @@ class RunFolder:
                 folds[int(fold)][name] = value
             plan = LevelPlan(facts["level"], facts["round"], metrics={}, **arrays)
             return Stage(plan, load_file(folder / _STUDENT), folds, facts["record"], facts["story"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except _UNREADABLE as error:
             logger.warning(f"'{folder / _STAGE}' cannot be read ({error!r}): this round is trained again.")
             return None
 

@@ -32,7 +32,7 @@ from ..processes import Processes
 from ..students.student import Student, label_inputs, measure_predictions, open_student
 from .advice import explain_lone_example, explain_memory
 from .callbacks import LevelCallbackHandler
-from .checkpointing import read_back, sealing
+from .checkpointing import explain_checkpoint, read_back, sealing
 from .checks import check_arguments, check_first, check_student, match_inputs, read_weights, refuse_search
 from .collator import ROW, DataCollatorForCoSupervision, split_batch
 from .config import CoSupervisedConfig
@@ -251,7 +251,7 @@ class CoSupervisedTrainer(Trainer):
                     logger.info(f"Level {plan.level} is trained by the standard loop: {reason}.")
                     # Bits hang on the layout of weights, which a run for features may have changed.
                     self.student.model.to(memory_format=torch.contiguous_format)
-                    with explain_lone_example(plan.level, len(kept)):
+                    with explain_lone_example(plan.level, len(kept)), explain_checkpoint(checkpoint):
                         output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                     # The parent's mean is over its own steps, which after a crash are not all.
                     output = output._replace(training_loss=self.level_loss.mean())
