@@ -24,8 +24,9 @@ from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.hub.cards import model_card, write_card
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
 from hf_cosupervise.teachers.progress import Progress
+from hf_cosupervise.training.checkpointing import last_checkpoint, seal_checkpoint
 from hf_cosupervise.training.history import LevelHistory
-from hf_cosupervise.training.run_folder import RunFolder, last_checkpoint, seal_checkpoint
+from hf_cosupervise.training.run_folder import RunFolder
 
 HIERARCHY = TeacherHierarchy(["a", "b"], [Teacher("t/root")])
 PACKAGE = Path(files_module.__file__).parent

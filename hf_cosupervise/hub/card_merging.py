@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from ..files import parse_json
+
 NAME_LISTS = ("tags", "datasets", "language", "metrics")  # take names of both sides
 DESCRIBED = ("configs", "model-index")  # say what the files and numbers are: never a matter of taste
 _HEADER_START = re.compile(r"\s*---[ \t]*\n")
@@ -230,7 +232,7 @@ def _read(text: str) -> _Card:
 def _read_record(text: str) -> _Record | None:
     """What the comment says; None where somebody made it unreadable."""
     try:
-        record = json.loads(text)
+        record = parse_json(text.encode("utf-8"))
     except ValueError:
         return None
     metadata, sections = record.get("metadata"), record.get("sections")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from ..files import load_json
 from .dawid_skene import DawidSkene
 from .ebcc import Ebcc
 from .glad import Glad
@@ -66,7 +66,7 @@ def load_label_model(path: str | os.PathLike[str]) -> LabelModel:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no label model '{path}'. Write one by `save`.")
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        facts = load_json(Path(path))
     except ValueError as error:
         raise ValueError(f"'{path}' must be a label model as JSON, got: {error}. Save it again.") from error
     name = facts.get("model") if isinstance(facts, dict) else None
