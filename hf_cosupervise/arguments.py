@@ -17,7 +17,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from transformers import HfArgumentParser
 
-from .strict_yaml import parse_json, parse_yaml
+from .files import parse_json
+from .strict_yaml import parse_yaml
 
 # YAML 1.1 takes a number for a float only if it has a dot and a signed exponent: 1e-3 and 1.0e5 arrive as strings.
 _EXPONENT_FORM = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -95,7 +96,7 @@ class _RecipeParser(HfArgumentParser):
 
 def _read_json_dict(text: str) -> dict[str, Any]:
     try:
-        value = parse_json(text)
+        value = parse_json(text.encode())
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(
             f"a dictionary is written as JSON, and {text[:80]!r} is not ({error})"

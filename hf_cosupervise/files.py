@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 
 # Full disk, used-up quota, and a limit on the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# The largest that anybody publishes, a `tokenizer.json`, has 40 MB; configurations are nested ten deep, and the
+# largest number in them is the int(1e30) by which tokenizers say that they read texts of any length.
+MAX_JSON_BYTES, _MAX_DEPTH, _MAX_DIGITS = 256 << 20, 64, 64
 
 
 # ── whole or not at all ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -62,15 +65,10 @@ def write_text(path: Path, text: str, newline: str | None = None) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all; its folder is made, and NaN becomes null."""
+    """Write a JSON file, whole or not at all; its folder is made, and what is no finite number becomes null."""
     text = json.dumps(without_nan(value), indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-
-
-def read_json(path: Path) -> Any:
-    """Read what [`write_json`] wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_all(file: int, data: bytes) -> None:
@@ -95,6 +93,83 @@ def link_file(source: Path, path: Path) -> None:
         os.link(source, path)
     except OSError:  # another disk, or one without links
         shutil.copyfile(source, path)
+
+
+# ── JSON that anybody may have written ──────────────────────────────────────────────────────────────────────────────
+
+
+def read_json(path: Path, what: str = "", advice: str = "Copy or write it again.") -> dict[str, Any]:
+    """Read a JSON object, with a sentence that names the file where it is none."""
+    subject = f"{what} must have a '{path.name}' that is" if what else f"'{path}' must be"
+    try:
+        content = load_json(path)
+    except ValueError as error:
+        raise ValueError(f"{subject} JSON, got: {error}. {advice}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{subject} a JSON object, got a {type(content).__name__}. {advice}")
+    return content
+
+
+def load_json(path: Path) -> Any:
+    """Read JSON of any kind, by [`parse_json`]."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{size:,} bytes, more than {MAX_JSON_BYTES:,}")
+    return parse_json(path.read_bytes())
+
+
+def parse_json(content: bytes) -> Any:
+    """Read JSON strictly, with one sentence where it is none: what is valid here means the same to every reader."""
+    try:
+        value = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_number,
+            parse_constant=_no_number,
+        )
+    except RecursionError as error:
+        raise _too_deep() from error
+    depth, level = 0, [value]
+    while level := [
+        item
+        for outer in level
+        if isinstance(outer, dict | list)
+        for item in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise _too_deep()
+    return value
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"objects or lists nested more than {_MAX_DEPTH} deep")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!r} twice in one object")
+    return values
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:80]!r}, which is too large")
+    return value
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text}, which is no number of JSON")
 
 
 # ── where to write, and from where to read ──────────────────────────────────────────────────────────────────────────
@@ -208,9 +283,9 @@ def is_as_written(folder: Path, name: str, digest: str) -> bool:
 
 
 def without_nan(value: Any) -> Any:
-    """Give numbers as JSON can hold them, for which NaN is no number."""
+    """Give numbers as JSON can hold them, for which NaN and infinity are none."""
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

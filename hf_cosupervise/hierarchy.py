@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .files import write_text
-from .strict_yaml import dump_yaml, parse_json, parse_yaml
+from .files import load_json, write_text
+from .strict_yaml import dump_yaml, parse_yaml
 
 TEACHER_KINDS = ("auto", "transformers", "timm", "sklearn", "column")
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # names become folders
@@ -457,8 +457,7 @@ def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
         raise FileNotFoundError(f"No hierarchy file at '{path}'. Write one with `TeacherHierarchy.save`.")
     what, is_json = what or f"'{path}'", _is_json(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        facts = parse_json(text) if is_json else parse_yaml(text)
+        facts = load_json(path) if is_json else parse_yaml(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         kind = path.suffix[1:].upper()
         found = f"what is not readable as {kind}: {str(error).rstrip('.')}."

@@ -1,8 +1,7 @@
-"""YAML and JSON that people write: each key once, and nothing that its readers take for different values."""
+"""YAML that people write: each key once, and nothing that its readers take for different values."""
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -77,17 +76,6 @@ def parse_yaml(text: str) -> Any:
 def dump_yaml(values: Any) -> str:
     """Write YAML that [`parse_yaml`] reads as the same values, keys in their order."""
     return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
-
-
-def parse_json(text: str) -> Any:
-    """Read JSON that people write: each key once."""
-    return json.loads(text, object_pairs_hook=_as_mapping)
-
-
-def _as_mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := _find_repeated([key for key, _ in pairs]):
-        raise ValueError(f"`{repeated[0]}` is there twice")
-    return dict(pairs)
 
 
 def _find_repeated(keys: list[Any]) -> list[Any]:

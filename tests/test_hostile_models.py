@@ -18,7 +18,8 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from hf_cosupervise import Teacher, load_student
-from hf_cosupervise.models.files import check_config, parse_json
+from hf_cosupervise.files import parse_json
+from hf_cosupervise.models.files import check_config
 from hf_cosupervise.teachers.kinds.loading import load_teacher
 
 Spoil = Callable[[Path], Any]

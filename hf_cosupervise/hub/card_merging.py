@@ -79,9 +79,9 @@ def _join(key: Any, theirs: Any, ours: Any) -> Any:
         others = [entry for entry in theirs if isinstance(entry, dict) and entry.get("name") not in names]
         return [*others, *ours]  # theirs first, for the Hub's library names all results after the last
     if key in _NAME_LISTS:
-        names, new = ([value] if isinstance(value, str) else value for value in (theirs, ours))
-        if all(isinstance(value, list) and all(isinstance(name, str) for name in value) for value in (names, new)):
-            return theirs if set(new) <= set(names) else list(dict.fromkeys([*names, *new]))
+        old, new = ([value] if isinstance(value, str) else value for value in (theirs, ours))
+        if all(isinstance(value, list) and all(isinstance(name, str) for name in value) for value in (old, new)):
+            return theirs if set(new) <= set(old) else list(dict.fromkeys([*old, *new]))
     return ours if key in _DESCRIBED else theirs
 
 

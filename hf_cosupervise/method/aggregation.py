@@ -15,13 +15,11 @@ from .ebcc import Ebcc
 from .glad import Glad
 from .label_model import LabelModel, SharedMajority
 from .mace import Mace
+from .metrics import SUM_TOLERANCE
 
 # From `teacher_probs (num_examples, num_teachers, num_labels)` and `answered (num_examples, num_teachers)` to
 # pseudolabels `(num_examples, num_labels)`: any function will do.
 Aggregator = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-# How far a row may be from 1: what half precision leaves of a stored row.
-SUM_TOLERANCE = 2e-3
 
 
 def aggregate(teacher_probs: torch.Tensor, answered: torch.Tensor, method: str | Aggregator) -> torch.Tensor:

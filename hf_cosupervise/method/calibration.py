@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .aggregation import SUM_TOLERANCE
+from .metrics import SUM_TOLERANCE
 
 MIN_EXAMPLES = 10
 LOWEST, HIGHEST = 0.05, 20.0

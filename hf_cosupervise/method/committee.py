@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 
 from .assignment import first_argmax
-from .linear_head import product
 
 # A label predicted on less than this share of its fair share of the pool, 1 / num_labels, has vanished.
 VANISHED = 0.1
@@ -212,7 +211,7 @@ def committee_head(weights: torch.Tensor, biases: torch.Tensor | None, features:
     heads = weights.flatten(0, 1).float(), None if biases is None else biases.flatten().float()
 
     def logits(part: torch.Tensor) -> torch.Tensor:
-        found = product(part.float(), heads[0])
+        found = part.float() @ heads[0].T
         found = found if heads[1] is None else found + heads[1]
         return found.view(len(part), *weights.shape[:2]).transpose(0, 1)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .aggregation import SUM_TOLERANCE, check_labels
+from .aggregation import check_labels
 from .assignment import first_argmax
+from .metrics import SUM_TOLERANCE
 
 _MIN_WEIGHT = 1e-6
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..strict_yaml import parse_json
+from ..files import load_json
 from .dawid_skene import DawidSkene
 from .ebcc import Ebcc
 from .glad import Glad
@@ -66,8 +66,8 @@ def load_label_model(path: str | os.PathLike[str]) -> LabelModel:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no label model '{path}'. Write one by `save`.")
     try:
-        facts = parse_json(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        facts = load_json(Path(path))
+    except ValueError as error:
         raise ValueError(f"'{path}' must be a label model as JSON, got: {error}. Save it again.") from error
     name = facts.get("model") if isinstance(facts, dict) else None
     if name not in LABEL_MODELS:

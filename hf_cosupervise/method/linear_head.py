@@ -1,13 +1,11 @@
-"""Fit a linear head on features of a frozen backbone: by steps at the speed of two matrix products, or at once."""
+"""Fit a linear head on features of a frozen backbone: by steps without autograd, or at once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,10 +14,8 @@ from .losses import LossAndGradient
 # Rows per matrix product of a Gram matrix: large enough for full speed, small enough to stay in the cache.
 _GRAM_ROWS = 4096
 _ORIGIN_ROWS = 1000
-# Weights of a head whose step takes about as long on one thread as on two, and batches that are read at once for it.
+# Weights of a head whose step takes about as long on one thread as on two, that wait for each other.
 _SMALL_HEAD = 2**16
-_WINDOW = 4
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class SparseTargets(NamedTuple):
@@ -39,99 +35,6 @@ class SparseTargets(NamedTuple):
     rest_probs: torch.Tensor
 
 
-_Batch = tuple[torch.Tensor, torch.Tensor | SparseTargets]
-
-
-class BatchReader:
-    """Read the inputs and pseudolabels of batches, the next ones already while those before are trained on.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`, float32, float16 or bfloat16):
-            Inputs of the head; may be mapped from disk.
-        targets (`Callable`):
-            From row positions `(batch,)` to pseudolabels `(batch, num_labels)`, rows sum to 1, or [`SparseTargets`].
-    """
-
-    def __init__(
-        self, features: torch.Tensor, targets: Callable[[torch.Tensor], torch.Tensor | SparseTargets]
-    ) -> None:
-        self.features, self.targets = features, targets
-        self._buffer = features[:0]
-        self._buffers = [np.empty((0, features.shape[1]), dtype=np.float32)] * 3
-        self._ahead: dict[int, _Batch] = {}
-        self._windows: list[Sequence[torch.Tensor]] = []
-        self._next: Future[dict[int, _Batch]] | None = None
-        self._pool: ThreadPoolExecutor | None = None
-
-    @contextmanager
-    def reading_ahead(self, num_labels: int) -> Iterator[None]:
-        """Where a step is too small for two threads to share, let the other one read.
-
-        Two threads that meet many times in a step wait for each other, above all where other processes run beside
-        them. Torch is set to one thread meanwhile, and back afterwards.
-
-        Args:
-            num_labels (`int`):
-                Outputs of the head.
-        """
-        threads = torch.get_num_threads()
-        is_small = num_labels * self.features.shape[1] <= _SMALL_HEAD
-        if threads < 2 or not is_small or self.features.device.type != "cpu" or self.features.dtype is torch.bfloat16:
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(max_workers=1, thread_name_prefix="cosupervise-features") as self._pool:
-                yield
-        finally:
-            self._pool = self._next = None
-            torch.set_num_threads(threads)
-
-    def announce(self, batches: Sequence[torch.Tensor]) -> None:
-        """Tell which batches come next.
-
-        Args:
-            batches (`Sequence[torch.LongTensor]`):
-                Row positions of each, in order.
-        """
-        if self._pool is not None:
-            self._windows = [batches[start : start + _WINDOW] for start in range(0, len(batches), _WINDOW)][::-1]
-            self._ahead = {}
-            self._submit()
-
-    def __call__(self, rows: torch.Tensor) -> _Batch:
-        """Read a batch."""
-        if id(rows) not in self._ahead and self._next is not None:
-            self._ahead = self._next.result()
-            self._submit()
-        if (found := self._ahead.get(id(rows))) is not None:
-            return found
-        if rows.shape[0] != self._buffer.shape[0]:
-            self._buffer = self.features.new_empty(rows.shape[0], self.features.shape[1])
-        return torch.index_select(self.features, 0, rows, out=self._buffer).float(), self.targets(rows)
-
-    def _submit(self) -> None:
-        self._next = self._pool.submit(self._read, self._windows.pop()) if self._pool and self._windows else None
-
-    def _read(self, batches: Sequence[torch.Tensor]) -> dict[int, _Batch]:
-        positions = torch.cat(list(batches))
-        rows, sizes = positions.numpy(), [len(batch) for batch in batches]
-        # Three buffers in turn: one is filled, one is trained on, and of one the last batch may still be in use.
-        buffer, *others = self._buffers
-        if len(buffer) < len(rows):
-            buffer = np.empty((len(rows), self.features.shape[1]), dtype=self.features.numpy().dtype)
-        self._buffers, buffer = [*others, buffer], buffer[: len(rows)]
-        # By numpy, which takes no threads of its own and lets the others run meanwhile.
-        self.features.numpy().take(rows, axis=0, out=buffer, mode="clip")
-        inputs, wanted = torch.from_numpy(buffer).float().split(sizes), self.targets(positions)
-        parts: Iterable[torch.Tensor | SparseTargets]
-        if isinstance(wanted, torch.Tensor):
-            parts = (part.T.contiguous().T for part in wanted.split(sizes))  # by columns, as the gradient wants them
-        else:
-            parts = map(SparseTargets._make, zip(*(values.split(sizes) for values in wanted)))
-        return dict(zip(map(id, batches), zip(inputs, parts)))
-
-
 def fit_linear_head(
     head: nn.Linear,
     features: torch.Tensor,
@@ -140,7 +43,6 @@ def fit_linear_head(
     optimizer: torch.optim.Optimizer,
     scheduler: Any,
     *,
-    reader: BatchReader | None = None,
     loss: LossAndGradient | None = None,
     max_grad_norm: float = 0.0,
     average_gradients: Callable[[torch.Tensor], None] | None = None,
@@ -164,8 +66,6 @@ def fit_linear_head(
             Over the head's parameters.
         scheduler (`torch.optim.lr_scheduler.LRScheduler`):
             Stepped after each optimizer step.
-        reader (`BatchReader`, *optional*):
-            Of these features and targets, where it is to read ahead.
         loss (`Callable`, *optional*):
             Losses with their gradient as [`choose_loss`] gives them, with `targets` over all labels. Defaults to the
             cross-entropy.
@@ -181,54 +81,50 @@ def fit_linear_head(
     """
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
-    read, step, on_cpu = reader or BatchReader(features, targets), _stepper(optimizer), features.device.type == "cpu"
-    offset = None if bias is None else bias.detach().unsqueeze(1)
-    for micro_batches in steps:
-        with torch.no_grad():
-            sums: Sequence[torch.Tensor] = ()
-            for batch in micro_batches:
-                rows = batch if on_cpu else batch.to(features.device)
-                inputs, wanted = read(rows)
-                logits = product(weight, inputs)  # one column per example: the softmax is faster so
-                if offset is not None:
-                    logits += offset
-                if loss is None:
-                    likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), wanted)
-                else:  # over all labels
-                    losses, gradient = loss(logits.T, wanted, batch)  # type: ignore[arg-type]
-                    likelihood, gradient = -losses.sum(), gradient.T.contiguous()
-                scale = 1.0 / (rows.shape[0] * len(micro_batches))
-                parts = likelihood.mul_(-scale), product(gradient.mul_(scale), inputs.T), gradient.sum(dim=1)
-                sums = [old.add_(new) for old, new in zip(sums, parts)] if sums else parts
-            mean_loss, *gradients = sums
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-                if average_gradients is not None:
-                    average_gradients(gradient)
-            norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm)) if max_grad_norm > 0 else None
-            step()
-        scheduler.step()
-        if on_step is not None:
-            on_step(mean_loss, norm)
+    offset = weight.new_zeros(weight.shape[0], 1) if bias is None else bias.detach().unsqueeze(1)
+    with _threads_for(weight):
+        buffer = features[:0]
+        for micro_batches in steps:
+            with torch.no_grad():
+                sums: Sequence[torch.Tensor] = ()
+                for batch in micro_batches:
+                    rows, size = batch.to(features.device), len(batch)
+                    if len(buffer) != size:
+                        buffer = features.new_empty(size, features.shape[1])
+                    inputs = torch.index_select(features, 0, rows, out=buffer).float()
+                    logits = torch.addmm(offset, weight, inputs.T)  # one column per example: the softmax is faster so
+                    wanted = targets(rows)
+                    if loss is None:
+                        likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), wanted)
+                    else:  # over all labels
+                        losses, gradient = loss(logits.T, wanted, batch)  # type: ignore[arg-type]
+                        likelihood, gradient = -losses.sum(), gradient.T.contiguous()
+                    scale = 1.0 / (size * len(micro_batches))
+                    parts = likelihood.mul_(-scale), gradient.mul_(scale) @ inputs, gradient.sum(dim=1)
+                    sums = [old.add_(new) for old, new in zip(sums, parts)] if sums else parts
+                mean_loss, *gradients = sums
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                    if average_gradients is not None:
+                        average_gradients(gradient)
+                norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm)) if max_grad_norm > 0 else None
+            optimizer.step()
+            scheduler.step()
+            if on_step is not None:
+                on_step(mean_loss, norm)
     optimizer.zero_grad(set_to_none=True)
 
 
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Multiply a matrix by the transpose of another, without a gradient.
-
-    Args:
-        left (`torch.Tensor` of shape `(num_left, size)`):
-            A matrix.
-        right (`torch.Tensor` of shape `(num_right, size)`):
-            Another of the same type and device.
-
-    Returns:
-        `torch.Tensor` of shape `(num_left, num_right)`: the same to the bit for any number of threads.
-    """
-    # On CPU torch multiplies float32 by MKL, which does not use all of an AMD core; its oneDNN does.
-    if left.device.type == "cpu" and left.dtype is torch.float32 and _HAS_ONEDNN and left.numel() and right.numel():
-        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return left @ right.T
+@contextmanager
+def _threads_for(weight: torch.Tensor) -> Iterator[None]:
+    """One thread for a small head: several meet so often in a step that they mostly wait, above all for other work."""
+    threads = torch.get_num_threads()
+    if weight.device.type == "cpu" and weight.numel() <= _SMALL_HEAD:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -244,7 +140,7 @@ def linear_logits(head: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(num_rows, num_labels)`, float32.
     """
-    logits = product(inputs.float(), head.weight.float())
+    logits = inputs.float() @ head.weight.float().T
     return logits if head.bias is None else logits + head.bias
 
 
@@ -268,7 +164,7 @@ def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     origin = feature_origin(features)
     for part in rows.to(features.device).split(_GRAM_ROWS):
         inputs = features[part].float() - origin
-        gram[:size, :size] += product(inputs.T, inputs.T)
+        gram[:size, :size] += inputs.T @ inputs
         gram[size, :size] += inputs.sum(dim=0)
         gram[size, size] += len(inputs)
     gram[:size, size] = gram[size, :size]
@@ -300,7 +196,7 @@ def cross_products(
     cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)
     for part in rows.to(features.device).split(_GRAM_ROWS):
         wanted = dense_targets(targets(part), num_labels)
-        cross[:size] += product((features[part].float() - origin).T, wanted.T)
+        cross[:size] += (features[part].float() - origin).T @ wanted
         cross[size] += wanted.sum(dim=0)
     return cross
 
@@ -413,44 +309,6 @@ def fit_ridge_head(
             log_probs = torch.log_softmax(linear_logits(head, features[part]), dim=1).T.contiguous()
             loss -= _likelihood_and_gradient(log_probs, targets(part))[0]
     return sum_over_processes(loss)[0] / num_rows
-
-
-def _stepper(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Give the optimizer's step; that of a fused AdamW is one kernel, without what torch does around it."""
-    group, *others = optimizer.param_groups
-    has_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    is_unusual = any(group.get(name) for name in ("amsgrad", "maximize", "capturable", "differentiable"))
-    if type(optimizer) is not torch.optim.AdamW or not group["fused"] or others or has_hooks or is_unusual:
-        return optimizer.step
-    parameters: list[torch.Tensor] = list(group["params"])
-    states: list[list[torch.Tensor]] = []
-
-    def step() -> None:
-        if not states:
-            optimizer.step()  # makes the state
-            for kind in ("exp_avg", "exp_avg_sq", "step"):
-                states.append([optimizer.state[parameter][kind] for parameter in parameters])
-            return
-        averages, squares, counts = states
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_add_(counts, 1)
-        torch._fused_adamw_(
-            parameters,
-            gradients,
-            averages,
-            squares,
-            [],
-            counts,
-            amsgrad=False,
-            maximize=False,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-        )
-
-    return step
 
 
 def _likelihood_and_gradient(

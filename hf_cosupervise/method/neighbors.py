@@ -7,8 +7,6 @@ from numbers import Integral
 import torch
 from torch.nn import functional
 
-from .linear_head import product
-
 _BLOCK = 2048
 
 
@@ -52,7 +50,7 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
         )
     found = torch.empty(num_examples, k, dtype=torch.long)
     for start in range(0, num_examples, _BLOCK):
-        similarity = product(unit[start : start + _BLOCK], unit)
+        similarity = unit[start : start + _BLOCK] @ unit.T
         rows = torch.arange(similarity.shape[0], device=similarity.device)
         similarity[rows, rows + start] = -torch.inf
         found[start : start + _BLOCK] = similarity.topk(k, dim=1).indices.cpu()

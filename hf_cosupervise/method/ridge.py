@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .assignment import first_argmax
-from .linear_head import product
 
 RIDGE_ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 # Rows that are left out in turn: the mean over more of them would not tell more.
@@ -107,7 +106,7 @@ def left_out_predictions(
         products = products - torch.outer(gram[:size, size], cross[size]) / total
     strength = second.diagonal().mean()
     values, vectors = torch.linalg.eigh(second.to(dtype))
-    values, turned = values.clamp(min=0), product((inputs - mean), vectors.T.contiguous())
+    values, turned = values.clamp(min=0), (inputs - mean) @ vectors
     projected, squared = vectors.T @ products.to(dtype), turned.square()
     found = targets.new_empty(len(alphas), *targets.shape)
     for number, alpha in enumerate(alphas):

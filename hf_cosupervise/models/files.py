@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,14 +12,12 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from ..files import MAX_JSON_BYTES, parse_json, read_json
+
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CONFIGS = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "chat_template.json")
-
-# The largest that anybody publishes, a `tokenizer.json`, has 40 MB; configurations are nested ten deep, and the
-# largest number in them is the int(1e30) by which tokenizers say that they read texts of any length.
-_MAX_JSON_BYTES, _MAX_DEPTH, _MAX_DIGITS = 256 << 20, 64, 64
 
 
 # ── what a configuration may not say, at any depth ──────────────────────────────────────────────────────────────────
@@ -169,79 +165,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-# ── JSON ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_json(path: Path, what: str, advice: str = "Save the model again.") -> dict[str, Any]:
-    """Read a JSON object from a file that anybody may have written."""
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes, more than {_MAX_JSON_BYTES:,}")
-        content = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{what} must have a '{path.name}' that is JSON, got: {error}. {advice}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{what} must have a '{path.name}' that is a JSON object, got a {type(content).__name__}. {advice}"
-        )
-    return content
-
-
-def parse_json(content: bytes) -> Any:
-    """Read JSON strictly: what is valid here means the same to every reader."""
-    try:
-        value = json.loads(
-            content.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_number,
-            parse_constant=_no_number,
-        )
-    except RecursionError as error:
-        raise _too_deep() from error
-    depth, level = 0, [value]
-    while level := [
-        item
-        for outer in level
-        if isinstance(outer, dict | list)
-        for item in (outer.values() if isinstance(outer, dict) else outer)
-    ]:
-        depth += 1
-        if depth > _MAX_DEPTH:
-            raise _too_deep()
-    return value
-
-
-def _too_deep() -> ValueError:
-    return ValueError(f"objects or lists nested more than {_MAX_DEPTH} deep")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {_short(twice)} twice in one object")
-    return values
-
-
-def _integer(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(text):,} digits")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {_short(text)}, which is too large")
-    return value
-
-
-def _no_number(text: str) -> float:
-    raise ValueError(f"{text}, which is no number of JSON")
-
-
 # ── what a folder holds ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -249,7 +172,7 @@ def check_processor_files(folder: Path, what: str) -> None:
     """Check what the tokenizer or image processor of a model will be read from."""
     for name in (*_CONFIGS, *_VOCABULARIES):
         if (folder / name).is_file():
-            content = read_json(folder / name, what)
+            content = read_json(folder / name, what, "Save the model again.")
             if name in _CONFIGS:
                 check_config(content, what, name)
 
@@ -258,7 +181,7 @@ def read_shards(index: Path, what: str) -> set[str]:
     """Read the names of the parts of a model's weights."""
     if not index.is_file():
         return set()
-    parts = read_json(index, what).get("weight_map")
+    parts = read_json(index, what, "Save the model again.").get("weight_map")
     names = list(parts.values()) if isinstance(parts, dict) else []
     strange = [name for name in names if not isinstance(name, str) or not _SHARD.fullmatch(name)]
     if strange or not names:
@@ -276,7 +199,7 @@ def check_safetensors(path: Path) -> None:
         raise SafetensorError(f"'{path.name}' is no file")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_MAX_JSON_BYTES, os.fstat(file.fileno()).st_size - 8):
+        if not 2 <= length <= min(MAX_JSON_BYTES, os.fstat(file.fileno()).st_size - 8):
             raise SafetensorError(f"'{path.name}' is not of the format that its name says")
         try:
             is_header = isinstance(parse_json(file.read(length)), dict)

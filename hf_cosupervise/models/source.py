@@ -15,8 +15,9 @@ from typing import Any
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
+from ..files import read_json
 from ..hub.client import fetch_files, hub_errors, resolve_commit
-from .files import INDEX_FILE, check_config, check_processor_files, check_safetensors, read_json, read_shards
+from .files import INDEX_FILE, check_config, check_processor_files, check_safetensors, read_shards
 
 # Everything that the loaders read, and nothing that could hold a pickle or code.
 LOADED_FILES = (
@@ -268,7 +269,7 @@ def _within(subfolder: str | None, patterns: Iterable[str]) -> list[str]:
 def _read_config(path: Path, what: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
-    config = read_json(path, what)
+    config = read_json(path, what, "Save the model again.")
     check_config(config, what, path.name)
     return config
 

@@ -15,9 +15,8 @@ from datasets import Dataset, Features, List, Value
 from datasets.table import embed_table_storage, table_cast
 
 from ..data.cells import check_cells
-from ..files import file_digest
+from ..files import file_digest, load_json
 from ..hierarchy import TeacherHierarchy
-from ..strict_yaml import parse_json
 
 FORMAT_VERSION = 1
 HEADER = "pool.json"
@@ -158,7 +157,7 @@ def dump_header(header: Mapping[str, Any]) -> str:
 def read_header(path: Path, what: str | Path) -> dict[str, Any]:
     """Read a header that anybody may have written."""
     try:
-        header = parse_json(path.read_text(encoding="utf-8"))
+        header = load_json(path)
         json.dumps(header, ensure_ascii=False).encode("utf-8")  # JSON can spell what is no text
     except (ValueError, RecursionError) as error:
         raise _bad_header(what, f"no JSON: {error}") from error

@@ -17,12 +17,12 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from ..data.columns import shorten
+from ..files import read_json
 from ..hierarchy import Teacher, TeacherHierarchy
 from ..method.aggregation import Aggregator
 from ..method.label_model import LabelModel
 from ..method.label_models import LABEL_MODELS, make_label_model
 from ..method.votes import VoterFacts, check_votes, voter_facts
-from ..strict_yaml import parse_json
 from .derived import aggregated_pool, single_teacher_pool
 from .pseudolabels import ORACLE_LABEL, PseudolabelPool
 
@@ -302,12 +302,12 @@ def read_wrench(folder: str | os.PathLike[str]) -> dict[str, PseudolabelPool]:
         Zhang et al., WRENCH, NeurIPS 2021 (data sets and benchmarks).
     """
     paths = {split: Path(folder) / f"{split}.json" for split in _SPLITS}
-    tables = {split: _read_json(path) for split, path in paths.items() if path.is_file()}
+    tables = {split: read_json(path) for split, path in paths.items() if path.is_file()}
     if not tables:
         raise FileNotFoundError(f"'{folder}' must hold one of {[f'{name}.json' for name in _SPLITS]}, got none.")
     names_path = Path(folder) / "label.json"
     if names_path.is_file():
-        by_number = {str(key): str(value) for key, value in _read_json(names_path).items()}
+        by_number = {str(key): str(value) for key, value in read_json(names_path).items()}
         labels = [by_number.get(str(index), str(index)) for index in range(len(by_number))]
     else:
         seen = {row.get("label") for table in tables.values() for row in table.values()}
@@ -330,13 +330,3 @@ def _read_wrench_split(table: Mapping[str, Any], labels: Sequence[str], path: Pa
         inputs = inputs.add_column(ORACLE_LABEL, truth, feature=ClassLabel(names=list(labels)))
     matrix = np.array([row["weak_labels"] for row in rows])
     return pool_from_votes(matrix, [f"lf_{index}" for index in range(matrix.shape[1])], labels, inputs)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        facts = parse_json(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"'{path}' must be JSON, got: {error}. Copy it again.") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"'{path}' must hold an object by id, got {type(facts).__name__}. Copy it again.")
-    return facts

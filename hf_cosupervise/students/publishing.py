@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..data.inputs import InputProcessor
-from ..files import move_file
+from ..files import move_file, read_json
 from ..hub.client import publish
 from ..models.source import MODEL_FILES
 
@@ -123,7 +123,7 @@ def push_student(
 
 def _without_local_base(path: Path) -> bytes:
     """An adapter's configuration without the folder of this machine that its base was read from."""
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     if config.get("revision") is None:  # that of the Hub is pinned
         config["base_model_name_or_path"] = None
     return (json.dumps(config, indent=2) + "\n").encode("utf-8")
@@ -131,7 +131,7 @@ def _without_local_base(path: Path) -> bytes:
 
 def _fit_timm(config_path: Path) -> None:
     """Make the configuration of a timm model readable by timm and by transformers' wrapper."""
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config = read_json(config_path)
     if "architecture" not in config:
         return
     if isinstance(config.get("model_args"), dict):

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 
+from ..files import read_json
 from ..hierarchy import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
 from ..hub.cards import hierarchy_card
 from ..hub.client import CARD, fetch_files, hub_errors, open_branch, open_repo, publish, resolve_commit
@@ -282,7 +283,7 @@ def _files_of(source: ModelSource) -> dict[str, Path | bytes]:
         path.name: path for pattern in _TEACHER_FILES for path in sorted(folder.glob(pattern)) if path.is_file()
     }
     for name in {"config.json", "tokenizer_config.json"} & set(files):
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content = read_json(folder / name, advice="Save the model again.")
         if {"_name_or_path", "name_or_path"} & set(content):  # so transformers 4 kept where a model was read from
             content = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
             files[name] = (json.dumps(content, indent=2) + "\n").encode("utf-8")

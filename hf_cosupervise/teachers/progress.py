@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from ..files import open_work_folder, write_all, write_json
+from ..files import load_json, open_work_folder, write_all, write_json
 
 try:
     import fcntl
@@ -186,8 +186,8 @@ class Progress:
     def _read_plan(self) -> dict[str, Any]:
         path = self.folder / _PLAN
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            content = load_json(path)
+        except ValueError as error:
             raise ValueError(f"'{path}' must be what a run has begun, got no JSON: {error}. {_AFRESH}") from error
         if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("plan", "facts")):
             raise ValueError(f"'{path}' must be what a run has begun, got no plan and facts. {_AFRESH}")

@@ -25,8 +25,9 @@ from ..data.columns import cell_digest, shorten
 from ..data.inputs import RowError
 from ..data.loading import tell_error
 from ..hierarchy import Teacher, TeacherHierarchy
+from ..method.metrics import SUM_TOLERANCE
 from ..pool.pseudolabels import PseudolabelPool
-from ..pool.top_k import SUM_TOLERANCE, dropped_mass, encode_top_k
+from ..pool.top_k import dropped_mass, encode_top_k
 from ..processes import Processes
 from .kinds.base import TeacherModel
 from .kinds.loading import load_teacher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,7 +51,8 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
             if spoilt:
                 logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
                 continue
-            state = read_json(path / "trainer_state.json")
+            # `transformers` writes NaN and infinity as JSON has no words for them
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             if (own := read_story(path).get("num_processes", 1)) != num_processes:
                 logger.info(f"'{path}' is of {own} process(es), not of {num_processes}: it is passed over.")
             elif state["global_step"] < state["max_steps"]:

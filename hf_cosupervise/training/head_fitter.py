@@ -20,7 +20,6 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ..method.linear_head import (
-    BatchReader,
     SparseTargets,
     cross_products,
     dense_targets,
@@ -130,26 +129,24 @@ class HeadFitter:
         _, per_epoch = self.count_steps(dataloader, len(kept))
         events.callbacks.optimizer, events.callbacks.lr_scheduler = optimizer, scheduler
         events.tell("on_train_begin")
-        started, meter, reader = time.time(), _LossMeter(), BatchReader(self.features, targets)
+        started, meter = time.time(), _LossMeter()
 
         def after_step(loss: torch.Tensor, norm: float | None) -> None:
             watch(loss)
             self._after_step(events, meter, loss, norm, per_epoch)
 
-        with reader.reading_ahead(self.head.weight.shape[0]):
-            fit_linear_head(
-                self.head,
-                self.features,
-                targets,
-                self._steps(dataloader, torch.from_numpy(kept), per_epoch, optimizer, events, meter, reader),
-                optimizer,
-                scheduler,
-                reader=reader,
-                max_grad_norm=self.args.max_grad_norm,
-                loss=loss,
-                average_gradients=self._average if self.processes.count > 1 else None,
-                on_step=after_step,
-            )
+        fit_linear_head(
+            self.head,
+            self.features,
+            targets,
+            self._steps(dataloader, torch.from_numpy(kept), per_epoch, optimizer, events, meter),
+            optimizer,
+            scheduler,
+            max_grad_norm=self.args.max_grad_norm,
+            loss=loss,
+            average_gradients=self._average if self.processes.count > 1 else None,
+            on_step=after_step,
+        )
         mean = meter.mean(self.processes)
         events.tell("on_train_end")
         num_steps = events.state.global_step
@@ -163,7 +160,6 @@ class HeadFitter:
         optimizer: torch.optim.Optimizer,
         events: FitEvents,
         meter: _LossMeter,
-        reader: BatchReader,
     ) -> Iterator[Sequence[torch.Tensor]]:
         """Give the rows of each step, in the order in which the standard loop would read them."""
         accumulation = self.args.gradient_accumulation_steps
@@ -172,7 +168,6 @@ class HeadFitter:
                 dataloader.set_epoch(epoch)
             events.tell("on_epoch_begin")
             batches = _read_batches(dataloader.batch_sampler, rows)
-            reader.announce(batches)
             for number in range(per_epoch):
                 events.tell("on_step_begin")
                 # Before the schedule moves on: what is logged is the rate that the step was made with.

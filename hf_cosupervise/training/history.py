@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import without_nan, write_text
+from ..files import load_json, without_nan, write_text
 
 
 class LevelHistory:
@@ -20,7 +20,7 @@ class LevelHistory:
 
     def read(self) -> dict[str, Any]:
         """Read the records of an earlier run, none where there is no file."""
-        content = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        content = load_json(self.path) if self.path.is_file() else {}
         content = {"levels": content} if isinstance(content, list) else content  # of a version before 0.2
         self.records = content.get("levels", [])
         return content.get("run", {})

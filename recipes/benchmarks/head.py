@@ -89,8 +89,27 @@ def train_head_plainly(features: torch.Tensor, targets: torch.Tensor, steps: int
     return head
 
 
+def run_bare_products(task: Task, size: TaskSize, device: torch.device) -> None:
+    """Do what no step of a head can do without: gather a batch, and two matrix products."""
+    features, threads = task.features.to(device), torch.get_num_threads()
+    weight = torch.zeros(size.num_labels, size.feature_size, device=device)
+    inputs = features.new_empty(100, size.feature_size)
+    if weight.numel() <= 2**16:  # as the trainer does with a small head
+        torch.set_num_threads(1)
+    try:
+        for _ in range(len(size.level_sizes) * size.steps):
+            rows = torch.randint(len(features), (100,), device=device)
+            torch.index_select(features, 0, rows, out=inputs)
+            (weight @ inputs.T) @ inputs
+    finally:
+        torch.set_num_threads(threads)
+
+
 def race_heads(bench: Bench, size: TaskSize, solvers: Sequence[str], same_task: bool) -> tuple[list[dict], list[dict]]:
-    """Let the trainer, by each solver, and the released loop learn the same task. Gives seconds and accuracies."""
+    """Let the trainer, by each solver, and the released loop learn the same task, beside the bare products.
+
+    Gives seconds of all, and accuracies of those that learn.
+    """
     seconds, accuracies = [], []
     task = make_task(size, seed=0)
     for repeat in range(bench.args.repeats):
@@ -112,6 +131,7 @@ def race_heads(bench: Bench, size: TaskSize, solvers: Sequence[str], same_task: 
         }
         contestants: dict[str, Callable[[], Any]] = {name: trainer.train for name, trainer in trainers.items()}
         contestants["released"] = lambda task=task, repeat=repeat: train_as_released(task, size, bench.device, repeat)
+        contestants["bare"] = lambda task=task: run_bare_products(task, size, bench.device)
         took, results = bench.race(contestants, repeat)
         heads = {name: trainer.model.classifier for name, trainer in trainers.items()}
         seconds.append(took)
@@ -120,6 +140,17 @@ def race_heads(bench: Bench, size: TaskSize, solvers: Sequence[str], same_task: 
         del trainers, contestants, results, heads, pool
         shutil.rmtree(features_dir)
     return seconds, accuracies
+
+
+def bare_row(where: str, seconds: Sequence[dict[str, float]]) -> Row:
+    """Hold the steps against the arithmetic that is in them."""
+    return Row(
+        f"{where}: `steps` beside the bare gather and two products",
+        column(seconds, "steps"),
+        column(seconds, "bare"),
+        target=Target(low=0.55),
+        note="the share of the speed that is left; `train()` as a whole",
+    )
 
 
 def measure_head(bench: Bench) -> list[Row]:
@@ -135,7 +166,7 @@ def measure_head(bench: Bench) -> list[Row]:
     seconds, accuracies = race_heads(bench, size, tuple(SOLVERS), same_task=False)
     where = f"{size.num_examples} x 1,280, C = 10, levels 1-2-5, {size.steps} steps a level"
     said = "`train()` as a whole, its first read of the features too; no logging; against DataLoader, Adam, autograd"
-    rows = []
+    rows = [bare_row(where, seconds)]
     for solver, faster, closer in (
         ("steps", Target(low=4), Target(-0.3, 0.3, by="mean")),
         ("ridge", Target(low=10), Target(low=0, by="mean")),
@@ -170,15 +201,17 @@ def measure_head_1000(bench: Bench) -> list[Row]:
     )
     seconds, accuracies = race_heads(bench, size, ("steps",), same_task=True)
     accuracy = {name: statistics.fmean(column(accuracies, name)) for name in ("steps", "released")}
+    where = f"{size.num_examples} x 1,280, C = 1,000, levels 1-2-4-8, {size.steps} steps a level"
     return [
+        bare_row(where, seconds),
         Row(
-            f"{size.num_examples} x 1,280, C = 1,000, levels 1-2-4-8, {size.steps} steps a level",
+            where,
             column(seconds, "steps"),
             column(seconds, "released"),
             target=Target(low=2),
             note="16 labels a row kept against 1,000 in memory; one epoch a level, since time goes by steps",
             numbers={f"accuracy_{name}": value for name, value in accuracy.items()},
-        )
+        ),
     ]
 
 

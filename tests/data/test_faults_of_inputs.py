@@ -22,12 +22,13 @@ from PIL import Image as PILImage
 from hf_cosupervise.data import inputs as inputs_module
 from hf_cosupervise.data.columns import cell_digest, cell_digests, has_input, read_labels, row_keys
 from hf_cosupervise.data.inputs import InputProcessor, RowError, to_pil
+from hf_cosupervise.files import parse_json
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.pool import pseudolabels as pool_module
 from hf_cosupervise.pool.derived import aggregated_pool
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
 from hf_cosupervise.processes import Processes
-from hf_cosupervise.strict_yaml import dump_yaml, parse_json, parse_yaml
+from hf_cosupervise.strict_yaml import dump_yaml, parse_yaml
 from hf_cosupervise.students.features import FeatureStore
 from hf_cosupervise.students.head import linear_head
 from hf_cosupervise.students.loading import load_student
@@ -532,7 +533,7 @@ DOORS: list[tuple[str, Callable[[], object], str]] = [
     ("NUL in a scope", lambda: Teacher("t", scope=["a\0"]), "`scope` of teacher 't' must hold text without NUL"),
     ("half of a character in a label map", lambda: Teacher("t", label_map={"\ud800": "a"}), "`label_map` of teacher"),
     ("NUL in a folder", lambda: Teacher("a\0b", name="t"), "A teacher's `model` must be a Hub id, a folder"),
-    ("a key twice in JSON", lambda: parse_json('{"a": {"b": 1, "b": 2}}'), "`b` is there twice"),
+    ("a key twice in JSON", lambda: parse_json(b'{"a": {"b": 1, "b": 2}}'), "the key 'b' twice in one object"),
     ("a key twice in YAML", lambda: parse_yaml("a: 1\nc: 3\na: 2"), "`a` is there twice"),
     *(
         (
@@ -582,7 +583,8 @@ def test_a_name_or_file_of_two_meanings_is_refused(make: Callable[[], object], s
 def test_a_hierarchy_file_with_a_key_twice(tmp_path: Path) -> None:
     path = tmp_path / "teachers.json"
     path.write_text('{"labels": ["a", "b"], "teachers": [{"model": "t/x"}], "labels": ["c", "d"]}')
-    with pytest.raises(ValueError, match="what is not readable as JSON: `labels` is there twice. Correct it there."):
+    sentence = "what is not readable as JSON: the key 'labels' twice in one object. Correct it there."
+    with pytest.raises(ValueError, match=sentence):
         TeacherHierarchy.load(path)
 
 

@@ -609,61 +609,26 @@ def test_groups_of_their_own_keep_their_rates(data):
         assert torch.equal(head.weight, before[0]) and (head.bias - before[1]).abs().min() > 0.01
 
 
-# ── reading ahead ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def two_threads():
+def test_the_number_of_threads_is_given_back(data):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    try:
+        for num_labels, expected in ((2, 1), (2**16, 2)):  # a small head, and one whose step two threads can share
+            head, seen = nn.Linear(2, num_labels), []
+            optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
 
+            def targets(rows, num_labels=num_labels, seen=seen):
+                seen.append(torch.get_num_threads())
+                if len(seen) == 2:
+                    raise ZeroDivisionError
+                return torch.full((len(rows), num_labels), 1 / num_labels)
 
-def dense_targets(rows):
-    return torch.stack([rows / 200, 1 - rows / 200], dim=1)
-
-
-def sparse_targets(rows):
-    return SparseTargets(rows.unsqueeze(1) % 3, (rows / 200).unsqueeze(1), 1 - rows / 200)
-
-
-@pytest.mark.parametrize("targets", [dense_targets, sparse_targets])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_labels", [3, linear_head._SMALL_HEAD])  # small enough to read ahead for, and too large
-def test_batches_read_ahead_are_those_that_were_asked_for(targets, dtype, num_labels, two_threads):
-    features = torch.randn(103, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    reader = linear_head.BatchReader(features, targets)
-
-    def check(rows):
-        inputs, wanted = reader(rows)
-        assert inputs.dtype == torch.float32 and torch.equal(inputs, features[rows].float())
-        assert type(wanted) is type(targets(rows))
-        assert all(torch.equal(found, expected) for found, expected in zip(wanted, targets(rows), strict=True))
-
-    stray = torch.tensor([7, 7, 0])
-    with reader.reading_ahead(num_labels):
-        for epoch in range(3):
-            batches = torch.randperm(103, generator=torch.Generator().manual_seed(epoch)).split(10)  # the last has 3
-            reader.announce(batches)
-            # the second epoch is stopped early, as a callback may; and a batch that nobody announced is read as well
-            for batch in batches[:4] if epoch == 1 else batches:
-                check(batch)
-            check(stray)
-    check(stray)
-
-
-def test_the_number_of_threads_is_given_back(two_threads):
-    reader = linear_head.BatchReader(torch.zeros(4, 2), dense_targets)
-    with pytest.raises(ZeroDivisionError), reader.reading_ahead(2):
-        assert torch.get_num_threads() == 1
-        reader.announce([torch.tensor([0]), torch.tensor([1])])
-        raise ZeroDivisionError
-    assert torch.get_num_threads() == 2
-    torch.set_num_threads(1)
-    with reader.reading_ahead(2):  # one thread was all there was: no other is started
-        reader.announce([torch.tensor([0])])
-        assert reader._next is None
+            steps = [[torch.tensor([0])], [torch.tensor([1])]]
+            with pytest.raises(ZeroDivisionError):
+                fit_linear_head(head, torch.zeros(4, 2), targets, steps, optimizer, make_scheduler(optimizer, 2))
+            assert seen == [expected] * 2 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "generalized_cross_entropy"])

@@ -10,7 +10,7 @@ import numpy as np
 from ...data.columns import as_label_id, shorten
 from ...data.inputs import RowError
 from ...hierarchy import Teacher
-from ...pool.top_k import SUM_TOLERANCE
+from ...method.metrics import SUM_TOLERANCE
 from .base import label_finder
 
 
