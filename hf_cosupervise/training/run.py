@@ -140,11 +140,8 @@ class TrainingRun:
         """See that the run that was begun here is this one, of the same commit of a student of the Hub."""
         try:
             known, own = self.history.read().get("student", {}), self.history.run["student"]
-        except (
-            ValueError,
-            AttributeError,
-            RecursionError,
-        ) as error:  # stages are what counts, and tell all of it again
+        except (ValueError, AttributeError, RecursionError) as error:
+            # Stages are what counts, and tell all of it again.
             logger.warning(f"'{self.history.path}' cannot be read ({error}): it is written anew.")
         else:
             pinned = ("model", "commit", "base_commit")
