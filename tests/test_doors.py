@@ -311,6 +311,13 @@ for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors
         DOORS[f"run-checkpoint-{name}-{kind}"] = partial(run_with, f"{CHECKPOINT}/{name}", make), words
 for name in ("trainer_state.json", "story.json", "digests.json", "training_args.bin", "pytorch_model.bin"):
     DOORS[f"run-checkpoint-{name}"] = partial(run_with, f"{CHECKPOINT}/{name}", archived), ""
+for name in (
+    "_run/level-0/stage.json",
+    f"{CHECKPOINT}/trainer_state.json",
+    f"{CHECKPOINT}/digests.json",
+    "history.json",
+):
+    DOORS[f"run-deep-{name}"] = partial(run_with, name, lambda folder: b"[" * 100000), ""
 DOORS["run-history"] = partial(run_with, "history.json", pickled), ""
 DOORS["run-run.json"] = partial(run_with, "_run/run.json", pickled), "run.json"
 

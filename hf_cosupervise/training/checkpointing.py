@@ -57,7 +57,7 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
                 logger.info(f"'{path}' is of {own} process(es), not of {num_processes}: it is passed over.")
             elif state["global_step"] < state["max_steps"]:
                 return path
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             logger.warning(f"'{path}' cannot be read ({error!r}): the checkpoint before it is taken.")
     return None
 

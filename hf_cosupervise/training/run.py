@@ -140,7 +140,8 @@ class TrainingRun:
         """See that the run that was begun here is this one, of the same commit of a student of the Hub."""
         try:
             known, own = self.history.read().get("student", {}), self.history.run["student"]
-        except (ValueError, AttributeError) as error:  # stages are what counts, and tell all of it again
+        except (ValueError, AttributeError, RecursionError) as error:
+            # Stages are what counts, and tell all of it again.
             logger.warning(f"'{self.history.path}' cannot be read ({error}): it is written anew.")
         else:
             pinned = ("model", "commit", "base_commit")
@@ -184,7 +185,7 @@ class TrainingRun:
         known, run = LevelHistory(self.history.path), dict[str, Any]()
         try:
             run = known.read()
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             known.records = []
         if known.records[: len(self.history.records)] != json.loads(json.dumps(without_nan(self.history.records))):
             self._write_history()

@@ -30,10 +30,8 @@ logger = get_logger(__name__)
 _RUN, _STAGE, DIGESTS = "run.json", "stage.json", "digests.json"
 _PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
 _ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
-_UNREADABLE = (
-    *(KeyError, TypeError, ValueError, AttributeError, EOFError),
-    *(SafetensorError, zipfile.BadZipFile),
-)
+_DAMAGED = (SafetensorError, zipfile.BadZipFile, EOFError, RecursionError)
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, *_DAMAGED)
 _PER_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
