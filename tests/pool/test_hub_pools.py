@@ -385,7 +385,7 @@ def test_headers_that_are_none(hub: HubServer, content: bytes, sentence: str) ->
     ("changes", "sentence"),
     [
         ({"format_version": 2}, "must have format version 1, got 2. Update hf_cosupervise"),
-        ({"num_examples": 10**400}, "must hold 1000.* examples, got 40"),
+        ({"num_examples": 10**60}, "must hold 1000.* examples, got 40"),
         ({"num_examples": "many"}, "got no int as `num_examples`"),
         ({"has_inputs": 1}, "got no bool as `has_inputs`"),
         ({"hierarchy": []}, "got no dict as `hierarchy`"),
@@ -408,7 +408,7 @@ def test_headers_that_cannot_be_right(hub: HubServer, changes: dict[str, Any], s
     hub.requests.clear()
     with pytest.raises(ValueError, match=sentence):
         PseudolabelPool.load(ID)
-    if "files" not in changes and changes.get("num_examples") != 10**400:
+    if "files" not in changes and changes.get("num_examples") != 10**60:
         assert not [request for request in hub.requests if ".arrow" in request.path]
 
 
