@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -30,7 +31,12 @@ _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Find the parameters of a classifier that are not its backbone's."""
     if hasattr(model, "timm_model"):
-        classifier: nn.Module = model.timm_model.get_classifier()  # type: ignore[union-attr, operator]
+        classifier: Any = model.timm_model.get_classifier()  # type: ignore[union-attr, operator]
+        if not isinstance(classifier, nn.Module):  # a pair, such as that of distilled models
+            raise ValueError(
+                f"A student must have one head, got {len(classifier)} in {type(model.timm_model).__name__} of timm. "
+                "Use an architecture that was not made for distillation."
+            )
         own = {id(parameter) for parameter in classifier.parameters()}
         return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
     prefix = getattr(model, "base_model_prefix", "")

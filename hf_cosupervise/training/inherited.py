@@ -72,7 +72,11 @@ _CHOICES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "label_names": ("['labels'], as the collator calls them", lambda value: value in (None, ["labels"])),
     "log_level": (f"one of {list(trainer_log_levels)}", lambda value: value in trainer_log_levels),
     "log_level_replica": (f"one of {list(trainer_log_levels)}", lambda value: value in trainer_log_levels),
-    "lr_scheduler_kwargs": ("a dictionary", lambda value: value is None or isinstance(value, dict)),
+    # From the command line it comes as text, which the parent reads.
+    "lr_scheduler_kwargs": (
+        "a dictionary",
+        lambda value: value is None or isinstance(value, dict) or isinstance(value, str) and value.startswith("{"),
+    ),
     "parallelism_config": ("a `ParallelismConfig`", lambda value: value is None or hasattr(value, "total_size")),
     # Lengths are not known before a batch is read.
     "train_sampling_strategy": ("'random' or 'sequential'", lambda value: value in ("random", "sequential")),

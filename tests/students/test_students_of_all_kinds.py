@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,8 +41,8 @@ from transformers import (
 )
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
-from hf_cosupervise import CoSupervisedTrainer
-from hf_cosupervise.students.head import prepare_student
+from hf_cosupervise import CoSupervisedTrainer, load_student
+from hf_cosupervise.students.head import head_parameters, prepare_student
 from hf_cosupervise.students.publishing import export_student
 
 pytestmark = pytest.mark.core
@@ -335,3 +337,13 @@ def test_a_model_is_trained_in_place_and_a_copy_starts_anew(make_trainer, tiny_v
     first, second, third = runs
     assert all(torch.equal(value, first[name]) for name, value in second.items())
     assert not torch.equal(third["classifier.weight"], first["classifier.weight"])
+
+
+def test_a_model_of_several_heads_is_refused(tmp_path: Path) -> None:
+    settings = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2, **settings)
+    timm.models.save_for_hf(model, tmp_path, model_config={"label_names": ["a", "b"]}, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": settings}))
+    with pytest.raises(ValueError, match="A student must have one head, got 2 in .* of timm"):
+        head_parameters(load_student(str(tmp_path), ["a", "b"])[0])

@@ -246,6 +246,11 @@ def test_what_does_not_fit_together_is_refused_before_work(
     assert not (tmp_path / "_run").exists()
 
 
+def test_a_dictionary_may_come_from_the_command_line(tmp_path):
+    args = config(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr": 1e-5}')
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
 def test_a_trainer_of_our_kind_makes_its_students_itself(pool, tiny_vit, tmp_path):
     with pytest.raises(ValueError, match="`model_init` cannot be given: each level begins with a fresh head"):
         CoSupervisedTrainer(tiny_vit, config(tmp_path), pool=pool, model_init=lambda: None)
