@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -368,6 +369,172 @@ def test_a_hostile_student_is_one_clear_error(base, spoil, sentence, tmp_path, r
     refuses(lambda: load_student(folder, TINY_LABELS), f"^The student .*{sentence}", folder)
 
 
+# ── files that are merely wrong ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def one(name: str, field: str, *values: Any) -> list[tuple[str, Spoil]]:
+    """One entry of a file with a value of the wrong kind, for each of the values."""
+    return [(f"{field}-{str(value)[:12]}", with_json(name, **{field: value})) for value in values]
+
+
+def prepared(field: str, *values: Any) -> list[tuple[str, Spoil]]:
+    """One entry of what timm says of its inputs."""
+
+    def spoil(value: Any) -> Spoil:
+        def change(folder: Path) -> None:
+            content = json.loads((folder / "config.json").read_text())
+            content["pretrained_cfg"][field] = value
+            (folder / "config.json").write_text(json.dumps(content))
+
+        return change
+
+    return [(f"{field}-{str(value)[:12]}", spoil(value)) for value in values]
+
+
+HUGE = 10**9
+BUILD, KIND = "must have a (model|configuration) that its library can build", "that its library can build, .* '{}'"
+WRONG: list[tuple[str, list[tuple[str, Spoil]], str]] = [
+    (
+        "vit",
+        one("config.json", "id2label", 3, "a", [], list(TINY_LABELS), {"a": "b"}, {"-1": "b"}, {"00": "b"}),
+        "as `id2label`",
+    ),
+    *(
+        ("vit", one("config.json", field, "16", None, [16.5], {"a": 1}, 1.5), KIND.format(field))
+        for field in ("hidden_size", "image_size", "num_hidden_layers", "num_attention_heads")
+    ),
+    *(
+        ("vit", one("config.json", field, 0, -1, -HUGE), f"at (least|most) .*, got `{field}` in its 'config.json'")
+        for field in ("hidden_size", "image_size", "num_hidden_layers", "num_attention_heads")
+    ),
+    ("vit", one("config.json", "num_hidden_layers", HUGE, 10**30, 10_001), "at most 10,000, got `num_hidden_layers`"),
+    ("vit", one("config.json", "num_hidden_layers", 1000, 10_000), "parameters .*, for weights of 25 tensors"),
+    ("vit", one("config.json", "hidden_size", HUGE, 10**6), "parameters .*, for weights of 25 tensors"),
+    ("bert", one("config.json", "vocab_size", HUGE, 10**8), "parameters of .*, for weights of"),
+    ("bert", one("config.json", "vocab_size", "16", None, -1, [16], 10**30), BUILD),
+    ("bert", one("config.json", "hidden_act", "x", None, -1, [16]), BUILD),
+    ("bert", one("config.json", "model_type", "x", None, -1, [16], {"a": 1}), "(of a type that|kind of)"),
+    (
+        "timm",
+        one("config.json", "architecture", "x", None, -1, {"a": 1}),
+        "(a model that timm .* knows|config.* 'architecture')",
+    ),
+    ("timm", one("config.json", "pretrained_cfg", "x", -1, [16], HUGE), "(config|its image proc|object as `pretr)"),
+    (
+        "timm",
+        one("config.json", "num_classes", "x", [16], {"a": 1}, HUGE),
+        "(as `label_names`|that its library|at mo)",
+    ),
+    *(
+        ("timm", [(f"{field}-{value}", args(**{field: value})) for value in ("x", -1, [HUGE], HUGE)], sentence)
+        for field, sentence in (
+            ("layers", "(a model that timm|that its library can build|at most 10,000, got `model_args.layers`)"),
+            ("stem_width", "(a model that timm .* knows|that its library can build)"),
+        )
+    ),
+    ("timm", prepared("mean", "x", [16, 1], [16, 1], {"a": 1}), "(preparation|image processor|prepare images)"),
+    ("timm", prepared("input_size", "x", -1, [16], {"a": 1}, [3, HUGE, HUGE]), "(preparation|processor|images|size)"),
+    *(
+        ("adapter", one("adapter_config.json", field, *values), "must be an adapter that (fits|can be merged)")
+        for field, values in {
+            "r": ("8", None, -1, [3], {"a": "b"}, 3, HUGE),
+            "target_modules": (3, None, -1, [3], "x"),
+            "lora_alpha": ("8", None, [3], {"a": "b"}),
+            "lora_dropout": ("8", None, [3], {"a": "b"}),
+            "peft_type": ("x", None, 3, [3], {"a": "b"}),
+        }.items()
+    ),
+    (
+        "vit",
+        one("preprocessor_config.json", "size", "x", [16], -1, {"a": 1}, None),
+        "(image processor|prepare images)",
+    ),
+    ("vit", one("preprocessor_config.json", "size", HUGE, {"height": HUGE, "width": 8}), "at most 8,192, got `size"),
+    ("vit", one("preprocessor_config.json", "image_mean", "x", None, {"a": 1}, [[]]), "(processor|prepare images)"),
+    ("vit", one("preprocessor_config.json", "resample", "x", -1, [16], {"a": 1}, HUGE), "(processor|prepare images)"),
+    ("bert", one("tokenizer_config.json", "model_max_length", "x", 0, -1, [16], {"a": 1}), "`model_max_length`"),
+    ("bert", one("tokenizer.json", "model", "x", None, -1, [16], {"a": 1}), "must come with (its tok|the voc)"),
+    (
+        "bert",
+        one("tokenizer.json", "model", {"type": "BPE", "vocab": {}, "merges": []}, {"type": "Unigram", "vocab": []}),
+        "must come with (its tokenizer|the vocabulary)",
+    ),
+    ("bert", one("tokenizer.json", "added_tokens", "x", -1, [16], {"a": 1}), "must come with its tokenizer"),
+]
+WRONG_ROWS = [
+    pytest.param(base, spoil, sentence, id=f"{base}-{name}")
+    for base, spoils, sentence in WRONG
+    for name, spoil in spoils
+]
+
+
+@pytest.mark.parametrize("door", ["teacher", "student"])
+@pytest.mark.parametrize(("base", "spoil", "sentence"), WRONG_ROWS)
+def test_a_wrong_value_is_one_clear_error(base, spoil, sentence, door, tmp_path, request) -> None:
+    folder = make(base, tmp_path, request, spoil)
+    started = time.monotonic()
+    if door == "teacher":
+        refuses(lambda: load_low(folder), f"^(Teacher|.* of teacher|The kind of teacher) 'low' .*{sentence}", folder)
+    else:
+        refuses(lambda: load_student(folder, TINY_LABELS), f"^The (kind of the )?student .*{sentence}", folder)
+    assert time.monotonic() - started < 10  # a second alone; this machine may be busy
+
+
+NAMES = {str(position): name for position, name in enumerate(TINY_LABELS)}
+FIRST, SECOND = TINY_LABELS[:2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"id2label": {"0": "a", "1": "b", "2": "c"}}, r"`classifier.bias` of shape \(4,\) for \(3,\) .* `id2label`"),
+        ({"id2label": {**NAMES, "4": "e"}}, r"`classifier.bias` of shape \(4,\) for \(5,\) .* `id2label`"),
+        ({"id2label": None}, r"`classifier.bias` of shape \(4,\) for \(2,\) .* `id2label`"),
+        ({"num_labels": 7}, r"`classifier.bias` of shape \(4,\) for \(7,\) .* `id2label`"),
+        ({"id2label": {}}, "at least two labels, got 0"),
+        ({"id2label": dict(zip("1234", TINY_LABELS, strict=True))}, r"labels from 0 to 3 in `id2label`, got .*\[1, 2"),
+        ({"id2label": dict(zip("0124", TINY_LABELS, strict=True))}, "labels from 0 to 3 in `id2label`, got .* 4"),
+        ({"id2label": {**NAMES, "1": FIRST}}, f"a name of its own, got .'{FIRST}'. more than once"),
+        ({"id2label": dict.fromkeys("0123", FIRST)}, f"a name of its own, got .'{FIRST}'. more than once"),
+        ({"id2label": {**NAMES, "1": None}}, "name each of its labels in `id2label`, got"),
+        ({"id2label": {**NAMES, "1": ["a"]}}, "name each of its labels in `id2label`, got"),
+        ({"id2label": {**NAMES, "1": ""}}, "name each of its labels in `id2label`, got"),
+        ({"label2id": {FIRST: 1}}, f"got '{FIRST}' as 0 in `id2label` and as 1 in `label2id`"),
+        ({"label2id": {FIRST: 0, SECOND: "3"}}, f"got '{SECOND}' as 1 in `id2label` and as '3' in `label2id`"),
+    ],
+)
+def test_names_unlike_the_head_are_one_clear_error(changes, sentence, tmp_path, request) -> None:
+    folder = make("vit", tmp_path, request, config(**changes))
+    refuses(lambda: load_low(folder), f"^Teacher 'low' must .*{sentence}", folder)
+
+
+def test_a_layer_that_the_configuration_leaves_out(tmp_path, tiny_vit) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    folder = Path(shutil.copytree(tiny_vit, tmp_path / "model"))
+    deeper = ViTConfig.from_pretrained(tiny_vit, num_hidden_layers=3)
+    ViTForImageClassification(deeper).save_pretrained(folder)
+    load_low(folder)
+    config(num_hidden_layers=1)(folder)
+    refuses(lambda: load_low(folder), "^Teacher 'low' must be built with all of its layers, got .*1", folder)
+    refuses(lambda: load_student(folder, TINY_LABELS), "^The student must be built with all of its layers", folder)
+
+
+@pytest.mark.parametrize("labels", [{"label2id": {FIRST: "0"}}, {"label2id": {"LABEL_0": 1}}, {"label2id": None}])
+def test_other_ways_to_number_labels_are_read(labels, tmp_path, request) -> None:
+    load_low(make("vit", tmp_path, request, config(**labels)))
+
+
+def test_a_student_may_have_had_any_labels(tmp_path, request) -> None:
+    folder = make("vit", tmp_path, request, config(id2label={"0": "crane", "1": "crane"}, label2id={"crane": 1}))
+    assert load_student(folder, TINY_LABELS)[0].config.id2label == dict(enumerate(TINY_LABELS))
+
+
+def test_a_name_of_two_labels_may_be_mapped(tmp_path, request) -> None:
+    folder = make("vit", tmp_path, request, config(id2label={**NAMES, "0": "crane", "1": "crane"}))
+    load_low(folder, label_map={"crane": FIRST})
+
+
 # ── the other doors ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 DOORS = [row for row in ROWS if row[0] in ("timm-pickle", "checkpoint", "strict", "architecture-hub", "kernel-timm")]
@@ -495,6 +662,7 @@ def test_a_model_in_parts_loads(tmp_path, tiny_vit, tiny_image_dataset) -> None:
         {"tokenizer_class": "TokenizersBackend", "image_processor_type": "ViTImageProcessorFast"},
         {"feature_extractor_type": "ViTFeatureExtractor", "auto_map": {"AutoConfig": "code.Config"}},
         {"quantization_config": None, "transformers_weights": None, "backbone": "resnet50.a1_in1k"},
+        {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "num_experts": 512, "num_labels": 21843},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
         {"architecture": "vit_small_patch16_224.augreg", "model_args": {"img_size": [32, 32], "class_token": False}},
         {"peft_type": "LORA", "auto_mapping": {"parent_library": "a.b"}, "loftq_config": {}, "corda_config": None},

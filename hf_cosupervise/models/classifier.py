@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,21 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
+from transformers.utils import is_timm_available
 from transformers.utils import logging as transformers_logging
 
-from .source import ADAPTER_WEIGHTS, ModelSource, first, whole_weights
+from .files import read_labels, short
+from .source import (
+    ADAPTER_WEIGHTS,
+    BUILDING_ERRORS,
+    ModelSource,
+    building,
+    explained,
+    first,
+    first_line,
+    no_larger_than_weights,
+    whole_weights,
+)
 
 _PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 _LEAST_WORDS = 5
@@ -39,22 +52,45 @@ _ADAPTED = "base_model.model."  # how peft begins the name of every weight of an
 def read_config(source: ModelSource) -> Any:
     """Read the configuration of a classifier of transformers, or of timm in transformers' wrapper."""
     model_type = source.config.get("model_type")
-    if "architecture" not in source.config and model_type not in CONFIG_MAPPING_NAMES:
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
+    if "architecture" not in source.config and not is_known:
         raise ValueError(
             f"{source.what} must be of a type that transformers knows, got {model_type!r} in "
             f"'{source.place}'. Code from a repository is never run: use a model without code of its own, or "
             "update transformers."
         )
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    if config.model_type == "timm_wrapper" and config.model_args:
-        # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
-        config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    names = source.config.get("id2label")
+    if names is not None and not (
+        isinstance(names, dict) and all(re.fullmatch("0|[1-9][0-9]*", key) for key in names)
+    ):
+        raise ValueError(
+            f'{source.what} must have an object such as {{"0": "cat", "1": "dog"}} as `id2label`, got '
+            f"{short(names)}. Correct its 'config.json'."
+        )
+    with explained(source, "configuration"):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        if config.model_type == "timm_wrapper" and config.model_args:
+            # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
+            config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    if config.model_type == "timm_wrapper" and is_timm_available():
+        import timm
+
+        if not timm.is_model(name := str(source.config.get("architecture"))):
+            raise ValueError(
+                f"{source.what} must be a model that timm {timm.__version__} knows, got architecture {name!r}. "
+                "Update timm, or save the model again."
+            )
     return config
 
 
 def reads_text(config: Any, what: str) -> bool:
     """Tell whether a configuration belongs to a text classifier or to an image classifier."""
     architectures = config.architectures or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(
+            f"{what} must name its classes as a list of texts in `architectures`, got {architectures!r}. Correct its "
+            "'config.json'."
+        )
     for task, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
         if any(task in architecture for architecture in architectures):
             return is_text
@@ -70,28 +106,41 @@ def reads_text(config: Any, what: str) -> bool:
     )
 
 
+class _ReadingProcessor:
+    """Say of which model a tokenizer or image processor cannot be read."""
+
+    def __init__(self, source: ModelSource, kind: str) -> None:
+        self.source, self.kind = source, kind
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        # An `except` could not tell: what tokenizers raises, written in Rust, is of no class of its own.
+        if kind is Exception or isinstance(error, (OSError, *BUILDING_ERRORS)):
+            raise ValueError(
+                f"{self.source.what} must come with its {self.kind}, and without code of its own, which is never run; "
+                f"got in '{self.source.place}': {first_line(error)}. Save it there too by `save_pretrained`."
+            ) from error
+
+
 def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
     """Load the tokenizer or image processor of a model."""
-    kind = "tokenizer" if is_text else "image processor"
-    try:
+    with _ReadingProcessor(source, "tokenizer" if is_text else "image processor"):
         processor = (AutoTokenizer if is_text else AutoImageProcessor).from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source.what} must come with its {kind}, and without code of its own, which is never run; got in "
-            f"'{source.place}': {_first_line(error)}. Save it there too by `save_pretrained`."
-        ) from error
     # Without its files, transformers 5 makes a tokenizer that knows its special tokens only, and says nothing.
     if is_text and (num_words := len(processor) - len(set(processor.all_special_tokens))) < _LEAST_WORDS:
         raise ValueError(
             f"{source.what} must come with the vocabulary of its tokenizer, got {num_words} words "
             f"besides its special tokens in '{source.place}'. Save the tokenizer there too by `save_pretrained`."
         )
+    if is_text and not (isinstance(most := processor.model_max_length, int | float) and most >= 1):
+        raise ValueError(
+            f"{source.what} must cut texts to at least one token, got `model_max_length` {most!r} in its "
+            "'tokenizer_config.json'. Set it to the number of tokens that the model reads."
+        )
     source.name_after(processor)
     return processor
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any, Path]:
@@ -107,8 +156,11 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
     config = read_config(base)
     is_text = reads_text(config, base.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-    _set_labels(config, _saved_labels(config, auto_model, saved), source.config.get("id2label"))
-    with quiet_loading(), whole_weights(base):
+    names = source.config.get("id2label")
+    names = None if names is None else read_labels(names, source.what, "id2label")
+    with building(base):
+        _set_labels(config, _saved_labels(config, auto_model, saved), names)
+    with quiet_loading(), whole_weights(base), building(base):
         model, loading = auto_model.from_pretrained(
             base_folder,
             config=config,
@@ -151,8 +203,34 @@ def check_no_missing(what: str, missing: Iterable[str]) -> None:
         )
 
 
+def check_shapes(source: ModelSource, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """See that a checkpoint's weights have the shapes that its configuration asks for."""
+    for name, found, wanted in sorted(mismatched):
+        raise ValueError(
+            f"{source.what} must have weights of the shapes that its 'config.json' describes, got `{name}` of shape "
+            f"{tuple(found)} for {tuple(wanted)} in '{source.place}'. Correct the configuration (for a head, "
+            "`id2label`), or save the model again."
+        )
+
+
+def check_no_layer_left(source: ModelSource, model: Any, unexpected: Iterable[str]) -> None:
+    """See that a configuration leaves out no layer of those that a checkpoint has."""
+    known = {re.sub(r"\d+", "0", name) for name in model.state_dict()}
+    left = sorted(name for name in unexpected if re.sub(r"\d+", "0", name) in known)
+    if left:
+        raise ValueError(
+            f"{source.what} must be built with all of its layers, got in '{source.place}' a 'config.json' that leaves "
+            f"out {first(left)}. Correct its number of layers, or save the model again."
+        )
+
+
 def _check_mergeable(source: ModelSource) -> None:
     adapter = source.adapter or {}
+    if not isinstance(adapter.get("auto_mapping"), dict | None):
+        raise ValueError(
+            f"{source.what} must have an object as `auto_mapping` in its 'adapter_config.json', got "
+            f"{adapter['auto_mapping']!r}. Remove it."
+        )
     tuner = {kind.value: tuner for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()}.get(
         str(adapter.get("peft_type"))
     )
@@ -178,11 +256,10 @@ def _saved_labels(config: Any, auto_model: Any, saved: Mapping[str, torch.Tensor
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _set_labels(config: Any, num_labels: int | None, id2label: Any) -> None:
+def _set_labels(config: Any, num_labels: int | None, names: list[str] | None) -> None:
     """Give a configuration a number of labels and their names, where they are known."""
-    names = [str(id2label[key]) for key in sorted(id2label, key=int)] if isinstance(id2label, Mapping) else []
     num_labels = num_labels or config.num_labels
-    if len(names) == num_labels:
+    if names is not None and len(names) == num_labels:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: position for position, name in enumerate(names)}
     elif num_labels != config.num_labels:
@@ -194,17 +271,18 @@ def _set_labels(config: Any, num_labels: int | None, id2label: Any) -> None:
 def _merge(model: Any, source: ModelSource, base: ModelSource, folder: Path) -> Any:
     """Put an adapter onto its base, see that all of it found its place, and merge."""
     try:
-        adapted = PeftModel.from_pretrained(
-            model, str(folder), config=PeftConfig.from_pretrained(str(folder)), torch_device="cpu"
-        )
+        with no_larger_than_weights(source):
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), config=PeftConfig.from_pretrained(str(folder)), torch_device="cpu"
+            )
         # Only the second loading tells what the first one did.
         loading = adapted.load_adapter(str(folder), "default", torch_device="cpu")
         left = [name.removeprefix(_ADAPTED) for name in (*loading.unexpected_keys, *loading.missing_keys)]
         if left:
             raise ValueError(f"{first(sorted(left))} without counterpart")
         return adapted.merge_and_unload()
-    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except BUILDING_ERRORS as error:
         raise ValueError(
             f"{source.what} must be an adapter that fits its base '{base.place}', got: "
-            f"{_first_line(error)}. Train it again on this base, or save a whole model."
+            f"{first_line(error)}. Train it again on this base, or save a whole model."
         ) from error

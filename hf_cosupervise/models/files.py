@@ -19,6 +19,15 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _CONFIGS = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "chat_template.json")
 
+# Lists are made of these numbers before there is any layer to count, and images of those. Nobody publishes as many.
+_COUNT = re.compile(r"\w*(layers?|blocks?|depths?|stages?|experts?|labels|classes)")
+_SIDE = re.compile(r"height|width|size|(crop|pad|input|img|image)_size")  # an edge may be a number of pixels
+# With fewer of these than one, a model is built all the same, and answers something else.
+_AT_LEAST_ONE = (
+    *("hidden_size", "image_size", "patch_size", "num_channels", "num_attention_heads", "num_hidden_layers"),
+)
+_MAX_COUNT, _MAX_LABELS, _MAX_SIDE = 10_000, 1_000_000, 8_192
+
 
 # ── what a configuration may not say, at any depth ──────────────────────────────────────────────────────────────────
 
@@ -63,23 +72,25 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
     """See that a configuration names no code, no repository and no file that its libraries would follow."""
     for path, key, value in _entries(config):
         where = f"`{path}` in its '{name}'"
+        if path in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
+            raise ValueError(f"{what} must have a size of at least 1, got {where}: {value}. Save the model again.")
         if key != "cache_implementation" and _IMPLEMENTATION.fullmatch(key):
             for choice in _leaves(value):
                 if choice is not None and not _is_installed(choice):
                     raise ValueError(
-                        f"{what} must run by code that is installed, got {where}: {_short(choice)}, which is not or "
+                        f"{what} must run by code that is installed, got {where}: {short(choice)}, which is not or "
                         "would be downloaded. Set it to 'sdpa' or 'eager', or remove it."
                     )
         elif key in _CLASSES and value is not None:
             if not isinstance(value, str) or _is_other_class(value, _CLASSES[key]):
                 raise ValueError(
-                    f"{what} must be read by a class of its own kind, got {where}: {_short(value)}. Name a class of "
+                    f"{what} must be read by a class of its own kind, got {where}: {short(value)}. Name a class of "
                     "transformers, such as 'BertTokenizer' or 'ViTImageProcessor'."
                 )
         elif key in _ARCHITECTURES and isinstance(value, str):
             if not _BARE_NAME.fullmatch(value):
                 raise ValueError(
-                    f"{what} must name an architecture of timm, got {where}: {_short(value)}, which leads elsewhere. "
+                    f"{what} must name an architecture of timm, got {where}: {short(value)}, which leads elsewhere. "
                     "Use a checkpoint that was saved by timm."
                 )
         elif key == "model_args" and value is not None:
@@ -88,7 +99,7 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
             method = value.get("quant_method") if isinstance(value, Mapping) else value
             if method != "bitsandbytes":
                 raise ValueError(
-                    f"{what} must have plain weights, got {where} of method {_short(method)}, which may need code "
+                    f"{what} must have plain weights, got {where} of method {short(method)}, which may need code "
                     "from elsewhere. Save the model again after `dequantize()`."
                 )
         elif key == "fast_tokenizer_files" and value:
@@ -96,6 +107,19 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
                 raise _other_file(what, where, value)
         elif key in _OTHER_FILES and value:
             raise _other_file(what, where, value)
+        elif _COUNT.fullmatch(key):
+            _check_numbers(value, _MAX_LABELS if key.endswith(("labels", "classes")) else _MAX_COUNT, what, where)
+        elif _SIDE.fullmatch(key) and name != "tokenizer_config.json":
+            _check_numbers(value, _MAX_SIDE, what, where)
+
+
+def _check_numbers(value: Any, largest: int, what: str, where: str) -> None:
+    for leaf in () if isinstance(value, Mapping) else _leaves(value):  # an object's entries have names of their own
+        if isinstance(leaf, int | float) and not -largest <= leaf <= largest:
+            raise ValueError(
+                f"{what} must be of a size that can be built, at most {largest:,}, got {where}: {short(leaf)}. "
+                "Save the model again."
+            )
 
 
 def _is_installed(implementation: Any) -> bool:
@@ -111,14 +135,14 @@ def _is_other_class(name: str, kind: re.Pattern[str]) -> bool:
 
 def _other_file(what: str, where: str, value: Any) -> ValueError:
     return ValueError(
-        f"{what} must consist of its own files, got {where}: {_short(value)}, which leads elsewhere. Remove it, or "
+        f"{what} must consist of its own files, got {where}: {short(value)}, which leads elsewhere. Remove it, or "
         "save the model again by `save_pretrained`."
     )
 
 
 def _check_timm_args(arguments: Any, what: str, where: str) -> None:
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"{what} must have a JSON object as {where}, got {_short(arguments)}. Save the model again.")
+        raise ValueError(f"{what} must have a JSON object as {where}, got {short(arguments)}. Save the model again.")
     if unknown := sorted(set(arguments).difference(_TIMM_ARGS)):
         raise ValueError(
             f"{what} must be built from sizes and kinds of layers, got `{unknown[0]}` in {where}, which is none of "
@@ -128,7 +152,7 @@ def _check_timm_args(arguments: Any, what: str, where: str) -> None:
         for leaf in _leaves(value):
             if isinstance(leaf, Mapping) or (isinstance(leaf, str) and not _BARE_NAME.fullmatch(leaf)):
                 raise ValueError(
-                    f"{what} must be built from numbers and names of layers, got `{key}` in {where}: {_short(leaf)}. "
+                    f"{what} must be built from numbers and names of layers, got `{key}` in {where}: {short(leaf)}. "
                     "Save the model again."
                 )
 
@@ -160,12 +184,31 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield item
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Write a value as code, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 # ── what a folder holds ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_labels(names: Any, what: str, field: str) -> list[str]:
+    """Names of labels in order, from a list or from an object with the keys "0", "1", …."""
+    if isinstance(names, Mapping):
+        positions = [str(position) for position in range(len(names))]
+        if set(map(str, names)) != set(positions):
+            raise ValueError(
+                f"{what} must number its labels from 0 to {len(names) - 1} in `{field}`, got the keys "
+                f"{short(list(names))}. Correct its 'config.json'."
+            )
+        by_key = {str(key): name for key, name in names.items()}
+        names = [by_key[position] for position in positions]
+    if not isinstance(names, list) or not all(isinstance(name, str | int) and name != "" for name in names):
+        raise ValueError(
+            f"{what} must name each of its labels in `{field}`, got {short(names)}. Correct its 'config.json'."
+        )
+    return [str(name) for name in names]
 
 
 def check_processor_files(folder: Path, what: str) -> None:
@@ -187,14 +230,14 @@ def read_shards(index: Path, what: str) -> set[str]:
     if strange or not names:
         raise ValueError(
             f"{what} must name the parts of its weights in '{index.name}', such as "
-            f"'model-00001-of-00002.safetensors', got {_short(strange[0]) if strange else 'none'}. Save the model "
+            f"'model-00001-of-00002.safetensors', got {short(strange[0]) if strange else 'none'}. Save the model "
             "again."
         )
     return set(names)
 
 
-def check_safetensors(path: Path) -> None:
-    """See by its bytes that a file is what its name says, before any library opens it."""
+def check_safetensors(path: Path) -> int:
+    """See by its bytes that a file is what its name says, before any library opens it, and count its tensors."""
     if not path.is_file():
         raise SafetensorError(f"'{path.name}' is no file")
     with open(path, "rb") as file:
@@ -202,8 +245,9 @@ def check_safetensors(path: Path) -> None:
         if not 2 <= length <= min(MAX_JSON_BYTES, os.fstat(file.fileno()).st_size - 8):
             raise SafetensorError(f"'{path.name}' is not of the format that its name says")
         try:
-            is_header = isinstance(parse_json(file.read(length)), dict)
+            header = parse_json(file.read(length))
         except ValueError as error:
             raise SafetensorError(f"'{path.name}' is not of the format that its name says: {error}") from error
-    if not is_header:
+    if not isinstance(header, dict):
         raise SafetensorError(f"'{path.name}' is not of the format that its name says")
+    return len(header)

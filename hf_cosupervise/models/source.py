@@ -12,8 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..files import read_json
 from ..hub.client import fetch_files, hub_errors, resolve_commit
@@ -336,6 +339,67 @@ def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+# What libraries say of a configuration that no model can be built from; `StrictDataclassError` is none of Python's.
+BUILDING_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+)
+
+
+@contextmanager
+def no_larger_than_weights(source: ModelSource) -> Iterator[None]:
+    """Stop building at the first parameter that the files of weights cannot fill."""
+    read = (*_MODEL_WEIGHTS, ADAPTER_WEIGHTS)
+    files = [path for path in source.weight_files if any(fnmatch.fnmatch(path.name, name) for name in read)]
+    with whole_weights(source):
+        num_tensors = sum(check_safetensors(path) for path in files if path.suffix == ".safetensors")
+    # Loading puts in every parameter twice; some were packed two to a byte, or several into one tensor.
+    most, most_values = 4 * num_tensors + 1_000, 4 * sum(path.stat().st_size for path in files) + (1 << 24)
+    count = values = 0
+
+    def watch(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
+        nonlocal count, values
+        count, values = count + 1, values + parameter.numel()
+        if count > most or values > most_values:
+            raise ValueError(
+                f"{count:,} parameters of {values:,} values and more to build, for weights of {num_tensors:,} tensors"
+            )
+
+    handle = register_module_parameter_registration_hook(watch)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def building(source: ModelSource) -> Iterator[None]:
+    """Build a model that its weights can fill, or say what is wrong with its configuration."""
+    with explained(source, "model"), no_larger_than_weights(source):
+        yield
+
+
+@contextmanager
+def explained(source: ModelSource, part: str) -> Iterator[None]:
+    """Say of which model a configuration is wrong that a library cannot build from."""
+    try:
+        yield
+    except BUILDING_ERRORS as error:
+        if isinstance(error, ValueError) and str(error).startswith(source.what):
+            raise  # it says so already
+        raise ValueError(
+            f"{source.what} must have a {part} that its library can build, got in '{source.place}': "
+            f"{type(error).__name__}: {first_line(error)}. Correct its 'config.json', or save it again."
+        ) from error
+
+
+def first_line(error: BaseException | None) -> str:
+    """What an error says, as a part of a sentence."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    # "Validation error for field 'x':", and then the reason
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else lines[0] if lines else type(error).__name__
 
 
 @contextmanager

@@ -14,8 +14,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from ..models.classifier import load_adapted, load_processor, quiet_loading, read_config, reads_text
-from ..models.source import ModelSource, find_model, whole_weights
+from ..data.inputs import InputProcessor
+from ..models.classifier import (
+    check_no_layer_left,
+    load_adapted,
+    load_processor,
+    quiet_loading,
+    read_config,
+    reads_text,
+)
+from ..models.source import ModelSource, building, find_model, whole_weights
 from .head import head_parameters, reset_head
 
 logger = logging.getLogger(__name__)
@@ -67,7 +75,7 @@ def load_pinned_student(
     config = _task_config(source, labels)
     auto_class = _auto_class(config.model_type, source.repo)
     folder = source.fetch()
-    with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source):
+    with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source), building(source):
         torch.manual_seed(seed)
         student, loading = auto_class.from_pretrained(
             folder,
@@ -79,7 +87,10 @@ def load_pinned_student(
         )
         reset_head(student)
     processor = load_processor(source, folder, auto_class is AutoModelForSequenceClassification)
+    if auto_class is AutoModelForImageClassification:
+        InputProcessor(processor, student.config, source.what).probe()
     _check_backbone(student, loading, source.repo, training)
+    check_no_layer_left(source, student, loading["unexpected_keys"])
     source.name_after(student)
     student.float()
     return student, processor, origin

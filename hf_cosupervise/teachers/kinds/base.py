@@ -123,6 +123,24 @@ def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequenc
     )
 
 
+def check_names(teacher: Teacher, own_labels: Sequence[str], label2id: Any = None) -> None:
+    """Refuse names that leave open which output of a head they mean."""
+    what = f"Teacher '{teacher.name}'"
+    twice = sorted({label for label in own_labels if own_labels.count(label) > 1} - set(teacher.label_map or {}))
+    if twice:
+        raise ValueError(
+            f"{what} must give each of its labels a name of its own, got {shorten(twice)} more than once. Rename them "
+            "in its 'config.json', or say by `label_map` which label of the task all of that name are (None: none)."
+        )
+    for label, position in label2id.items() if isinstance(label2id, Mapping) else ():
+        named = [number for number, own_label in enumerate(own_labels) if own_label == label]
+        if named and str(position) not in map(str, named):
+            raise ValueError(
+                f"{what} must number its labels in one way, got {label!r} as {named[0]} in `id2label` and as "
+                f"{position!r} in `label2id`. Correct its 'config.json'."
+            )
+
+
 def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
     """Give a function that finds a name, exactly or else by the only label that differs in case alone."""
     exact = {label: position for position, label in enumerate(labels)}

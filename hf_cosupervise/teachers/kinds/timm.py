@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ...data.inputs import to_pil
-from ...models.source import whole_weights
-from .base import Preparation, TeacherSource, add_up, check_head, fingerprint, for_inference, label_positions
+from ...models.files import read_labels
+from ...models.source import BUILDING_ERRORS, explained, first_line, no_larger_than_weights, whole_weights
+from .base import (
+    Preparation,
+    TeacherSource,
+    add_up,
+    check_head,
+    check_names,
+    fingerprint,
+    for_inference,
+    label_positions,
+)
 
 _SAFETENSORS_FILE = "model.safetensors"
 # What a model of timm says of its inputs and outputs; where its weights came from is not read.
@@ -38,6 +49,7 @@ class TimmTeacher:
         name = source.name
         own_labels = _timm_labels(source)
         check_head(name, own_labels)
+        check_names(source.teacher, own_labels)
         folder = source.model_source.fetch()
         source.model_source.file(_SAFETENSORS_FILE)
         model = _build_timm(source)
@@ -47,11 +59,14 @@ class TimmTeacher:
         except RuntimeError as error:
             raise ValueError(
                 f"Teacher '{name}' must have all of its weights (never a silently random teacher), got a "
-                f"'{_SAFETENSORS_FILE}' that does not fit its architecture: {error}"
+                f"'{_SAFETENSORS_FILE}' that does not fit its architecture: {first_line(error)}. Correct its "
+                "'config.json', or save it again."
             ) from error
-        data_config = timm.data.resolve_data_config(model=model)
-        transform = timm.data.create_transform(**data_config, is_training=False)
-        mode = "L" if data_config["input_size"][0] == 1 else "RGB"
+        with explained(source.model_source, "preparation of images"):
+            data_config = timm.data.resolve_data_config(model=model)
+            transform = timm.data.create_transform(**data_config, is_training=False)
+            mode = "L" if data_config["input_size"][0] == 1 else "RGB"
+            _transform_images([Image.new(mode, (64, 64))], transform, mode)  # what fails later is a row's fault
         self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
         self.prepare = Preparation(name, False, partial(_transform_images, transform=transform, mode=mode))
         self.device = device
@@ -74,9 +89,15 @@ def _build_timm(source: TeacherSource) -> Any:
     import timm
 
     config = source.config
+    described = config.get("pretrained_cfg") or config
+    shape = described.get("input_size") or [3, 224, 224]
+    if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise ValueError(
+            f"Teacher '{source.name}' must read images of a size [channels, height, width], got `input_size` "
+            f"{shape!r} in its 'config.json'. Save the model again."
+        )
     try:
         args = dict(config.get("model_args") or {})
-        described = config.get("pretrained_cfg") or config
         settings = {key: described[key] for key in _TIMM_SETTINGS if described.get(key) is not None}
         settings["num_classes"] = config.get("num_classes", settings.get("num_classes"))
         # timm 1.0.31 takes the size of the inputs from the arguments where it was not saved elsewhere.
@@ -86,22 +107,27 @@ def _build_timm(source: TeacherSource) -> Any:
         if settings.get("fixed_input_size") and args.get("img_size"):
             size = [args["img_size"]] * 2 if isinstance(args["img_size"], int) else args["img_size"]
         settings["input_size"] = (args.get("in_chans", channels), *size)
-        return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=settings, **args)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        with no_larger_than_weights(source.model_source):
+            return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=settings, **args)
+    except BUILDING_ERRORS as error:
         raise ValueError(
             f"Teacher '{source.name}' must be a model that timm {timm.__version__} knows, got architecture "
-            f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: {error}. Update timm, or "
-            "save the model again."
+            f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: "
+            f"{first_line(error)}. Update timm, or save the model again."
         ) from error
 
 
 def _timm_labels(source: TeacherSource) -> list[str]:
     """Label names in the order of the classifier's outputs."""
     pretrained_cfg = source.config.get("pretrained_cfg") or {}
+    if not isinstance(pretrained_cfg, Mapping):
+        raise ValueError(
+            f"Teacher '{source.name}' must have an object as `pretrained_cfg` in its 'config.json', got "
+            f"{pretrained_cfg!r}. Save the model again."
+        )
     names = source.config.get("label_names") or pretrained_cfg.get("label_names")
     num_classes = source.config.get("num_classes", pretrained_cfg.get("num_classes"))
-    if isinstance(names, Mapping):
-        names = [names[key] for key in sorted(names, key=int)]
+    names = read_labels(names, f"Teacher '{source.name}'", "label_names") if names else []
     if not names or len(names) != num_classes:
         raise ValueError(
             f"'config.json' of teacher '{source.name}' must tell the names of its {num_classes} labels as "
@@ -109,4 +135,4 @@ def _timm_labels(source: TeacherSource) -> list[str]:
             "`save_for_hf(..., model_config={'label_names': ...})`; a model of ImageNet's 1,000 "
             "classes can be loaded with `kind='transformers'`."
         )
-    return [str(label) for label in names]
+    return names

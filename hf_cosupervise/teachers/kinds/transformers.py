@@ -11,9 +11,19 @@ import torch
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from ...data.inputs import InputProcessor
-from ...models.classifier import check_no_missing, load_adapted, load_processor, read_config, reads_text
-from ...models.source import ModelSource, whole_weights
-from .base import Preparation, TeacherSource, add_up, check_head, for_inference, label_positions
+from ...models.classifier import (
+    check_no_layer_left,
+    check_no_missing,
+    check_shapes,
+    load_adapted,
+    load_processor,
+    quiet_loading,
+    read_config,
+    reads_text,
+)
+from ...models.files import read_labels
+from ...models.source import ModelSource, building, whole_weights
+from .base import Preparation, TeacherSource, add_up, check_head, check_names, for_inference, label_positions
 
 
 class TransformersTeacher:
@@ -31,7 +41,8 @@ class TransformersTeacher:
                 f"Teacher '{name}' must choose one label per example, got `problem_type` '{config.problem_type}'. "
                 "Use a single-label classifier."
             )
-        own_labels = [str(config.id2label[position]) for position in range(config.num_labels)]
+        own_labels = read_labels(config.id2label, f"Teacher '{name}'", "id2label")
+        check_names(source.teacher, own_labels, config.label2id)
         check_head(name, own_labels)
         is_text = reads_text(config, f"Teacher '{name}'")
         processing_class = load_processor(source.model_source, processor_folder, is_text)
@@ -56,10 +67,17 @@ def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
     folder, config = model_source.fetch(), read_config(model_source)
     is_text = reads_text(config, model_source.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-    with whole_weights(model_source):
+    with quiet_loading(), whole_weights(model_source), building(model_source):
         model, info = auto_model.from_pretrained(
-            folder, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of by their names below
         )
+    check_no_layer_left(model_source, model, info["unexpected_keys"])
+    check_shapes(model_source, info["mismatched_keys"])
     check_no_missing(model_source.what, info["missing_keys"])
     model_source.name_after(model)
     return model, folder
