@@ -609,7 +609,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      lambda tmp: load(tmp, "labels: [a, b]\nteachers: [{model: t/x}]\nlabels: [c, d]"),
      "'⟨tmp⟩/teachers.yaml' must be a hierarchy of teachers, got … readable as YAML: `labels` is there twice…"),
     ("a file of deep nesting", ValueError, lambda tmp: load(tmp, "[" * 100000, ".json"),
-     "'⟨tmp⟩/teachers.json' must be a hierarchy of teachers, got … from a unicode string. Correct it there."),
+     "'⟨tmp⟩/teachers.json' must be a hierarchy of teachers, got … nested more than 64 deep. Correct it there."),
     ("a file with a date that is none", ValueError, lambda tmp: load(tmp, "labels: [2024-13-45, b]"),
      "'⟨tmp⟩/teachers.yaml' must be a hierarchy of teachers, got … `2024-13-45` means different things to different…"),
     ("a file with answers yes and no", ValueError,
@@ -998,7 +998,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("an option that is no JSON", ValueError, lambda _: parse("--extras", "{a: 1}"),
      "The command line must fit the options, got: argument … 1 column 2 (char 1)). `--help` lists them."),
     ("an option of JSON of deep nesting", ValueError, lambda _: parse("--extras", "[" * 100000),
-     "The command line must fit the options, got: argument … a unicode string). `--help` lists them."),
+     "The command line must fit the options, got: argument … nested more than 64 deep). `--help` lists them."),
     ("a recipe that is named but not there", FileNotFoundError, lambda _: parse("--config", "nowhere.yaml"),
      "`--config` must name a YAML file, got 'nowhere.yaml'. Check the path."),
     # figures

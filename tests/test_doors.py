@@ -223,7 +223,7 @@ def pool_header_twice(place: Place) -> Callable[[], Any]:
     return lambda: PseudolabelPool.load(place.folder)
 
 
-DOORS["pool-header-twice"] = pool_header_twice, "`hierarchy` is there twice"
+DOORS["pool-header-twice"] = pool_header_twice, "the key 'hierarchy' twice"
 
 
 # Data of `save_to_disk`.
@@ -356,7 +356,7 @@ HIERARCHIES = {
     "module": ("x.yaml", "labels: [a, b]\nteachers: !!python/module:os", "python/module"),
     "new": ("x.yaml", "labels: [a, b]\nteachers: !!python/object/new:os.stat_result [a]", "python/object/new"),
     "twice": ("x.yaml", "labels: [a, b]\nlabels: [a, b]" + TEACHERS, "`labels` is there twice"),
-    "json-twice": ("x.json", '{"labels": ["a", "b"], "labels": [], "teachers": []}', "`labels` is there twice"),
+    "json-twice": ("x.json", '{"labels": ["a", "b"], "labels": [], "teachers": []}', "the key 'labels' twice"),
     "deep": ("x.yaml", DEEP, "hierarchy of teachers"),
     "json-deep": ("x.json", DEEP, "hierarchy of teachers"),
     "half": ("x.json", f'{{"labels": ["a", {HALF}], "teachers": [{{"model": "a"}}]}}', "lone surrogates"),
@@ -388,12 +388,12 @@ for name, (text, words) in RECIPES.items():
     DOORS[f"recipe-{name}"] = partial(text_with, "x.yaml", text, from_recipe), words
 DOORS["recipe-command-line-twice"] = (
     lambda place: lambda: parse_recipe_args([Extras], ["--extras", '{"a": 1, "a": 2}']),
-    "`a` is there twice",
+    "the key 'a' twice",
 )
 for name, text, words in [
     ("pickle", "\x80\x04", "must be a label model as JSON"),
     ("deep", DEEP, "must be a label model as JSON"),
-    ("twice", '{"model": "a", "model": "b"}', "`model` is there twice"),
+    ("twice", '{"model": "a", "model": "b"}', "the key 'model' twice"),
 ]:
     DOORS[f"label-model-{name}"] = partial(text_with, "model.json", text, load_label_model), words
 
@@ -401,7 +401,7 @@ ROW = '{"label": 0, "weak_labels": [0], "data": {}}'
 for name, text, words in [
     ("pickle", "\x80\x04", "train.json' must be JSON"),
     ("deep", DEEP, "train.json' must be JSON"),
-    ("row-twice", f'{{"0": {ROW}, "0": {ROW}}}', "`0` is there twice"),
+    ("row-twice", f'{{"0": {ROW}, "0": {ROW}}}', "the key '0' twice"),
 ]:
     DOORS[f"wrench-{name}"] = partial(text_with, "train.json", text, lambda path: read_wrench(path.parent)), words
 

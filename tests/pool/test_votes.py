@@ -256,7 +256,7 @@ def test_folders_that_are_none_of_wrench(tmp_path):
         read_wrench(tmp_path)
     for text, message in (
         ("{", "must be JSON, got"),
-        ("[]", "must hold an object by id, got list"),
+        ("[]", "must be a JSON object, got a list"),
         ('{"0": {"label": 1}}', "got no such row '0'"),
         (
             '{"0": {"label": 1, "weak_labels": [1], "data": {}}, "1": {"label": 0, "weak_labels": [], "data": {}}}',
