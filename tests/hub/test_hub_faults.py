@@ -205,8 +205,8 @@ def test_any_card_may_be_there_already(hub, tmp_path, tiny_vit, tiny_image_datas
     hub.create(STUDENT, {"README.md": card})
     trained(tmp_path, tiny_image_dataset, tiny_vit).push_to_hub()
     text = hub.files(STUDENT)["README.md"].decode()
-    assert "co-supervised-learning" in text and f'model="{STUDENT}"' in text
-    assert ("license: mit" in text) == (b"mit" in card) and ("# Mine" in text) == (b"Mine" in card)
+    assert "co-supervised-learning" in text and (f'model="{STUDENT}"' in text) == (card == b"")
+    assert ("license: mit" in text) == (b"mit" in card) and text.endswith(card.split(b"---\n")[-1].decode())
 
 
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────────────
