@@ -34,7 +34,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from ..files import is_inside, read_json
-from ..hub.client import hub_errors, resolve_commit
+from ..hub.client import UNREACHABLE, hub_errors, is_unreachable, resolve_commit
 from ..processes import Processes
 from .cells import OutsideCellError, check_cells, outside_cells
 from .columns import shorten
@@ -203,8 +203,8 @@ def _check_hub(table: pa.Table, builder: DatasetBuilder, repo_id: str, start: in
 def _pin(repo_id: str, revision: str | None) -> str | None:
     try:
         return resolve_commit(repo_id, revision, what="`dataset`", repo_type="dataset")
-    except ConnectionError:
-        if revision is not None:
+    except UNREACHABLE as error:
+        if revision is not None or not is_unreachable(error):
             raise
         return None  # `datasets` may have one in a cache of its own
 

@@ -57,7 +57,8 @@ def load_hierarchy(
         `TeacherHierarchy`
 
     Raises:
-        OSError: If it is not there, or the Hub refuses it or cannot be reached.
+        FileNotFoundError: If it is not there; errors of `huggingface_hub` stay what they are, with a note on what
+            to do.
         ValueError: If it is no hierarchy, or a teacher of the Hub's is named by a path out of its repository.
 
     Examples:
@@ -167,8 +168,9 @@ def push_hierarchy(
         `CommitInfo`: The commit; the last one, where nothing has changed.
 
     Raises:
-        OSError: If a teacher has no weights, or the Hub refuses the push or cannot be reached.
-        RuntimeError: If somebody else pushed at the same moment.
+        FileNotFoundError: If a teacher has no weights.
+        HfHubHTTPError: If the Hub refuses the push, also because somebody else pushed at the same moment; errors of
+            `huggingface_hub` stay what they are, with a note on what to do.
         TypeError: If `hierarchy` is no [`TeacherHierarchy`].
         ValueError: If the repository holds something else, a teacher cannot be shared, or its name is taken there.
     """
@@ -239,7 +241,7 @@ def _check_repo(
     replace: bool,
 ) -> tuple[list[str], str]:
     """See that nothing else would be lost; the files that the hierarchy there leaves behind, and its commit."""
-    with hub_errors(_WHAT, repo_id, revision=revision, token=token, writing=True):
+    with hub_errors(_WHAT, repo_id, revision=revision, writing=True):
         api = HfApi(token=token)
         if revision is not None:
             open_branch(api, repo_id, revision, "model")
