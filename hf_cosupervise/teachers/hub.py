@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, HfApi
 
 from ..hierarchy import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
 from ..hub.cards import hierarchy_card
-from ..hub.client import CARD, fetch_files, hub_errors, open_branch, open_repo, publish, resolve_commit
+from ..hub.client import CARD, fetch_files, hub_errors, is_folder, open_branch, open_repo, publish, resolve_commit
 from ..models.source import MODEL_FILES, ModelSource, find_kind, find_model
 from ..strict_yaml import dump_yaml
 
@@ -65,15 +65,16 @@ def load_hierarchy(
         >>> hierarchy = load_hierarchy("user/weak-teachers", revision="v1")  # doctest: +SKIP
     """
     path = Path(source)
-    if revision is not None and path.exists():
+    is_file = path.is_file() or path.suffix in (".json", ".yaml", ".yml")
+    if revision is not None and (is_file or is_folder(source)):
         raise ValueError(
             f"`revision` is for hierarchies on the Hub, got {revision!r} for '{source}', which is here. Leave it out."
         )
-    if path.is_dir():
+    if is_file:
+        return TeacherHierarchy.load(path)
+    if is_folder(source):
         found = [path / name for name in HIERARCHY_FILES if (path / name).is_file()]
         return TeacherHierarchy.load(found[0] if found else path / HIERARCHY_FILES[0])
-    if path.is_file() or path.suffix in (".json", ".yaml", ".yml") or path.is_absolute():
-        return TeacherHierarchy.load(path)
     repo_id = str(source)
     commit = resolve_commit(repo_id, revision, what=_WHAT, token=token)
     hierarchy, folder = _read_from_hub(repo_id, commit, token)

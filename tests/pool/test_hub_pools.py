@@ -629,6 +629,7 @@ def test_data_that_are_not_there(hub: HubServer, tmp_path: Path) -> None:
         ("someone/missing", RepositoryNotFoundError, "needs the data set 'someone/missing'. Check the id"),
         ("a b", HFValidationError, "`dataset` needs the data set 'a b'. Check the id, or the path"),
         (str(tmp_path), ValueError, "`dataset` must be a folder that `save_to_disk` wrote"),
+        ("./nowhere", ValueError, "`dataset` must be a folder that `save_to_disk` wrote, got './nowhere'"),
     ):
         with pytest.raises(kind, match=sentence):
             quiet_pool(name, ANSWERS)

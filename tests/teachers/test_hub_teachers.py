@@ -436,9 +436,10 @@ def test_adapters_that_do_not_work_say_why(
     shutil.copy(Path(tiny_vit) / "model.safetensors", tmp_path / "more")
     with pytest.raises(ValueError, match="must be a whole model or an adapter, got both"):
         load_teacher(Teacher(str(tmp_path / "more")), tiny_labels, "cpu")
-    hub.create("org/far", {"adapter_config.json": json.dumps({"base_model_name_or_path": "/home/me/bert"}).encode()})
-    with pytest.raises(ValueError, match="must be named by its Hub id .*, got '/home/me/bert'"):
-        identify_teacher(Teacher("org/far"))
+    for path in ("/home/me/bert", f"local-dir://{tiny_vit}"):
+        hub.create("org/far", {"adapter_config.json": json.dumps({"base_model_name_or_path": path}).encode()})
+        with pytest.raises(ValueError, match=f"must be named by its Hub id .*, got '{path}'"):
+            load_teacher(Teacher("org/far"), tiny_labels, "cpu")
     hub.create("org/twice", {"adapter_config.json": json.dumps({"base_model_name_or_path": "org/one"}).encode()})
     hub.create("org/one", {"adapter_config.json": json.dumps({"base_model_name_or_path": "org/base"}).encode()})
     with pytest.raises(ValueError, match="adapter 'org/twice' must be a whole model, got another adapter, 'org/one'"):
@@ -930,7 +931,7 @@ def test_hierarchies_that_are_none_say_why(hub: HubServer, tiny_vit: str, tmp_pa
         load_hierarchy("org/vit")
     with pytest.raises(RepositoryNotFoundError, match="The hierarchy needs the model 'org/missing'. Check the id"):
         load_hierarchy("org/missing")
-    for path in (tmp_path, tmp_path / "missing", tmp_path / "missing.yaml", "missing.json"):
+    for path in (tmp_path, tmp_path / "missing", tmp_path / "missing.yaml", "missing.json", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="No hierarchy file at"):
             load_hierarchy(path)
 
