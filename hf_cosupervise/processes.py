@@ -28,13 +28,14 @@ class Processes:
         """Do something in the first process; all get its result, or its error instead of waiting forever."""
         if self.count == 1:
             return make()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None, []]
         if self.rank == 0:
             with (kept := _KeptError()):
                 outcome[0] = make()
-            outcome[1] = kept.error
+            outcome[1:] = kept.error, getattr(kept.error, "__notes__", [])
         torch.distributed.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
+            outcome[1].__notes__ = outcome[2]  # the errors of the Hub's client lose them on the way
             raise outcome[1]
         return outcome[0]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hf_cosupervise import PseudolabelPool, TeacherHierarchy, build_pool, load_hierarchy
 from hf_cosupervise.arguments import parse_recipe_args
-from hf_cosupervise.hub.client import open_repo
+from hf_cosupervise.hub.client import is_folder, open_repo
 from hf_cosupervise.processes import join_processes
 
 
@@ -64,7 +64,7 @@ def find_finished(args: PoolArguments, hierarchy: TeacherHierarchy) -> Pseudolab
     pool = PseudolabelPool.load(args.pool_dir)
     source = pool.source or {}
     # Of data in a folder nothing is known.
-    is_same = Path(args.dataset).is_dir() or (source.get("dataset"), source.get("split")) == (args.dataset, args.split)
+    is_same = is_folder(args.dataset) or (source.get("dataset"), source.get("split")) == (args.dataset, args.split)
     return pool if is_same and pool.hierarchy == hierarchy else None
 
 

@@ -19,7 +19,7 @@ from hf_cosupervise import PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.arguments import recipe_arguments_to_dict
 from hf_cosupervise.data.columns import find_input_column, find_label_column, is_text_column
 from hf_cosupervise.data.loading import load_folder, load_splits
-from hf_cosupervise.hub.client import hub_errors, resolve_commit
+from hf_cosupervise.hub.client import is_folder, resolve_commit
 from hf_cosupervise.training.config import fields_without
 
 
@@ -75,11 +75,10 @@ def share_out_rows(order: list[int], args: DataArguments) -> tuple[list[int], li
 
 def load_data(args: DataArguments) -> tuple[Any, str | None]:
     """Open a folder, or a data set of the Hub at one commit."""
-    if Path(args.dataset).is_dir():
+    if is_folder(args.dataset):
         return load_folder(args.dataset), None
-    what = {"what": "`dataset`", "repo_type": "dataset"}
-    commit = resolve_commit(args.dataset, args.dataset_revision, **what)
-    with PartialState().main_process_first(), hub_errors(repo_id=args.dataset, revision=commit, **what):
+    commit = resolve_commit(args.dataset, args.dataset_revision, what="`dataset`", repo_type="dataset")
+    with PartialState().main_process_first():
         return load_splits(args.dataset, commit), commit
 
 

@@ -34,7 +34,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from ..files import is_inside, read_json
-from ..hub.client import hub_errors, resolve_commit
+from ..hub.client import UNREACHABLE, hub_errors, is_folder, is_unreachable, resolve_commit
 from ..processes import Processes
 from .cells import OutsideCellError, check_cells, outside_cells
 from .columns import shorten
@@ -60,7 +60,7 @@ def find_data(
     dataset: Dataset | IterableDataset | str, choice: DataChoice, processes: Processes
 ) -> tuple[Dataset, dict[str, Any] | None]:
     """Give the data, and where they came from as far as it is certain."""
-    is_hub_id = isinstance(dataset, str) and not Path(dataset).is_dir()
+    is_hub_id = isinstance(dataset, str) and not is_folder(dataset)
     given = [name for name in ("revision", "config_name", "streaming") if getattr(choice, name)]
     if given and not is_hub_id:
         what = f"the folder '{dataset}'" if isinstance(dataset, str) else "data that are loaded already"
@@ -203,8 +203,8 @@ def _check_hub(table: pa.Table, builder: DatasetBuilder, repo_id: str, start: in
 def _pin(repo_id: str, revision: str | None) -> str | None:
     try:
         return resolve_commit(repo_id, revision, what="`dataset`", repo_type="dataset")
-    except ConnectionError:
-        if revision is not None:
+    except UNREACHABLE as error:
+        if revision is not None or not is_unreachable(error):
             raise
         return None  # `datasets` may have one in a cache of its own
 

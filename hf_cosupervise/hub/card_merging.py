@@ -75,8 +75,8 @@ def _merge_metadata(
 def _join(key: Any, theirs: Any, ours: Any) -> Any:
     """What becomes of a person's value where we have one too."""
     if key == "model-index" and isinstance(theirs, list) and isinstance(ours, list):
-        names = [entry.get("name") for entry in ours if isinstance(entry, dict)]
-        others = [entry for entry in theirs if isinstance(entry, dict) and entry.get("name") not in names]
+        own = [entry.get("name") for entry in ours if isinstance(entry, dict)]
+        others = [entry for entry in theirs if isinstance(entry, dict) and entry.get("name") not in own]
         return [*others, *ours]  # theirs first, for the Hub's library names all results after the last
     if key in _NAME_LISTS:
         old, new = ([value] if isinstance(value, str) else value for value in (theirs, ours))

@@ -16,6 +16,7 @@ from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, 
 
 from ..files import write_text
 from .card_merging import merge_card, sign_card
+from .client import is_folder
 
 logger = logging.getLogger(__name__)
 TAGS = ("co-supervised-learning", "weak-to-strong")
@@ -475,7 +476,7 @@ def _label_list(labels: Sequence[str]) -> str:
 
 
 def _is_hub_id(model: str) -> bool:
-    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+    return _HUB_ID.fullmatch(model) is not None and not is_folder(model)
 
 
 def _names_folder(value: Any) -> bool:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..files import read_json
-from ..hub.client import fetch_files, hub_errors, resolve_commit
+from ..hub.client import fetch_files, hub_errors, is_folder, resolve_commit
 from .files import INDEX_FILE, check_config, check_processor_files, check_safetensors, read_shards
 
 # Everything that the loaders read, and nothing that could hold a pickle or code.
@@ -195,7 +195,12 @@ def find_model(
 ) -> ModelSource:
     """Find a model and pin it: only its configuration is read."""
     repo, revision = _split_model(model, revision, what)
-    if Path(repo).is_dir():
+    if model.startswith("local-dir:") or is_folder(repo):
+        if not Path(repo).is_dir():
+            raise FileNotFoundError(
+                f"{what} must be a folder, or a model on the Hub (`user/name`), got '{model}', and there is no such "
+                "folder. Check the path."
+            )
         if revision is not None:
             raise ValueError(
                 f"{what} must be on the Hub to have a revision, got {revision!r} for the folder '{repo}'. Leave it "
@@ -207,11 +212,6 @@ def find_model(
                 f"{what} must be in a folder '{subfolder}' of '{repo}', got none. Correct `subfolder`."
             )
     else:
-        if model.startswith("local-dir:") or _is_path(repo):
-            raise FileNotFoundError(
-                f"{what} must be a folder, or a model on the Hub (`user/name`), got '{model}', and there is no such "
-                "folder. Check the path."
-            )
         commit = commit or resolve_commit(repo, revision, what=what)
         names = _within(subfolder, ["config.json", "adapter_config.json"])
         folder = fetch_files(repo, commit, names, what=what) / (subfolder or "")
@@ -251,7 +251,7 @@ def _split_model(model: str, revision: str | None, what: str) -> tuple[str, str 
     repo = model
     for prefix in _TIMM_PREFIXES:
         repo = repo.removeprefix(prefix)
-    if not model.startswith("hf-hub:") or "@" not in repo or Path(repo).is_dir():
+    if not model.startswith("hf-hub:") or "@" not in repo or is_folder(repo):
         return repo, revision
     repo, named = repo.rsplit("@", 1)
     if revision not in (None, named):
@@ -259,10 +259,6 @@ def _split_model(model: str, revision: str | None, what: str) -> tuple[str, str 
             f"{what} must be at one revision, got '{named}' in `model` and '{revision}' as `revision`. Drop one."
         )
     return repo, named
-
-
-def _is_path(repo: str) -> bool:
-    return repo.startswith((".", "~", "/")) or "\\" in repo or ":" in repo or repo.count("/") > 1
 
 
 def _within(subfolder: str | None, patterns: Iterable[str]) -> list[str]:
@@ -280,7 +276,7 @@ def _read_config(path: Path, what: str) -> dict[str, Any] | None:
 def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> ModelSource:
     """The model that an adapter names as its base."""
     name, what = adapter.get("base_model_name_or_path"), f"The base model of the adapter '{repo}'"
-    if not isinstance(name, str) or not name or (not is_local and _is_path(name)):
+    if not isinstance(name, str) or not name or (not is_local and (":" in name or is_folder(name))):
         raise ValueError(
             f"{what} must be named by its Hub id as `base_model_name_or_path`, got {name!r}. Correct its "
             "'adapter_config.json', or save the merged model instead."

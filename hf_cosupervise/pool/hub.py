@@ -25,7 +25,7 @@ def check_not_overtaken(there: Mapping[str, Any], own: Mapping[str, Any], repo_i
 
 def no_pool(repo_id: str, commit: str, token: str | None) -> FileNotFoundError:
     """Say what a repository holds instead of a pool."""
-    with hub_errors("The pool", repo_id, revision=commit, repo_type="dataset", token=token):
+    with hub_errors("The pool", repo_id, revision=commit, repo_type="dataset"):
         files = HfApi(token=token).list_repo_files(repo_id, repo_type="dataset", revision=commit)
     return FileNotFoundError(
         f"'{repo_id}' is no pool: it has no '{HEADER}' but {shorten(sorted(files))}. Make one with `build_pool` and "

@@ -808,9 +808,9 @@ class PseudolabelPool:
             `CommitInfo`: The commit; the last one, where nothing has changed.
 
         Raises:
-            ConnectionError: If the Hub cannot be reached.
-            PermissionError: If the token is missing or may not write there.
-            RuntimeError: If somebody else pushed at the same moment.
+            HfHubHTTPError: If the Hub refuses the push, also because somebody else pushed at the same moment, with a
+                note on what to do; errors of `huggingface_hub` stay what they are, also where it cannot be reached.
+            PermissionError: If the token may only read.
             ValueError: If the id cannot be one, or the repository holds something else that would be lost.
         """
         card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}
@@ -870,7 +870,7 @@ class PseudolabelPool:
     ) -> tuple[dict[str, Any], str]:
         """Refuse a repository in which a push would destroy something; its pool's header, if any, and its commit."""
         api, advice = HfApi(token=token), "Push to another repository, or delete this one."
-        with hub_errors("The pool", repo_id, revision=revision, repo_type="dataset", token=token, writing=True):
+        with hub_errors("The pool", repo_id, revision=revision, repo_type="dataset", writing=True):
             try:
                 info = api.repo_info(repo_id, repo_type="dataset", revision=revision)
             except RevisionNotFoundError:  # the branch will be made of the main one
@@ -937,9 +937,10 @@ class PseudolabelPool:
             `PseudolabelPool`: Its `repo_id` and `commit` say where on the Hub it is from.
 
         Raises:
-            ConnectionError: If the Hub cannot be reached and the cache does not hold the pool.
+            RevisionResolutionError: If the Hub cannot be reached and the cache does not hold the pool; this and other
+                errors of `huggingface_hub` stay what they are, with a note on what to do.
             FileNotFoundError: If there is no pool, or a file of it is missing.
-            PermissionError: If the repository is gated, or the token is wrong.
+            RepositoryNotFoundError: If the repository is not there, is private or is gated.
             ValueError: If it was written by a newer version, a file is damaged, or its content is not valid.
         """
         if is_folder(source):

@@ -18,7 +18,7 @@ from huggingface_hub import CommitInfo, HfApi
 from ..files import read_json
 from ..hierarchy import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
 from ..hub.cards import hierarchy_card
-from ..hub.client import CARD, fetch_files, hub_errors, open_branch, open_repo, publish, resolve_commit
+from ..hub.client import CARD, fetch_files, hub_errors, is_folder, open_branch, open_repo, publish, resolve_commit
 from ..models.source import MODEL_FILES, ModelSource, find_kind, find_model
 from ..strict_yaml import dump_yaml
 
@@ -58,22 +58,24 @@ def load_hierarchy(
         `TeacherHierarchy`
 
     Raises:
-        OSError: If it is not there, or the Hub refuses it or cannot be reached.
+        FileNotFoundError: If it is not there; errors of `huggingface_hub` stay what they are, with a note on what
+            to do.
         ValueError: If it is no hierarchy, or a teacher of the Hub's is named by a path out of its repository.
 
     Examples:
         >>> hierarchy = load_hierarchy("user/weak-teachers", revision="v1")  # doctest: +SKIP
     """
     path = Path(source)
-    if revision is not None and path.exists():
+    is_file = path.is_file() or path.suffix in (".json", ".yaml", ".yml")
+    if revision is not None and (is_file or is_folder(source)):
         raise ValueError(
             f"`revision` is for hierarchies on the Hub, got {revision!r} for '{source}', which is here. Leave it out."
         )
-    if path.is_dir():
+    if is_file:
+        return TeacherHierarchy.load(path)
+    if is_folder(source):
         found = [path / name for name in HIERARCHY_FILES if (path / name).is_file()]
         return TeacherHierarchy.load(found[0] if found else path / HIERARCHY_FILES[0])
-    if path.is_file() or path.suffix in (".json", ".yaml", ".yml") or path.is_absolute():
-        return TeacherHierarchy.load(path)
     repo_id = str(source)
     commit = resolve_commit(repo_id, revision, what=_WHAT, token=token)
     hierarchy, folder = _read_from_hub(repo_id, commit, token)
@@ -168,8 +170,9 @@ def push_hierarchy(
         `CommitInfo`: The commit; the last one, where nothing has changed.
 
     Raises:
-        OSError: If a teacher has no weights, or the Hub refuses the push or cannot be reached.
-        RuntimeError: If somebody else pushed at the same moment.
+        FileNotFoundError: If a teacher has no weights.
+        HfHubHTTPError: If the Hub refuses the push, also because somebody else pushed at the same moment; errors of
+            `huggingface_hub` stay what they are, with a note on what to do.
         TypeError: If `hierarchy` is no [`TeacherHierarchy`].
         ValueError: If the repository holds something else, a teacher cannot be shared, or its name is taken there.
     """
@@ -240,7 +243,7 @@ def _check_repo(
     replace: bool,
 ) -> tuple[list[str], str]:
     """See that nothing else would be lost; the files that the hierarchy there leaves behind, and its commit."""
-    with hub_errors(_WHAT, repo_id, revision=revision, token=token, writing=True):
+    with hub_errors(_WHAT, repo_id, revision=revision, writing=True):
         api = HfApi(token=token)
         if revision is not None:
             open_branch(api, repo_id, revision, "model")

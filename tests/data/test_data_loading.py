@@ -8,6 +8,7 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 
 from hf_cosupervise.data.loading import DataChoice, find_data
+from hf_cosupervise.hub.client import UNREACHABLE
 from hf_cosupervise.processes import Processes
 
 DATA = "someone/offline"
@@ -26,7 +27,7 @@ def test_data_that_were_fetched_before_need_no_connection(hub: HubServer):
     with hub.down():
         again, known = find_data(DATA, choose(), alone)
         assert again["id"] == fetched["id"] and known == source
-        with pytest.raises(ConnectionError, match="got no connection"):
+        with pytest.raises(UNREACHABLE, match="Go online and try again"):
             find_data(DATA, choose(revision="v1"), alone)
 
 
@@ -35,6 +36,6 @@ def test_data_that_were_never_fetched_need_one(hub: HubServer, streaming):
     Dataset.from_dict({"id": [1, 2]}).push_to_hub("someone/elsewhere")
     with (
         hub.down(),
-        pytest.raises(ConnectionError, match="'someone/elsewhere' .*, got no connection and no whole copy"),
+        pytest.raises(UNREACHABLE, match="`dataset` needs the data set 'someone/elsewhere'. Go online"),
     ):
         find_data("someone/elsewhere", choose(streaming=streaming), Processes(0, 1))
