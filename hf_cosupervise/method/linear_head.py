@@ -211,7 +211,9 @@ def feature_origin(features: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(feature_size,)`, float32: what [`gram_matrix`] and [`cross_products`] take off.
     """
-    return features[:_ORIGIN_ROWS].float().mean(dim=0)
+    first = features[:_ORIGIN_ROWS].float()
+    read = first[first.any(dim=1)]  # rows of zeros are those that nobody read, and lie far from the others
+    return (read if len(read) else first).mean(dim=0)
 
 
 def dense_targets(wanted: torch.Tensor | SparseTargets, num_labels: int) -> torch.Tensor:

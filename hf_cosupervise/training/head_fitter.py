@@ -63,10 +63,16 @@ class HeadFitter:
     """Fit the head of a frozen backbone, level after level, on the same features."""
 
     def __init__(
-        self, head: nn.Linear, features: torch.Tensor, args: CoSupervisedConfig, processes: Processes | None = None
+        self,
+        head: nn.Linear,
+        features: torch.Tensor,
+        args: CoSupervisedConfig,
+        processes: Processes | None = None,
+        readable: np.ndarray | None = None,
     ) -> None:
         self.head, self.features, self.args = head, features, args
         self.processes = processes or Processes(0, 1)
+        self._readable = np.arange(len(features)) if readable is None else np.flatnonzero(readable)
         self._gram: torch.Tensor | None = None
 
     def fit(
@@ -246,11 +252,10 @@ class HeadFitter:
         )
 
     def _gram_of(self, kept: np.ndarray) -> torch.Tensor:
-        """Give the Gram matrix of the kept rows: that of the whole pool, computed once, less that of the others."""
-        everything = np.arange(len(self.features))
+        """Give the Gram matrix of the kept rows: that of all that were read, made once, less that of the others."""
         if self._gram is None:
-            self._gram = self._sum_gram(everything)
-        others = np.setdiff1d(everything, kept, assume_unique=True)
+            self._gram = self._sum_gram(self._readable)
+        others = np.setdiff1d(self._readable, kept, assume_unique=True)
         # Whatever is less work: Gram matrices add up.
         return self._gram - self._sum_gram(others) if len(others) < len(kept) else self._sum_gram(kept)
 

@@ -301,8 +301,8 @@ class CoSupervisedTrainer(Trainer):
     def _fit_head(self, kept: np.ndarray) -> TrainOutput:
         """Fit the head on features, with the order, optimizer, schedule, logs and callbacks of the standard loop."""
         if self._head_fitter is None:
-            head: Any = self.student.head  # or there would be no features
-            self._head_fitter = HeadFitter(head, self.student.example_features(), self.args, self.processes)
+            held = self.student.example_features(), self.args, self.processes, self.student.readable
+            self._head_fitter = HeadFitter(self.student.head, *held)  # type: ignore[arg-type]  # there is one
 
         def log(logs: dict[str, float], control: TrainerControl) -> TrainerControl:
             self.control = control

@@ -12,7 +12,13 @@ import torch
 from torch import nn
 
 from hf_cosupervise.method import linear_head
-from hf_cosupervise.method.linear_head import SparseTargets, fit_linear_head, fit_ridge_head, gram_matrix
+from hf_cosupervise.method.linear_head import (
+    SparseTargets,
+    feature_origin,
+    fit_linear_head,
+    fit_ridge_head,
+    gram_matrix,
+)
 from hf_cosupervise.method.published_losses import choose_loss
 from hf_cosupervise.pool.top_k import decode_top_k, encode_top_k, scale_top_k
 
@@ -382,6 +388,12 @@ def test_gram_matrices_add_up(data, monkeypatch):
     torch.testing.assert_close(gram_matrix(data[0], torch.arange(NUM_EXAMPLES)), everything, rtol=1e-6, atol=1e-5)
     half = gram_matrix(data[0].half(), kept)
     torch.testing.assert_close(half, gram_matrix(data[0].half().float(), kept), rtol=0, atol=0)
+
+
+def test_rows_that_nobody_read_do_not_move_the_origin():
+    features = torch.tensor([[0.0, 0.0], [4.0, 6.0], [0.0, 0.0], [2.0, 0.0]])
+    assert feature_origin(features).tolist() == [3.0, 3.0]
+    assert feature_origin(torch.zeros(3, 2)).tolist() == [0.0, 0.0]
 
 
 def test_ridge_by_hand():

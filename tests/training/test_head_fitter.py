@@ -168,6 +168,15 @@ def test_sums_of_few_kept_rows_are_those_of_many_rejected_ones(tmp_path):
         np.testing.assert_allclose(found, with_one[kept].T @ with_one[kept], rtol=1e-5, atol=1e-4)
 
 
+def test_rows_that_nobody_read_are_in_no_sum(tmp_path, monkeypatch):
+    readable, args = np.arange(40) < 30, make_args(tmp_path, head_solver="ridge")
+    features = FEATURES * torch.from_numpy(readable[:, None])
+    fitter, summed = HeadFitter(make_head(), features, args, readable=readable), []
+    monkeypatch.setattr(fitter, "_sum_gram", lambda rows: summed.append(rows) or torch.zeros(7, 7))
+    fitter._gram_of(np.arange(25))
+    assert [rows.tolist() for rows in summed] == [[*range(30)], [*range(25, 30)]]
+
+
 def test_steps_and_epochs_are_counted_as_the_trainer_counts(tmp_path):
     args = make_args(tmp_path, max_steps=-1, num_train_epochs=2.5, gradient_accumulation_steps=2)
     fitter = HeadFitter(make_head(), FEATURES, args)
