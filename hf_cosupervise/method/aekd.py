@@ -116,21 +116,15 @@ def aekd_weights(
     """Weigh the teachers of a batch so that their gradients on the student's outputs oppose each other least.
 
     g_m is the mean over what teacher m answered of the gradient of T^2 KL(softmax(t_m/T) || softmax(s/T)) by s, which
-    is T (softmax(s/T) - softmax(t_m/T)); the weights are [`min_norm_weights`] of them. They are made anew for every
-    batch, without gradient, and used as
-
-        loss = (weights * T**2 * kl_per_teacher).sum()
-
-    where `kl_per_teacher` is the mean of KL(softmax(t_m/T) || softmax(s/T)) over what teacher m answered. One vector
-    serves a whole batch, so a specialist counts alike inside and outside its scope.
+    is T (softmax(s/T) - softmax(t_m/T)); the weights are [`min_norm_weights`] of them, made anew for every batch and
+    without gradient, for a loss of sum_m w_m times the mean of that over what teacher m answered. One vector serves a
+    whole batch, so a specialist counts alike inside and outside its scope.
 
     Args:
         student_logits (`torch.Tensor` of shape `(batch, num_labels)`):
             Student logits.
-        teacher_probs (`torch.Tensor` of shape `(batch, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer; t is their logarithm.
-        answered (`torch.BoolTensor` of shape `(batch, num_teachers)`):
-            Who answered.
+        teacher_probs, answered (`torch.Tensor`):
+            See [`aggregate`]; t is the logarithm of `teacher_probs`.
         temperature (`float`, *optional*, defaults to 4.0):
             T, above 0.
         cap (`float`, *optional*, defaults to 0.6):
@@ -178,23 +172,8 @@ class AdaptiveEnsembleDistillation:
 
     The loss of example i is T^2 sum_m w_m KL(softmax(t_im/T) || softmax(s_i/T)) over the teachers that answered it,
     with t the logarithm of their probabilities and w without gradient. Made for
-    `CoSupervisedTrainer(loss_func=...)` on a pool of the same examples.
-
-    Args:
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer. All of them stay in memory.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-        temperature (`float`, *optional*, defaults to 4.0):
-            T, above 0.
-        cap (`float`, *optional*, defaults to 0.6):
-            See [`aekd_weights`].
-
-    Raises:
-        ValueError: If shapes or values are not as said above.
-
-    Source:
-        Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
+    `CoSupervisedTrainer(loss_func=...)` on a pool of the same examples, all of whose answers stay in memory. Its
+    arguments, errors and source are those of [`aekd_weights`].
 
     Examples:
         >>> probs, answered = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]]), torch.tensor([[True, True]])

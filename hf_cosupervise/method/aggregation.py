@@ -64,17 +64,7 @@ def aggregate(teacher_probs: torch.Tensor, answered: torch.Tensor, method: str |
 
 
 def check_teacher_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> None:
-    """Refuse what is not the output of teachers.
-
-    Args:
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1 (within 2e-3), or are all zero where there is no answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Raises:
-        ValueError: If a shape, a sum or a value is not as said above; NaN too.
-    """
+    """Refuse what is not the output of teachers: rows sum to 1 within 2e-3, or are all zero where nobody answered."""
     if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2] or answered.dtype != torch.bool:
         raise ValueError(
             "Expected `teacher_probs` of shape (num_examples, num_teachers, num_labels) and boolean `answered` of "
@@ -122,10 +112,8 @@ def mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Ten
     """Average the probabilities of the teachers that answered.
 
     Args:
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
+        teacher_probs, answered (`torch.Tensor`):
+            See [`aggregate`].
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody answered.
@@ -144,24 +132,21 @@ def mean_logits(teacher_probs: torch.Tensor, answered: torch.Tensor, min_prob: f
 
     With the m teachers that answered, softmax((1/m) sum_k log max(t_k, min_prob)): their geometric mean.
     [`mean_probs`] is the arithmetic one, which keeps a label that one teacher is sure of; here one teacher that
-    excludes a label pulls it down for all. A product of experts has the sum in place of the mean and is m times as
-    sharp, so that m copies of a teacher are surer than one; here they are that teacher. Averaging the losses against
-    each teacher is something else again: its gradient is that of [`mean_probs`].
+    excludes a label pulls it down for all. A product of experts has the sum in place of the mean, so that m copies of
+    a teacher are m times as sharp; here they are that teacher.
 
     Args:
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
+        teacher_probs, answered (`torch.Tensor`):
+            See [`aggregate`].
         min_prob (`float`, *optional*, defaults to 1e-6):
-            Above 0; one teacher's zero would be a veto otherwise.
+            In (0, 1); one teacher's zero would be a veto otherwise.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`, at least float32: rows sum to 1, all zero where nobody
         answered.
 
     Raises:
-        ValueError: If `min_prob` is not in (0, 1).
+        ValueError: If `min_prob` is out of range.
 
     Examples:
         >>> probs = torch.tensor([[[0.9, 0.1], [0.5, 0.5]]], dtype=torch.float64)  # odds of 9 and 1: sqrt(9) is 3
@@ -191,14 +176,14 @@ def majority_vote(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
             Hard labels, -1 where a teacher has no answer.
         num_labels (`int`):
-            Number of labels.
+            At least 1.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: 1 at the label with most votes, 1/m at each of m labels
         that have equally many, all zero where nobody answered.
 
     Raises:
-        ValueError: If `labels` or `num_labels` are not as said above.
+        ValueError: If an argument is not as said above.
 
     Examples:
         >>> majority_vote(torch.tensor([[2, 1, 2], [1, 0, -1]]), num_labels=3).tolist()
@@ -211,10 +196,8 @@ def harden(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     """Take each teacher's most probable label.
 
     Args:
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
+        teacher_probs, answered (`torch.Tensor`):
+            See [`aggregate`].
 
     Returns:
         `torch.LongTensor` of shape `(num_examples, num_teachers)`: ties to the lowest label, -1 without an answer.
@@ -228,17 +211,7 @@ def harden(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Refuse what are not hard labels of teachers.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            Number of labels, at least 1.
-
-    Raises:
-        ValueError: If the shape, the kind or a value is not as said above.
-    """
+    """Refuse what are not hard labels `(num_examples, num_teachers)` of teachers, -1 where one has no answer."""
     if not isinstance(num_labels, Integral) or num_labels < 1:
         raise ValueError(f"`num_labels` must be a whole number of at least 1, got {num_labels!r}. Give the task's.")
     if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -264,22 +237,16 @@ def dawid_skene(
     tolerance: float = 1e-5,
     abstention: str = "auto",
 ) -> torch.Tensor:
-    """Weigh hard labels by a confusion matrix for each teacher, estimated together with the labels.
+    """Weigh hard labels by a confusion matrix for each teacher, with the settings of [`DawidSkene`].
 
-    See [`DawidSkene`]. Answers are taken as independent given the label, which teachers trained on the same data are
-    not: it can end below a plain vote.
+    Answers are taken as independent given the label, which teachers trained on the same data are not: it can end below
+    a plain vote.
 
     Args:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
             Hard labels, -1 where a teacher has no answer.
         num_labels (`int`):
-            Number of labels; those that nobody names get 0.
-        max_iterations (`int`, *optional*, defaults to 100):
-            EM steps at most.
-        tolerance (`float`, *optional*, defaults to 1e-5):
-            Stop when the bound on the likelihood per answer grows by less.
-        abstention (`str`, *optional*, defaults to `"auto"`):
-            Whether no answer is one: `"answer"`, `"missing"`, or found out.
+            At least 1; labels that nobody names get 0.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
@@ -296,21 +263,11 @@ def dawid_skene(
 
 
 def glad(labels: torch.Tensor, num_labels: int, *, max_iterations: int = 100, tolerance: float = 1e-5) -> torch.Tensor:
-    """Weigh hard labels by one ability for each teacher and one difficulty for each example, see [`Glad`].
+    """Weigh hard labels by an ability for each teacher and a difficulty for each example: [`Glad`], with its settings.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            Number of labels; those that nobody names get 0, and do not count among the others.
-        max_iterations (`int`, *optional*, defaults to 100):
-            EM steps at most, each with up to 25 steps of conjugate gradients. Two or three are usual and take about
-            1 s for 20,000 examples of 8 teachers and 10 labels on one core; crowd-kit's take 70 to 90 s.
-        tolerance (`float`, *optional*, defaults to 1e-5):
-            Stop when the expected log-likelihood grows by less.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
+    Takes and gives what [`dawid_skene`] does; labels that nobody names do not count among the others. Two or three EM
+    steps are usual and take about 1 s for 20,000 examples of 8 teachers and 10 labels on one core; crowd-kit's take 70
+    to 90 s.
 
     Raises:
         ValueError: If fewer than three teachers answered anything.
@@ -332,24 +289,9 @@ def mace(
     seed: int = 0,
     abstention: str = "auto",
 ) -> torch.Tensor:
-    """Weigh hard labels by how often each teacher knows the label, and by what it says when not, see [`Mace`].
+    """Weigh hard labels by how often each teacher knows the label, with the settings of [`Mace`].
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            Number of labels; those that nobody names get 0.
-        max_iterations (`int`, *optional*, defaults to 50):
-            EM steps, all of which are done.
-        num_restarts (`int`, *optional*, defaults to 3):
-            Random starts; crowd-kit's default is 10.
-        seed (`int`, *optional*, defaults to 0):
-            For the starts: the same seed gives the same answer.
-        abstention (`str`, *optional*, defaults to `"auto"`):
-            Whether no answer is one: `"answer"`, `"missing"`, or found out.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
+    Takes and gives what [`dawid_skene`] does.
 
     Raises:
         ValueError: If fewer than three teachers answered anything.
@@ -365,25 +307,9 @@ def mace(
 def ebcc(
     labels: torch.Tensor, num_labels: int, *, num_restarts: int = 100, seed: int = 0, abstention: str = "auto"
 ) -> torch.Tensor:
-    """Weigh hard labels by what teachers say on each of several kinds of examples, see [`Ebcc`].
+    """Weigh hard labels by what teachers say on each of several kinds of examples, with the settings of [`Ebcc`].
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            Number of labels; those that nobody names get 0.
-        num_restarts (`int`, *optional*, defaults to 100):
-            Random starts, of which the one with the greatest bound stays.
-        seed (`int`, *optional*, defaults to 0):
-            For the starts: the same seed gives the same answer.
-        abstention (`str`, *optional*, defaults to `"auto"`):
-            Whether no answer is one: `"answer"`, `"missing"`, or found out.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
-
-    Raises:
-        ValueError: If fewer than three teachers answered anything, or nothing can be learned from them.
+    Takes, gives and raises what [`dawid_skene`] does.
 
     Examples:
         >>> labels = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]])

@@ -132,27 +132,11 @@ def assign_by_agreement(
 ) -> torch.Tensor:
     """Choose the teacher that is closest to the student, for teachers whose scope is not known.
 
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Log-probabilities of the student.
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels or k)`):
-            Soft outputs of the level's teachers.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-        rule (`str`, *optional*, defaults to `"ce_teacher_student"`):
-            See [`agreement_scores`].
-        min_prob (`float`, *optional*, defaults to 1e-6):
-            See [`agreement_scores`].
-        label_ids (`torch.LongTensor` of shape `(num_examples, num_teachers, k)`, *optional*):
-            See [`agreement_scores`].
-        rest_probs (`torch.Tensor` of shape `(num_examples, num_teachers)`, *optional*):
-            See [`agreement_scores`].
+    Takes and raises what [`agreement_scores`] does, and who answered, a `torch.BoolTensor` of shape
+    `(num_examples, num_teachers)`.
 
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
-
-    Raises:
-        ValueError: See [`agreement_scores`] and [`choose_lowest`].
 
     Examples:
         >>> teachers = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
@@ -217,11 +201,6 @@ def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torc
 
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
-
-    Examples:
-        >>> answered = torch.tensor([[False, True], [False, False]])
-        >>> assign_by_chance(answered, torch.Generator().manual_seed(0)).tolist()
-        [1, -1]
     """
     _check_answered(answered, tuple(answered.shape[:2]))
     return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
@@ -230,38 +209,14 @@ def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torc
 def oracle_assign_by_scope(
     oracle_labels: torch.Tensor, scope_mask: torch.Tensor, answered: torch.Tensor
 ) -> torch.Tensor:
-    """Choose the teacher whose scope holds the true label: an upper bound, for analysis only.
-
-    Args:
-        oracle_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Ground truth.
-        scope_mask (`torch.BoolTensor` of shape `(num_teachers, num_labels)`):
-            Labels that each teacher of the level was trained for.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
-    """
+    """Choose by [`assign_by_scope`] on the true labels: an upper bound, for analysis only."""
     return assign_by_scope(oracle_labels, scope_mask, answered)
 
 
 def oracle_assign_by_domain(
     oracle_domains: Sequence[str], teacher_domains: Sequence[Sequence[str] | None], answered: torch.Tensor
 ) -> torch.Tensor:
-    """Choose the teacher of the true domain, which a user would not know: an upper bound, for analysis only.
-
-    Args:
-        oracle_domains (`Sequence[str]` of length `num_examples`):
-            True domain of each example.
-        teacher_domains (`Sequence[Sequence[str]]` of length `num_teachers`):
-            Domains that each teacher of the level was trained for.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
-    """
+    """Choose by [`assign_by_domain`] on true domains, which a user would not know: an upper bound."""
     return assign_by_domain(oracle_domains, teacher_domains, answered)
 
 
@@ -363,38 +318,14 @@ def _first(candidates: torch.Tensor) -> torch.Tensor:
 
 
 def choose_lowest(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    """Choose the teacher of the lowest score among those that answered.
-
-    Args:
-        scores (`torch.Tensor` of shape `(num_examples, num_teachers)`):
-            Such as [`agreement_scores`] gives.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
-
-    Raises:
-        ValueError: If the shapes differ, or the score of a teacher that answered is NaN.
-    """
+    """Choose the teacher of the lowest score `(num_examples, num_teachers)` among those that answered, or -1."""
     _check_answered(answered, tuple(scores.shape))
     scores = scores.masked_fill(~answered, torch.inf)
     return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)
 
 
 def first_argmax(values: torch.Tensor) -> torch.Tensor:
-    """Find the largest value of the last dimension, ties to the first, which torch promises on no device.
-
-    Args:
-        values (`torch.Tensor` of shape `(..., num_values)`):
-            Anything that can be compared.
-
-    Returns:
-        `torch.LongTensor` of shape `(...)`.
-
-    Raises:
-        ValueError: If a value is NaN.
-    """
+    """Find the largest value of the last dimension, ties to the first, which torch promises on no device."""
     found = (values == values.amax(dim=-1, keepdim=True)).int().cumsum(dim=-1).eq(0).sum(dim=-1)
     if bool((found == values.shape[-1]).any()):  # nothing equals NaN
         raise ValueError("Values must be numbers, got NaN. Check the outputs of the student and of the teachers.")

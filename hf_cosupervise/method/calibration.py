@@ -65,15 +65,14 @@ def apply_temperature(probs: torch.Tensor, temperature: float, min_prob: float =
 
     Args:
         probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
+            Rows sum to 1, or are all zero where there is no answer, which stays so.
         temperature (`float`):
             T, above 0, as from [`fit_temperature`].
         min_prob (`float`, *optional*, defaults to 1e-6):
             In (0, 1); as in [`fit_temperature`].
 
     Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`, at least float32: rows sum to 1, all zero where there is
-        no answer.
+        `torch.Tensor` of shape `(num_examples, num_labels)`, at least float32.
 
     Raises:
         ValueError: If T is not a number above 0, or a probability is negative or NaN.

@@ -19,37 +19,20 @@ _CHUNK_ROWS = 1024
 
 
 class MemberStatistics(NamedTuple):
-    """What a committee needs to know of its members' logits on the pool, see [`measure_members`].
+    """What a committee needs to know of its members' logits on the pool, see [`measure_members`]."""
 
-    Args:
-        spreads (`torch.Tensor` of shape `(num_members,)`, float64):
-            Standard deviation of all entries of a member's logits, each row's mean over labels taken off.
-        label_counts (`torch.LongTensor` of shape `(num_members, num_labels)`):
-            How many rows each member gives each label.
-    """
-
+    # Standard deviation of all entries of a member's logits, each row's mean over labels taken off: (num_members,).
     spreads: torch.Tensor
-    label_counts: torch.Tensor
+    label_counts: torch.Tensor  # rows that a member gives a label: (num_members, num_labels)
 
 
 class Committee(NamedTuple):
-    """One linear head made of several, see [`committee_head`].
+    """One linear head made of several, see [`committee_head`]."""
 
-    Args:
-        weight (`torch.Tensor` of shape `(num_labels, feature_size)`):
-            Weight of the head.
-        bias (`torch.Tensor` of shape `(num_labels,)`, *optional*):
-            Its bias, where the members have one.
-        speaks (`torch.BoolTensor` of shape `(num_members,)`):
-            Which members are in it.
-        statistics (`MemberStatistics`):
-            Of all members.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    speaks: torch.Tensor
-    statistics: MemberStatistics
+    weight: torch.Tensor  # (num_labels, feature_size)
+    bias: torch.Tensor | None  # (num_labels,)
+    speaks: torch.Tensor  # which members are in it: (num_members,)
+    statistics: MemberStatistics  # of all members
 
 
 @torch.no_grad()
@@ -185,10 +168,8 @@ def committee_head(weights: torch.Tensor, biases: torch.Tensor | None, features:
     theirs. Where one member speaks, the head is that member, to the bit.
 
     Args:
-        weights (`torch.Tensor` of shape `(num_members, num_labels, feature_size)`):
-            The members' weights.
-        biases (`torch.Tensor` of shape `(num_members, num_labels)`, *optional*):
-            Their biases, where heads have them.
+        weights, biases (`torch.Tensor`):
+            See [`average_heads`].
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
             Inputs of the heads on the pool; may be mapped from disk.
 

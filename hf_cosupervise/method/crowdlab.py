@@ -52,18 +52,11 @@ def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
 def crowdlab_labels(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
     """Give the label of each example by CROWDLAB, which is not always the most probable one of [`crowdlab`].
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        student_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Probabilities of a classifier that was not trained on these very examples; rows sum to 1.
+    Takes and raises what [`crowdlab`] does.
 
     Returns:
         `torch.LongTensor` of shape `(num_examples,)`: the consensus, cleanlab's `consensus_label`; -1 where nobody
         answered.
-
-    Raises:
-        ValueError: As [`crowdlab`].
 
     Examples:
         >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])

@@ -113,20 +113,7 @@ def _label_posteriors(answers: Answers, right: np.ndarray, wrong: np.ndarray) ->
 
 
 def import_extra(name: str, module: str) -> Any:
-    """Import a module that comes with the `crowd` extra.
-
-    Args:
-        name (`str`):
-            Who needs it.
-        module (`str`):
-            What it needs.
-
-    Returns:
-        `Any`: the module.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
+    """Import a module that comes with the `crowd` extra."""
     try:
         return import_module(module)
     except ImportError as error:

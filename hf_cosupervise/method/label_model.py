@@ -51,22 +51,7 @@ class LabelModel:
         self.parameters: dict[str, np.ndarray] = {}
 
     def fit(self, votes: Any, num_labels: int | None = None, names: Sequence[str] | None = None) -> Self:
-        """Learn from votes.
-
-        Args:
-            votes (`np.ndarray` of shape `(num_rows, num_voters)`, integers):
-                Labels, -1 for no vote.
-            num_labels (`int`, *optional*):
-                Number of labels. Defaults to the greatest vote and one.
-            names (`Sequence[str]`, *optional*):
-                Of the voters, for what is said about them.
-
-        Returns:
-            `LabelModel`: itself.
-
-        Raises:
-            ValueError: If the votes are not usable, or too few voters voted for this model.
-        """
+        """Learn from votes, as [`fit_predict_proba`] does; gives the model itself."""
         self.fit_predict_proba(votes, num_labels, names)
         return self
 
@@ -79,7 +64,7 @@ class LabelModel:
             votes (`np.ndarray` of shape `(num_rows, num_voters)`, integers):
                 Labels, -1 for no vote.
             num_labels (`int`, *optional*):
-                Number of labels. Defaults to the greatest vote and one.
+                Defaults to the greatest vote and one.
             names (`Sequence[str]`, *optional*):
                 Of the voters, for what is said about them.
 
@@ -87,7 +72,7 @@ class LabelModel:
             `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0 without a vote.
 
         Raises:
-            ValueError: As [`fit`].
+            ValueError: If the votes are not usable, or too few voters voted for this model.
         """
         if num_labels is not None and (not isinstance(num_labels, Integral) or num_labels < 1):
             raise ValueError(
@@ -122,8 +107,8 @@ class LabelModel:
         """Give posteriors on any rows of the same voters.
 
         Args:
-            votes (`np.ndarray` of shape `(num_rows, num_voters)`, integers):
-                Labels, -1 for no vote.
+            votes (`np.ndarray` of shape `(num_rows, num_voters)`):
+                As in [`fit_predict_proba`].
 
         Returns:
             `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0 without a vote that the model knows.
@@ -151,13 +136,11 @@ class LabelModel:
     def predict(self, votes: Any) -> np.ndarray:
         """Give the most probable label of rows; ties are shared, not given to the lowest label.
 
-        Args:
-            votes (`np.ndarray` of shape `(num_rows, num_voters)`, integers):
-                Labels, -1 for no vote.
+        Takes and raises what [`predict_proba`] does.
 
         Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`: 1 at the label, 1/m at each of m that are equally
-            probable, all zero without a vote.
+            `np.ndarray` of shape `(num_rows, num_labels)`: 1 at the label, 1/m at each of m that are equally probable,
+            all zero without a vote.
         """
         return best_labels(self.predict_proba(votes))
 
@@ -203,11 +186,7 @@ class LabelModel:
     # ── written down ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def to_dict(self) -> dict[str, Any]:
-        """Give all of the model as plain JSON values.
-
-        Returns:
-            `dict[str, Any]`: what [`from_dict`] reads.
-        """
+        """Give all of the model as plain JSON values, which [`from_dict`] reads."""
         return {
             "model": self.name,
             "settings": asdict(self),
@@ -223,13 +202,6 @@ class LabelModel:
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Self:
         """Make a model of what [`to_dict`] gave.
-
-        Args:
-            facts (`Mapping[str, Any]`):
-                Of a model of this kind.
-
-        Returns:
-            `LabelModel`
 
         Raises:
             ValueError: If something is missing, or it is a model of another kind.
@@ -251,12 +223,7 @@ class LabelModel:
         return model
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model as JSON.
-
-        Args:
-            path (`str` or `os.PathLike`):
-                The file. `load_label_model` reads it.
-        """
+        """Write the model as JSON, which `load_label_model` reads."""
         Path(path).write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
 
 
@@ -283,54 +250,19 @@ class SharedMajority(LabelModel):
 
 
 def check_abstention(value: str) -> None:
-    """Refuse what is no way to take silence.
-
-    Args:
-        value (`str`):
-            `"auto"`, `"answer"` or `"missing"`.
-
-    Raises:
-        ValueError: If it is another one.
-    """
+    """Refuse what is no way to take silence."""
     if value not in ABSTENTIONS:
         raise ValueError(f"`abstention` must be one of {', '.join(ABSTENTIONS)}, got {value!r}. Choose one.")
 
 
 def check_count(value: int, name: str = "max_iterations") -> None:
-    """Refuse a number of steps that is none.
-
-    Args:
-        value (`int`):
-            At least 1.
-        name (`str`, *optional*, defaults to `"max_iterations"`):
-            What it is called.
-
-    Raises:
-        ValueError: If it is less.
-    """
+    """Refuse a number of steps below 1."""
     if value < 1:
         raise ValueError(f"`{name}` must be at least 1, got {value}. Give more.")
 
 
 def takes_silence(model: str, abstention: str, votes: np.ndarray, names: Sequence[str] | None) -> bool:
-    """Decide whether silence is an answer, for a model that needs voters who name more than one label.
-
-    Args:
-        model (`str`):
-            Its name.
-        abstention (`str`):
-            `"answer"`, `"missing"`, or `"auto"`: see [`silence_speaks`].
-        votes (`np.ndarray` of shape `(num_rows, num_voters)`):
-            Labels, -1 for no vote.
-        names (`Sequence[str]`, *optional*):
-            Of the voters.
-
-    Returns:
-        `bool`
-
-    Raises:
-        ValueError: If silence is to be missing, and every voter names one label only: nothing could be learned.
-    """
+    """Decide whether silence is an answer, for a model that needs voters who name more than one label."""
     if abstention == "missing":
         only, spoke = one_sided_voters(votes), (votes >= 0).any(axis=0)
         if spoke.any() and bool((only | ~spoke).all()):

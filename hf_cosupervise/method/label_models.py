@@ -27,9 +27,6 @@ def make_label_model(name: str, **settings: Any) -> LabelModel:
         settings (`Any`):
             Of that model.
 
-    Returns:
-        `LabelModel`: not yet fitted.
-
     Raises:
         ValueError: If there is no model of that name, or a setting is not usable.
 
@@ -44,13 +41,6 @@ def make_label_model(name: str, **settings: Any) -> LabelModel:
 
 def load_label_model(path: str | os.PathLike[str]) -> LabelModel:
     """Read a label model that `save` wrote.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file.
-
-    Returns:
-        `LabelModel`: fitted, if the saved one was.
 
     Raises:
         FileNotFoundError: If there is no such file.

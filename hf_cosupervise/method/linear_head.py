@@ -19,20 +19,11 @@ _SMALL_HEAD = 2**16
 
 
 class SparseTargets(NamedTuple):
-    """Pseudolabels that name k labels each, see [`sparse.scale_top_k`].
+    """Pseudolabels that name k labels each, as [`top_k.scale_top_k`] gives them."""
 
-    Args:
-        label_ids (`torch.LongTensor` of shape `(batch, k)`):
-            Labels that are named.
-        label_probs (`torch.Tensor` of shape `(batch, k)`):
-            Their probabilities.
-        rest_probs (`torch.Tensor` of shape `(batch,)`):
-            Probability of each other label.
-    """
-
-    label_ids: torch.Tensor
-    label_probs: torch.Tensor
-    rest_probs: torch.Tensor
+    label_ids: torch.Tensor  # (batch, k)
+    label_probs: torch.Tensor  # (batch, k)
+    rest_probs: torch.Tensor  # (batch,), of each label that is not named
 
 
 def fit_linear_head(
@@ -48,37 +39,7 @@ def fit_linear_head(
     average_gradients: Callable[[torch.Tensor], None] | None = None,
     on_step: Callable[[torch.Tensor, float | None], None] | None = None,
 ) -> None:
-    """Train a linear head in place on soft targets, without autograd.
-
-    The gradient of the mean cross-entropy of softmax(W x + b) against y is closed-form, g = (softmax - y) / batch,
-    dW = g^T x, db = sum g; micro-batches of one step are averaged, as the `Trainer` does under gradient accumulation.
-
-    Args:
-        head (`nn.Linear` from `feature_size` to `num_labels`):
-            The head, on the device of the features.
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`, float32, float16 or bfloat16):
-            Inputs of the head; may be mapped from disk.
-        targets (`Callable`):
-            From row positions `(batch,)` to pseudolabels `(batch, num_labels)`, rows sum to 1, or [`SparseTargets`].
-        steps (`Iterable[Sequence[torch.LongTensor]]`):
-            Micro-batches of each optimizer step: row positions `(batch,)`.
-        optimizer (`torch.optim.Optimizer`):
-            Over the head's parameters.
-        scheduler (`torch.optim.lr_scheduler.LRScheduler`):
-            Stepped after each optimizer step.
-        loss (`Callable`, *optional*):
-            Losses with their gradient as [`choose_loss`] gives them, with `targets` over all labels. Defaults to the
-            cross-entropy.
-        max_grad_norm (`float`, *optional*, defaults to 0):
-            Largest norm of the gradient; 0 for no clipping.
-        average_gradients (`Callable`, *optional*):
-            Averages a gradient over processes, in place.
-        on_step (`Callable`, *optional*):
-            Called after each step with the mean loss (a scalar tensor) and the norm of the gradient before clipping.
-
-    Source:
-        Ours: the same optimizer steps as the `Trainer`'s loop (equal weights to 1e-5), minus its overhead per step.
-    """
+    """Train a linear head in place on soft targets, by the steps of the `Trainer`'s loop but without autograd."""
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
     offset = weight.new_zeros(weight.shape[0], 1) if bias is None else bias.detach().unsqueeze(1)
@@ -94,11 +55,13 @@ def fit_linear_head(
                     inputs = torch.index_select(features, 0, rows, out=buffer).float()
                     logits = torch.addmm(offset, weight, inputs.T)  # one column per example: the softmax is faster so
                     wanted = targets(rows)
+                    # Of the mean cross-entropy against y: g = (softmax - y) / batch, dW = g^T x, db = sum g.
                     if loss is None:
                         likelihood, gradient = _likelihood_and_gradient(torch.log_softmax(logits, dim=0), wanted)
                     else:  # over all labels
                         losses, gradient = loss(logits.T, wanted, batch)  # type: ignore[arg-type]
                         likelihood, gradient = -losses.sum(), gradient.T.contiguous()
+                    # Micro-batches of a step are averaged as the `Trainer` does under gradient accumulation.
                     scale = 1.0 / (size * len(micro_batches))
                     parts = likelihood.mul_(-scale), gradient.mul_(scale) @ inputs, gradient.sum(dim=1)
                     sums = [old.add_(new) for old, new in zip(sums, parts)] if sums else parts
@@ -129,40 +92,20 @@ def _threads_for(weight: torch.Tensor) -> Iterator[None]:
 
 @torch.no_grad()
 def linear_logits(head: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """Run a linear head without a gradient.
-
-    Args:
-        head (`nn.Linear` from `feature_size` to `num_labels`):
-            The head.
-        inputs (`torch.Tensor` of shape `(num_rows, feature_size)`, any floating type):
-            What it reads.
-
-    Returns:
-        `torch.Tensor` of shape `(num_rows, num_labels)`, float32.
-    """
+    """Run a linear head `(num_rows, feature_size)` to `(num_rows, num_labels)` in float32, without a gradient."""
     logits = inputs.float() @ head.weight.float().T
     return logits if head.bias is None else logits + head.bias
 
 
 def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Sum x x^T over rows of features, with the mean of the first ones taken off and a 1 appended to each.
-
-    So it holds the sum and the number of the rows too, and features far from zero do not drown in rounding.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Inputs of the head.
-        rows (`torch.LongTensor` of shape `(num_rows,)`):
-            Which of them.
-
-    Returns:
-        `torch.Tensor` of shape `(feature_size + 1, feature_size + 1)`, float64: Gram matrices add up, so that the one
-        of some rows is that of all less that of the others.
-    """
+    """Sum x x^T over rows of features, the mean of the first ones taken off and a 1 appended to each, in float64."""
+    # The 1 makes it hold the sum and the number of the rows too; and Gram matrices add up, so that the one of some
+    # rows is that of all less that of the others.
     size = features.shape[1]
     gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=features.device)
     origin = feature_origin(features)
     for part in rows.to(features.device).split(_GRAM_ROWS):
+        # Far from zero the products would drown what varies in float32's rounding.
         inputs = features[part].float() - origin
         gram[:size, :size] += inputs.T @ inputs
         gram[size, :size] += inputs.sum(dim=0)
@@ -177,21 +120,7 @@ def cross_products(
     targets: Callable[[torch.Tensor], torch.Tensor | SparseTargets],
     num_labels: int,
 ) -> torch.Tensor:
-    """Sum x y^T over rows of features and their pseudolabels, the features as in [`gram_matrix`].
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Inputs of the head.
-        rows (`torch.LongTensor` of shape `(num_rows,)`):
-            Which of them.
-        targets (`Callable`):
-            See [`fit_linear_head`].
-        num_labels (`int`):
-            Outputs of the head.
-
-    Returns:
-        `torch.Tensor` of shape `(feature_size + 1, num_labels)`, float64.
-    """
+    """Sum x y^T over rows of features and their pseudolabels, in float64, the features as in [`gram_matrix`]."""
     size, origin = features.shape[1], feature_origin(features)
     cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)
     for part in rows.to(features.device).split(_GRAM_ROWS):
@@ -202,32 +131,14 @@ def cross_products(
 
 
 def feature_origin(features: torch.Tensor) -> torch.Tensor:
-    """Give about the middle of features, the same whichever rows are summed.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Inputs of the head.
-
-    Returns:
-        `torch.Tensor` of shape `(feature_size,)`, float32: what [`gram_matrix`] and [`cross_products`] take off.
-    """
+    """Give about the middle of features, the same whichever rows are summed."""
     first = features[:_ORIGIN_ROWS].float()
     read = first[first.any(dim=1)]  # rows of zeros are those that nobody read, and lie far from the others
     return (read if len(read) else first).mean(dim=0)
 
 
 def dense_targets(wanted: torch.Tensor | SparseTargets, num_labels: int) -> torch.Tensor:
-    """Spread pseudolabels over all labels.
-
-    Args:
-        wanted (`torch.Tensor` of shape `(batch, num_labels)`, or [`SparseTargets`]):
-            Pseudolabels.
-        num_labels (`int`):
-            How many labels there are.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, num_labels)`.
-    """
+    """Spread pseudolabels over all labels, `(batch, num_labels)`."""
     if isinstance(wanted, torch.Tensor):
         return wanted
     spread = wanted.rest_probs.unsqueeze(1).repeat(1, num_labels)
@@ -249,33 +160,9 @@ def fit_ridge_head(
     """Fit a linear head in closed form: regress the pseudolabels on the features, and scale up to logits.
 
     With centred features X and pseudolabels Y, W = (X^T X + lambda I)^-1 X^T Y and lambda = `alpha` times the mean
-    variance of a feature times the number of rows; logits are `logit_scale` times the prediction.
-
-    Args:
-        head (`nn.Linear` from `feature_size` to `num_labels`):
-            The head, on the device of the features; written in place.
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Inputs of the head; may be mapped from disk.
-        rows (`torch.LongTensor` of shape `(num_rows,)`):
-            What this process trains on.
-        targets (`Callable`):
-            See [`fit_linear_head`].
-        gram (`torch.Tensor` of shape `(feature_size + 1, feature_size + 1)`, float64):
-            What [`gram_matrix`] gives for the rows of all processes.
-        alpha (`float`):
-            Ridge penalty, above 0, relative to the variance of the features.
-        logit_scale (`float`):
-            Above 0: predictions lie near 0..1, which as logits would make a student that is never sure.
-        cross (`torch.Tensor` of shape `(feature_size + 1, num_labels)`, float64, *optional*):
-            What [`cross_products`] gives for the rows of all processes. Summed here where it is left out.
-        sum_over_processes (`Callable`, *optional*):
-            Adds a tensor up over all processes.
-
-    Returns:
-        `torch.Tensor`, a scalar: mean cross-entropy of the fitted head on the rows of all processes.
-
-    Source:
-        Ridge regression; the scale of the logits is ours, measured in `recipes/README.md`.
+    variance of a feature times the number of rows; logits are `logit_scale` times the prediction, which lies near 0..1
+    and as logits would make a student that is never sure. Gives the mean cross-entropy on the rows of all processes.
+    Source: ridge regression; the scale of the logits is ours, measured in `recipes/README.md`.
 
     Examples:
         >>> features, pseudolabels, rows = torch.tensor([[1.0], [-1.0]]), torch.eye(2), torch.arange(2)

@@ -95,7 +95,7 @@ def hard_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
         `torch.Tensor` of shape `(num_examples,)`.
 
     Raises:
-        ValueError: If the shapes do not fit, or, on the CPU, a label is out of range. An accelerator stops by itself.
+        ValueError: As [`sparse_soft_cross_entropy`].
 
     Examples:
         >>> hard_cross_entropy(torch.zeros(1, 2), torch.tensor([1])).tolist()
@@ -109,9 +109,9 @@ def hard_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Average losses, each with the weight of its example.
+    """Average losses, each with the weight of its example: sum_i w_i l_i / sum_i w_i.
 
-    sum_i w_i l_i / sum_i w_i. Over several batches, add up both sums and divide once: the mean of their means differs.
+    Over several batches, add up both sums and divide once: the mean of their means differs.
 
     Args:
         losses (`torch.Tensor` of shape `(num_examples,)`):

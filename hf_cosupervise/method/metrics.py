@@ -70,20 +70,7 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> float:
-    """Measure the share of examples on which two sets of labels are equal.
-
-    Args:
-        first (`np.ndarray` of shape `(num_examples,)`):
-            Label ids.
-        second (`np.ndarray` of shape `(num_examples,)`):
-            Label ids.
-
-    Returns:
-        `float`: 0 to 1.
-
-    Raises:
-        ValueError: If there are no examples, or the shapes differ.
-    """
+    """Measure the share of examples on which two sets of labels `(num_examples,)` are equal, as [`accuracy`] does."""
     first, second = np.asarray(first), np.asarray(second)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
         raise ValueError(
@@ -133,20 +120,10 @@ def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: n
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
     """Measure how far confidence and accuracy lie apart, over equal-width bins of confidence.
 
-    Args:
-        probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            Rows sum to 1.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Ground truth.
-        num_bins (`int`, *optional*, defaults to 15):
-            Number of bins, at least 1.
+    Takes and raises what [`reliability_curve`] does.
 
     Returns:
         `float`: 0 (calibrated) to 1.
-
-    Raises:
-        ValueError: If there are no examples, the shapes do not fit, a row is no probabilities, or `num_bins` is less
-            than 1.
 
     Source:
         Guo et al., arXiv 1706.04599, equation 3.
@@ -211,10 +188,8 @@ def group_accuracies(
     """Measure the accuracy within each group of examples, such as a class or a domain.
 
     Args:
-        predictions (`np.ndarray` of shape `(num_examples,)`):
-            Label ids; -1 (no answer) counts as wrong.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Label ids, not negative.
+        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
+            See [`accuracy`].
         groups (`Sequence` of length `num_examples`):
             Group of each example, integers or strings.
 
@@ -245,21 +220,9 @@ def group_accuracies(
 
 
 def worst_group_accuracy(predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Any] | np.ndarray) -> float:
-    """Measure the accuracy of the group of examples that fares worst.
+    """Measure the accuracy of the group of examples that fares worst, 0 to 1.
 
-    Args:
-        predictions (`np.ndarray` of shape `(num_examples,)`):
-            Label ids; -1 (no answer) counts as wrong.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Label ids, not negative.
-        groups (`Sequence` of length `num_examples`):
-            Group of each example; `labels` themselves give the worst class.
-
-    Returns:
-        `float`: 0 to 1.
-
-    Raises:
-        ValueError: If there are no examples, or the shapes differ.
+    Takes and raises what [`group_accuracies`] does; `labels` as groups give the worst class.
 
     Examples:
         >>> worst_group_accuracy(np.array([0, 1, 1]), np.array([0, 1, 0]), ["x", "y", "y"])

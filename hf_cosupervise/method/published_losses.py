@@ -1,4 +1,7 @@
-"""Published losses for noisy and soft labels, one value per example, each with its gradient."""
+"""Published losses for noisy and soft labels, one value per example, each with its gradient.
+
+All raise `ValueError` if shapes differ or a parameter is out of range.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +61,6 @@ def kl_divergence(logits: torch.Tensor, target_probs: torch.Tensor, temperature:
     Returns:
         `torch.Tensor` of shape `(num_examples,)`: at least 0, up to rounding.
 
-    Raises:
-        ValueError: If the shapes differ, or the temperature is out of range.
-
     Examples:
         >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).tolist()
         [0.6931471824645996]
@@ -84,9 +84,6 @@ def reverse_kl(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor
     Returns:
         `torch.Tensor` of shape `(num_examples,)`.
 
-    Raises:
-        ValueError: If the shapes differ.
-
     Examples:
         >>> [round(loss, 4) for loss in reverse_kl(torch.zeros(1, 2), torch.tensor([[0.2, 0.8]])).tolist()]
         [0.2231]
@@ -109,12 +106,6 @@ def linear_warmup(fraction_done: float, share: float = 0.1, peak: float = 0.5) -
             Share of the steps that the climb takes, from 0 (none) to 1.
         peak (`float`, *optional*, defaults to 0.5):
             Weight after it, from 0 to 1.
-
-    Returns:
-        `float`.
-
-    Raises:
-        ValueError: If an argument is out of range.
 
     Examples:
         >>> [linear_warmup(done) for done in (0.0, 0.05, 0.1, 1.0)]
@@ -142,9 +133,6 @@ def confidence_targets(logits: torch.Tensor, target_probs: torch.Tensor, weight:
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`.
 
-    Raises:
-        ValueError: If the shapes differ, or the weight is out of range.
-
     Examples:
         >>> confidence_targets(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 1.0]]), weight=0.25).tolist()
         [[0.25, 0.75]]
@@ -155,21 +143,9 @@ def confidence_targets(logits: torch.Tensor, target_probs: torch.Tensor, weight:
 
 
 def confidence_loss(logits: torch.Tensor, target_probs: torch.Tensor, weight: float) -> torch.Tensor:
-    """Compute the cross-entropy against [`confidence_targets`], which lets the student trust itself over the teacher.
+    """Compute the cross-entropy `(num_examples,)` against [`confidence_targets`], whose arguments it takes.
 
-    Source: arXiv 2312.09390.
-
-    Args:
-        logits, target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits and pseudolabels.
-        weight (`float`):
-            c, from 0 (plain cross-entropy) to 1.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ, or the weight is out of range.
+    It lets the student trust itself over the teacher. Source: arXiv 2312.09390.
 
     Examples:
         >>> confidence_loss(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), weight=0.5).tolist()
@@ -197,9 +173,6 @@ def product_loss(
     Returns:
         `torch.Tensor` of shape `(num_examples,)`.
 
-    Raises:
-        ValueError: If the shapes differ, or a power is out of range.
-
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # the target is ∝ 0.2 · 0.8, 0.8 · 0.2: both alike
         >>> [round(loss, 4) for loss in product_loss(logits, torch.tensor([[0.8, 0.2]])).tolist()]
@@ -226,15 +199,12 @@ def adapt_conf(logits: torch.Tensor, target_probs: torch.Tensor, temperature: fl
         logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
             Student logits.
         target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`, or `torch.LongTensor` `(num_examples,)`):
-            Pseudolabels, or label ids.
+            Pseudolabels, or label ids, which are checked on the CPU only.
         temperature (`float`, *optional*, defaults to 0.5):
             T, above 0.
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ, the temperature is out of range, or, on the CPU, a label id is.
 
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # a = 0.2² / (0.2² + 0.8²) = 1 / 17
@@ -268,9 +238,6 @@ def generalized_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor, 
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ, or q is out of range.
 
     Examples:
         >>> generalized_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]]), q=1.0).tolist()
@@ -326,22 +293,7 @@ class EarlyLearningRegularization(nn.Module):
         self.register_buffer("memory", torch.zeros(num_examples, num_labels, dtype=torch.float32))
 
     def forward(self, logits: torch.Tensor, target_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Move the memory of a batch, then compute its losses.
-
-        Args:
-            logits (`torch.Tensor` of shape `(batch, num_labels)`):
-                Student logits.
-            target_probs (`torch.Tensor` of shape `(batch, num_labels)`):
-                Pseudolabels.
-            rows (`torch.LongTensor` of shape `(batch,)`):
-                Which examples they are, each once, from 0 to `num_examples - 1`.
-
-        Returns:
-            `torch.Tensor` of shape `(batch,)`.
-
-        Raises:
-            ValueError: If the shapes differ, or a row is out of range.
-        """
+        """Move the memory of a batch, then compute its losses `(batch,)`; `rows` are its examples, each once."""
         logits, targets = check_pair(logits, target_probs)
         num_examples, num_labels = self.memory.shape
         if logits.shape[1] != num_labels or rows.shape != logits.shape[:1]:
@@ -457,29 +409,7 @@ def choose_loss(
     fraction_done: Callable[[], float],
     shape: tuple[int, int],
 ) -> tuple[LossFunction, LossAndGradient]:
-    """Give a loss by its name, or one of the user's own, and the same with its gradient in the logits.
-
-    Args:
-        loss (`str` or `Callable`):
-            A name in `LOSSES`; `"confidence"`: [`confidence_loss`] with the weight of [`linear_warmup`];
-            `"early_learning_regularization"`, with a memory of its own; `"evidential"`: [`evidential_loss`] of one
-            teacher, which on the mean of several is the mean of their losses, as it is linear in the pseudolabels. Or
-            a function from logits, pseudolabels and rows to losses `(batch,)`.
-        options (`Mapping[str, Any]`):
-            Parameters of a named loss by name; of `confidence` those of [`linear_warmup`].
-        fraction_done (`Callable[[], float]`):
-            Asked at every call for the share of the steps done, 0 to 1.
-        shape (`tuple[int, int]`):
-            Examples in the pool and labels, for a loss that remembers each example.
-
-    Returns:
-        `tuple[Callable, Callable]`: from logits and pseudolabels `(batch, num_labels)` and rows of the pool `(batch,)`
-        to losses `(batch,)`, and to these and their gradients `(batch, num_labels)`.
-
-    Raises:
-        ValueError: If the loss or a parameter of it is not known.
-        TypeError: If `loss` is neither a name nor a function.
-    """
+    """Give a loss by its name, or one of the user's own, and the same with its gradient in the logits."""
     if not isinstance(loss, str):
         return _with_autograd(_checked(loss))
     known = [*LOSSES, *_OTHERS]
@@ -509,18 +439,7 @@ def choose_loss(
 def weigh_loss(
     pair: tuple[LossFunction, LossAndGradient], weights: torch.Tensor
 ) -> tuple[LossFunction, LossAndGradient]:
-    """Give every example a weight of its own.
-
-    Args:
-        pair (`tuple[Callable, Callable]`):
-            What [`choose_loss`] gave.
-        weights (`torch.Tensor` of shape `(num_examples,)`):
-            By row of the pool. With a mean of 1 over the training set the mean loss is [`weighted_mean`] of it,
-            however it is cut into batches.
-
-    Returns:
-        `tuple[Callable, Callable]`: the same, weighted.
-    """
+    """Give every example a weight of its own, by row of the pool; with a mean of 1 the learning rate means the same."""
 
     def loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         own = weights[rows.to(weights.device)].to(logits.device)

@@ -131,22 +131,7 @@ def _project(weights: torch.Tensor, can_speak: torch.Tensor) -> torch.Tensor:
 
 
 def unanimous(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    """Tell where all teachers that answered have the same most probable label.
-
-    Args:
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`: True where nobody answered, too.
-
-    Examples:
-        >>> probs = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.0, 0.0]]])
-        >>> unanimous(probs, torch.tensor([[True, True, False]])).tolist()
-        [True]
-    """
+    """Tell where all teachers that answered have the same most probable label; True where nobody answered, too."""
     labels = harden(teacher_probs, answered)
     highest = labels.amax(dim=1, keepdim=True)
     return ((labels == highest) | ~answered).all(dim=1)

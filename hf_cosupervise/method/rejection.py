@@ -10,30 +10,12 @@ SELECTION_RULES = ("loss_rank", "agreement_set")
 
 
 def default_top_k(num_labels: int) -> int:
-    """Give the default k of top-k agreement: `min(3, num_labels - 1)`.
-
-    Args:
-        num_labels (`int`):
-            Number of labels, at least 2.
-
-    Returns:
-        `int`
-    """
+    """Give the default k of top-k agreement."""
     return min(3, num_labels - 1)
 
 
 def check_top_k_value(k: int, num_labels: int) -> None:
-    """Refuse a k that rejects nothing.
-
-    Args:
-        k (`int`):
-            Wanted k.
-        num_labels (`int`):
-            Number of labels.
-
-    Raises:
-        ValueError: If `k` is not in 1..`num_labels - 1`.
-    """
+    """Refuse a k that rejects nothing."""
     if not isinstance(k, numbers.Integral) or not 1 <= k < num_labels:
         raise ValueError(
             f"`rejection_k` must lie in 1..{num_labels - 1}, got {k!r}: with {num_labels} labels every label is in "
@@ -115,7 +97,7 @@ def select_by_loss_rank(losses: torch.Tensor, num_keep: int, candidates: torch.T
         `torch.BoolTensor` of shape `(num_examples,)`.
 
     Raises:
-        ValueError: If `num_keep` is negative or larger than the number of candidates, or the shapes differ.
+        ValueError: If `num_keep` is out of range, or the shapes differ.
 
     Examples:
         >>> select_by_loss_rank(torch.tensor([0.5, 0.1, 0.1, 0.1]), num_keep=2).tolist()
@@ -138,16 +120,7 @@ def select_by_loss_rank(losses: torch.Tensor, num_keep: int, candidates: torch.T
 def parent_topk(labels: torch.Tensor, parent_probs: torch.Tensor, k: int) -> torch.Tensor:
     """Tell where a specialist's label is among the k most probable ones of the level above.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Hard pseudolabels of this level.
-        parent_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Pseudolabels of the level above.
-        k (`int`):
-            At least 1.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`.
+    Takes, gives and raises what [`in_top_k`] does; `parent_probs` are the pseudolabels of the level above.
 
     Source:
         Ours: arXiv 2402.15505 names local-global consistency, its released code only prints a candidate.
@@ -161,14 +134,10 @@ def parent_confident(
     """Tell where the specialist says the same as the level above and is at least as sure of it.
 
     Args:
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Hard pseudolabels of this level.
-        confidence (`torch.Tensor` of shape `(num_examples,)`):
-            Their probability.
-        parent_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Hard pseudolabels of the level above.
-        parent_confidence (`torch.Tensor` of shape `(num_examples,)`):
-            Their probability.
+        labels, parent_labels (`torch.LongTensor` of shape `(num_examples,)`):
+            Hard pseudolabels of this level and of the one above.
+        confidence, parent_confidence (`torch.Tensor` of shape `(num_examples,)`):
+            Their probabilities.
 
     Returns:
         `torch.BoolTensor` of shape `(num_examples,)`.

@@ -16,23 +16,7 @@ _TIE = 1e-9
 
 
 def draw_left_out(rows: torch.Tensor, seed: int, max_rows: int = MAX_LEFT_OUT) -> torch.Tensor:
-    """Draw the rows that are left out in turn, all of them where they are few.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(num_rows,)`):
-            What a head is trained on.
-        seed (`int`):
-            Decides which are drawn.
-        max_rows (`int`, *optional*, defaults to 4096):
-            How many at most.
-
-    Returns:
-        `torch.LongTensor` of shape `(min(num_rows, max_rows),)`: in the order of `rows`.
-
-    Examples:
-        >>> draw_left_out(torch.tensor([7, 8, 9]), seed=0).tolist()
-        [7, 8, 9]
-    """
+    """Draw the rows that are left out in turn, in their order; all of them where they are few."""
     if len(rows) <= max_rows:
         return rows
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:max_rows]
@@ -58,33 +42,10 @@ def left_out_predictions(
         h_i = w_i (1 / sum(w) + x_i^T (A + lambda I)^-1 x_i),
 
     the residual of the fit without row i is r_i / (1 - h_i), exactly. One eigendecomposition of A gives (A + lambda
-    I)^-1 for every lambda.
-
-    Args:
-        inputs (`torch.Tensor` of shape `(num_left_out, feature_size)`):
-            Rows to leave out in turn. All is computed in their type: in float64 to 1e-8, in float32 fast.
-        targets (`torch.Tensor` of shape `(num_left_out, num_labels)`):
-            Their pseudolabels.
-        gram (`torch.Tensor` of shape `(feature_size + 1, feature_size + 1)`):
-            Sum of w z z^T over *all* rows of the training set, with z an input and a 1 appended.
-        cross (`torch.Tensor` of shape `(feature_size + 1, num_labels)`):
-            Sum of w z y^T over the same.
-        alphas (`Sequence[float]`, *optional*):
-            Penalties, above 0, relative to the mean variance of a feature. Defaults to `RIDGE_ALPHAS`.
-        bias (`bool`, *optional*, defaults to `True`):
-            Whether the head has a bias; without one nothing is centred.
-        weights (`torch.Tensor` of shape `(num_left_out,)`, *optional*):
-            Weights of the rows to leave out, above 0. Defaults to 1 each.
-
-    Returns:
-        `torch.Tensor` of shape `(num_alphas, num_left_out, num_labels)`: the regressions' predictions, not scaled to
-        logits.
-
-    Raises:
-        ValueError: If a shape does not fit.
-
-    Source:
-        Leave-one-out of a linear smoother (Allen's PRESS, 1974); which rows are left out of how large a fit is ours.
+    I)^-1 for every lambda. `gram` and `cross` are sums of w z z^T and w z y^T over *all* rows of the training set,
+    with z an input and a 1 appended; all is computed in the type of the inputs: in float64 to 1e-8, in float32
+    fast. Gives `(num_alphas, num_left_out, num_labels)`, not scaled to logits.
+    Source: Allen's PRESS, 1974; which rows are left out of how large a fit is ours.
 
     Examples:
         >>> x, y = torch.tensor([[-1.0], [0.0], [1.0]]).double(), torch.tensor([[0.0], [0.0], [1.0]]).double()
@@ -134,40 +95,12 @@ def choose_ridge_alpha(
     """Choose the penalty of [`fit_ridge_head`] whose regression predicts pseudolabels best that it has not seen.
 
     The score of a penalty is the mean squared distance of [`left_out_predictions`] from the label that each
-    pseudolabel names, whatever probability it gives it; ties go to the strongest penalty.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Inputs of the head; may be mapped from disk.
-        targets (`Callable`):
-            From row positions `(batch,)` to pseudolabels `(batch, num_labels)`, rows sum to 1.
-        left_out (`torch.LongTensor` of shape `(num_left_out,)`):
-            What this process leaves out in turn, of what [`draw_left_out`] gave for the training set.
-        gram (`torch.Tensor` of shape `(feature_size + 1, feature_size + 1)`, float64):
-            What [`gram_matrix`] gives for the training set of all processes.
-        cross (`torch.Tensor` of shape `(feature_size + 1, num_labels)`, float64):
-            Sum of z y^T over the same, with z a row of features less `origin`, and a 1 appended.
-        origin (`torch.Tensor` of shape `(feature_size,)`):
-            What was taken off the features in `gram` and `cross`.
-        alphas (`Sequence[float]`, *optional*):
-            What to choose from, see [`left_out_predictions`]. Defaults to `RIDGE_ALPHAS`.
-        bias (`bool`, *optional*, defaults to `True`):
-            Whether the head has a bias.
-        weights (`torch.Tensor` of shape `(num_left_out,)`, *optional*):
-            Weights of the rows to leave out, above 0, which `gram` and `cross` have too. Defaults to 1 each.
-        sum_over_processes (`Callable`, *optional*):
-            Adds a tensor up over all processes.
-
-    Returns:
-        `float`: one of `alphas`.
-
-    Raises:
-        ValueError: If a shape does not fit, or there are no `alphas`.
-
-    Source:
-        Ours. On development tasks the squared distance from soft pseudolabels chose penalties that are too strong
-        where teachers are unsure and rows few, the cross-entropy of the scaled logits everywhere, and the share of
-        labels that agree ones that are too weak.
+    pseudolabel names, whatever probability it gives it; ties go to the strongest penalty. `left_out` is what this
+    process leaves out in turn of what [`draw_left_out`] gave, `gram` and `cross` are of all processes and of features
+    less `origin`.
+    Source: ours. On development tasks the squared distance from soft pseudolabels chose penalties that are too strong
+    where teachers are unsure and rows few, the cross-entropy of the scaled logits everywhere, and the share of labels
+    that agree ones that are too weak.
 
     Examples:
         >>> features = torch.linspace(-1, 1, 8).unsqueeze(1)

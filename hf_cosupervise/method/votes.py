@@ -17,24 +17,7 @@ _MAX_NAMES = 8
 
 
 def check_votes(votes: Any, num_labels: int | None = None) -> np.ndarray:
-    """Read votes as integers, or refuse what are none.
-
-    Args:
-        votes (`np.ndarray` of shape `(num_rows, num_voters)`, integers):
-            The label that each voter named, -1 where it named none. A tensor will do too.
-        num_labels (`int`, *optional*):
-            Number of labels, where it is known.
-
-    Returns:
-        `np.ndarray` of shape `(num_rows, num_voters)`, int64.
-
-    Raises:
-        ValueError: If the shape, the kind or a value is not as said above.
-
-    Examples:
-        >>> check_votes([[0, -1], [1, 1]]).shape
-        (2, 2)
-    """
+    """Read votes `(num_rows, num_voters)`, -1 for none, as int64 whatever holds them, or refuse what are none."""
     array = np.asarray(votes)
     if array.ndim != 2 or array.dtype.kind not in "iu" or array.shape[1] == 0:
         raise ValueError(
@@ -52,21 +35,7 @@ def check_votes(votes: Any, num_labels: int | None = None) -> np.ndarray:
 
 
 def count_votes(votes: np.ndarray, num_labels: int) -> np.ndarray:
-    """Count the votes for each label of each row.
-
-    Args:
-        votes (`np.ndarray` of shape `(num_rows, num_voters)`):
-            Labels, -1 for no vote.
-        num_labels (`int`):
-            Number of labels.
-
-    Returns:
-        `np.ndarray` of shape `(num_rows, num_labels)`, float64.
-
-    Examples:
-        >>> count_votes(np.array([[1, 1, -1]]), 3).tolist()
-        [[0.0, 2.0, 0.0]]
-    """
+    """Count the votes for each label of each row, `(num_rows, num_labels)` in float64."""
     rows, voters = np.nonzero(votes >= 0)
     cells = rows * num_labels + votes[rows, voters]
     counts = np.bincount(cells, minlength=len(votes) * num_labels).astype(np.float64)
@@ -74,55 +43,19 @@ def count_votes(votes: np.ndarray, num_labels: int) -> np.ndarray:
 
 
 def share_out(values: np.ndarray) -> np.ndarray:
-    """Divide each row by its sum; a row without anything stays zero.
-
-    Args:
-        values (`np.ndarray` of shape `(num_rows, num_labels)`):
-            At least 0.
-
-    Returns:
-        `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0.
-
-    Examples:
-        >>> share_out(np.array([[1.0, 3.0], [0.0, 0.0]])).tolist()
-        [[0.25, 0.75], [0.0, 0.0]]
-    """
+    """Divide each row by its sum; a row without anything stays zero."""
     total = values.sum(axis=1, keepdims=True)
     return values / np.where(total > 0, total, 1)
 
 
 def best_labels(values: np.ndarray) -> np.ndarray:
-    """Give a row to its greatest label, and share it among several that are equally great.
-
-    Args:
-        values (`np.ndarray` of shape `(num_rows, num_labels)`):
-            Counts or probabilities; a row of zeros has no greatest label.
-
-    Returns:
-        `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0.
-
-    Examples:
-        >>> best_labels(np.array([[2.0, 2.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])).tolist()
-        [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
-    """
+    """Give a row to its greatest label, and share it among several that are equally great; a row of zeros has none."""
     top = values.max(axis=1, keepdims=True, initial=0)
     return share_out(((values == top) & (top > 0)).astype(np.float64))
 
 
 def information(probs: np.ndarray) -> float:
-    """Measure how much posteriors tell about the label: H(mean of q) - mean of H(q), in nats.
-
-    Args:
-        probs (`np.ndarray` of shape `(num_rows, num_labels)`):
-            Rows sum to 1.
-
-    Returns:
-        `float`: 0 where all rows say the same, ln(num_labels) at most.
-
-    Examples:
-        >>> information(np.array([[0.5, 0.5], [0.5, 0.5]])), round(information(np.eye(2)), 4)
-        (0.0, 0.6931)
-    """
+    """Measure how much posteriors tell about the label: H(mean of q) - mean of H(q) in nats, 0 to ln(num_labels)."""
     if not len(probs):
         return 0.0
 
@@ -133,22 +66,7 @@ def information(probs: np.ndarray) -> float:
 
 
 def one_sided_voters(votes: np.ndarray) -> np.ndarray:
-    """Find the voters that name one label or nothing, as most labelling functions do.
-
-    A voter of n votes, all for one label that has the share s of everybody's votes, is one-sided where s^n < 0.05:
-    two equal votes say little about a voter.
-
-    Args:
-        votes (`np.ndarray` of shape `(num_rows, num_voters)`):
-            Labels, -1 for no vote.
-
-    Returns:
-        `np.ndarray` of shape `(num_voters,)`, bool.
-
-    Examples:
-        >>> one_sided_voters(np.array(4 * [[0, 1, -1]] + 2 * [[0, 1, 1]])).tolist()
-        [True, True, False]
-    """
+    """Find the voters that name one label or nothing, as most labelling functions do."""
     num_labels = int(votes.max(initial=-1)) + 1
     counts = count_votes(votes.T, max(num_labels, 1))
     shares = counts.sum(axis=0) / max(counts.sum(), 1)
@@ -157,43 +75,16 @@ def one_sided_voters(votes: np.ndarray) -> np.ndarray:
 
 
 def silence_speaks(votes: np.ndarray) -> bool:
-    """Tell whether no vote is an answer too: most votes are from one-sided voters, which could have said it elsewhere.
-
-    What a one-sided voter says when it speaks is always the same, so that only where it is silent can tell anything.
-    A worker of a crowd was not asked where it is silent, which tells nothing.
-
-    Args:
-        votes (`np.ndarray` of shape `(num_rows, num_voters)`):
-            Labels, -1 for no vote.
-
-    Returns:
-        `bool`
-
-    Examples:
-        >>> silence_speaks(np.array([[0, -1], [0, -1], [0, 1], [-1, 1], [0, -1], [-1, 1], [0, 1], [-1, 1]]))
-        True
-    """
+    """Tell whether no vote is an answer too: most votes are from one-sided voters that could have spoken elsewhere."""
+    # What a one-sided voter says is always the same, so that only where it is silent can tell anything. A worker of
+    # a crowd was not asked where it is silent, which tells nothing.
     said = votes >= 0
     only = one_sided_voters(votes) & ~said.all(axis=0)
     return bool(2 * said[:, only].sum() > said.sum())
 
 
 def name_voters(voters: np.ndarray, names: Sequence[str] | None) -> str:
-    """Give voters their names in a message, the first eight of them.
-
-    Args:
-        voters (`np.ndarray` of shape `(num_voters,)`, bool):
-            Which.
-        names (`Sequence[str]`, *optional*):
-            Names of all; their numbers are used otherwise.
-
-    Returns:
-        `str`
-
-    Examples:
-        >>> name_voters(np.array([True, False, True]), ["a", "b", "c"])
-        "'a', 'c'"
-    """
+    """Give voters their names in a message, or their numbers where they have none."""
     found = [str(index) if names is None else repr(names[index]) for index in np.flatnonzero(voters).tolist()]
     return ", ".join(found[:_MAX_NAMES]) + (f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else "")
 
@@ -226,18 +117,7 @@ class VoterFacts:
 
 
 def voter_facts(votes: np.ndarray, names: Sequence[str], truth: np.ndarray | None = None) -> list[VoterFacts]:
-    """Describe each voter: coverage, overlaps, conflicts, polarity, and accuracy where there is ground truth.
-
-    Args:
-        votes (`np.ndarray` of shape `(num_rows, num_voters)`):
-            Labels, -1 for no vote.
-        names (`Sequence[str]`):
-            One name per voter.
-        truth (`np.ndarray` of shape `(num_rows,)`, *optional*):
-            Ground truth, -1 where it is not known.
-
-    Returns:
-        `list[VoterFacts]`
+    """Describe each voter, its accuracy too where there is ground truth (-1 where that is not known).
 
     Examples:
         >>> voter_facts(np.array([[0, 0], [1, 0], [1, -1], [-1, -1]]), ["a", "b"])[0]
@@ -262,14 +142,7 @@ def voter_facts(votes: np.ndarray, names: Sequence[str], truth: np.ndarray | Non
 
 @dataclass(frozen=True)
 class Answers:
-    """Hold who answered what where, for sums over the answers of a row and over the rows of an answer.
-
-    Args:
-        codes (`np.ndarray` of shape `(num_rows, num_voters)`):
-            What each voter answered, -1 where nothing.
-        num_codes (`int`):
-            Number of different answers.
-    """
+    """Hold who answered what where, for sums over the answers of a row and over the rows of an answer."""
 
     codes: np.ndarray
     num_codes: int

@@ -14,18 +14,16 @@ def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, wei
     """Average the probabilities of the teachers that answered with a weight each, sum_k w_k t_k / sum_k w_k.
 
     Args:
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
+        teacher_probs, answered (`torch.Tensor`):
+            See [`aggregate`].
         weights (`torch.Tensor` of shape `(num_teachers,)` or `(num_examples, num_teachers)`):
-            At least 0.
+            At least 0, finite.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody of weight answered.
 
     Raises:
-        ValueError: If the shapes do not fit, or a weight is negative, infinite or NaN.
+        ValueError: If the shapes do not fit, or a weight is out of range.
 
     Examples:
         >>> probs, weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([3.0, 1.0])

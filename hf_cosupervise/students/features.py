@@ -76,11 +76,9 @@ class FeatureStore:
         disable_tqdm: bool = False,
         readable: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Give the head's inputs of every row, running the backbone only where they are not known yet.
-
-        Rows that are not `readable`, as those without an input, are not read: they get zeros.
-        """
+        """Give the head's inputs of every row, running the backbone only where they are not known yet."""
         digests = _row_digests(dataset, column, readable)
+        # For its check alone: a spoilt file is deleted here, before any process counts what is missing.
         self._load_ordered(digests)
         unknown = np.flatnonzero(self._find(digests).rows < 0)
         _, first = np.unique(digests[unknown], return_index=True)
@@ -134,16 +132,14 @@ class FeatureStore:
         wait: Callable[[], None] = lambda: None,
         readable: np.ndarray | None = None,
     ) -> torch.Tensor:
-        """Give each row's nearest others among the readable rows, found once for the same rows in the same order.
-
-        A row that is not readable is next to nobody, and its neighbours are itself.
-        """
+        """Give each readable row's nearest others, found once for the same rows in the same order."""
         digests = _row_digests(dataset, column, readable)
         rows = np.flatnonzero(digests != _UNREAD)
         # Neighbours of an older version may be rows that hold nothing.
         what = f"neighbors-{k}" if len(rows) == len(digests) else f"neighbors-{k}-of-{len(rows)}"
         folder, shape = self.folder / _name(what, digests), (len(digests), k)
         if is_first and self._load(folder, _ROWS, np.dtype(np.int32), shape) is None:
+            # A row that is not readable is next to nobody, and its neighbours are itself.
             found = np.repeat(np.arange(len(digests), dtype=np.int32)[:, None], k, axis=1)
             own = features if len(rows) == len(digests) else features[rows]
             found[rows] = rows[nearest_neighbors(own, k).numpy()]
@@ -303,6 +299,7 @@ class FeatureStore:
         try:
             for start in range(0, len(rows), batch_size):
                 is_there = readable[start : start + batch_size]
+                # Rows that are not readable keep their place, with zeros, so that features go by row of the pool.
                 values = np.zeros((len(is_there), self.head.in_features), dtype=np.float32)
                 if is_there.any():
                     batch = self.processor(dataset[rows[start : start + batch_size][is_there]][column])

@@ -288,13 +288,7 @@ class CoSupervisedConfig(TrainingArguments):
         self._settled = {item.name: copy.copy(getattr(self, item.name)) for item in fields(self) if item.init}
 
     def changed_arguments(self) -> dict[str, Any]:
-        """Give what was chosen about the training: arguments that differ from their defaults.
-
-        Those that only say where it runs (`use_cpu`) or where it is published (`hub_…`, `push_to_hub`) are left out.
-
-        Returns:
-            `dict[str, Any]`: Values by name, in the order of the fields.
-        """
+        """Give what was chosen about the training, by name; not where it runs (`use_cpu`) or is published (`hub_…`)."""
         values = {name: getattr(self, name) for name in self._settled}
         return {
             name: value

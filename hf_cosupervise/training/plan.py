@@ -76,10 +76,7 @@ def plan_level(
     sum_over_processes: Callable[[np.ndarray], np.ndarray] = lambda values: values,
     readable: np.ndarray | None = None,
 ) -> LevelPlan:
-    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level).
-
-    Nobody speaks for an example that the student cannot read.
-    """
+    """Assign a teacher to every example and select what to keep (the E-step and the rejection of one level)."""
     chunks: Iterable[tuple[slice, torch.Tensor | None]]
     # Not `or`: a process whose share is empty has no chunks, which is not the same as having no student.
     chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
@@ -97,6 +94,7 @@ def plan_level(
             own = assign(answers, args, log_probs)
         # Where nobody of this level answers, who spoke at the level above goes on speaking.
         assigned = fall_back(own, parent)
+        # Nobody speaks for an example that the student cannot read: it could neither judge nor learn it.
         if readable is not None:
             assigned = torch.where(torch.from_numpy(readable[part]), assigned, NOBODY)
         planned.append((part, judge(answers, args, assigned, parent, log_probs, keep_func)))
