@@ -55,7 +55,7 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
     if slope(high) <= 0:
         return LOWEST
     for _ in range(_HALVINGS):
-        middle = (low * high) ** 0.5
+        middle = (low * high) ** 0.5  # temperatures differ by factors
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 1 / high
 

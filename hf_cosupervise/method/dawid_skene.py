@@ -61,7 +61,9 @@ class DawidSkene(LabelModel):
 
     def _fit(self, answers: Answers) -> np.ndarray:
         probs, num_answers = torch.from_numpy(self._vote_shares(answers.codes)), len(answers.cells[0])
+        # (num_voters, num_codes, 1): the answers that a voter has ever given.
         said = answers.sum_by_answer(torch.ones(len(probs), 1, dtype=torch.float64)) > 0
+        # crowd-kit's bound adds the prior for each answer of a row. To stop where it stops, so does this one.
         num_others = answers.sum_by_row(torch.ones(*said.shape, dtype=torch.float64)) - 1
         if self.silence_is_answer:  # not a case of crowd-kit, whose bound may fall here and stop too early
             num_others.zero_()
@@ -71,8 +73,11 @@ class DawidSkene(LabelModel):
             probs = self._logits(answers).softmax(dim=1)
             next_parameters = _maximize(answers, probs, said)
             log_prior = torch.from_numpy(next_parameters["prior"]).log()
+            # xlogy below, because a posterior of 0 has an entropy of 0 and no logarithm.
             expected = probs * (self._logits(answers, next_parameters) + num_others * log_prior)
             bound = float((expected - torch.xlogy(probs, probs)).sum())
+            # The parameters are not those of the last step, but those that made `probs`: rows that come later get the
+            # posteriors that the same votes got here.
             if bound - last < self.tolerance * num_answers:
                 break
             last = bound

@@ -70,16 +70,18 @@ class Ebcc(LabelModel):
     def _fit(self, answers: Answers) -> np.ndarray:
         shares = torch.from_numpy(self._vote_shares(answers.codes))
         prior, random = shares.sum(dim=0), np.random.default_rng(self.seed)
+        # One kind has one start only: it is a candidate itself, and half of the others begin from its labels.
         best = first = _infer(answers, shares, prior, shares[:, :, None], self.max_iterations)
         begun: list[_Inferred] = []
         for restart in range(self.num_restarts if self.num_kinds > 1 else 0):
+            # Kinds must begin unequal: equal ones stay equal, and are one.
             kinds = torch.from_numpy(random.dirichlet(np.ones(self.num_kinds), tuple(shares.shape)))
             start = first.labels if restart % 2 else shares
             found = _infer(answers, start, prior, kinds * start[:, :, None], min(_SHORT, self.max_iterations))
             begun = sorted([*begun, found], key=lambda result: -result.bound)[:_NUM_LONG]  # the others are forgotten
-        for found in begun:
+        for found in begun:  # from where the short run ended
             found = _infer(answers, found.labels, prior, found.joint, self.max_iterations)
-            best = max(best, found, key=lambda result: result.bound)
+            best = max(best, found, key=lambda result: result.bound)  # of equals the first, which is one kind
         self.parameters = {"log_prior": best.log_prior.numpy(), "log_confusion": best.log_confusion.numpy()}
         return best.labels.numpy()
 
@@ -89,8 +91,10 @@ class Ebcc(LabelModel):
         return probs.reshape(-1, *log_prior.shape).sum(dim=2).numpy()
 
 
+# As published: few kinds have any weight, and voters are more often right than not.
 _KIND_PRIOR, _RIGHT_PRIOR, _WRONG_PRIOR = 0.1, 4.0, 1.0
 _STEP = 1e-3
+# After five steps the bounds of starts are in about the order in which they end; ten of them leave room for "about".
 _SHORT, _NUM_LONG = 5, 10
 
 
@@ -110,6 +114,7 @@ def _infer(
     num_labels, num_kinds = joint.shape[1:]
     kind_prior = torch.full((num_labels, num_kinds), _KIND_PRIOR / num_kinds, dtype=torch.float64)
     code_prior = torch.full((answers.num_codes, num_labels), _WRONG_PRIOR, dtype=torch.float64)
+    # Silence, where it is an answer, is the code after all labels: right for none of them.
     code_prior[range(num_labels), range(num_labels)] = _RIGHT_PRIOR
     code_prior = code_prior.repeat_interleave(num_kinds, dim=1)[None]
     for _ in range(max_iterations):
@@ -120,8 +125,10 @@ def _infer(
         flat, evidence = _responsibilities(answers, log_prior, log_confusion)
         joint, last = flat.reshape(joint.shape), labels
         labels = joint.sum(dim=2)
+        # Of the labels, not of the kinds, which may go on changing places without any label being moved.
         if torch.allclose(last, labels, atol=_STEP):
             break
+    # Of the counts that made the last posteriors, as the evidence is: those of `joint` would be a step further.
     bound = float(evidence.sum()) - _divergence(kinds, kind_prior, 1) - _divergence(shares, label_prior, 0)
     bound -= _divergence(codes, code_prior.expand_as(codes), 1)
     return _Inferred(bound, labels, joint, log_prior, log_confusion)

@@ -56,11 +56,13 @@ class Glad(LabelModel):
 
         def loss(x: np.ndarray, hits: np.ndarray) -> tuple[float, np.ndarray]:
             right, wrong, ease = log_likelihoods(x)
+            # Minus the expected log-likelihood and the logarithm of both priors, N(1, 1).
             value = 0.5 * ((x - 1) ** 2).sum() - (hits * right + (1 - hits) * wrong).sum()
             pull = (hits - np.exp(right)) * ease
             gradient = x - 1
             gradient[:num_voters] -= np.bincount(voters, pull, num_voters)
             gradient[num_voters:] -= np.bincount(examples, pull * x[voters], num_examples)
+            # An ability times an infinite easiness: infinity sends the line search back, NaN would end it.
             return np.inf if np.isnan(value) else value, gradient
 
         def log_likelihoods(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -71,8 +73,9 @@ class Glad(LabelModel):
             for _ in range(self.max_iterations):
                 right, wrong, _ = log_likelihoods(x)
                 found = _label_posteriors(answers, right, wrong)
-                hits = found[examples, codes]
+                hits = found[examples, codes]  # of each answer, how probable it is that it is right
                 x = minimize(loss, x, args=(hits,), jac=True, method="CG", tol=1e-2, options={"maxiter": 25}).x
+                # As in crowd-kit, whose mean is over a table with a cell for each answer and label.
                 value = loss(x, hits)[0] / (len(codes) * num_labels)
                 if last - value < self.tolerance:
                     break
@@ -90,6 +93,7 @@ class Glad(LabelModel):
             chance, slope = np.exp(right), ability * factor
             pull = np.bincount(examples, (probs[examples, codes] - chance) * slope, num_examples) - (ease - 1)
             weight = np.bincount(examples, chance * (1 - chance) * slope**2, num_examples) + 1
+            # Easiness stands in an exponent: a whole step far from the optimum would overshoot into infinity.
             ease = ease + np.clip(pull / weight, -1, 1)
         return probs
 
@@ -100,12 +104,14 @@ def _log_likelihoods(
     """Of each answer if it is right and if it is wrong, and how easy its row is."""
     ease = np.exp(log_ease)
     score = ability * ease
+    # log sigmoid of the score and of its negative, without an exponential that overflows.
     return -np.logaddexp(0, -score), -np.logaddexp(0, score) - np.log(num_labels - 1), ease
 
 
 def _label_posteriors(answers: Answers, right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
     (examples, _, codes), num_examples, num_labels = answers.cells, len(answers.codes), answers.num_codes
     cells = examples * num_labels + codes
+    # Every answer counts as wrong for all labels of its row, and is put right at the one that it names.
     logs = np.bincount(cells, right - wrong, num_examples * num_labels).reshape(num_examples, num_labels)
     logs += np.bincount(examples, wrong, num_examples)[:, None]
     probs = np.exp(logs - logs.max(axis=1, keepdims=True))

@@ -42,6 +42,7 @@ def fit_linear_head(
     """Train a linear head in place on soft targets, by the steps of the `Trainer`'s loop but without autograd."""
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
+    # A view of the bias, which the optimizer changes in place: it need not be made again in each step.
     offset = weight.new_zeros(weight.shape[0], 1) if bias is None else bias.detach().unsqueeze(1)
     with _threads_for(weight):
         buffer = features[:0]
@@ -50,7 +51,7 @@ def fit_linear_head(
                 sums: Sequence[torch.Tensor] = ()
                 for batch in micro_batches:
                     rows, size = batch.to(features.device), len(batch)
-                    if len(buffer) != size:
+                    if len(buffer) != size:  # the first batch, and a last one that is smaller
                         buffer = features.new_empty(size, features.shape[1])
                     inputs = torch.index_select(features, 0, rows, out=buffer).float()
                     logits = torch.addmm(offset, weight, inputs.T)  # one column per example: the softmax is faster so
@@ -66,6 +67,7 @@ def fit_linear_head(
                     parts = likelihood.mul_(-scale), gradient.mul_(scale) @ inputs, gradient.sum(dim=1)
                     sums = [old.add_(new) for old, new in zip(sums, parts)] if sums else parts
                 mean_loss, *gradients = sums
+                # Set by hand, so that clipping and any optimizer of torch find it where they look.
                 for parameter, gradient in zip(parameters, gradients):
                     parameter.grad = gradient
                     if average_gradients is not None:
@@ -175,6 +177,7 @@ def fit_ridge_head(
     parts = rows.to(features.device).split(_GRAM_ROWS)
     if cross is None:
         cross = sum_over_processes(cross_products(features, rows, targets, num_labels))
+    # Features lie about `shift`, which was taken off before they were summed: with a bias it only moves the bias.
     num_rows, shift = gram[size, size], feature_origin(features).double()
     means, label_means = gram[size, :size] / num_rows, cross[size] / num_rows
     if head.bias is None:  # nothing takes the means up, so features and pseudolabels stay as they are
@@ -188,11 +191,13 @@ def fit_ridge_head(
     # The lower bound is what rounding in float32 leaves of features that do not vary.
     least = 1e-6 * gram.diagonal()[:size].mean() + 1e-12
     centred.diagonal().add_(torch.maximum(alpha * centred.diagonal().mean(), least))
+    # Positive definite by the penalty; half the work of a general solver.
     weight = torch.cholesky_solve(products, torch.linalg.cholesky(centred))
     with torch.no_grad():
         head.weight.copy_(logit_scale * weight.T)
         if head.bias is not None:
             head.bias.copy_(logit_scale * (label_means - (means + shift) @ weight))
+        # Of the head as it was written, in its own precision: this is what the student will say.
         loss = torch.zeros(1, dtype=torch.float64, device=features.device)
         for part in parts:
             log_probs = torch.log_softmax(linear_logits(head, features[part]), dim=1).T.contiguous()
@@ -208,6 +213,7 @@ def _likelihood_and_gradient(
         wanted = wanted.T.contiguous()
         return torch.dot(wanted.view(-1), log_probs.view(-1)), log_probs.exp().sub_(wanted)
     label_ids, rest = wanted.label_ids.T, wanted.rest_probs
+    # A sum over all labels is one over those that are named, of what they have more than the rest, and the rest's.
     excess = wanted.label_probs.T - rest
     likelihood = (excess * log_probs.gather(0, label_ids)).sum() + torch.dot(rest, log_probs.sum(dim=0))
     return likelihood, log_probs.exp().sub_(rest).scatter_add_(0, label_ids, -excess)

@@ -71,11 +71,13 @@ class Mace(LabelModel):
         random, shape = np.random.RandomState(self.seed), (answers.codes.shape[1], answers.num_codes)
         most = -np.inf
         for _ in range(self.num_restarts):
+            # Starts near even: from parameters at the edge, EM does not come back.
             trust = 1 + 1.5 * random.uniform(size=(shape[0], 2))  # guesses, knows
             spam = 1 + 1.5 * random.uniform(size=shape)
             trust, spam = trust / trust.sum(axis=1, keepdims=True), spam / spam.sum(axis=1, keepdims=True)
             for _ in range(self.max_iterations):
                 trust, spam = _step(answers, trust, spam)
+            # Once more, of the parameters that are kept: the last step made its posteriors before it changed them.
             found, evidence = _label_posteriors(answers, trust, spam)
             if evidence > most:
                 most, probs = evidence, found
@@ -97,6 +99,7 @@ class Mace(LabelModel):
         if not is_flat and not silence_speaks(votes):
             return posteriors
         best, rows = posteriors.argmax(axis=1), np.arange(len(posteriors))
+        # By label, or a rare one would be as sure as a frequent one.
         behind = self._vote_shares(codes)[rows, best]
         for label in np.unique(best):
             self.parameters["sharpness"][label] = _find_sharpness(posteriors[best == label], behind[best == label])
@@ -117,6 +120,7 @@ def _step(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> tuple[np.nda
     rows, voters, codes = answers.cells
     probs, _ = _label_posteriors(answers, trust, spam)
     guess, known = trust[voters, 0] * spam[voters, codes], trust[voters, 1]
+    # How probable it is that a voter knew: that its answer is the label, times its share of what could have made it.
     knows = probs[rows, codes] * known / (guess + known)
     num_voters, num_labels = spam.shape
     new_trust = np.stack([np.bincount(voters, part, num_voters) for part in (1 - knows, knows)], axis=1)

@@ -439,7 +439,7 @@ def choose_loss(
 def weigh_loss(
     pair: tuple[LossFunction, LossAndGradient], weights: torch.Tensor
 ) -> tuple[LossFunction, LossAndGradient]:
-    """Give every example a weight of its own, by row of the pool; with a mean of 1 the learning rate means the same."""
+    """Give every example a weight of its own, by row of the pool."""
 
     def loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         own = weights[rows.to(weights.device)].to(logits.device)

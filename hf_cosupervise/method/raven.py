@@ -113,6 +113,7 @@ def fit_raven(
             optimizer.zero_grad()
             soft_cross_entropy(logits, targets).mean().backward()
             optimizer.step()
+            # Where all agree any weights give the same label, and their gradient is noise.
             if is_easy or current.grad is None:
                 continue
             moved = current.detach() - weight_learning_rate * current.grad

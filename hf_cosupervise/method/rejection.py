@@ -51,6 +51,7 @@ def in_top_k(probs: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
     if not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"`k` must be a whole number of at least 1, got {k!r}. Use 1 for the most probable label.")
     own = probs.gather(1, labels.unsqueeze(1))
+    # topk promises no order of ties, but its lowest value is the same whichever it takes.
     last = probs.topk(min(k, probs.shape[1]), dim=1).values[:, -1:]
     inside = (own > last).squeeze(1)
     on_edge = (own == last).squeeze(1).nonzero().squeeze(1)  # only there do ties decide

@@ -66,6 +66,7 @@ def left_out_predictions(
         second = second - torch.outer(gram[:size, size], gram[:size, size]) / total
         products = products - torch.outer(gram[:size, size], cross[size]) / total
     strength = second.diagonal().mean()
+    # Negative by rounding only, and a leverage must not be.
     values, vectors = torch.linalg.eigh(second.to(dtype))
     values, turned = values.clamp(min=0), (inputs - mean) @ vectors
     projected, squared = vectors.T @ products.to(dtype), turned.square()
@@ -74,6 +75,7 @@ def left_out_predictions(
         inverse = 1 / (values + torch.maximum(alpha * strength, least).to(dtype))
         leverage = weights * (squared @ inverse + (1 / total if bias else 0))
         residuals = targets - label_mean - turned @ (inverse.unsqueeze(1) * projected)
+        # A row that the fit hangs on entirely has a leverage near 1, and is predicted far away by the others.
         found[number] = targets - residuals / (1 - leverage).unsqueeze(1)
     return found
 
@@ -111,6 +113,7 @@ def choose_ridge_alpha(
     """
     if not len(alphas):
         raise ValueError("`alphas` must name penalties to choose from, got none. Leave it out for the grid.")
+    # The weight of the rows goes last, so that processes add up once; one without rows adds zeros and still takes part.
     errors = torch.zeros(len(alphas) + 1, dtype=torch.float64, device=features.device)
     if len(left_out) and gram[-1, -1] >= 3:  # of two rows each is predicted by the other alone, whatever the penalty
         inputs, wanted = features[left_out].float() - origin, targets(left_out).float()

@@ -141,7 +141,7 @@ def boosting_weights(
         log_odds = math.log((1 - error) / error) + math.log(num_labels - 1)
         weights[best] = log_odds / 2 if num_labels == 2 else log_odds
         example_weights = example_weights * (sign[:, best] * log_odds / 2).exp()
-        example_weights /= example_weights.sum()
+        example_weights /= example_weights.sum()  # or they would vanish after many teachers
         left.remove(best)
     if not bool(weights.any()):
         raise ValueError(

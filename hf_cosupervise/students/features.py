@@ -89,6 +89,7 @@ class FeatureStore:
                 f"elsewhere and put in by `write`, got none of {num_lacking}. Put those in too, or give another "
                 "`features_dir`."
             )
+        # Equal contents are read once: `first` has one row of each.
         wait()  # nobody may write before everybody has seen what is missing or spoilt
         own = np.array_split(unknown[np.sort(first)], shard[1])[shard[0]]
         if len(own):
@@ -184,7 +185,7 @@ class FeatureStore:
     def _find(self, digests: np.ndarray) -> _Found:
         """Where the features of each digest are; -1 where they are not known."""
         shards, arrays = self._keys(), dict[Path, np.ndarray]()
-        while True:
+        while True:  # again where a shard turned out spoilt, and its rows may be in another
             folders = list(shards)
             rows = _match(list(shards.values()), digests)
             starts = np.cumsum([0, *(len(keys) for keys in shards.values())])
@@ -204,6 +205,7 @@ class FeatureStore:
         rows, shape = found.rows, (len(digests), self.head.in_features)
         if not len(rows):
             return np.zeros(shape, dtype=self.dtype)
+        # Rows that lie side by side in one shard are given as they are mapped, without a copy.
         number = int(np.searchsorted(found.starts, rows[0], side="right")) - 1
         if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))) and rows[-1] < found.starts[number + 1]:
             return found.arrays[number][rows[0] - found.starts[number] :][: len(rows)]
@@ -340,7 +342,7 @@ def _match(keys: list[np.ndarray], digests: np.ndarray) -> np.ndarray:
     joined = np.concatenate([np.zeros(0, dtype=_KEY_DTYPE), *keys])
     if not len(joined):
         return np.full(len(digests), -1)
-    order = np.argsort(joined, kind="stable")
+    order = np.argsort(joined, kind="stable")  # of a key that two shards have, the first shard's
     rows = order[np.minimum(np.searchsorted(joined, digests, sorter=order), len(joined) - 1)]
     return np.where(joined[rows] == digests, rows, -1)
 
@@ -396,13 +398,14 @@ def _write_features(
         open(folder / _BATCHES, "ab", buffering=0) as lines,
         tqdm(total=shape[0], initial=done, desc="Features", disable=disable_tqdm, leave=False) as progress,
     ):
+        # Back to the last whole batch: what a killed run wrote after it cannot be trusted. A line has nine bytes.
         lines.truncate(9 * -(-done // batch_size))
         values.truncate(len(header) + done * shape[1] * dtype.itemsize if done else 0)
         if not done:
             write_all(values.fileno(), header)
         for batch in batches(done):
             data = _check_batch(batch, done, shape[1], dtype)
-            write_all(values.fileno(), data)
+            write_all(values.fileno(), data)  # before its line: a line tells that the values are there
             checksum = zlib.crc32(data, checksum)
             write_all(lines.fileno(), b"%08x\n" % checksum)
             done += len(batch)
@@ -432,7 +435,7 @@ def _read_done(
 
 def _check_batch(batch: np.ndarray, done: int, size: int, dtype: np.dtype) -> bytes:
     """A batch as it lies on disk."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # of float16, which is refused below in a sentence
         values = np.ascontiguousarray(batch, dtype=dtype)
     if values.ndim != 2 or values.shape[1] != size:
         raise ValueError(f"Features must have shape (num_rows, {size}) like the head, got {values.shape}.")
@@ -504,6 +507,7 @@ def _channels_last(value: torch.Tensor) -> torch.Tensor:
 
 def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, precision: str) -> str:
     """Hash everything that decides the head's inputs: weights outside the head, preprocessing and precision."""
+    # By the weights themselves, not by a name: a fine-tuned backbone under its old id is another one.
     own = {id(parameter) for parameter in head.parameters()}
     digest = hashlib.blake2b(digest_size=8)
     digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}".encode())

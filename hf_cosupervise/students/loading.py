@@ -82,10 +82,10 @@ def load_pinned_student(
             config=config,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,
+            ignore_mismatched_sizes=True,  # the head's, which had other labels; `_check_backbone` looks at the rest
             output_loading_info=True,
         )
-        reset_head(student)
+        reset_head(student)  # always, or a head that happens to fit would stay as it was
     processor = load_processor(source, folder, auto_class is AutoModelForSequenceClassification)
     if auto_class is AutoModelForImageClassification:
         InputProcessor(processor, student.config, source.what).probe()

@@ -170,6 +170,7 @@ class Student:
         self.processes = processes or Processes(0, 1)
         self._prepare_inputs = prepare_inputs
         self.folds: list[nn.Linear] = []
+        # On the CPU: a second model on the device would halve what it can hold.
         self._first = {name: value.detach().cpu().clone() for name, value in self._trained().items()}
         self.head = self._find_head() if args.student_training == "probe" else None
         self._features: torch.Tensor | None = None
@@ -238,7 +239,7 @@ class Student:
         """Hash all weights, as they were before any training."""
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.model.state_dict().items()):
-            tensor = self._first.get(name, value)
+            tensor = self._first.get(name, value)  # the same at any time: a run that is gone on with compares it
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -282,10 +283,11 @@ class Student:
                 log_probs = torch.log_softmax(linear_logits(self.head, features[chunk]), dim=1).cpu()
                 yield chunk, self._without(~readable[chunk], log_probs)
             return
-        self.model.eval()
+        self.model.eval()  # training leaves it in another mode
         for chunk in chunks:
             rows, size = chunk.start + np.flatnonzero(readable[chunk]), self.args.per_device_eval_batch_size
             logits = [self._logits(dataset[rows[start : start + size]]) for start in range(0, len(rows), size)]
+            # Batches never reach over the end of a chunk, so that results do not hang on the number of processes.
             log_probs = torch.zeros(chunk.stop - chunk.start, len(self.labels))
             if logits:
                 log_probs[rows - chunk.start] = torch.log_softmax(torch.cat(logits), dim=1).cpu()
@@ -337,6 +339,7 @@ class Student:
         if self.head is None:
             raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
         self.model.eval()
+        # Part of the key: features of another precision are other numbers.
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
         return FeatureStore(
             self._features_dir,
@@ -375,6 +378,7 @@ class Student:
     def nearest(self, k: int) -> torch.Tensor:
         """Give each example's neighbours in the features: the backbone is frozen, so they are found once."""
         if self._neighbors is None:
+            # The nearest few of many are the nearest few: both uses share one search.
             most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
             self._neighbors = self.store.neighbors(
                 self.examples,

@@ -19,7 +19,7 @@ class LevelCallbackHandler(CallbackHandler):
         super().__init__(
             handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
         )
-        self.eval_dataloader = handler.eval_dataloader
+        self.eval_dataloader = handler.eval_dataloader  # which the parent's constructor sets to none
         self.in_level = False
         self._known: list[TrainerCallback] = []
         self._concerned: dict[tuple[str, bool], list[TrainerCallback]] = {}
@@ -54,6 +54,8 @@ class LevelCallbackHandler(CallbackHandler):
         return quiet
 
     def _concerns(self, event: str, callback: TrainerCallback) -> bool:
+        # The parent sends both once per level, and the trainer once for all of them: bars want the former, trackers,
+        # which would begin another run, the latter.
         if event in ("on_train_begin", "on_train_end"):
             return _draws_bars(callback) == self.in_level
         # The events of levels are ours: most callbacks do not know them. Most do nothing at most others either, which

@@ -29,7 +29,7 @@ _BUFFERS, _STORY = "buffers.safetensors", "story.json"
 
 def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
     """Write down the digests of a checkpoint's files, last: one without them is not whole."""
-    write_json(folder / _STORY, dict(story))
+    write_json(folder / _STORY, dict(story))  # before the digests, to have one too
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in names if name != DIGESTS})
 
@@ -41,6 +41,7 @@ def read_story(folder: Path) -> dict[str, Any]:
 
 def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
     """Find the last whole checkpoint of a round that is not finished."""
+    # By number: as text, checkpoint-9 would come after checkpoint-10.
     paths = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     for path in sorted(paths, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         if not (path / DIGESTS).is_file():
@@ -55,6 +56,7 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             if (own := read_story(path).get("num_processes", 1)) != num_processes:
                 logger.info(f"'{path}' is of {own} process(es), not of {num_processes}: it is passed over.")
+            # Gone on from its last step, the parent would make one more.
             elif state["global_step"] < state["max_steps"]:
                 return path
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -70,7 +72,7 @@ def sealing(
     try:
         with explain_full_disk(folder.parent.parent, GO_ON):
             yield
-            processes.wait()
+            processes.wait()  # each writes its own random state
             if processes.rank == 0 and folder.is_dir():
                 if buffers is not None:
                     save_buffers(folder, buffers)
@@ -82,6 +84,7 @@ def sealing(
 
 def find_checkpoint(folder: Path, level: int, processes: Processes) -> Path | None:
     """Find where a level that was cut off is gone on with."""
+    # Older releases look for tensors on a device `cpu:0`, which there is none of.
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if processes.count > 1 and processes.device.type == "cpu" and release < (5, 23):
         logger.warning(
@@ -127,6 +130,8 @@ def read_back(
     if is_sharded or not isinstance(model, PreTrainedModel):
         by_parent()
         return load_buffers(folder)
+    # The Trainer loads by raw names and passes over those that it does not find: of ViT 32 tensors of 40, which
+    # `save_pretrained` writes under older names, would stay as they are with a line in the log.
     saved = type(model).from_pretrained(folder, config=model.config, use_safetensors=True)
     model.load_state_dict(saved.state_dict())
     return {}

@@ -28,7 +28,7 @@ def check_first(
     args = CoSupervisedConfig() if args is None else args
     if not isinstance(args, CoSupervisedConfig):
         raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")
-    make_output_dir(Path(args.output_dir))
+    make_output_dir(Path(args.output_dir))  # before a student is fetched, which may take minutes
     if any(given.get("optimizers") or ()):
         raise ValueError(
             "`optimizers` cannot be given: each level makes its own. Use `optim` or `optimizer_cls_and_kwargs`."
@@ -141,7 +141,7 @@ def check_levels(pool: PseudolabelPool, args: CoSupervisedConfig, has_own_assign
             f"A root level of several teachers ({[teacher.name for teacher in hierarchy.levels[0]]}) needs the "
             f"assignment 'ensemble', got {level_assignment(args, 0)!r}: there is no student yet to choose among them."
         )
-    for level in range(1, hierarchy.num_levels if not has_own_assignment else 1):
+    for level in range(1, hierarchy.num_levels if not has_own_assignment else 1):  # the root has nothing to choose
         _check_assignment(pool, args, level, level_assignment(args, level))
 
 
@@ -187,6 +187,7 @@ def match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_col
         raise ValueError("`train_dataset` is needed: the pool holds no inputs. Give the data that it was built from.")
     column = find_input_column(dataset, input_column or (pool.input_column if train_dataset is None else None))
     if train_dataset is not None:
+        # The data may be in another order than the pool: ids decide, or contents where it has none.
         ids = np.asarray(list(dataset["id"]) if "id" in dataset.column_names else row_keys(dataset, column))
         if len(ids) != len(pool):
             raise ValueError(

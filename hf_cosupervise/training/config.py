@@ -288,7 +288,7 @@ class CoSupervisedConfig(TrainingArguments):
         self._settled = {item.name: copy.copy(getattr(self, item.name)) for item in fields(self) if item.init}
 
     def changed_arguments(self) -> dict[str, Any]:
-        """Give what was chosen about the training, by name; not where it runs (`use_cpu`) or is published (`hub_…`)."""
+        """Give by name what was chosen about the training; not where it runs or is published."""
         values = {name: getattr(self, name) for name in self._settled}
         return {
             name: value

@@ -87,6 +87,7 @@ class HeadFitter:
         """Fit the head on what a level kept, as `head_solver` says."""
         targets, state = loss.lookup(kept, self.features.device), events.state
         if self.args.head_solver == "ridge":
+            # Progress bars and callbacks read these.
             state.max_steps, state.num_train_epochs, state.train_batch_size = 1, 1, len(kept)
             return self.fit_at_once(kept, targets, events)
         dataloader = make_dataloader()
@@ -95,6 +96,7 @@ class HeadFitter:
         state.train_batch_size = self.args.train_batch_size
         state.compute_steps(self.args, state.max_steps)
         optimizer = _merge_equal_groups(make_optimizer())
+        # Only now: a schedule holds on to the groups that it finds.
         return self.fit_by_steps(
             kept,
             targets,
@@ -115,6 +117,7 @@ class HeadFitter:
                 f"A level must keep at least one whole batch under `dataloader_drop_last`, got {num_kept} examples. "
                 "Use a smaller batch."
             )
+        # Rounded up, as the Trainer does: the last step of an epoch may have fewer micro-batches.
         per_epoch = math.ceil(len(dataloader) / self.args.gradient_accumulation_steps)
         all_epochs = math.ceil(self.args.num_train_epochs * per_epoch)
         return self.args.max_steps if self.args.max_steps > 0 else all_epochs, per_epoch
@@ -133,6 +136,7 @@ class HeadFitter:
     ) -> TrainOutput:
         """Do what the standard loop does: same order, optimizer, schedule, logs and callbacks."""
         _, per_epoch = self.count_steps(dataloader, len(kept))
+        # The handler gives these to every callback; those of the level before would be told otherwise.
         events.callbacks.optimizer, events.callbacks.lr_scheduler = optimizer, scheduler
         events.tell("on_train_begin")
         started, meter = time.time(), _LossMeter()
@@ -153,7 +157,7 @@ class HeadFitter:
             average_gradients=self._average if self.processes.count > 1 else None,
             on_step=after_step,
         )
-        mean = meter.mean(self.processes)
+        mean = meter.mean(self.processes)  # read first: what callbacks do at the end does not count
         events.tell("on_train_end")
         num_steps = events.state.global_step
         return TrainOutput(num_steps, mean, speed_metrics("train", started, num_steps=num_steps))
@@ -170,7 +174,7 @@ class HeadFitter:
         """Give the rows of each step, in the order in which the standard loop would read them."""
         accumulation = self.args.gradient_accumulation_steps
         for epoch in range(events.state.num_train_epochs):
-            if hasattr(dataloader, "set_epoch"):
+            if hasattr(dataloader, "set_epoch"):  # as the Trainer's loop does: the order of an epoch hangs on it
                 dataloader.set_epoch(epoch)
             events.tell("on_epoch_begin")
             batches = _read_batches(dataloader.batch_sampler, rows)
@@ -178,6 +182,7 @@ class HeadFitter:
                 events.tell("on_step_begin")
                 # Before the schedule moves on: what is logged is the rate that the step was made with.
                 meter.learning_rate = float(optimizer.param_groups[0]["lr"])
+                # The step is made while this waits; what callbacks said of it is known after.
                 yield batches[number * accumulation : (number + 1) * accumulation]
                 if events.control.should_epoch_stop or events.control.should_training_stop:
                     break
@@ -202,7 +207,7 @@ class HeadFitter:
             events.tell_numbers(meter.read(self.processes))
 
     def _average(self, gradient: torch.Tensor) -> None:
-        gradient.copy_(self.processes.sum(gradient) / self.processes.count)
+        gradient.copy_(self.processes.sum(gradient) / self.processes.count)  # in place, as the optimizer holds it
 
     # --- at once -----------------------------------------------------------------------------------------------------
 
@@ -211,6 +216,7 @@ class HeadFitter:
         started = time.time()
         events.tell("on_train_begin")
         events.tell("on_epoch_begin")
+        # Each process sums its share; the products are added up, and all solve the same system.
         rows, gram = self._own_share(kept), self._gram_of(kept)
         cross = self.processes.sum(cross_products(self.features, rows, targets, self.head.out_features))
         alpha = self._find_alpha(kept, targets, gram, cross)
@@ -316,12 +322,13 @@ def _merge_equal_groups(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
 def _read_batches(batch_sampler: Any, rows: torch.Tensor) -> Sequence[torch.Tensor]:
     """Give the rows of all batches of an epoch."""
     sampler: Any = getattr(batch_sampler, "sampler", None)
+    # By exact type: a subclass, as of several processes, may give other rows than its parent.
     is_plain = type(batch_sampler) is BatchSampler and type(sampler) is SeedableRandomSampler
     if not is_plain or sampler.replacement or len(sampler) != len(rows):
         return [rows[batch] for batch in batch_sampler]
     # What the sampler does, without an iterator that gives one number at a time.
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(sampler.initial_seed + sampler.epoch))
-    sampler.set_epoch(sampler.epoch + 1)
+    sampler.set_epoch(sampler.epoch + 1)  # as at the end of its own iterator
     return rows[order].split(batch_sampler.batch_size)[: len(batch_sampler)]
 
 
@@ -340,6 +347,7 @@ class _LossMeter:
 
     def read(self, processes: Processes) -> dict[str, float]:
         """Give the numbers of the `Trainer`'s own log, and begin anew."""
+        # This waits for the device, which no step does that does not clip.
         mean = float(processes.gather(torch.as_tensor(self.since)).mean()) / max(self.num_since, 1)
         self.total, self.num_steps = self.total + mean * self.num_since, self.num_steps + self.num_since
         self.since, self.num_since = 0.0, 0
@@ -347,6 +355,6 @@ class _LossMeter:
         return logs if self.norm is None else {**logs, "grad_norm": self.norm}
 
     def mean(self, processes: Processes) -> float:
-        if self.num_since:
+        if self.num_since:  # steps after the last log
             self.read(processes)
         return self.total / max(self.num_steps, 1)

@@ -46,7 +46,9 @@ class LevelLoss:
         # Losses other than the cross-entropy are given all labels.
         is_plain = self._own is None and not needs_all_labels
         read = _sparse_pseudolabels if is_plain and _pays_sparse(pool, plan) else _pseudolabels
+        # A partial of plain functions, which workers of any start method can pickle; no method of this object.
         self.pseudolabels = partial(read, pool, plan, args.pseudolabels == "hard")
+        # float64: a sum in float32 would lose the small losses at the end of a long level.
         self.total, self.count = torch.zeros((), dtype=torch.float64), 0  # of the steps so far
         self._micro_losses: list[torch.Tensor] = []  # of the step in training
 
@@ -55,6 +57,7 @@ class LevelLoss:
         self._own: tuple[LossFunction, LossAndGradient] | None = None
         if self._loss_func is None and self.args.loss == "cross_entropy" and self._weights is None:
             return  # which is computed faster than by its name
+        # `fraction_done` is looked up at each call: it is set after this, see `train_level`.
         shape = self._num_examples, self._num_labels
         pair = choose_loss(
             self._loss_func or self.args.loss, self.args.loss_kwargs, lambda: self.fraction_done(), shape
@@ -80,6 +83,7 @@ class LevelLoss:
 
     def __call__(self, logits: torch.Tensor, targets: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         """Measure a batch."""
+        # Label ids are no probabilities, and are not smoothed.
         wanted = {name: value if name == "target_ids" else self.smooth(value) for name, value in targets.items()}
         if self._own is not None:
             return self._own[0](logits, wanted["target_probs"], rows).mean()
@@ -99,9 +103,11 @@ class LevelLoss:
             tensors = [torch.from_numpy(array).to(device) for array in arrays]
             return tuple(self.smooth(values) if values.is_floating_point() else values for values in tensors)
 
+        # One row tells how large all would be, sparse or dense.
         first = read(kept[:1])
         if self._num_examples * sum(values.nbytes for values in first) > _MAX_DECODED_BYTES:
             return lambda rows: _as_targets(read(rows.cpu().numpy()))
+        # Rows that are not kept have a place too, so that a row of the pool is found without a second index.
         table = [values.new_zeros(self._num_examples, *values.shape[1:]) for values in first]
         for part in np.array_split(kept, max(len(kept) // CHUNK_ROWS, 1)):
             for values, wanted in zip(table, read(part)):
@@ -113,7 +119,7 @@ class LevelLoss:
     def watch(self, loss: torch.Tensor, *, ends_step: bool = True) -> None:
         """Remember the loss of a batch; nothing waits for it."""
         self._micro_losses.append(loss.detach())
-        if not ends_step:
+        if not ends_step:  # losses of micro-batches are averaged, so that a step counts once whatever its parts
             return
         mean = self._micro_losses[0] if len(self._micro_losses) == 1 else torch.stack(self._micro_losses).mean()
         dtype = torch.float32 if mean.device.type == "mps" else torch.float64  # which Apple's devices do not have
@@ -122,6 +128,7 @@ class LevelLoss:
 
     def mean(self) -> float:
         """Average all steps of all processes, those before a crash too."""
+        # All processes make as many steps, so that one count serves for all.
         return float(self._processes.sum(self.total.reshape(1))) / (max(self.count, 1) * self._processes.count)
 
     def told(self) -> dict[str, Any]:
@@ -135,6 +142,8 @@ class LevelLoss:
 
     def check(self, where: str, kept_in: str) -> None:
         """Stop where the loss is no longer a number: nothing that is trained from there on is worth keeping."""
+        # Of the sum: one NaN stays in it, so that a look now and then misses none. It is of all processes, which so
+        # stop together instead of waiting for the one that stopped.
         if self.count and not torch.isfinite(self._processes.sum(self.total.reshape(1))):
             raise FloatingPointError(
                 f"The loss must be a number, got NaN or infinity by {where}. Lower `learning_rate`, or set "
@@ -153,7 +162,7 @@ def _pseudolabels(pool: PseudolabelPool, plan: LevelPlan, hard: bool, rows: np.n
     """Give what is trained on; a plain function, so that workers of any start method can take it along."""
     probs = pool.pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
     if plan.relabelled is not None:
-        own = plan.relabelled[rows]
+        own = plan.relabelled[rows]  # the student's own label, -1 where the teacher's stays
         probs[own >= 0] = np.eye(probs.shape[1], dtype=np.float32)[own[own >= 0]]
     return probs
 

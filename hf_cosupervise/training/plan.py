@@ -88,6 +88,7 @@ def plan_level(
         # Assign: the level's own rule, or one of the user's, or what was chosen over neighbours before.
         if assign_func is not None and log_probs is not None:
             own = in_hierarchy(answers, assign_by_function(answers, log_probs, assign_func))
+        # Positions within the level from here on become positions in the hierarchy, as those of the level above are.
         elif chosen is not None:
             own = in_hierarchy(answers, chosen[part])
         else:
@@ -100,16 +101,17 @@ def plan_level(
         planned.append((part, judge(answers, args, assigned, parent, log_probs, keep_func)))
     # Reject: some tests rank an example among all, so they wait until every process has told of its share.
     rows = PlannedRows.concatenate(planned, len(pool), sum_over_processes)
-    has_label = rows.labels >= 0
+    has_label = rows.labels >= 0  # a row that nobody has answered so far counts nowhere
     if not has_label.any():
         raise ValueError(
             f"No teacher up to level {level} answered any of the {len(pool)} examples. Check their labels."
         )
     keep_mask = has_label & (rows.passes_parent > 0)
-    if level > 0:
+    if level > 0:  # at the root there is no student, so nothing is rejected
         keep_mask &= _select(rows, args, has_label) if keep_func is None else rows.passes_others > 0
     relabelled = None
     if level > 0 and args.relabel_above is not None:
+        # Only what was rejected: a pseudolabel that passed is not overruled by the student.
         sure = has_label & ~keep_mask & (rows.student_confidence >= args.relabel_above)
         relabelled = np.where(sure, rows.student_labels, -1)
         keep_mask |= sure
@@ -169,10 +171,12 @@ def _check_numbers(level: int, part: slice, log_probs: torch.Tensor | None) -> N
 def _select(rows: PlannedRows, args: CoSupervisedConfig, has_label: np.ndarray) -> np.ndarray:
     """What of the examples with a pseudolabel passes the tests that need the student, or all of the examples."""
     keep = has_label & (rows.passes_others > 0)
+    # Each test ranks all that have a pseudolabel, not what the one before left: their order must not matter.
     if "top_k" in args.rejection:
         losses, agrees = torch.from_numpy(rows.losses), torch.from_numpy(rows.in_student_top_k > 0)
         keep &= select_consistent(losses, agrees, torch.from_numpy(has_label), args.rejection_rule).numpy()
     if "student_entropy" in args.rejection:
+        # At least one, or a small share of few examples would end the run.
         num_keep = max(round(args.rejection_share * int(has_label.sum())), 1)
         entropy = torch.from_numpy(rows.student_entropy)
         keep &= select_by_loss_rank(entropy, num_keep, torch.from_numpy(has_label)).numpy()
@@ -194,6 +198,7 @@ def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: PlannedRows, has_stu
         for name, count in zip(pool.source_names, used)
         if count or name in shown
     }
+    # The keys of rejection have an older word, which trackers and histories hold.
     metrics["consistency/keep_rate"] = plan.keep_rate
     metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
     if has_student:
@@ -214,9 +219,9 @@ def _describe_oracle(pool: PseudolabelPool, plan: LevelPlan) -> dict[str, float]
     has_label = plan.labels >= 0
     metrics["oracle_pseudolabels/accuracy"] = agreement(plan.labels[has_label], oracle_labels[has_label])
     scopes = pool.hierarchy.scope_mask(plan.level)
-    if len(scopes) > 1 and not scopes.all():
+    if len(scopes) > 1 and not scopes.all():  # a teacher without a scope is right for every label
         inside = plan.assigned_teacher - pool.hierarchy.level_indices(plan.level)[0]
-        own = (inside >= 0) & (inside < len(scopes))
+        own = (inside >= 0) & (inside < len(scopes))  # not those that fell back, nor an ensemble's
         if own.any():
             metrics["oracle_assignment/accuracy"] = float(scopes.numpy()[inside[own], oracle_labels[own]].mean())
     return metrics

@@ -82,7 +82,7 @@ class LevelAnswers:
     def top_k(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`tuple`: What [`PseudolabelPool.sparse_level`] gives of the level's teachers."""
         stored = [self._fetch(index) for index in self.indices]
-        label_ids = np.stack([ids for ids, _ in stored], axis=1).astype(np.int64)
+        label_ids = np.stack([ids for ids, _ in stored], axis=1).astype(np.int64)  # torch gathers by no other type
         scaled = [scale_top_k(probs, self.pool.hierarchy.num_labels) for _, probs in stored]
         probs, rest = (np.stack(parts, axis=1) for parts in zip(*scaled))
         return torch.from_numpy(label_ids), torch.from_numpy(probs), torch.from_numpy(rest)
@@ -92,31 +92,32 @@ class LevelAnswers:
         """`torch.LongTensor` of shape `(num_rows, num_teachers)`: Hard labels of the teachers of all levels."""
         return torch.from_numpy(np.stack([self._first(i) for i in range(len(self.pool.hierarchy.names))], axis=1))
 
-    def hard_labels(self, sources: np.ndarray) -> np.ndarray:
+    def hard_labels(self, speakers: np.ndarray) -> np.ndarray:
         """Give the most probable label of each row by whoever speaks for it."""
-        if (sources >= len(self.pool.hierarchy.names)).any():  # an ensemble's best label is known of its mean only
-            probs = self.pseudolabels(sources)
+        if (speakers >= len(self.pool.hierarchy.names)).any():  # an ensemble's best label is known of its mean only
+            probs = self.pseudolabels(speakers)
             return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
         labels = np.full(len(self), -1, dtype=np.int64)
-        for source in np.unique(sources[sources != NOBODY]).tolist():
-            here = sources == source
-            labels[here] = self._first(source)[here]
+        for speaker in np.unique(speakers[speakers != NOBODY]).tolist():
+            here = speakers == speaker
+            labels[here] = self._first(speaker)[here]
         return labels
 
-    def pseudolabels(self, sources: np.ndarray) -> np.ndarray:
+    def pseudolabels(self, speakers: np.ndarray) -> np.ndarray:
         """Give the probabilities of whoever speaks for each row, see [`PseudolabelPool.pseudolabels`]."""
         hierarchy = self.pool.hierarchy
         probs = np.zeros((len(self), hierarchy.num_labels), dtype=np.float32)
-        for source in np.unique(sources[sources != NOBODY]).tolist():
-            here = np.flatnonzero(sources == source)
-            if source < len(hierarchy.names):
-                probs[here] = self._decode(source)[here]
+        for speaker in np.unique(speakers[speakers != NOBODY]).tolist():
+            here = np.flatnonzero(speakers == speaker)
+            if speaker < len(hierarchy.names):
+                probs[here] = self._decode(speaker)[here]
             else:
-                indices = hierarchy.level_indices(source - len(hierarchy.names))
+                indices = hierarchy.level_indices(speaker - len(hierarchy.names))
                 probs[here] = mean_probs(self._probs(indices, here), self._who_answered(indices)[here]).numpy()
         return probs
 
     def _fetch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        # A pool that lies on disk is read once per teacher and chunk, however many rules ask.
         if index not in self._stored:
             self._stored[index] = self.pool.stored(self.pool.hierarchy.names[index], self.rows)
         return self._stored[index]
@@ -168,6 +169,7 @@ class PlannedRows:
         """Put this process's chunks in their places, and those of the others."""
         columns = {}
         for item in fields(cls):
+            # Zeros where other processes have filled in theirs: summed over all, each row is there once.
             whole = np.zeros(num_examples, dtype=item.metadata["kind"])
             for part, rows in chunks:
                 whole[part] = getattr(rows, item.name)
@@ -181,6 +183,7 @@ class PlannedRows:
 def assign(answers: LevelAnswers, args: CoSupervisedConfig, log_probs: torch.Tensor | None) -> torch.Tensor:
     """Say who of a level speaks for each row of a chunk, before anybody falls back."""
     level, indices, method = answers.level, answers.indices, level_assignment(args, answers.level)
+    # An ensemble is one more voice after all teachers, one for each level.
     if method == "ensemble" and len(indices) > 1:
         return torch.where(answers.answered.any(dim=1), len(answers.pool.hierarchy.teachers) + level, NOBODY)
     if level == 0 and len(indices) > 1:
@@ -203,7 +206,7 @@ def _assign_inside(
     """Positions within the level by each method that asks the student, or ground truth for an upper bound."""
     pool, level, answered = answers.pool, answers.level, answers.answered
     if method == "scope":
-        student_labels = torch.from_numpy(log_probs.numpy().argmax(axis=1))
+        student_labels = torch.from_numpy(log_probs.numpy().argmax(axis=1))  # torch promises no order of ties
         return assign_by_scope(student_labels, pool.hierarchy.scope_mask(level), answered)
     if method == "agreement":
         return choose_lowest(_agreement_scores(answers, args, log_probs), answered)
@@ -298,10 +301,11 @@ def judge(
     keep_func: KeepFunction | None = None,
 ) -> PlannedRows:
     """Compare the pseudolabels of a chunk with the student and with the level above."""
-    sources = assigned.numpy()
-    rows = PlannedRows(sources, answers.hard_labels(sources), passes_parent=np.array(1))
+    speakers = assigned.numpy()
+    rows = PlannedRows(speakers, answers.hard_labels(speakers), passes_parent=np.array(1))
     if log_probs is None:
         return rows  # at the root there is nobody to disagree with
+    # A row without a label gets some loss here, and is left out of every count by its label of -1.
     labels = torch.from_numpy(rows.labels).clamp(min=0)
     k = args.rejection_k or default_top_k(answers.pool.hierarchy.num_labels)
     rows.losses = pseudolabel_loss(log_probs, labels).numpy()
@@ -311,13 +315,13 @@ def judge(
     if args.relabel_above is not None:
         rows.student_confidence = log_probs.max(dim=1).values.exp().numpy()
     if keep_func is not None:
-        found = keep_func(log_probs, torch.from_numpy(answers.pseudolabels(sources)))
+        found = keep_func(log_probs, torch.from_numpy(answers.pseudolabels(speakers)))
         rows.passes_others = _check_function("keep_func", found, answers.rows, torch.bool).numpy()
         return rows
     if "student_entropy" in args.rejection:
         rows.student_entropy = student_entropy(log_probs).numpy()
     if "confidence_window" in args.rejection:
-        confidence = answers.pseudolabels(sources).max(axis=1)
+        confidence = answers.pseudolabels(speakers).max(axis=1)
         rows.passes_others = (args.rejection_window[0] <= confidence) & (confidence <= args.rejection_window[1])
     if "vote_entropy" in args.rejection:
         rows.vote_entropy = vote_entropy(answers.votes, answers.pool.hierarchy.num_labels).numpy()

@@ -91,7 +91,7 @@ class TrainingRun:
     def open(self, settings: Callable[[], Mapping[str, Any]], resume: bool) -> Iterator[Stage | None]:
         """Begin the run, or go on with the one in this folder, and see that nobody else works there meanwhile."""
         with self._only_one():
-            is_there = self._find(resume)
+            is_there = self._find(resume)  # after the lock, or another process could begin one in between
             self.story, self.plans, self._resuming = self._new_story(), [], resume
             last, facts = None, settings()
             if resume and is_there:
@@ -100,7 +100,7 @@ class TrainingRun:
                 last = self._read_stages()
             else:
                 self._begin(facts)
-            self._started, self._outputs = time.time(), []
+            self._started, self._outputs = time.time(), []  # what an earlier process trained is not in its speed
             yield last
 
     def claim(self, settings: Callable[[], Mapping[str, Any]]) -> None:
@@ -144,6 +144,7 @@ class TrainingRun:
             # Stages are what counts, and tell all of it again.
             logger.warning(f"'{self.history.path}' cannot be read ({error}): it is written anew.")
         else:
+            # The branch may have moved on since: its name alone does not tell that the weights are the same.
             pinned = ("model", "commit", "base_commit")
             if self.history.records and any(known.get(key) != own.get(key) for key in pinned):
                 raise ValueError(
@@ -161,7 +162,10 @@ class TrainingRun:
             if stage is None:
                 break  # what comes after it was made from another student
             last = stage
-            self.plans = [*self.plans[:level], stage.plan]
+            self.plans = [
+                *self.plans[:level],
+                stage.plan,
+            ]  # one per level: a later round takes the place of an earlier
             self.history.records.append(stage.record)
         self._check_same_everywhere(len(self.history.records))
         num_processes = self.processes.on_first(self._repair_history)
@@ -187,6 +191,7 @@ class TrainingRun:
             run = known.read()
         except (ValueError, AttributeError, RecursionError):
             known.records = []
+        # Compared as JSON reads them: NaN and tuples do not come back as they went in.
         if known.records[: len(self.history.records)] != json.loads(json.dumps(without_nan(self.history.records))):
             self._write_history()
         return int(run.get("num_processes") or self.processes.count)
@@ -222,6 +227,7 @@ class TrainingRun:
 
     def take_up(self, checkpoint: str) -> tuple[float, int]:
         """Go on with the story where a checkpoint left it."""
+        # A sum of losses for each process: they have seen different examples, and only their mean is told.
         story = read_story(Path(checkpoint))
         self.story.log_history = story["log_history"]
         return story["loss_sums"][self.processes.rank], story["num_losses"]
@@ -229,7 +235,7 @@ class TrainingRun:
     def record(self, plan: LevelPlan, output: TrainOutput, state: TrainerState) -> dict[str, Any]:
         """Count the steps of a trained stage, and write its numbers down."""
         self.story.global_step += output.global_step
-        self.story.epoch = (self.story.epoch or 0.0) + (state.epoch or 0.0)
+        self.story.epoch = (self.story.epoch or 0.0) + (state.epoch or 0.0)  # None before the first step
         self.story.total_flos += state.total_flos
         record = {
             "level": plan.level,
@@ -241,6 +247,7 @@ class TrainingRun:
             **{name: value for name, value in output.metrics.items() if name.startswith("head/")},
         }
         self._outputs.append(output)
+        # All processes hold the record, one of them writes.
         self.history.add(record, write=False)
         self.processes.on_first(self._write_history)
         return record
@@ -276,6 +283,7 @@ class TrainingRun:
 
     def close(self) -> TrainOutput:
         """Sum up what was trained since the run was opened."""
+        # A mean over steps, not over levels, of which some are longer.
         steps = sum(output.global_step for output in self._outputs)
         loss = sum(output.training_loss * output.global_step for output in self._outputs) / max(steps, 1)
         metrics = speed_metrics("train", self._started, num_steps=steps)
@@ -287,6 +295,7 @@ def describe_settings(
     args: CoSupervisedConfig, pool: PseudolabelPool, student: Callable[[], str], functions: Mapping[str, str]
 ) -> dict[str, Any]:
     """Tell what must be the same for a run to be gone on with."""
+    # They are compared with what JSON gives back: an enum or a class is written as its text.
     plain = (bool, int, float, str, list, dict, type(None))
     arguments = {
         name: value if isinstance(value, plain) else str(value)

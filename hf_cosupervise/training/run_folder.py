@@ -60,6 +60,7 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout as error:
+            # Two runs would write each other's stages and checkpoints.
             raise FileExistsError(
                 f"`output_dir` must be used by one run at a time, got another that works in '{self.path}' now. Wait "
                 "for it, or choose another folder."
@@ -88,7 +89,7 @@ class RunFolder:
 
     def check(self, facts: Mapping[str, Any]) -> None:
         """See that the run that was begun here is this one."""
-        if not (self.path / _RUN).is_file():
+        if not (self.path / _RUN).is_file():  # stages alone are gone on with: they tell all that is needed
             return
         try:
             known = read_json(self.path / _RUN)
@@ -103,7 +104,7 @@ class RunFolder:
             for name, value in own.pop("versions", {}).items()
             if known.get("versions", {}).get(name) != value
         ]
-        known.pop("versions", None)
+        known.pop("versions", None)  # other versions give about the same student: told, not refused
         self._compare_processes(known, own)
         if different := _differences(known, own):
             raise ValueError(
@@ -159,7 +160,9 @@ class RunFolder:
             "story": stage.story,
             "files": {name: file_digest(folder / name) for name in names},
         }
+        # The digest must be of what will be read, and JSON changes keys, tuples and NaN.
         facts = json.loads(json.dumps(without_nan(facts)))
+        # Last: a stage counts from when this file is there, and it knows the digests of all others.
         write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
 
     def load_stage(self, folder: Path) -> Stage | None:
@@ -200,7 +203,7 @@ def pool_digest(pool: PseudolabelPool) -> str:
     for name in pool.hierarchy.names:
         for values in (pool.label_ids(name), pool.label_probs(name)):
             digest.update(f"{values.dtype} {values.shape}".encode())
-            for start in range(0, len(values), 2**16):
+            for start in range(0, len(values), 2**16):  # parts, because a pool may be larger than memory
                 digest.update(np.ascontiguousarray(values[start : start + 2**16]).data)
     return digest.hexdigest()
 

@@ -124,11 +124,14 @@ class CoSupervisedTrainer(Trainer):
         check_student(args, model, self.processor, inputs, origin, has_own_metrics="compute_metrics" in kwargs)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}
+        # Every column that is left would reach the model, and some models refuse what they do not know.
         eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels)
         self.processes = Processes(args.process_index, args.world_size, args.device)  # a push asks for it at once
         super().__init__(model, args, data_collator, examples, eval_dataset, **kwargs)
-        # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself.
+        # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself, which it leaves
+        # to the model where `forward` takes any argument, as ViT's does. Older releases read the first flag only.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
+        # The parent trains once per level; trackers are to hear of one training.
         self.callback_handler = LevelCallbackHandler(self.callback_handler)
         self._is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         first, local_first = self.is_world_process_zero(), self.is_local_process_zero()
@@ -168,12 +171,13 @@ class CoSupervisedTrainer(Trainer):
             FloatingPointError: If the loss is no longer a number.
             ValueError: If a level keeps nothing to train on, or the run that is gone on with was begun otherwise.
         """
+        # A checkpoint is of one level, and does not tell which teachers that level had chosen.
         if trial is not None or isinstance(resume_from_checkpoint, str):
             raise ValueError(
                 "`train` takes `resume_from_checkpoint=True` or nothing: a run finds by itself where it was cut off."
             )
         with self.run.open(self._settings, resume=bool(resume_from_checkpoint)) as last:
-            self.student.restore(last)
+            self.student.restore(last)  # as after the last finished stage, or as given
             self.state = self.run.story
             self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
             for stage in self.run.unfinished():  # (level, round)
@@ -189,21 +193,13 @@ class CoSupervisedTrainer(Trainer):
     def prepare_level(self, level: int, round: int = 0) -> LevelPlan:
         """Let the student so far choose a teacher for each example, and what to keep of it.
 
-        Args:
-            level (`int`):
-                Level, from 0. Below the root, `model` must be the student of the level above.
-            round (`int`, *optional*, defaults to 0):
-                Round within the level.
-
-        Raises:
-            FileExistsError: If `output_dir` holds another run.
-            ValueError: If nothing is left to train on, or the level above is not finished.
+        Both count from 0. Below the root, `model` must be the student of the level above. Raises what [`train`] does.
         """
         self.run.check_turn(level)
         self.run.claim(self._settings)
         args = self.args
         with explain_memory(f"Predicting before level {len(self.plans)}", args, "per_device_eval_batch_size"):
-            if args.teacher_neighbors and self.pool is self._own_pool:
+            if args.teacher_neighbors and self.pool is self._own_pool:  # smoothed once, not again at each level
                 self.pool = smoothed_pool(self.pool, self.student.nearest(args.teacher_neighbors))
             if level == 0:  # there is no student yet, and nobody above to fall back to
                 nobody, readable = np.full(len(self.pool), -1), self.student.readable
@@ -214,19 +210,10 @@ class CoSupervisedTrainer(Trainer):
             return plan_by_student(self.pool, level, args, above, self.student, add_up, round=round, **own)
 
     def train_level(self, plan: LevelPlan, ignore_keys_for_eval: list[str] | None = None) -> TrainOutput:
-        """Train the student on what a level kept.
-
-        Args:
-            plan (`LevelPlan`):
-                What [`prepare_level`] decided.
-
-        Raises:
-            FileExistsError: If `output_dir` holds another run.
-            FloatingPointError: If the loss is no longer a number.
-        """
+        """Train the student on what [`prepare_level`] kept. Raises what [`train`] does."""
         self.run.claim(self._settings)
         kept = np.flatnonzero(plan.keep_mask)
-        self.train_dataset = self.student.examples.select(kept)
+        self.train_dataset = self.student.examples.select(kept)  # of which the parent makes its dataloader
         has_own = self.compute_loss_func is not None
         self.level_loss = LevelLoss(self.pool, plan, self.args, self.loss_func, self._weights, has_own, self.processes)
         # A weight that climbs looks at the steps of the level.
@@ -241,7 +228,7 @@ class CoSupervisedTrainer(Trainer):
             checkpoint = self.run.begin_stage(plan, can_resume)
             if checkpoint is None:
                 self.log({"level": plan.level, "round": plan.round, **plan.metrics})
-            else:
+            else:  # it was logged before the run was cut off
                 self.level_loss.take_up(*self.run.take_up(checkpoint))
             self._tell("on_level_begin", plan=plan)
             with explain_memory(f"Training level {len(self.plans)}", self.args, "per_device_train_batch_size"):
@@ -257,9 +244,9 @@ class CoSupervisedTrainer(Trainer):
                     output = output._replace(training_loss=self.level_loss.mean())
         if self.args.cross_fit_folds and not self.run.is_last(plan):
             self.student.folds = self._fit_folds(plan, kept)
-        self._check_loss()
+        self._check_loss()  # before anything is written: a level of NaN must not count as finished
         record = self.run.record(plan, output, self.state)
-        self.state = self.run.story
+        self.state = self.run.story  # the parent has made a state of its own for the level
         self._tell("on_level_end", plan=plan, metrics=record)
         return output
 
@@ -277,14 +264,15 @@ class CoSupervisedTrainer(Trainer):
     def _level_arguments(self, plan: LevelPlan) -> Iterator[None]:
         """Set what differs from level to level: epochs, shuffle order, place of checkpoints, a new optimizer."""
         output_dir, num_train_epochs = self.args.output_dir, self.args.num_train_epochs
-        number = len(self.history.records)
+        number = len(self.history.records)  # rounds count too, so that no two stages have one order
         self.optimizer = self.lr_scheduler = None  # or the moments of the level before would go on
         set_seed(self.args.seed + 1000 * number)  # dropout must not hang on what ran before
         # `args.data_seed` is read once, when the Trainer is made, so the order of a level is set where it is used.
         self.accelerator.dataloader_config.data_seed = self.args.data_seed + 1000 * number
         if self.args.max_steps <= 0:  # fewer examples, more epochs: about as many steps at every level
-            scaled = num_train_epochs / plan.keep_rate
+            scaled = num_train_epochs / plan.keep_rate  # rounded down as in the paper's code, but never to none
             self.args.num_train_epochs = math.floor(scaled) if scaled >= 1 else scaled
+        # Steps are counted anew at each level: in one folder its checkpoints would take the names of another's.
         self.args.output_dir = str(self.run.stage_dir(plan.level, plan.round))
         self.callback_handler.in_level = True
         try:
@@ -309,7 +297,7 @@ class CoSupervisedTrainer(Trainer):
             self.log(logs)
             return self.control
 
-        self.state = self._new_state()
+        self.state = self._new_state()  # as the parent makes one: the steps of this level, from 0
         events = FitEvents(self.callback_handler, self.args, self.state, self.control, log)
         make = self.get_train_dataloader, self.create_optimizer, self.create_scheduler
         output = self._head_fitter.fit(kept, self.level_loss, events, *make)
@@ -323,8 +311,9 @@ class CoSupervisedTrainer(Trainer):
         try:
             for fold in range(self.args.cross_fit_folds):
                 own = outside_of_fold(kept, fold, self.args.cross_fit_folds, plan.level)
+                # A new control: that a callback has stopped the level is no reason to stop its folds.
                 self.control, self.train_dataset = TrainerControl(), self.student.examples.select(own)
-                self.level_loss.forget()
+                self.level_loss.forget()  # what it remembers was said by the head before
                 self.student.start_anew()
                 with self._level_arguments(plan):
                     self._fit_head(own)
@@ -399,6 +388,7 @@ class CoSupervisedTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *_: Any, **__: Any) -> Any:
         """Run one batch without gradients; gives loss, logits and labels, each `None` where not known or wanted."""
+        # Not the parent's: where labels are missing it gives the model all of the batch, and timm's models refuse that.
         inputs = self._prepare_inputs(inputs)
         targets, labels, _rows = split_batch(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -415,6 +405,7 @@ class CoSupervisedTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the student on inputs with a label column, by default the trainer's `eval_dataset`."""
+        # What is labelled already comes from the parent, which asks here again for each of several sets.
         is_known = eval_dataset is self.eval_dataset
         if not is_known and not (isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.column_names):
             eval_dataset = self.student.label(eval_dataset)
@@ -425,6 +416,7 @@ class CoSupervisedTrainer(Trainer):
         labelled = any(name in test_dataset.column_names for name in LABEL_NAMES)
         return super().predict(self.student.label(test_dataset) if labelled else test_dataset, *args, **kwargs)
 
+    # Both loaders of the parent lose weights of some models in silence, see `read_back`.
     def _load_best_model(self) -> None:
         best, parent = self.state.best_model_checkpoint, super()._load_best_model
         self.student.put_back(read_back(self.student.model, best, parent, is_sharded=self._is_sharded))
