@@ -81,7 +81,7 @@ class Ebcc(LabelModel):
             begun = sorted([*begun, found], key=lambda result: -result.bound)[:_NUM_LONG]  # the others are forgotten
         for found in begun:  # from where the short run ended
             found = _infer(answers, found.labels, prior, found.joint, self.max_iterations)
-            best = max(best, found, key=lambda result: result.bound)  # of equals the first, which is one kind
+            best = max(best, found, key=lambda result: result.bound)  # of equals the earlier
         self.parameters = {"log_prior": best.log_prior.numpy(), "log_confusion": best.log_confusion.numpy()}
         return best.labels.numpy()
 
@@ -94,7 +94,7 @@ class Ebcc(LabelModel):
 # As published: few kinds have any weight, and voters are more often right than not.
 _KIND_PRIOR, _RIGHT_PRIOR, _WRONG_PRIOR = 0.1, 4.0, 1.0
 _STEP = 1e-3
-# After five steps the bounds of starts are in about the order in which they end; ten of them leave room for "about".
+# Bounds after a few steps choose the starts that are worth many: to take all to the end would cost ten times as much.
 _SHORT, _NUM_LONG = 5, 10
 
 

@@ -62,7 +62,7 @@ class Glad(LabelModel):
             gradient = x - 1
             gradient[:num_voters] -= np.bincount(voters, pull, num_voters)
             gradient[num_voters:] -= np.bincount(examples, pull * x[voters], num_examples)
-            # An ability times an infinite easiness: infinity sends the line search back, NaN would end it.
+            # An ability of 0 times an infinite easiness is NaN; as infinity it sends the line search back.
             return np.inf if np.isnan(value) else value, gradient
 
         def log_likelihoods(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -75,7 +75,7 @@ class Glad(LabelModel):
                 found = _label_posteriors(answers, right, wrong)
                 hits = found[examples, codes]  # of each answer, how probable it is that it is right
                 x = minimize(loss, x, args=(hits,), jac=True, method="CG", tol=1e-2, options={"maxiter": 25}).x
-                # As in crowd-kit, whose mean is over a table with a cell for each answer and label.
+                # Per answer and label, so that the tolerance means the same however many there are.
                 value = loss(x, hits)[0] / (len(codes) * num_labels)
                 if last - value < self.tolerance:
                     break

@@ -71,7 +71,6 @@ class Mace(LabelModel):
         random, shape = np.random.RandomState(self.seed), (answers.codes.shape[1], answers.num_codes)
         most = -np.inf
         for _ in range(self.num_restarts):
-            # Starts near even: from parameters at the edge, EM does not come back.
             trust = 1 + 1.5 * random.uniform(size=(shape[0], 2))  # guesses, knows
             spam = 1 + 1.5 * random.uniform(size=shape)
             trust, spam = trust / trust.sum(axis=1, keepdims=True), spam / spam.sum(axis=1, keepdims=True)
@@ -99,7 +98,7 @@ class Mace(LabelModel):
         if not is_flat and not silence_speaks(votes):
             return posteriors
         best, rows = posteriors.argmax(axis=1), np.arange(len(posteriors))
-        # By label, or a rare one would be as sure as a frequent one.
+        # For each label by itself: voters may agree on one and not on another.
         behind = self._vote_shares(codes)[rows, best]
         for label in np.unique(best):
             self.parameters["sharpness"][label] = _find_sharpness(posteriors[best == label], behind[best == label])

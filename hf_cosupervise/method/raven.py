@@ -113,7 +113,8 @@ def fit_raven(
             optimizer.zero_grad()
             soft_cross_entropy(logits, targets).mean().backward()
             optimizer.step()
-            # Where all agree any weights give the same label, and their gradient is noise.
+            # The loss is lowest at the teacher that the student follows already, so w waits until the student follows
+            # what all of them say.
             if is_easy or current.grad is None:
                 continue
             moved = current.detach() - weight_learning_rate * current.grad

@@ -113,7 +113,7 @@ def choose_ridge_alpha(
     """
     if not len(alphas):
         raise ValueError("`alphas` must name penalties to choose from, got none. Leave it out for the grid.")
-    # The weight of the rows goes last, so that processes add up once; one without rows adds zeros and still takes part.
+    # The weight of the rows goes last, so that processes add up once; one without rows takes part with zeros.
     errors = torch.zeros(len(alphas) + 1, dtype=torch.float64, device=features.device)
     if len(left_out) and gram[-1, -1] >= 3:  # of two rows each is predicted by the other alone, whatever the penalty
         inputs, wanted = features[left_out].float() - origin, targets(left_out).float()

@@ -105,9 +105,8 @@ def prepare_student(
                 f"{type(model).__name__}: peft changes a model in place. Give the `PeftModel` that was made of it, "
                 "or load the model again."
             )
-        config = copy.deepcopy(
-            lora
-        )  # peft writes into it, and it may be the user's if lora is not None else LoraConfig()
+        # A copy, because peft writes into it, and it may be the user's.
+        config = copy.deepcopy(lora) if lora is not None else LoraConfig()
         heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)}
         config.modules_to_save = sorted(heads)  # a fresh head is trained whole
         if not config.target_modules or config.target_modules == "all-linear":

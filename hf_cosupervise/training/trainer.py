@@ -128,8 +128,8 @@ class CoSupervisedTrainer(Trainer):
         eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels)
         self.processes = Processes(args.process_index, args.world_size, args.device)  # a push asks for it at once
         super().__init__(model, args, data_collator, examples, eval_dataset, **kwargs)
-        # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself, which it leaves
-        # to the model where `forward` takes any argument, as ViT's does. Older releases read the first flag only.
+        # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself, which it does
+        # not where `forward` takes any argument, as ViT's does. Older releases read the first flag only.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = False
         # The parent trains once per level; trackers are to hear of one training.
         self.callback_handler = LevelCallbackHandler(self.callback_handler)
@@ -388,7 +388,7 @@ class CoSupervisedTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *_: Any, **__: Any) -> Any:
         """Run one batch without gradients; gives loss, logits and labels, each `None` where not known or wanted."""
-        # Not the parent's: where labels are missing it gives the model all of the batch, and timm's models refuse that.
+        # The parent's gives the model all of a batch that has no labels, and timm's models refuse what is not theirs.
         inputs = self._prepare_inputs(inputs)
         targets, labels, _rows = split_batch(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
