@@ -13,9 +13,6 @@ _RIDGE = 1e-10
 _MIN_PROB = 1e-6
 
 
-# ── AE-KD ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def min_norm_weights(gradients: torch.Tensor, cap: float = 0.6) -> torch.Tensor:
     """Find the shares of teachers whose mixed gradient is shortest.
 

@@ -44,8 +44,6 @@ def aggregate(teacher_probs: torch.Tensor, answered: torch.Tensor, method: str |
         >>> probs = torch.tensor([[[0.9, 0.1], [0.4, 0.6], [0.4, 0.6]]])
         >>> aggregate(probs, torch.ones(1, 3, dtype=torch.bool), "majority_vote").tolist()
         [[0.0, 1.0]]
-        >>> aggregate(probs, torch.ones(1, 3, dtype=torch.bool), lambda probs, answered: probs[:, 0]).argmax().item()
-        0
     """
     if isinstance(method, str):
         if method not in AGGREGATORS:

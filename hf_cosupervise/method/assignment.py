@@ -71,11 +71,11 @@ def agreement_scores(
         student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
             Log-probabilities of the student.
         teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels or k)`):
-            Soft outputs of the level's teachers, never hardened before (see Source).
+            Soft outputs of the level's teachers, never hardened before (see `min_prob`).
         rule (`str`):
             One of `AGREEMENT_RULES`.
         min_prob (`float`, *optional*, defaults to 1e-6):
-            Above 0; one-hot teachers would be infinitely far under KL(s || g) otherwise.
+            In (0, 1); one-hot teachers would be infinitely far under KL(s || g) otherwise.
         label_ids (`torch.LongTensor` of shape `(num_examples, num_teachers, k)`, *optional*):
             The labels that `teacher_probs` is about; all of them by default.
         rest_probs (`torch.Tensor` of shape `(num_examples, num_teachers)`, *optional*):
@@ -85,7 +85,7 @@ def agreement_scores(
         `torch.Tensor` of shape `(num_examples, num_teachers)`.
 
     Raises:
-        ValueError: If the rule is unknown, `min_prob` is not in (0, 1), or the shapes do not fit.
+        ValueError: If the rule is unknown, or an argument is not as said above.
 
     Source:
         `kl_student_teacher` is arXiv 2510.21332's rule; the others are ours, measured in `recipes/README.md`.

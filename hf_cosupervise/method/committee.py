@@ -43,9 +43,6 @@ def measure_members(chunks: Iterable[torch.Tensor]) -> MemberStatistics:
         chunks (`Iterable[torch.Tensor]`):
             Logits `(num_members, num_rows, num_labels)` of some rows of the pool each, in any order.
 
-    Returns:
-        `MemberStatistics`
-
     Raises:
         ValueError: If there are no rows, a shape does not fit, or a logit is NaN or infinite.
 
@@ -92,8 +89,7 @@ def average_heads(
             What [`measure_members`] gives, above 0.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor | None]`: weight `(num_labels, feature_size)` and bias `(num_labels,)`, as
-        exact as their type.
+        `tuple[torch.Tensor, torch.Tensor | None]`: weight `(num_labels, feature_size)` and bias `(num_labels,)`.
 
     Raises:
         ValueError: If the shapes do not fit, or a spread is not above 0.
@@ -173,9 +169,6 @@ def committee_head(weights: torch.Tensor, biases: torch.Tensor | None, features:
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
             Inputs of the heads on the pool; may be mapped from disk.
 
-    Returns:
-        `Committee`
-
     Raises:
         ValueError: If the shapes do not fit, a logit is not finite, or a member says the same of all labels.
 
@@ -212,13 +205,13 @@ def member_agreement(labels: torch.Tensor) -> torch.Tensor:
 
     Args:
         labels (`torch.LongTensor` of shape `(num_examples, num_members)`):
-            Each member's most probable label.
+            Each member's most probable label; at least one member.
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)`: 0 (no two agree) to 1 (all do, or there is one member only).
 
     Raises:
-        ValueError: If it has another shape, or no members.
+        ValueError: If it has another shape.
 
     Examples:
         >>> member_agreement(torch.tensor([[2, 2, 2], [0, 0, 1], [0, 1, 2]])).tolist()

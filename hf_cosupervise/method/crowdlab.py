@@ -11,9 +11,6 @@ from .metrics import SUM_TOLERANCE
 _MIN_WEIGHT = 1e-6
 
 
-# ── crowds: who errs how, without gold labels ───────────────────────────────────────────────────────────────────────
-
-
 def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
     """Weigh hard labels and a classifier's probabilities by how well each agrees with the others.
 

@@ -48,10 +48,8 @@ def sparse_soft_cross_entropy(
     Args:
         logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
             Student logits.
-        label_ids (`torch.LongTensor` of shape `(num_examples, k)`):
-            Labels that are named, each once.
-        label_probs (`torch.Tensor` of shape `(num_examples, k)`):
-            Their probabilities.
+        label_ids, label_probs (`torch.Tensor` of shape `(num_examples, k)`):
+            Labels that are named (int64), each once, and their probabilities.
         rest_probs (`torch.Tensor` of shape `(num_examples,)`):
             Probability of each other label.
 
@@ -145,9 +143,6 @@ def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None = None) -> 
         )
     weights = weights / weights.max()  # or very large and very small ones would sum to inf and 0
     return (weights * losses).sum() / weights.sum()
-
-
-# ── one door ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 # From logits and pseudolabels `(batch, num_labels)` and rows of the pool `(batch,)`, to losses `(batch,)`; and to

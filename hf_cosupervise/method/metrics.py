@@ -20,16 +20,13 @@ SUM_TOLERANCE = 2e-3
 def performance_gap_recovered(weak: float, student: float, ceiling: float) -> float:
     """Measure the share of the gap between weak teacher and strong ceiling that the student recovers.
 
-    PGR = (student - weak) / (ceiling - weak). It is 0 for a student as good as the generalist, 1 for one as good as
-    a student trained with ground truth; it may be negative or above 1.
+    PGR = (student - weak) / (ceiling - weak): 0 for a student as good as the generalist, 1 for one as good as one that
+    was trained with ground truth; it may be negative or above 1.
 
     Args:
-        weak (`float`):
-            Accuracy of the generalist, 0 to 1.
-        student (`float`):
-            Accuracy of the co-supervised student on the same examples.
-        ceiling (`float`):
-            Accuracy of the same student trained with ground truth by the same recipe.
+        weak, student, ceiling (`float`):
+            Accuracies, 0 to 1, on the same examples: of the generalist, of the co-supervised student, and of the same
+            student trained with ground truth by the same recipe.
 
     Returns:
         `float`: The share; NaN, with a warning, where the ceiling is not above the generalist.
@@ -48,16 +45,11 @@ def performance_gap_recovered(weak: float, student: float, ceiling: float) -> fl
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Measure the share of predictions that equal the label.
+    """Measure the share of predictions that equal the label, 0 to 1.
 
     Args:
-        predictions (`np.ndarray` of shape `(num_examples,)`):
-            Label ids; -1 (no answer) counts as wrong.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Label ids, not negative.
-
-    Returns:
-        `float`: 0 to 1.
+        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
+            Label ids; a prediction of -1 (no answer) counts as wrong.
 
     Raises:
         ValueError: If there are no examples, or the shapes differ.
@@ -84,12 +76,8 @@ def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: n
     """Measure how well rejection told right pseudolabels from wrong ones.
 
     Args:
-        keep_mask (`np.ndarray` of shape `(num_examples,)`, bool):
-            What was kept.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Hard pseudolabels; -1 where there is none, which counts neither way.
-        oracle_labels (`np.ndarray` of shape `(num_examples,)`):
-            Ground truth.
+        keep_mask, labels, oracle_labels (`np.ndarray` of shape `(num_examples,)`):
+            What was kept (bool), hard pseudolabels (-1 where there is none, which counts neither way), ground truth.
 
     Returns:
         `dict[str, float]`: `precision`, the share of right ones among the kept, and `recall`, the share of kept ones
@@ -244,14 +232,11 @@ def deception_score(
     that the ceiling knows and the teacher does not, be it wrong or unsure.
 
     Args:
-        student_labels (`np.ndarray` of shape `(num_examples,)`):
-            The student's label ids.
-        teacher_probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            The weak teacher's probabilities; a row of zeros is no answer, so it knows nothing there.
-        ceiling_probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            Probabilities of the same student trained with ground truth.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Ground truth.
+        student_labels, labels (`np.ndarray` of shape `(num_examples,)`):
+            The student's label ids, and ground truth.
+        teacher_probs, ceiling_probs (`np.ndarray` of shape `(num_examples, num_labels)`):
+            Of the weak teacher (a row of zeros is no answer, so it knows nothing there), and of the same student
+            trained with ground truth.
         threshold (`float`, *optional*, defaults to 0.75):
             Confidence from which a model is sure, 0 to 1.
 
@@ -259,7 +244,7 @@ def deception_score(
         `float`: share of the student's errors, 0 to 1; NaN where it makes none.
 
     Raises:
-        ValueError: If the shapes do not fit, or `threshold` does not lie in 0..1.
+        ValueError: If the shapes do not fit, or `threshold` is out of range.
 
     Source:
         Yang et al., arXiv 2406.11431. The share is of all errors; which threshold is sure is for the user to state.
@@ -294,14 +279,11 @@ def deception_score(
 
 
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
-    """Give mean and standard deviation over seeds.
+    """Give mean and sample standard deviation over seeds (0 for a single number, NaN for none).
 
     Args:
         values (`Sequence[float]`):
             One number per seed; `None` and NaN are left out.
-
-    Returns:
-        `tuple[float, float]`: mean, and sample standard deviation (0 for a single number, NaN for none).
 
     Raises:
         ValueError: If a number is infinite.

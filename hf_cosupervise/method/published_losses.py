@@ -42,9 +42,6 @@ _GIVEN = (
 )
 
 
-# ── published alternatives ──────────────────────────────────────────────────────────────────────────────────────────
-
-
 def kl_divergence(logits: torch.Tensor, target_probs: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Compute the divergence of the student from the pseudolabel at a temperature, as distillation does.
 
@@ -259,17 +256,12 @@ class EarlyLearningRegularization(nn.Module):
     Source: arXiv 2007.00151, with the order of its release: the memory moves first.
 
     Args:
-        num_examples (`int`):
-            Rows of the memory.
-        num_labels (`int`):
-            Columns of the memory.
+        num_examples, num_labels (`int`):
+            Rows and columns of the memory.
         beta (`float`, *optional*, defaults to 0.7):
             Share of the memory that stays, from 0 to 1.
         weight (`float`, *optional*, defaults to 3.0):
             At least 0.
-
-    Raises:
-        ValueError: If an argument is out of range.
 
     Examples:
         >>> loss = EarlyLearningRegularization(num_examples=5, num_labels=2, beta=0.5, weight=1.0)
@@ -348,9 +340,6 @@ def evidential_loss(
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If shapes do not fit, or an argument is out of range.
 
     Examples:
         >>> teachers, answered = torch.tensor([[[0.3, 0.7]]]), torch.tensor([[True]])
@@ -441,14 +430,16 @@ def weigh_loss(
 ) -> tuple[LossFunction, LossAndGradient]:
     """Give every example a weight of its own, by row of the pool."""
 
+    def weights_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return weights[rows.to(weights.device)].to(logits.device)
+
     def loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        own = weights[rows.to(weights.device)].to(logits.device)
-        return own * pair[0](logits, targets, rows)
+        return weights_of(logits, rows) * pair[0](logits, targets, rows)
 
     def with_gradient(
         logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        own = weights[rows.to(weights.device)].to(logits.device)
+        own = weights_of(logits, rows)
         losses, gradient = pair[1](logits, targets, rows)
         return own * losses, own.unsqueeze(1) * gradient
 

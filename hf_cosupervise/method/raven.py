@@ -12,19 +12,11 @@ from .weighting import weighted_mean
 
 
 class RavenFit(NamedTuple):
-    """What [`fit_raven`] finds.
+    """What [`fit_raven`] finds."""
 
-    Args:
-        weight (`torch.Tensor` of shape `(num_labels, feature_size)`):
-            Of the student's head.
-        bias (`torch.Tensor` of shape `(num_labels,)`):
-            Of the student's head.
-        teacher_weights (`torch.Tensor` of shape `(num_teachers,)` or `(num_examples, num_teachers)`):
-            Sum to 1 over the teachers that answered; give them to [`weighted_mean_probs`] for the labels.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
+    weight: torch.Tensor  # of the student's head, (num_labels, feature_size)
+    bias: torch.Tensor  # (num_labels,)
+    # (num_teachers,) or (num_examples, num_teachers), of sum 1 over those that answered: for `weighted_mean_probs`.
     teacher_weights: torch.Tensor
 
 
@@ -52,18 +44,13 @@ def fit_raven(
     Args:
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
             Inputs of the head.
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered; examples without an answer are left out.
-        epochs (`int`, *optional*, defaults to 20):
-            Passes over the data, the easy ones included.
-        easy_epochs (`int`, *optional*, defaults to 5):
-            How many of them are easy.
-        learning_rate (`float`, *optional*, defaults to 1e-3):
-            Of the head.
-        weight_learning_rate (`float`, *optional*, defaults to 1e-3):
-            Of w. The loss is a mean over the batch, so a weight per example moves `batch_size` times less.
+        teacher_probs, answered (`torch.Tensor`):
+            See [`aggregate`]; examples without an answer are left out.
+        epochs, easy_epochs (`int`, *optional*):
+            Passes over the data, and how many of them are easy. Default to 20 and 5.
+        learning_rate, weight_learning_rate (`float`, *optional*):
+            Of the head and of w. Default to 1e-3. The loss is a mean over the batch, so a weight per example moves
+            `batch_size` times less.
         per_example (`bool`, *optional*, defaults to `False`):
             Whether each example has weights of its own.
         batch_size (`int`, *optional*, defaults to 256):

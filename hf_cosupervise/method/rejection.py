@@ -74,7 +74,7 @@ def pseudolabel_loss(student_log_probs: torch.Tensor, labels: torch.Tensor) -> t
         `torch.Tensor` of shape `(num_examples,)`, not negative.
 
     Raises:
-        ValueError: If the shapes do not fit, or a label does not exist.
+        ValueError: As [`in_top_k`].
 
     Source:
         arXiv 2402.15505, released code.
@@ -186,13 +186,13 @@ def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
             Hard labels, -1 where a teacher has no answer.
         num_labels (`int`):
-            Number of labels.
+            Above every label.
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)`: 0 (all say the same, or nobody says anything) to log(num_labels).
 
     Raises:
-        ValueError: If the shape does not fit, or a label does not exist.
+        ValueError: If an argument is not as said above.
 
     Source:
         arXiv 2406.19032, which keeps examples whose entropy is at most the median.

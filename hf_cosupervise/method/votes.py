@@ -91,29 +91,15 @@ def name_voters(voters: np.ndarray, names: Sequence[str] | None) -> str:
 
 @dataclass(frozen=True)
 class VoterFacts:
-    """What is known about one voter without ground truth, and with it.
-
-    Args:
-        name (`str`):
-            Its name.
-        polarity (`tuple[int, ...]`):
-            The labels that it named.
-        coverage (`float`):
-            Share of the rows that it voted on.
-        overlaps (`float`):
-            Share of the rows on which it voted, and another did too.
-        conflicts (`float`):
-            Share of the rows on which it voted, and another named another label.
-        accuracy (`float`, *optional*):
-            Share of its votes that are right, where ground truth is declared and it voted.
-    """
+    """What is known about one voter without ground truth, and with it."""
 
     name: str
-    polarity: tuple[int, ...]
+    polarity: tuple[int, ...]  # the labels that it named
+    # Shares of the rows: that it voted on, that another voted on too, that another named another label for.
     coverage: float
     overlaps: float
     conflicts: float
-    accuracy: float | None = None
+    accuracy: float | None = None  # share of its votes that are right, where ground truth is declared and it voted
 
 
 def voter_facts(votes: np.ndarray, names: Sequence[str], truth: np.ndarray | None = None) -> list[VoterFacts]:

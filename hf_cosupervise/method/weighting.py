@@ -63,14 +63,14 @@ def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) 
         weights (`torch.Tensor` of shape `(num_teachers,)`):
             At least 0, as from [`boosting_weights`].
         num_labels (`int`):
-            Number of labels.
+            At least 1.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: shares of the vote, rows sum to 1, all zero where nobody
         of weight answered.
 
     Raises:
-        ValueError: If `labels` or `weights` are not as said above.
+        ValueError: If an argument is not as said above.
 
     Examples:
         >>> weighted_vote(torch.tensor([[0, 1, 1], [2, -1, -1]]), torch.tensor([3.0, 1.0, 0.0]), num_labels=3).tolist()

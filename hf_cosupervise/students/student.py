@@ -231,9 +231,12 @@ class Student:
 
     def copy_head(self) -> nn.Linear:
         """Copy the head of a frozen backbone as it is now."""
+        return copy.deepcopy(self._linear_head())
+
+    def _linear_head(self) -> nn.Linear:
         if self.head is None:
             raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
-        return copy.deepcopy(self.head)
+        return self.head
 
     def digest(self) -> str:
         """Hash all weights, as they were before any training."""
@@ -336,15 +339,14 @@ class Student:
     @property
     def store(self) -> FeatureStore:
         """[`FeatureStore`]: Where the head's inputs are kept; features computed elsewhere can be put there."""
-        if self.head is None:
-            raise ValueError("Only a linear head on a frozen backbone has features, got another kind of student.")
+        head = self._linear_head()
         self.model.eval()
         # Part of the key: features of another precision are other numbers.
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
         return FeatureStore(
             self._features_dir,
             self.model,
-            self.head,
+            head,
             self.processor,
             precision=precision,
             dtype=self.args.features_dtype,

@@ -75,7 +75,7 @@ def sealing(
             processes.wait()  # each writes its own random state
             if processes.rank == 0 and folder.is_dir():
                 if buffers is not None:
-                    save_buffers(folder, buffers)
+                    save_file(dict(buffers), folder / _BUFFERS)
                 seal_checkpoint(folder, story)
     except OSError:  # half of it would only take room
         shutil.rmtree(folder, ignore_errors=True)
@@ -109,27 +109,15 @@ def explain_checkpoint(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-# ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def save_buffers(folder: Path, buffers: Mapping[str, torch.Tensor]) -> None:
-    """Write what training changed without a gradient beside an adapter, which leaves it out."""
-    save_file(dict(buffers), folder / _BUFFERS)
-
-
-def load_buffers(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Read what [`save_buffers`] wrote."""
-    path = Path(folder, _BUFFERS)
-    return load_file(path) if path.is_file() else {}
-
-
 def read_back(
     model: Any, folder: str | Path, by_parent: Callable[[], None], *, is_sharded: bool
 ) -> dict[str, torch.Tensor]:
     """Read a checkpoint's weights back through `from_pretrained`, where that is possible."""
     if is_sharded or not isinstance(model, PreTrainedModel):
         by_parent()
-        return load_buffers(folder)
+        # What training changed without a gradient, which an adapter leaves out.
+        path = Path(folder, _BUFFERS)
+        return load_file(path) if path.is_file() else {}
     # The Trainer loads by raw names and passes over those that it does not find: of ViT 32 tensors of 40, which
     # `save_pretrained` writes under older names, would stay as they are with a line in the log.
     saved = type(model).from_pretrained(folder, config=model.config, use_safetensors=True)
