@@ -57,7 +57,7 @@ class Processes:
         """Add the tensors of all processes up."""
         if self.count == 1:
             return values
-        total = values.to(self.device, copy=True)
+        total = values.to(self.device, copy=True)  # all_reduce writes in place, and the caller keeps its own
         torch.distributed.all_reduce(total)
         return total
 

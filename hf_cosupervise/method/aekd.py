@@ -54,6 +54,7 @@ def min_norm_weights(gradients: torch.Tensor, cap: float = 0.6) -> torch.Tensor:
             f"`cap` must be in [1/{num_teachers}, 1] for {num_teachers} teachers, or shares cannot sum to 1, got "
             f"{cap}."
         )
+    # In float64 and scaled to 1: squares of small gradients would vanish beside the ridge.
     rows = gradients.detach().double().cpu()
     scale = float(rows.abs().max())
     rows = rows / scale if scale > 0 else rows

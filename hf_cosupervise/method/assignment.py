@@ -113,6 +113,7 @@ def agreement_scores(
         entropy = (student * student_log).sum(dim=1, keepdim=True)
         cross = (stored(student) * (teacher_log - rest_log.unsqueeze(-1))).sum(dim=-1)
         return entropy - cross - rest_log * student.sum(dim=1, keepdim=True)
+    # Labels that are not stored count once with `rest` in the second sum, and those that are only with the excess.
     excess = teacher_probs - rest.unsqueeze(-1)
     cross = (excess * stored(student_log)).sum(dim=-1) + rest * student_log.sum(dim=1, keepdim=True)
     if rule == "ce_teacher_student":
@@ -181,6 +182,7 @@ def assign_by_domain(
         raise TypeError(
             f"`teacher_domains` must be lists, got the single string {single[0]!r}. Write [{single[0]!r}]."
         )
+    # Each name is looked up once, not once per example and teacher.
     names = sorted(set(example_domains))
     positions = {name: position for position, name in enumerate(names)}
     owned = torch.tensor(

@@ -196,7 +196,7 @@ def committee_head(weights: torch.Tensor, biases: torch.Tensor | None, features:
         return Committee(own[0], None if own_biases is None else own_biases[0], speaks, statistics)
     spreads = statistics.spreads[speaks]
     weight, bias = average_heads(own, own_biases, spreads)
-    scale = float(spreads.log().mean().exp())
+    scale = float(spreads.log().mean().exp())  # spreads differ by factors, and one loud member must not set it
     return Committee(scale * weight, None if bias is None else scale * bias, speaks, statistics)
 
 

@@ -77,6 +77,7 @@ def _crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> tuple[torch.
         raise ValueError("`crowdlab` needs an example that two teachers answered, got none. Use `majority_vote`.")
     consensus = _majority_with_student(labels, probs)
     first = _crowdlab_posteriors(labels, probs, consensus)
+    # A tie changes nothing: there the majority's label stays.
     best = first == first.amax(dim=1, keepdim=True)
     consensus = torch.where(best.sum(dim=1) == 1, first_argmax(first), consensus)
     posteriors[some] = _crowdlab_posteriors(labels, probs, consensus).to(posteriors.dtype)

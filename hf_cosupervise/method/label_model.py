@@ -94,10 +94,11 @@ class LabelModel:
         self.silence_is_answer = self._choose_silence(votes)
         if len(self.named) < 2:
             return self.predict_proba(votes)
+        # A row in which all are silent tells something where silence is an answer, and is left out elsewhere.
         used = np.ones(len(votes), dtype=bool) if self.silence_is_answer else (votes >= 0).any(axis=1)
         answers = self._answers(votes[used])
         posteriors = self._fit(answers)
-        heard = (votes[used] >= 0).any(axis=1)
+        heard = (votes[used] >= 0).any(axis=1)  # it gets no label for all that
         posteriors[heard] = self._finish(answers.codes[heard], posteriors[heard], votes)
         probs = np.zeros((len(votes), self.num_labels))
         probs[np.ix_(np.flatnonzero(used)[heard], self.named)] = posteriors[heard]
@@ -125,6 +126,7 @@ class LabelModel:
                 "was fitted on, in their order."
             )
         answers = self._answers(votes)
+        # The greatest code may be silence, which alone is no vote.
         heard = ((answers.codes >= 0) & (answers.codes < len(self.named))).any(axis=1)
         probs = np.zeros((len(votes), self.num_labels))
         if len(self.named) == 1:

@@ -118,7 +118,7 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: 
     """
     curve = reliability_curve(probs, labels, num_bins)
     gaps = np.abs(curve["accuracy"] - curve["confidence"])
-    return float(np.nansum(gaps * curve["count"]) / curve["count"].sum())
+    return float(np.nansum(gaps * curve["count"]) / curve["count"].sum())  # empty bins are NaN, and weigh nothing
 
 
 def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> dict[str, np.ndarray]:

@@ -145,6 +145,7 @@ def _check_optimizer_and_schedule(args: TrainingArguments, model: torch.nn.Modul
     Trainer.get_optimizer_cls_and_kwargs(args, model)  # names the package that is missing
     if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         return  # wait for evaluations, which the parent asks for
+    # Any optimizer will do: only the schedule's own arguments are tried.
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     try:
         get_scheduler(

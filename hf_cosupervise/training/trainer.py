@@ -114,11 +114,12 @@ class CoSupervisedTrainer(Trainer):
     ) -> None:
         args = check_first(args, kwargs, pool, has_own_assignment=assign_func is not None)
         self.pool = self._own_pool = pool  # that in use may be smoothed over neighbours
+        # None of the three has a default here: rules by name are those of `args`.
         self.loss_func, self.assign_func, self.keep_func = loss_func, assign_func, keep_func
         functions = {"loss_func": loss_func, "assign_func": assign_func, "keep_func": keep_func}
         inputs = match_inputs(pool, train_dataset, input_column)
         (self.input_column,) = inputs.column_names
-        examples = inputs.add_column(ROW, np.arange(len(pool)))
+        examples = inputs.add_column(ROW, np.arange(len(pool)))  # by which a shuffled batch finds its pseudolabels
         model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
         self.processor = InputProcessor(processing_class, model.config)
         check_student(args, model, self.processor, inputs, origin, has_own_metrics="compute_metrics" in kwargs)
@@ -138,17 +139,21 @@ class CoSupervisedTrainer(Trainer):
         self._new_state = partial(TrainerState, is_world_process_zero=first, is_local_process_zero=local_first)
         path, facts = Path(args.output_dir) / RUN_DIR, describe_run(origin, pool, args.world_size)
         self.run = TrainingRun(path, args, pool.hierarchy.num_levels, facts, self.processes, self._new_state)
+        # The student is made after the parent has put the model on its device, and of the model itself, unwrapped.
         task = self.processor, examples, self.input_column, pool.labels, args, path / "features"
         is_quiet = bool(args.disable_tqdm) or not local_first
-        own, prepare = self.accelerator.unwrap_model(self.model), self._prepare_inputs
+        bare_model, prepare = self.accelerator.unwrap_model(self.model), self._prepare_inputs
+        # What nobody answered at any level is never trained on, so its features need not be computed.
         answered = np.any([pool.answered(name) for name in pool.hierarchy.names], axis=0)
         means: dict[str, Any] = {"answered": answered, "processes": self.processes, "prepare_inputs": prepare}
-        self.student = Student(own, *task, **means, disable_tqdm=is_quiet)
-        self._head_fitter: HeadFitter | None = None
+        self.student = Student(bare_model, *task, **means, disable_tqdm=is_quiet)
+        self._head_fitter: HeadFitter | None = None  # made at the first level, when features are needed
         self._weights = None if args.weight_column is None else read_weights(pool, args.weight_column)
+        # Not with the other checks: only the student tells whether its head can be fitted on features.
         known = self.student.head, self._why_not_on_features(), functions, self.compute_loss_func
         check_arguments(args, len(pool), *known)
         self._functions = name_functions(**functions)
+        # A function, because it hashes pool and student, which is only needed once a run begins.
         self._settings = partial(describe_settings, args, pool, self.student.digest, self._functions)
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
