@@ -60,7 +60,7 @@ def say_failures(groups: Sequence[Group]) -> int:
     failed: dict[tuple[str, int, str], list[Path]] = {}
     for group in groups:
         for method in group.unfinished():
-            path = group.cell(method.name, ".error.txt")
+            path = group.results.path(method.name, ".error.txt")
             *_, cause = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else ["not run"]
             failed.setdefault((group.task.name, group.seed, cause), []).append(path)
     for (task, seed, cause), paths in failed.items():

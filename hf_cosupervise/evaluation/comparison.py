@@ -1,25 +1,117 @@
-"""Weak, student and ceiling on the same test set with the same recipe, beside what a user would try instead."""
+"""The one engine of comparisons: a student is trained by every method, measured, and what is finished is kept."""
 
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
 
-from ..method.metrics import performance_gap_recovered
 from ..pool.derived import FEATURE_AGGREGATORS
 from ..pool.pseudolabels import PseudolabelPool
 from ..training.config import CoSupervisedConfig
 from ..training.plan import LevelPlan
 from ..training.trainer import CoSupervisedTrainer
 from .methods import METHODS, method_arguments, method_loss, method_pool
+from .report import ResultFolder, add_pgr
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Contestant:
+    """One method with its own configuration, and what it trains on: None where that takes the student's features."""
+
+    name: str
+    method: str
+    args: CoSupervisedConfig
+    teachers: PseudolabelPool
+    pool: PseudolabelPool | None
+
+    @classmethod
+    def enter(
+        cls,
+        name: str,
+        method: str,
+        args: CoSupervisedConfig,
+        teachers: PseudolabelPool,
+        labelled_pool: PseudolabelPool | None = None,
+    ) -> Contestant:
+        """Make a method's configuration and pool of those of all, and refuse it now where it cannot run."""
+        own = method_arguments(args, method, teachers.hierarchy.num_levels)
+        if method not in FEATURE_AGGREGATORS:
+            return cls(name, method, own, teachers, method_pool(teachers, method, labelled_pool=labelled_pool))
+        if args.student_training != "probe":
+            raise ValueError(
+                f"{[method]} need a student with a linear head on a frozen backbone, got `student_training` "
+                f"{args.student_training!r}. Use 'probe', or leave them out."
+            )
+        return cls(name, method, own, teachers, None)
+
+
+class Comparison:
+    """Run contestants one by one: train, measure, keep; what a folder of results has already is read instead."""
+
+    def __init__(
+        self,
+        student: str | PreTrainedModel,
+        test_dataset: Dataset,
+        *,
+        processing_class: Any = None,
+        results: ResultFolder | None = None,
+        on_trained: Callable[[str, CoSupervisedTrainer], None] = lambda name, trainer: None,
+    ) -> None:
+        self.student, self.test_dataset, self.processing_class = student, test_dataset, processing_class
+        self.results, self.on_trained = results, on_trained
+
+    def run(self, contestant: Contestant, *, resume: bool = False) -> dict[str, Any]:
+        """Give the numbers of a contestant, with the seconds that its pool and training took."""
+        if self.results is not None and (kept := self.results.read(contestant.name)) is not None:
+            return kept
+        started = time.time()
+        trainer = self.make_trainer(contestant)
+        trainer.train(resume_from_checkpoint=resume)
+        runtime = time.time() - started
+        self.on_trained(contestant.name, trainer)
+        numbers, arrays = self.measure(contestant, trainer)
+        numbers["runtime"] = runtime
+        if self.results is not None:
+            self.results.save(contestant.name, numbers, **arrays)
+        return numbers
+
+    def make_trainer(self, contestant: Contestant) -> CoSupervisedTrainer:
+        """Give a contestant the trainer that it is trained by."""
+        pool = contestant.pool
+        if pool is None:
+            # The features land in the contestant's own store, where its training finds them again. Any hierarchy of
+            # one level will do, and that of the ensemble has no assignment that would need a student first.
+            trainer = self.new_trainer(contestant.args, method_pool(contestant.teachers, "ensemble"))
+            pool = method_pool(contestant.teachers, contestant.method, features=trainer.pool_features())
+        return self.new_trainer(contestant.args, pool, loss_func=method_loss(pool, contestant.method))
+
+    def new_trainer(self, args: CoSupervisedConfig, pool: PseudolabelPool, **kwargs: Any) -> CoSupervisedTrainer:
+        """Make a trainer for a student that nobody has touched."""
+        # A trainer changes the model that it is given, and the next contestant must begin where this one did.
+        student = copy.deepcopy(self.student) if isinstance(self.student, nn.Module) else self.student
+        trainer = CoSupervisedTrainer(student, args, pool=pool, processing_class=self.processing_class, **kwargs)
+        trainer.pop_callback(PrinterCallback)  # the report tells it better than a log of every method
+        return trainer
+
+    def measure(
+        self, contestant: Contestant, trainer: CoSupervisedTrainer
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Give what is told of a trained student, and arrays to keep beside it."""
+        if contestant.name != "csl":
+            return {"accuracy": trainer.measure_accuracy(self.test_dataset)}, {}
+        levels = []
+        for plan, record in walk_levels(trainer):
+            accuracy = trainer.measure_accuracy(self.test_dataset)
+            levels.append({**_level_facts(plan, record, trainer.pool.source_names), "accuracy": accuracy})
+        return {"accuracy": levels[-1]["accuracy"], "levels": levels}, {}
 
 
 def compare_methods(
@@ -42,91 +134,43 @@ def compare_methods(
             f"`methods` must hold 'csl' and 'ceiling' to measure a gap, got {list(methods)} without {sorted(missing)}."
         )
     args = copy.copy(args)
-    args.push_to_hub = False
-    names = [*methods, *(extra_pools or {})]
-    arguments = {name: method_arguments(args, name, pool.hierarchy.num_levels) for name in names}
-    pools = _method_pools(student, args, pool, methods, processing_class, labelled_pool) | dict(extra_pools or {})
-    accuracies: dict[str, float] = {}
-    levels: list[dict[str, Any]] = []
-    main: CoSupervisedTrainer | None = None
-    for method, own_pool in pools.items():
-        trainer = CoSupervisedTrainer(
-            _copy_model(student),
-            arguments[method],
-            pool=own_pool,
-            processing_class=processing_class,
-            loss_func=method_loss(pool, method),
-        )
-        trainer.pop_callback(PrinterCallback)  # the report tells it better than a log of every method
-        trainer.train(resume_from_checkpoint=resume)
-        on_trained(method, trainer)
-        if method == "csl":
-            main, levels = trainer, _measure_levels(trainer, test_dataset)
-            accuracies[method] = levels[-1]["accuracy"]
-        else:
-            accuracies[method] = trainer.measure_accuracy(test_dataset)
-    ceiling = accuracies["ceiling"]
+    args.push_to_hub = False  # one push at the end, by whoever asked for the comparison
+    # All are entered before the first one trains, so that hours of training never end at a method that is refused.
+    contestants = {method: Contestant.enter(method, method, args, pool, labelled_pool) for method in methods}
+    for name, own in (extra_pools or {}).items():
+        own_args = method_arguments(args, name, pool.hierarchy.num_levels)
+        contestants[name] = Contestant(name, name, own_args, own, own)
+    main: list[CoSupervisedTrainer] = []
+
+    def hold(name: str, trainer: CoSupervisedTrainer) -> None:
+        if name == "csl":  # the others may go: each holds a whole student
+            main.append(trainer)
+        on_trained(name, trainer)
+
+    comparison = Comparison(student, test_dataset, processing_class=processing_class, on_trained=hold)
+    found = {name: comparison.run(contestant, resume=resume) for name, contestant in contestants.items()}
     report = {
         "weak_accuracy": weak,
-        "methods": {
-            name: {"accuracy": value, "pgr": performance_gap_recovered(weak, value, ceiling)}
-            for name, value in accuracies.items()
-        },
-        "levels": [{**level, "pgr": performance_gap_recovered(weak, level["accuracy"], ceiling)} for level in levels],
+        "methods": {name: {"accuracy": numbers["accuracy"]} for name, numbers in found.items()},
+        "levels": found["csl"]["levels"],
     }
-    return report, main  # type: ignore[return-value]
+    add_pgr(weak, found["ceiling"]["accuracy"], [*report["methods"].values(), *report["levels"]])
+    return report, main[0]
 
 
-def _copy_model(student: str | PreTrainedModel) -> str | PreTrainedModel:
-    return copy.deepcopy(student) if isinstance(student, nn.Module) else student
-
-
-def _method_pools(
-    student: str | PreTrainedModel,
-    args: CoSupervisedConfig,
-    pool: PseudolabelPool,
-    methods: Sequence[str],
-    processing_class: Any,
-    labelled_pool: PseudolabelPool | None,
-) -> dict[str, PseudolabelPool]:
-    """What each method trains on; everything is refused that can be before the student is asked for features."""
-    on_features = [method for method in methods if method in FEATURE_AGGREGATORS]
-    pools = {
-        method: method_pool(pool, method, labelled_pool=labelled_pool)
-        for method in methods
-        if method not in on_features
-    }
-    if on_features and args.student_training != "probe":
-        raise ValueError(
-            f"{on_features} need a student with a linear head on a frozen backbone, got `student_training` "
-            f"{args.student_training!r}. Use 'probe', or leave them out."
-        )
-    if on_features:
-        own_args = method_arguments(args, on_features[0], pool.hierarchy.num_levels)
-        trainer = CoSupervisedTrainer(
-            _copy_model(student), own_args, pool=method_pool(pool, "ensemble"), processing_class=processing_class
-        )
-        features = trainer.pool_features()
-        pools |= {method: method_pool(pool, method, features=features) for method in on_features}
-    return {method: pools[method] for method in methods}
-
-
-def _measure_levels(trainer: CoSupervisedTrainer, test_dataset: Dataset) -> list[dict[str, Any]]:
-    """Measure the student of every level; the last one stays in the trainer."""
-    levels = []
+def walk_levels(trainer: CoSupervisedTrainer) -> Iterator[tuple[LevelPlan, dict[str, Any]]]:
+    """Put the student of each level into the trainer, with its plan and record; the last one stays there."""
     for plan in trainer.plans:
         trainer.load_level(plan.level)
-        levels.append({**_level_facts(trainer, plan), "accuracy": trainer.measure_accuracy(test_dataset)})
-    return levels
+        # A level of several rounds has a record for each of them, and the student of the last.
+        yield plan, [record for record in trainer.history.records if record["level"] == plan.level][-1]
 
 
-def _level_facts(trainer: CoSupervisedTrainer, plan: LevelPlan) -> dict[str, Any]:
-    records = [record for record in trainer.history.records if record["level"] == plan.level]
-    names = trainer.pool.source_names
-    shares = {name: records[-1][f"assignment/{name}"] for name in names if f"assignment/{name}" in records[-1]}
+def _level_facts(plan: LevelPlan, record: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    shares = {name: record[f"assignment/{name}"] for name in names if f"assignment/{name}" in record}
     facts = {"level": plan.level, "keep_rate": plan.keep_rate, "teachers": shares}
     return facts | {
         key.replace("/", "_"): value
-        for key, value in records[-1].items()
+        for key, value in record.items()
         if key in ("assignment/agreement", "consistency/top_k_agreement") or key.startswith("oracle_")
     }

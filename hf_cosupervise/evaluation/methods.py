@@ -37,11 +37,16 @@ def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
 
 def weak_accuracy(test_pool: PseudolabelPool) -> float:
     """Measure the generalist: the root teacher, or the mean of the root level's probabilities where it has several."""
-    root = test_pool.hierarchy.level_indices(0)
-    rows = np.arange(len(test_pool))
-    sources = np.full(len(rows), root[0] if len(root) == 1 else len(test_pool.hierarchy.teachers))
-    probs = test_pool.pseudolabels(sources, rows)
+    probs = weak_probs(test_pool)
+    # Where nobody at the root answered, the row is zeros, whose argmax would pass for the first label.
     return accuracy(np.where(probs.any(axis=1), probs.argmax(axis=1), -1), _oracle_labels(test_pool))
+
+
+def weak_probs(test_pool: PseudolabelPool) -> np.ndarray:
+    """Give the generalist's probabilities `(num_examples, num_labels)`."""
+    root = test_pool.hierarchy.level_indices(0)
+    source = root[0] if len(root) == 1 else len(test_pool.hierarchy.teachers)
+    return test_pool.pseudolabels(np.full(len(test_pool), source), np.arange(len(test_pool)))
 
 
 def _oracle_labels(pool: PseudolabelPool) -> np.ndarray:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars
 from task import check_run, find_student, label_data, load_split, make_folder, say
 from train_teachers import CONTROL, control_hierarchy, is_on_hub, train_teachers
-from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from comparison.plan import (
@@ -37,16 +34,11 @@ from comparison.plan import (
 )
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, TeacherHierarchy
 from hf_cosupervise.data.columns import find_label_column, read_labels
-from hf_cosupervise.evaluation.methods import (
-    method_arguments,
-    method_loss,
-    method_pool,
-    teacher_accuracies,
-    weak_accuracy,
-)
-from hf_cosupervise.evaluation.report import save_report
+from hf_cosupervise.evaluation.comparison import Comparison, Contestant, walk_levels
+from hf_cosupervise.evaluation.methods import method_arguments, teacher_accuracies, weak_accuracy, weak_probs
+from hf_cosupervise.evaluation.report import ResultFolder
 from hf_cosupervise.method.metrics import agreement, expected_calibration_error, group_accuracies, reliability_curve
-from hf_cosupervise.pool.derived import FEATURE_AGGREGATORS, calibrated_pool
+from hf_cosupervise.pool.derived import calibrated_pool
 from hf_cosupervise.pool.pseudolabels import ORACLE_DOMAIN
 
 _LEVEL_NUMBERS = {
@@ -80,43 +72,34 @@ class Group:
         """What this seed's cells share."""
         return self.folder / "_run" / f"seed-{self.seed}"
 
-    def cell(self, name: str, suffix: str = ".json") -> Path:
-        """The file of a cell; its error, and its predictions on the test set, lie beside it."""
-        return self.folder / "cells" / f"seed-{self.seed}" / f"{name}{suffix}"
-
-    def read(self, name: str) -> dict[str, Any] | None:
-        """A finished cell, None where there is none."""
-        path = self.cell(name)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    def predictions(self, name: str) -> dict[str, np.ndarray] | None:
-        """What a cell predicts on the test set, None where that was not kept."""
-        path = self.cell(name, ".npz")
-        if not path.is_file():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+    @property
+    def results(self) -> ResultFolder:
+        """The cells; the error of one, and its predictions on the test set, lie beside it."""
+        return ResultFolder(self.folder / "cells" / f"seed-{self.seed}")
 
     def unfinished(self) -> list[Method]:
         """The methods that are still to be run."""
-        return [method for method in self.methods if not self.cell(method.name).is_file()]
+        return [method for method in self.methods if not self.results.path(method.name).is_file()]
 
     def fail(self, names: Sequence[str], error: str) -> None:
         """Keep an error for the end."""
         for name in names:
-            path = self.cell(name, ".error.txt")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(error, encoding="utf-8")
+            self.results.fail(name, error)
+
+    def header(self, name: str) -> dict[str, Any]:
+        """What a cell says of itself."""
+        return {"task": self.task.name, "method": name, "seed": self.seed}
 
 
-class Bench:
+class Bench(Comparison):
     """Hold what all methods of one task and seed are trained and measured on."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
         self.data_args, teacher_args, student_args, *_ = resolve(group.task)
         self.split = load_split(self.data_args, group.seed)
-        self.student = find_student(student_args, self.split, group.run_dir / "student-start", group.seed)
+        student = find_student(student_args, self.split, group.run_dir / "student-start", group.seed)
+        super().__init__(student, self.split.test, results=group.results)
         self.teachers_dir = Path(teacher_args.teachers_dir or group.run_dir / "teachers")
         domain = self.data_args.oracle_domain_column
         self.hierarchy = train_teachers(
@@ -148,14 +131,6 @@ class Bench:
             raise FileNotFoundError(f"No teacher with all labels at '{self.teachers_dir / CONTROL}'. Leave it out.")
         return self._label(self.split.pool, "control_pool", control_hierarchy(self.hierarchy, self.teachers_dir))
 
-    @cached_property
-    def weak_probs(self) -> np.ndarray:
-        """The generalist's probabilities on the test set."""
-        root = self.hierarchy.level_indices(0)
-        rows = np.arange(len(self.test_pool))
-        source = root[0] if len(root) == 1 else len(self.hierarchy.teachers)
-        return self.test_pool.pseudolabels(np.full(len(rows), source), rows)
-
     def heldout_pool(self, name: str, hierarchy: TeacherHierarchy) -> PseudolabelPool:
         """What teachers say about labelled examples that nobody else sees."""
         if not len(self.split.heldout):
@@ -165,8 +140,8 @@ class Bench:
             )
         return self._label(self.split.heldout, name, hierarchy)
 
-    def make_trainer(self, method: Method, output_dir: Path) -> CoSupervisedTrainer:
-        """Give the trainer of a method."""
+    def enter(self, method: Method, output_dir: Path) -> Contestant:
+        """Give a method its configuration and pool."""
         *_, recipe_args, args = resolve(self.group.task, method)
         args.seed = args.data_seed = self.group.seed
         args.output_dir, args.push_to_hub, args.disable_tqdm = str(output_dir), False, True
@@ -178,23 +153,27 @@ class Bench:
         if method.calibrated or recipe_args.calibrate_teachers:
             name = "control_heldout_pool" if has_control else "heldout_pool"
             pool = calibrated_pool(pool, self.heldout_pool(name, pool.hierarchy))
-        own_args = method_arguments(args, "generalist" if has_control else method.method, self.hierarchy.num_levels)
         if has_control:
-            return self._trainer(own_args, pool)
-        needs: dict[str, Any] = {}
-        if method.method in FEATURE_AGGREGATORS:
-            needs["features"] = self._trainer(own_args, pool).pool_features()
-        if method.method == "boosting":
-            needs["labelled_pool"] = self.heldout_pool("heldout_pool", self.hierarchy)
-        own_pool = method_pool(pool, method.method, **needs)
-        return self._trainer(own_args, own_pool, loss_func=method_loss(own_pool, method.method))
+            own_args = method_arguments(args, "generalist", self.hierarchy.num_levels)
+            return Contestant(method.name, method.method, own_args, pool, pool)
+        labelled = self.heldout_pool("heldout_pool", self.hierarchy) if method.method == "boosting" else None
+        return Contestant.enter(method.name, method.method, args, pool, labelled)
 
-    def _trainer(self, args: CoSupervisedConfig, pool: PseudolabelPool, **kwargs: Any) -> CoSupervisedTrainer:
-        trainer = CoSupervisedTrainer(self.student, args, pool=pool, **kwargs)
-        trainer.pop_callback(PrinterCallback)
+    def new_trainer(self, args: CoSupervisedConfig, pool: PseudolabelPool, **kwargs: Any) -> CoSupervisedTrainer:
+        trainer = super().new_trainer(args, pool, **kwargs)
         if self.group.task.features == MEAN_POOLED:
             write_mean_pooled(trainer, [self.split.pool, self.split.test])
         return trainer
+
+    def measure(
+        self, contestant: Contestant, trainer: CoSupervisedTrainer
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        method = next(method for method in self.group.methods if method.name == contestant.name)
+        numbers, probs = measure(trainer, self)
+        header = {**self.group.header(method.name), "settings": cell_settings(self.group.task, method)}
+        # What the ceiling is sure of is asked of all others by the deception score.
+        kept = {"probs": probs} if method.method == CEILING else {}
+        return header | numbers, {"predicted": probs.argmax(axis=1).astype(np.int32), **kept}
 
 
 def write_mean_pooled(trainer: CoSupervisedTrainer, datasets: Sequence[Dataset]) -> None:
@@ -226,7 +205,8 @@ def run_group(group: Group) -> None:
     todo = group.unfinished()
     try:
         bench = Bench(group)
-        save_cell(group, TEACHERS, measure_teachers(bench), probs=bench.weak_probs, labels=bench.test_labels)
+        facts, probs = group.header(TEACHERS) | measure_teachers(bench), weak_probs(bench.test_pool)
+        group.results.save(TEACHERS, facts, probs=probs, labels=bench.test_labels)
     except Exception:  # whatever it is, the other cells go on, and the end of the run tells it
         group.fail([method.name for method in todo], traceback.format_exc())
         return
@@ -240,26 +220,11 @@ def run_group(group: Group) -> None:
 
 def run_cell(bench: Bench, method: Method) -> dict[str, Any]:
     """Train and measure one method, and keep the cell."""
-    group, work = bench.group, bench.group.run_dir / "work" / method.name
+    work = bench.group.run_dir / "work" / method.name
     shutil.rmtree(work, ignore_errors=True)  # of a run that was cut off
-    started = time.time()
-    trainer = bench.make_trainer(method, work)
-    trainer.train()
-    runtime = time.time() - started
-    numbers, probs = measure(trainer, bench)
-    content = {"settings": cell_settings(group.task, method), **numbers, "runtime": runtime}
-    kept = {"probs": probs} if method.method == CEILING else {}
-    save_cell(group, method.name, content, predicted=probs.argmax(axis=1).astype(np.int32), **kept)
+    numbers = bench.run(bench.enter(method, work))
     shutil.rmtree(work, ignore_errors=True)
     return numbers
-
-
-def save_cell(group: Group, name: str, content: dict[str, Any], **predictions: np.ndarray) -> None:
-    """Write a cell, whole or not at all, and before it what it predicts on the test set."""
-    group.cell(name).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(group.cell(name, ".npz"), **predictions)
-    save_report({"task": group.task.name, "method": name, "seed": group.seed, **content}, group.cell(name))
-    group.cell(name, ".error.txt").unlink(missing_ok=True)
 
 
 def run_side_by_side(groups: Sequence[Group], num_workers: int) -> None:
@@ -291,13 +256,14 @@ def check_cells(groups: Sequence[Group]) -> None:
         for method in group.methods:
             key = group.task.name, method.name
             wanted = settings[key] = settings.get(key) or cell_settings(group.task, method)
-            found = group.read(method.name)
+            found = group.results.read(method.name)
             known = wanted if found is None else found["settings"]
             if different := sorted(name for name in {*known, *wanted} if known.get(name) != wanted.get(name)):
                 changes = ", ".join(f"{name}: {known.get(name)!r} -> {wanted.get(name)!r}" for name in different)
                 raise FileExistsError(
-                    f"'{group.cell(method.name)}' must be a cell of these settings, got another one ({changes}; a "
-                    "field that is missing has its default). Choose another name or `output_dir`, or delete the cell."
+                    f"'{group.results.path(method.name)}' must be a cell of these settings, got another one "
+                    f"({changes}; a field that is missing has its default). Choose another name or "
+                    "`output_dir`, or delete the cell."
                 )
     for group in groups:
         check_run(group.folder, features_setting(group.task) | settings_of(resolve(group.task)[:3]))
@@ -354,10 +320,8 @@ def predict_probs(trainer: CoSupervisedTrainer, data: Dataset) -> np.ndarray:
 def measure(trainer: CoSupervisedTrainer, bench: Bench) -> tuple[dict[str, Any], np.ndarray]:
     """Measure the student of every level on the test set, and the last one in all ways; its probabilities there."""
     labels, levels = bench.test_labels, {}
-    for plan in trainer.plans:
-        trainer.load_level(plan.level)
+    for plan, record in walk_levels(trainer):
         probs = predict_probs(trainer, bench.split.test)
-        record = [record for record in trainer.history.records if record["level"] == plan.level][-1]
         levels[str(plan.level)] = {
             "accuracy": float((probs.argmax(axis=1) == labels).mean()),
             **{name: record[key] for key, name in _LEVEL_NUMBERS.items() if key in record},

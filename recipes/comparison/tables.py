@@ -18,15 +18,15 @@ from hf_cosupervise.evaluation.plots import (
     plot_reliability,
     plot_teacher_shares,
 )
-from hf_cosupervise.evaluation.report import save_report
-from hf_cosupervise.method.metrics import deception_score, mean_and_spread, performance_gap_recovered
+from hf_cosupervise.evaluation.report import add_pgr, merge, save_report
+from hf_cosupervise.method.metrics import deception_score, mean_and_spread
 
 
 def collect(groups: Sequence[Group]) -> dict[str, Any]:
     """Put the cells of one task side by side: every number becomes a list over seeds, None where it is missing."""
     methods = groups[0].methods
-    cells = {method.name: [group.read(method.name) for group in groups] for method in methods}
-    teachers = [group.read(TEACHERS) or {} for group in groups]
+    cells = {method.name: [group.results.read(method.name) for group in groups] for method in methods}
+    teachers = [group.results.read(TEACHERS) or {} for group in groups]
     weak = [facts.get("weak_accuracy") for facts in teachers]
     report: dict[str, Any] = {"seeds": [group.seed for group in groups], "weak_accuracy": weak}
     report |= features_setting(groups[0].task)
@@ -36,9 +36,12 @@ def collect(groups: Sequence[Group]) -> dict[str, Any]:
         if any(own := cells[method.name]):
             ceiling = ceiling_of(method, methods)
             for group, low, cell, top in zip(groups, weak, own, cells[ceiling]):
-                add_pgr(low, cell, top)
+                students = [] if cell is None else [cell, *cell["levels"].values()]
+                add_pgr(low, None if top is None else top["accuracy"], students)
                 if method.method != CEILING and cell is not None and top is not None:
-                    add_deception(cell, *(group.predictions(name) for name in (method.name, TEACHERS, ceiling)))
+                    add_deception(
+                        cell, *(group.results.read_arrays(name) for name in (method.name, TEACHERS, ceiling))
+                    )
             merged = merge([cell and {k: v for k, v in cell.items() if k not in FACTS} for cell in own])
             merged["levels"] = [{"level": int(key), **level} for key, level in merged["levels"].items()]
             report["methods"][method.name] = {"method": method.method, **merged}
@@ -46,36 +49,11 @@ def collect(groups: Sequence[Group]) -> dict[str, Any]:
     return report
 
 
-def add_pgr(weak: float | None, cell: dict[str, Any] | None, ceiling: Mapping[str, Any] | None) -> None:
-    """Compare a student, and that of every level, with the weak teacher and the ceiling, where all are known."""
-    for numbers in [] if cell is None else [cell, *cell["levels"].values()]:
-        is_known = weak is not None and ceiling is not None
-        numbers["pgr"] = (
-            performance_gap_recovered(weak, numbers["accuracy"], ceiling["accuracy"]) if is_known else None
-        )
-
-
 def add_deception(cell: dict[str, Any], own: Any, weak: Any, ceiling: Any) -> None:
     """Say which errors the weak teacher hides from a student, where the predictions of all three were kept."""
     if own and weak and ceiling:
         knows = weak["probs"], ceiling["probs"], weak["labels"]
         cell["deception_score"] = deception_score(own["predicted"], *knows, SURE)
-
-
-def merge(values: list[Any], missing: float | None = None) -> Any:
-    """Make one dictionary of lists from a list of dictionaries.
-
-    What one of them lacks is None, but for the share of a teacher that got nothing with that seed: 0.
-    """
-    if not any(isinstance(value, dict) for value in values):
-        return values
-    return {
-        key: merge(
-            [value.get(key, missing) if isinstance(value, dict) else None for value in values],
-            0.0 if key.startswith("teachers") else missing,
-        )
-        for key in dict.fromkeys(key for value in values if isinstance(value, dict) for key in value)
-    }
 
 
 def tidy_rows(report: Mapping[str, Any], task: str) -> Iterator[list[Any]]:

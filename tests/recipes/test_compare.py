@@ -275,7 +275,7 @@ def test_methods_that_use_labels_or_features(data, tiny_vit, tmp_path, capsys):
     assert cells["calibrated"]["settings"]["calibrated"] and "calibrated" not in cells["csl"]["settings"]
     task, plans = plan_module.parse_plan(argv).tasks[0], plan_module.parse_plan(argv).methods
     bench = cells_module.Bench(cells_module.Group(task, plans, 3, str(tmp_path / "out")))
-    trainers = {method.name: bench.make_trainer(method, tmp_path / method.name) for method in plans}
+    trainers = {method.name: bench.make_trainer(bench.enter(method, tmp_path / method.name)) for method in plans}
     assert all("temperature" in facts for facts in trainers["calibrated"].pool.facts.values())
     assert "temperature" in trainers["control"].pool.facts["all-labels"]
     assert [trainers[name].pool.hierarchy.names for name in names[3:5]] == [("boosting",), ("crowdlab",)]
@@ -347,7 +347,7 @@ def groups(tmp_path) -> list[cells_module.Group]:
     for row, group in enumerate(groups):
         curve = {"confidence": [0.5, None], "accuracy": [0.25, None], "count": [4, 0]}
         teachers = {"root": {"accuracy": 0.5, "ece": 0.25, "reliability": curve}}
-        cells_module.save_cell(group, plan_module.TEACHERS, {"weak_accuracy": 0.5, "teachers": teachers})
+        group.results.save(plan_module.TEACHERS, {"weak_accuracy": 0.5, "teachers": teachers})
         for name, values in accuracy.items():
             if values[row] is not None:
                 levels = {
@@ -357,7 +357,7 @@ def groups(tmp_path) -> list[cells_module.Group]:
                 levels = levels if name in ("csl", "other") else {"0": level(values[row], truth=1.0)}
                 numbers = {"accuracy": values[row], "worst_class_accuracy": 0.125, "ece": 0.03, "runtime": 2.0 + row}
                 content = {"settings": {}, "levels": levels, "reliability": curve, **numbers}
-                cells_module.save_cell(group, name, content)
+                group.results.save(name, content)
     return groups
 
 
