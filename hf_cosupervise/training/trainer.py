@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput
 
-from ..data.columns import LABEL_NAMES
 from ..data.inputs import InputProcessor
 from ..method.losses import LossFunction, hard_cross_entropy
 from ..pool.derived import smoothed_pool
@@ -32,7 +31,7 @@ from ..processes import Processes
 from ..students.student import Student, label_inputs, measure_predictions, open_student
 from .advice import explain_lone_example, explain_memory
 from .callbacks import LevelCallbackHandler
-from .checkpointing import explain_checkpoint, read_back, sealing
+from .checkpointing import explain_checkpoint, explained, read_back, sealing
 from .checks import check_arguments, check_first, check_student, match_inputs, read_weights, refuse_search
 from .collator import ROW, DataCollatorForCoSupervision, split_batch
 from .config import CoSupervisedConfig
@@ -124,7 +123,7 @@ class CoSupervisedTrainer(Trainer):
         check_student(args, model, self.processor, inputs, origin, has_own_metrics="compute_metrics" in kwargs)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}
-        eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels)
+        eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels, self.processor)
         self.processes = Processes(args.process_index, args.world_size, args.device)  # a push asks for it at once
         super().__init__(model, args, data_collator, examples, eval_dataset, **kwargs)
         # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself.
@@ -416,14 +415,11 @@ class CoSupervisedTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the student on inputs with a label column, by default the trainer's `eval_dataset`."""
         is_known = eval_dataset is self.eval_dataset
-        if not is_known and not (isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.column_names):
-            eval_dataset = self.student.label(eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return super().evaluate(eval_dataset if is_known else self.student.label(eval_dataset), *args, **kwargs)
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict with the student, and measure where the data has labels."""
-        labelled = any(name in test_dataset.column_names for name in LABEL_NAMES)
-        return super().predict(self.student.label(test_dataset) if labelled else test_dataset, *args, **kwargs)
+        return super().predict(self.student.label_or_check(test_dataset), *args, **kwargs)
 
     def _load_best_model(self) -> None:
         best, parent = self.state.best_model_checkpoint, super()._load_best_model
@@ -432,6 +428,10 @@ class CoSupervisedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder, parent = resume_from_checkpoint, partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         self.student.put_back(read_back(self.student.model, folder, parent, is_sharded=self._is_sharded))
+
+    _load_optimizer_and_scheduler = explained(Trainer._load_optimizer_and_scheduler)
+    _load_scaler = explained(Trainer._load_scaler)
+    _load_rng_state = explained(Trainer._load_rng_state)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Keep with a checkpoint what the parent does not know of: the story, and buffers that an adapter lacks."""
