@@ -212,7 +212,8 @@ def _pin(repo_id: str, revision: str | None) -> str | None:
 
 def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBuilder:
     """Fetch a data set into the cache of `datasets`, or refuse it before."""
-    files_there = _list_files(repo_id, commit)
+    with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
+        files_there = _list_files(repo_id, commit)
     with _explained(repo_id, commit, choice.config_name, files_there):
         builder = load_dataset_builder(repo_id, choice.config_name, revision=commit)
         # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
@@ -229,23 +230,22 @@ def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBu
     return builder
 
 
-def _list_files(repo_id: str, commit: str | None) -> Sequence[str]:
-    """See that this user may read a data set, and what is in it; nothing where the Hub cannot be asked."""
-    if commit is None:
-        return ()
+def _list_files(repo_id: str, commit: str | None) -> Sequence[str] | Exception:
+    """See that this user may read a data set, and what is in it; why not where the Hub gives no answer."""
     try:
-        with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
-            # Anybody may ask for the commit of gated data, and `datasets` takes older ones of its cache for them.
-            HfApi().auth_check(repo_id, repo_type="dataset")
-            return [file.rfilename for file in HfApi().dataset_info(repo_id, revision=commit).siblings or ()]
+        # Anybody may ask for the commit of gated data, and `datasets` takes older ones of its cache for them.
+        HfApi().auth_check(repo_id, repo_type="dataset")
+        return [file.rfilename for file in HfApi().dataset_info(repo_id, revision=commit).siblings or ()]
     except UNREACHABLE as error:
         if not is_unreachable(error):
             raise
-        return ()  # what is in the cache may do
+        return error  # what is in the cache may do
 
 
 @contextmanager
-def _explained(repo_id: str, commit: str | None, config_name: str | None, files: Sequence[str]) -> Iterator[None]:
+def _explained(
+    repo_id: str, commit: str | None, config_name: str | None, files: Sequence[str] | Exception
+) -> Iterator[None]:
     """Turn what `datasets` raises into one sentence."""
     with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
         try:
@@ -255,6 +255,8 @@ def _explained(repo_id: str, commit: str | None, config_name: str | None, files:
         except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
             if isinstance(error.__cause__, HTTPError | ConnectionError | TimeoutError):  # it is no fault of the data
                 raise error.__cause__ from None
+            if isinstance(files, Exception):
+                raise files from error
             raise _explain(error, repo_id, config_name, files) from error
 
 
