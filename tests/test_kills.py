@@ -39,9 +39,10 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The default recipe with less pre-training, so that most of the time goes where something can be gone on with."""
+    """The default recipe in small, above all with less pre-training, within which nothing can be gone on with."""
     settings = yaml.safe_load((ROOT / "recipes" / "configs" / "digits.yaml").read_text(encoding="utf-8"))
-    settings["pretrain_kwargs"]["steps"] = 60
+    settings["pretrain_kwargs"]["steps"] = 10
+    settings |= {"teacher_steps": 20, "num_pool_examples": 400, "level_sizes": [1, 2, 2]}
     path = tmp_path_factory.mktemp("config") / "digits.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return ["--config", str(path), "--num_train_epochs", "10"]
