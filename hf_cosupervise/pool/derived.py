@@ -96,7 +96,11 @@ def aggregated_pool(
 
         return single_teacher_pool(pool, title, combined)
     if isinstance(method, str) and method in VOTE_AGGREGATORS:
-        found = VOTE_AGGREGATORS[method](_hard_labels(pool, pool.hierarchy.names), pool.hierarchy.num_labels)
+        votes = _hard_labels(pool, pool.hierarchy.names)
+        if method == "majority_vote":  # the only one that looks at each row alone
+            num_labels = pool.hierarchy.num_labels
+            return single_teacher_pool(pool, title, lambda rows: majority_vote(votes[rows], num_labels).numpy())
+        found = VOTE_AGGREGATORS[method](votes, pool.hierarchy.num_labels)
         return single_teacher_pool(pool, title, found.numpy())
     teacher_probs, answered = pool.decode_level(everybody, slice(None))
     if isinstance(method, str) and method in FEATURE_AGGREGATORS:
