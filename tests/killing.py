@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+import matplotlib.backends.backend_agg  # noqa: E402, F401  # every run that ends draws its report
 import pretrain  # noqa: E402
 import task  # noqa: E402
 import torch  # noqa: E402
@@ -83,9 +84,9 @@ def plan_death(kind: str, generator: random.Random) -> None:
     """Have this process killed at some point."""
     how = generator.choice([signal.SIGKILL, signal.SIGTERM])
     if kind == "clock":
-        threading.Timer(generator.uniform(0.05, 4.0), die, [how]).start()
+        threading.Timer(generator.uniform(0.05, 1.5), die, [how]).start()
         return
-    number, is_before, seen = generator.randrange(1, 13 if kind == "rename" else 600), generator.random() < 0.5, [0]
+    number, is_before, seen = generator.randrange(1, 13 if kind == "rename" else 250), generator.random() < 0.5, [0]
 
     def count(*args, **kwargs) -> None:
         seen[0] += 1

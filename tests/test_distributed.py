@@ -355,9 +355,10 @@ def test_the_recipe_in_two_processes_makes_one_report_one_model_and_one_card(tmp
         folder.mkdir()
         settings["per_device_train_batch_size"] = 8 // number
         (folder / "digits.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-        several = ["--multi_gpu"] if number > 1 else []
-        command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(number)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [sys.executable]
+        if number > 1:
+            command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(number)]
+            command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         done = subprocess.run(
             [*command, str(ROOT / "recipes" / "train.py"), "--config", "digits.yaml"],
             cwd=folder,

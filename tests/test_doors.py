@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import logging
 import pickle
 import shutil
 import zipfile
@@ -52,6 +53,7 @@ from hf_cosupervise.files import file_digest
 from hf_cosupervise.hub.cards import model_card, write_card
 from hf_cosupervise.processes import Processes
 from hf_cosupervise.students import features
+from hf_cosupervise.training.checkpointing import last_checkpoint
 from hf_cosupervise.training.run_folder import DIGESTS, _json_digest
 
 ALONE = Processes(0, 1)
@@ -309,6 +311,66 @@ for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors
     for kind, make in PICKLES.items():
         words = "" if name == "config.json" else "checkpoint-4' must hold the tensors"
         DOORS[f"run-checkpoint-{name}-{kind}"] = partial(run_with, f"{CHECKPOINT}/{name}", make), words
+
+
+def saved(value: Any) -> Callable[[Path], bytes]:
+    """What `torch.save` makes of what is no pickle of code, but not what the parent wrote either."""
+
+    def make(folder: Path) -> bytes:
+        file = io.BytesIO()
+        torch.save(value, file)
+        return file.getvalue()
+
+    return make
+
+
+def changed(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], bytes]:
+    def make(folder: Path) -> bytes:
+        state = torch.load(folder / CHECKPOINT / name, weights_only=True)
+        change(state)
+        return saved(state)(folder)
+
+    return make
+
+
+FOREIGN: dict[str, dict[str, Callable[[Path], bytes]]] = {
+    "optimizer.pt": {
+        "moments": changed("optimizer.pt", lambda state: state["state"][0].update(exp_avg=torch.zeros(3))),
+        "groups": changed("optimizer.pt", lambda state: state["param_groups"].pop()),
+        "rate": changed("optimizer.pt", lambda state: state["param_groups"][0].update(lr="fast")),
+        "betas": changed("optimizer.pt", lambda state: state["param_groups"][0].update(betas=(0.9,))),
+    },
+    "scheduler.pt": {
+        "epoch": changed("scheduler.pt", lambda state: state.update(last_epoch=[1])),
+        "rates": changed("scheduler.pt", lambda state: state.update(base_lrs=[0.1] * 9)),
+    },
+    "scaler.pt": {"scale": saved({"scale": 2.0, "growth_factor": 2.0}), **PICKLES},
+    "rng_state.pth": {
+        "python": saved({"python": (3, (1,), None), "numpy": None, "cpu": None}),
+        "short": saved({"python": None, "numpy": None, "cpu": torch.zeros(3, dtype=torch.uint8)}),
+    },
+}
+for name, own in FOREIGN.items():
+    others = {"nothing": nothing, "zip": no_zip, "noise": lambda folder: b"\x93\xff noise " * 9}
+    shapes = {"list": saved([1]), "number": saved(1.0), "tensor": saved(torch.ones(2)), "empty": saved({})}
+    for kind, make in {**others, **shapes, **own}.items():
+        DOORS[f"run-foreign-{name}-{kind}"] = partial(run_with, f"{CHECKPOINT}/{name}", make), "must hold the tensors"
+
+
+@pytest.mark.parametrize("make", [pickled, archived, nothing, saved({"scale": 2.0})], ids=["a", "b", "c", "d"])
+@pytest.mark.parametrize("name", ["scaler.pt", "optimizer.bin", "pytorch_model.bin", "rng_state_0.pth", "add.json"])
+def test_a_checkpoint_that_somebody_added_to_is_passed_over(name, make, tmp_path, cut_run, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(cut_run, folder)
+    (folder / CHECKPOINT / "notes.txt").write_text("mine")
+    level = folder / CHECKPOINT
+    assert last_checkpoint(level.parent) == level
+    (level / name).write_bytes(make(folder))
+    with caplog.at_level(logging.WARNING):
+        assert last_checkpoint(level.parent) == level.with_name("checkpoint-2")
+    assert f"'{level / name}' was not written by the run: the checkpoint before it is taken." in caplog.text
+
+
 for name in ("trainer_state.json", "story.json", "digests.json", "training_args.bin", "pytorch_model.bin"):
     DOORS[f"run-checkpoint-{name}"] = partial(run_with, f"{CHECKPOINT}/{name}", archived), ""
 for name in (

@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,6 @@ from datasets import (
     Features,
     IterableDataset,
     config,
-    get_dataset_config_names,
     load_dataset_builder,
     load_from_disk,
 )
@@ -30,7 +29,7 @@ from datasets.exceptions import DatasetsError
 from datasets.table import embed_table_storage, table_cast
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from ..files import is_inside, read_json
@@ -42,6 +41,8 @@ from .columns import shorten
 # Files that run code when they are read; `datasets` reads none of them.
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib")
 _HUB_FILE = re.compile(r"hf://datasets/([^@/]+(?:/[^@/]+)?)@([0-9a-f]{40})/")
+# How `datasets` lists the configurations where the one that is wanted is not there.
+_CONFIGS = re.compile(r"(?:Available|available configs): (\[.*?\])", re.DOTALL)
 # How a file in an archive begins where archives are read as they are.
 _IN_ARCHIVE = re.compile(r"(zip|tar|gzip|bz2|xz|zstd|lz4)://")
 
@@ -146,7 +147,7 @@ def _load_from_hub(repo_id: str, choice: DataChoice, processes: Processes) -> tu
     source = {"dataset": repo_id, "config": builder.config.name, "split": choice.split, "commit": builder.hash}
     if not choice.streaming:
         return _hold(builder.as_dataset(split=choice.split), builder, repo_id), source
-    with _explained(repo_id, commit, choice.config_name):
+    with _explained(repo_id, commit, choice.config_name, ()):
         stream = builder.as_streaming_dataset(split=choice.split)
         return _read_in(_checked_tables(stream, builder, repo_id), stream.features), source
 
@@ -211,7 +212,9 @@ def _pin(repo_id: str, revision: str | None) -> str | None:
 
 def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBuilder:
     """Fetch a data set into the cache of `datasets`, or refuse it before."""
-    with _explained(repo_id, commit, choice.config_name):
+    with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
+        files_there = _list_files(repo_id, commit)
+    with _explained(repo_id, commit, choice.config_name, files_there):
         builder = load_dataset_builder(repo_id, choice.config_name, revision=commit)
         # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
         if commit is not None and builder.hash != commit:
@@ -222,13 +225,27 @@ def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBu
             raise DatasetsError(f"its card names data that are not in it: {elsewhere[0]}")
     _check_split(builder, choice)
     if not choice.streaming:
-        with _explained(repo_id, commit, choice.config_name):
+        with _explained(repo_id, commit, choice.config_name, files_there):
             builder.download_and_prepare()
     return builder
 
 
+def _list_files(repo_id: str, commit: str | None) -> Sequence[str] | Exception:
+    """See that this user may read a data set, and what is in it; why not where the Hub gives no answer."""
+    try:
+        # Anybody may ask for the commit of gated data, and `datasets` takes older ones of its cache for them.
+        HfApi().auth_check(repo_id, repo_type="dataset")
+        return [file.rfilename for file in HfApi().dataset_info(repo_id, revision=commit).siblings or ()]
+    except UNREACHABLE as error:
+        if not is_unreachable(error):
+            raise
+        return error  # what is in the cache may do
+
+
 @contextmanager
-def _explained(repo_id: str, commit: str | None, config_name: str | None) -> Iterator[None]:
+def _explained(
+    repo_id: str, commit: str | None, config_name: str | None, files: Sequence[str] | Exception
+) -> Iterator[None]:
     """Turn what `datasets` raises into one sentence."""
     with hub_errors("`dataset`", repo_id, revision=commit, repo_type="dataset"):
         try:
@@ -236,7 +253,11 @@ def _explained(repo_id: str, commit: str | None, config_name: str | None) -> Ite
         except (HfHubHTTPError, LocalEntryNotFoundError, OutsideCellError):
             raise
         except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
-            raise _explain(error, repo_id, commit, config_name) from error
+            if isinstance(error.__cause__, HTTPError | ConnectionError | TimeoutError):  # it is no fault of the data
+                raise error.__cause__ from None
+            if isinstance(files, Exception):
+                raise files from error
+            raise _explain(error, repo_id, config_name, files) from error
 
 
 def _check_split(builder: DatasetBuilder, choice: DataChoice) -> None:
@@ -247,26 +268,22 @@ def _check_split(builder: DatasetBuilder, choice: DataChoice) -> None:
         raise ValueError(f"`split` must be one of {known}, got {choice.split!r}. Choose one of them.")
 
 
-def _explain(error: Exception, repo_id: str, commit: str | None, config_name: str | None) -> ValueError:
-    """Why `datasets` could not load what is on the Hub, where the Hub itself does not refuse it."""
-    api = HfApi()
-    api.auth_check(repo_id, repo_type="dataset")
-    files = api.list_repo_files(repo_id, revision=commit, repo_type="dataset")
+def _explain(error: Exception, repo_id: str, config_name: str | None, files: Sequence[str]) -> ValueError:
+    """Why `datasets` could not load what is on the Hub, from its words and the files that are there."""
     if f"{repo_id.split('/')[-1]}.py" in files:
         return ValueError(
             f"`dataset` must consist of data files, got '{repo_id}', which is loaded by a script: no code from the "
             "Hub is run. Ask its author for Parquet files, or give the data themselves."
         )
-    if isinstance(error, FileNotFoundError):
+    if files and isinstance(error, FileNotFoundError):
         pickles = [name for name in files if name.endswith(_PICKLES)]
         why = "which could run code when they are read" if pickles else "none of which holds data"
         return ValueError(
             f"`dataset` must consist of data files such as Parquet, CSV or JSON, got '{repo_id}' with "
             f"{shorten(pickles or files)}, {why}. Choose another data set, or give the data themselves."
         )
-    if re.search("BuilderConfig|Config name", str(error)):
-        names = get_dataset_config_names(repo_id, revision=commit)
-        return ValueError(f"`config_name` must be one of {names} of '{repo_id}', got {config_name!r}. Choose one.")
+    if known := _CONFIGS.search(str(error)):
+        return ValueError(f"`config_name` must be one of {known[1]} of '{repo_id}', got {config_name!r}. Choose one.")
     return ValueError(
         f"`dataset` must be data that `datasets` can read, got '{repo_id}': "
         f"{' '.join(tell_error(error.__cause__ or error).split())}. Check it by `datasets.load_dataset`."  # type: ignore[arg-type]

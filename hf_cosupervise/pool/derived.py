@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from ..method.raven import fit_raven, unanimous
 from ..method.weighting import boosting_weights, weighted_mean_probs, weighted_vote
 from .files import teacher_dataset
 from .pseudolabels import PseudolabelPool
-from .top_k import dropped_mass, encode_top_k, scale_top_k
+from .top_k import default_pool_k, dropped_mass, encode_top_k, scale_top_k
 
 # Examples that are decoded at a time.
 _CHUNK = 1024
@@ -39,12 +40,14 @@ _RIDGE_ALPHA, _LOGIT_SCALE = 0.01, 10.0
 # ── all teachers as one ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def single_teacher_pool(pool: PseudolabelPool, name: str, probs: np.ndarray) -> PseudolabelPool:
-    """Give the examples of a pool with pseudolabels of one's own."""
+def single_teacher_pool(
+    pool: PseudolabelPool, name: str, probs: np.ndarray | Callable[[slice], np.ndarray]
+) -> PseudolabelPool:
+    """Give the examples of a pool with pseudolabels of one's own, or with what a function makes of some rows."""
     hierarchy = TeacherHierarchy(pool.labels, [Teacher(name, kind="column")])
-    single = PseudolabelPool.from_predictions(hierarchy, pool.ids, {name: probs}, inputs=pool.inputs)
-    single.source, single.input_column = pool.source, pool.input_column
-    return single
+    label_ids, label_probs, dropped = _encode(probs if callable(probs) else probs.__getitem__, pool, name)
+    teachers, facts = {name: teacher_dataset(pool.ids, label_ids, label_probs)}, {name: {"dropped_mass": dropped}}
+    return PseudolabelPool(hierarchy, teachers, pool.inputs, facts, pool.source, input_column=pool.input_column)
 
 
 def aggregated_pool(
@@ -87,10 +90,17 @@ def aggregated_pool(
     title = title.replace("_", "-")
     everybody = range(len(pool.hierarchy.teachers))
     if isinstance(method, str) and method in ROW_AGGREGATORS:  # not all probabilities of all teachers at once
-        pieces = [aggregate(*pool.decode_level(everybody, rows), method).numpy() for rows in _chunks(len(pool))]
-        return single_teacher_pool(pool, title, np.concatenate(pieces))
+
+        def combined(rows: slice) -> np.ndarray:
+            return aggregate(*pool.decode_level(everybody, rows), method).numpy()
+
+        return single_teacher_pool(pool, title, combined)
     if isinstance(method, str) and method in VOTE_AGGREGATORS:
-        found = VOTE_AGGREGATORS[method](_hard_labels(pool, pool.hierarchy.names), pool.hierarchy.num_labels)
+        votes = _hard_labels(pool, pool.hierarchy.names)
+        if method == "majority_vote":  # the only one that looks at each row alone
+            num_labels = pool.hierarchy.num_labels
+            return single_teacher_pool(pool, title, lambda rows: majority_vote(votes[rows], num_labels).numpy())
+        found = VOTE_AGGREGATORS[method](votes, pool.hierarchy.num_labels)
         return single_teacher_pool(pool, title, found.numpy())
     teacher_probs, answered = pool.decode_level(everybody, slice(None))
     if isinstance(method, str) and method in FEATURE_AGGREGATORS:
@@ -336,16 +346,23 @@ def _rewritten_pool(
     teachers, known = {}, dict(pool.facts)
     for name in pool.hierarchy.names:
         k = pool.label_ids(name).shape[1]
-        dropped, pieces = 0.0, []
-        for rows in _chunks(len(pool)):
-            probs = rewrite(name, rows)
-            pieces.append(encode_top_k(probs, k))
-            dropped += dropped_mass(probs, pieces[-1][0])
-        label_ids, label_probs = (np.concatenate(parts) for parts in zip(*pieces))
+        label_ids, label_probs, dropped = _encode(partial(rewrite, name), pool, name, k)
         teachers[name] = teacher_dataset(pool.ids, label_ids, label_probs)
-        num_answered = max(int((label_probs[:, 0] > 0).sum()), 1)
-        known[name] = {**known.get(name, {}), "dropped_mass": dropped / num_answered, **facts[name]}
+        known[name] = {**known.get(name, {}), "dropped_mass": dropped, **facts[name]}
     return PseudolabelPool(pool.hierarchy, teachers, pool.inputs, known, pool.source, input_column=pool.input_column)
+
+
+def _encode(
+    make: Callable[[slice], np.ndarray], pool: PseudolabelPool, name: str, k: int | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Keep the most probable labels of all rows of a pool, never all of the probabilities; and what an answer lost."""
+    k, dropped, pieces = k or default_pool_k(pool.hierarchy.num_labels), 0.0, []
+    for rows in _chunks(len(pool)):
+        probs = make(rows)
+        pieces.append(encode_top_k(probs, k, f"'{name}'"))
+        dropped += dropped_mass(probs, pieces[-1][0])
+    label_ids, label_probs = (np.concatenate(parts) for parts in zip(*pieces))
+    return label_ids, label_probs, dropped / max(int((label_probs[:, 0] > 0).sum()), 1)
 
 
 def _chunks(num_examples: int) -> Iterator[slice]:

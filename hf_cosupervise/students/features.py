@@ -78,6 +78,7 @@ class FeatureStore:
     ) -> np.ndarray:
         """Give the head's inputs of every row, running the backbone only where they are not known yet."""
         digests = _row_digests(dataset, column, readable)
+        self._check_task(dataset, column, digests)
         # For its check alone: a spoilt file is deleted here, before any process counts what is missing.
         self._load_ordered(digests)
         unknown = np.flatnonzero(self._find(digests).rows < 0)
@@ -107,15 +108,40 @@ class FeatureStore:
     def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
         """Put features in that were computed elsewhere, so that the backbone need not run for them."""
         digests = _row_digests(dataset, column)
+        is_named = _may_be_names(dataset, column)
         if num_known := int((self._find(digests).rows >= 0).sum()):
+            found = f"got {num_known} of {len(digests)} that it does"
+            if is_named:
+                found += ", of this task or of another one the rows of which have the same names"
+            advice = "What is there is found by later runs" if is_named else "Give the others only"
             raise ValueError(
-                f"Features must be of rows that '{self.folder}' does not hold yet, got {num_known} of {len(digests)} "
-                "that it does. Give the others only, or another `features_dir`."
+                f"Features must be of rows that '{self.folder}' does not hold yet, {found}. {advice}, or give another "
+                "`features_dir`."
             )
-        name, shape = _name("shard", digests) + _WRITTEN, (len(digests), self.head.in_features)
+        name = _name("shard", digests) + (self._task if is_named else "") + _WRITTEN
+        shape = len(digests), self.head.in_features
         with self._unfinished(name, self._num_bytes(len(digests))) as folder:
             _save_array(folder / _KEYS, digests)
             _write_features(folder, lambda done: batches, shape, self.dtype)
+
+    @property
+    def _task(self) -> str:
+        """What the name of a shard tells of the task, where its rows may be told apart by names only."""
+        labels = sorted(getattr(self.model.config, "id2label", {}).items())
+        return "-for-" + hashlib.blake2b(repr(labels).encode(), digest_size=6).hexdigest()
+
+    def _check_task(self, dataset: Dataset, column: str, digests: np.ndarray) -> None:
+        """Refuse features that were put in for another task, the rows of which have the same names."""
+        if not _may_be_names(dataset, column):
+            return
+        for folder, keys in self._keys().items():
+            is_other = "-for-" in folder.name and not folder.name.endswith(self._task + _WRITTEN)
+            if is_other and np.isin(keys, digests[digests != _UNREAD]).any():
+                raise ValueError(
+                    f"'{self.folder}' must hold features of one task for rows of these names, got some that were put "
+                    f"in by `write` for a student with other labels. Give another `features_dir`, or delete "
+                    f"'{folder.name}' there."
+                )
 
     @property
     def is_written(self) -> bool:
@@ -318,14 +344,19 @@ def _row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = No
     """Key of each row: of its content, and of the whole column where a cell is no content but a number for it."""
     digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
     feature = dataset.features[column]
-    is_text = isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
-    if isinstance(feature, Value | ClassLabel) and not is_text:
+    if _may_be_names(dataset, column) and feature.dtype not in ("string", "large_string"):
         kind = f"{type(feature).__name__} {feature.dtype} "
         whole = hashlib.blake2b(kind.encode() + np.sort(digests).tobytes(), digest_size=16).digest()
         named = (hashlib.blake2b(digest, key=whole, digest_size=16).hexdigest() for digest in digests.tolist())
         digests = np.array(list(named), dtype=_KEY_DTYPE)
     is_there = has_input(dataset, column)
     return np.where(is_there if readable is None else is_there & readable, digests, _UNREAD).astype(_KEY_DTYPE)
+
+
+def _may_be_names(dataset: Dataset, column: str) -> bool:
+    """Whether cells may be names of what the features are of: beside those that are put in, no text need be one."""
+    feature = dataset.features[column]
+    return isinstance(feature, Value | ClassLabel) and feature.dtype not in ("binary", "large_binary")
 
 
 @dataclass(frozen=True)

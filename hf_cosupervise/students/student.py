@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
-from ..data.columns import find_input_column, find_label_column, read_labels
+from ..data.columns import LABEL_NAMES, find_input_column, find_label_column, read_labels
 from ..data.inputs import InputProcessor, check_depth
 from ..method.linear_head import linear_logits
 from ..method.metrics import accuracy
@@ -332,7 +332,14 @@ class Student:
 
     def label(self, dataset: Any) -> Any:
         """Reduce an evaluation set, or several by name, to inputs and label ids of the task."""
-        return label_inputs(dataset, self.input_column, self.labels)
+        return label_inputs(dataset, self.input_column, self.labels, self.processor)
+
+    def label_or_check(self, dataset: Any) -> Any:
+        """Reduce a data set as [`label`] does where it has labels, and see that it can be read where it has none."""
+        if any(name in dataset.column_names for name in LABEL_NAMES):
+            return self.label(dataset)
+        _check_inputs(dataset, find_input_column(dataset, self.input_column), self.processor)
+        return dataset
 
     # --- features, where it is a linear head on a frozen backbone ----------------------------------------------------
 
@@ -394,15 +401,26 @@ class Student:
         return self._neighbors[:, :k]
 
 
-def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...]) -> Any:
+def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...], processor: InputProcessor) -> Any:
     """Reduce an evaluation set, or several by name, to inputs and label ids."""
     if dataset is None or isinstance(dataset, str):
         return dataset
     if isinstance(dataset, dict):
-        return {name: label_inputs(part, input_column, labels) for name, part in dataset.items()}
+        return {name: label_inputs(part, input_column, labels, processor) for name, part in dataset.items()}
     ids = read_labels(dataset, find_label_column(dataset), labels)
-    check_depth(dataset, column := find_input_column(dataset, input_column))
+    _check_inputs(dataset, column := find_input_column(dataset, input_column), processor)
     return dataset.select_columns([column]).add_column("labels", ids)
+
+
+def _check_inputs(dataset: Dataset, column: str, processor: InputProcessor) -> None:
+    """Refuse rows that a model cannot read before it reads the first one."""
+    check_depth(dataset, column)
+    unreadable = np.flatnonzero(~processor.find_readable(dataset, column))
+    if len(unreadable):
+        raise ValueError(
+            f"Column `{column}` must hold what the student can read in every row, got no input, or a text without a "
+            f"token, in row {unreadable[0]} ({len(unreadable)} such rows). Leave these rows out."
+        )
 
 
 def measure_predictions(prediction: EvalPrediction) -> dict[str, float]:

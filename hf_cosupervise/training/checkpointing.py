@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate.logging import get_logger
@@ -25,13 +26,24 @@ logger = get_logger(__name__)
 
 GO_ON = "Free some space and call `train(resume_from_checkpoint=True)`: what was finished is kept."
 _BUFFERS, _STORY = "buffers.safetensors", "story.json"
+# What a run may read of a checkpoint; other files that somebody leaves there do no harm.
+_READ = (".bin", ".json", ".pt", ".pth", ".safetensors")
+# Of an optimizer's state, what has the shape of its weight.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+_NO_TENSORS = (UnpicklingError, SafetensorError)
+# What the parent raises for a file of another form, and nowhere else while it reads one.
+_FOREIGN = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError, *_NO_TENSORS)
 
 
 def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
     """Write down the digests of a checkpoint's files, last: one without them is not whole."""
     write_json(folder / _STORY, dict(story))  # before the digests, to have one too
+    write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in _files_of(folder)})
+
+
+def _files_of(folder: Path) -> list[str]:
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    write_json(folder / DIGESTS, {name: file_digest(folder / name) for name in names if name != DIGESTS})
+    return [name for name in names if name != DIGESTS]
 
 
 def read_story(folder: Path) -> dict[str, Any]:
@@ -51,6 +63,10 @@ def last_checkpoint(folder: Path, num_processes: int = 1) -> Path | None:
             spoilt = [name for name, digest in digests.items() if not is_as_written(path, name, digest)]
             if spoilt:
                 logger.warning(f"'{path / spoilt[0]}' is not as it was written: the checkpoint before it is taken.")
+                continue
+            added = [name for name in _files_of(path) if name.endswith(_READ) and name not in digests]
+            if added:
+                logger.warning(f"'{path / added[0]}' was not written by the run: the checkpoint before it is taken.")
                 continue
             # `transformers` writes NaN and infinity as JSON has no words for them
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -96,17 +112,69 @@ def find_checkpoint(folder: Path, level: int, processes: Processes) -> Path | No
 
 
 @contextmanager
-def explain_checkpoint(checkpoint: str | None) -> Iterator[None]:
-    """Name the checkpoint of which a file holds no tensors: the parent refuses it, but tells how to run it."""
+def explain_checkpoint(checkpoint: str | None, kinds: tuple[type[Exception], ...] = _NO_TENSORS) -> Iterator[None]:
+    """Name the checkpoint of which a file holds something else: the parent refuses it, but tells how to run it."""
     try:
         yield
-    except (UnpicklingError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except kinds as error:
         if checkpoint is None:
             raise
         raise ValueError(
             f"'{checkpoint}' must hold the tensors that the run wrote, got a file of something else, which was not "
             "loaded. Delete that folder: the checkpoint before it is taken."
         ) from error
+
+
+def explained(load: Callable[[Any, str | None], None]) -> Callable[[Any, str | None], None]:
+    """Let the parent read optimizer, schedule, scaler or random numbers only where they are of this run's form."""
+
+    def read(trainer: Any, checkpoint: str | None) -> None:
+        if checkpoint is None or trainer._is_sharded:
+            load(trainer, checkpoint)
+            return
+        own = _states(trainer)
+        with explain_checkpoint(checkpoint, _FOREIGN):
+            load(trainer, checkpoint)
+            if not _fits(own, _states(trainer)) or not _moments_fit(trainer.optimizer):
+                raise TypeError("the state of something else")
+
+    return read
+
+
+def _states(trainer: Any) -> list[Any]:
+    """What a schedule, a scaler and the groups of an optimizer hold beside moments."""
+    held = trainer.lr_scheduler, trainer.accelerator.scaler, trainer.optimizer
+    states = [None if holder is None else holder.state_dict() for holder in held]
+    return [*states[:2], None if states[2] is None else states[2]["param_groups"]]
+
+
+def _fits(own: Any, other: Any) -> bool:
+    """Whether a state has the form of another; torch takes over whatever it is given."""
+    if own is None or other is None:
+        return True
+    if isinstance(own, Mapping):
+        return isinstance(other, Mapping) and all(key in other and _fits(own[key], other[key]) for key in own)
+    if isinstance(own, list | tuple):
+        is_list = isinstance(other, list | tuple) and (not own or len(own) == len(other))
+        return is_list and all(map(_fits, own, other))
+    if isinstance(own, int | float | torch.Tensor):
+        return isinstance(other, int | float | torch.Tensor) and np.shape(own) == np.shape(other)
+    return type(own) is type(other)
+
+
+def _moments_fit(optimizer: Any) -> bool:
+    weights = [] if optimizer is None else [weight for group in optimizer.param_groups for weight in group["params"]]
+    return all(
+        isinstance(moment, torch.Tensor) and moment.shape == weight.shape
+        for weight in weights
+        for name, moment in optimizer.state.get(weight, {}).items()
+        if name in _MOMENTS and moment is not None
+    )
+
+
+# ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_back(

@@ -23,7 +23,6 @@ from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState,
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, PredictionOutput, TrainOutput
 
-from ..data.columns import LABEL_NAMES
 from ..data.inputs import InputProcessor
 from ..method.losses import LossFunction, hard_cross_entropy
 from ..pool.derived import smoothed_pool
@@ -32,7 +31,7 @@ from ..processes import Processes
 from ..students.student import Student, label_inputs, measure_predictions, open_student
 from .advice import explain_lone_example, explain_memory
 from .callbacks import LevelCallbackHandler
-from .checkpointing import explain_checkpoint, read_back, sealing
+from .checkpointing import explain_checkpoint, explained, read_back, sealing
 from .checks import check_arguments, check_first, check_student, match_inputs, read_weights, refuse_search
 from .collator import ROW, DataCollatorForCoSupervision, split_batch
 from .config import CoSupervisedConfig
@@ -126,7 +125,7 @@ class CoSupervisedTrainer(Trainer):
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
         kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}
         # Every column that is left would reach the model, and some models refuse what they do not know.
-        eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels)
+        eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels, self.processor)
         self.processes = Processes(args.process_index, args.world_size, args.device)  # a push asks for it at once
         super().__init__(model, args, data_collator, examples, eval_dataset, **kwargs)
         # The loss is a mean over the batch: the Trainer must divide it by the accumulation steps itself, which it does
@@ -412,14 +411,11 @@ class CoSupervisedTrainer(Trainer):
         """Evaluate the student on inputs with a label column, by default the trainer's `eval_dataset`."""
         # What is labelled already comes from the parent, which asks here again for each of several sets.
         is_known = eval_dataset is self.eval_dataset
-        if not is_known and not (isinstance(eval_dataset, Dataset) and "labels" in eval_dataset.column_names):
-            eval_dataset = self.student.label(eval_dataset)
-        return super().evaluate(eval_dataset, *args, **kwargs)
+        return super().evaluate(eval_dataset if is_known else self.student.label(eval_dataset), *args, **kwargs)
 
     def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict with the student, and measure where the data has labels."""
-        labelled = any(name in test_dataset.column_names for name in LABEL_NAMES)
-        return super().predict(self.student.label(test_dataset) if labelled else test_dataset, *args, **kwargs)
+        return super().predict(self.student.label_or_check(test_dataset), *args, **kwargs)
 
     # Both loaders of the parent lose weights of some models in silence, see `read_back`.
     def _load_best_model(self) -> None:
@@ -429,6 +425,10 @@ class CoSupervisedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder, parent = resume_from_checkpoint, partial(super()._load_from_checkpoint, resume_from_checkpoint, model)
         self.student.put_back(read_back(self.student.model, folder, parent, is_sharded=self._is_sharded))
+
+    _load_optimizer_and_scheduler = explained(Trainer._load_optimizer_and_scheduler)
+    _load_scaler = explained(Trainer._load_scaler)
+    _load_rng_state = explained(Trainer._load_rng_state)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Keep with a checkpoint what the parent does not know of: the story, and buffers that an adapter lacks."""

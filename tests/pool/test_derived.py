@@ -453,13 +453,17 @@ def test_many_labels_are_never_spread_over_all_examples(monkeypatch):
     sizes = []
     original = derived_module.encode_top_k
 
-    def encode(probs, k):
+    def encode(probs, k, *name):
         sizes.append(probs.shape)
-        return original(probs, k)
+        return original(probs, k, *name)
 
     monkeypatch.setattr(derived_module, "encode_top_k", encode)
     smoothed_pool(pool, make_neighbors(40, 5))
     assert sizes == [(10, 300)] * 4
+    for method in ("mean_probs", "mean_logits", "majority_vote"):
+        sizes.clear()
+        aggregated_pool(pool, method)
+        assert sizes == [(10, 300)] * 4, method
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from huggingface_hub.errors import (
 )
 from PIL import Image as PILImage
 
+from hf_cosupervise.data import loading
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.hub.client import UNREACHABLE
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
@@ -571,7 +572,8 @@ def test_data_are_pinned_and_remembered(hub: HubServer, tmp_path: Path, streamin
     assert newest.hard_labels("answer").tolist() == [0, 1, 0] and newest.source["commit"] != first  # type: ignore[index]
 
 
-def test_one_of_several(hub: HubServer) -> None:
+def test_one_of_several(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    explain_offline(hub, monkeypatch)
     push_data()
     push_data(split="test", last="bee")
     for config in ("one", "two"):
@@ -589,6 +591,17 @@ def test_one_of_several(hub: HubServer) -> None:
         assert str(error.value) == (
             f"`config_name` must be one of ['one', 'two'] of 'someone/several', got {name!r}. Choose one."
         )
+
+
+def explain_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """See that nothing is asked of the Hub inside an error handler."""
+    explain = loading._explain
+
+    def explain_alone(*arguments: Any) -> ValueError:
+        with hub.down():
+            return explain(*arguments)
+
+    monkeypatch.setattr(loading, "_explain", explain_alone)
 
 
 PAYLOAD = b"open('ran', 'w')"
@@ -615,6 +628,7 @@ def test_data_that_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    explain_offline(hub, monkeypatch)
     hub.create(
         repo_id, content, repo_type="dataset", gated=repo_id == "other/gated", private=repo_id == "other/private"
     )

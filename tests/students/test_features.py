@@ -611,6 +611,37 @@ def test_numbers_that_name_rows_are_of_one_data_set(vit):
         vit.store().features(HANDLES["int64"].select([0, 1]), "row", disable_tqdm=True)
 
 
+NAMES = {
+    "texts": Dataset.from_dict({"row": ["a0", "a1", "a2"]}),
+    **{name: HANDLES[name] for name in ("int64", "int32", "float", "bool", "label", "text")},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_the_same_names_are_not_read_for_another_task(name, tiny_vit, tmp_path):
+    data = NAMES[name]
+    given, other = draw_features(len(data)), draw_features(len(data), seed=1)
+    first, second = (Counter(tiny_vit, tmp_path) for _ in range(2))
+    second.model.config.id2label = {0: "no", 1: "yes", 2: "more", 3: "less"}
+    first.store().write(data, "row", [given])
+    with pytest.raises(ValueError, match="one task for rows of these names, got some that were put in by `write` for"):
+        second.store().features(data, "row", disable_tqdm=True)
+    for store in (first.store(), second.store()):
+        with pytest.raises(ValueError, match="of this task or of another one the rows of which have the same names"):
+            store.write(data.select([1, 0]) if name in ("text", "texts") else data, "row", [other])
+    assert np.array_equal(first.store().features(data, "row", disable_tqdm=True), given)
+    more = Dataset.from_dict({"row": ["z0", "z1"]})
+    second.store().write(more, "row", [other[:2]])
+    assert np.array_equal(second.store().features(more, "row", disable_tqdm=True), other[:2])
+
+
+def test_what_was_put_in_for_images_serves_every_task(tiny_vit, tmp_path, tiny_image_dataset):
+    first, second = (Counter(tiny_vit, tmp_path) for _ in range(2))
+    second.model.config.id2label = {0: "no", 1: "yes", 2: "more", 3: "less"}
+    first.store().write(tiny_image_dataset, "image", [given := draw_features(48)])
+    assert np.array_equal(second.store().features(tiny_image_dataset, "image", disable_tqdm=True), given)
+
+
 def test_neighbours_are_readable_rows(vit, tiny_image_dataset):
     readable = np.ones(48, dtype=bool)
     readable[[0, 5, 47]] = False

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,19 @@ def test_inside_and_between_levels(tmp_path, students, student, training, tiny_i
     assert_same_story(again, whole)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_vit, tiny_image_dataset) -> Callable[[dict[str, Any]], CoSupervisedTrainer]:
+    """Runs that were never cut off, one for each change."""
+    known: dict[str, CoSupervisedTrainer] = {}
+
+    def find(changes: dict[str, Any]) -> CoSupervisedTrainer:
+        if str(changes) not in known:
+            known[str(changes)] = run(tmp_path_factory.mktemp("whole"), tiny_vit, tiny_image_dataset, changes)
+        return known[str(changes)]
+
+    return find
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -185,10 +199,10 @@ def test_inside_and_between_levels(tmp_path, students, student, training, tiny_i
     ids=str,
 )
 @pytest.mark.parametrize("stop", [(0, 1), (1, 1), (1, 5)])
-def test_with_every_option(tmp_path, tiny_vit, tiny_image_dataset, changes, stop):
+def test_with_every_option(tmp_path, tiny_vit, tiny_image_dataset, uninterrupted, changes, stop):
     if changes.get("head_solver") == "ridge" and stop[1] > 1:
         pytest.skip("a closed form has one step")
-    whole = run(tmp_path / "whole", tiny_vit, tiny_image_dataset, changes)
+    whole = uninterrupted(changes)
     run(tmp_path / "cut", tiny_vit, tiny_image_dataset, changes, stop=stop)
     again = run(tmp_path / "cut", tiny_vit, tiny_image_dataset, changes, resume=True)
     assert_same_student(again, whole)

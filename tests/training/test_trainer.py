@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_vit
-from datasets import Dataset, Image
+from datasets import Dataset, Image, concatenate_datasets
 from huggingface_hub import ModelCard
 from transformers import (
     AutoImageProcessor,
@@ -382,6 +382,48 @@ def test_evaluate_and_predict(tmp_path, tiny_vit, tiny_image_dataset):
     logits = trainer.predict(tiny_image_dataset.remove_columns("label")).predictions
     np.testing.assert_array_equal(logits, labelled.predictions)
     np.testing.assert_array_equal(logits.argmax(axis=1), trainer.predict_labels(tiny_image_dataset))
+
+
+@pytest.mark.parametrize("names", ["label", "labels", "oracle_label"])
+@pytest.mark.parametrize("lacking", ["label", "input"])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_an_evaluation_set_that_lacks_a_cell_is_refused_before_any_work(
+    kind, lacking, names, tmp_path, tiny_vit, tiny_bert, tiny_image_dataset, tiny_text_dataset
+):
+    data, student = (tiny_image_dataset, tiny_vit) if kind == "image" else (tiny_text_dataset, tiny_bert)
+    pool = make_pool(data)
+    trainer = CoSupervisedTrainer(student, make_args(tmp_path), pool=pool)
+    if names == "labels" and lacking == "label":  # label ids that the trainer itself would read as they are
+        data = data.remove_columns("label").add_column("label", [None, *data["label"][1:]])
+    whole = data if names == "label" else data.rename_column("label", names)
+    column = names if lacking == "label" else kind
+    cells = whole.select_columns([column]).with_format(None)
+    cells = cells.cast_column(column, Image(decode=False)) if column == "image" else cells
+    table = {column: [None if row in (5, 7) else cell for row, cell in enumerate(cells[column])]}
+    lost = Dataset.from_dict(table, features=cells.features).cast_column(column, whole.features[column])
+    broken = concatenate_datasets([whole.remove_columns(column), lost], axis=1)
+    trainer.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    sentence = f"Column `{column}` must hold "
+    asked = [
+        lambda: trainer.evaluate(broken),
+        lambda: trainer.evaluate({"a": broken}),
+        lambda: trainer.predict(broken),
+        lambda: CoSupervisedTrainer(student, make_args(tmp_path / "b"), pool=pool, eval_dataset=broken),
+        lambda: CoSupervisedTrainer(student, make_args(tmp_path / "b"), pool=pool, eval_dataset={"a": broken}),
+    ]
+    if lacking == "input":
+        asked.append(lambda: trainer.predict(broken.remove_columns(names)))
+        sentence += (
+            "what the student can read in every row, got no input, or a text without a token, in row 5 (2 such rows). "
+            "Leave these rows out."
+        )
+    for ask in asked:
+        with pytest.raises(ValueError) as error:
+            ask()
+        assert str(error.value).startswith(sentence), error.value
+        if lacking == "label":
+            first, count = (0, 3) if names == "labels" else (5, 2)
+            assert f"got None in row {first} ({count} such rows)" in str(error.value)
 
 
 @pytest.mark.parametrize("training", ["probe", "lora", "full"])
@@ -865,8 +907,13 @@ def test_a_ridge_loss_of_the_user_s_own_is_refused(tmp_path, tiny_vit, tiny_imag
 MANY = tuple(f"kind-{number}" for number in range(40))
 
 
-@pytest.mark.parametrize("training", ["probe", "lora", "full"])
-@pytest.mark.parametrize("rows", [[0], [47], [0, 1, 2, 3], [20], [3, 30, 46]])
+@pytest.mark.parametrize(
+    ("training", "rows"),
+    [
+        *(("probe", rows) for rows in ([0], [47], [0, 1, 2, 3], [20], [3, 30, 46])),
+        *((training, rows) for training in ("lora", "full") for rows in ([0], [3, 30, 46])),
+    ],
+)
 def test_rows_without_an_input_train_nobody(training, rows, tiny_vit, tiny_image_dataset, tmp_path):
     # the same as from a pool that has no such rows, wherever they are, and whether somebody answered them or not
     others = np.setdiff1d(np.arange(48), rows)
