@@ -13,7 +13,7 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo
 
 from ..data.columns import shorten
-from ..files import check_free, file_digest, file_signature, is_inside, link_file, whole_folder, write_text
+from ..files import check_free, file_digest, file_signature, link_file, whole_folder, write_text
 from ..hierarchy import Teacher, TeacherHierarchy
 from ..hub.cards import pool_card, write_card
 from ..hub.client import is_folder
@@ -27,7 +27,7 @@ from .files import (
     find_own_file,
     ids_digest,
     map_file,
-    read_header,
+    open_folder,
     write_arrow,
 )
 from .hub import PushedPool, Target, fetch_pool, push_pool
@@ -128,20 +128,7 @@ class TeacherPool:
         return len(self.ids)
 
     def column(self, name: str, rows: slice = slice(None)) -> list[Any]:  # noqa: B008  # a slice cannot change
-        """Give a metadata column of the inputs.
-
-        Args:
-            name (`str`):
-                Its name.
-            rows (`slice`, *optional*):
-                Which examples; all by default.
-
-        Returns:
-            `list`: One value per example.
-
-        Raises:
-            ValueError: If there is no such column.
-        """
+        """Give a metadata column of the inputs, of all rows by default; a `ValueError` where there is none."""
         columns = [] if self.inputs is None else self.inputs.column_names
         if self.inputs is None or name not in columns:
             raise ValueError(
@@ -172,9 +159,6 @@ class TeacherPool:
             hierarchy (`TeacherHierarchy`):
                 Teachers of this pool, with the same labels.
 
-        Returns:
-            `TeacherPool`: Of the same kind.
-
         Raises:
             ValueError: If the labels differ or a teacher is not in the pool.
         """
@@ -187,22 +171,17 @@ class TeacherPool:
         pool = type(self)(
             hierarchy, self.teachers, self.inputs, self.facts, self.source, input_column=self.input_column
         )
+        # The ids are the same, so a push of this pool must still see what it would overtake there.
         pool.repo_id, pool.commit = self.repo_id, self.commit
         pool._inputs_file, pool._digests = self._inputs_file, self._digests
         return pool
 
     def select(self: P, rows: Sequence[int] | np.ndarray) -> P:
-        """Give the pool of some of its examples.
+        """Give the pool of the same kind of some of its examples.
 
         Args:
             rows (`Sequence[int]`):
-                Positions, in the order wanted.
-
-        Returns:
-            `TeacherPool`: Of the same kind.
-
-        Raises:
-            ValueError: If a row does not exist or is there twice.
+                Positions, in the order wanted. One that does not exist, or twice the same, is a `ValueError`.
         """
         rows = self._check_rows(np.asarray(rows))
         teachers = {
@@ -310,15 +289,7 @@ class TeacherPool:
         return {}
 
     def published_model(self, teacher: Teacher) -> str | None:
-        """Tell where others find a teacher.
-
-        Args:
-            teacher (`Teacher`):
-                One of the hierarchy.
-
-        Returns:
-            `str`: Its Hub id, or its column; `None` for a folder and for whatever is not known to be on the Hub.
-        """
+        """Tell where others find a teacher: its Hub id or column, `None` where it is not known to be on the Hub."""
         is_known = teacher.kind == "column" or self.facts.get(teacher.name, {}).get("commit") is not None
         return teacher.model if is_known else None
 
@@ -354,15 +325,11 @@ class TeacherPool:
 
         Args:
             repo_id (`str`):
-                `name` or `user/name`; made where there is none.
-            private (`bool`, *optional*):
-                Whether a new repository is private. Defaults to the user's or organisation's setting.
-            token (`str`, *optional*):
-                Instead of the token of the environment.
+                `name` or `user/name`; made where there is none, `private` as the owner's setting is by default.
+            private (`bool`, *optional*), token (`str`, *optional*), commit_message (`str`, *optional*):
+                As in `huggingface_hub`.
             revision (`str`, *optional*):
                 Branch to push to, made where it does not exist. Defaults to the main branch.
-            commit_message (`str`, *optional*, defaults to `"Pool of pseudolabels"`):
-                Title of the commit.
             inputs (`bool`, *optional*, defaults to `True`):
                 Whether the inputs go along. Without them, training needs the data as `train_dataset`; inputs of an
                 earlier push are deleted, though its commit still holds them.
@@ -437,13 +404,7 @@ class TeacherPool:
             if revision is not None:
                 raise ValueError(f"`revision` is for pools on the Hub, got {revision!r} for '{source}'. Leave it out.")
             folder = Path(source)
-            if not (folder / HEADER).is_file():
-                raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{HEADER}'. Make one with `build_pool`.")
-            if not is_inside(folder / HEADER, folder):
-                raise ValueError(
-                    f"Pool '{folder}' must hold its '{HEADER}' itself, got a link. Copy it without links."
-                )
-            header = read_header(folder / HEADER, folder)
+            header = open_folder(folder)
             return cls._map_files(
                 folder, header, verify, f"'{folder}'", "Label the data again, or copy the whole folder."
             )

@@ -158,12 +158,46 @@ def map_file(
     )
 
 
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def view_matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
+    """View a column of fixed-size lists as a matrix, without a copy where it is one chunk."""
+    feature = dataset.features[column]
+    is_list = isinstance(feature, List) and feature.length >= 1
+    if not is_list or not _is_number(dataset.data.column(column).type.value_type):
+        what = "numbers" if is_list else "one fixed length"
+        raise ValueError(
+            f"Column `{column}` of '{name}' must hold lists of {what}, got {feature}. Make it with `build_pool`."
+        )
+    chunks = dataset.data.column(column).chunks
+    if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
+        # Arrow leaves null rows out of the flat values, which would shift every later row.
+        raise ValueError(f"Column `{column}` of '{name}' must hold no nulls. A missing answer is a row of zeros.")
+    parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, feature.length) for chunk in chunks]
+    if not parts:
+        return np.zeros((0, feature.length), dtype=feature.feature.dtype)
+    matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    # A selection keeps the whole table and the positions wanted of it.
+    return matrix if dataset._indices is None else matrix[dataset._indices.column(0).to_numpy()]
+
+
 # ── the header ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def dump_header(header: Mapping[str, Any]) -> str:
     """Give a header as the text of its file."""
     return json.dumps(header, indent=2) + "\n"
+
+
+def open_folder(folder: Path) -> dict[str, Any]:
+    """Read the header of a pool in a folder."""
+    if not (folder / HEADER).is_file():
+        raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{HEADER}'. Make one with `build_pool`.")
+    if not is_inside(folder / HEADER, folder):
+        raise ValueError(f"Pool '{folder}' must hold its '{HEADER}' itself, got a link. Copy it without links.")
+    return read_header(folder / HEADER, folder)
 
 
 def read_header(path: Path, what: str | Path) -> dict[str, Any]:

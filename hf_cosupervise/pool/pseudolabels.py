@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from datasets import Dataset, List, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from ..data.columns import read_labels
 from ..hierarchy import TeacherHierarchy
 from ..method.aggregation import mean_probs
 from ..method.assignment import NOBODY
 from .base import TeacherPool, check_kind
-from .files import teacher_dataset
+from .files import teacher_dataset, view_matrix
 from .ids import check_id_values
 from .top_k import check_top_k, decode_top_k, default_pool_k, dropped_mass, encode_top_k, scale_top_k
 
@@ -63,7 +62,7 @@ class PseudolabelPool(TeacherPool):
 
     def _open(self, name: str, dataset: Dataset) -> None:
         """Map the two columns as arrays, in the order of the pool's ids."""
-        label_ids, label_probs = _matrix(dataset, "label_ids", name), _matrix(dataset, "label_probs", name)
+        label_ids, label_probs = view_matrix(dataset, "label_ids", name), view_matrix(dataset, "label_probs", name)
         for start in range(0, max(len(dataset), 1), _CHUNK):  # a chunk at a time: the check must not fill the memory
             chunk = slice(start, start + _CHUNK)
             check_top_k(label_ids[chunk], label_probs[chunk], self.hierarchy.num_labels, name)
@@ -426,28 +425,3 @@ def _read_oracle_labels(inputs: Dataset | None, labels: Sequence[str]) -> np.nda
     if inputs is None or ORACLE_LABEL not in inputs.column_names:
         return None
     return read_labels(inputs, ORACLE_LABEL, labels)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
-    """View a column of fixed-size lists as a matrix, without a copy where it is one chunk."""
-    feature = dataset.features[column]
-    is_list = isinstance(feature, List) and feature.length >= 1
-    if not is_list or not _is_number(dataset.data.column(column).type.value_type):
-        what = "numbers" if is_list else "one fixed length"
-        raise ValueError(
-            f"Column `{column}` of '{name}' must hold lists of {what}, got {feature}. Make it with `build_pool`."
-        )
-    chunks = dataset.data.column(column).chunks
-    if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
-        # Arrow leaves null rows out of the flat values, which would shift every later row.
-        raise ValueError(f"Column `{column}` of '{name}' must hold no nulls. A missing answer is a row of zeros.")
-    parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, feature.length) for chunk in chunks]
-    if not parts:
-        return np.zeros((0, feature.length), dtype=feature.feature.dtype)
-    matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    # A selection keeps the whole table and the positions wanted of it.
-    return matrix if dataset._indices is None else matrix[dataset._indices.column(0).to_numpy()]
