@@ -282,6 +282,19 @@ def is_as_written(folder: Path, name: str, digest: str) -> bool:
     return is_inside(path, folder) and path.is_file() and file_digest(path) == digest
 
 
+def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Find what differs between two JSON values: the place, what was there and what is there now."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    # Of lists of two lengths no item has a partner: they differ as a whole.
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new)):
+            yield from differences(before, after, f"{where}[{index}]")
+    elif old != new:
+        yield where, old, new
+
+
 def without_nan(value: Any) -> Any:
     """Give numbers as JSON can hold them, for which NaN and infinity are none."""
     if isinstance(value, Mapping):

@@ -239,6 +239,12 @@ def test_training_never_reaches_a_teacher():
     assert training and not [name for name in reached if floor_of(name) == "teachers"]
 
 
+@pytest.mark.parametrize("module", ["pool.base", "pool.hub", "pool.files", "pool.ids"])
+def test_what_stores_a_pool_knows_no_labels(module):
+    # so that pools of other answers can be stored, selected and published by the same code
+    assert not reachable(module, ARROWS) & {"pool.pseudolabels", "pool.top_k"}
+
+
 def test_only_teachers_run_a_teacher():
     users = {module for module, below in ARROWS.items() for name in below if name.startswith("teachers.kinds.")}
     assert {floor_of(module) for module in users} == {"teachers"}

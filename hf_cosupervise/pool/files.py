@@ -15,12 +15,13 @@ from datasets import Dataset, Features, List, Value
 from datasets.table import embed_table_storage, table_cast
 
 from ..data.cells import check_cells
-from ..files import file_digest, load_json
+from ..files import file_digest, is_inside, load_json
 from ..hierarchy import TeacherHierarchy
 
 FORMAT_VERSION = 1
 HEADER = "pool.json"
 INPUTS = "inputs/data.arrow"
+_INPUTS_FOLDER = "inputs"
 # In the schema of a file: the folder that it was written to, which is its teacher's name. Older files have none.
 _OWNER = b"hf_cosupervise.owner"
 _FILE = re.compile(r"(inputs|teachers/[A-Za-z0-9][A-Za-z0-9._-]*)/data\.arrow")
@@ -84,8 +85,9 @@ def write_teacher(
 def write_arrow(dataset: Dataset, path: Path) -> None:
     """Write a dataset to one Arrow file of a single chunk, so that it can be mapped and viewed without a copy."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Narrow tables become one chunk; images would need all of them in memory for that, and nobody views those.
-    batch = len(dataset) if "label_ids" in dataset.column_names else 1000
+    # What a teacher says is narrow and becomes one chunk, which can be viewed as an array without a copy; images would
+    # need all of them in memory for that, and nobody views those.
+    batch = 1000 if path.parent.name == _INPUTS_FOLDER else len(dataset)
     schema = dataset.features.arrow_schema
     owned = schema.with_metadata({**schema.metadata, _OWNER: path.parent.name.encode("utf-8")})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, owned) as writer:
@@ -101,19 +103,29 @@ def _is_owner(path: Path, name: str) -> bool:
 
 
 def find_own_file(dataset: Dataset, name: str) -> Path | None:
-    """Find the file of one chunk that holds these pseudolabels and nothing else, as it is on disk now."""
+    """Find the file of one chunk that holds this teacher's dataset and nothing else, as it is on disk now."""
     files = [Path(file["filename"]) for file in dataset.cache_files]
-    if "label_ids" not in dataset.column_names or dataset._indices is not None or len(files) != 1:
+    if dataset._indices is not None or len(files) != 1:
         return None
     if not files[0].is_file() or not _is_owner(files[0], name):
         return None
     whole = Dataset.from_file(str(files[0]))
-    is_one_chunk = whole.data.column("label_ids").num_chunks == 1
+    is_one_chunk = whole.data.column("id").num_chunks == 1
     return files[0] if is_one_chunk and whole.data.table.equals(dataset.data.table, check_metadata=True) else None
 
 
-def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, what: str, advice: str) -> Dataset:
+def map_file(
+    folder: Path, name: str, size: int | None, digest: str | None, verify: bool, what: str, advice: str
+) -> Dataset:
     """Map a file of a pool, of which the header may know what it must be."""
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"Pool {what} lacks '{path}'. {advice}")
+    if not is_inside(path, folder):
+        raise ValueError(
+            f"Pool {what} must hold its files itself, got '{name}' as a link to somewhere else. It was not "
+            "opened; copy the whole pool without links."
+        )
     found, found_size = "", path.stat().st_size
     if size not in (None, found_size):
         found = f"{found_size} bytes instead of {size}"
@@ -146,12 +158,46 @@ def map_arrow(path: Path, size: int | None, digest: str | None, verify: bool, wh
     )
 
 
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def view_matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
+    """View a column of fixed-size lists as a matrix, without a copy where it is one chunk."""
+    feature = dataset.features[column]
+    is_list = isinstance(feature, List) and feature.length >= 1
+    if not is_list or not _is_number(dataset.data.column(column).type.value_type):
+        what = "numbers" if is_list else "one fixed length"
+        raise ValueError(
+            f"Column `{column}` of '{name}' must hold lists of {what}, got {feature}. Make it with `build_pool`."
+        )
+    chunks = dataset.data.column(column).chunks
+    if any(chunk.null_count or chunk.flatten().null_count for chunk in chunks):
+        # Arrow leaves null rows out of the flat values, which would shift every later row.
+        raise ValueError(f"Column `{column}` of '{name}' must hold no nulls. A missing answer is a row of zeros.")
+    parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, feature.length) for chunk in chunks]
+    if not parts:
+        return np.zeros((0, feature.length), dtype=feature.feature.dtype)
+    matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    # A selection keeps the whole table and the positions wanted of it.
+    return matrix if dataset._indices is None else matrix[dataset._indices.column(0).to_numpy()]
+
+
 # ── the header ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def dump_header(header: Mapping[str, Any]) -> str:
     """Give a header as the text of its file."""
     return json.dumps(header, indent=2) + "\n"
+
+
+def open_folder(folder: Path) -> dict[str, Any]:
+    """Read the header of a pool in a folder."""
+    if not (folder / HEADER).is_file():
+        raise FileNotFoundError(f"'{folder}' is not a pool: it has no '{HEADER}'. Make one with `build_pool`.")
+    if not is_inside(folder / HEADER, folder):
+        raise ValueError(f"Pool '{folder}' must hold its '{HEADER}' itself, got a link. Copy it without links.")
+    return read_header(folder / HEADER, folder)
 
 
 def read_header(path: Path, what: str | Path) -> dict[str, Any]:

@@ -1,15 +1,125 @@
-"""What a push or a load of a pool may find on the Hub."""
+"""A pool on the Hub: what a push may destroy there, and what a load finds. Of a pool it knows the header alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import RevisionNotFoundError
 
 from ..data.columns import shorten
-from ..hub.client import hub_errors
-from .files import HEADER
+from ..hub.cards import pool_card
+from ..hub.client import CARD, fetch_files, hub_errors, open_repo, publish, resolve_commit
+from .files import HEADER, dump_header, file_names, read_header
+
+_WHAT = "The pool"
+_KEPT = ("license", "source_dataset", "tags")  # of the card, from one push to the next
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a pool is pushed to, and what of the one that is there may be lost."""
+
+    repo_id: str
+    private: bool | None
+    token: str | None
+    revision: str | None
+    inputs: bool
+    replace: bool
+
+
+@dataclass(frozen=True)
+class PushedPool:
+    """What a push has to know of a pool: its header but for the files, the facts of its card, how it is written."""
+
+    header: dict[str, Any]
+    card_facts: dict[str, Any]
+    write: Callable[[Path], tuple[dict[str, Path], dict[str, Any]]]
+    has_inputs: bool
+    origin: tuple[str | None, str | None]
+
+
+def push_pool(pool: PushedPool, target: Target, message: str, card: Mapping[str, Any]) -> CommitInfo:
+    """Put a pool on the Hub in one commit, if nothing is destroyed by it."""
+    repo_id = open_repo(target.repo_id, what=_WHAT, repo_type="dataset", private=target.private, token=target.token)
+    _check_repo(pool, target, repo_id)
+    with tempfile.TemporaryDirectory(prefix="cosupervise-push-") as folder:
+        files, digests = pool.write(Path(folder))
+        header = pool.header | {"files": digests}
+        # Writing may have taken long, and others may push too.
+        there, parent = _check_repo(pool, target, repo_id)
+        if (repo_id, parent) != pool.origin and repo_id == pool.origin[0] and not target.replace:
+            check_not_overtaken(there, header, repo_id)
+        known = there.get("card", {})
+        card = {key: known[key] for key in _KEPT if key in known} | dict(card)
+        facts = pool.card_facts | {"hub_dataset_id": repo_id, "hub_branch": target.revision}
+        if card.get("source_dataset", facts["source_dataset"]) != facts["source_dataset"]:
+            facts |= {"source_revision": None, "source_split": None}  # those of another data set
+        texts = {CARD: pool_card(facts | card), HEADER: dump_header(header | ({"card": card} if card else {}))}
+        return publish(
+            {**files, **{path: text.encode("utf-8") for path, text in texts.items()}},
+            repo_id,
+            what=_WHAT,
+            message=message,
+            repo_type="dataset",
+            replaced=["teachers/*", "inputs/*"],
+            revision=target.revision,
+            token=target.token,
+            # The commit that was looked at: a push that came in between is refused by the Hub, not overwritten.
+            parent=parent,
+        )
+
+
+def _check_repo(pool: PushedPool, target: Target, repo_id: str) -> tuple[dict[str, Any], str]:
+    """Refuse a repository in which a push would destroy something; its pool's header, if any, and its commit."""
+    api, advice = HfApi(token=target.token), "Push to another repository, or delete this one."
+    with hub_errors(_WHAT, repo_id, revision=target.revision, repo_type="dataset", writing=True):
+        try:
+            info = api.repo_info(repo_id, repo_type="dataset", revision=target.revision)
+        except RevisionNotFoundError:  # the branch will be made of the main one
+            info = api.repo_info(repo_id, repo_type="dataset")
+    names = {sibling.rfilename for sibling in info.siblings or ()}
+    if HEADER not in names:
+        if others := sorted(names - {CARD, ".gitattributes"}):
+            raise ValueError(
+                f"'{repo_id}' must be new, empty or hold a pool, got the files {shorten(others)}. {advice}"
+            )
+        return {}, str(info.sha)
+    folder = fetch_files(repo_id, str(info.sha), [HEADER], what=_WHAT, repo_type="dataset", token=target.token)
+    there = read_header(folder / HEADER, repo_id)
+    _check_same(there, pool.header, repo_id, advice)
+    own = {teacher["name"] for teacher in pool.header["hierarchy"]["teachers"]}
+    names_there = [teacher["name"] for teacher in there["hierarchy"]["teachers"]]
+    lost = [f"teacher '{name}'" for name in names_there if name not in own]
+    # Inputs that the user leaves at home are deleted on demand; a pool that never had them would delete them unasked.
+    if there["has_inputs"] and target.inputs and not pool.has_inputs:
+        lost.append("the inputs")
+    if lost and not target.replace:
+        raise ValueError(
+            f"The pool must hold everything that the one in '{repo_id}' holds, got one without {shorten(lost)}. "
+            "Add it to this pool by `build_pool(..., reuse=...)`, or delete it there by `replace=True`."
+        )
+    return there, str(info.sha)
+
+
+def _check_same(there: Mapping[str, Any], own: Mapping[str, Any], repo_id: str, advice: str) -> None:
+    """Refuse a pool of another task or of other examples."""
+    if (labels := there["hierarchy"]["labels"]) != own["hierarchy"]["labels"]:
+        raise ValueError(
+            f"'{repo_id}' must hold a pool of the labels {shorten(own['hierarchy']['labels'])}, got one of "
+            f"{shorten(labels)}. {advice}"
+        )
+    # Headers of older versions have no digest of the ids: of those, the number must do.
+    is_same = there.get("ids_digest", own["ids_digest"]) == own["ids_digest"]
+    if there["num_examples"] != own["num_examples"] or not is_same:
+        raise ValueError(
+            f"'{repo_id}' must hold a pool of the same {own['num_examples']} examples in the same order, got one of "
+            f"{there['num_examples']} examples with other ids or another order. {advice}"
+        )
 
 
 def check_not_overtaken(there: Mapping[str, Any], own: Mapping[str, Any], repo_id: str) -> None:
@@ -23,9 +133,20 @@ def check_not_overtaken(there: Mapping[str, Any], own: Mapping[str, Any], repo_i
         )
 
 
-def no_pool(repo_id: str, commit: str, token: str | None) -> FileNotFoundError:
+def fetch_pool(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, dict[str, Any], str]:
+    """Download the files of a pool and nothing else: the folder of the cache, the header and the commit."""
+    commit = resolve_commit(repo_id, revision, what=_WHAT, repo_type="dataset", token=token)
+    folder = fetch_files(repo_id, commit, [HEADER], what=_WHAT, repo_type="dataset", token=token)
+    if not (folder / HEADER).is_file():
+        raise _no_pool(repo_id, commit, token)
+    header = read_header(folder / HEADER, repo_id)
+    fetch_files(repo_id, commit, file_names(header), what=_WHAT, repo_type="dataset", token=token)
+    return folder, header, commit
+
+
+def _no_pool(repo_id: str, commit: str, token: str | None) -> FileNotFoundError:
     """Say what a repository holds instead of a pool."""
-    with hub_errors("The pool", repo_id, revision=commit, repo_type="dataset"):
+    with hub_errors(_WHAT, repo_id, revision=commit, repo_type="dataset"):
         files = HfApi(token=token).list_repo_files(repo_id, repo_type="dataset", revision=commit)
     return FileNotFoundError(
         f"'{repo_id}' is no pool: it has no '{HEADER}' but {shorten(sorted(files))}. Make one with `build_pool` and "

@@ -13,10 +13,6 @@ from ..method.metrics import SUM_TOLERANCE
 def label_dtype(num_labels: int) -> np.dtype:
     """Give the smallest integer type that holds every label id.
 
-    Args:
-        num_labels (`int`):
-            Number of labels, at least 1.
-
     Returns:
         `np.dtype`: `uint8`, `uint16` or `int32`.
 
@@ -35,10 +31,6 @@ def default_pool_k(num_labels: int) -> int:
     Of 1,000 labels 16 held 97.6 to 99.6 % of the probability where it was measured, and a student trained on them was
     as accurate as one trained on all (`recipes/benchmark.py --sections truncation`).
 
-    Args:
-        num_labels (`int`):
-            Number of labels.
-
     Returns:
         `int`
     """
@@ -52,20 +44,9 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
     label is the argmax of what is read back. It is the argmax of `probs` in their own precision as well: where half
     precision makes another label equal to it, it is stored as the next larger number.
 
-    Args:
-        probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        k (`int`):
-            1 to `num_labels`.
-        name (`str`, *optional*):
-            Whose probabilities they are, for the error.
-
     Returns:
         `tuple[np.ndarray, np.ndarray]`: label ids (smallest integer type) and float16 probabilities, both of shape
         `(num_examples, k)`. A row without an answer is all zero.
-
-    Raises:
-        ValueError: If `k` is out of range, or a row is negative, not finite, or neither sums to 1 nor is all zero.
 
     Examples:
         >>> ids, stored = encode_top_k(np.array([[0.25, 0.5, 0.25]]), k=2)
@@ -113,17 +94,8 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
 def dropped_mass(probs: np.ndarray, label_ids: np.ndarray) -> float:
     """Measure what is lost by keeping the most probable labels only.
 
-    Args:
-        probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer.
-        label_ids (`np.ndarray` of shape `(num_examples, k)`):
-            Labels that are kept.
-
     Returns:
         `float`: probability mass of all other labels, summed over the rows; not negative.
-
-    Raises:
-        ValueError: If there is not one row of existing labels per example.
 
     Examples:
         >>> dropped_mass(np.array([[0.25, 0.5, 0.25]]), np.array([[1, 0]]))
@@ -147,18 +119,9 @@ def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, n
 
     Mass that was not stored is spread evenly over the labels that were not stored; a row is then scaled to sum to 1.
 
-    Args:
-        label_probs (`np.ndarray` of shape `(num_examples, k)`):
-            Stored probabilities; all zero where there is no answer.
-        num_labels (`int`):
-            Number of labels of the task.
-
     Returns:
         `tuple[np.ndarray, np.ndarray]`: probabilities of the stored labels `(num_examples, k)` and of each other label
         `(num_examples,)`, float32; all zero where there is no answer.
-
-    Raises:
-        ValueError: If there are not 1 to `num_labels` probabilities in each row.
 
     Examples:
         >>> probs, rest_probs = scale_top_k(np.array([[0.5]]), num_labels=3)
@@ -186,19 +149,8 @@ def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, n
 def decode_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int) -> np.ndarray:
     """Turn stored rows back into full probability vectors, as [`scale_top_k`] says.
 
-    Args:
-        label_ids (`np.ndarray` of shape `(num_examples, k)`):
-            Label ids.
-        label_probs (`np.ndarray` of shape `(num_examples, k)`):
-            Their probabilities; all zero where there is no answer.
-        num_labels (`int`):
-            Number of labels of the task.
-
     Returns:
         `np.ndarray` of shape `(num_examples, num_labels)`, float32: rows sum to 1, or are all zero.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a label does not exist.
 
     Examples:
         >>> decode_top_k(np.array([[1]]), np.array([[0.5]]), num_labels=3).tolist()
@@ -219,22 +171,7 @@ def decode_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int
 
 
 def check_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int, name: str) -> None:
-    """Check stored rows of one teacher.
-
-    Args:
-        label_ids (`np.ndarray` of shape `(num_examples, k)`):
-            Label ids.
-        label_probs (`np.ndarray` of shape `(num_examples, k)`):
-            Their probabilities.
-        num_labels (`int`):
-            Number of labels of the task.
-        name (`str`):
-            Who is checked, for the error.
-
-    Raises:
-        ValueError: If a probability is negative or not finite, a row sums to more than 1, is not in descending order,
-            or names a label twice or one that does not exist.
-    """
+    """Check stored rows of one teacher."""
     if label_ids.shape != label_probs.shape or label_ids.ndim != 2 or not 1 <= label_ids.shape[1] <= num_labels:
         raise ValueError(
             f"Pseudolabels of '{name}' must be two arrays of one shape (num_examples, k) with k in 1..{num_labels}, "

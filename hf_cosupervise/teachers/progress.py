@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from ..files import load_json, open_work_folder, write_all, write_json
+from ..files import differences, load_json, open_work_folder, write_all, write_json
 
 try:
     import fcntl
@@ -176,10 +176,10 @@ class Progress:
         self._lock = lock
 
     def _check_same(self, old: Any, new: Any) -> None:
-        if differences := list(_differences(old, new)):
+        if found := [f"{place}: {_shorten(was)} -> {_shorten(now)}" for place, was, now in differences(old, new)]:
             raise ValueError(
                 f"'{self.folder}' must hold the beginning of this pool, got that of another one "
-                f"({'; '.join(differences)}). Use the old settings to go on with it, or delete that folder to start "
+                f"({'; '.join(found)}). Use the old settings to go on with it, or delete that folder to start "
                 "afresh."
             )
 
@@ -233,18 +233,6 @@ class Part:
         """Close the files."""
         os.close(self._data)
         os.close(self._journal)
-
-
-def _differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
-    """What differs between two JSON values, as `place: old -> new`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for index, (before, after) in enumerate(zip(old, new)):
-            yield from _differences(before, after, f"{where}[{index}]")
-    elif old != new:
-        yield f"{where}: {_shorten(old)} -> {_shorten(new)}"
 
 
 def _shorten(value: Any) -> str:

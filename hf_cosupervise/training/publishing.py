@@ -57,6 +57,25 @@ def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
     }
 
 
+def made_of(run: Mapping[str, Any], pool: PseudolabelPool) -> dict[str, Any]:
+    """What a student's card tells of all that the student was made of, from the `run` of its history."""
+    student, source = run["student"], run["source"].get("dataset")
+    return {
+        "base_model": student.get("model"),
+        "base_model_revision": student.get("revision"),
+        "base_model_commit": student.get("commit"),
+        "labels": list(pool.labels),
+        "num_examples": len(pool),
+        "pool": run["pool"].get("repo_id"),
+        "pool_revision": run["pool"].get("commit"),
+        "datasets": [source] if source else [],
+        "teachers": [
+            {**teacher.to_dict(), **known} for teacher, known in zip(pool.hierarchy.teachers, run["teachers"])
+        ],
+        "versions": versions(),
+    }
+
+
 def student_facts(
     args: CoSupervisedConfig,
     pool: PseudolabelPool,
@@ -67,29 +86,16 @@ def student_facts(
     is_text: bool,
 ) -> dict[str, Any]:
     """Gather what is known of a trained student for its card; folders of this machine are nobody's business."""
-    run, student = history.run, history.run["student"]
-    return {
+    return made_of(history.run, pool) | {
         "name": str(hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1],
         "hub_model_id": hub_model_id or args.hub_model_id,
         "hub_branch": args.hub_revision,
         "modality": "text" if is_text else "image",
         "library_name": "timm" if model.config.model_type == "timm_wrapper" else "transformers",
         "has_adapter": isinstance(model, PeftModel),
-        "base_model": student.get("model"),
-        "base_model_revision": student.get("revision"),
-        "base_model_commit": student.get("commit"),
         "student_training": args.student_training,
-        "labels": list(pool.labels),
-        "num_examples": len(pool),
-        "pool": run["pool"].get("repo_id"),
-        "pool_revision": run["pool"].get("commit"),
-        "datasets": [run["source"]["dataset"]] if "dataset" in run["source"] else [],
-        "teachers": [
-            {**teacher.to_dict(), **known} for teacher, known in zip(pool.hierarchy.teachers, run["teachers"])
-        ],
         "levels": [_level_facts(args, pool, record, functions) for record in history.records],
         "hyperparameters": args.changed_arguments() | _found_alphas(args, history) | dict(functions),
-        "versions": versions(),
     }
 
 

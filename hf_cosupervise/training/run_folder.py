@@ -21,7 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .. import __version__
-from ..files import file_digest, is_as_written, make_output_dir, read_json, whole_file, without_nan, write_json
+from ..files import (
+    differences,
+    file_digest,
+    is_as_written,
+    make_output_dir,
+    read_json,
+    whole_file,
+    without_nan,
+    write_json,
+)
 from ..pool.pseudolabels import PseudolabelPool
 from .plan import LevelPlan
 
@@ -106,7 +115,10 @@ class RunFolder:
         ]
         known.pop("versions", None)  # other versions give about the same student: told, not refused
         self._compare_processes(known, own)
-        if different := _differences(known, own):
+        different = [
+            f"{place.split('.')[-1]}: {before!r} -> {now!r}" for place, before, now in differences(known, own)
+        ]
+        if different:
             raise ValueError(
                 f"The run in '{self.path}' must be gone on with as it was begun, got other settings "
                 f"({'; '.join(different)}). Take them back, or choose another `output_dir`."
@@ -215,15 +227,3 @@ def versions() -> dict[str, str]:
 
 def _json_digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _differences(known: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """What differs, in words; dictionaries are compared by key."""
-    found = []
-    for key in sorted({*known, *own}):
-        before, now = known.get(key), own.get(key)
-        if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now)
-        elif before != now:
-            found.append(f"{key}: {before!r} -> {now!r}")
-    return found

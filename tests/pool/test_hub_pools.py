@@ -502,7 +502,7 @@ def test_loading_goes_on_where_it_was(hub: HubServer) -> None:
 
 
 def test_a_cache_that_vanishes_meanwhile(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_cosupervise.pool import pseudolabels as pool_module
+    from hf_cosupervise.pool import hub as pool_module
 
     make_pool().push_to_hub(ID)
     read = pool_module.read_header

@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from hf_cosupervise.files import file_digest
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
-from hf_cosupervise.pool import pseudolabels as pool_module
+from hf_cosupervise.pool import base as base_module
 from hf_cosupervise.pool.files import FORMAT_VERSION, teacher_dataset, write_arrow
 from hf_cosupervise.pool.ids import match_ids
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
@@ -290,7 +290,7 @@ def test_killed_while_writing_leaves_nothing(pool, tmp_path, monkeypatch):
         written.append(path)
         write_arrow(dataset, path)
 
-    monkeypatch.setattr(pool_module, "write_arrow", write_and_die)
+    monkeypatch.setattr(base_module, "write_arrow", write_and_die)
     with pytest.raises(OSError, match="No space left"):
         pool.save(tmp_path / "pool")
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
@@ -305,7 +305,7 @@ def test_killed_for_good_leaves_no_pool(pool, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(pool_module.os, "replace", die_at_the_last_move)
+    monkeypatch.setattr(os, "replace", die_at_the_last_move)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     with pytest.raises(KeyboardInterrupt):
         pool.save(tmp_path / "pool")

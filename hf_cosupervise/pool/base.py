@@ -1,0 +1,455 @@
+"""The pool: one plain dataset per teacher beside the inputs, joined on `id`. It knows no labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from datasets import Dataset
+from huggingface_hub import CommitInfo
+
+from ..data.columns import shorten
+from ..files import check_free, file_digest, file_signature, link_file, whole_folder, write_text
+from ..hierarchy import Teacher, TeacherHierarchy
+from ..hub.cards import pool_card, write_card
+from ..hub.client import is_folder
+from ..processes import join_processes
+from .files import (
+    FORMAT_VERSION,
+    HEADER,
+    INPUTS,
+    dump_header,
+    file_names,
+    find_own_file,
+    ids_digest,
+    map_file,
+    open_folder,
+    write_arrow,
+)
+from .hub import PushedPool, Target, fetch_pool, push_pool
+from .ids import match_ids, read_ids
+
+P = TypeVar("P", bound="TeacherPool")
+
+
+class TeacherPool:
+    """Hold what every teacher says about every example, as `datasets.Dataset`s that map files from disk.
+
+    What is said is a matter of the kind of pool: a subclass names the `columns` that each teacher's dataset must have
+    beside `id`, and may check them in `_open`. Here they are only stored, joined on `id`, selected and published.
+
+    Args:
+        hierarchy (`TeacherHierarchy`):
+            The teachers, each of which has a dataset.
+        teachers (`Mapping[str, datasets.Dataset]`):
+            Dataset of each teacher by its name.
+        inputs (`datasets.Dataset`, *optional*):
+            `id` and the inputs. Without it, training needs a `train_dataset` with the same ids.
+        facts (`Mapping[str, Any]`, *optional*):
+            What is known about each teacher's run, JSON values by teacher name.
+        source (`Mapping[str, Any]`, *optional*):
+            Where the data came from, as far as it is certain: `dataset` (a Hub id) and its `commit`, and if the pool
+            is of all rows of them, `config` and `split`.
+        input_column (`str`, *optional*):
+            The column of the data that models read, where it is known: `inputs` may hold others, or not hold it.
+
+    Attributes:
+        repo_id (`str` or `None`):
+            The data set on the Hub that the pool was loaded from.
+        commit (`str` or `None`):
+            Its commit, 40 hexadecimal digits.
+
+    Raises:
+        ValueError: If a teacher of the hierarchy is missing, ids are repeated, missing or differ between datasets, or
+            a teacher's dataset is not of this kind of pool.
+        TypeError: If `hierarchy` is no [`TeacherHierarchy`], or the data are no `datasets.Dataset`s.
+    """
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    answers: ClassVar[str] = "Answers"  # what is held, for errors
+
+    def __init__(
+        self,
+        hierarchy: TeacherHierarchy,
+        teachers: Mapping[str, Dataset],
+        inputs: Dataset | None = None,
+        facts: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+        *,
+        input_column: str | None = None,
+    ) -> None:
+        check_kind(hierarchy, TeacherHierarchy, "hierarchy")
+        check_kind(inputs, Dataset, "inputs", optional=True)
+        check_kind(input_column, str, "input_column", optional=True)
+        self.hierarchy = hierarchy
+        self.input_column = input_column
+        self.inputs = inputs
+        self.facts: dict[str, Any] = dict(facts or {})
+        self.source = None if source is None else dict(source)
+        self.repo_id: str | None = None
+        self.commit: str | None = None
+        # Files that were mapped, and their digests where the header had them: gigabytes are not hashed twice.
+        self._inputs_file: tuple[Dataset, Path] | None = None
+        self._digests: dict[tuple[int, ...], str | None] = {}
+        self._check_teachers(teachers)
+        self.teachers = {name: teachers[name] for name in hierarchy.names}
+        self.ids = read_ids(inputs if inputs is not None else self.teachers[hierarchy.names[0]], "the pool")
+        # Positions in a teacher's dataset of the pool's ids, where they stand in another order there.
+        self._orders: dict[str, np.ndarray] = {}
+        for name, dataset in self.teachers.items():
+            self._open(name, dataset)
+
+    def _check_teachers(self, teachers: Mapping[str, Dataset]) -> None:
+        check_kind(teachers, Mapping, "teachers")
+        if missing := [name for name in self.hierarchy.names if name not in teachers]:
+            levels = sorted({self.hierarchy.teachers[self.hierarchy.index(name)].level for name in missing})
+            raise ValueError(
+                f"The pool must hold {self.answers.lower()} of every teacher of the hierarchy, got none of {missing} "
+                f"(level {levels}). Label the data with them by `build_pool`."
+            )
+        needed = ("id", *self.columns)
+        for name, dataset in teachers.items():
+            check_kind(dataset, Dataset, f"teachers[{name!r}]")
+            if lacking := [column for column in needed if column not in dataset.column_names]:
+                listed = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
+                raise ValueError(f"{self.answers} of '{name}' must have the columns {listed}, got no {lacking}.")
+
+    def _open(self, name: str, dataset: Dataset) -> None:
+        """Find what a teacher says of each of the pool's ids; it may know more examples."""
+        ids = read_ids(dataset, f"'{name}'")
+        if not np.array_equal(ids, self.ids):
+            self._orders[name] = match_ids(ids, self.ids, f"{self.answers} of '{name}'")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def column(self, name: str, rows: slice = slice(None)) -> list[Any]:  # noqa: B008  # a slice cannot change
+        """Give a metadata column of the inputs, of all rows by default; a `ValueError` where there is none."""
+        columns = [] if self.inputs is None else self.inputs.column_names
+        if self.inputs is None or name not in columns:
+            raise ValueError(
+                f"The pool's inputs must have a column {name!r}, got {columns}. Build the pool from data with it."
+            )
+        return list(self.inputs.select_columns([name])[rows][name])
+
+    def _check_rows(self, rows: Any) -> Any:
+        """Refuse rows that numpy would take for others, or for a mask."""
+        if isinstance(rows, slice):
+            return rows
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or rows.size and rows.dtype.kind not in "iu":
+            raise ValueError(
+                f"`rows` must be positions of examples, integers of shape (num_rows,), got {rows.shape} of "
+                f"{rows.dtype}. Of a mask, take `np.flatnonzero`."
+            )
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise ValueError(
+                f"`rows` must lie in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}. Count from 0, in this pool."
+            )
+        return rows.astype(np.int64, copy=False)
+
+    def with_hierarchy(self: P, hierarchy: TeacherHierarchy) -> P:
+        """Give the same answers under another hierarchy: fewer teachers, or other levels. Nothing is copied.
+
+        Args:
+            hierarchy (`TeacherHierarchy`):
+                Teachers of this pool, with the same labels.
+
+        Raises:
+            ValueError: If the labels differ or a teacher is not in the pool.
+        """
+        check_kind(hierarchy, TeacherHierarchy, "hierarchy")
+        if hierarchy.labels != self.hierarchy.labels:
+            raise ValueError(
+                f"Both hierarchies must have the labels {shorten(self.hierarchy.labels)}, got "
+                f"{shorten(hierarchy.labels)}."
+            )
+        pool = type(self)(
+            hierarchy, self.teachers, self.inputs, self.facts, self.source, input_column=self.input_column
+        )
+        # The ids are the same, so a push of this pool must still see what it would overtake there.
+        pool.repo_id, pool.commit = self.repo_id, self.commit
+        pool._inputs_file, pool._digests = self._inputs_file, self._digests
+        return pool
+
+    def select(self: P, rows: Sequence[int] | np.ndarray) -> P:
+        """Give the pool of the same kind of some of its examples.
+
+        Args:
+            rows (`Sequence[int]`):
+                Positions, in the order wanted. One that does not exist, or twice the same, is a `ValueError`.
+        """
+        rows = self._check_rows(np.asarray(rows))
+        teachers = {
+            name: dataset.select(self._orders[name][rows] if name in self._orders else rows)
+            for name, dataset in self.teachers.items()
+        }
+        inputs = None if self.inputs is None else self.inputs.select(rows)
+        return type(self)(self.hierarchy, teachers, inputs, self.facts, self.source, input_column=self.input_column)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the pool to a folder that does not exist yet, whole or not at all.
+
+        Args:
+            folder (`str` or `os.PathLike`):
+                Folder to make: `pool.json`, `inputs/data.arrow`, `teachers/<name>/data.arrow`, a data-set card.
+
+        Raises:
+            FileExistsError: If there is something at that path already.
+        """
+        folder = Path(folder)
+        check_free(folder, "Load it, or choose another folder.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as temporary:
+            files, digests = self._write_digested(temporary)
+            for path, file in files.items():
+                link_file(file, temporary / path)
+            write_card(pool_card(self._card_facts()), temporary)
+            write_text(temporary / HEADER, dump_header(self._header() | {"files": digests}))
+
+    def _write(self, folder: Path, inputs: bool = True) -> dict[str, Path]:
+        """Write the Arrow files that do not lie on disk already; where each file of the pool is now."""
+        files: dict[str, Path] = {}
+        for name, dataset in self.teachers.items():
+            path = f"teachers/{name}/data.arrow"
+            if (own := find_own_file(dataset, name)) is None:
+                write_arrow(dataset, folder / path)
+            files[path] = own or folder / path
+        if inputs and self.inputs is not None:
+            if (own := self._own_inputs()) is None:
+                write_arrow(self.inputs, folder / INPUTS)
+            files[INPUTS] = own or folder / INPUTS
+        return files
+
+    def _own_inputs(self) -> Path | None:
+        """The file of a pool that holds the inputs as they are, if it is still the one that was mapped."""
+        if self._inputs_file is None:
+            return None
+        dataset, path = self._inputs_file
+        return path if dataset is self.inputs and path.is_file() and file_signature(path) in self._digests else None
+
+    def _header(self, inputs: bool = True) -> dict[str, Any]:
+        """All of the header but the files."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "num_examples": len(self),
+            "ids_digest": ids_digest(self.ids),
+            "has_inputs": inputs and self.inputs is not None,
+            **self._own_header(),
+            "hierarchy": self.hierarchy.to_dict(),
+            "facts": self.facts,
+            **({} if self.source is None else {"source": self.source}),
+            **({} if self.input_column is None else {"input_column": self.input_column}),
+        }
+
+    def _own_header(self) -> dict[str, Any]:
+        """What the header of this kind of pool holds besides."""
+        return {}
+
+    def _write_digested(self, folder: Path, inputs: bool = True) -> tuple[dict[str, Path], dict[str, Any]]:
+        """Write what is not on disk yet: where each file is, and its size and digest for the header."""
+        files = self._write(folder, inputs)
+        digests = {
+            path: [file.stat().st_size, self._digests.get(file_signature(file)) or file_digest(file)]
+            for path, file in files.items()
+        }
+        return files, digests
+
+    def _card_facts(self, inputs: bool = True) -> dict[str, Any]:
+        teachers = [
+            {
+                **self._own_card_facts(teacher.name),
+                **teacher.to_dict(),
+                "model": self.published_model(teacher),
+                **{
+                    key: value
+                    for key, value in self.facts.get(teacher.name, {}).items()
+                    if key in ("kind", "revision", "commit", "dropped_mass")
+                },
+            }
+            for teacher in self.hierarchy.teachers
+        ]
+        source = self.source or {}
+        return {
+            "teachers": teachers,
+            "labels": list(self.hierarchy.labels),
+            "num_examples": len(self),
+            "input_columns": self.inputs.column_names if inputs and self.inputs is not None else None,
+            "source_dataset": source.get("dataset"),
+            "source_revision": source.get("commit"),
+            "source_split": source.get("split"),
+        }
+
+    def _own_card_facts(self, name: str) -> dict[str, Any]:
+        """What the card of this kind of pool tells of a teacher besides."""
+        return {}
+
+    def published_model(self, teacher: Teacher) -> str | None:
+        """Tell where others find a teacher: its Hub id or column, `None` where it is not known to be on the Hub."""
+        is_known = teacher.kind == "column" or self.facts.get(teacher.name, {}).get("commit") is not None
+        return teacher.model if is_known else None
+
+    def _published_hierarchy(self) -> dict[str, Any]:
+        """The hierarchy for others: of a teacher in a folder only the last name, the rest is nobody's business."""
+        hierarchy = self.hierarchy.to_dict()
+        for teacher, known in zip(hierarchy["teachers"], self.hierarchy.teachers):
+            # One that was labelled here and has no commit was in a folder, whether that still exists or not.
+            is_local = "commit" in self.facts.get(known.name, {}) or is_folder(known.model)
+            if is_local and self.published_model(known) is None:
+                teacher["model"] = f"./{Path(known.model).name}"
+        return hierarchy
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Pool of pseudolabels",
+        inputs: bool = True,
+        replace: bool = False,
+        license: str | None = None,
+        source_dataset: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> CommitInfo:
+        """Put the pool on the Hub as a data set, in one commit: all of it is there afterwards, or nothing.
+
+        Pushed again with another teacher, only that teacher's file is uploaded. A card that was edited by hand is
+        kept. Teachers in folders of this machine are named without their path. All processes of a launch must call
+        it; the first one pushes.
+
+        Args:
+            repo_id (`str`):
+                `name` or `user/name`; made where there is none, `private` as the owner's setting is by default.
+            private (`bool`, *optional*), token (`str`, *optional*), commit_message (`str`, *optional*):
+                As in `huggingface_hub`.
+            revision (`str`, *optional*):
+                Branch to push to, made where it does not exist. Defaults to the main branch.
+            inputs (`bool`, *optional*, defaults to `True`):
+                Whether the inputs go along. Without them, training needs the data as `train_dataset`; inputs of an
+                earlier push are deleted, though its commit still holds them.
+            replace (`bool`, *optional*, defaults to `False`):
+                Delete what the repository's pool has and this one has not, teachers or the inputs; and overwrite what
+                was pushed there since this pool was loaded.
+            license (`str`, *optional*):
+                Licence for the card, as the Hub names it (`"cc-by-4.0"`). This, `source_dataset` and `tags` stay as
+                they were in a push before where they are not given.
+            source_dataset (`str`, *optional*):
+                Hub id of the data, for the card. Defaults to that of `source`.
+            tags (`Sequence[str]`, *optional*):
+                More tags for the card.
+
+        Returns:
+            `CommitInfo`: The commit; the last one, where nothing has changed.
+
+        Raises:
+            HfHubHTTPError: If the Hub refuses the push, also because somebody else pushed at the same moment, with a
+                note on what to do; errors of `huggingface_hub` stay what they are, also where it cannot be reached.
+            PermissionError: If the token may only read.
+            ValueError: If the id cannot be one, or the repository holds something else that would be lost.
+        """
+        card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}
+        card = {key: value for key, value in card.items() if value}
+        target = Target(repo_id, private, token, revision, inputs, replace)
+
+        def push() -> CommitInfo:
+            pool = PushedPool(
+                header=self._header(inputs) | {"hierarchy": self._published_hierarchy()},
+                card_facts=self._card_facts(inputs),
+                write=partial(self._write_digested, inputs=inputs),
+                has_inputs=self.inputs is not None,
+                origin=(self.repo_id, self.commit),
+            )
+            return push_pool(pool, target, commit_message, card)
+
+        return join_processes().on_first(push)
+
+    @classmethod
+    def load(
+        cls: type[P],
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        verify: bool = False,
+    ) -> P:
+        """Open a pool that [`save`] or [`push_to_hub`] wrote; files are mapped, not read.
+
+        Args:
+            source (`str` or `os.PathLike`):
+                Its folder, or the id of a data set on the Hub, of which only the pool's files are downloaded.
+            revision (`str`, *optional*):
+                Branch, tag or commit on the Hub. Defaults to the main branch.
+            token (`str`, *optional*):
+                Instead of the token of the environment.
+            verify (`bool`, *optional*, defaults to `False`):
+                Read every file and compare it with the digest in the header; sizes are always compared.
+
+        Returns:
+            `PseudolabelPool`: Its `repo_id` and `commit` say where on the Hub it is from.
+
+        Raises:
+            RevisionResolutionError: If the Hub cannot be reached and the cache does not hold the pool; this and other
+                errors of `huggingface_hub` stay what they are, with a note on what to do.
+            FileNotFoundError: If there is no pool, or a file of it is missing.
+            RepositoryNotFoundError: If the repository is not there, is private or is gated.
+            ValueError: If it was written by a newer version, a file is damaged, or its content is not valid.
+        """
+        if is_folder(source):
+            if revision is not None:
+                raise ValueError(f"`revision` is for pools on the Hub, got {revision!r} for '{source}'. Leave it out.")
+            folder = Path(source)
+            header = open_folder(folder)
+            return cls._map_files(
+                folder, header, verify, f"'{folder}'", "Label the data again, or copy the whole folder."
+            )
+        repo_id = str(source)
+        folder, header, commit = fetch_pool(repo_id, revision, token)
+        pool = cls._map_files(folder, header, verify, f"'{repo_id}' at {commit[:12]}", "Go online and load it again.")
+        pool.repo_id, pool.commit = repo_id, commit
+        return pool
+
+    @classmethod
+    def _map_files(cls: type[P], folder: Path, header: dict[str, Any], verify: bool, what: str, advice: str) -> P:
+        """Map the files of a pool that are all there by now."""
+        if verify and not set(file_names(header)) <= set(header.get("files", {})):
+            raise ValueError(
+                f"Pool {what} must have digests to be verified, got one of an older version. Save it again."
+            )
+        hierarchy = TeacherHierarchy.from_dict(header["hierarchy"])
+        datasets, digests = {}, {}
+        for path in file_names(header):
+            size, digest = header.get("files", {}).get(path, (None, None))
+            datasets[path] = map_file(folder, path, size, digest, verify, what, advice)
+            digests[file_signature(folder / path)] = digest
+        teachers = {name: datasets[f"teachers/{name}/data.arrow"] for name in hierarchy.names}
+        try:
+            pool = cls(
+                hierarchy,
+                teachers,
+                datasets.get(INPUTS),
+                header["facts"],
+                header.get("source"),
+                input_column=header.get("input_column"),
+            )
+        except ValueError as error:
+            raise ValueError(f"Pool {what} must be as it was saved, got: {error} {advice}") from error
+        if len(pool) != header["num_examples"]:
+            raise ValueError(
+                f"Pool {what} must hold {header['num_examples']} examples, got {len(pool)}. Label the data again."
+            )
+        pool._digests = digests
+        if pool.inputs is not None:
+            pool._inputs_file = (pool.inputs, folder / INPUTS)
+        return pool
+
+
+def check_kind(value: Any, kind: type, name: str, *, optional: bool = False) -> None:
+    """Refuse an argument of another kind."""
+    if not (isinstance(value, kind) or optional and value is None):
+        raise TypeError(f"`{name}` must be a `{kind.__name__}`, got {type(value).__name__}. Make one first.")
