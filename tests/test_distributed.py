@@ -120,6 +120,7 @@ def assert_same_run(first: Path, second: Path) -> None:
         ({"fit_head_on_features": False}, 48, 1e-5),
         ({"student_training": "full"}, 48, 1e-5),
         ({"student_training": "lora"}, 48, 1e-5),
+        ({"loss": "early_learning_regularization"}, 48, 1e-5),  # each knows what the other remembers
         ({}, 45, 2e-3),
         ({"fit_head_on_features": False}, 45, 2e-3),
         ({"student_training": "full"}, 45, 2e-3),
@@ -147,6 +148,19 @@ def test_two_processes_train_the_student_of_one(tmp_path, tiny_vit, tiny_image_d
     for own, other in zip(*(story["levels"] for story in stories), strict=True):
         assert own["num_steps"] == other["num_steps"] and own.get("head/ridge_alpha") == other.get("head/ridge_alpha")
         assert own["train_loss"] == pytest.approx(other["train_loss"], abs=100 * tolerance)
+
+
+def test_two_processes_make_the_committee_of_one(tmp_path, tiny_vit, tiny_image_dataset):
+    changes = {"optim": "sgd", "learning_rate": 0.05, "rejection": "none", "method": "committee"}
+    run(tiny_vit, tiny_image_dataset, str(tmp_path / "one"), 1, changes)
+    run_in_two(tiny_vit, tiny_image_dataset, str(tmp_path / "two"), 2, changes)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), atol=2e-3, rtol=1e-3, err_msg=name)
+    stories = [history_of(tmp_path / name) for name in ("one", "two")]
+    assert stories[0]["run"]["committee"].keys() == stories[1]["run"]["committee"].keys()
+    members = [[record["member"] for record in story["levels"]] for story in stories]
+    assert members[0] == members[1]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Several students of one pool as one: linear heads on the same features, standardised and averaged.
 
 Students that different methods trained on one pool are made a single linear head, without labels to choose among them.
-The trainer does not use it: it is there for whoever holds several heads.
 """
 
 from __future__ import annotations
@@ -156,7 +155,9 @@ def collapsed_members(label_counts: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def committee_head(weights: torch.Tensor, biases: torch.Tensor | None, features: torch.Tensor) -> Committee:
+def committee_head(
+    weights: torch.Tensor, biases: torch.Tensor | None, features: torch.Tensor, rows: torch.Tensor | None = None
+) -> Committee:
     """Make one linear head of several members that were trained on the same features.
 
     Members that lost a label ([`collapsed_members`]) do not speak. The others are averaged ([`average_heads`]), and
@@ -168,6 +169,8 @@ def committee_head(weights: torch.Tensor, biases: torch.Tensor | None, features:
             See [`average_heads`].
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
             Inputs of the heads on the pool; may be mapped from disk.
+        rows (`torch.LongTensor` of shape `(num_rows,)`, *optional*):
+            Those that count; all by default.
 
     Raises:
         ValueError: If the shapes do not fit, a logit is not finite, or a member says the same of all labels.
@@ -189,7 +192,9 @@ def committee_head(weights: torch.Tensor, biases: torch.Tensor | None, features:
         found = found if heads[1] is None else found + heads[1]
         return found.view(len(part), *weights.shape[:2]).transpose(0, 1)
 
-    statistics = measure_members(map(logits, features.split(_CHUNK_ROWS)))
+    rows = torch.arange(len(features)) if rows is None else rows
+    parts = (features[part] for part in rows.to(features.device).split(_CHUNK_ROWS))
+    statistics = measure_members(map(logits, parts))
     speaks = ~collapsed_members(statistics.label_counts)
     own, own_biases = weights[speaks], None if biases is None else biases[speaks]
     if len(own) == 1:

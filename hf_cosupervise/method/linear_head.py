@@ -26,6 +26,44 @@ class SparseTargets(NamedTuple):
     rest_probs: torch.Tensor  # (batch,), of each label that is not named
 
 
+class FeatureScaling(NamedTuple):
+    """What makes features centred and of a mean square of 1, see [`measure_scaling`].
+
+    Args:
+        mean (`torch.Tensor` of shape `(feature_size,)`, float32):
+            Taken off each row.
+        scale (`float`):
+            What the rest is multiplied by, one number for all features, so that no direction gains on another.
+    """
+
+    mean: torch.Tensor
+    scale: float
+
+
+def measure_scaling(features: torch.Tensor, rows: torch.Tensor) -> FeatureScaling:
+    """Measure the mean of some rows of features, and their spread about it.
+
+    Args:
+        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
+            Inputs of the head; may be mapped from disk.
+        rows (`torch.LongTensor` of shape `(num_rows,)`):
+            Which of them.
+
+    Returns:
+        `FeatureScaling`: of the inverse root mean square of the centred entries; 1 where they are all alike.
+    """
+    origin, num_rows = feature_origin(features), max(len(rows), 1)
+    total, square = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device), 0.0
+    for part in rows.to(features.device).split(_GRAM_ROWS):
+        # Once through the features, about an origin, or those far from zero would drown in rounding.
+        inputs = features[part].float() - origin
+        total += inputs.sum(dim=0)
+        square += float(inputs.square().sum())
+    shift = total / num_rows
+    variance = square / (num_rows * features.shape[1]) - float(shift.square().mean())
+    return FeatureScaling(origin + shift.float(), variance**-0.5 if variance > 1e-12 else 1.0)
+
+
 def fit_linear_head(
     head: nn.Linear,
     features: torch.Tensor,
@@ -35,6 +73,7 @@ def fit_linear_head(
     scheduler: Any,
     *,
     loss: LossAndGradient | None = None,
+    scaling: FeatureScaling | None = None,
     max_grad_norm: float = 0.0,
     average_gradients: Callable[[torch.Tensor], None] | None = None,
     on_step: Callable[[torch.Tensor, float | None], None] | None = None,
@@ -54,6 +93,8 @@ def fit_linear_head(
                     if len(buffer) != size:  # the first batch, and a last one that is smaller
                         buffer = features.new_empty(size, features.shape[1])
                     inputs = torch.index_select(features, 0, rows, out=buffer).float()
+                    if scaling is not None:
+                        inputs = inputs.sub_(scaling.mean).mul_(scaling.scale)
                     logits = torch.addmm(offset, weight, inputs.T)  # one column per example: the softmax is faster so
                     wanted = targets(rows)
                     # Of the mean cross-entropy against y: g = (softmax - y) / batch, dW = g^T x, db = sum g.
@@ -78,6 +119,11 @@ def fit_linear_head(
             if on_step is not None:
                 on_step(mean_loss, norm)
     optimizer.zero_grad(set_to_none=True)
+    if scaling is not None:
+        with torch.no_grad():
+            weight.mul_(scaling.scale)
+            if bias is not None:
+                bias.sub_(weight @ scaling.mean)
 
 
 @contextmanager

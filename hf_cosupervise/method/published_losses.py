@@ -246,6 +246,10 @@ def generalized_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor, 
     return -(targets * torch.expm1(q * functional.log_softmax(logits, dim=-1))).sum(dim=-1) / q
 
 
+# Below this, early-learning regularization's logarithm goes no further down.
+_LEAST_OUTSIDE = 1e-4
+
+
 class EarlyLearningRegularization(nn.Module):
     """Keep the student near what it said early, before it learns the pseudolabels' mistakes by heart.
 
@@ -293,18 +297,40 @@ class EarlyLearningRegularization(nn.Module):
                 f"Logits of {num_labels} labels and one row each are needed, got {tuple(logits.shape)} and "
                 f"{tuple(rows.shape)}. Make the memory for this task, and pass the batch's row numbers."
             )
-        rows = rows.to(self.memory.device)
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < num_examples:
             raise ValueError(
                 f"`rows` must lie in 0..{num_examples - 1}, got {rows.min()}..{rows.max()}. Number the training rows "
                 "from 0, and make a memory for all of them."
             )
-        probs, memory = functional.softmax(logits, dim=-1), self.memory[rows]
-        if self.training:  # in the memory's own precision, on its own device: it may be too large for the student's
+        probs = functional.softmax(logits, dim=-1)
+        outside = (1 - (probs * self._remember(probs, rows)).sum(dim=-1)).clamp_min(_LEAST_OUTSIDE)
+        return cross_entropy(logits, targets) + self.weight * outside.log()
+
+    def with_gradient(
+        self, logits: torch.Tensor, target_probs: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the losses and their gradient in the logits: that of the CE, less weight p (m - <p, m>) / outside.
+
+        The memory has no gradient, and where `outside` is at its least, the second part is none.
+        """
+        logits, targets = check_pair(logits, target_probs)
+        log_probs = functional.log_softmax(logits, dim=-1)
+        probs = log_probs.exp()
+        memory = self._remember(probs, rows)
+        inner = (probs * memory).sum(dim=-1, keepdim=True)
+        outside = (1 - inner).clamp_min(_LEAST_OUTSIDE)
+        losses = self.weight * outside.log().squeeze(1) - (targets * log_probs).sum(dim=-1)
+        pull = (self.weight / outside) * (1 - inner >= _LEAST_OUTSIDE)
+        return losses, probs * (targets.sum(dim=-1, keepdim=True) - pull * (memory - inner)) - targets
+
+    def _remember(self, probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Move the memory of a batch, in its own precision and place: it may be too large for the student's."""
+        rows = rows.to(self.memory.device)
+        memory = self.memory[rows]
+        if self.training:
             memory = self.beta * memory + (1 - self.beta) * probs.detach().to(memory)
             self.memory[rows] = memory
-        outside = (1 - (probs * memory.to(probs)).sum(dim=-1)).clamp_min(1e-4)
-        return cross_entropy(logits, targets) + self.weight * outside.log()
+        return memory.to(probs)
 
 
 def evidential_loss(
@@ -408,7 +434,8 @@ def choose_loss(
     if unknown := sorted(set(options) - set(allowed)):
         raise ValueError(f"`loss_kwargs` of {loss!r} must have keys among {allowed}, got {unknown}. Correct them.")
     if loss == "early_learning_regularization":
-        return _with_autograd(EarlyLearningRegularization(*shape, **options))
+        regularized = EarlyLearningRegularization(*shape, **options)
+        return regularized, regularized.with_gradient
     if loss == "evidential":
         return _with_autograd(partial(_evidential_of_one, fraction_done, dict(options)))
     if loss == "confidence":
@@ -420,6 +447,8 @@ def choose_loss(
     def function(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return named(logits, targets)
 
+    if loss == "reverse_kl":  # both of one softmax
+        return function, lambda logits, targets, rows: _reverse_kl_with_gradient(logits, targets)
     if (gradient := LOGIT_GRADIENTS.get(loss)) is None:
         return _with_autograd(function)
     return function, lambda logits, targets, rows: (named(logits, targets), gradient(logits, targets))
@@ -519,17 +548,18 @@ def _misplaced_evidence(alpha: torch.Tensor) -> torch.Tensor:
 # ── gradients without autograd ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _reverse_kl_gradient(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
-    """p (log p - log y - KL)."""
+def _reverse_kl_with_gradient(logits: torch.Tensor, target_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses, and p (log p - log y - KL)."""
     logits, targets = check_pair(logits, target_probs)
     log_probs = functional.log_softmax(logits, dim=-1)
     probs, log_ratio = log_probs.exp(), log_probs - targets.clamp_min(MIN_PROB).log()
-    return probs * (log_ratio - (probs * log_ratio).sum(dim=-1, keepdim=True))
+    losses = (probs * log_ratio).sum(dim=-1, keepdim=True)
+    return losses.squeeze(-1), probs * (log_ratio - losses)
 
 
 # By the loss's name: its gradient `(num_examples, num_labels)` with respect to the logits, where a closed form saves a
 # third of the loss's time for few labels; the others go by autograd.
 LOGIT_GRADIENTS: dict[str, _Loss] = {
     "cross_entropy": cross_entropy_gradient,
-    "reverse_kl": _reverse_kl_gradient,
+    "reverse_kl": lambda logits, targets: _reverse_kl_with_gradient(logits, targets)[1],
 }

@@ -33,6 +33,7 @@ def left_out_predictions(
     *,
     bias: bool = True,
     weights: torch.Tensor | None = None,
+    eigh: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = torch.linalg.eigh,
 ) -> torch.Tensor:
     """Predict rows by the ridge regressions of all other rows, without fitting any of them.
 
@@ -67,7 +68,7 @@ def left_out_predictions(
         products = products - torch.outer(gram[:size, size], cross[size]) / total
     strength = second.diagonal().mean()
     # Negative by rounding only, and a leverage must not be.
-    values, vectors = torch.linalg.eigh(second.to(dtype))
+    values, vectors = eigh(second.to(dtype))
     values, turned = values.clamp(min=0), (inputs - mean) @ vectors
     projected, squared = vectors.T @ products.to(dtype), turned.square()
     found = targets.new_empty(len(alphas), *targets.shape)
@@ -92,6 +93,7 @@ def choose_ridge_alpha(
     *,
     bias: bool = True,
     weights: torch.Tensor | None = None,
+    eigh: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = torch.linalg.eigh,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> float:
     """Choose the penalty of [`fit_ridge_head`] whose regression predicts pseudolabels best that it has not seen.
@@ -99,7 +101,7 @@ def choose_ridge_alpha(
     The score of a penalty is the mean squared distance of [`left_out_predictions`] from the label that each
     pseudolabel names, whatever probability it gives it; ties go to the strongest penalty. `left_out` is what this
     process leaves out in turn of what [`draw_left_out`] gave, `gram` and `cross` are of all processes and of features
-    less `origin`.
+    less `origin`; who has the eigendecomposition of the same rows already gives it by `eigh`.
     Source: ours. On development tasks the squared distance from soft pseudolabels chose penalties that are too strong
     where teachers are unsure and rows few, the cross-entropy of the scaled logits everywhere, and the share of labels
     that agree ones that are too weak.
@@ -119,7 +121,7 @@ def choose_ridge_alpha(
         inputs, wanted = features[left_out].float() - origin, targets(left_out).float()
         if not bias:
             inputs, gram, cross = inputs + origin, *_move_back(gram, cross, origin)
-        found = left_out_predictions(inputs, wanted, gram, cross, alphas, bias=bias, weights=weights)
+        found = left_out_predictions(inputs, wanted, gram, cross, alphas, bias=bias, weights=weights, eigh=eigh)
         own = torch.ones_like(inputs[:, 0]) if weights is None else weights.to(inputs)
         named = torch.nn.functional.one_hot(first_argmax(wanted), wanted.shape[1])
         errors[:-1] = (found - named).square().sum(dim=2).double() @ own.double()

@@ -166,7 +166,7 @@ class Student:
         self.examples, self.input_column = examples, input_column
         self._answered = np.ones(len(examples), dtype=bool) if answered is None else answered
         self.args, self.disable_tqdm = args, disable_tqdm
-        self._features_dir = Path(args.features_dir) if args.features_dir else features_dir
+        self.features_dir = Path(args.features_dir) if args.features_dir else features_dir
         self.processes = processes or Processes(0, 1)
         self._prepare_inputs = prepare_inputs
         self.folds: list[nn.Linear] = []
@@ -175,6 +175,7 @@ class Student:
         self.head = self._find_head() if args.student_training == "probe" else None
         self._features: torch.Tensor | None = None
         self._neighbors: torch.Tensor | None = None
+        self.known: dict[str, Any] = {}  # what was found out about the features
 
     def _find_head(self) -> nn.Linear | None:
         """Find the head if the rest of the student can be replaced by its features."""
@@ -351,7 +352,7 @@ class Student:
         # Part of the key: features of another precision are other numbers.
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
         return FeatureStore(
-            self._features_dir,
+            self.features_dir,
             self.model,
             head,
             self.processor,
@@ -384,9 +385,14 @@ class Student:
         """Give the head's inputs for each example that it learns from."""
         return self.features(self.examples)
 
+    def share(self, other: Student) -> None:
+        """Know what another student on the same backbone has found out about the same examples."""
+        self.readable = other.readable
+        self._features, self._neighbors, self.known = other._features, other._neighbors, other.known
+
     def nearest(self, k: int) -> torch.Tensor:
         """Give each example's neighbours in the features: the backbone is frozen, so they are found once."""
-        if self._neighbors is None:
+        if self._neighbors is None or self._neighbors.shape[1] < k:
             # The nearest few of many are the nearest few: both uses share one search.
             most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
             self._neighbors = self.store.neighbors(

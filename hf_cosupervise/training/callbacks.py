@@ -21,6 +21,7 @@ class LevelCallbackHandler(CallbackHandler):
         )
         self.eval_dataloader = handler.eval_dataloader  # which the parent's constructor sets to none
         self.in_level = False
+        self._is_member = False
         self._known: list[TrainerCallback] = []
         self._concerned: dict[tuple[str, bool], list[TrainerCallback]] = {}
 
@@ -53,13 +54,21 @@ class LevelCallbackHandler(CallbackHandler):
         quiet.callbacks = []
         return quiet
 
+    def of_member(self) -> LevelCallbackHandler:
+        """Give a handler for a member of a committee, whose beginning and end are none of the training."""
+        own = copy.copy(self)
+        own._is_member, own._known, own._concerned = True, [], {}
+        return own
+
     def _concerns(self, event: str, callback: TrainerCallback) -> bool:
         # The parent sends both once per level, and the trainer once for all of them: bars want the former, trackers,
         # which would begin another run, the latter.
         if event in ("on_train_begin", "on_train_end"):
-            return _draws_bars(callback) == self.in_level
+            return self.in_level if _draws_bars(callback) else not (self.in_level or self._is_member)
         # The events of levels are ours: most callbacks do not know them. Most do nothing at most others either, which
         # counts where a step takes a tenth of a millisecond.
+        if event == "on_log" and self._is_member and not self.in_level:
+            return False  # its own summary
         method = getattr(callback, event, None)
         return method is not None and getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
 

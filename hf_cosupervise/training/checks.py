@@ -106,11 +106,18 @@ def check_arguments(
             f"`compute_loss_func` sees no `weight_column`, got {args.weight_column!r}. Use `loss_func`, which is "
             "weighted."
         )
-    if args.loss == "early_learning_regularization" and args.world_size > 1:
+    if args.method != "committee":
+        if args.standardize_features and reason:
+            raise ValueError(f"`standardize_features` needs a linear head on features, but {reason}. Leave it out.")
+        return
+    if given := [
+        name for name, function in [*functions.items(), ("compute_loss_func", compute_loss_func)] if function
+    ]:
         raise ValueError(
-            "`loss` 'early_learning_regularization' remembers every example, which several processes would share "
-            f"out anew in each epoch, got {args.world_size} processes. Use one."
+            f"`{given[0]}` cannot be given to a committee, whose `members` have their own rules. Use `method` 'csl'."
         )
+    if reason:
+        raise ValueError(f"`method` 'committee' needs linear heads on features, but {reason}. Use `method` 'csl'.")
 
 
 def read_weights(pool: PseudolabelPool, column: str) -> np.ndarray:
@@ -136,13 +143,19 @@ def check_levels(pool: PseudolabelPool, args: CoSupervisedConfig, has_own_assign
         )
     if args.rejection_k is not None:
         check_top_k_value(args.rejection_k, hierarchy.num_labels)
-    if len(hierarchy.levels[0]) > 1 and level_assignment(args, 0) != "ensemble":
+    methods = [level_assignment(args, level, hierarchy) for level in range(hierarchy.num_levels)]
+    if len(hierarchy.levels[0]) > 1 and methods[0] != "ensemble":
         raise ValueError(
             f"A root level of several teachers ({[teacher.name for teacher in hierarchy.levels[0]]}) needs the "
-            f"assignment 'ensemble', got {level_assignment(args, 0)!r}: there is no student yet to choose among them."
+            f"assignment 'ensemble', got {methods[0]!r}: there is no student yet to choose among them."
+        )
+    if args.agreement_neighbors and hierarchy.num_levels > 1 and "agreement" not in methods[1:]:
+        raise ValueError(
+            f"`agreement_neighbors` is for `assignment` 'agreement', got {args.agreement_neighbors} with {methods}. "
+            "Leave it out, or choose 'agreement'."
         )
     for level in range(1, hierarchy.num_levels if not has_own_assignment else 1):  # the root has nothing to choose
-        _check_assignment(pool, args, level, level_assignment(args, level))
+        _check_assignment(pool, args, level, methods[level])
 
 
 def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: int, method: str) -> None:

@@ -20,8 +20,10 @@ from ..method.assignment import AGREEMENT_RULES
 from ..method.published_losses import choose_loss
 from ..method.rejection import SELECTION_RULES
 from .inherited import Numbers, check_inherited, check_numbers, default_of, is_number
+from .members import DECIDED_BY_MEMBERS, DEFAULT_MEMBERS, MEMBERS
 
 ASSIGNMENTS = (
+    "auto",
     "scope",
     "agreement",
     "metadata",
@@ -40,6 +42,7 @@ REJECTIONS = (
     "vote_entropy",
     "confidence_window",
 )
+METHODS = ("csl", "committee")
 STUDENT_TRAININGS = ("probe", "lora", "full")
 HEAD_SOLVERS = ("steps", "ridge")
 FEATURES_DTYPES = ("float32", "float16")
@@ -62,7 +65,7 @@ _NUMBERS: Numbers = (
     ("a number of at least 0 and at most 1", Real, lambda value: 0 <= value <= 1, ("lora_dropout", "relabel_above")),
     ("a finite number above 0", Real, lambda value: 0 < value < math.inf, ("ridge_logit_scale",)),
 )
-_LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules")
+_LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules", "members")
 # What an option may not count for, said in its annotation, where it counts for all of it otherwise. (Not in its
 # metadata, which the parser of the command line takes for its own.)
 # "resume": a run may be gone on with under another value. It says where the run is, and how loudly.
@@ -138,12 +141,26 @@ class CoSupervisedConfig(TrainingArguments):
         default=False, metadata={"help": "Let each level go on from the student before, not from a fresh head."}
     )
 
+    # One student, or several as one
+    method: str = field(
+        default="csl",
+        metadata={
+            "help": "'csl' (co-supervision as published) or 'committee' (several students on one frozen backbone, "
+            "each trained in another way, averaged into one linear head)."
+        },
+    )
+    members: list[str] = field(
+        default_factory=lambda: list(DEFAULT_MEMBERS),
+        metadata={"help": f"What a committee is made of: some of {', '.join(MEMBERS)}."},
+    )
+
     # Assignment: which teacher speaks for which example
     assignment: Annotated[list[str], _NOT_FOR_CEILING] = field(
-        default_factory=lambda: ["scope"],
+        default_factory=lambda: ["auto"],
         metadata={
             "help": "How a level chooses its teachers: scope, agreement, metadata, ensemble, or for analysis "
-            "random, oracle_scope, oracle_domain, oracle_loss. One for all levels, or one per level from the root."
+            "random, oracle_scope, oracle_domain, oracle_loss; auto: scope where scopes tell its teachers apart, else "
+            "agreement, and ensemble at a root of several. One for all levels, or one per level from the root."
         },
     )
     agreement_rule: Annotated[str, _NOT_FOR_CEILING] = field(
@@ -247,6 +264,13 @@ class CoSupervisedConfig(TrainingArguments):
         default="steps",
         metadata={"help": "How a probe's head is fitted: 'steps' of `optim`, or 'ridge' (at once, in closed form)."},
     )
+    standardize_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Fit a head by steps on features less their mean, with a mean square of 1. The head that comes "
+            "out is one of the features as they are."
+        },
+    )
     # With None, or the parser of the command line would take numbers alone, and fail on the default.
     ridge_alpha: float | str | None = field(
         default="auto",
@@ -280,6 +304,7 @@ class CoSupervisedConfig(TrainingArguments):
         self._check_alpha()
         self._check_loss()
         self._check_neighbors_and_folds()
+        self._check_committee()
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 "`hub_strategy` must be 'end' or 'every_save', got "
@@ -314,6 +339,8 @@ class CoSupervisedConfig(TrainingArguments):
             ("rejection_rule", SELECTION_RULES),
             ("pseudolabels", ("soft", "hard")),
             ("features_dtype", FEATURES_DTYPES),
+            ("method", METHODS),
+            ("members", tuple(MEMBERS)),
             ("head_solver", HEAD_SOLVERS),
         ):
             value = getattr(self, name)
@@ -369,7 +396,7 @@ class CoSupervisedConfig(TrainingArguments):
             )
 
     def _check_neighbors_and_folds(self) -> None:
-        if self.agreement_neighbors and "agreement" not in self.assignment:
+        if self.agreement_neighbors and not {"agreement", "auto"} & {*self.assignment}:
             raise ValueError(
                 f"`agreement_neighbors` is for `assignment` 'agreement', got {self.agreement_neighbors} with "
                 f"{self.assignment}. Leave it out for 0."
@@ -384,6 +411,27 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError(
                 "`cross_fit_folds` needs a fresh head at each level, which has seen nothing, got `warm_start`. Leave "
                 "one out."
+            )
+
+    def _check_committee(self) -> None:
+        if self.standardize_features and (self.head_solver == "ridge" or self.warm_start):
+            raise ValueError(
+                "`standardize_features` is for fresh heads fitted by steps, got it with `head_solver` "
+                f"{self.head_solver!r} and `warm_start` {self.warm_start}. Leave it out."
+            )
+        if self.method != "committee":
+            return
+        if not self.members or len({*self.members}) < len(self.members):
+            raise ValueError(f"`members` must name members once each, and at least one, got {self.members}.")
+        if self.student_training != "probe":
+            raise ValueError(
+                "`method` 'committee' averages linear heads on one frozen backbone, got `student_training` "
+                f"{self.student_training!r}. Use `method` 'csl' for it."
+            )
+        if given := [name for name in DECIDED_BY_MEMBERS if name in self._given]:
+            raise ValueError(
+                f"`{given[0]}` is decided by each of the `members`, got {getattr(self, given[0])!r} beside `method` "
+                "'committee'. Leave it out, or use `method` 'csl'."
             )
 
 

@@ -20,6 +20,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ..method.linear_head import (
+    FeatureScaling,
     SparseTargets,
     cross_products,
     dense_targets,
@@ -27,6 +28,7 @@ from ..method.linear_head import (
     fit_linear_head,
     fit_ridge_head,
     gram_matrix,
+    measure_scaling,
 )
 from ..method.losses import LossAndGradient
 from ..method.ridge import choose_ridge_alpha, draw_left_out
@@ -69,11 +71,13 @@ class HeadFitter:
         args: CoSupervisedConfig,
         processes: Processes | None = None,
         readable: np.ndarray | None = None,
+        known: dict[str, Any] | None = None,
     ) -> None:
         self.head, self.features, self.args = head, features, args
+        # What was found out about the features, by this fitter or by another of the same ones.
+        self._known = {} if known is None else known
         self.processes = processes or Processes(0, 1)
         self._readable = np.arange(len(features)) if readable is None else np.flatnonzero(readable)
-        self._gram: torch.Tensor | None = None
 
     def fit(
         self,
@@ -154,6 +158,7 @@ class HeadFitter:
             scheduler,
             max_grad_norm=self.args.max_grad_norm,
             loss=loss,
+            scaling=self._scaling() if self.args.standardize_features else None,
             average_gradients=self._average if self.processes.count > 1 else None,
             on_step=after_step,
         )
@@ -161,6 +166,11 @@ class HeadFitter:
         events.tell("on_train_end")
         num_steps = events.state.global_step
         return TrainOutput(num_steps, mean, speed_metrics("train", started, num_steps=num_steps))
+
+    def _scaling(self) -> FeatureScaling:
+        if "scaling" not in self._known:
+            self._known["scaling"] = measure_scaling(self.features, torch.from_numpy(self._readable))
+        return self._known["scaling"]
 
     def _steps(
         self,
@@ -254,16 +264,23 @@ class HeadFitter:
             cross,
             feature_origin(self.features),
             bias=self.head.bias is not None,
+            eigh=self._eigh if len(kept) == len(self._readable) else torch.linalg.eigh,
             sum_over_processes=self.processes.sum,
         )
 
+    def _eigh(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decompose the matrix of all rows, once: roots and averages are all fitted to them."""
+        if "eigh" not in self._known:
+            self._known["eigh"] = torch.linalg.eigh(matrix)
+        return self._known["eigh"]
+
     def _gram_of(self, kept: np.ndarray) -> torch.Tensor:
         """Give the Gram matrix of the kept rows: that of all that were read, made once, less that of the others."""
-        if self._gram is None:
-            self._gram = self._sum_gram(self._readable)
+        if "gram" not in self._known:
+            self._known["gram"] = self._sum_gram(self._readable)
         others = np.setdiff1d(self._readable, kept, assume_unique=True)
         # Whatever is less work: Gram matrices add up.
-        return self._gram - self._sum_gram(others) if len(others) < len(kept) else self._sum_gram(kept)
+        return self._known["gram"] - self._sum_gram(others) if len(others) < len(kept) else self._sum_gram(kept)
 
     def _sum_gram(self, rows: np.ndarray) -> torch.Tensor:
         return self.processes.sum(gram_matrix(self.features, self._own_share(rows)))

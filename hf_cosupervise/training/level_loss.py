@@ -11,7 +11,7 @@ import torch
 
 from ..method.linear_head import SparseTargets
 from ..method.losses import LossAndGradient, LossFunction, soft_cross_entropy, sparse_soft_cross_entropy
-from ..method.published_losses import choose_loss, weigh_loss
+from ..method.published_losses import EarlyLearningRegularization, choose_loss, weigh_loss
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import CHUNK_ROWS, Processes
 from .collator import TARGETS
@@ -62,6 +62,8 @@ class LevelLoss:
         pair = choose_loss(
             self._loss_func or self.args.loss, self.args.loss_kwargs, lambda: self.fraction_done(), shape
         )
+        if isinstance(pair[0], EarlyLearningRegularization) and self._processes.count > 1:
+            pair = _share_memory(pair, pair[0].memory, self._processes)
         self._own = pair if self._weights is None else weigh_loss(pair, self._weights)
 
     def _scale(self, weights: np.ndarray) -> torch.Tensor:
@@ -184,3 +186,21 @@ def _pays_sparse(pool: PseudolabelPool, plan: LevelPlan) -> bool:
 
 def _as_targets(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | SparseTargets:
     return tensors[0] if len(tensors) == 1 else SparseTargets(*tensors)
+
+
+def _share_memory(
+    pair: tuple[LossFunction, LossAndGradient], memory: torch.Tensor, processes: Processes
+) -> tuple[LossFunction, LossAndGradient]:
+    """Let every process know what the others remember: in the next epoch an example may be another's."""
+
+    def sharing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> Any:
+            result, rows = function(logits, targets, rows), rows.to(memory.device)
+            # Batches of one step are of one size in all processes, which is what lets them be put side by side.
+            everyone, known = processes.gather(rows), processes.gather(memory[rows])
+            memory[everyone.flatten().to(memory.device)] = known.flatten(0, 1).to(memory.device)
+            return result
+
+        return call
+
+    return sharing(pair[0]), sharing(pair[1])

@@ -142,7 +142,8 @@ def plan_by_student(
 ) -> LevelPlan:
     """Plan a level below the root: ask the student, and where it is wanted the neighbours of each example too."""
     chosen = None
-    if args.agreement_neighbors and assign_func is None and level_assignment(args, level) == "agreement":
+    is_by_agreement = level_assignment(args, level, pool.hierarchy) == "agreement"
+    if args.agreement_neighbors and assign_func is None and is_by_agreement:
         near = student.nearest(args.agreement_neighbors)
         chosen = assign_by_neighbors(pool, level, args, student.judge_examples(), near, sum_over_processes)
     return plan_level(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..hierarchy import TeacherHierarchy
 from ..method.aggregation import mean_probs
 from ..method.assignment import (
     NOBODY,
@@ -48,9 +49,16 @@ AssignFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 KeepFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def level_assignment(args: CoSupervisedConfig, level: int) -> str:
-    """Give the assignment of a level."""
-    return args.assignment[0] if len(args.assignment) == 1 else args.assignment[level]
+def level_assignment(args: CoSupervisedConfig, level: int, hierarchy: TeacherHierarchy) -> str:
+    """Give the assignment of a level; `auto` is what the level's teachers allow."""
+    method = args.assignment[0] if len(args.assignment) == 1 else args.assignment[level]
+    if method != "auto":
+        return method
+    teachers = hierarchy.levels[level]
+    if level == 0:
+        return "ensemble" if len(teachers) > 1 else "scope"  # there is nobody to choose
+    has_scopes = any(teacher.scope is not None for teacher in teachers) and hierarchy.has_distinct_scopes(level)
+    return "scope" if has_scopes or len(teachers) == 1 else "agreement"
 
 
 # ── what is known of a chunk ────────────────────────────────────────────────────────────────────────────────────────
@@ -182,7 +190,8 @@ class PlannedRows:
 
 def assign(answers: LevelAnswers, args: CoSupervisedConfig, log_probs: torch.Tensor | None) -> torch.Tensor:
     """Say who of a level speaks for each row of a chunk, before anybody falls back."""
-    level, indices, method = answers.level, answers.indices, level_assignment(args, answers.level)
+    level, indices = answers.level, answers.indices
+    method = level_assignment(args, level, answers.pool.hierarchy)
     # An ensemble is one more voice after all teachers, one for each level.
     if method == "ensemble" and len(indices) > 1:
         return torch.where(answers.answered.any(dim=1), len(answers.pool.hierarchy.teachers) + level, NOBODY)

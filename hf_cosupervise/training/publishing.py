@@ -21,6 +21,7 @@ from ..students.publishing import export_student, push_student
 from .config import CoSupervisedConfig
 from .head_fitter import RIDGE_ALPHA
 from .history import LevelHistory
+from .members import MEMBERS
 from .plan_rules import level_assignment
 from .run_folder import versions
 
@@ -94,14 +95,20 @@ def student_facts(
         "library_name": "timm" if model.config.model_type == "timm_wrapper" else "transformers",
         "has_adapter": isinstance(model, PeftModel),
         "student_training": args.student_training,
-        "levels": [_level_facts(args, pool, record, functions) for record in history.records],
+        "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
         "hyperparameters": args.changed_arguments() | _found_alphas(args, history) | dict(functions),
     }
 
 
+def _own_records(args: CoSupervisedConfig, history: LevelHistory) -> list[dict[str, Any]]:
+    """The levels that a card shows: of a committee, those of the first member that went down the hierarchy."""
+    lead = next((name for name in args.members if MEMBERS[name].aggregator is None), None)
+    return [record for record in history.records if record.get("member", lead) == lead]
+
+
 def _found_alphas(args: CoSupervisedConfig, history: LevelHistory) -> dict[str, str]:
     """Tell which penalties were found for the levels, where they had to be."""
-    found = [record[RIDGE_ALPHA] for record in history.records if RIDGE_ALPHA in record]
+    found = [record[RIDGE_ALPHA] for record in _own_records(args, history) if RIDGE_ALPHA in record]
     return {"ridge_alpha": f"auto: {', '.join(map(str, found))}"} if found and args.ridge_alpha == "auto" else {}
 
 
@@ -109,7 +116,7 @@ def _level_facts(
     args: CoSupervisedConfig, pool: PseudolabelPool, record: Mapping[str, Any], functions: Mapping[str, str]
 ) -> dict[str, Any]:
     level, keys = record["level"], {name: f"assignment/{name}" for name in pool.source_names}
-    method = level_assignment(args, level)
+    method = level_assignment(args, level, pool.hierarchy)
     return {
         "level": level,
         "assignment": functions.get("assign_func", method) if level else method,  # the root has nothing to assign by

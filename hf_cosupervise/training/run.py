@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +201,37 @@ class TrainingRun:
 
     def check_turn(self, level: int) -> None:
         """See that the level above is finished."""
+        if not self.num_levels:
+            raise ValueError(
+                f"Level {level} must be of a hierarchy that one student goes down, got `method` 'committee': each of "
+                "its members does. Call `train()`, or use `method` 'csl'."
+            )
         if len(self.plans) < level:
             raise ValueError(
                 f"Level {level} must follow a finished level {level - 1} of this trainer, got {len(self.plans)} "
                 "finished. Prepare, train and finish those above, or call `train(resume_from_checkpoint=True)`."
             )
+
+    def follow(self, other: TrainingRun) -> None:
+        """Go on with the steps and logs of another run: those of a committee's members are one story."""
+        story = other.story
+
+        def new_story() -> TrainerState:
+            return replace(story, log_history=list(story.log_history))
+
+        self._new_story = new_story
+
+    def take_over(self, member: TrainingRun, name: str) -> None:
+        """Take the story, the records and what was trained of a finished run as part of this one."""
+        self.story = member.story
+        self._outputs += member._outputs
+        self.history.records += [{"member": name, **record} for record in member.history.records]
+        self.processes.on_first(self._write_history)
+
+    def conclude(self, facts: Mapping[str, Any]) -> None:
+        """Write down what a run came to, beside what it was made of."""
+        self.history.run |= facts
+        self.processes.on_first(self._write_history)
 
     def check_trained(self) -> None:
         """Refuse to publish a student that has learnt nothing, before a repository is made for it."""

@@ -86,6 +86,7 @@ class RunFolder:
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Write down which run this is, and forget all stages of the one before."""
         self.forget(path for path in self.path.glob("level-*") if path.is_dir())
+        shutil.rmtree(self.path / "members", ignore_errors=True)
         write_json(self.path / _RUN, dict(facts))
 
     def forget(self, folders: Iterable[Path]) -> None:

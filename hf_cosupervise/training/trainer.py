@@ -34,6 +34,7 @@ from .callbacks import LevelCallbackHandler
 from .checkpointing import explain_checkpoint, explained, read_back, sealing
 from .checks import check_arguments, check_first, check_student, match_inputs, read_weights, refuse_search
 from .collator import ROW, DataCollatorForCoSupervision, split_batch
+from .committee import TrainedCommittee, train_members
 from .config import CoSupervisedConfig
 from .head_fitter import FitEvents, HeadFitter, outside_of_fold, why_not_on_features
 from .level_loss import LevelLoss, pseudolabel_losses
@@ -84,7 +85,6 @@ class CoSupervisedTrainer(Trainer):
 
     Raises:
         ValueError: If pool, data, student and configuration do not fit together.
-        TypeError: If `args` is not a [`CoSupervisedConfig`].
     """
 
     _tag_names = ["co-supervised-learning", "weak-to-strong"]
@@ -113,10 +113,10 @@ class CoSupervisedTrainer(Trainer):
     ) -> None:
         args = check_first(args, kwargs, pool, has_own_assignment=assign_func is not None)
         self.pool = self._own_pool = pool  # that in use may be smoothed over neighbours
-        # None of the three has a default here: rules by name are those of `args`.
         self.loss_func, self.assign_func, self.keep_func = loss_func, assign_func, keep_func
         functions = {"loss_func": loss_func, "assign_func": assign_func, "keep_func": keep_func}
         inputs = match_inputs(pool, train_dataset, input_column)
+        self._given = None if train_dataset is None else inputs  # in the order of the pool
         (self.input_column,) = inputs.column_names
         examples = inputs.add_column(ROW, np.arange(len(pool)))  # by which a shuffled batch finds its pseudolabels
         model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
@@ -137,22 +137,20 @@ class CoSupervisedTrainer(Trainer):
         first, local_first = self.is_world_process_zero(), self.is_local_process_zero()
         self._new_state = partial(TrainerState, is_world_process_zero=first, is_local_process_zero=local_first)
         path, facts = Path(args.output_dir) / RUN_DIR, describe_run(origin, pool, args.world_size)
-        self.run = TrainingRun(path, args, pool.hierarchy.num_levels, facts, self.processes, self._new_state)
+        self.committee: TrainedCommittee | None = None  # once it is trained
+        num_levels = 0 if args.method == "committee" else pool.hierarchy.num_levels  # its members have them
+        self.run = TrainingRun(path, args, num_levels, facts, self.processes, self._new_state)
         # The student is made after the parent has put the model on its device, and of the model itself, unwrapped.
         task = self.processor, examples, self.input_column, pool.labels, args, path / "features"
-        is_quiet = bool(args.disable_tqdm) or not local_first
         bare_model, prepare = self.accelerator.unwrap_model(self.model), self._prepare_inputs
-        # What nobody answered at any level is never trained on, so its features need not be computed.
         answered = np.any([pool.answered(name) for name in pool.hierarchy.names], axis=0)
         means: dict[str, Any] = {"answered": answered, "processes": self.processes, "prepare_inputs": prepare}
-        self.student = Student(bare_model, *task, **means, disable_tqdm=is_quiet)
+        self.student = Student(bare_model, *task, **means, disable_tqdm=bool(args.disable_tqdm) or not local_first)
         self._head_fitter: HeadFitter | None = None  # made at the first level, when features are needed
         self._weights = None if args.weight_column is None else read_weights(pool, args.weight_column)
-        # Not with the other checks: only the student tells whether its head can be fitted on features.
         known = self.student.head, self._why_not_on_features(), functions, self.compute_loss_func
         check_arguments(args, len(pool), *known)
         self._functions = name_functions(**functions)
-        # A function, because it hashes pool and student, which is only needed once a run begins.
         self._settings = partial(describe_settings, args, pool, self.student.digest, self._functions)
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
@@ -175,7 +173,6 @@ class CoSupervisedTrainer(Trainer):
             FloatingPointError: If the loss is no longer a number.
             ValueError: If a level keeps nothing to train on, or the run that is gone on with was begun otherwise.
         """
-        # A checkpoint is of one level, and does not tell which teachers that level had chosen.
         if trial is not None or isinstance(resume_from_checkpoint, str):
             raise ValueError(
                 "`train` takes `resume_from_checkpoint=True` or nothing: a run finds by itself where it was cut off."
@@ -184,7 +181,11 @@ class CoSupervisedTrainer(Trainer):
             self.student.restore(last)  # as after the last finished stage, or as given
             self.state = self.run.story
             self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-            for stage in self.run.unfinished():  # (level, round)
+            if self.args.method == "committee":  # each member goes down the hierarchy by itself
+                new = partial(CoSupervisedTrainer, self.student.model, processing_class=self.processing_class)
+                known = self._own_pool, self._given, self.input_column, self.student, self.run, self.callback_handler
+                self.committee = train_members(new, self.args, *known, resume=bool(resume_from_checkpoint))
+            for stage in self.run.unfinished():  # (level, round), of which a committee has none
                 plan = self.prepare_level(*stage)  # E-step: who speaks, what is kept
                 self.train_level(plan, ignore_keys_for_eval)  # M-step: a new student on what is kept
                 self.finish_level(plan)
@@ -220,7 +221,6 @@ class CoSupervisedTrainer(Trainer):
         self.train_dataset = self.student.examples.select(kept)  # of which the parent makes its dataloader
         has_own = self.compute_loss_func is not None
         self.level_loss = LevelLoss(self.pool, plan, self.args, self.loss_func, self._weights, has_own, self.processes)
-        # A weight that climbs looks at the steps of the level.
         self.level_loss.fraction_done = lambda: min(self.state.global_step / max(self.state.max_steps, 1), 1.0)
         self.data_collator.pseudolabels = self.level_loss.pseudolabels  # and with it every worker
         if not self.args.warm_start:  # what an earlier level got wrong is not to be unlearnt
@@ -294,7 +294,7 @@ class CoSupervisedTrainer(Trainer):
         """Fit the head on features, with the order, optimizer, schedule, logs and callbacks of the standard loop."""
         if self._head_fitter is None:
             held = self.student.example_features(), self.args, self.processes, self.student.readable
-            self._head_fitter = HeadFitter(self.student.head, *held)  # type: ignore[arg-type]  # there is one
+            self._head_fitter = HeadFitter(self.student.head, *held, self.student.known)  # type: ignore[arg-type]
 
         def log(logs: dict[str, float], control: TrainerControl) -> TrainerControl:
             self.control = control
@@ -326,8 +326,6 @@ class CoSupervisedTrainer(Trainer):
             self.callback_handler, self.control, self.state = loud
             self.student.head.load_state_dict(student.state_dict())  # type: ignore[union-attr]
         return heads
-
-    # --- what is known of the run and the student --------------------------------------------------------------------
 
     # Levels, features, history and checkpoints, inside `output_dir` (within a level another one) but not of the model.
     run_dir = property(attrgetter("run.path"), doc="`pathlib.Path`: See [`TrainingRun`].")
@@ -490,8 +488,12 @@ class CoSupervisedTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Leave checkpoints here: they hold pickles, and are of one level."""
 
+    def card_facts(self) -> dict[str, Any]:
+        """Give what is known of the student for its card."""
+        known = self.args, self.pool, self.history, self._functions, self.hub_model_id, self.model
+        return student_facts(*known, self.processor.is_text)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a model card of what is known and what is given, see [`publishing.make_card`]."""
-        known = self.args, self.pool, self.history, self._functions, self.hub_model_id, self.model
         if self.is_world_process_zero():
-            make_card(self.args.output_dir, student_facts(*known, self.processor.is_text), *args, **kwargs)
+            make_card(self.args.output_dir, self.card_facts(), *args, **kwargs)

@@ -873,3 +873,20 @@ def test_the_weight_of_the_confidence_loss_climbs():
 def test_what_is_not_known_is_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
         choose(name, options)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7, 0.999])
+def test_the_gradient_of_early_learning_regularization_is_that_of_autograd(beta):
+    torch.manual_seed(0)
+    own, slow = (EarlyLearningRegularization(6, 4, beta=beta, weight=3.0) for _ in range(2))
+    for step in range(4):
+        # of sure students too, whose logarithm goes no further down
+        logits, targets = 10**step * torch.randn(5, 4), torch.softmax(torch.randn(5, 4), dim=1)
+        rows = torch.randperm(6)[:5]
+        losses, gradient = own.with_gradient(logits, targets, rows)
+        logits.requires_grad_()
+        wanted = slow(logits, targets, rows)
+        (slow_gradient,) = torch.autograd.grad(wanted.sum(), logits)
+        assert torch.allclose(losses, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(gradient, slow_gradient, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(own.memory, slow.memory, atol=1e-6)

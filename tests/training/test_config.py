@@ -22,6 +22,7 @@ from hf_cosupervise.training.config import (
     CoSupervisedConfig,
     fields_without,
 )
+from hf_cosupervise.training.members import DEFAULT_MEMBERS
 
 OWN = {
     "student_revision": None,
@@ -31,7 +32,9 @@ OWN = {
     "lora_dropout": 0.0,
     "lora_target_modules": [],
     "warm_start": False,
-    "assignment": ["scope"],
+    "method": "csl",
+    "members": list(DEFAULT_MEMBERS),
+    "assignment": ["auto"],
     "agreement_rule": "ce_teacher_student",
     "agreement_min_prob": 1e-6,
     "agreement_neighbors": 0,
@@ -49,6 +52,7 @@ OWN = {
     "weight_column": None,
     "teacher_neighbors": 0,
     "cross_fit_folds": 0,
+    "standardize_features": False,
     "fit_head_on_features": True,
     "features_dir": None,
     "features_dtype": "float32",
@@ -116,13 +120,13 @@ def test_what_was_chosen_is_told_and_nothing_else(tmp_path):
         "output_dir": str(tmp_path),
         "learning_rate": 0.1,
         "seed": 3,
-        "assignment": ["scope", "agreement"],
+        "assignment": ["auto", "agreement"],
     }
 
 
 def test_lists_are_not_shared(tmp_path):
     make(tmp_path).assignment.append("agreement")
-    assert make(tmp_path).assignment == ["scope"]
+    assert make(tmp_path).assignment == ["auto"]
 
 
 def test_single_names_become_lists(tmp_path):

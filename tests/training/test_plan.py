@@ -419,10 +419,25 @@ def test_keep_count_is_an_integer_count(base_args):
 
 
 def test_level_assignment(base_args):
-    one = change(base_args, assignment=["agreement"])
-    each = change(base_args, assignment=["ensemble", "scope", "agreement"])
-    assert [level_assignment(one, level) for level in range(3)] == ["agreement"] * 3
-    assert [level_assignment(each, level) for level in range(3)] == ["ensemble", "scope", "agreement"]
+    levels = [
+        [Teacher("a"), Teacher("b")],
+        [Teacher("c", level=1, scope=["x"]), Teacher("d", level=1, scope=["y"])],
+        [Teacher("e", level=2), Teacher("f", level=2)],
+        [Teacher("g", level=3)],
+        [Teacher("h", level=4, scope=["x"]), Teacher("i", level=4, scope=["x"])],
+    ]
+    hierarchy = TeacherHierarchy(["x", "y"], [teacher for level in levels for teacher in level])
+
+    def found(assignment: list[str]) -> list[str]:
+        return [level_assignment(change(base_args, assignment=assignment), level, hierarchy) for level in range(5)]
+
+    assert found(["agreement"]) == ["agreement"] * 5
+    each = ["ensemble", "scope", "agreement", "scope", "agreement"]
+    assert found(each) == each
+    # what the teachers of a level allow: a root of several speaks together, and equal scopes tell nobody apart
+    assert found(["auto"]) == ["ensemble", "scope", "agreement", "scope", "agreement"]
+    one = TeacherHierarchy(["x", "y"], [Teacher("a")])
+    assert level_assignment(change(base_args, assignment=["auto"]), 0, one) == "scope"
 
 
 # ── chunks and processes ────────────────────────────────────────────────────────────────────────────────────────────

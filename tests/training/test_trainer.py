@@ -548,7 +548,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], 
     ),
     (
         "root of several",
-        {},
+        {"assignment": "scope"},
         lambda pool, data: {
             "pool": pool.with_hierarchy(TeacherHierarchy(LABELS, [Teacher("generalist"), Teacher("pets")]))
         },
@@ -556,7 +556,7 @@ BAD_INPUT: list[tuple[str, dict[str, Any], Callable[[PseudolabelPool, Dataset], 
     ),
     (
         "no scopes",
-        {},
+        {"assignment": "scope"},
         lambda pool, data: {
             "pool": pool.with_hierarchy(
                 TeacherHierarchy(
