@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from ..method.metrics import accuracy
 from ..pool.derived import FEATURE_AGGREGATORS, aggregated_pool, boosted_pool, single_teacher_pool
 from ..pool.pseudolabels import PseudolabelPool
 from ..training.config import CoSupervisedConfig
+from ..training.inherited import default_of
+from ..training.members import DECIDED_BY_MEMBERS
 from ..training.run import RUN_DIR
 
 METHODS = ("generalist", "ensemble", "csl", "ceiling")
@@ -26,7 +28,7 @@ AGGREGATED_METHODS = (
 )
 # Co-supervision with another assignment: upper bounds, and chance.
 ASSIGNED_METHODS = ("oracle_scope", "oracle_domain", "oracle_loss", "random")
-OTHER_METHODS = (*AGGREGATED_METHODS, "boosting", "aekd", "generalist_rejection", *ASSIGNED_METHODS)
+OTHER_METHODS = ("committee", *AGGREGATED_METHODS, "boosting", "aekd", "generalist_rejection", *ASSIGNED_METHODS)
 
 
 def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
@@ -87,7 +89,7 @@ def method_pool(
         return single_teacher_pool(
             pool, "ground-truth", np.eye(hierarchy.num_labels, dtype=np.float32)[_oracle_labels(pool)]
         )
-    if method == "csl" or method in ASSIGNED_METHODS:
+    if method in ("csl", "committee", *ASSIGNED_METHODS):
         return pool
     raise ValueError(f"`method` must be one of {[*METHODS, *OTHER_METHODS]}, got {method!r}.")
 
@@ -118,11 +120,18 @@ def _repeat_root(pool: PseudolabelPool) -> PseudolabelPool:
 def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> CoSupervisedConfig:
     """Give the configuration with which a method trains: the same recipe, with its own assignment."""
     args = copy.copy(args)
+    if method == "committee":
+        defaults = {item.name: default_of(item) for item in fields(args)}
+        for name in DECIDED_BY_MEMBERS:
+            setattr(args, name, defaults[name])
+        args.method, args.output_dir = "committee", _method_dir(args, method)
+        return args
+    args.method = "csl"
     if method in ("csl", "generalist_rejection", *ASSIGNED_METHODS):
         if method == "generalist_rejection":
             args.assignment = ["scope"]
         elif method != "csl":
-            root = "ensemble" if args.assignment[0] == "ensemble" else method
+            root = args.assignment[0] if args.assignment[0] in ("auto", "ensemble") else method
             args.assignment = [root, *[method] * (num_levels - 1)]
         if method != "csl":
             args.agreement_neighbors = 0

@@ -59,6 +59,29 @@ def plot_teacher_shares(report: Mapping[str, Any], path: str | os.PathLike[str])
     return _save(figure, path)
 
 
+def plot_overview(overview: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Draw what is known without ground truth: whom the student trusted and is like, and the labels of all of them."""
+    teachers, own = overview["teachers"], overview["student"]["class_shares"]
+    rows = {name: teacher["class_shares"] for name, teacher in teachers.items()} | {"student": own}
+    figure = _new_figure(width=12, height=max(1.6 + 0.4 * len(rows), 1.0 + 0.24 * min(len(own), 24)))
+    bars, shares = figure.subplots(1, 2, width_ratios=[2, 3])
+    for aside, key, title, colour in (
+        (-0.2, "trusted", "trusted", _OURS),
+        (0.2, "agrees_with_student", "agrees with the student", _OTHERS),
+    ):
+        values = [100 * (teacher[key] or 0.0) for teacher in teachers.values()]
+        bars.barh(np.arange(len(values)) + aside, values, height=0.38, color=colour, label=title)
+    bars.set_yticks(range(len(teachers)), list(teachers))
+    bars.invert_yaxis()
+    bars.set_xlim(0, 100)
+    bars.set_xlabel("share of the examples (%)")
+    bars.legend(frameon=False, fontsize=9)
+    _draw_shares(shares, {name: {k: [v or 0.0] for k, v in row.items()} for name, row in rows.items()}, list(own))
+    if len(own) <= 24:  # of more, no legend can be read
+        shares.legend(title="label", loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
+    return _save(figure, path)
+
+
 def plot_group_shares(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Draw which share of each class or domain every teacher got, a panel for each level below the root."""
     levels = {

@@ -97,12 +97,19 @@ def format_report(report: Mapping[str, Any]) -> str:
         agreement = level.get("assignment_agreement")
         cells = [_percent(level["keep_rate"]), _percent(agreement) if agreement else "-", _percent(level["accuracy"])]
         lines.append(_row(str(level["level"]), *cells, _percent(level["pgr"]), shares))
-    lines += ["", _row("method", "accuracy", "PGR", "gain over generalist")]
-    lines.append(_row("weak teacher", _percent(report["weak_accuracy"]), _percent([0.0]), ""))
+    return "\n".join([*(line.rstrip() for line in lines), "", format_methods(report)])
+
+
+def format_methods(report: Mapping[str, Any]) -> str:
+    """Print the methods of a merged report; without a ceiling, their accuracies alone."""
+    lines = [_row("method", "accuracy", "PGR", "gain over generalist")]
+    if "weak_accuracy" in report:
+        lines.append(_row("weak teacher", _percent(report["weak_accuracy"]), _percent([0.0]), ""))
     base = report["methods"].get("generalist", {}).get("pgr")
     for name, numbers in report["methods"].items():
         gain = _percent(differences(numbers["pgr"], base)) if base and name != "generalist" else ""
-        lines.append(_row(name, _percent(numbers["accuracy"]), _percent(numbers["pgr"]), gain))
+        pgr = _percent(numbers["pgr"]) if "pgr" in numbers else ""
+        lines.append(_row(name, _percent(numbers["accuracy"]), pgr, gain))
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -55,6 +55,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "evaluation_intro": _evaluation_intro(facts, report),
         "evaluation_table": _evaluation_table(report),
         "pgr_text": _pgr_text(report),
+        "overview_table": _overview_table(report.get("overview", {})),
+        "overview_text": _overview_text(report.get("overview", {})),
         "figure": _quote(_in_repo(facts.get("figure", ""))),
         "teachers_table": _teachers_table(facts.get("teachers", [])),
         "levels_table": _levels_table(_join_levels(facts.get("levels", []), report.get("levels", []))),
@@ -183,8 +185,8 @@ def _dataset_ids(names: Sequence[str | None]) -> list[str] | None:
 def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
     """The student's measured accuracy; the Hub wants to know on what."""
     report = facts.get("report", {})
-    values = report.get("methods", {}).get("csl", {}).get("accuracy")
-    if facts.get("seed") in report.get("seeds", []):
+    values = report.get("methods", {}).get(_own_method(report), {}).get("accuracy")
+    if values is not None and facts.get("seed") in report.get("seeds", []):
         values = values[report["seeds"].index(facts["seed"])]  # of this student, not of all of them
     numbers, task = _numbers(values), _pipeline_tag(facts)
     dataset, kind, split = (_yaml(facts.get(f"dataset_{key}")) for key in ("name", "type", "split"))
@@ -301,7 +303,8 @@ def _evaluation_intro(facts: Mapping[str, Any], report: Mapping[str, Any]) -> st
 def _evaluation_table(report: Mapping[str, Any]) -> str:
     rows: list[dict[str, Any]] = [{"method": "weak teacher", "accuracy": report.get("weak_accuracy")}]
     for name, numbers in report.get("methods", {}).items():
-        title = {"csl": "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}.get(name, _escape(name))
+        titles = {_own_method(report): "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}
+        title = titles.get(name, _escape(name))
         # The ceiling recovers all of the gap by definition.
         rows.append({"method": title, **numbers} | ({"pgr": None} if name == "ceiling" else {}))
     cells = [[row["method"], _percent(row.get("accuracy")), _percent(row.get("pgr"))] for row in rows]
@@ -312,7 +315,7 @@ def _pgr_text(report: Mapping[str, Any]) -> str:
     """PGR with the three numbers that it is made of."""
     methods = report.get("methods", {})
     weak, ceiling = _percent(report.get("weak_accuracy")), _percent(methods.get("ceiling", {}).get("accuracy"))
-    student, pgr = (_percent(methods.get("csl", {}).get(name)) for name in ("accuracy", "pgr"))
+    student, pgr = (_percent(methods.get(_own_method(report), {}).get(name)) for name in ("accuracy", "pgr"))
     if not all((weak, ceiling, student, pgr)):
         return ""
     return (
@@ -320,6 +323,36 @@ def _pgr_text(report: Mapping[str, Any]) -> str:
         f"{student} %, weak teacher {weak} % and ceiling {ceiling} %; the ceiling is the same student trained with "
         "ground truth."
     )
+
+
+def _own_method(report: Mapping[str, Any]) -> str:
+    """By which method the student of the card was trained."""
+    return report.get("own_method", "csl")
+
+
+def _overview_table(overview: Mapping[str, Any]) -> str:
+    """What is known of each teacher without ground truth."""
+    keys = ("answered", "trusted", "agrees_with_student", "agrees_with_others")
+    rows = [
+        [_code(name), *(_percent(teacher.get(key)) for key in keys)]
+        for name, teacher in overview.get("teachers", {}).items()
+    ]
+    headers = ["teacher", "answered %", "trusted %", "agrees with the student %", "with the other teachers %"]
+    return _table(headers, rows)
+
+
+def _overview_text(overview: Mapping[str, Any]) -> str:
+    """What is known of the student, and of the members that it was made of."""
+    shares = overview.get("student", {}).get("class_shares", {})
+    said = []
+    if 0 < len(shares) <= _MAX_LABELS:
+        said.append(f"It labels {_join([f'{_escape(name)} {_percent(share)} %' for name, share in shares.items()])}.")
+    members = {name: _percent(member["agrees_with_student"]) for name, member in overview.get("members", {}).items()}
+    if members:
+        listed = _join([f"{_code(name)} ({share} % as the whole)" for name, share in members.items()])
+        agreement = _percent(overview.get("member_agreement"))
+        said.append(f"It is a committee of {listed}; two members agree on {agreement or 100} % of the examples.")
+    return " ".join([*said, *map(_escape, overview.get("warnings", []))])
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:

@@ -83,7 +83,7 @@ def _noise(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 # What a student's repository holds: the model, its processor, its story. No checkpoint, pool, pickle or folder else.
 _ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-STORY_FILES = ("README.md", "history.json", "report.json", "pgr.png", "teacher_shares.png")
+STORY_FILES = ("README.md", "history.json", "report.json", "pgr.png", "teacher_shares.png", "overview.png")
 STUDENT_FILES = (*MODEL_FILES, *_ADAPTER_FILES, *STORY_FILES)
 
 

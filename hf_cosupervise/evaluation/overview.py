@@ -1,0 +1,282 @@
+"""What can be said of a student without ground truth: whom it trusted, where all disagree, and what it lost."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..data.columns import is_text_column
+from ..files import whole_file, write_text
+from ..pool.pseudolabels import PseudolabelPool
+from ..training.plan import LevelPlan
+from ..training.trainer import CoSupervisedTrainer
+
+# A label that the student gives to less than this share of what its teachers give it has vanished.
+_VANISHED = 0.1
+# Of a label that teachers hardly ever give, nothing is missed.
+_RARE = 0.2
+NUM_TO_LABEL = 100
+
+
+@dataclass
+class Overview:
+    """A student beside its teachers, row by row.
+
+    Args:
+        pool (`PseudolabelPool`):
+            What the teachers say.
+        labels (`np.ndarray` of shape `(num_examples,)`):
+            The student's label ids, -1 where there is nothing that it can read.
+        probs (`np.ndarray` of shape `(num_examples,)`):
+            Their probabilities.
+        plans (`Mapping[str, LevelPlan]`):
+            The last plan of each member that chose among the pool's teachers, or of the student alone.
+        members (`Mapping[str, np.ndarray]`):
+            Labels of each member of a committee, by name.
+    """
+
+    pool: PseudolabelPool
+    labels: np.ndarray
+    probs: np.ndarray
+    plans: Mapping[str, LevelPlan]
+    members: Mapping[str, np.ndarray]
+
+    def report(self) -> dict[str, Any]:
+        """Sum up what can be known without labels.
+
+        Returns:
+            `dict[str, Any]`: JSON values. Shares are of 0 to 1; those of labels are by name, None where there is
+            nothing to count.
+        """
+        teachers = self._describe_teachers()
+        own = self._class_shares(self.labels)
+        return {
+            "num_examples": len(self.pool),
+            "student": {
+                "class_shares": own,
+                "mean_probability": _mean(self.probs[self.labels >= 0]),
+                "unread": _mean(self.labels < 0),
+            },
+            "teachers": teachers,
+            "kept": {name: plan.keep_rate for name, plan in self.plans.items()},
+            "members": {
+                name: {"agrees_with_student": self._agreement(labels), "class_shares": self._class_shares(labels)}
+                for name, labels in self.members.items()
+            },
+            "member_agreement": label_agreement(list(self.members.values())),
+            "warnings": self._find_vanished(own, teachers),
+        }
+
+    def _describe_teachers(self) -> dict[str, Any]:
+        pool, found = self.pool, {}
+        votes = {name: pool.hard_labels(name) for name in pool.hierarchy.names}
+        for index, (name, teacher) in enumerate(zip(pool.hierarchy.names, pool.hierarchy.teachers)):
+            trusted = self._trust(index)
+            others = [_agreement(votes[name], labels) for other, labels in votes.items() if other != name]
+            found[name] = {
+                "level": teacher.level,
+                "answered": _mean(votes[name] >= 0),
+                "trusted": _mean(trusted),
+                "trusted_by_label": {
+                    label: _mean(trusted[self.labels == number]) for number, label in enumerate(pool.labels)
+                },
+                "agrees_with_student": self._agreement(votes[name]),
+                "agrees_with_others": _mean(np.array([value for value in others if value is not None])),
+                "class_shares": self._class_shares(votes[name]),
+            }
+        return found
+
+    def _trust(self, index: int) -> np.ndarray:
+        """How many of the plans let a teacher speak for each example, as a share, alone or as one of its level."""
+        hierarchy, share = self.pool.hierarchy, np.zeros(len(self.pool))
+        for plan in self.plans.values():
+            alone = plan.assigned_teacher == index
+            level = hierarchy.teachers[index].level
+            together = plan.assigned_teacher == len(hierarchy.names) + level
+            share += alone + (together & self.pool.answered(hierarchy.names[index])) / len(hierarchy.levels[level])
+        return share / max(len(self.plans), 1)
+
+    def _agreement(self, labels: np.ndarray) -> float | None:
+        return _agreement(labels, self.labels)
+
+    def _class_shares(self, labels: np.ndarray) -> dict[str, float | None]:
+        counts, given = np.bincount(labels[labels >= 0], minlength=len(self.pool.labels)), int((labels >= 0).sum())
+        return {name: int(count) / given if given else None for name, count in zip(self.pool.labels, counts)}
+
+    def _find_vanished(self, own: Mapping[str, float | None], teachers: Mapping[str, Any]) -> list[str]:
+        """Labels that teachers give and the student does not: the likeliest sign that its training collapsed."""
+        said = []
+        for name in self.pool.labels:
+            given = [teacher["class_shares"][name] for teacher in teachers.values()]
+            usual = _mean(np.array([share for share in given if share])) or 0.0
+            if usual >= _RARE / len(self.pool.labels) and (own[name] or 0.0) < _VANISHED * usual:
+                said.append(
+                    f"The student gives '{name}' to {own[name] or 0.0:.1%} of the examples, teachers that know it to "
+                    f"{usual:.1%}: it may have lost that label. Look at its rows in to_label.csv."
+                )
+        return said
+
+    def disagreement(self) -> np.ndarray:
+        """Score each example by how far teachers and members contradict the student, and how unsure it is.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples,)`: 0 (nobody contradicts, and the student is sure) to 3.
+        """
+        votes = [self.pool.hard_labels(name) for name in self.pool.hierarchy.names]
+        score = self._contradicted(votes) + self._contradicted(list(self.members.values())) + 1 - self.probs
+        return np.where(self.labels >= 0, score, -1.0)
+
+    def _contradicted(self, opinions: Sequence[np.ndarray]) -> np.ndarray:
+        against, given = np.zeros(len(self.pool)), np.zeros(len(self.pool))
+        for labels in opinions:
+            given += labels >= 0
+            against += (labels >= 0) & (labels != self.labels)
+        return against / np.maximum(given, 1)
+
+    def to_label(self, num_rows: int = NUM_TO_LABEL) -> np.ndarray:
+        """Choose the examples that a person should look at first: the most disputed, in turn of each label.
+
+        Args:
+            num_rows (`int`, *optional*, defaults to 100):
+                How many.
+
+        Returns:
+            `np.ndarray`: row positions, the most disputed of each label before the next of any.
+        """
+        scores = self.disagreement()
+        order = np.argsort(-scores, kind="stable")
+        order = order[self.labels[order] >= 0]
+        turn = np.zeros(len(self.pool), dtype=np.int64)  # the how-manieth of its label each row is
+        for number in range(len(self.pool.labels)):
+            own = order[self.labels[order] == number]
+            turn[own] = np.arange(len(own))
+        return order[np.lexsort((-scores[order], turn[order]))][:num_rows]
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_labels(self, path: Path) -> None:
+        """Write `id`, `label`, `probability`, `trusted_teacher` and `kept` of every example as Parquet."""
+        with whole_file(path) as temporary:
+            Dataset.from_dict(self._columns(np.arange(len(self.pool)))).to_parquet(str(temporary))
+
+    def save_to_label(self, path: Path, num_rows: int = NUM_TO_LABEL) -> None:
+        """Write the examples that a person should look at first, with what everybody says of them, as CSV."""
+        rows = self.to_label(num_rows)
+        columns = self._columns(rows)
+        inputs, column = self.pool.inputs, str(self.pool.input_column)
+        if inputs is not None and column in inputs.column_names and is_text_column(inputs, column):
+            columns[column] = list(inputs.select(rows)[column])
+        for name in self.pool.hierarchy.names:
+            columns[f"teacher {name}"] = self._names(self.pool.hard_labels(name)[rows])
+        columns |= {f"member {name}": self._names(labels[rows]) for name, labels in self.members.items()}
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
+        write_text(path, text.getvalue())
+
+    def _columns(self, rows: np.ndarray) -> dict[str, Any]:
+        lead = next(iter(self.plans.values()), None)
+        speakers = np.full(len(self.pool), -1) if lead is None else lead.assigned_teacher
+        kept = np.zeros(len(self.pool)) if lead is None else lead.keep_mask
+        names = [*self.pool.source_names, None]
+        return {
+            "id": [self.pool.ids[row] for row in rows.tolist()],
+            "label": self._names(self.labels[rows]),
+            "probability": [float(value) for value in self.probs[rows]],
+            "trusted_teacher": [names[index] for index in speakers[rows].tolist()],
+            "kept": [bool(value) for value in kept[rows]],
+        }
+
+    def _names(self, labels: np.ndarray) -> list[str | None]:
+        names = [*self.pool.labels, None]  # of -1
+        return [names[number] for number in labels.tolist()]
+
+
+def overview(trainer: CoSupervisedTrainer) -> Overview:
+    """Look at a trained student beside its teachers, without any label.
+
+    Args:
+        trainer (`CoSupervisedTrainer`):
+            After `train()`.
+
+    Returns:
+        `Overview`
+    """
+    labels, probs = np.full(len(trainer.pool), -1), np.zeros(len(trainer.pool), dtype=np.float32)
+    for rows, log_probs in trainer.predict_log_probs(trainer.student.examples):
+        best = log_probs.max(dim=1)
+        readable = trainer.student.readable[rows]
+        labels[rows] = np.where(readable, best.indices.numpy(), -1)
+        probs[rows] = np.where(readable, torch.exp(best.values).numpy(), 0.0)
+    return Overview(trainer.pool, labels, probs, *_opinions(trainer))
+
+
+def _opinions(trainer: CoSupervisedTrainer) -> tuple[dict[str, LevelPlan], dict[str, np.ndarray]]:
+    """The last plans of all that chose among the teachers, and the labels of a committee's members."""
+    if trainer.committee is None:
+        return {"student": trainer.plans[-1]}, {}
+    plans = {member.name: member.plan for member in trainer.committee.members if member.plan is not None}
+    return plans, trainer.committee.labels(trainer.student.example_features(), trainer.student.readable)
+
+
+def format_overview(report: Mapping[str, Any]) -> str:
+    """Print what can be said without labels as a table of teachers, and a line for each other thing."""
+    lines = [f"{'teacher':<25}{'level':<8}{'answered':<12}{'trusted':<12}{'like student':<15}like others"]
+    for name, teacher in report["teachers"].items():
+        shares = [
+            _percent(teacher[key]) for key in ("answered", "trusted", "agrees_with_student", "agrees_with_others")
+        ]
+        cells = f"{teacher['level']:<8}{shares[0]:<12}{shares[1]:<12}{shares[2]:<15}{shares[3]}"
+        lines.append(f"{name:<25}{cells}")
+    lines.append("")
+    kept = ", ".join(f"{name} {_percent(share)}" for name, share in report["kept"].items())
+    lines.append(f"pseudolabels kept at the last level: {kept}")
+    if report["members"]:
+        agreement = ", ".join(
+            f"{name} {_percent(member['agrees_with_student'])}" for name, member in report["members"].items()
+        )
+        lines.append(
+            f"members that agree with the student: {agreement}; with each other {_percent(report['member_agreement'])}"
+        )
+    own = ", ".join(f"{name} {_percent(share)}" for name, share in report["student"]["class_shares"].items())
+    lines.append(f"labels of the student: {own}")
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _agreement(first: np.ndarray, second: np.ndarray) -> float | None:
+    both = (first >= 0) & (second >= 0)
+    return _mean(first[both] == second[both])
+
+
+def label_agreement(opinions: Sequence[np.ndarray]) -> float | None:
+    """Measure on how many examples two sets of labels agree, on average over all pairs; None for fewer than two.
+
+    Args:
+        opinions (`Sequence[np.ndarray]`):
+            Label ids `(num_examples,)` of each, -1 for none.
+    """
+    pairs = [
+        value
+        for number, first in enumerate(opinions)
+        for second in opinions[number + 1 :]
+        if (value := _agreement(first, second)) is not None
+    ]
+    return float(np.mean(pairs)) if pairs else None
