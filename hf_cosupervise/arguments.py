@@ -82,8 +82,10 @@ class _RecipeParser(HfArgumentParser):
         raise ValueError(f"The command line must fit the options, got: {message}. `--help` lists them.")
 
     def read_dicts_as_json(self) -> None:
-        """Let options of dictionaries, which `argparse` would pass to `dict`, read JSON."""
+        """Let options of dictionaries, which `argparse` would pass to `dict`, read JSON; those of anything do too."""
         for action in self._actions:
+            if action.type is Any:
+                action.type = _read_anything
             if action.type is not None and (get_origin(action.type) or action.type) is dict:
                 action.type = _read_json_dict
 
@@ -92,6 +94,10 @@ class _RecipeParser(HfArgumentParser):
         self.set_defaults(**values)
         for action in self._actions:
             action.required = action.required and action.dest not in values
+
+
+def _read_anything(text: str) -> Any:
+    return _read_json_dict(text) if text.lstrip().startswith("{") else text
 
 
 def _read_json_dict(text: str) -> dict[str, Any]:

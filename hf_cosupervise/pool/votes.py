@@ -229,9 +229,8 @@ def with_aggregate(
         root = aggregated_pool(pool, method, name, features=features)
     specialists = [replace(teacher, level=teacher.level + 1) for teacher in pool.hierarchy.teachers]
     hierarchy = TeacherHierarchy(pool.labels, [*root.hierarchy.teachers, *specialists])
-    return PseudolabelPool(
-        hierarchy, {**root.teachers, **pool.teachers}, pool.inputs, {**root.facts, **pool.facts}, pool.source
-    )
+    teachers, facts = {**root.teachers, **pool.teachers}, {**root.facts, **pool.facts}
+    return PseudolabelPool(hierarchy, teachers, pool.inputs, facts, pool.source, input_column=pool.input_column)
 
 
 # ── what is in a pool of votes ──────────────────────────────────────────────────────────────────────────────────────

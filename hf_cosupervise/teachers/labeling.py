@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -241,6 +241,15 @@ def _check_options(
         raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
 
 
+def undeclared_truth(dataset: Dataset, allowed: Container[str | None]) -> list[str]:
+    """Name the columns that look like ground truth, but for those that are known to be something else."""
+    return [
+        name
+        for name, feature in dataset.features.items()
+        if (name.lower() in _GOLD_NAMES or isinstance(feature, ClassLabel)) and name not in allowed
+    ]
+
+
 def _check_columns(
     dataset: Dataset,
     hierarchy: TeacherHierarchy,
@@ -266,12 +275,7 @@ def _check_columns(
             f"Ground truth must reach no teacher, got column '{oracle_column}' both as `oracle_column` and as "
             f"the answers of teacher '{answers[oracle_column]}'. Leave one of the two out."
         )
-    allowed = {*answers, oracle_column, oracle_domain_column, input_column}
-    undeclared = [
-        name
-        for name, feature in dataset.features.items()
-        if (name.lower() in _GOLD_NAMES or isinstance(feature, ClassLabel)) and name not in allowed
-    ]
+    undeclared = undeclared_truth(dataset, {*answers, oracle_column, oracle_domain_column, input_column})
     if undeclared:
         raise ValueError(
             f"Data for a pool must hold no undeclared ground truth, got the columns {undeclared}. Keep one for "

@@ -274,3 +274,11 @@ def test_a_hierarchy_of_votes_is_saved_and_read(tmp_path):
     read = PseudolabelPool.load(tmp_path / "pool")
     assert isinstance(read.hierarchy, TeacherHierarchy) and read.hierarchy == pool.hierarchy
     torch.testing.assert_close(read.decode_level([0, 1], slice(None)), pool.decode_level([0, 1], slice(None)))
+
+
+def test_a_root_of_all_keeps_what_is_known_of_the_inputs():
+    data = Dataset.from_dict(
+        {"words": ["a", "b", "c", "d"], "lf_a": ["x", "y", "x", "y"], "lf_b": ["x", "x", "y", "y"]}
+    )
+    pool = build_pool(data, hierarchy_from_columns(data), input_column="words", disable_tqdm=True)
+    assert pool.with_aggregate("mean_probs").input_column == "words"

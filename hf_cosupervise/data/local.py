@@ -1,0 +1,144 @@
+"""Data in plain files of this machine: a table, or a folder of images."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Image
+from datasets.exceptions import DatasetsError
+from PIL import Image as PILImage
+
+from ..files import is_inside
+from .cells import check_cells
+from .columns import shorten
+
+TABLE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# What systems leave in folders by themselves.
+_NOT_MEANT = ("Thumbs.db", "desktop.ini")
+
+
+def is_table(name: str | os.PathLike[str]) -> bool:
+    """Tell whether a name is one of a file with a table."""
+    return Path(name).suffix.lower() in TABLE_KINDS and not Path(name).is_dir()
+
+
+def load_table(path: str | os.PathLike[str]) -> Dataset:
+    """Read a CSV, TSV, JSON-lines or Parquet file.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file; of a CSV file the first line names the columns, and an empty cell is a missing one.
+
+    Returns:
+        `datasets.Dataset`
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it cannot be read, has no header, or a cell names a file in place of its content.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"`dataset` must be a file, a folder or an id on the Hub, got no file '{path}'.")
+    with _one_sentence(path):
+        if path.suffix.lower() in (".csv", ".tsv"):
+            data = _read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",")
+        elif path.suffix.lower() == ".parquet":
+            data = Dataset.from_parquet(str(path))
+        else:
+            data = Dataset.from_json(str(path))
+    check_cells(data.data.table, f"The data in '{path}'", "Put the content in, or give a folder of images.")
+    return data
+
+
+def _read_csv(path: Path, separator: str) -> Dataset:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, delimiter=separator), [])
+    strange = [name for name in header if not name.strip() or _is_number(name) or header.count(name) > 1]
+    if strange or not header:
+        raise ValueError(
+            f"the first line must name the columns, each by a word of its own, and holds {shorten(header, 6)}. Write "
+            "such a line"
+        )
+    # Nothing but an empty cell is missing: "NA" and "None" may be labels.
+    return Dataset.from_csv(str(path), sep=separator, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (DatasetsError, ValueError) as error:  # what pandas, pyarrow and json raise are such
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        raise ValueError(f"`dataset` must be a table that can be read, got '{path}': {reason}.") from error
+
+
+def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on_error: str = "raise") -> Dataset:
+    """List the images below a folder.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The folder; those that lie in it count too, but for hidden ones.
+        with_labels (`bool`, *optional*, defaults to `False`):
+            Whether the name of an image's own folder is its `label`, where all lie in folders of their own.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            What to do with files that are no images: `"raise"`, or leave them out as `"missing"`.
+
+    Returns:
+        `datasets.Dataset`: `id`, the path within the folder, `image`, and `label` where it is asked for.
+
+    Raises:
+        ValueError: If there are no images, other files than images, or links that lead out of the folder.
+    """
+    folder = Path(folder)
+    known, images, others = PILImage.registered_extensions(), list[Path](), list[str]()
+    for path in _walk(folder):
+        if not is_inside(path, folder):
+            raise ValueError(
+                f"`dataset` must be a folder that holds its images itself, got '{folder}' with a link '{path.name}' "
+                "that leads out of it. It was not opened; copy the image."
+            )
+        is_image = path.suffix.lower() in known and _opens(path)
+        images.append(path) if is_image else others.append(path.relative_to(folder).as_posix())
+    if others and on_error == "raise":
+        raise ValueError(
+            f"`dataset` must be a folder of images, got {len(others)} files in '{folder}' that are none: "
+            f"{shorten(others, 5)}. Take them out, or leave them out by `on_error` 'missing'."
+        )
+    if not images:
+        raise ValueError(f"`dataset` must be a folder of images or one of `save_to_disk`, got neither in '{folder}'.")
+    columns: dict[str, list[Any]] = {
+        "id": [path.relative_to(folder).as_posix() for path in images],
+        "image": [str(path) for path in images],
+    }
+    with_labels = with_labels and all(path.parent != folder for path in images)
+    if with_labels:
+        columns["label"] = [path.parent.name for path in images]
+    data = Dataset.from_dict(columns).cast_column("image", Image())
+    return data.cast_column("label", ClassLabel(names=sorted(set(columns["label"])))) if with_labels else data
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(files) if name[0] != "." and name not in _NOT_MEANT)
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with PILImage.open(path):  # reads the header alone
+            return True
+    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
+        return False

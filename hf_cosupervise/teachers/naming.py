@@ -1,0 +1,120 @@
+"""A hierarchy from nothing but names: of models, of columns of the data, or of a whole hierarchy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from ..data.columns import shorten
+from ..hierarchy import Teacher, TeacherHierarchy
+from ..hub.client import is_folder
+from ..models.source import find_model
+from .hub import HIERARCHY_FILES, load_hierarchy
+from .running import read_names
+
+_LEVEL = re.compile(r"(\d+):(.+)")
+
+
+def hierarchy_from_names(
+    names: Sequence[str | Mapping[str, Any]], dataset: Dataset, labels: Sequence[str] | None = None
+) -> TeacherHierarchy:
+    """Make a hierarchy of teachers that are only named, as on a command line.
+
+    Args:
+        names (`Sequence[str]`):
+            One name of a hierarchy (file, folder or Hub id, see [`load_hierarchy`]), or of each teacher its Hub id,
+            its folder, or the column of `dataset` with its answers, with its level in front where it has one
+            (`"1:org/cats"`; 0 by default). The fields of a [`Teacher`] as a mapping do as well.
+        dataset (`datasets.Dataset`):
+            The data to be labelled.
+        labels (`Sequence[str]`, *optional*):
+            The task's labels. Defaults to the hierarchy's, or to those of the teachers, those of the root first.
+
+    Returns:
+        `TeacherHierarchy`
+
+    Raises:
+        ValueError: If labels cannot be found, or teachers share none.
+    """
+    if len(names) == 1 and isinstance(names[0], str) and _is_hierarchy(names[0], dataset):
+        hierarchy = load_hierarchy(names[0])
+        if labels is not None and tuple(labels) != hierarchy.labels:
+            raise ValueError(
+                f"`labels` must be those of the hierarchy '{names[0]}', {shorten(hierarchy.labels)}, got "
+                f"{shorten(labels)}. Leave them out."
+            )
+        return hierarchy
+    teachers = [_read_teacher(name, dataset) for name in names]
+    return TeacherHierarchy(labels or _find_labels(teachers, dataset), teachers)
+
+
+def _is_hierarchy(name: str, dataset: Dataset) -> bool:
+    if name in dataset.column_names or _LEVEL.fullmatch(name):
+        return False
+    if Path(name).suffix in (".json", ".yaml", ".yml"):
+        return True
+    if is_folder(name):
+        return any(Path(name, file).is_file() for file in HIERARCHY_FILES)
+    return not _is_model_on_hub(name)
+
+
+def _is_model_on_hub(name: str) -> bool:
+    try:
+        find_model(name, what=f"Teacher '{name}'")
+    except FileNotFoundError:  # no configuration of a model: `load_hierarchy` says what else it lacks
+        return False
+    return True
+
+
+def _read_teacher(name: str | Mapping[str, Any], dataset: Dataset) -> Teacher:
+    if isinstance(name, Mapping):
+        return Teacher(**name)
+    found = _LEVEL.fullmatch(name)
+    level, model = (int(found[1]), found[2]) if found else (0, name)
+    if model in dataset.column_names:
+        return Teacher(model, level=level, kind="column", name=re.sub(r"[^A-Za-z0-9._-]", "-", model).strip("-._"))
+    return Teacher(model, level=level)
+
+
+def _find_labels(teachers: Sequence[Teacher], dataset: Dataset) -> list[str]:
+    """The labels of all teachers, those of the first levels first."""
+    known: dict[str, None] = {}
+    for teacher in sorted(teachers, key=lambda teacher: teacher.level):
+        own = _labels_of(teacher, dataset)
+        if known and known.keys().isdisjoint(own):
+            raise ValueError(
+                f"Teachers must share labels, got {shorten(own, 8)} of '{teacher.name}' and {shorten(known, 8)} of "
+                "those before it. Give the task's labels by `labels`, and a `label_map` in a hierarchy."
+            )
+        known |= dict.fromkeys(own)
+    return list(known)
+
+
+def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
+    if teacher.kind == "column":
+        seen = {value for value in read_names(dataset, teacher.model) if value is not None and value != ""}
+        if not seen or not all(isinstance(value, str) for value in seen):
+            raise ValueError(
+                f"The labels of a column are found where it holds names, got {shorten(sorted(map(str, seen)), 8)} in "
+                f"'{teacher.model}'. Give the task's `labels`."
+            )
+        return sorted(seen)
+    source = find_model(
+        teacher.model, what=f"Teacher '{teacher.name}'", revision=teacher.revision, subfolder=teacher.subfolder
+    )
+    config = source.config
+    described = config.get("pretrained_cfg")
+    names = config.get("id2label") or config.get("label_names")
+    names = names or (described.get("label_names") if isinstance(described, Mapping) else None)
+    if isinstance(names, Mapping):
+        names = [names[key] for key in sorted(names, key=lambda key: (len(str(key)), str(key)))]
+    if not isinstance(names, list) or not names or all(str(name).startswith("LABEL_") for name in names):
+        raise ValueError(
+            f"Teacher '{teacher.name}' must tell the names of its labels, got {shorten(names or [], 8)} in its "
+            "'config.json'. Give the task's labels by `labels`, or name them there."
+        )
+    return [str((teacher.label_map or {}).get(str(name), name)) for name in names]
