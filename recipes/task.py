@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from hf_cosupervise import PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.arguments import recipe_arguments_to_dict
 from hf_cosupervise.data.columns import find_input_column, find_label_column, is_text_column
 from hf_cosupervise.data.loading import load_folder, load_splits
+from hf_cosupervise.data.local import is_table, load_images, load_table
 from hf_cosupervise.hub.client import is_folder, resolve_commit
+from hf_cosupervise.teachers.labeling import undeclared_truth
 from hf_cosupervise.training.config import fields_without
 
 
@@ -184,3 +186,111 @@ def modality_of(pool: PseudolabelPool) -> str | None:
     if pool.inputs is None:
         return None
     return "text" if is_text_column(pool.inputs, find_input_column(pool.inputs)) else "image"
+
+
+# ── data of one's own ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_own_data(args: DataArguments, answers: Sequence[str]) -> tuple[Dataset, Dataset | None, str | None]:
+    """Open the data to be labelled and those to test on, without labels that nobody declared.
+
+    Args:
+        args (`DataArguments`):
+            Where they are.
+        answers (`Sequence[str]`):
+            Columns that may hold a teacher's answers.
+
+    Returns:
+        `tuple[Dataset, Dataset | None, str | None]`: both, declared labels in a column `label`, and the commit on the
+        Hub of the first.
+    """
+    if args.test_split is not None and args.test_dataset is not None:
+        raise ValueError("One of `test_split` and `test_dataset` is needed, got both. Leave one out.")
+    data, commit = _open_any(args.dataset, args.dataset_revision, args)
+    train = _pick_split(data, args.train_split, "train_split", args.dataset)
+    train = keep_labels(train, args.label_column, answers, args.dataset, is_test=False)
+    if args.test_split is None and args.test_dataset is None:
+        return train, None, commit
+    if args.test_dataset is not None:
+        data, _ = _open_any(args.test_dataset, None, args)
+        split = args.train_split if len(data) > 1 else next(iter(data))
+    else:
+        split = str(args.test_split)
+    where = str(args.test_dataset or args.dataset)
+    test = _pick_split(data, split, "test_split", where)
+    return train, keep_labels(test, args.label_column, answers, where, is_test=True), commit
+
+
+def _open_any(name: str, revision: str | None, args: DataArguments) -> tuple[DatasetDict, str | None]:
+    """Open a table, a folder of images or of `save_to_disk`, or a data set on the Hub at one commit."""
+    if is_table(name):
+        return DatasetDict({"train": load_table(name)}), None
+    if is_folder(name):
+        if not Path(name).is_dir():
+            raise FileNotFoundError(f"`dataset` must be a file, a folder or an id on the Hub, got no folder '{name}'.")
+        if not any(Path(name, file).is_file() for file in ("state.json", "dataset_dict.json")):
+            images = load_images(name, with_labels=args.label_column is not None, on_error=args.on_error)
+            return DatasetDict({"train": images}), None
+        data = load_folder(name)
+        return data if isinstance(data, DatasetDict) else DatasetDict({"train": data}), None
+    commit = resolve_commit(name, revision, what="`dataset`", repo_type="dataset")
+    with PartialState().main_process_first():
+        return load_splits(name, commit), commit
+
+
+def _pick_split(data: DatasetDict, split: str, field: str, where: str) -> Dataset:
+    if split not in data and not (field == "train_split" and len(data) == 1):
+        raise ValueError(f"`{field}` must be one of {list(data)} of '{where}', got {split!r}. Choose one of them.")
+    found = data[split] if split in data else data[next(iter(data))]
+    if not len(found):
+        raise ValueError(f"`dataset` must hold rows, got none in '{where}'. Give others.")
+    return found
+
+
+def keep_labels(data: Dataset, declared: str | None, answers: Sequence[str], where: str, *, is_test: bool) -> Dataset:
+    """Keep declared labels in a column `label`, and drop with a word what looks like others."""
+    if declared is not None and declared in answers:
+        raise ValueError(
+            f"Ground truth must reach no teacher, got column '{declared}' both as `label_column` and as a teacher's "
+            "answers. Leave one of the two out."
+        )
+    if declared is not None and declared not in data.column_names and not is_test:
+        declared = None  # the test alone may be labelled
+    undeclared = undeclared_truth(data, {*answers, declared})
+    if undeclared and not is_test:
+        say(
+            f"Dropped the columns {undeclared} of '{where}', which may hold ground truth: nothing is trained or "
+            "chosen by it. `--label_column` declares one, to measure on."
+        )
+    data = data.remove_columns(undeclared)
+    if declared is None or declared not in data.column_names:
+        if is_test:
+            raise ValueError(
+                f"Data to test on must have labels, got {data.column_names} in '{where}'. Name their column by "
+                "`--label_column`."
+            )
+        return data
+    return data if declared == "label" else data.rename_column(declared, "label")
+
+
+def label_own(
+    dataset: Dataset,
+    hierarchy: TeacherHierarchy,
+    folder: Path | None,
+    args: DataArguments,
+    quiet: bool,
+    commit: str | None,
+) -> PseudolabelPool:
+    """Label data of one's own: now, each process its share, or in an earlier run."""
+    if folder is not None and folder.exists():
+        return PseudolabelPool.load(folder)
+    return build_pool(
+        dataset,
+        hierarchy,
+        output_dir=folder,
+        input_column=args.input_column,
+        oracle_column="label" if "label" in dataset.column_names else None,
+        on_error=args.on_error,
+        disable_tqdm=quiet,
+        source=None if commit is None else {"dataset": args.dataset, "commit": commit},
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hf_cosupervise import CoSupervisedConfig
 from hf_cosupervise.evaluation.methods import METHODS
@@ -13,17 +14,48 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 @dataclass
 class DataArguments:
-    """Say which data, and who gets what of it: `permutation(seed)` shares the training split out."""
+    """Say which data; in an experiment also who gets what of it: `permutation(seed)` shares the training split out."""
 
-    dataset: str = field(default="data/digits", metadata={"help": "Folder of `save_to_disk`, or Hub id."})
+    dataset: str = field(
+        default="data/digits",
+        metadata={
+            "help": "Hub id, folder of `save_to_disk`, folder of images, or CSV, TSV, JSON-lines or Parquet file."
+        },
+    )
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a data set's id."})
     prepare_dataset: str | None = field(
         default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
     )
     train_split: str = field(default="train", metadata={"help": "Split that is shared out."})
-    test_split: str | None = field(default=None, metadata={"help": "Split to test on. Default: what is left over."})
-    num_teacher_examples: int = field(default=400, metadata={"help": "First examples, labelled, for the teachers."})
-    num_pool_examples: int = field(default=1000, metadata={"help": "Unlabelled examples for the student."})
+    test_split: str | None = field(
+        default=None,
+        metadata={"help": "Labelled split to test on. Default: none; in an experiment what is left over."},
+    )
+    test_dataset: str | None = field(
+        default=None, metadata={"help": "Labelled data to test on, given like `dataset`, instead of `test_split`."}
+    )
+    input_column: str | None = field(
+        default=None, metadata={"help": "Column that the student reads. Default: found where only one can be meant."}
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of ground truth in data of one's own, for the test and the ceiling alone. Undeclared ones "
+            "are dropped. For a folder of images: `label`, the name of each image's own folder."
+        },
+    )
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "The task's labels. Default: those that the teachers name."}
+    )
+    on_error: str = field(
+        default="raise", metadata={"help": "Rows of one's own that cannot be read: 'raise', or leave them 'missing'."}
+    )
+    num_teacher_examples: int = field(
+        default=0, metadata={"help": "First examples, labelled, for weak teachers: above 0 this is an experiment."}
+    )
+    num_pool_examples: int = field(
+        default=1000, metadata={"help": "Unlabelled examples for the student of an experiment."}
+    )
     pool_from_end: bool = field(
         default=False, metadata={"help": "Take the pool from the end, not after the teachers'."}
     )
@@ -58,7 +90,16 @@ class RecipeArguments:
     """Say what is compared."""
 
     seeds: str = field(default="0", metadata={"help": "Seeds, separated by commas."})
-    methods: list[str] = field(default_factory=lambda: list(METHODS), metadata={"help": "What is compared."})
+    methods: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": f"What is compared on labelled examples. Default: {', '.join(METHODS)}; with data of one's own "
+            "the student beside generalist and ensemble, and the ceiling where the data have labels."
+        },
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Only say what would be done with data of one's own, and how long it takes."}
+    )
     control: bool = field(default=True, metadata={"help": "Also train on one teacher that saw all the labels."})
     resume: bool = field(
         default=True,
@@ -110,11 +151,24 @@ class TeacherArguments:
         default_factory=lambda: [1, 2, 5],
         metadata={"help": "Teachers per level; each level shares the task out evenly."},
     )
-    specialize_by: str = field(default="label", metadata={"help": "Share out the 'label's or the 'domain's."})
-    teachers: list[dict] = field(
+    specialize_by: str = field(
+        default="label",
+        metadata={
+            "help": "Share out the 'label's, the 'domain's, or the 'examples', so that all teachers know everything."
+        },
+    )
+    labels_per_teacher: int | None = field(
+        default=None,
+        metadata={
+            "help": "Let each specialist know so many neighbouring labels of a seeded order, which overlap with those "
+            "of the next, and tell nobody. Default: a share of its own of the labels, told as `scope`."
+        },
+    )
+    teachers: list[Any] = field(
         default_factory=list,
         metadata={
-            "help": "Teachers that need no training: the fields of `Teacher` of each, `kind: column` for people."
+            "help": "Teachers that need no training: a hierarchy by its path or Hub id, or single ones by theirs, or "
+            "by a column of the data, with a level in front (`1:org/cats`); in YAML the fields of `Teacher` too."
         },
     )
     teachers_dir: str | None = field(

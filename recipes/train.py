@@ -1,12 +1,16 @@
-"""Co-supervise a student from end to end, beside the baselines, and write an honest report.
+"""Co-supervise a student on data of your own, with your teachers and without a label, and give an account of it.
 
+    accelerate launch recipes/train.py --dataset photos/ --teachers 0:org/pets 1:org/cats 1:org/dogs \\
+        --student facebook/dinov2-small --output_dir outputs/pets
+    accelerate launch recipes/train.py --dataset mine.csv --teachers rater_1 rater_2 org/moods --student org/encoder
     accelerate launch recipes/train.py                                     # embedded digits, no network
     accelerate launch recipes/train.py --config recipes/configs/fashion_c1.yaml --seeds 0,1,2,3,4
-    accelerate launch recipes/train.py --push_to_hub --hub_model_id me/digits       # publish it, then or later
 
-Trains the teachers where they are not there yet, labels the pool once, trains the student by every method with one
-recipe, and leaves the student of the first seed in `output_dir` with a model card, `report.json` and figures. Data,
-teachers (with `--teachers_revision`) and student may be ids on the Hub; each is pinned to one commit.
+Labels the data once with every teacher, trains the student, and leaves it in `output_dir` with a model card, what can
+be said of it without ground truth (`report.json`, a figure), the label of every example (`labels.parquet`) and the
+hundred that a person should look at first (`to_label.csv`). With labels to test on (`--test_split`, `--test_dataset`)
+it is measured beside the baselines too. `--dry_run` says what would be done. The same command goes on with a run that
+was cut off, and prints the report of a finished one again; `--push_to_hub` publishes it, then or later.
 """
 
 from __future__ import annotations
@@ -14,196 +18,322 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
+import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
-from datasets import disable_progress_bars
-from task import check_run, find_student, label_data, load_split, modality_of, say
-from task_arguments import (
-    DEFAULT_CONFIG,
-    RECIPE_TYPES,
-    DataArguments,
-    RecipeArguments,
-    StudentArguments,
-    TeacherArguments,
-)
-from train_teachers import CONTROL, control_hierarchy, is_on_hub, train_teachers
+from datasets import Dataset, disable_progress_bars
+from experiment import open_target, run_experiment
+from task import check_run, label_own, open_own_data, say
+from task_arguments import DEFAULT_CONFIG, RECIPE_TYPES, DataArguments, TeacherArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_cosupervise import CoSupervisedConfig, PseudolabelPool
-from hf_cosupervise.arguments import parse_recipe_args, recipe_arguments_to_dict
-from hf_cosupervise.evaluation.comparison import compare_methods
-from hf_cosupervise.evaluation.methods import teacher_accuracies, weak_accuracy
-from hf_cosupervise.evaluation.plots import plot_pgr, plot_teacher_shares
-from hf_cosupervise.evaluation.report import format_report, merge_reports, save_report
+from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, TeacherHierarchy
+from hf_cosupervise.arguments import parse_recipe_args, read_recipe_config, recipe_arguments_to_dict
+from hf_cosupervise.evaluation.comparison import Comparison, Contestant
+from hf_cosupervise.evaluation.methods import method_arguments, teacher_accuracies, weak_accuracy
+from hf_cosupervise.evaluation.overview import Overview, format_overview, label_agreement, overview
+from hf_cosupervise.evaluation.plots import plot_overview
+from hf_cosupervise.evaluation.report import add_pgr, format_methods, merge_reports, save_report
 from hf_cosupervise.hub.cards import model_card, write_card
-from hf_cosupervise.hub.client import open_repo
-from hf_cosupervise.pool.derived import calibrated_pool
 from hf_cosupervise.processes import join_processes
 from hf_cosupervise.students.publishing import STORY_FILES, push_student
-from hf_cosupervise.training.publishing import describe_teacher
+from hf_cosupervise.teachers.kinds.loading import identify_teacher
+from hf_cosupervise.teachers.naming import hierarchy_from_names
+
+FIGURE = "overview.png"
+FILES = [
+    ("report.json", "what is known of student and teachers"),
+    ("history.json", "the levels of this student, and the commits of all that it was made of"),
+]
+# Rows that a dry run labels to see how long all of them take, and how many times as many it labels then.
+_SAMPLE, _TIMES = 32, 3
 
 
-def run_seed(
-    seed: int,
-    data_args: DataArguments,
-    teacher_args: TeacherArguments,
-    student_args: StudentArguments,
-    recipe_args: RecipeArguments,
-    config: CoSupervisedConfig,
+@dataclass
+class OwnTask:
+    """Data of one's own, who labels them, and what is there to measure on."""
+
+    data: Dataset
+    commit: str | None
+    hierarchy: TeacherHierarchy
+    test: Dataset | None
+
+    @property
+    def is_labelled(self) -> bool:
+        """`bool`: Whether the data to be learnt from have declared labels, for the ceiling."""
+        return "label" in self.data.column_names
+
+
+def parse() -> tuple[Any, ...]:
+    """Read the command line; without data or teachers on it, the embedded digits are what is run."""
+    argv = sys.argv[1:]
+    given = {text.split("=")[0].removeprefix("--").replace("-", "_") for text in argv if text.startswith("--")}
+    is_own = bool(given & {"dataset", "teachers"}) and "config" not in given
+    run = parse_recipe_args(RECIPE_TYPES, default_config=None if is_own else DEFAULT_CONFIG)
+    if run[0].num_teacher_examples == 0:
+        if "config" in given:
+            given |= {*read_recipe_config(argv_value(argv, "config"), RECIPE_TYPES)}
+        # One student for everybody: several ways to train it, of which none has to be chosen.
+        if "method" not in given and run[4].student_training == "probe":
+            run[4].method = "committee"
+    return run
+
+
+def argv_value(argv: Sequence[str], name: str) -> str:
+    """Give the value of an option of the command line."""
+    for number, text in enumerate(argv):
+        if text == f"--{name}":
+            return argv[number + 1]
+        if text.startswith(f"--{name}="):
+            return text.split("=", 1)[1]
+    raise ValueError(f"`--{name}` must be followed by a value, got none.")
+
+
+def open_task(data_args: DataArguments, teacher_args: TeacherArguments, methods: Sequence[str] | None) -> OwnTask:
+    """Open the data and name the teachers, and refuse what cannot be done with them."""
+    names = list(teacher_args.teachers)
+    if teacher_args.teachers_dir is not None:
+        names.append(teacher_args.teachers_dir)
+    if not names:
+        raise ValueError(
+            "Teachers are needed, got none. Name a hierarchy, or models by their ids or folders, by `--teachers`; or "
+            "give labelled examples to weak ones by `--num_teacher_examples`."
+        )
+    answers = [str(name).split(":", 1)[-1] for name in names if isinstance(name, str)]
+    answers += [str(name.get("model")) for name in names if isinstance(name, dict)]
+    data, test, commit = open_own_data(data_args, answers)
+    hierarchy = hierarchy_from_names(names, data, data_args.labels)
+    if Path(data_args.dataset).is_dir() and "label" in data.column_names:
+        folders = data.features["label"].names if hasattr(data.features["label"], "names") else hierarchy.labels
+        if not set(folders) & set(hierarchy.labels):  # images lie in folders for another reason than their labels
+            data = data.remove_columns("label")
+    task = OwnTask(data, commit, hierarchy, test)
+    if methods is not None and "ceiling" in methods and not task.is_labelled:
+        raise ValueError(
+            "`methods` 'ceiling' is a student of ground truth, got data without. Name its column by `--label_column`, "
+            "or leave it out."
+        )
+    if methods is not None and test is None:
+        raise ValueError(
+            f"`methods` are compared on labelled examples, got {list(methods)} and none. Give `--test_split` or "
+            "`--test_dataset`, or leave them out."
+        )
+    return task
+
+
+def tell_plan(task: OwnTask, run: tuple[Any, ...]) -> None:
+    """Say what would be done, and how long it takes by a look at a few rows."""
+    data_args, _, student_args, recipe_args, config = run
+    num_rows, rows = len(task.data), np.linspace(0, len(task.data) - 1, min(len(task.data), _SAMPLE * _TIMES))
+    sample = task.data.select(np.unique(rows.astype(int)))
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.time()
+        label_own(sample.select(range(min(_SAMPLE, len(sample)))), task.hierarchy, None, data_args, True, None)
+        first, started = time.time() - started, time.time()
+        pool = with_root(label_own(sample, task.hierarchy, None, data_args, True, None))
+        # The difference of both, or loading the models would count as labelling.
+        more = max(time.time() - started - first, 0.0) / max(len(sample) - _SAMPLE, 1)
+        own = copy.copy(config)
+        own.output_dir, own.push_to_hub, own.method = folder, False, "csl"
+        trainer = CoSupervisedTrainer(student_args.student, own, pool=pool)
+        size, started = 0, time.time()
+        if trainer.student.head is not None:
+            size = trainer.pool_features().shape[1]
+        features = (time.time() - started) / len(sample)
+    models = [teacher for teacher in task.hierarchy.teachers if teacher.kind != "column"]
+    weights = sum(identify_teacher(teacher)[1] for teacher in models)
+    k = min(16, task.hierarchy.num_labels)
+    on_disk = num_rows * (4 * size + 4 * k * len(task.hierarchy.teachers))
+    seeds = len(recipe_args.seeds.split(","))
+    say(
+        f"{num_rows} rows, {task.hierarchy!r}: {len(models)} models ({weights / 1e6:.0f} MB) and "
+        f"{len(task.hierarchy.teachers) - len(models)} columns; labels {list(task.hierarchy.labels)[:10]}\n"
+        f"{num_rows * len(models)} forward passes of teachers, about {tell_time(num_rows * more)}; {num_rows} "
+        f"of the student, about {tell_time(num_rows * features)}; {seeds} training(s) by `method` "
+        f"'{config.method}' come on top\nabout {on_disk / 1e6:.0f} MB of labels and features on disk in "
+        f"'{config.output_dir}'; nothing was written"
+    )
+
+
+def tell_time(seconds: float) -> str:
+    """Give a time in words."""
+    return f"{seconds / 60:.0f} minutes" if seconds > 120 else f"{seconds:.0f} seconds"
+
+
+def with_root(pool: PseudolabelPool) -> PseudolabelPool:
+    """Put the mean of all teachers above them where nobody said who is a generalist: they become its specialists."""
+    is_flat = pool.hierarchy.num_levels == 1 and len(pool.hierarchy.teachers) > 1
+    return pool.with_aggregate("mean_probs") if is_flat else pool
+
+
+def train_seed(
+    seed: int, task: OwnTask, run: tuple[Any, ...], pool: PseudolabelPool, test_pool: PseudolabelPool | None
 ) -> dict[str, Any]:
-    """Run everything for one seed, or read what an earlier run of it found."""
+    """Train the student of one seed, or read what an earlier run found of it."""
+    data_args, _, student_args, recipe_args, config = run
     folder = Path(config.output_dir) / "_run" / f"seed-{seed}"
     if (folder / "report.json").is_file():
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    started, quiet = time.time(), bool(config.disable_tqdm)
-    split = load_split(data_args, seed)
-    student = find_student(student_args, split, folder / "student-start", seed)
-    teachers_dir = Path(teacher_args.teachers_dir or folder / "teachers")
-    with PartialState().main_process_first():
-        hierarchy = train_teachers(
-            split.teachers,
-            split.labels,
-            teacher_args,
-            teachers_dir,
-            seed,
-            data_args.oracle_domain_column if teacher_args.specialize_by == "domain" else None,
-        )
-    say(f"seed {seed}: {hierarchy!r} in {teachers_dir}")
-    pool = label_data(split.pool, hierarchy, folder / "pool", data_args, quiet, split.commit)
-    test_pool = label_data(split.test, hierarchy, folder / "test_pool", data_args, quiet)
-    say(f"seed {seed}: {len(pool)} pool and {len(test_pool)} test examples labelled by every teacher")
-    extra = {}
-    if recipe_args.control and (teachers_dir / CONTROL).is_dir():
-        control = control_hierarchy(hierarchy, teachers_dir)
-        extra["one teacher, all labels"] = label_data(split.pool, control, folder / "control_pool", data_args, quiet)
-    heldout = (
-        label_data(split.heldout, hierarchy, folder / "heldout_pool", data_args, quiet) if len(split.heldout) else None
-    )
-    if recipe_args.calibrate_teachers and heldout is not None:
-        pool = calibrated_pool(pool, heldout)
-        for name, own in extra.items():
-            labelled = label_data(split.heldout, own.hierarchy, folder / "control_heldout_pool", data_args, quiet)
-            extra[name] = calibrated_pool(own, labelled)
     args = copy.copy(config)
     args.seed = args.data_seed = seed
     args.output_dir, args.push_to_hub = str(folder / "student"), False
     args.features_dir = config.features_dir or str(Path(config.output_dir) / "_run" / "features")
-    report, trainer = compare_methods(
-        student,
-        args,
-        pool,
-        split.test,
-        weak=weak_accuracy(test_pool),
-        methods=recipe_args.methods,
-        extra_pools=extra,
-        labelled_pool=heldout,
-        resume=True,
-        on_trained=lambda method, trainer: say(f"seed {seed}: {method} trained, {trainer.state.global_step} steps"),
-    )
-    report |= {"teachers": teacher_accuracies(test_pool), "runtime": time.time() - started}
+    trainer = CoSupervisedTrainer(student_args.student, args, pool=pool, input_column=data_args.input_column)
+    trainer.train(resume_from_checkpoint=True)
+    say(f"seed {seed}: student trained by `method` '{args.method}'")
+    seen = overview(trainer)
+    report: dict[str, Any] = {"overview": seen.report()}
+    if task.test is not None:
+        report |= measure(trainer, args, task, pool, test_pool, recipe_args.methods, student_args.student)
     trainer.save_model(str(folder / "model"))
     if config.should_save:
+        write_story(trainer, seen, report, folder / "model")
+        save_report(trainer.card_facts(), folder / "card.json")
+        np.save(folder / "labels.npy", seen.labels)
         save_report(report, folder / "report.json")
     PartialState().wait_for_everyone()
     return report
 
 
-def finish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Put the student of one seed, its history, the report, figures and the card where a user looks for them."""
-    seed_dir = folder / "_run" / f"seed-{seed}"
-    shutil.copytree(seed_dir / "model", folder, dirs_exist_ok=True)
-    history = json.loads((seed_dir / "student" / "_run" / "history.json").read_text(encoding="utf-8"))
-    save_report(history, folder / "history.json")
+def measure(
+    trainer: CoSupervisedTrainer,
+    args: CoSupervisedConfig,
+    task: OwnTask,
+    pool: PseudolabelPool,
+    test_pool: PseudolabelPool | None,
+    methods: Sequence[str] | None,
+    student: str,
+) -> dict[str, Any]:
+    """Measure the student on labelled examples, beside what a user would try instead; nothing is chosen by it."""
+    assert task.test is not None
+    own = args.method
+    if methods is None:
+        methods = ["generalist", "ensemble", *(["ceiling"] if task.is_labelled else [])]
+    found = {own: {"accuracy": trainer.measure_accuracy(task.test)}}
+    comparison = Comparison(student, task.test)
+    for name in methods:
+        if name != own:
+            args_of_all = method_arguments(args, "csl", pool.hierarchy.num_levels)
+            numbers = comparison.run(Contestant.enter(name, name, args_of_all, pool), resume=True)
+            found[name] = {"accuracy": numbers["accuracy"]}
+    report: dict[str, Any] = {"methods": found, "own_method": own}
+    if test_pool is not None:
+        report |= {"weak_accuracy": weak_accuracy(test_pool), "teachers": teacher_accuracies(test_pool)}
+        if "ceiling" in found:
+            add_pgr(report["weak_accuracy"], found["ceiling"]["accuracy"], list(found.values()))
+    return report
+
+
+def write_story(trainer: CoSupervisedTrainer, seen: Overview, report: dict[str, Any], folder: Path) -> None:
+    """Put labels, figure and history beside the model of a seed."""
+    seen.save_labels(folder / "labels.parquet")
+    seen.save_to_label(folder / "to_label.csv")
+    if find_spec("matplotlib") is not None:
+        plot_overview(report["overview"], folder / FIGURE)
+    save_report(json.loads(trainer.history.to_json()), folder / "history.json")
+
+
+def label_test(task: OwnTask, folder: Path, data_args: DataArguments, quiet: bool) -> PseudolabelPool | None:
+    """Label the test set by the same teachers, where it holds what they read."""
+    lacking = [
+        teacher.model
+        for teacher in task.hierarchy.teachers
+        if teacher.kind == "column" and task.test is not None and teacher.model not in task.test.column_names
+    ]
+    if task.test is None or lacking:
+        if lacking:
+            say(f"The test data lack the columns {lacking} of teachers, which are therefore not measured.")
+        return None
+    return with_root(label_own(task.test, task.hierarchy, folder, data_args, quiet, None))
+
+
+def finish(
+    folder: Path, seeds: Sequence[int], report: dict[str, Any], facts: dict[str, Any], changed: dict[str, Any]
+) -> None:
+    """Put the student of the first seed where a user looks for it, with the card and the report of all seeds."""
+    own = folder / "_run" / f"seed-{seeds[0]}"
+    shutil.copytree(own / "model", folder, dirs_exist_ok=True)
+    labels = [np.load(folder / "_run" / f"seed-{seed}" / "labels.npy") for seed in seeds]
+    report["seed_agreement"] = label_agreement(labels)
     save_report(report, folder / "report.json")
-    plot_pgr(report, folder / "pgr.png")
-    plot_teacher_shares(report, folder / "teacher_shares.png")
-    pool = PseudolabelPool.load(seed_dir / "pool")
-    student, source = history["run"]["student"], history["run"]["source"].get("dataset")
-    card = {
-        "name": str(facts["hub_model_id"] or folder.name).split("/")[-1],
+    known = json.loads((own / "card.json").read_text(encoding="utf-8"))
+    known |= {
+        "name": str(facts["hub_model_id"] or folder.absolute().name).split("/")[-1],
         "hub_model_id": facts["hub_model_id"],
         "hub_branch": facts["hub_revision"],
-        "modality": modality_of(pool),
-        "library_name": "timm" if "architecture" in json.loads((folder / "config.json").read_text()) else None,
-        "labels": list(pool.labels),
-        "num_examples": len(pool),
-        "base_model": student.get("model"),
-        "base_model_revision": student.get("revision"),
-        "base_model_commit": student.get("commit"),
-        "student_training": facts["student_training"],
-        "has_adapter": (folder / "adapter").is_dir(),
-        "teachers": [
-            {**teacher.to_dict(), **describe_teacher(pool, name), "accuracy": report["teachers"][name]}
-            for name, teacher in zip(pool.hierarchy.names, pool.hierarchy.teachers)
-        ],
-        "report": report,
-        "seed": seed,
-        "datasets": [source] if source else [],
-        "dataset_name": source or Path(facts["dataset"]).name,
+        "hyperparameters": changed,
+        "dataset_name": Path(facts["test_dataset"] or facts["dataset"]).name,
         "dataset_split": facts["test_split"],
-        "figure": "pgr.png",
-        "files": [
-            ("report.json", "every number of every seed"),
-            ("history.json", "the levels of this student, and the commits of all that it was made of"),
-            ("teacher_shares.png", "which teacher taught how much"),
-        ],
-        "hyperparameters": arguments,
-        "versions": {name: version(name) for name in ("hf_cosupervise", "transformers", "torch", "datasets")},
+        "report": report,
+        "seed": seeds[0],
+        "figure": FIGURE if (folder / FIGURE).is_file() else None,
+        "files": FILES,
     }
-    write_card(model_card(card), folder)
+    write_card(model_card(known), folder)
 
 
-def open_target(config: CoSupervisedConfig) -> str | None:
-    """See that the student may be pushed, before any work; its id with the user's name."""
-    if not config.push_to_hub:
-        return config.hub_model_id
-    return join_processes().on_first(
-        lambda: open_repo(
-            config.hub_model_id or Path(config.output_dir).absolute().name,
-            what="The student",
-            private=config.hub_private_repo,
-            token=config.hub_token,
-        )
-    )
+def train_on_own(run: tuple[Any, ...]) -> None:
+    """Do all of it for data of one's own."""
+    data_args, teacher_args, student_args, recipe_args, config = run
+    if student_args.student is None:
+        raise ValueError("A student is needed, got none. Give a folder or Hub id by `--student`.")
+    task = open_task(data_args, teacher_args, recipe_args.methods)
+    if any(teacher.model == student_args.student for teacher in task.hierarchy.teachers):
+        say(f"The student '{student_args.student}' is one of the teachers: it begins with a fresh head all the same.")
+    if recipe_args.dry_run:
+        tell_plan(task, run)
+        return
+    folder, seeds = Path(config.output_dir), [int(seed) for seed in recipe_args.seeds.split(",")]
+    facts = recipe_arguments_to_dict(run)
+    facts["hub_model_id"] = open_target(config)
+    with PartialState().main_process_first():
+        check_run(folder, facts, recipe_args.resume)
+    quiet = bool(config.disable_tqdm)
+    pool = with_root(label_own(task.data, task.hierarchy, folder / "_run" / "pool", data_args, quiet, task.commit))
+    say(f"{len(pool)} examples labelled by {pool.hierarchy!r}")
+    test_pool = label_test(task, folder / "_run" / "test_pool", data_args, quiet)
+    reports = [train_seed(seed, task, run, pool, test_pool) for seed in seeds]
+
+    def conclude() -> None:
+        once = {key: reports[0][key] for key in ("overview", "own_method") if key in reports[0]}
+        measured = [{key: value for key, value in report.items() if key not in once} for report in reports]
+        report = merge_reports(measured, seeds) | once
+        finish(folder, seeds, report, facts, config.changed_arguments())
+        say(f"\n{format_overview(report['overview'])}")
+        if report["seed_agreement"] is not None:
+            say(f"students of {len(seeds)} seeds agree on {100 * report['seed_agreement']:.1f}% of the examples")
+        if "methods" in report:
+            say(f"\n{format_methods(report)}")
+        say(f"\nStudent, model card, report.json, labels.parquet and to_label.csv: {folder}")
+        if config.push_to_hub:
+            story = {name: folder / name for name in STORY_FILES if name != "README.md" and (folder / name).is_file()}
+            push = {"revision": config.hub_revision, "token": config.hub_token}
+            say(f"Pushed: {push_student(folder, facts['hub_model_id'], story=story, **push)}")
+
+    join_processes().on_first(conclude)
 
 
 def main() -> None:
     """Run the recipe."""
-    run = parse_recipe_args(RECIPE_TYPES, default_config=DEFAULT_CONFIG)
-    recipe_args, config = run[3:]
-    facts = recipe_arguments_to_dict(run)
-    seeds = [int(seed) for seed in recipe_args.seeds.split(",")]
-    if recipe_args.calibrate_teachers and not run[0].num_heldout_examples:
-        raise ValueError("`calibrate_teachers` needs labelled examples, got `num_heldout_examples` 0. Give it some.")
-    folder = Path(config.output_dir)
-    is_new = run[1].teachers_dir and not Path(run[1].teachers_dir, "hierarchy.yaml").is_file()
-    if len(seeds) > 1 and is_new and not is_on_hub(run[1]):
-        raise ValueError(
-            "`teachers_dir` is one folder, and each of several seeds trains teachers of its own: leave it out, or "
-            "train the teachers before by train_teachers.py."
-        )
+    run = parse()
+    data_args, *_, config = run
     config.device  # noqa: B018  # joins the other processes, on the device that the configuration names
     if config.disable_tqdm:
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
-    facts["hub_model_id"] = open_target(config)
-    push = {"revision": config.hub_revision, "token": config.hub_token}
-    with PartialState().main_process_first():
-        check_run(folder, facts, recipe_args.resume)
-    report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)
-
-    def conclude() -> None:
-        finish(report, folder, seeds[0], facts, config.changed_arguments())
-        say(f"\n{format_report(report)}\n\nStudent, report.json, figures and model card: {folder}")
-        if config.push_to_hub:
-            story = {name: folder / name for name in STORY_FILES if name != "README.md"}
-            say(f"Pushed: {push_student(folder, facts['hub_model_id'], story=story, **push)}")
-
-    join_processes().on_first(conclude)
+    try:
+        (run_experiment if data_args.num_teacher_examples else train_on_own)(run)
+    except KeyboardInterrupt:
+        say("\nStopped. What is finished is kept: the same command goes on.")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

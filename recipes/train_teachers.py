@@ -14,7 +14,7 @@ import importlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,12 @@ def train_teachers(
     if not (folder / "hierarchy.yaml").is_file():
         targets = read_labels(data, find_label_column(data), labels)
         domains = None if domain_column is None else np.array([str(value) for value in data[domain_column]])
-        teachers = plan_teachers(labels, args, sorted(set(domains.tolist())) if domains is not None else [])
+        parts = sorted(set(domains.tolist())) if domains is not None else []
+        teachers, known = plan_teachers(labels, args, parts, seed)
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _train_all(data, targets, domains, labels, teachers, args, partial, seed)
+            _train_all(data, targets, domains, labels, teachers, known, args, partial, seed)
             TeacherHierarchy(labels, teachers).save(partial / "hierarchy.yaml")
             os.replace(partial, folder)
         finally:
@@ -113,19 +114,34 @@ def _load_from_hub(args: TeacherArguments, labels: Sequence[str]) -> TeacherHier
     return hierarchy
 
 
-def plan_teachers(labels: Sequence[str], args: TeacherArguments, domains: Sequence[str]) -> list[Teacher]:
-    """Share labels or domains out among the teachers of each level, in order and as evenly as they go."""
-    parts = list(domains) if args.specialize_by == "domain" else list(labels)
-    key = "domains" if args.specialize_by == "domain" else "scope"
+def plan_teachers(
+    labels: Sequence[str], args: TeacherArguments, domains: Sequence[str], seed: int
+) -> tuple[list[Teacher], dict[str, tuple[str, ...]]]:
+    """Share labels or domains out among the teachers of each level; gives the labels of each too, told or not."""
+    if args.specialize_by not in ("label", "domain", "examples"):
+        raise ValueError(
+            f"`specialize_by` must be 'label', 'domain' or 'examples', got {args.specialize_by!r}. Choose one of them."
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist()
     trusted = tuple(args.teacher_trusted_types)
-    teachers = []
+    kind = "sklearn" if args.teacher_kind == "sklearn" else "transformers"
+    teachers, known = [], {}
     for level, size in enumerate(args.level_sizes):
-        for number, own in enumerate(np.array_split(np.array(parts, dtype=object), size)):
+        shares = np.array_split(np.array(domains if args.specialize_by == "domain" else labels, dtype=object), size)
+        for number, own in enumerate(shares):
             name = "generalist" if (level, size) == (0, 1) else f"level-{level}-{number}"
-            scope = {key: tuple(own)} if size > 1 else {}
-            kind = "sklearn" if args.teacher_kind == "sklearn" else "transformers"
-            teachers.append(Teacher(name, level=level, name=name, kind=kind, trusted_types=trusted, **scope))
-    return teachers
+            told: dict[str, Any] = {}
+            if size > 1 and args.specialize_by == "domain":
+                told = {"domains": tuple(own)}
+            elif size > 1 and args.specialize_by == "label" and args.labels_per_teacher is None:
+                told = {"scope": tuple(own)}
+            if size > 1 and args.labels_per_teacher is not None:
+                start = number * len(labels) // size
+                known[name] = tuple(labels[order[(start + k) % len(labels)]] for k in range(args.labels_per_teacher))
+            elif "scope" in told:
+                known[name] = told["scope"]
+            teachers.append(Teacher(name, level=level, name=name, kind=kind, trusted_types=trusted, **told))
+    return teachers, known
 
 
 def _train_all(
@@ -134,6 +150,7 @@ def _train_all(
     domains: np.ndarray | None,
     labels: Sequence[str],
     teachers: Sequence[Teacher],
+    known: Mapping[str, Sequence[str]],
     args: TeacherArguments,
     folder: Path,
     seed: int,
@@ -144,11 +161,14 @@ def _train_all(
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).numpy()
     for teacher in teachers:
         own = np.ones(len(data), dtype=bool)
-        if teacher.scope is not None:
-            own &= np.isin(targets, [list(labels).index(name) for name in teacher.scope])
+        if teacher.name in known:
+            own &= np.isin(targets, [list(labels).index(name) for name in known[teacher.name]])
         if teacher.domains is not None and domains is not None:
             own &= np.isin(domains, teacher.domains)
-        rows_of[teacher.name] = order[own[order]][: args.teacher_num_examples]
+        rows = order[own[order]]
+        if args.specialize_by == "examples" and args.teacher_num_examples is not None:  # each has examples of its own
+            rows = rows[len(rows_of) * args.teacher_num_examples :]
+        rows_of[teacher.name] = rows[: args.teacher_num_examples]
         seen.update(rows_of[teacher.name].tolist())
     rows_of[CONTROL] = np.array(sorted(seen))
     train = {"sklearn": _sklearn_trainer, "transformers": _transformers_trainer}[args.teacher_kind](

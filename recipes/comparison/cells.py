@@ -327,13 +327,14 @@ def measure(trainer: CoSupervisedTrainer, bench: Bench) -> tuple[dict[str, Any],
             **{name: record[key] for key, name in _LEVEL_NUMBERS.items() if key in record},
             **share_out(plan.assigned_teacher, trainer.pool.source_names, bench.pool_groups),
         }
-    predicted, taught = probs.argmax(axis=1), plan.labels >= 0
-    numbers = {
-        "accuracy": float((predicted == labels).mean()),
-        **calibrate(probs, labels),
-        "agreement_pseudolabels": agreement(trainer.predict_labels(trainer.pool.inputs)[taught], plan.labels[taught]),
-        "levels": levels,
-    }
+    if not trainer.plans:  # a committee has no levels, and no pseudolabels of its own
+        probs = predict_probs(trainer, bench.split.test)
+    predicted = probs.argmax(axis=1)
+    numbers = {"accuracy": float((predicted == labels).mean()), **calibrate(probs, labels), "levels": levels}
+    if trainer.plans:
+        taught = (wanted := trainer.plans[-1].labels) >= 0
+        own = trainer.predict_labels(trainer.pool.inputs)[taught]
+        numbers["agreement_pseudolabels"] = agreement(own, wanted[taught])
     for what, groups in bench.test_groups.items():
         accuracies = group_accuracies(predicted, labels, groups)
         numbers |= {f"worst_{what}_accuracy": min(accuracies.values()), f"{what}_accuracy": accuracies}

@@ -283,7 +283,8 @@ def test_teachers_share_the_task_out_evenly():
     import train_teachers
 
     args = task_arguments_module.TeacherArguments(level_sizes=[1, 2, 3])
-    teachers = train_teachers.plan_teachers(list("abcdefg"), args, [])
+    teachers, known = train_teachers.plan_teachers(list("abcdefg"), args, [], seed=0)
+    assert known["level-2-1"] == ("d", "e") and "generalist" not in known
     assert [(teacher.name, teacher.scope) for teacher in teachers] == [
         ("generalist", None),
         ("level-1-0", ("a", "b", "c", "d")),
@@ -293,8 +294,14 @@ def test_teachers_share_the_task_out_evenly():
         ("level-2-2", ("f", "g")),
     ]
     args = task_arguments_module.TeacherArguments(level_sizes=[1, 2], specialize_by="domain")
-    teachers = train_teachers.plan_teachers(list("ab"), args, ["x", "y"])
+    teachers, _ = train_teachers.plan_teachers(list("ab"), args, ["x", "y"], seed=0)
     assert [(teacher.scope, teacher.domains) for teacher in teachers] == [(None, None), (None, ("x",)), (None, ("y",))]
+    args = task_arguments_module.TeacherArguments(level_sizes=[1, 5], labels_per_teacher=4)
+    teachers, known = train_teachers.plan_teachers(list("abcdefghij"), args, [], seed=3)
+    assert all(teacher.scope is None for teacher in teachers)  # nobody is told
+    order = [known[f"level-1-{number}"] for number in range(5)]
+    assert all(own[2:] == following[:2] for own, following in zip(order, [*order[1:], order[0]]))
+    assert sorted(label for own in order for label in own[:2]) == list("abcdefghij")
 
 
 def test_pretraining_is_seeded_and_sees_no_label(tmp_path):

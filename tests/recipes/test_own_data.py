@@ -1,0 +1,219 @@
+"""The one command on data of one's own: no label anywhere, and what is said of every wrong call."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import ClassLabel, Dataset
+from PIL import Image
+from transformers import pipeline
+
+from hf_cosupervise.data.local import load_images, load_table
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+QUICK = ["--max_steps", "3", "--per_device_train_batch_size", "8", "--disable_tqdm", "True", "--use_cpu", "True"]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> str:
+        import train
+
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words), *QUICK])
+        train.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def photos(tmp_path, tiny_image_dataset) -> Path:
+    folder = tmp_path / "photos"
+    for number, row in enumerate(tiny_image_dataset):
+        (folder / f"{number % 2}").mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / f"{number % 2}" / f"{number}.png")
+    (folder / ".DS_Store").write_bytes(b"left by a system")
+    return folder
+
+
+@pytest.fixture
+def labelled(tmp_path, tiny_image_dataset) -> Path:
+    folder = tmp_path / "labelled"
+    for number, row in enumerate(tiny_image_dataset):
+        name = tiny_image_dataset.features["label"].int2str(row["label"])
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def votes(tmp_path, tiny_text_dataset) -> Path:
+    names = tiny_text_dataset.features["label"].names
+    path = tmp_path / "votes.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "rater 1", "rater_2", "label"])
+        for number, row in enumerate(tiny_text_dataset):
+            told = [names[(row["label"] + (number % 5 == 0)) % len(names)], names[row["label"]] if number % 3 else ""]
+            writer.writerow([row["text"], *told, names[row["label"]]])
+    return path
+
+
+def test_images_and_three_kinds_of_teachers(run, photos, labelled, tiny_vit, tiny_timm, tiny_sklearn, tiny_labels):
+    call = [
+        "--dataset",
+        photos,
+        "--teachers",
+        f"0:{tiny_vit}",
+        f"1:{tiny_timm}",
+        f"1:{tiny_sklearn}",
+        "--student",
+        tiny_vit,
+    ]
+    planned = run(*call, "--output_dir", "out", "--dry_run", "True")
+    assert "48 rows, TeacherHierarchy(1-2 teachers" in planned and "nothing was written" in planned
+    assert "144 forward passes of teachers" in planned and not Path("out").exists()
+    said = run(*call, "--output_dir", "out")
+    assert "48 examples labelled by TeacherHierarchy(1-2 teachers" in said
+    assert "by `method` 'committee'" in said and "is one of the teachers: it begins with a fresh head" in said
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["overview"]["num_examples"] == 48 and "methods" not in report
+    labels = Dataset.from_parquet("out/labels.parquet")
+    assert sorted(labels["id"])[0] == "0/0.png" and set(labels["label"]) <= set(tiny_labels)
+    assert len(Path("out/to_label.csv").read_text().splitlines()) == 49
+    card = Path("out/README.md").read_text()
+    assert "## Without ground truth" in card and "committee of" in card and str(photos) not in card
+    found = pipeline("image-classification", model="out")(Image.open(photos / "0" / "0.png"))
+    row = labels["id"].index("0/0.png")
+    assert found[0]["label"] == labels["label"][row]
+    assert found[0]["score"] == pytest.approx(labels["probability"][row], abs=1e-4)
+    # the same command again tells the same; another one is refused; labels to test on measure it beside the baselines
+    assert run(*call, "--output_dir", "out").endswith(said[said.index("\nteacher ") :])
+    with pytest.raises(FileExistsError, match="must hold this run or none, got another one .*'committee' -> 'csl'"):
+        run(*call, "--output_dir", "out", "--method", "csl")
+    told = run(
+        *call, "--output_dir", "measured", "--test_dataset", labelled, "--label_column", "label", "--seeds", "0,1",
+    )  # fmt: skip
+    report = json.loads(Path("measured/report.json").read_text())
+    assert {*report["methods"]} == {"committee", "generalist", "ensemble"} and len(report["weak_accuracy"]) == 2
+    assert "students of 2 seeds agree on" in told and "weak teacher" in told
+
+
+def test_a_table_of_texts_with_two_columns_and_a_model(run, votes, tiny_bert, tiny_text_dataset):
+    call = ["--dataset", votes, "--teachers", "rater 1", "rater_2", tiny_bert, "--student", tiny_bert]
+    said = run(*call, "--output_dir", "out")
+    assert "Dropped the columns ['label'] of" in said
+    labels = Dataset.from_parquet("out/labels.parquet")
+    texts = list(tiny_text_dataset["text"])
+    found = pipeline("text-classification", model="out")(texts[:4])
+    assert [row["label"] for row in found] == labels["label"][:4]
+    rows = list(csv.DictReader(Path("out/to_label.csv").read_text().splitlines()))
+    assert {row["text"] for row in rows} <= set(texts) and "teacher rater-1" in rows[0]
+    # declared, the labels give a ceiling
+    run(*call, "--output_dir", "with", "--label_column", "label", "--test_dataset", votes)
+    report = json.loads(Path("with/report.json").read_text())
+    assert {*report["methods"]} == {"committee", "generalist", "ensemble", "ceiling"}
+    assert report["methods"]["ceiling"]["pgr"] == [1.0] or report["methods"]["ceiling"]["pgr"] == [None]
+
+
+def test_full_training_is_plain_co_supervision(run, votes, tiny_bert):
+    said = run(
+        "--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert,
+        "--student_training", "full", "--output_dir", "out",
+    )  # fmt: skip
+    assert "by `method` 'csl'" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--student", "S"], "Teachers are needed, got none. Name a hierarchy, or models by their ids"),
+        (["--teachers", "rater_2"], "A student is needed, got none. Give a folder or Hub id by `--student`"),
+        (["--teachers", "rater_2", "--student", "S", "--methods", "ceiling"], "`methods` 'ceiling' is a student"),
+        (["--teachers", "rater_2", "--student", "S", "--methods", "ensemble"], "`methods` are compared on labelled"),
+        (["--teachers", "rater_2", "--student", "S", "--test_split", "test"], "`test_split` must be one of"),
+        (["--teachers", "rater_2", "--student", "S", "--test_dataset", "plain.csv"], "Data to test on must have"),
+        (["--teachers", "label", "--student", "S", "--label_column", "label"], "Ground truth must reach no teacher"),
+        (["--teachers", "no/such", "--student", "S"], "no/such"),
+        (["--teachers", "rater_2", "other", "--student", "S"], "Teachers must share labels, got"),
+        (["--teachers", "ids", "--student", "S"], "The labels of a column are found where it holds names, got"),
+        (["--teachers", "rater_2", "--student", "S", "--method", "committee", "--student_training", "lora"],
+         "`method` 'committee' averages linear heads on one frozen backbone, got `student_training` 'lora'"),
+        (["--teachers", "rater_2", "--student", "S", "--method", "committee", "--loss", "product"], "`loss` is"),
+        (["--teachers", "rater_2", "--student", "S", "--members", "nobody"], "`members` must be one of"),
+        (["--teachers", "rater_2", "--student", "S", "--input_column", "words"], "`input_column` must be one of"),
+    ],
+)  # fmt: skip
+def test_wrong_calls(run, votes, tiny_bert, tmp_path, words, sentence):
+    data = Dataset.from_csv(str(votes))
+    data = data.add_column("other", ["x" if number % 2 else "y" for number in range(len(data))])
+    data = data.add_column("ids", [number % 2 for number in range(len(data))])
+    data.to_csv("votes.csv")
+    data.remove_columns("label").to_csv("plain.csv")
+    words = [tiny_bert if word == "S" else word for word in words]
+    with pytest.raises(Exception, match=sentence):
+        run("--dataset", "votes.csv", *words, "--output_dir", "out")
+    assert not Path("out").exists() or not list(Path("out").glob("*.safetensors"))
+
+
+# ── plain files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tables_are_read_as_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text('id,text,lf\n1,"two\nlines",NA\n2,,None\n', encoding="utf-8-sig")
+    data = load_table(tmp_path / "a.csv")
+    assert data["text"] == ["two\nlines", None] and data["lf"] == ["NA", "None"]  # only an empty cell is missing
+    (tmp_path / "a.tsv").write_text("text\tlf\na, b\tx\n")
+    assert load_table(tmp_path / "a.tsv")[0] == {"text": "a, b", "lf": "x"}
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "lf": null}\n{"text": "b", "lf": "x"}\n')
+    assert load_table(tmp_path / "a.jsonl")["lf"] == [None, "x"]
+    Dataset.from_dict({"text": ["a"]}).to_parquet(str(tmp_path / "a.parquet"))
+    assert load_table(tmp_path / "a.parquet")["text"] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", b"1,great\n0,bad\n", "the first line must name the columns, each by a word of its own, and holds"),
+        ("a.csv", b"text,text\na,b\n", "the first line must name the columns"),
+        ("a.csv", b"text,\na,b\n", "the first line must name the columns"),
+        ("a.csv", b"", "the first line must name the columns"),
+        ("a.csv", b"text,lf\n", "must be a table that can be read, got .*no data"),
+        ("a.csv", b"text\n\xff\xfe\n", "must be a table that can be read, got"),
+        ("a.jsonl", b"{not json\n", "must be a table that can be read, got"),
+        ("a.parquet", b"no parquet", "must be a table that can be read, got"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=sentence):
+        load_table(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="got no file"):
+        load_table(tmp_path / "missing.csv")
+
+
+def test_a_folder_of_images_names_what_is_none(photos, labelled, tmp_path):
+    data = load_images(photos)
+    assert len(data) == 48 and data.column_names == ["id", "image"] and data["id"][0] == "0/0.png"
+    named = load_images(labelled, with_labels=True)
+    assert isinstance(named.features["label"], ClassLabel) and len(named) == 48
+    (photos / "notes.txt").write_text("no image")
+    (photos / "broken.png").write_bytes(b"no image either")
+    with pytest.raises(ValueError, match=r"got 2 files in .* that are none: \['broken.png', 'notes.txt'\]"):
+        load_images(photos)
+    assert len(load_images(photos, on_error="missing")) == 48
+    outside = tmp_path / "outside.png"
+    Image.new("L", (4, 4)).save(outside)
+    (photos / "link.png").symlink_to(outside)
+    with pytest.raises(ValueError, match="with a link 'link.png' that leads out of it"):
+        load_images(photos)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="got neither in"):
+        load_images(tmp_path / "empty")
