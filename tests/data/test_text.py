@@ -137,7 +137,7 @@ def test_the_mean_over_tokens_is_a_control(tiny_bert, tmp_path):
     plan = plan_module.parse_plan(argv)
     methods = plan_module.methods_of(plan.tasks[0], plan.methods)
     bench = cells.Bench(cells.Group(plan.tasks[0], methods, 6, plan.output_dir))
-    trainer = bench.make_trainer(methods[-1], tmp_path / "again")
+    trainer = bench.make_trainer(bench.enter(methods[-1], tmp_path / "again"))
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval(), trainer.processing_class
     for dataset in (bench.split.pool, bench.split.test):
         found = trainer.feature_store.features(dataset, "text", disable_tqdm=True)
