@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
+import experiment  # noqa: E402
 import matplotlib.backends.backend_agg  # noqa: E402, F401  # every run that ends draws its report
 import pretrain  # noqa: E402
 import task  # noqa: E402
@@ -68,10 +69,10 @@ def watch_stages(journal: Path) -> None:
         return lambda *args, **kwargs: tell(what, key(*args, **kwargs))
 
     train_teachers._train_all = around(train_teachers._train_all, before=told("begin", lambda *a: "teachers"))
-    train.train_teachers = around(train_teachers.train_teachers, after=told("end", lambda *a: "teachers"))
+    experiment.train_teachers = around(train_teachers.train_teachers, after=told("end", lambda *a: "teachers"))
     pretrain.vicreg = around(pretrain.vicreg, before=told("begin", lambda *a, **k: "student"))
     pretrain.vicreg.__module__ = "pretrain"
-    task.find_student = around(train.find_student, after=told("end", lambda *a: "student"))
+    experiment.find_student = around(task.find_student, after=told("end", lambda *a: "student"))
     key = told("begin", lambda *args, output_dir, **kwargs: f"pool {output_dir}")
     task.build_pool = around(
         task.build_pool, before=key, after=told("end", lambda *args, output_dir, **kwargs: f"pool {output_dir}")

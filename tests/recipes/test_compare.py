@@ -22,7 +22,7 @@ for extra in ("sklearn", "skops", "matplotlib"):
     pytest.importorskip(extra)
 
 import compare  # noqa: E402 - needs the path above
-import train  # noqa: E402
+import experiment  # noqa: E402
 from comparison import cells as cells_module  # noqa: E402 - needs the path above
 from comparison import plan as plan_module  # noqa: E402 - needs the path above
 from comparison import tables  # noqa: E402 - needs the path above
@@ -153,7 +153,7 @@ def test_numbers_are_those_of_train(done, data, tiny_vit, tmp_path):
     task = plan_module.parse_plan(argv).tasks[0]
     run = plan_module.resolve(task)
     run[-1].output_dir = str(tmp_path / "run")
-    report = train.run_seed(1, *run)
+    report = experiment.run_seed(1, *run)
     assert report["weak_accuracy"] == read_cell(out, "_teachers", 1)["weak_accuracy"]
     for name, method in (("csl", "csl"), ("ceiling", "ceiling"), ("control", "one teacher, all labels")):
         assert read_cell(out, name, 1)["accuracy"] == report["methods"][method]["accuracy"]
@@ -285,7 +285,7 @@ def test_methods_that_use_labels_or_features(data, tiny_vit, tmp_path, capsys):
 
     run = plan_module.resolve(task)
     run[3].calibrate_teachers, run[-1].output_dir = True, str(tmp_path / "run")
-    report = train.run_seed(3, *run)["methods"]
+    report = experiment.run_seed(3, *run)["methods"]
     assert report["csl"]["accuracy"] == cells["calibrated"]["accuracy"]
     assert report["one teacher, all labels"]["accuracy"] == cells["control"]["accuracy"]
 
