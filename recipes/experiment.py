@@ -188,7 +188,7 @@ def run_experiment(run: tuple[Any, ...]) -> None:
         finish(report, folder, seeds[0], facts, config.changed_arguments())
         say(f"\n{format_report(report)}\n\nStudent, report.json, figures and model card: {folder}")
         if config.push_to_hub:
-            story = {name: folder / name for name in STORY_FILES if name != "README.md"}
+            story = {name: folder / name for name in STORY_FILES if name != "README.md" and (folder / name).is_file()}
             say(f"Pushed: {push_student(folder, facts['hub_model_id'], story=story, **push)}")
 
     join_processes().on_first(conclude)
