@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,9 @@ def parse() -> tuple[Any, ...]:
     """Read the command line; without data or teachers on it, the embedded digits are what is run."""
     argv = sys.argv[1:]
     given = {text.split("=")[0].removeprefix("--").replace("-", "_") for text in argv if text.startswith("--")}
-    is_own = bool(given & {"dataset", "teachers"}) and "config" not in given
+    # Whoever says what weak teachers are made of, or where an experiment keeps them, means an experiment.
+    of_experiments = {item.name for item in fields(TeacherArguments)} - {"teachers"} | {"num_teacher_examples"}
+    is_own = bool(given & {"dataset", "teachers"}) and not given & {"config", *of_experiments}
     run = parse_recipe_args(RECIPE_TYPES, default_config=None if is_own else DEFAULT_CONFIG)
     if run[0].num_teacher_examples == 0:
         if "config" in given:
