@@ -1,6 +1,6 @@
 """An experiment of a configuration: teachers that are weak on purpose, baselines, co-supervision, ceiling, seeds.
 
-`train.py` runs it where a configuration gives labelled examples to teachers (`num_teacher_examples`). It trains the
+`train.py` runs it unless teachers are named for data of one's own. It trains the
 teachers where they are not there yet, labels the pool once, trains the student by every method with one recipe, and
 leaves the student of the first seed in `output_dir` with a model card, `report.json` and figures.
 """

@@ -51,7 +51,7 @@ class DataArguments:
         default="raise", metadata={"help": "Rows of one's own that cannot be read: 'raise', or leave them 'missing'."}
     )
     num_teacher_examples: int = field(
-        default=0, metadata={"help": "First examples, labelled, for weak teachers: above 0 this is an experiment."}
+        default=400, metadata={"help": "First examples of an experiment, labelled, for its weak teachers."}
     )
     num_pool_examples: int = field(
         default=1000, metadata={"help": "Unlabelled examples for the student of an experiment."}

@@ -72,21 +72,22 @@ class OwnTask:
         return "label" in self.data.column_names
 
 
-def parse() -> tuple[Any, ...]:
-    """Read the command line; without data or teachers on it, the embedded digits are what is run."""
+def parse() -> tuple[tuple[Any, ...], bool]:
+    """Read the command line, and tell whether it is about data of one's own; nothing on it means the digits."""
     argv = sys.argv[1:]
     given = {text.split("=")[0].removeprefix("--").replace("-", "_") for text in argv if text.startswith("--")}
     # Whoever says what weak teachers are made of, or where an experiment keeps them, means an experiment.
     of_experiments = {item.name for item in fields(TeacherArguments)} - {"teachers"} | {"num_teacher_examples"}
-    is_own = bool(given & {"dataset", "teachers"}) and not given & {"config", *of_experiments}
+    if "config" in given:
+        given |= {*read_recipe_config(argv_value(argv, "config"), RECIPE_TYPES)}
+        is_own = "teachers" in given and not given & of_experiments
+    else:
+        is_own = bool(given & {"dataset", "teachers"}) and not given & of_experiments
     run = parse_recipe_args(RECIPE_TYPES, default_config=None if is_own else DEFAULT_CONFIG)
-    if run[0].num_teacher_examples == 0:
-        if "config" in given:
-            given |= {*read_recipe_config(argv_value(argv, "config"), RECIPE_TYPES)}
-        # One student for everybody: several ways to train it, of which none has to be chosen.
-        if "method" not in given and run[4].student_training == "probe":
-            run[4].method = "committee"
-    return run
+    # One student for everybody: several ways to train it, of which none has to be chosen.
+    if is_own and "method" not in given and run[4].student_training == "probe":
+        run[4].method = "committee"
+    return run, is_own
 
 
 def argv_value(argv: Sequence[str], name: str) -> str:
@@ -102,12 +103,10 @@ def argv_value(argv: Sequence[str], name: str) -> str:
 def open_task(data_args: DataArguments, teacher_args: TeacherArguments, methods: Sequence[str] | None) -> OwnTask:
     """Open the data and name the teachers, and refuse what cannot be done with them."""
     names = list(teacher_args.teachers)
-    if teacher_args.teachers_dir is not None:
-        names.append(teacher_args.teachers_dir)
     if not names:
         raise ValueError(
             "Teachers are needed, got none. Name a hierarchy, or models by their ids or folders, by `--teachers`; or "
-            "give labelled examples to weak ones by `--num_teacher_examples`."
+            "train weak ones on labelled examples, `--num_teacher_examples` of them."
         )
     answers = [str(name).split(":", 1)[-1] for name in names if isinstance(name, str)]
     answers += [str(name.get("model")) for name in names if isinstance(name, dict)]
@@ -325,14 +324,14 @@ def train_on_own(run: tuple[Any, ...]) -> None:
 
 def main() -> None:
     """Run the recipe."""
-    run = parse()
-    data_args, *_, config = run
+    run, is_own = parse()
+    config = run[4]
     config.device  # noqa: B018  # joins the other processes, on the device that the configuration names
     if config.disable_tqdm:
         transformers_logging.disable_progress_bar()
         disable_progress_bars()
     try:
-        (run_experiment if data_args.num_teacher_examples else train_on_own)(run)
+        (train_on_own if is_own else run_experiment)(run)
     except KeyboardInterrupt:
         say("\nStopped. What is finished is kept: the same command goes on.")
         raise SystemExit(130) from None

@@ -220,6 +220,12 @@ def _merge(existing: bytes, new: str | Path | bytes, repo_id: str) -> bytes:
     return merged.text.encode("utf-8")
 
 
+def has_file(repo_id: str, names: Sequence[str], *, what: str) -> bool:
+    """Tell whether a repository of the Hub holds any of some files."""
+    with hub_errors(what, repo_id):
+        return any(HfApi().file_exists(repo_id, name) for name in names)
+
+
 def is_folder(source: str | os.PathLike[str]) -> bool:
     """Whether to look on this machine and not on the Hub: no id looks like this, or the folder exists."""
     text = os.fspath(source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from datasets import Dataset
 
 from ..data.columns import shorten
 from ..hierarchy import Teacher, TeacherHierarchy
-from ..hub.client import is_folder
+from ..hub.client import has_file, is_folder
 from ..models.source import find_model
 from .hub import HIERARCHY_FILES, load_hierarchy
 from .running import read_names
@@ -48,7 +49,13 @@ def hierarchy_from_names(
                 f"{shorten(labels)}. Leave them out."
             )
         return hierarchy
-    teachers = [_read_teacher(name, dataset) for name in names]
+    teachers: list[Teacher] = []
+    for name in names:
+        teacher = _read_teacher(name, dataset)
+        same = sum(other.name == teacher.name or other.name.startswith(f"{teacher.name}-") for other in teachers)
+        # Two ids may end alike; whoever names the fields of a teacher names it too.
+        is_free = isinstance(name, Mapping) or teacher.name not in {other.name for other in teachers}
+        teachers.append(teacher if is_free else replace(teacher, name=f"{teacher.name}-{same + 1}"))
     return TeacherHierarchy(labels or _find_labels(teachers, dataset), teachers)
 
 
@@ -59,15 +66,7 @@ def _is_hierarchy(name: str, dataset: Dataset) -> bool:
         return True
     if is_folder(name):
         return any(Path(name, file).is_file() for file in HIERARCHY_FILES)
-    return not _is_model_on_hub(name)
-
-
-def _is_model_on_hub(name: str) -> bool:
-    try:
-        find_model(name, what=f"Teacher '{name}'")
-    except FileNotFoundError:  # no configuration of a model: `load_hierarchy` says what else it lacks
-        return False
-    return True
+    return has_file(name, HIERARCHY_FILES, what=f"Teacher '{name}'")
 
 
 def _read_teacher(name: str | Mapping[str, Any], dataset: Dataset) -> Teacher:

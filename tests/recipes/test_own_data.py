@@ -217,3 +217,19 @@ def test_a_folder_of_images_names_what_is_none(photos, labelled, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="got neither in"):
         load_images(tmp_path / "empty")
+
+
+def test_teachers_by_their_ids(hub, tiny_vit, tiny_image_dataset, tiny_labels):
+    from hf_cosupervise import Teacher, TeacherHierarchy, push_hierarchy
+    from hf_cosupervise.teachers.naming import hierarchy_from_names
+
+    hierarchy = TeacherHierarchy(tiny_labels, [Teacher(tiny_vit, name="one"), Teacher(tiny_vit, name="two", level=1)])
+    push_hierarchy(hierarchy, "someone/both")
+    hub.create("someone/vit", {path.name: path.read_bytes() for path in Path(tiny_vit).iterdir()})
+    found = hierarchy_from_names(["someone/both"], tiny_image_dataset)
+    assert found.names == ("one", "two") and all(teacher.model == "someone/both" for teacher in found.teachers)
+    found = hierarchy_from_names(["1:someone/vit", tiny_vit], tiny_image_dataset)
+    assert found.labels == tuple(tiny_labels) and [teacher.level for teacher in found.teachers] == [0, 1]
+    assert found.names == ("vit-2", "vit")  # the same last word, not the same name
+    one = hierarchy_from_names(["someone/vit"], tiny_image_dataset)
+    assert one.labels == tuple(tiny_labels) and one.teachers[0].model == "someone/vit"
