@@ -69,6 +69,7 @@ class TeacherPool:
         TypeError: If `hierarchy` is no [`TeacherHierarchy`], or the data are no `datasets.Dataset`s.
     """
 
+    # A pool of written answers names other columns; what is stored, joined and pushed stays the same code.
     columns: ClassVar[tuple[str, ...]] = ()
     answers: ClassVar[str] = "Answers"  # what is held, for errors
 
@@ -96,7 +97,9 @@ class TeacherPool:
         self._inputs_file: tuple[Dataset, Path] | None = None
         self._digests: dict[tuple[int, ...], str | None] = {}
         self._check_teachers(teachers)
+        # In the order of the hierarchy, and none that it does not name: positions in `source_names` follow from it.
         self.teachers = {name: teachers[name] for name in hierarchy.names}
+        # Without inputs the root's first teacher gives the examples and their order; the others are joined to it.
         self.ids = read_ids(inputs if inputs is not None else self.teachers[hierarchy.names[0]], "the pool")
         # Positions in a teacher's dataset of the pool's ids, where they stand in another order there.
         self._orders: dict[str, np.ndarray] = {}
@@ -121,6 +124,7 @@ class TeacherPool:
     def _open(self, name: str, dataset: Dataset) -> None:
         """Find what a teacher says of each of the pool's ids; it may know more examples."""
         ids = read_ids(dataset, f"'{name}'")
+        # Pools that `build_pool` made stand in one order: then no positions are kept, and views stay without a copy.
         if not np.array_equal(ids, self.ids):
             self._orders[name] = match_ids(ids, self.ids, f"{self.answers} of '{name}'")
 
@@ -136,6 +140,7 @@ class TeacherPool:
             )
         return list(self.inputs.select_columns([name])[rows][name])
 
+    # Numpy would count negative rows from the end and read booleans as a mask: other examples, and no error.
     def _check_rows(self, rows: Any) -> Any:
         """Refuse rows that numpy would take for others, or for a mask."""
         if isinstance(rows, slice):
@@ -150,17 +155,13 @@ class TeacherPool:
             raise ValueError(
                 f"`rows` must lie in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}. Count from 0, in this pool."
             )
+        # Unsigned 64-bit rows would become floats as soon as they meet signed ones.
         return rows.astype(np.int64, copy=False)
 
     def with_hierarchy(self: P, hierarchy: TeacherHierarchy) -> P:
         """Give the same answers under another hierarchy: fewer teachers, or other levels. Nothing is copied.
 
-        Args:
-            hierarchy (`TeacherHierarchy`):
-                Teachers of this pool, with the same labels.
-
-        Raises:
-            ValueError: If the labels differ or a teacher is not in the pool.
+        A `ValueError` if the labels differ or a teacher is not in the pool.
         """
         check_kind(hierarchy, TeacherHierarchy, "hierarchy")
         if hierarchy.labels != self.hierarchy.labels:
@@ -177,14 +178,10 @@ class TeacherPool:
         return pool
 
     def select(self: P, rows: Sequence[int] | np.ndarray) -> P:
-        """Give the pool of the same kind of some of its examples.
-
-        Args:
-            rows (`Sequence[int]`):
-                Positions, in the order wanted. One that does not exist, or twice the same, is a `ValueError`.
-        """
+        """Give the pool of some examples by position; one twice, or one that is not there, is a `ValueError`."""
         rows = self._check_rows(np.asarray(rows))
         teachers = {
+            # `rows` are positions among the pool's ids, which in this teacher's dataset may stand elsewhere.
             name: dataset.select(self._orders[name][rows] if name in self._orders else rows)
             for name, dataset in self.teachers.items()
         }
@@ -192,23 +189,20 @@ class TeacherPool:
         return type(self)(self.hierarchy, teachers, inputs, self.facts, self.source, input_column=self.input_column)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the pool to a folder that does not exist yet, whole or not at all.
+        """Write the pool to a new folder, whole or not at all; a `FileExistsError` if there is something already.
 
-        Args:
-            folder (`str` or `os.PathLike`):
-                Folder to make: `pool.json`, `inputs/data.arrow`, `teachers/<name>/data.arrow`, a data-set card.
-
-        Raises:
-            FileExistsError: If there is something at that path already.
+        It holds `pool.json`, `inputs/data.arrow`, `teachers/<name>/data.arrow` and a data-set card.
         """
         folder = Path(folder)
         check_free(folder, "Load it, or choose another folder.")
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # Killed at any point, this leaves a hidden folder and never half a pool under the wanted name.
         with whole_folder(folder) as temporary:
             files, digests = self._write_digested(temporary)
             for path, file in files.items():
                 link_file(file, temporary / path)
             write_card(pool_card(self._card_facts()), temporary)
+            # Last, because it holds the digests of the files above.
             write_text(temporary / HEADER, dump_header(self._header() | {"files": digests}))
 
     def _write(self, folder: Path, inputs: bool = True) -> dict[str, Path]:
@@ -216,6 +210,7 @@ class TeacherPool:
         files: dict[str, Path] = {}
         for name, dataset in self.teachers.items():
             path = f"teachers/{name}/data.arrow"
+            # What lies in a pool already is linked or uploaded from there: adding a teacher must not copy the others.
             if (own := find_own_file(dataset, name)) is None:
                 write_arrow(dataset, folder / path)
             files[path] = own or folder / path
@@ -230,18 +225,21 @@ class TeacherPool:
         if self._inputs_file is None:
             return None
         dataset, path = self._inputs_file
+        # Somebody may have put another file in its place since: the same name is not enough, the signature must be one
+        # that was mapped.
         return path if dataset is self.inputs and path.is_file() and file_signature(path) in self._digests else None
 
     def _header(self, inputs: bool = True) -> dict[str, Any]:
-        """All of the header but the files."""
         return {
             "format_version": FORMAT_VERSION,
             "num_examples": len(self),
+            # What a push compares with the pool that is there, without downloading any of its data.
             "ids_digest": ids_digest(self.ids),
             "has_inputs": inputs and self.inputs is not None,
             **self._own_header(),
             "hierarchy": self.hierarchy.to_dict(),
             "facts": self.facts,
+            # Left out, not null, which `read_header` refuses as it refuses any other kind of value.
             **({} if self.source is None else {"source": self.source}),
             **({} if self.input_column is None else {"input_column": self.input_column}),
         }
@@ -254,6 +252,7 @@ class TeacherPool:
         """Write what is not on disk yet: where each file is, and its size and digest for the header."""
         files = self._write(folder, inputs)
         digests = {
+            # A size is compared at every load, at no cost; the digest only where `verify` asks for it.
             path: [file.stat().st_size, self._digests.get(file_signature(file)) or file_digest(file)]
             for path, file in files.items()
         }
@@ -268,6 +267,7 @@ class TeacherPool:
                 **{
                     key: value
                     for key, value in self.facts.get(teacher.name, {}).items()
+                    # Facts may hold anything that a teacher's maker noted, paths too: only these are fit for a card.
                     if key in ("kind", "revision", "commit", "dropped_mass")
                 },
             }
@@ -290,6 +290,7 @@ class TeacherPool:
 
     def published_model(self, teacher: Teacher) -> str | None:
         """Tell where others find a teacher: its Hub id or column, `None` where it is not known to be on the Hub."""
+        # Only a commit proves that a teacher is on the Hub: an id that looks like one may be a folder of this machine.
         is_known = teacher.kind == "column" or self.facts.get(teacher.name, {}).get("commit") is not None
         return teacher.model if is_known else None
 
@@ -354,6 +355,7 @@ class TeacherPool:
             ValueError: If the id cannot be one, or the repository holds something else that would be lost.
         """
         card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}
+        # What is not given stays as an earlier push set it; an empty value would delete it there.
         card = {key: value for key, value in card.items() if value}
         target = Target(repo_id, private, token, revision, inputs, replace)
 
@@ -367,6 +369,7 @@ class TeacherPool:
             )
             return push_pool(pool, target, commit_message, card)
 
+        # Several pushes at once would refuse each other by their parent commit.
         return join_processes().on_first(push)
 
     @classmethod
@@ -400,6 +403,7 @@ class TeacherPool:
             RepositoryNotFoundError: If the repository is not there, is private or is gated.
             ValueError: If it was written by a newer version, a file is damaged, or its content is not valid.
         """
+        # A folder wins over an id of the same name, as everywhere in the library.
         if is_folder(source):
             if revision is not None:
                 raise ValueError(f"`revision` is for pools on the Hub, got {revision!r} for '{source}'. Leave it out.")
@@ -423,9 +427,11 @@ class TeacherPool:
             )
         hierarchy = TeacherHierarchy.from_dict(header["hierarchy"])
         datasets, digests = {}, {}
+        # The header says which files there must be; whatever else lies in the folder is not opened.
         for path in file_names(header):
             size, digest = header.get("files", {}).get(path, (None, None))
             datasets[path] = map_file(folder, path, size, digest, verify, what, advice)
+            # By signature, so that the digest no longer counts for a file that changes after this.
             digests[file_signature(folder / path)] = digest
         teachers = {name: datasets[f"teachers/{name}/data.arrow"] for name in hierarchy.names}
         try:
@@ -445,6 +451,7 @@ class TeacherPool:
             )
         pool._digests = digests
         if pool.inputs is not None:
+            # The dataset itself tells later whether `inputs` was replaced on this object.
             pool._inputs_file = (pool.inputs, folder / INPUTS)
         return pool
 

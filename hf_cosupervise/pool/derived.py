@@ -45,6 +45,7 @@ def single_teacher_pool(
 ) -> PseudolabelPool:
     """Give the examples of a pool with pseudolabels of one's own, or with what a function makes of some rows."""
     hierarchy = TeacherHierarchy(pool.labels, [Teacher(name, kind="column")])
+    # An array is indexed by the same slices that a function is called with.
     label_ids, label_probs, dropped = _encode(probs if callable(probs) else probs.__getitem__, pool, name)
     teachers, facts = {name: teacher_dataset(pool.ids, label_ids, label_probs)}, {name: {"dropped_mass": dropped}}
     return PseudolabelPool(hierarchy, teachers, pool.inputs, facts, pool.source, input_column=pool.input_column)
@@ -100,8 +101,10 @@ def aggregated_pool(
         if method == "majority_vote":  # the only one that looks at each row alone
             num_labels = pool.hierarchy.num_labels
             return single_teacher_pool(pool, title, lambda rows: majority_vote(votes[rows], num_labels).numpy())
+        # These fit something on all rows together, but on labels alone: no probabilities are decoded for them.
         found = VOTE_AGGREGATORS[method](votes, pool.hierarchy.num_labels)
         return single_teacher_pool(pool, title, found.numpy())
+    # A function of one's own, or one that learns from features, may look across rows: it gets all at once.
     teacher_probs, answered = pool.decode_level(everybody, slice(None))
     if isinstance(method, str) and method in FEATURE_AGGREGATORS:
         known_features = _check_features(features, len(pool), method)
@@ -130,13 +133,17 @@ def _check_features(features: torch.Tensor | None, num_examples: int, method: st
 def _raven_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     if bool((unanimous(teacher_probs, answered) & answered.any(dim=1)).any()):
         fit = fit_raven(features, teacher_probs, answered)
+    # The easy start trains on examples with one voice, and none would be a mean over nothing.
     else:  # specialists that each know labels of their own never agree
         warnings.warn("There is no example on which all teachers agree: 'raven' does without its easy start.")
         fit = fit_raven(features, teacher_probs, answered, easy_epochs=0)
+    # Of `fit` only the weights are kept: the pool is to hold what the teachers say, not what RAVEN's own student
+    # predicts.
     return weighted_mean_probs(teacher_probs, answered, fit.teacher_weights)
 
 
 def _crowdlab_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    # CROWDLAB is defined on labels of annotators, so that probabilities enter by the student alone.
     labels = harden(teacher_probs, answered)
     student_probs = _cross_fitted_probs(features, majority_vote(labels, teacher_probs.shape[2]))
     posteriors, consensus = crowdlab(labels, student_probs), crowdlab_labels(labels, student_probs).clamp(min=0)
@@ -153,12 +160,14 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
     has_vote = votes.sum(dim=1) > 0
     logits = torch.zeros_like(votes)
     gram = gram_matrix(features, rows[has_vote])
-    head = nn.utils.skip_init(
-        nn.Linear, features.shape[1], votes.shape[1], device=features.device
-    )  # no random numbers
+    # Ridge overwrites all of it; an ordinary layer would draw random numbers and move everybody's training.
+    head = nn.utils.skip_init(nn.Linear, features.shape[1], votes.shape[1], device=features.device)
     for fold in range(_FOLDS):
+        # By position, not at random: the same pool gives the same labels, and no random number is used up.
         inside = rows % _FOLDS == fold
         others = rows[has_vote & ~inside]
+        # Fewer examples than folds leave some empty, and without any vote there is nothing to fit: even probabilities
+        # stay.
         if not bool(inside.any()) or not bool(has_vote.any()):
             continue
         if not len(others):
@@ -171,6 +180,8 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
             features,
             others,
             votes.__getitem__,
+            # What all examples give less what the fold gives: the large product over features is done once, not per
+            # fold.
             gram - gram_matrix(features, rows[has_vote & inside]),
             alpha=_RIDGE_ALPHA,
             logit_scale=_LOGIT_SCALE,
@@ -225,6 +236,7 @@ def boosted_pool(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> Pseud
         ValueError: If the labelled pool lacks teachers, ground truth or examples, or no teacher is better than chance
             on it.
     """
+    # Ground truth of other examples: that of the pool itself stays for evaluation.
     truth = torch.from_numpy(_oracle_labels(pool, labelled_pool))
     names, num_labels = pool.hierarchy.names, pool.hierarchy.num_labels
     weights = boosting_weights(_hard_labels(labelled_pool, names), truth, num_labels)
@@ -244,6 +256,8 @@ def fit_temperatures(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> d
     for teacher in pool.hierarchy.teachers:
         rows = np.flatnonzero(labelled_pool.answered(teacher.name))
         where = "that it answered"
+        # Of labels outside its scope a specialist is wrong by construction: they would make its temperature, and so
+        # every answer, far too unsure.
         if teacher.scope is not None:
             rows = rows[np.isin(truth[rows], [pool.labels.index(label) for label in teacher.scope])]
             where += " with a label of its scope"
@@ -314,6 +328,7 @@ def smoothed_pool(pool: PseudolabelPool, neighbors: torch.Tensor) -> Pseudolabel
             f"Expected `neighbors` as rows 0..{len(pool) - 1} of shape ({len(pool)}, k), got shape "
             f"{tuple(neighbors.shape)} of {neighbors.dtype}. Use `nearest_neighbors` on features of the pool."
         )
+    # Each example counts itself too; first, because `_mean_rows` asks the first column who answered.
     own = torch.arange(len(pool))[:, None]
     near = torch.cat([own, neighbors.cpu().long()], dim=1).numpy()
 
@@ -328,6 +343,7 @@ def smoothed_pool(pool: PseudolabelPool, neighbors: torch.Tensor) -> Pseudolabel
 def _mean_rows(pool: PseudolabelPool, name: str, near: np.ndarray) -> np.ndarray:
     """Mean of a teacher's answers over the rows `(num_rows, k + 1)` of each example; zero where the first has none."""
     num_labels, (num_rows, width) = pool.hierarchy.num_labels, near.shape
+    # `(num_rows * width, k)` and `(num_rows * width,)`: never `width` dense rows for each example.
     probs, rest_probs = scale_top_k(pool.label_probs(name)[near.reshape(-1)], num_labels)
     rest, shape = torch.from_numpy(rest_probs), (num_rows, width * probs.shape[1])
     excess = (torch.from_numpy(probs) - rest[:, None]).reshape(shape)
@@ -335,6 +351,7 @@ def _mean_rows(pool: PseudolabelPool, name: str, near: np.ndarray) -> np.ndarray
     # Labels that a row leaves out all have its rest, so that no row is spread over all labels by itself.
     total = rest.reshape(num_rows, width).sum(dim=1, keepdim=True).repeat(1, num_labels)
     total.scatter_add_(1, label_ids, excess).clamp_(min=0)  # rounding may leave less than nothing
+    # Neighbours never speak for a teacher that had no answer: a specialist stays silent outside of what it saw.
     total *= torch.from_numpy(pool.answered(name, near[:, 0]))[:, None]
     return functional.normalize(total, p=1, dim=1).numpy()
 
@@ -343,8 +360,10 @@ def _rewritten_pool(
     pool: PseudolabelPool, rewrite: Callable[[str, slice], np.ndarray], facts: dict[str, dict[str, Any]]
 ) -> PseudolabelPool:
     """The same teachers with other probabilities, from name and rows to `(num_rows, num_labels)`, and more facts."""
+    # A copy: facts of the pool that this one is made of must not tell of temperatures that it has not.
     teachers, known = {}, dict(pool.facts)
     for name in pool.hierarchy.names:
+        # As many labels as before, so that a calibrated or smoothed pool can be read as its original is.
         k = pool.label_ids(name).shape[1]
         label_ids, label_probs, dropped = _encode(partial(rewrite, name), pool, name, k)
         teachers[name] = teacher_dataset(pool.ids, label_ids, label_probs)
@@ -359,8 +378,10 @@ def _encode(
     k, dropped, pieces = k or default_pool_k(pool.hierarchy.num_labels), 0.0, []
     for rows in _chunks(len(pool)):
         probs = make(rows)
+        # `_CHUNK` rows dense, then k of each: at 1,000 labels and 16 kept a sixtieth stays.
         pieces.append(encode_top_k(probs, k, f"'{name}'"))
         dropped += dropped_mass(probs, pieces[-1][0])
+    # At least one piece, if an empty one, so that a pool of no rows keeps its types and its k.
     label_ids, label_probs = (np.concatenate(parts) for parts in zip(*pieces))
     return label_ids, label_probs, dropped / max(int((label_probs[:, 0] > 0).sum()), 1)
 

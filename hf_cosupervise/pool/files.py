@@ -26,6 +26,8 @@ _INPUTS_FOLDER = "inputs"
 _OWNER = b"hf_cosupervise.owner"
 _FILE = re.compile(r"(inputs|teachers/[A-Za-z0-9][A-Za-z0-9._-]*)/data\.arrow")
 _CHUNK = 8192
+# What Arrow and `datasets` make of bytes that are no such file; neither says so in one kind of error.
+_UNREADABLE = (pa.ArrowException, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)
 # What every header holds, and what pools of older versions lack.
 _NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": dict}
 _OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict, "input_column": str}
@@ -40,6 +42,7 @@ def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, labe
             f"Pseudolabels of {len(ids)} examples must have shape ({len(ids)}, k), got {label_ids.shape} and "
             f"{label_probs.shape}. Give one row per id."
         )
+    # A fixed length is what lets the values be viewed as one matrix; lists of any length would need their offsets.
     k = label_ids.shape[1]
     features = Features(
         {
@@ -48,11 +51,13 @@ def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, labe
             "label_probs": List(Value("float16"), length=k),
         }
     )
-    id_array = pa.array(list(ids) if not isinstance(ids, np.ndarray) else ids.tolist(), type=features["id"].pa_type)
+    id_array = pa.array(ids.tolist() if isinstance(ids, np.ndarray) else list(ids), type=features["id"].pa_type)
     schema = features.arrow_schema
     lists = [
         pa.FixedSizeListArray.from_arrays(
-            pa.Array.from_buffers(field.type.value_type, values.size, [None, pa.py_buffer(values)]), type=field.type
+            # From the array's own memory, that of a mapped file as well: nothing is copied.
+            pa.Array.from_buffers(field.type.value_type, values.size, [None, pa.py_buffer(values)]),
+            type=field.type,
         )
         for field, values in zip(
             list(schema)[1:], (np.ascontiguousarray(label_ids), np.ascontiguousarray(label_probs))
@@ -70,11 +75,14 @@ def write_teacher(
 ) -> None:
     """Write one teacher's pseudolabels to an Arrow file of a single chunk, without holding them in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written piece by piece, the Arrow file would have as many chunks, of which no view of all can be had. So the
+    # pieces grow in plain files, which are mapped and written as one.
     raw = (path.with_suffix(".ids"), path.with_suffix(".probs"))
     with open(raw[0], "wb") as ids_file, open(raw[1], "wb") as probs_file:
         for label_ids, label_probs in pieces:
             ids_file.write(label_ids.tobytes())
             probs_file.write(label_probs.tobytes())
+    # The types are those of the last piece: all pieces of a teacher are encoded with one k and one number of labels.
     shape = (len(ids), label_ids.shape[1])
     views = [np.memmap(file, part.dtype, "r", shape=shape) for file, part in zip(raw, (label_ids, label_probs))]
     write_arrow(teacher_dataset(ids, *views), path)
@@ -92,6 +100,7 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
     owned = schema.with_metadata({**schema.metadata, _OWNER: path.parent.name.encode("utf-8")})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, owned) as writer:
         for start in range(0, len(dataset), max(batch, 1)):
+            # Bytes of image files go in: a pool that names paths of this machine could be read nowhere else.
             table = embed_table_storage(table_cast(dataset.with_format("arrow")[start : start + batch], schema))
             writer.write_table(table.combine_chunks())
 
@@ -99,16 +108,19 @@ def write_arrow(dataset: Dataset, path: Path) -> None:
 def _is_owner(path: Path, name: str) -> bool:
     """Tell whether a file was written for a name, as far as it knows; a loaded data set does not know any more."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        # Files of older versions name no owner: they are let through, as whoever reads them asks for.
         return (reader.schema.metadata or {}).get(_OWNER, name.encode("utf-8")) == name.encode("utf-8")
 
 
 def find_own_file(dataset: Dataset, name: str) -> Path | None:
     """Find the file of one chunk that holds this teacher's dataset and nothing else, as it is on disk now."""
     files = [Path(file["filename"]) for file in dataset.cache_files]
+    # A selection maps the file of the whole, and what is concatenated maps several: neither file is this dataset.
     if dataset._indices is not None or len(files) != 1:
         return None
     if not files[0].is_file() or not _is_owner(files[0], name):
         return None
+    # Renamed columns or another file put in its place since show only in the content. Compared on mapped memory.
     whole = Dataset.from_file(str(files[0]))
     is_one_chunk = whole.data.column("id").num_chunks == 1
     return files[0] if is_one_chunk and whole.data.table.equals(dataset.data.table, check_metadata=True) else None
@@ -121,6 +133,7 @@ def map_file(
     path = folder / name
     if not path.is_file():
         raise FileNotFoundError(f"Pool {what} lacks '{path}'. {advice}")
+    # Before anything is opened: a pool from the Hub or a mail may hold links to files of this machine.
     if not is_inside(path, folder):
         raise ValueError(
             f"Pool {what} must hold its files itself, got '{name}' as a link to somewhere else. It was not "
@@ -129,6 +142,7 @@ def map_file(
     found, found_size = "", path.stat().st_size
     if size not in (None, found_size):
         found = f"{found_size} bytes instead of {size}"
+    # Reads the whole file, which `load` promises not to do unless it is asked.
     elif verify and file_digest(path) != digest:
         found = "other content than its digest tells"
     else:
@@ -137,16 +151,9 @@ def map_file(
             # Arrow follows wrong offsets blindly. This looks at all of them, and at 10 GB of text in a second.
             dataset.data.validate(full=True)
             found = "" if _is_owner(path, path.parent.name) else "what was written as another file of a pool"
-        except (
-            pa.ArrowException,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            OSError,
-            RecursionError,
-        ) as error:
+        except _UNREADABLE as error:
             found = f"{type(error).__name__}: {str(error).rstrip('.')}"
+    # Outside of the `try`, whose `except` would turn this refusal into a damaged file to be fetched again.
     if not found:
         check_cells(
             dataset.data.table, f"'{path.name}' of pool {what}", "Use no pool of that origin, or have it built anew."
@@ -176,6 +183,7 @@ def view_matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
         # Arrow leaves null rows out of the flat values, which would shift every later row.
         raise ValueError(f"Column `{column}` of '{name}' must hold no nulls. A missing answer is a row of zeros.")
     parts = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, feature.length) for chunk in chunks]
+    # A table without rows has no chunk, but its k is needed all the same.
     if not parts:
         return np.zeros((0, feature.length), dtype=feature.feature.dtype)
     matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -222,6 +230,7 @@ def read_header(path: Path, what: str | Path) -> dict[str, Any]:
     for facts in header["facts"].values():
         if wrong := [key for key, kind in _FACTS.items() if not isinstance(facts.get(key), kind | None)]:
             raise _bad_header(what, f"{facts[wrong[0]]!r} as `{wrong[0]}` among `facts`")
+        # A mean of what rows that sum to 1 within `SUM_TOLERANCE` have lost.
         if not 0 <= (facts.get("dropped_mass") or 0) <= 1.01:
             raise _bad_header(what, "a `dropped_mass` that is no share among `facts`")
     if not all(isinstance(value, str) for value in header.get("source", {}).values()):
@@ -235,9 +244,11 @@ def read_header(path: Path, what: str | Path) -> dict[str, Any]:
     if any(isinstance(level := teacher.get("level"), int) and level >= len(teachers) for teacher in teachers):
         raise _bad_header(what, f"levels that {len(teachers)} teachers cannot fill")
     try:
+        # There and back, so that two headers of one hierarchy are equal however they spell its defaults.
         header["hierarchy"] = TeacherHierarchy.from_dict(header["hierarchy"]).to_dict()
     except (ValueError, TypeError) as error:
         raise _bad_header(what, str(error).rstrip(".")) from error
+    # Names become paths: '../' or an absolute one must not get as far as a folder.
     if unknown := [name for name in header.get("files", {}) if not _FILE.fullmatch(name)]:
         raise _bad_header(what, f"{unknown[0]!r} among `files`, which is no file of a pool")
     return header
@@ -260,5 +271,6 @@ def ids_digest(ids: np.ndarray) -> str:
     """Hash ids in their order."""
     digest = hashlib.blake2b(digest_size=8)
     for start in range(0, len(ids), _CHUNK):
+        # `repr` tells the text '1' from the number 1, and the line break tells 1, 23 from 12, 3.
         digest.update("".join(f"{value!r}\n" for value in ids[start : start + _CHUNK].tolist()).encode("utf-8"))
     return digest.hexdigest()

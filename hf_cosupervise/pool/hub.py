@@ -47,15 +47,19 @@ def push_pool(pool: PushedPool, target: Target, message: str, card: Mapping[str,
     """Put a pool on the Hub in one commit, if nothing is destroyed by it."""
     repo_id = open_repo(target.repo_id, what=_WHAT, repo_type="dataset", private=target.private, token=target.token)
     _check_repo(pool, target, repo_id)
+    # For what is not on disk yet: files that lie in a pool are uploaded from where they are.
     with tempfile.TemporaryDirectory(prefix="cosupervise-push-") as folder:
         files, digests = pool.write(Path(folder))
         header = pool.header | {"files": digests}
         # Writing may have taken long, and others may push too.
         there, parent = _check_repo(pool, target, repo_id)
+        # Only who loaded it from there can have overlooked a push; from another origin, what would be lost was
+        # checked.
         if (repo_id, parent) != pool.origin and repo_id == pool.origin[0] and not target.replace:
             check_not_overtaken(there, header, repo_id)
         known = there.get("card", {})
         card = {key: known[key] for key in _KEPT if key in known} | dict(card)
+        # Known only now: the client completes a bare name by the user's own.
         facts = pool.card_facts | {"hub_dataset_id": repo_id, "hub_branch": target.revision}
         if card.get("source_dataset", facts["source_dataset"]) != facts["source_dataset"]:
             facts |= {"source_revision": None, "source_split": None}  # those of another data set
@@ -66,6 +70,7 @@ def push_pool(pool: PushedPool, target: Target, message: str, card: Mapping[str,
             what=_WHAT,
             message=message,
             repo_type="dataset",
+            # What this pool has not got any more goes in the same commit; files beside them are the owner's and stay.
             replaced=["teachers/*", "inputs/*"],
             revision=target.revision,
             token=target.token,
@@ -84,10 +89,12 @@ def _check_repo(pool: PushedPool, target: Target, repo_id: str) -> tuple[dict[st
             info = api.repo_info(repo_id, repo_type="dataset")
     names = {sibling.rfilename for sibling in info.siblings or ()}
     if HEADER not in names:
+        # A new repository has the second from the start, and often a card that somebody has begun by hand.
         if others := sorted(names - {CARD, ".gitattributes"}):
             raise ValueError(
                 f"'{repo_id}' must be new, empty or hold a pool, got the files {shorten(others)}. {advice}"
             )
+        # Nothing there that could be lost.
         return {}, str(info.sha)
     folder = fetch_files(repo_id, str(info.sha), [HEADER], what=_WHAT, repo_type="dataset", token=target.token)
     there = read_header(folder / HEADER, repo_id)
@@ -125,6 +132,7 @@ def _check_same(there: Mapping[str, Any], own: Mapping[str, Any], repo_id: str, 
 def check_not_overtaken(there: Mapping[str, Any], own: Mapping[str, Any], repo_id: str) -> None:
     """Refuse to undo what somebody else has pushed since this pool was loaded from there."""
     files, known = there.get("files", {}), own["files"]
+    # Files that only one side has were judged before, by the teachers' names.
     if changed := sorted(path for path in set(files) & set(known) if files[path] != known[path]):
         raise ValueError(
             f"The pool must be the latest one of '{repo_id}' with what you add, got other content of "
@@ -135,11 +143,13 @@ def check_not_overtaken(there: Mapping[str, Any], own: Mapping[str, Any], repo_i
 
 def fetch_pool(repo_id: str, revision: str | None, token: str | None) -> tuple[Path, dict[str, Any], str]:
     """Download the files of a pool and nothing else: the folder of the cache, the header and the commit."""
+    # Once, and everything from that commit: header and files of two commits would not fit together.
     commit = resolve_commit(repo_id, revision, what=_WHAT, repo_type="dataset", token=token)
     folder = fetch_files(repo_id, commit, [HEADER], what=_WHAT, repo_type="dataset", token=token)
     if not (folder / HEADER).is_file():
         raise _no_pool(repo_id, commit, token)
     header = read_header(folder / HEADER, repo_id)
+    # By name and not by pattern: a repository may hold gigabytes of other things beside its pool.
     fetch_files(repo_id, commit, file_names(header), what=_WHAT, repo_type="dataset", token=token)
     return folder, header, commit
 

@@ -18,17 +18,21 @@ def check_id_values(ids: Sequence[Any] | np.ndarray) -> None:
         raise TypeError(
             f"`ids` must be one integer or string per example, got {type(ids).__name__}. Make a list of them."
         )
+    # The first decides, for in a file all ids are of one type.
     kind = str if len(ids) and isinstance(ids[0], str) else int | np.integer
+    # `True` is an integer to Python, and would be the id 1.
     if wrong := [value for value in ids if not isinstance(value, kind) or isinstance(value, bool)]:
         raise ValueError(f"`ids` must be integers or strings, got {wrong[0]!r}. Number the examples.")
     if kind is str and (wrong := [value for value in ids if not is_writable_text(value)]):
         raise ValueError(f"`ids` must hold no NUL and no halves of characters, got {wrong[0]!r}. Rename it.")
+    # What Arrow can hold as `int64`: larger ones would fail in the middle of writing.
     if kind is not str and len(ids) and not -(2**63) <= min(ids) <= max(ids) < 2**63:
         raise ValueError(f"`ids` must be integers or strings, got {max(ids, key=abs)}. Number the examples.")
 
 
 def match_ids(ids: np.ndarray, wanted: np.ndarray, what: str) -> np.ndarray:
     """Find the rows that hold the wanted ids."""
+    # A dictionary and no sorted search: it takes texts and numbers alike, and each id stands there once.
     positions = {value: row for row, value in enumerate(ids.tolist())}
     rows = [positions.get(value, -1) for value in wanted.tolist()]
     if missing := [value for value, row in zip(wanted.tolist(), rows) if row < 0]:
@@ -44,6 +48,7 @@ def read_ids(dataset: Dataset, what: str) -> np.ndarray:
     if "id" not in dataset.column_names:
         raise ValueError(f"Every dataset of a pool needs an `id` column, {what} got {dataset.column_names}.")
     column = (
+        # By Arrow, where `dataset["id"]` would make a Python object of each; an empty column has no type yet.
         dataset.with_format("arrow")[:].column("id") if len(dataset) else pa.chunked_array([pa.array([], pa.int64())])
     )
     if column.null_count:

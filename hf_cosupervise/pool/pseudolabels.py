@@ -56,9 +56,13 @@ class PseudolabelPool(TeacherPool):
         *,
         input_column: str | None = None,
     ) -> None:
+        # Before the base class, whose constructor calls `_open` for each teacher.
         self._views: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         super().__init__(hierarchy, teachers, inputs, facts, source, input_column=input_column)
-        self._oracle_labels = _read_oracle_labels(inputs, hierarchy.labels)
+        # Read at once: a label that the task does not have is refused here, not in the analysis after training.
+        self._oracle_labels: np.ndarray | None = None
+        if inputs is not None and ORACLE_LABEL in inputs.column_names:
+            self._oracle_labels = read_labels(inputs, ORACLE_LABEL, hierarchy.labels)
 
     def _open(self, name: str, dataset: Dataset) -> None:
         """Map the two columns as arrays, in the order of the pool's ids."""
@@ -68,6 +72,8 @@ class PseudolabelPool(TeacherPool):
             check_top_k(label_ids[chunk], label_probs[chunk], self.hierarchy.num_labels, name)
         super()._open(name, dataset)
         if (rows := self._orders.get(name)) is not None:
+            # The only copy of a teacher's labels, and only where its dataset stands in another order than the pool's
+            # ids.
             label_ids, label_probs = label_ids[rows], label_probs[rows]
         self._views[name] = label_ids, label_probs
 
@@ -121,11 +127,13 @@ class PseudolabelPool(TeacherPool):
 
     def answered(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:  # noqa: B008
         """Tell which examples a teacher answered, bool `(num_rows,)`."""
+        # Probabilities descend, so that the first one tells; a row without an answer is all zero.
         return self.label_probs(name)[self._check_rows(rows), 0] > 0
 
     def hard_labels(self, name: str, rows: np.ndarray | slice = slice(None)) -> np.ndarray:  # noqa: B008
         """Give a teacher's most probable label of each example, int64 `(num_rows,)`; -1 where it has no answer."""
         rows = self._check_rows(rows)
+        # Stored ids are of the smallest unsigned type, which has no -1.
         return np.where(self.answered(name, rows), self.label_ids(name)[rows, 0].astype(np.int64), -1)
 
     def decode(self, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:
@@ -155,15 +163,20 @@ class PseudolabelPool(TeacherPool):
         """
         sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
+        # Sorted by teacher: each view is read in a few large pieces, not row by row.
         order = np.argsort(sources, kind="stable")
         ordered_rows, ordered_sources = rows[order], sources[order]
+        # (num_rows, largest k): a teacher that keeps fewer is padded by zeros, which say nothing.
         shape = (len(rows), max(ids.shape[1] for ids, _ in self._views.values()))
         label_ids, label_probs = (
+            # Pools that were put together may store ids of one teacher in 8 bits and of another in 16.
             np.zeros(shape, dtype=np.result_type(*{view.dtype for view in views}))
             for views in zip(*self._views.values())
         )
+        # The least integer is no source, so that the first run starts at 0 too.
         starts = np.flatnonzero(np.diff(ordered_sources, prepend=np.iinfo(np.int64).min))
         for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
+            # Checked here, once per run of equal sources, not once per row.
             source = int(ordered_sources[start])
             if not NOBODY <= source < len(names):
                 raise ValueError(f"`sources` must be teachers (0..{len(names) - 1}) or -1 for nobody, got {source}.")
@@ -171,6 +184,7 @@ class PseudolabelPool(TeacherPool):
                 ids, probs = self._views[names[source]]
                 label_ids[start:stop, : ids.shape[1]] = ids.take(ordered_rows[start:stop], axis=0)
                 label_probs[start:stop, : ids.shape[1]] = probs.take(ordered_rows[start:stop], axis=0)
+        # The inverse of `order`; a second `argsort` would take longer.
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return label_ids.take(back, axis=0), label_probs.take(back, axis=0)
@@ -185,11 +199,13 @@ class PseudolabelPool(TeacherPool):
             ValueError: If a source does not exist, or the shapes differ.
         """
         sources, rows = self._check_sources(sources, rows)
+        # What an ensemble says is stored nowhere: it has to be decoded and averaged, a part at a time.
         if (sources >= len(self.hierarchy.names)).any():
             labels = np.empty(len(rows), dtype=np.int64)
             for start in range(0, len(rows), _DECODED):
                 part = slice(start, start + _DECODED)
                 probs = self.pseudolabels(sources[part], rows[part])
+                # The argmax of a row of zeros is label 0, which nobody said.
                 labels[part] = np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
             return labels
         label_ids, label_probs = self.gather(sources, rows)
@@ -200,9 +216,7 @@ class PseudolabelPool(TeacherPool):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Give the pseudolabel of each example by the teacher that speaks for it, without the labels left out.
 
-        Args:
-            hard (`bool`, *optional*, defaults to `False`):
-                Give 1 to the most probable label instead of probabilities.
+        With `hard`, the most probable label gets 1 instead of probabilities.
 
         Returns:
             `tuple[np.ndarray, np.ndarray, np.ndarray]`: label ids `(num_rows, k)` int64, their probabilities
@@ -211,11 +225,14 @@ class PseudolabelPool(TeacherPool):
         Raises:
             ValueError: If teachers keep different numbers of labels, or as [`gather`].
         """
+        # Padding would look like stored labels of probability 0, where the rest has more: only the first of them, as
+        # `hard` takes, is safe.
         if not (hard or self.has_one_k):
             sizes = {name: self.label_ids(name).shape[1] for name in self.hierarchy.names}
             raise ValueError(f"All teachers must keep equally many labels, got {sizes}. Use `pseudolabels`.")
         label_ids, stored = self.gather(sources, rows)
         if hard:
+            # The sign keeps a row without an answer at 0; all others get 1, and the rest of the labels nothing.
             label_ids, stored = label_ids[:, :1], np.sign(stored[:, :1])
         probs, rest_probs = scale_top_k(stored, self.hierarchy.num_labels)
         return label_ids.astype(np.int64), probs, rest_probs
@@ -223,15 +240,11 @@ class PseudolabelPool(TeacherPool):
     def pseudolabels(self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False) -> np.ndarray:
         """Give the pseudolabel of each example by whoever speaks for it.
 
-        Args:
-            hard (`bool`, *optional*, defaults to `False`):
-                Give 1 to the most probable label (ties to the lowest) instead of probabilities.
+        With `hard`, the most probable label (ties to the lowest) gets 1 instead of probabilities.
 
         Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero where nobody speaks.
-
-        Raises:
-            ValueError: If a source does not exist, or the shapes differ.
+            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero where nobody speaks. A
+            source that does not exist, or shapes that differ, are a `ValueError`.
         """
         sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
@@ -242,6 +255,7 @@ class PseudolabelPool(TeacherPool):
                     f"`sources` must be positions in `source_names` (0..{len(self.source_names) - 1}) or -1 for "
                     f"nobody, got {source}."
                 )
+            # All rows of one source together: decoding is a few large array operations then.
             here = np.flatnonzero(sources == source)
             if source < len(names):
                 probs[here] = self.decode(names[source], rows[here])
@@ -249,26 +263,18 @@ class PseudolabelPool(TeacherPool):
                 level = self.hierarchy.level_indices(source - len(names))
                 probs[here] = mean_probs(*self.decode_level(level, rows[here])).numpy()
         if hard:
+            # `argmax` names label 0 for rows of zeros as well, which the product sets back to nothing.
             one_hot = np.zeros_like(probs)
             one_hot[np.arange(len(rows)), probs.argmax(axis=1)] = 1.0
             return one_hot * (probs.sum(axis=1, keepdims=True) > 0)
         return probs
 
     def decode_level(self, indices: Sequence[int], rows: np.ndarray | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give full probability vectors of several teachers.
-
-        Args:
-            indices (`Sequence[int]`):
-                Positions of the teachers in the hierarchy.
-            rows (`np.ndarray` of int or `slice`):
-                Which examples.
+        """Give full probability vectors of several teachers by their positions in the hierarchy.
 
         Returns:
             `tuple[torch.Tensor, torch.BoolTensor]`: probabilities `(num_rows, num_teachers, num_labels)`, and who
-            answered `(num_rows, num_teachers)`.
-
-        Raises:
-            ValueError: If there is no such teacher or row.
+            answered `(num_rows, num_teachers)`; a `ValueError` if there is no such teacher or row.
         """
         names = self._names_of(indices)
         probs = np.stack([self.decode(name, rows) for name in names], axis=1)
@@ -292,21 +298,13 @@ class PseudolabelPool(TeacherPool):
     def sparse_level(
         self, indices: Sequence[int], rows: np.ndarray | slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give the stored labels of several teachers that keep equally many, without the labels left out.
-
-        Args:
-            indices (`Sequence[int]`):
-                Positions of the teachers in the hierarchy.
-            rows (`np.ndarray` of int or `slice`):
-                Which examples.
+        """Give the stored labels of several teachers that keep equally many, see [`decode_level`].
 
         Returns:
             `tuple[torch.LongTensor, torch.Tensor, torch.Tensor]`: label ids and their probabilities
             `(num_rows, num_teachers, k)`, and the probability of each other label `(num_rows, num_teachers)`.
-
-        Raises:
-            ValueError: If there is no such teacher or row.
         """
+        # From the views, by rows that are checked once and not again for each teacher.
         views, rows = [self._views[name] for name in self._names_of(indices)], self._check_rows(rows)
         label_ids = np.stack([ids[rows] for ids, _ in views], axis=1).astype(np.int64)
         scaled = [scale_top_k(stored[rows], self.hierarchy.num_labels) for _, stored in views]
@@ -340,9 +338,6 @@ class PseudolabelPool(TeacherPool):
             facts (`Mapping[str, Any]`, *optional*):
                 See [`PseudolabelPool`].
 
-        Returns:
-            `PseudolabelPool`
-
         Raises:
             ValueError: If shapes, ids or probabilities do not fit.
             TypeError: If an argument is of another kind.
@@ -357,6 +352,7 @@ class PseudolabelPool(TeacherPool):
                 f"`inputs` must hold one row for each of the {len(ids)} ids, got {len(inputs)}. Select "
                 "the same examples."
             )
+        # Copies, since a fact is added to them below, and the caller's are not ours to change.
         teachers, known = {}, {name: dict(known) for name, known in (facts or {}).items()}
         for name, probs in predictions.items():
             if np.shape(probs) != (len(ids), hierarchy.num_labels):
@@ -367,6 +363,7 @@ class PseudolabelPool(TeacherPool):
             label_ids, label_probs = encode_top_k(probs, k, f"'{name}'")
             teachers[name] = teacher_dataset(ids, label_ids, label_probs)
             num_answered = max(int((label_probs[:, 0] > 0).sum()), 1)
+            # A share that the caller measured on full probabilities counts more than one of what is given here.
             known.setdefault(name, {}).setdefault(
                 "dropped_mass", dropped_mass(np.asarray(probs), label_ids) / num_answered
             )
@@ -379,7 +376,8 @@ class PseudolabelPool(TeacherPool):
         cls, matrix: Any, names: Sequence[str], labels: Sequence[str], inputs: Dataset | None = None
     ) -> PseudolabelPool:
         """Make a pool of a matrix of votes, see [`pool_from_votes`]."""
-        from .votes import pool_from_votes  # which makes pools: not before there is this class
+        # `votes` makes pools, so it can be imported only when this class is there; so in the three methods below.
+        from .votes import pool_from_votes
 
         return pool_from_votes(matrix, names, labels, inputs)
 
@@ -413,15 +411,10 @@ class PseudolabelPool(TeacherPool):
             `datasets.Dataset`: `id`, the inputs' columns, `<teacher>_label` (a name, `None` without an answer) and
             `<teacher>_prob`.
         """
+        # The inputs bring their own `id`, and two columns of one name cannot be joined.
         columns: dict[str, Any] = {} if self.inputs is not None else {"id": self.ids.tolist()}
         for name in self.hierarchy.names:
             columns[f"{name}_label"] = [None if label < 0 else self.labels[label] for label in self.hard_labels(name)]
             columns[f"{name}_prob"] = self.label_probs(name)[:, 0].astype(np.float32)
         wide = Dataset.from_dict(columns)
         return wide if self.inputs is None else concatenate_datasets([self.inputs, wide], axis=1)
-
-
-def _read_oracle_labels(inputs: Dataset | None, labels: Sequence[str]) -> np.ndarray | None:
-    if inputs is None or ORACLE_LABEL not in inputs.column_names:
-        return None
-    return read_labels(inputs, ORACLE_LABEL, labels)

@@ -31,8 +31,6 @@ def default_pool_k(num_labels: int) -> int:
     Of 1,000 labels 16 held 97.6 to 99.6 % of the probability where it was measured, and a student trained on them was
     as accurate as one trained on all (`recipes/benchmark.py --sections truncation`).
 
-    Returns:
-        `int`
     """
     return min(16, num_labels)
 
@@ -59,11 +57,13 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
             f"Probabilities of {name} must be numbers of shape (num_examples, num_labels), got {probs.shape} of "
             f"{probs.dtype}. Give one row per example."
         )
+    # Sums and rounding in float32; which label is best is asked of what was given, where float64 may tell two apart.
     exact, probs, num_labels = probs, probs.astype(np.float32, copy=False), probs.shape[1]
     if not isinstance(k, numbers.Integral) or not 1 <= k <= num_labels:
         raise ValueError(f"`k` must lie in 1..{num_labels} (the number of labels), got {k!r}. Choose a whole number.")
     values = torch.from_numpy(np.require(probs, requirements=("C", "W")))  # torch is much faster here
     sums = values.sum(dim=1)
+    # One pass over all rows; which row is wrong, and why, is looked for only where something is. NaN fails here too.
     if len(values) and not (values.amin() >= 0 and ((sums - 1).abs().le(SUM_TOLERANCE) | (sums == 0)).all()):
         _check_rows(probs, name)
         if len(wrong := ((sums < 1 - SUM_TOLERANCE) & (sums != 0)).nonzero()):
@@ -84,8 +84,11 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
     best = torch.from_numpy(exact.argmax(axis=1))
     lost = ((first != best) & (sums > 0)).nonzero()[:, 0]
     if len(lost):
+        # The next bit pattern of a half that is not negative is the next larger half.
         rounded.view(torch.int16)[lost, best[lost]] += 1
+        # Only these rows again: they are rare, and the order of their labels has changed.
         keys[lost] = top_keys(rounded[lost])
+    # Without an answer all keys tie and would name labels 0..k-1; a missing row is zero in both arrays.
     label_ids = torch.where(sums[:, None] > 0, num_labels - 1 - (keys & (2**bits - 1)), 0)
     label_probs = (keys >> bits).to(torch.int16).view(torch.float16)
     return label_ids.numpy().astype(label_dtype(num_labels)), label_probs.numpy()
@@ -106,11 +109,13 @@ def dropped_mass(probs: np.ndarray, label_ids: np.ndarray) -> float:
             "`probs` (num_examples, num_labels) and `label_ids` (num_examples, k) are needed, got "
             f"{probs.shape} and {label_ids.shape}. Give both for the same examples."
         )
+    # Nothing was left out; the difference of two sums would be rounding and no loss.
     if label_ids.shape[1] == probs.shape[1]:
         return 0.0
     _check_label_ids(label_ids, probs.shape[1], "`label_ids`")
     kept = np.take_along_axis(probs, label_ids.astype(np.int64), axis=1)
     answered = probs.sum(axis=1) > 0  # a row without an answer names label 0, which holds nothing
+    # In float64: what was dropped may be less than the rounding of a float32 sum of all rows.
     return max(0.0, float(probs[answered].sum(dtype=np.float64) - kept[answered].sum(dtype=np.float64)))
 
 
@@ -135,6 +140,7 @@ def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, n
             "task's number of labels as `num_labels`."
         )
     sums, num_others = stored.sum(axis=1), num_labels - stored.shape[1]
+    # All of the mass is stored where k is the number of labels, whatever the stored sum is.
     rest = np.zeros_like(sums)
     if num_others:
         # A label that was left out never beats one that was kept, and never ties with the most probable one.
@@ -142,6 +148,7 @@ def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, n
         most = np.where(last < first, last, first * np.float32(1 - 2**-20))
         rest = np.where(sums > 0, np.minimum(np.clip(1.0 - sums, 0.0, None) / num_others, most), 0.0)
         sums = sums + num_others * rest
+    # Rows without an answer stay zero instead of 0 / 0.
     sums = np.where(sums > 0, sums, 1.0)
     return (stored / sums[:, None]).astype(np.float32), (rest / sums).astype(np.float32)
 
@@ -165,6 +172,7 @@ def decode_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int
         )
     _check_label_ids(label_ids, num_labels, "`label_ids`")
     probs = np.empty((len(stored), num_labels), dtype=np.float32)
+    # Every label gets the rest first; those that were stored are written over it.
     probs[:] = rest[:, None]
     np.put_along_axis(probs, label_ids.astype(np.int64), stored, axis=1)
     return probs
@@ -179,11 +187,12 @@ def check_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int,
         )
     if label_probs.dtype.kind != "f":
         raise ValueError(f"Probabilities of '{name}' must be floats, got {label_probs.dtype}. Store them as float16.")
+    # Sums may lie far below 1 here: 16 of 1,000 labels can hold as little as 0.44 of the mass.
     _check_rows(label_probs, f"'{name}'")
     _check_label_ids(label_ids, num_labels, f"'{name}'")
-    if label_ids.size == 0:
-        return
+    # A row without an answer repeats label 0, which the rules for labels must let pass.
     answered = label_probs[:, 0] > 0
+    # `answered` and `hard_labels` read the first column only, and rely on this.
     if (np.diff(label_probs.astype(np.float32), axis=1) > 0).any():
         raise ValueError(
             f"Probabilities of '{name}' must stand in descending order in each row. Build it with `encode_top_k`."
@@ -212,6 +221,7 @@ def _check_label_ids(label_ids: np.ndarray, num_labels: int, name: str) -> None:
 
 def _check_rows(probs: np.ndarray, name: str) -> None:
     values = probs.astype(np.float32, copy=False)
+    # In this order: of a row with NaN or a negative number the sum says nothing.
     finite = np.isfinite(values).all(axis=1)
     negative = (values < 0).any(axis=1)
     with np.errstate(invalid="ignore"):

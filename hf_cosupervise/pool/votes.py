@@ -60,6 +60,7 @@ def hierarchy_from_columns(
             f"Columns of votes begin with {prefix!r}, got the columns {dataset.column_names}. Give their `prefix`."
         )
     if labels is None:
+        # `unique` is asked of Arrow: a Python object per kind of vote, not per row and function.
         seen = [value for name in names for value in dataset.unique(name)]
         labels = _seen_labels(seen, f"the columns that begin with {prefix!r}")
     return TeacherHierarchy(labels, [Teacher(name, kind="column") for name in names])
@@ -95,9 +96,11 @@ def pool_from_answers(
     items, workers, answers = (_read_column(table, name) for name in (item_column, worker_column, label_column))
     if labels is None:
         labels = _seen_labels(answers, f"the column '{label_column}'")
+    # As a matrix of one row, so that a long table and a matrix take the same spellings of a vote.
     codes = _read_matrix([answers], labels)[0]
     if inputs is not None and "id" not in inputs.column_names:
         raise ValueError(f"`inputs` need an `id` column of the items, got {inputs.column_names}. Add it.")
+    # In the order in which they first appear, and each once: a set would order them anew in each run.
     ids = list(dict.fromkeys(items)) if inputs is None else list(inputs["id"])
     rows = {item: row for row, item in enumerate(ids)}
     if unknown := [item for item in dict.fromkeys(items) if item not in rows]:
@@ -109,6 +112,8 @@ def pool_from_answers(
     votes, even = _most_said(rows, columns, items, workers, codes)
     if even:
         warnings.warn(f"{even} workers' answers to an item contradict each other evenly: they count as no vote.")
+    # A crowd's ids may be mail addresses or numbers; names of teachers become folders. Two that become one are refused
+    # by the hierarchy.
     names = [re.sub(r"[^A-Za-z0-9._-]|^[^A-Za-z0-9]", "-", str(worker)).lstrip("-._") for worker in columns]
     return _make_pool(votes, names, labels, ids, inputs)
 
@@ -120,9 +125,12 @@ def _most_said(
     said: dict[tuple[int, int], Counter[int]] = {}
     for item, worker, code in zip(items, workers, codes.tolist()):
         if code >= 0:
+            # Counted for cells that have an answer: counts of every label in every cell would not fit for a large
+            # crowd.
             said.setdefault((rows[item], columns[worker]), Counter())[code] += 1
     votes, even = np.full((len(rows), len(columns)), _NO_VOTE), 0
     for cell, counts in said.items():
+        # The first two are enough to see whether the first is alone.
         (code, most), *others = counts.most_common(2)
         if others and others[0][1] == most:
             even += 1
@@ -135,14 +143,16 @@ def _make_pool(
     votes: np.ndarray, names: Sequence[str], labels: Sequence[str], ids: Sequence[Any], inputs: Dataset | None
 ) -> PseudolabelPool:
     hierarchy = TeacherHierarchy(labels, [Teacher(name, kind="column") for name in names])
+    # The last row is all zero, and -1 for no vote indexes just that one.
     eye = np.concatenate([np.eye(len(labels), dtype=np.float32), np.zeros((1, len(labels)), dtype=np.float32)])
     predictions = {name: eye[votes[:, column]] for column, name in enumerate(hierarchy.names)}
-    # one label is all that a vote has
+    # One label is all that a vote has: more would store zeros.
     return PseudolabelPool.from_predictions(hierarchy, list(ids), predictions, inputs=inputs, pool_k=1)
 
 
 def _is_missing(value: Any) -> bool:
     is_nan = isinstance(value, Real) and math.isnan(value)
+    # All ways in which tables of labelling functions and pandas spell that nobody voted.
     return value is None or is_nan or isinstance(value, str) and not value or value == _NO_VOTE
 
 
@@ -154,6 +164,7 @@ def _as_label_id(value: Any) -> int | None:
 
 def _seen_labels(values: Sequence[Any], where: str) -> list[str]:
     said = {value for value in values if not _is_missing(value)}
+    # Sorted, so that label ids do not hang on the order of rows.
     if all(isinstance(value, str) for value in said):
         labels = sorted(said)
     elif None not in (ids := {_as_label_id(value) for value in said}):
@@ -168,8 +179,10 @@ def _seen_labels(values: Sequence[Any], where: str) -> list[str]:
 def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
     """Read label ids or names, `(num_rows, num_voters)`, as integers with -1 for no vote."""
     values = np.asarray(matrix)
+    # The usual case, without a Python object per vote.
     if values.dtype.kind in "iu":
         return check_votes(values, len(labels)) if values.size else values.astype(np.int64)
+    # Anew, for numpy makes text of numbers that stand beside text: 0 would become '0'.
     values = np.asarray(matrix, dtype=object)
     known: dict[Any, int] = {name: index for index, name in enumerate(labels)}
 
@@ -215,6 +228,7 @@ def with_aggregate(
         method = make_label_model(method)
     if isinstance(method, LabelModel):
         title, votes, num_labels = method.name.replace("_", "-"), pool_votes(pool), len(pool.labels)
+        # Fitted already, perhaps on another split: then its parameters are kept and only the votes are new.
         if method.num_voters:
             probs = method.predict_proba(votes)
         else:
@@ -227,6 +241,7 @@ def with_aggregate(
         root = single_teacher_pool(pool, name or title, probs)
     else:
         root = aggregated_pool(pool, method, name, features=features)
+    # All levels move, so that a hierarchy that had several keeps their order below the new root.
     specialists = [replace(teacher, level=teacher.level + 1) for teacher in pool.hierarchy.teachers]
     hierarchy = TeacherHierarchy(pool.labels, [*root.hierarchy.teachers, *specialists])
     teachers, facts = {**root.teachers, **pool.teachers}, {**root.facts, **pool.facts}
@@ -306,6 +321,7 @@ def read_wrench(folder: str | os.PathLike[str]) -> dict[str, PseudolabelPool]:
         raise FileNotFoundError(f"'{folder}' must hold one of {[f'{name}.json' for name in _SPLITS]}, got none.")
     names_path = Path(folder) / "label.json"
     if names_path.is_file():
+        # By number, which need not be the order in which they stand in the file.
         by_number = {str(key): str(value) for key, value in read_json(names_path).items()}
         labels = [by_number.get(str(index), str(index)) for index in range(len(by_number))]
     else:
@@ -323,8 +339,10 @@ def _read_wrench_split(table: Mapping[str, Any], labels: Sequence[str], path: Pa
         raise ValueError(
             f"'{path}' must hold {sorted(fields)} by id, one `weak_labels` for each function, got {found}."
         )
+    # Ours last: a field called `id` in the data is not what rows are known by here.
     inputs = Dataset.from_list([{**row["data"], "id": key} for key, row in table.items()])
     truth = [row["label"] for row in rows]
+    # A split may come without truth for some rows: `read_labels` would refuse such a column as ground truth.
     if all(isinstance(label, int) and 0 <= label < len(labels) for label in truth):
         inputs = inputs.add_column(ORACLE_LABEL, truth, feature=ClassLabel(names=list(labels)))
     matrix = np.array([row["weak_labels"] for row in rows])
