@@ -38,6 +38,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
+        # After a rename nothing is there any more; after an error only what was begun, never the old file.
         temporary.unlink(missing_ok=True)
 
 
@@ -50,11 +51,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
+        # Errors are ignored, for they would take the place of the one that stopped the work.
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _new_name(path: Path) -> Path:
     """A hidden name beside a path, too long to guess and short enough for every disk."""
+    # Beside the path, because a rename cannot cross disks; the suffix stays, by which some writers choose a format.
     return path.with_name(f".{path.stem[:40]}-{secrets.token_hex(8)}{path.suffix[-20:]}")
 
 
@@ -66,6 +69,7 @@ def write_text(path: Path, text: str, newline: str | None = None) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all; its folder is made, and what is no finite number becomes null."""
+    # Before the folder is made: a value that is no JSON must leave nothing behind.
     text = json.dumps(without_nan(value), indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
@@ -75,6 +79,8 @@ def write_all(file: int, data: bytes) -> None:
     """Write bytes to a file descriptor."""
     rest = memoryview(data)
     while rest:
+        # `os.write` may write less than it is given, on a disk that is nearly full for one, and says so by its number
+        # alone.
         rest = rest[os.write(file, rest) :]
 
 
@@ -102,6 +108,8 @@ def read_json(path: Path, what: str = "", advice: str = "Copy or write it again.
     """Read a JSON object, with a sentence that names the file where it is none."""
     subject = f"{what} must have a '{path.name}' that is" if what else f"'{path}' must be"
     try:
+        # A `UnicodeDecodeError` is a `ValueError` too; what the disk says of itself (no file, no rights) stays what it
+        # is.
         content = load_json(path)
     except ValueError as error:
         raise ValueError(f"{subject} JSON, got: {error}. {advice}") from error
@@ -112,6 +120,7 @@ def read_json(path: Path, what: str = "", advice: str = "Copy or write it again.
 
 def load_json(path: Path) -> Any:
     """Read JSON of any kind, by [`parse_json`]."""
+    # Before it is read: a file of others may be larger than the memory.
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{size:,} bytes, more than {MAX_JSON_BYTES:,}")
     return parse_json(path.read_bytes())
@@ -121,15 +130,18 @@ def parse_json(content: bytes) -> Any:
     """Read JSON strictly, with one sentence where it is none: what is valid here means the same to every reader."""
     try:
         value = json.loads(
+            # `json.loads` would guess UTF-16 or 32 from bytes, where other readers see garbage.
             content.decode("utf-8"),
             object_pairs_hook=_object,
             parse_int=_integer,
             parse_float=_number,
             parse_constant=_no_number,
         )
+    # Python's reader gives up at about a thousand levels; the loop below refuses far fewer, and needs no recursion.
     except RecursionError as error:
         raise _too_deep() from error
     depth, level = 0, [value]
+    # Level by level, for the same files would break a recursion of ours too.
     while level := [
         item
         for outer in level
@@ -148,6 +160,8 @@ def _too_deep() -> ValueError:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
+    # Which of two equal keys counts, readers do not agree about: what is checked could be another value than what is
+    # used.
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
@@ -156,6 +170,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int:
+    # `int` takes time that grows with the square of the digits, and Python stops at 4,300 with an error of its own.
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits")
     return int(text)
@@ -185,6 +200,7 @@ def make_output_dir(path: Path) -> None:
     """Make a folder that a run writes to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # Tried and not asked: what `os.access` tells is not what network disks and containers allow.
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
@@ -201,6 +217,7 @@ def open_work_folder(path: Path) -> None:
         path.mkdir()
         return
     except FileExistsError:
+        # The name is known to everybody, so that another user of the machine may have been there first.
         found = _what_is_wrong(path)
     if found:
         raise FileExistsError(
@@ -211,6 +228,7 @@ def open_work_folder(path: Path) -> None:
 
 def _what_is_wrong(path: Path) -> str:
     """Why a folder cannot be gone on in; empty where it can."""
+    # Not `stat`, which would look at what a link leads to.
     known = path.lstat()
     if stat.S_ISLNK(known.st_mode):
         return "a symbolic link"
@@ -219,6 +237,7 @@ def _what_is_wrong(path: Path) -> str:
     with tempfile.TemporaryFile(dir=path) as file:  # some network disks call us by another number than the system does
         if os.fstat(file.fileno()).st_uid != known.st_uid:
             return "a folder of another user"
+    # A link inside would be written through when work goes on, just as one in place of the folder.
     for folder, folders, files in os.walk(path):
         if links := [name for name in (*folders, *files) if Path(folder, name).is_symlink()]:
             return f"the symbolic link '{Path(folder, links[0]).relative_to(path)}' in it"
@@ -228,6 +247,7 @@ def _what_is_wrong(path: Path) -> str:
 def is_inside(path: Path, folder: Path) -> bool:
     """Tell whether a path leads into a folder when all links on the way are followed."""
     folder = folder.resolve()
+    # The Hub's cache keeps contents in `blobs`, beside the `snapshots` whose files are links to them.
     snapshots = [parent for parent in folder.parents if parent.name == "snapshots"]
     return any(
         path.resolve().is_relative_to(root) for root in (folder, *(found.parent / "blobs" for found in snapshots))
@@ -246,11 +266,13 @@ def explain_full_disk(folder: Path, advice: str, num_bytes: int | None = None) -
         if isinstance(error, OSError):
             is_full = error.errno in _FULL
         elif isinstance(error, SafetensorError):
+            # Safetensors is written in Rust: its errors have no number but in their text.
             is_full = any(f"(os error {number})" in str(error) for number in _FULL)
         else:  # how `torch.save` says that less was written than it gave
             is_full = "inline_container.cc" in str(error) or "iostream error" in str(error)
         if not is_full:
             raise
+        # Whoever handles a full disk by `errno` finds it, whichever library has written.
         number = error.errno if isinstance(error, OSError) else errno.ENOSPC
         needs, free = "what is kept there", ""
         if num_bytes is not None:
@@ -267,6 +289,7 @@ def explain_full_disk(folder: Path, advice: str, num_bytes: int | None = None) -
 def file_signature(path: Path) -> tuple[int, ...]:
     """Give what tells a file from another one that took its place."""
     found = path.stat()
+    # Device and inode tell a file that took the place of another with its size and time.
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
@@ -279,6 +302,7 @@ def file_digest(path: Path) -> str:
 def is_as_written(folder: Path, name: str, digest: str) -> bool:
     """Whether a file is in a folder, not behind a link or a path that leads out of it, and is the one noted."""
     path = folder / name
+    # In this order: a path that leads out is not opened, whatever it holds.
     return is_inside(path, folder) and path.is_file() and file_digest(path) == digest
 
 
@@ -286,6 +310,7 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any,
     """Find what differs between two JSON values: the place, what was there and what is there now."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(old.keys() | new.keys()):
+            # A key that one side lacks counts as null: records of older versions leave out what they did not know.
             yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     # Of lists of two lengths no item has a partner: they differ as a whole.
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

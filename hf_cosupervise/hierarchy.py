@@ -75,6 +75,8 @@ class Teacher:
 
     def __post_init__(self) -> None:
         if isinstance(self.model, os.PathLike):
+            # A frozen dataclass can be completed in no other way. With slashes, since this is written to files that
+            # others read.
             object.__setattr__(self, "model", Path(self.model).as_posix())
         if not isinstance(self.model, str) or not self.model or not is_writable_text(self.model):
             raise ValueError(
@@ -86,12 +88,15 @@ class Teacher:
                 f"'a/low', without '..' and not from the root, got {self.subfolder!r}. Correct it."
             )
         if not self.name:
+            # Of several teachers in one repository only the subfolder tells which is which.
             object.__setattr__(self, "name", (self.subfolder or self.model).rstrip("/").split("/")[-1])
         if not isinstance(self.name, str) or not _NAME_PATTERN.fullmatch(self.name):
             raise ValueError(
                 f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name` "
                 "of at most 200."
             )
+        # A pool keeps its inputs in a folder of that name, and the schema of each file says whose it is by such a
+        # name.
         if self.name.lower() == "inputs":
             raise ValueError(
                 "A teacher's `name` must not be 'inputs', which is the pool's own. Give it another `name`."
@@ -101,16 +106,20 @@ class Teacher:
                 f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}. Leave it "
                 "out to have it found."
             )
+        # `True` is an integer to Python, and would be level 1.
         if isinstance(self.level, bool) or not isinstance(self.level, int) or self.level < 0:
             raise ValueError(
                 f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}. Correct "
                 "it."
             )
+        # A commit of digits alone is a number to YAML, and loses its leading zeros: it must not be turned back into
+        # text.
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):
             raise TypeError(
                 f"`revision` of teacher '{self.name}' must be a branch, tag or commit, got {self.revision!r}. Put it "
                 "in quotes, or leave it out."
             )
+        # Tuples, since the record is hashed, and a list could be changed by whoever has passed it.
         for key in _TUPLE_FIELDS:
             object.__setattr__(self, key, self._as_names(key))
         if not isinstance(self.label_map, Mapping | None):
@@ -121,6 +130,7 @@ class Teacher:
         if self.label_map is not None:
             what = f"`label_map` of teacher '{self.name}'"
             pairs = zip(_as_names(self.label_map, what), _as_names(self.label_map.values(), what))
+            # A read-only copy: a frozen record that holds a dictionary is not frozen.
             object.__setattr__(self, "label_map", MappingProxyType(dict(pairs)))
 
     def _as_names(self, key: str) -> tuple[str, ...] | None:
@@ -128,6 +138,7 @@ class Teacher:
         if value is None:
             return None
         names = _as_names(value, f"`{key}` of teacher '{self.name}'")
+        # An empty scope would be a teacher that knows no label; to trust no type is the default.
         if not names and key != "trusted_types":
             raise ValueError(
                 f"`{key}` of teacher '{self.name}' must name at least one, got an empty list. Leave it out for all."
@@ -143,23 +154,24 @@ class Teacher:
         return _teacher_from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the fields that differ from their defaults, as plain JSON values.
-
-        Returns:
-            `dict[str, Any]`: `model`, `level` and `name` always, the rest where set.
-        """
+        """Give plain JSON values: `model`, `level` and `name` always, the other fields where set."""
         facts: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
+            # Fields at their default are left out, so that files of today can be read by versions that lack a field,
+            # and equal teachers are equal text.
             if item.name in ("model", "level", "name") or value != item.default:
                 facts[item.name] = list(value) if isinstance(value, tuple) else value
         if self.label_map is not None:
+            # JSON does not know a mappingproxy.
             facts["label_map"] = dict(self.label_map)
         return facts
 
 
 def is_inner_folder(path: Any) -> bool:
     """Tell whether a path leads to a folder below another one, and nowhere else."""
+    # Backslashes, drives and `~` mean something on some systems only: refused on all, so that a hierarchy is good
+    # everywhere.
     if not isinstance(path, str) or "\\" in path or ":" in path or path.startswith("~"):
         return False
     return all(part not in ("", ".", "..") for part in path.split("/"))
@@ -172,6 +184,7 @@ def _as_names(values: Any, what: str) -> tuple[str, ...]:
     if not isinstance(values, Iterable):
         raise TypeError(f"{what} must be a list of names, got {values!r}. Write them as a list.")
     names = tuple(values)
+    # By kind first: `str` would make names of None and False as well.
     for name in names:
         if isinstance(name, bool) or not isinstance(name, str | numbers.Integral):
             raise TypeError(f"{what} must hold names, got {name!r} among them. Put names in quotes.")
@@ -189,6 +202,7 @@ def is_writable_text(text: str) -> bool:
 
 
 def _teacher_from_dict(facts: Mapping[str, Any]) -> Teacher:
+    # An unknown field may be a misspelt one: `scopes` in place of `scope` would make a generalist of a specialist.
     known = {item.name for item in fields(Teacher)}
     if not isinstance(facts, Mapping):
         raise ValueError(f"A teacher must be a mapping of {sorted(known)}, got {facts!r}. Write `model: …`.")
@@ -226,10 +240,14 @@ class TeacherHierarchy:
     """
 
     def __init__(self, labels: Sequence[str], teachers: Sequence[Teacher]) -> None:
+        # A single text as labels becomes its letters, as a list of letters would.
         self.labels = _as_names(list(labels) if isinstance(labels, str) else labels, "`labels` of a hierarchy")
         if not isinstance(teachers, Sequence) or not all(isinstance(teacher, Teacher) for teacher in teachers):
             raise TypeError(f"`teachers` of a hierarchy must be a list of `Teacher`, got {teachers!r}. Make them so.")
+        # Python sorts stably: the order within a level, by which assignments and pools number teachers, stays as
+        # given.
         self.teachers = tuple(sorted(teachers, key=lambda teacher: teacher.level))
+        # Names first, since the sentences of the other two speak of teachers by name.
         self._check_names()
         self._check_levels()
         self._check_labels()
@@ -278,6 +296,7 @@ class TeacherHierarchy:
             return NotImplemented
         return self.to_dict() == other.to_dict()
 
+    # Compared by value through dictionaries, so a hash by identity would contradict `==`.
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -305,53 +324,26 @@ class TeacherHierarchy:
         return tuple(tuple(self.teachers[i] for i in self.level_indices(level)) for level in range(self.num_levels))
 
     def level_indices(self, level: int) -> range:
-        """Give the positions in `teachers` of one level's teachers.
-
-        Args:
-            level (`int`):
-                Level, from 0.
-
-        Returns:
-            `range`: Positions in `teachers`.
-
-        Raises:
-            IndexError: If there is no such level.
-        """
+        """Give the positions in `teachers` of one level's; an `IndexError` if there is no such level."""
         if level not in range(self.num_levels):
             raise IndexError(f"`level` must lie in 0..{self.num_levels - 1}, got {level!r}. Count from the root.")
         positions = [i for i, teacher in enumerate(self.teachers) if teacher.level == level]
+        # Teachers are sorted by level, so that those of one stand in a row: a range can slice what a list could only
+        # pick.
         return range(positions[0], positions[-1] + 1)
 
     def index(self, name: str) -> int:
-        """Give the position in `teachers` of the teacher of that name.
-
-        Args:
-            name (`str`):
-                Name of a teacher.
-
-        Returns:
-            `int`: Position in `teachers`.
-
-        Raises:
-            KeyError: If no teacher has that name.
-        """
+        """Give the position in `teachers` of the teacher of that name; a `KeyError` if none has it."""
         if name not in self.names:
             raise KeyError(f"No teacher is called {name!r}. The hierarchy has {list(self.names)}.")
         return self.names.index(name)
 
     def scope_mask(self, level: int) -> torch.Tensor:
-        """Tell which labels each teacher of a level was trained for.
+        """Tell which labels each teacher of a level was trained for, bool `(num_teachers_of_level, num_labels)`.
 
-        Args:
-            level (`int`):
-                Level, from 0.
-
-        Returns:
-            `torch.BoolTensor` of shape `(num_teachers_of_level, num_labels)`.
-
-        Raises:
-            IndexError: If there is no such level.
+        An `IndexError` if there is no such level.
         """
+        # Once for all: `labels.index` for each of 20,000 labels of a scope takes time that grows with the square.
         positions = {label: position for position, label in enumerate(self.labels)}
         teachers = [self.teachers[index] for index in self.level_indices(level)]
         mask = torch.zeros(len(teachers), len(self.labels), dtype=torch.bool)
@@ -360,17 +352,9 @@ class TeacherHierarchy:
         return mask
 
     def has_distinct_scopes(self, level: int) -> bool:
-        """Tell whether scopes say who of a level is asked about which label.
+        """Tell whether scopes say who of a level is asked about which label: not if several all have the same one.
 
-        Args:
-            level (`int`):
-                Level, from 0.
-
-        Returns:
-            `bool`: `False` if several teachers of the level all have the same scope, listed or not.
-
-        Raises:
-            IndexError: If there is no such level.
+        An `IndexError` if there is no such level.
 
         Examples:
             >>> both = [Teacher("t/x", scope=["a", "b"]), Teacher("t/y", scope=["b", "a"])]
@@ -378,26 +362,16 @@ class TeacherHierarchy:
             False
         """
         mask = self.scope_mask(level)
+        # By mask and not as listed: a scope of all labels, or in another order, tells no more than none.
         return len(mask) == 1 or not bool((mask == mask[0]).all())
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the hierarchy as plain JSON values.
-
-        Returns:
-            `dict[str, Any]`: `labels` and `teachers`, what `from_dict` reads.
-        """
+        """Give the hierarchy as plain JSON values: `labels` and `teachers`, what `from_dict` reads."""
         return {"labels": list(self.labels), "teachers": [teacher.to_dict() for teacher in self.teachers]}
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> TeacherHierarchy:
-        """Build a hierarchy from plain JSON values.
-
-        Args:
-            facts (`Mapping[str, Any]`):
-                `labels` and `teachers`, a list of fields of [`Teacher`].
-
-        Returns:
-            `TeacherHierarchy`
+        """Build a hierarchy from plain JSON values: `labels` and `teachers`, a list of fields of [`Teacher`].
 
         Raises:
             ValueError: If a key is missing or unknown, or the teachers do not fit together.
@@ -414,15 +388,10 @@ class TeacherHierarchy:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the hierarchy to a `.json`, `.yaml` or `.yml` file, whole or not at all.
 
-        Args:
-            path (`str` or `os.PathLike`):
-                File to write.
-
-        Raises:
-            ValueError: If the suffix is another one.
-            FileNotFoundError: If the folder of that file does not exist.
+        A `ValueError` if the suffix is another one, a `FileNotFoundError` if the folder does not exist.
         """
         path = Path(path)
+        # Not made here: a misspelt path would become a folder in which nobody looks.
         if not path.parent.is_dir():
             raise FileNotFoundError(f"A hierarchy file must lie in a folder that exists, got '{path}'. Make it first.")
         facts = self.to_dict()
@@ -433,18 +402,8 @@ class TeacherHierarchy:
     def load(cls, path: str | os.PathLike[str]) -> TeacherHierarchy:
         """Read a hierarchy from a `.json`, `.yaml` or `.yml` file.
 
-        A relative `model` that is a folder beside the file is taken from there.
-
-        Args:
-            path (`str` or `os.PathLike`):
-                File to read.
-
-        Returns:
-            `TeacherHierarchy`
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If its content is not a hierarchy.
+        A relative `model` that is a folder beside the file is taken from there. A `FileNotFoundError` if there is no
+        such file, a `ValueError` if it holds no hierarchy.
         """
         path = Path(path)
         hierarchy = read_hierarchy(path)
@@ -455,11 +414,13 @@ def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
     """Read a hierarchy file as it stands there, without looking for the models that it names."""
     if not path.is_file():
         raise FileNotFoundError(f"No hierarchy file at '{path}'. Write one with `TeacherHierarchy.save`.")
+    # The suffix before the content, so that a `.txt` is refused for what it is.
     what, is_json = what or f"'{path}'", _is_json(path)
     try:
         facts = load_json(path) if is_json else parse_yaml(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         kind = path.suffix[1:].upper()
+        # The reader's own words may end with a full stop or none, and ours follow.
         found = f"what is not readable as {kind}: {str(error).rstrip('.')}."
         raise ValueError(f"{what} must be a hierarchy of teachers, got {found} Correct it there.") from error
     try:
@@ -475,5 +436,6 @@ def _is_json(path: Path) -> bool:
 
 
 def _resolve(teacher: Teacher, folder: Path) -> Teacher:
+    # Only what exists beside the file is meant as a folder: `user/name` is an id wherever the file lies.
     beside = folder / teacher.model
     return replace(teacher, model=str(beside)) if teacher.kind != "column" and beside.is_dir() else teacher

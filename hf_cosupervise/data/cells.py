@@ -16,6 +16,7 @@ class OutsideCellError(ValueError):
 def outside_cells(table: pa.Table) -> Iterator[tuple[str, int, str]]:
     """Find cells that do not hold their content but say where it is."""
     for column in table.column_names:
+        # Rows are counted over the chunks, for the sentence names the row of the table.
         start = 0
         for chunk in table.column(column).chunks:
             for row, path in _outside(chunk):
@@ -25,9 +26,11 @@ def outside_cells(table: pa.Table) -> Iterator[tuple[str, int, str]]:
 
 def _outside(array: pa.Array) -> Iterator[tuple[int, str]]:
     """Positions in an array at which something is a path without its bytes."""
+    # An extension type hides what it stores from the questions by type below.
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     if pa.types.is_struct(array.type):
+        # `flatten` counts a null row as null in every field, so that what lies beneath it is not taken for content.
         fields = dict(zip((field.name for field in array.type), array.flatten()))
         if {"bytes", "path"} <= fields.keys():
             is_outside = pc.and_(pc.is_null(fields["bytes"]), pc.is_valid(fields["path"]))
@@ -36,6 +39,7 @@ def _outside(array: pa.Array) -> Iterator[tuple[int, str]]:
         for values in fields.values():
             yield from _outside(values)
     elif pa.types.is_nested(array.type) and not pa.types.is_union(array.type):
+        # A null list has no length, and `list_flatten` leaves its values out: both must skip it, or later rows shift.
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
         rows = np.repeat(np.arange(len(array)), lengths)
         for position, path in _outside(pc.list_flatten(array)):

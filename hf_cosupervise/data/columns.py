@@ -23,12 +23,14 @@ _CHUNK = 1000
 def find_input_column(dataset: Any, input_column: str | None = None) -> str:
     """Find the column that models read."""
     check_column_name(input_column, "input_column")
+    # A stream may not know its columns before the first row is read.
     columns = list(dataset.column_names or (dataset.features or {}))
     if input_column is not None:
         if input_column not in columns:
             raise ValueError(f"`input_column` must be one of {columns}, got {input_column!r}.")
         return input_column
     images = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Image)]
+    # Of texts the first known name is taken; of images one has to be the only one, for their names say little.
     candidates = images or [name for name in INPUT_NAMES if name in columns][:1]
     if len(candidates) != 1:
         raise ValueError(
@@ -75,6 +77,7 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
     feature, values = dataset.features[column], list(dataset[column])
     positions = {name: index for index, name in enumerate(labels)}
     if isinstance(feature, ClassLabel):
+        # By name: ids of the data need not be those of the task; -1 is how data sets spell a label that is missing.
         values = [feature.names[value] if value is not None and value >= 0 else value for value in values]
     ids = [positions.get(value, -1) if isinstance(value, str) else as_label_id(value) for value in values]
     wrong = [row for row, value in enumerate(ids) if not isinstance(value, int) or not 0 <= value < len(labels)]
@@ -88,6 +91,7 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
 
 def as_label_id(value: Any) -> Any:
     """Give a whole float as an integer: pandas makes 0.0, 1.0 and NaN of label ids of which one is missing."""
+    # A `np.bool_` must not become the integer that Python's own booleans are.
     if isinstance(value, np.generic) and not isinstance(value, np.bool_):
         value = value.item()
     if not isinstance(value, float | Decimal):
@@ -103,8 +107,10 @@ def has_input(dataset: Dataset, column: str) -> np.ndarray:
     cells = dataset.data.column(column)
     is_there = cells.is_valid().to_numpy()
     if pa.types.is_struct(cells.type) and {"bytes", "path"} <= {field.name for field in cells.type}:
+        # A struct of two nulls is valid itself, but an image without bytes or path is none.
         held = (pc.struct_field(cells, name).is_valid().to_numpy() for name in ("bytes", "path"))
         is_there = is_there & np.any(list(held), axis=0)
+    # A selection keeps the whole table and the positions wanted of it.
     return is_there if dataset._indices is None else is_there[dataset._indices.column(0).to_numpy()]
 
 
@@ -113,6 +119,7 @@ def row_keys(dataset: Dataset, column: str) -> list[str]:
     seen: dict[str, int] = {}
     keys = []
     for digest in cell_digests(dataset, column):
+        # Equal cells are told apart by how many came before: the first one keeps its key whatever follows.
         count = seen[digest] = seen.get(digest, -1) + 1
         keys.append(f"{digest}-{count}" if count else digest)
     return keys
@@ -121,6 +128,7 @@ def row_keys(dataset: Dataset, column: str) -> list[str]:
 def cell_digests(dataset: Dataset, column: str) -> list[str]:
     """Hash the raw content of each cell; equal cells have equal digests."""
     _check_column(dataset, column)
+    # As Arrow, so that images are hashed as stored and not decoded first.
     table_view = dataset.select_columns([column]).with_format("arrow")
     digests = []
     for start in range(0, len(dataset), _CHUNK):
@@ -146,6 +154,7 @@ def _cell_bytes(cell: Any) -> bytes:
         return cell.encode("utf-8")
     if isinstance(cell, bytes):
         return cell
+    # Sorted, since the order of keys in an object is no content.
     return json.dumps(cell, sort_keys=True, default=str).encode("utf-8")
 
 

@@ -33,6 +33,7 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
                 f"An image must have pixels of 8 or 16 bits, got one of mode {cell.mode!r}, the range of which nobody "
                 "can know. Scale it to 0..255 by the range that it has, and make it one of uint8."
             )
+        # PIL cuts off above 255 when it converts these; as an array they are scaled below.
         if cell.mode.startswith("I;16"):
             cell = np.asarray(cell)
     if not isinstance(cell, PILImage.Image):
@@ -40,11 +41,13 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
             array = np.asarray(cell)
         except ValueError:  # rows of different lengths
             array = np.asarray(None)
+        # PIL makes no image of one channel in a third dimension.
         array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
         if array.dtype.kind == "b":
             array = array * np.uint8(255)
         elif array.dtype.kind == "u" and array.dtype.itemsize == 2:  # the type decides, not the values of one row
             array = array >> 8
+        # Floats are refused, for 0..1 and 0..255 look alike in a dark image.
         whole = array.dtype.kind in "iu" and (array.ndim == 2 or array.ndim == 3 and array.shape[2] in (2, 3, 4))
         if not whole or array.size and not 0 <= array.min() <= array.max() <= 255:
             raise RowError(
@@ -63,6 +66,7 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
 def check_depth(dataset: Dataset, column: str) -> None:
     """Refuse a column that makes 8 bits of 16 when it is read: `datasets` cuts off what is above 255."""
     feature = dataset.features[column]
+    # Without a mode `datasets` gives what is stored, which `to_pil` scales.
     if not isinstance(feature, Image) or feature.mode is None or feature.mode.startswith(("I", "F")):
         return
     cells = dataset.select_columns([column]).with_format(None).cast_column(column, Image(decode=False))
@@ -81,6 +85,7 @@ def _stored_mode(cell: Mapping[str, Any] | None) -> str:
     if cell is None or not (cell["bytes"] or cell["path"]):
         return ""
     try:
+        # Only the header: the pixels are decoded when somebody reads them.
         with PILImage.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as image:
             return image.mode
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
@@ -97,10 +102,12 @@ class InputProcessor:
                 f"{type(processing_class).__name__}. Load it with `AutoTokenizer` or `AutoImageProcessor`."
             )
         self.processing_class = processing_class
+        # By what it can do, since tokenizers of one's own need not be of a class of transformers.
         self.is_text = hasattr(processing_class, "pad") and hasattr(processing_class, "vocab_size")
         self.what = what
         if self.is_text:
             _set_pad_token(processing_class, config, what)
+        # A model of one channel would fail on three, and most of three on one.
         self.mode = "L" if _num_channels(config) == 1 else "RGB"
         self.max_length = _max_length(processing_class, config) if self.is_text else None
         self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
@@ -111,12 +118,14 @@ class InputProcessor:
             batch = self._tokenize(cells)
         else:
             batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
+        # Whatever else a processor gives would reach the model's `forward` as an argument that it does not know.
         return {name: batch[name] for name in self.input_names if name in batch}
 
     def _tokenize(self, cells: Sequence[Any]) -> Mapping[str, torch.Tensor]:
         for cell in cells:
             if not isinstance(cell, str):
                 raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+            # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
             if not is_writable_text(cell.replace("\0", "")):
                 raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
         batch = self.processing_class(
@@ -128,6 +137,7 @@ class InputProcessor:
             return_attention_mask=True,
         )
         is_empty = batch["attention_mask"].sum(dim=1) == 0
+        # A mean over no tokens would be NaN, and so would the whole batch's loss.
         if bool(is_empty.any()):
             raise RowError(f"A text must have at least one token, got {cells[int(is_empty.nonzero()[0])]!r}.")
         return batch
@@ -178,6 +188,7 @@ class InputProcessor:
         processor = self.processing_class
         if self.is_text:
             sides = [getattr(processor, "truncation_side", ""), getattr(processor, "padding_side", "")]
+            # `_tokenizer_facts` leaves out how texts are padded and cut, and the sides with it.
             facts = [_tokenizer_facts(processor), self.max_length, *sides]
         else:
             settings = processor.to_dict() if hasattr(processor, "to_dict") else repr(processor)
@@ -198,6 +209,7 @@ def _set_pad_token(tokenizer: Any, config: Any, what: str) -> None:
             )
         tokenizer.pad_token = tokenizer.eos_token
         logger.info(f"{what} has no pad token: texts are padded with {tokenizer.eos_token!r}.")
+    # The model reads it from its own part of the configuration, and finds the last token of a text by it.
     for owner in (config, config.get_text_config()) if hasattr(config, "get_text_config") else ():
         if getattr(owner, "pad_token_id", None) is None:
             owner.pad_token_id = tokenizer.pad_token_id

@@ -62,6 +62,7 @@ def find_data(
 ) -> tuple[Dataset, dict[str, Any] | None]:
     """Give the data, and where they came from as far as it is certain."""
     is_hub_id = isinstance(dataset, str) and not is_folder(dataset)
+    # Refused, not ignored: who gives a revision believes that these data are pinned.
     given = [name for name in ("revision", "config_name", "streaming") if getattr(choice, name)]
     if given and not is_hub_id:
         what = f"the folder '{dataset}'" if isinstance(dataset, str) else "data that are loaded already"
@@ -88,6 +89,7 @@ def _load_folder(folder: str, split: str) -> tuple[Dataset, dict[str, Any] | Non
 
 def load_folder(folder: str) -> Dataset | DatasetDict:
     """Open a folder that may be from anybody: all that it names must lie in it."""
+    # The files that `load_from_disk` would follow, read before it does: it opens whatever they name.
     splits = _listed(Path(folder, "dataset_dict.json"), "splits")
     for part in (Path(folder), *(Path(folder, str(split)) for split in splits)):
         names = [
@@ -128,6 +130,7 @@ def _listed(path: Path, key: str) -> list[Any]:
 def _find_source(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
     """The commit on the Hub that all files of a data set are from, where `datasets` has noted it (5.0 does not)."""
     found = [_HUB_FILE.match(url) for url in dataset.info.download_checksums or ()]
+    # A file from anywhere else is `None` among them, and makes two: then nothing is certain.
     origins = {match and match.groups() for match in found}
     if len(origins) != 1 or (origin := origins.pop()) is None:
         return None
@@ -144,6 +147,7 @@ def _load_from_hub(repo_id: str, choice: DataChoice, processes: Processes) -> tu
     if processes.count > 1 and not choice.streaming:
         processes.on_first(download)  # the others find it in the cache
     builder = _download(repo_id, commit, choice)
+    # The commit that was loaded, which is one of the cache where the Hub could not be asked.
     source = {"dataset": repo_id, "config": builder.config.name, "split": choice.split, "commit": builder.hash}
     if not choice.streaming:
         return _hold(builder.as_dataset(split=choice.split), builder, repo_id), source
@@ -154,6 +158,7 @@ def _load_from_hub(repo_id: str, choice: DataChoice, processes: Processes) -> tu
 
 def _checked_tables(stream: IterableDataset, builder: DatasetBuilder, repo_id: str) -> Iterator[pa.Table]:
     """The rows as they come, none of them opened before it is looked at."""
+    # Not decoded, for decoding an image opens the file that its cell names.
     as_stored, start = stream if stream.features is None else stream.decode(False), 0
     for table in as_stored.with_format("arrow").iter(batch_size=1000):
         yield _check_hub(table, builder, repo_id, start)
@@ -169,6 +174,7 @@ def load_splits(repo_id: str, commit: str | None) -> DatasetDict:
 def _hold(dataset: Dataset, builder: DatasetBuilder, repo_id: str) -> Dataset:
     """Data of the Hub that hold every cell, but for plain image files of the repository, which stay in the cache."""
     _check_hub(dataset.data.table, builder, repo_id)
+    # A cell in an archive or on the Hub would be fetched at every reading; a plain file in the cache stays.
     if not any("://" in path for _, _, path in outside_cells(dataset.data.table)):
         return dataset
     return _read_in(dataset.with_format("arrow").iter(1000), dataset.features)
@@ -185,6 +191,7 @@ def _check_hub(table: pa.Table, builder: DatasetBuilder, repo_id: str, start: in
 
     def is_own(path: str) -> bool:
         *archives, file = path.split("::")
+        # `imagefolder` and its kin list files themselves; in Parquet or JSON a path is what somebody has written.
         if not name.endswith("folder") or len(archives) > 1 or not all(map(_IN_ARCHIVE.match, archives)):
             return False
         if (hub_file := _HUB_FILE.match(file)) is not None:
@@ -219,6 +226,7 @@ def _download(repo_id: str, commit: str | None, choice: DataChoice) -> DatasetBu
         # Whatever goes wrong, `datasets` takes the newest data of that name in its cache, of any commit.
         if commit is not None and builder.hash != commit:
             raise DatasetsError(f"it cannot be read, and only commit {builder.hash} is in the cache")
+        # The card of a repository may name files of any other place, this machine's too.
         files = [str(file) for listed in (builder.config.data_files or {}).values() for file in listed]
         # Later versions of `datasets` see to this themselves.
         if elsewhere := [file for file in files if (_HUB_FILE.match(file) or [""] * 3)[2] != builder.hash]:
@@ -254,6 +262,7 @@ def _explained(
             raise
         except (DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
             if isinstance(error.__cause__, HTTPError | ConnectionError | TimeoutError):  # it is no fault of the data
+                # Its own type, by which callers tell a cut connection from wrong data.
                 raise error.__cause__ from None
             if isinstance(files, Exception):
                 raise files from error
@@ -263,6 +272,7 @@ def _explained(
 def _check_split(builder: DatasetBuilder, choice: DataChoice) -> None:
     """Refuse a split that does not exist before anything is downloaded."""
     known = list(builder.info.splits or builder.config.data_files or ())
+    # Only data in the cache can be cut and joined as in 'train[:10%]+test'.
     parts = [choice.split] if choice.streaming else [part.split("[")[0] for part in choice.split.split("+")]
     if known and not {part.strip() for part in parts} <= {*known, "all"}:
         raise ValueError(f"`split` must be one of {known}, got {choice.split!r}. Choose one of them.")

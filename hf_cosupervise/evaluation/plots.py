@@ -27,6 +27,7 @@ _SMALLEST_LABELLED_SHARE = 0.06
 def plot_pgr(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Draw the performance gap recovered by each method, and by co-supervision level after level."""
     methods = {name: _numbers(numbers.get("pgr")) for name, numbers in report.get("methods", {}).items()}
+    # The ceiling is 100 % of the gap by definition.
     methods = {name: values for name, values in methods.items() if name != "ceiling" and len(values)}
     levels = {str(level["level"]): _numbers(level.get("pgr")) for level in report.get("levels", [])}
     if not methods:
@@ -36,6 +37,7 @@ def plot_pgr(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         )
     has_levels = any(len(values) for values in levels.values())
     figure = _new_figure(width=10 if has_levels else 6, height=1.4 + 0.5 * max(len(methods), 4))
+    # Wide for names of methods, narrow for levels; without levels the first alone.
     panels = figure.subplots(1, 1 + has_levels, width_ratios=[3, 2][: 1 + has_levels], squeeze=False)[0]
     _draw_methods(panels[0], methods)
     if has_levels:
@@ -51,6 +53,7 @@ def plot_teacher_shares(report: Mapping[str, Any], path: str | os.PathLike[str])
         raise ValueError(
             f"A report needs levels with `teachers`, got {len(levels)} without. Measure co-supervision first."
         )
+    # As high as the bars or the legend need, whichever is more.
     figure = _new_figure(width=10, height=max(1.4 + 0.6 * len(levels), 1.0 + 0.24 * len(names)))
     axes = figure.subplots()
     _draw_shares(axes, {f"level {level}": shares for level, shares in levels.items()}, names)
@@ -155,11 +158,13 @@ def plot_reliability(curves: Mapping[str, Mapping[str, Any]], path: str | os.Pat
         )
         known = count > 0
         axes.plot(*points[:, known], color=_OURS, linewidth=1.4)
+        # By area as eyes compare dots; 4 more, so that a bin of few examples is still seen.
         sizes = 90 * count[known] / count.max() + 4
         axes.scatter(*points[:, known], s=sizes, color=_OURS, alpha=0.7, clip_on=False, zorder=3)
         axes.set_title(_title(name), loc="left", fontsize=9)
         axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal")
         axes.grid(alpha=0.3)
+    # Panels of the last row that nobody fills would show empty axes.
     for axes in panels[len(curves) :]:
         axes.remove()
     figure.supxlabel("confidence (%)", fontsize=10)
@@ -176,6 +181,7 @@ def _draw_methods(axes: Axes, methods: Mapping[str, np.ndarray]) -> None:
         if len(values) > 1:
             axes.errorbar(mean, row, xerr=spread, color=_INK, capsize=3, linewidth=1.2)
         text = f"{mean:.1f}" + (f" ± {spread:.1f}" if len(values) > 1 else "")
+        # Behind bar, whisker and every dot, so that no number is written over one.
         furthest = max(0.0, mean + spread, *values)
         style: dict[str, Any] = {"fontsize": 9, "weight": "bold" if ours else "normal", "va": "center"}
         axes.annotate(text, (furthest, row), (6, 0), textcoords="offset points", **style)
@@ -222,6 +228,7 @@ def _draw_shares(axes: Axes, rows: Mapping[str, Mapping[str, Any]], names: Seque
         found = [_numbers(shares.get(name)) for shares in rows.values()]
         widths = np.array([values.mean() if len(values) else 0.0 for values in found])
         colour = _COLOURS[position % len(_COLOURS)]
+        # Of more than eight, hatches tell apart what has one colour.
         hatch = _HATCHES[position // len(_COLOURS) % len(_HATCHES)]
         style: dict[str, Any] = {"height": 0.7, "color": colour, "hatch": hatch, "edgecolor": "white"}
         bars = axes.barh(range(len(rows)), widths, left=starts, label=name, **style)
@@ -229,6 +236,7 @@ def _draw_shares(axes: Axes, rows: Mapping[str, Mapping[str, Any]], names: Seque
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
         for text in axes.bar_label(bars, labels, label_type="center", fontsize=9, color=_INK):
             text.set_bbox(box if text.get_text() else None)
+        # Shares are stacked: each begins where the one before it ends.
         starts += widths
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
@@ -262,6 +270,7 @@ def _numbers(values: Any) -> np.ndarray:
     """What is known of one fraction or a list of them, in percent."""
     values = values if isinstance(values, list | tuple) else [values]
     numbers = np.array([np.nan if value is None else 100 * float(value) for value in values])
+    # A seed without a value is left out, where a NaN would take the mean of all along.
     return numbers[~np.isnan(numbers)]
 
 

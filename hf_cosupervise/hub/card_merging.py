@@ -38,13 +38,17 @@ class _Card(NamedTuple):
 def merge_card(existing: str, new: str) -> MergedCard:
     """Bring a new card into one that may have been edited by hand."""
     theirs, ours = _read(existing), _read(new)
+    # Without a marker nothing there is ours: every key and the text count as a person's.
     known, marker = theirs.marker or _mark({}, ""), ours.marker or _mark(ours.metadata, ours.body)
     metadata, kept = _merge_metadata(theirs.metadata, ours.metadata, known["metadata"] if theirs.metadata else {})
+    # Compared with what we wrote last time, not with what we would write now: that differs with every result.
     is_ours = not theirs.body or _digest(theirs.body) == known["body"]
+    # Told only if there was something new to say that the kept text now lacks.
     if not is_ours and theirs.body != ours.body and known["body"] != marker["body"]:
         kept = ["text", *kept]
     same = [card.header for card in (ours, theirs) if card.metadata == metadata]  # with its comments and quotes
     text = _write(same[0] if same else _dump(metadata), marker, ours.body if is_ours else theirs.body)
+    # An editor on Windows has saved it so; to change every line would show as a rewrite in the card's history.
     is_crlf = "\r\n" in existing and existing.count("\r\n") == existing.count("\n")
     return MergedCard(text.replace("\n", "\r\n") if is_crlf else text, tuple(kept))
 
@@ -59,16 +63,19 @@ def _merge_metadata(
     theirs: Mapping[Any, Any], ours: Mapping[Any, Any], known: Mapping[Any, Any]
 ) -> tuple[dict[Any, Any], list[str]]:
     """Our values renewed beside those that a person set or deleted, and the keys in which a new one was refused."""
+    # Of another value than we wrote, or a key that we never wrote.
     edited = {key: value for key, value in theirs.items() if known.get(key) != _digest(value)}
     merged = {
         key: _join(key, edited[key], value) if key in edited else value
         for key, value in ours.items()
+        # A key that we wrote and that is gone was deleted by a person, and stays so.
         if key in theirs or key not in known or key in _DESCRIBED
     }
     mine = ours.keys() - {*_DESCRIBED, *_NAME_LISTS}
     kept = [
         key for key in ours if key in mine and merged.get(key) != ours[key] and known.get(key) != _digest(ours[key])
     ]
+    # Keys of ours first, in our order; what a person added follows.
     return {**merged, **{key: edited[key] for key in edited if key not in ours}}, [f"metadata {key}" for key in kept]
 
 
@@ -81,6 +88,7 @@ def _join(key: Any, theirs: Any, ours: Any) -> Any:
     if key in _NAME_LISTS:
         old, new = ([value] if isinstance(value, str) else value for value in (theirs, ours))
         if all(isinstance(value, list) and all(isinstance(name, str) for name in value) for value in (old, new)):
+            # Their order where nothing is new, so that an unchanged card makes no commit.
             return theirs if set(new) <= set(old) else list(dict.fromkeys([*old, *new]))
     return ours if key in _DESCRIBED else theirs
 
@@ -90,6 +98,7 @@ def _mark(metadata: Mapping[Any, Any], body: str) -> dict[str, Any]:
 
 
 def _digest(value: Any) -> str:
+    # Of the value as YAML and not of its text, so that other quotes or line breaks are no edit.
     return blake2b(_dump(value).encode(), digest_size=8).hexdigest()
 
 
@@ -98,6 +107,7 @@ def _dump(value: Any) -> str:
 
 
 def _read(text: str) -> _Card:
+    # The byte order mark and line ends of Windows, which would hide the first '---'.
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     found = _HEADER.match(text)
     if found is None and _HEADER_START.match(text):
@@ -121,6 +131,7 @@ def _read_marker(text: str) -> dict[str, Any] | None:
         marker = json.loads(text)
     except (ValueError, RecursionError):
         return None
+    # `_MARKER` lets objects only through, so there is a `get`.
     return marker if isinstance(marker.get("body"), str) and isinstance(marker.get("metadata"), dict) else None
 
 

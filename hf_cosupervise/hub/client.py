@@ -41,6 +41,7 @@ KINDS = {"model": "model", "dataset": "data set"}
 CARD = "README.md"
 _COMMIT = re.compile(r"[0-9a-f]{7,40}")
 _WRITE_ADVICE = "Log in by `hf auth login` with a token of role `write`, or set HF_TOKEN."
+# By order: a gated repository is a `RepositoryNotFoundError` too, and needs other advice.
 _ADVICE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((HFValidationError,), "Check the id, or the path where a folder is meant."),
     ((GatedRepoError,), "Accept its terms on its page, then log in by `hf auth login` or set HF_TOKEN."),
@@ -48,12 +49,14 @@ _ADVICE: tuple[tuple[tuple[type[Exception], ...], str], ...] = (
     ((RevisionNotFoundError,), "Correct the revision."),
     ((LocalTokenNotFoundError,), _WRITE_ADVICE),
 )
+# 412 is how the Hub refuses a commit whose parent is not the latest one.
 _STATUS_ADVICE = {401: _WRITE_ADVICE, 403: _WRITE_ADVICE, 412: "Somebody else pushed at the same moment: push again."}
 UNREACHABLE: tuple[type[Exception], ...] = (
     *(HTTPError, LocalEntryNotFoundError, FileMetadataError, XetDownloadError, RevisionResolutionError),
     *(ConnectionError, TimeoutError),
     RuntimeError,  # that a large file has not arrived, or that another download closed the connection of all
 )
+# What the client raises by itself. A `ValueError` of ours that passes through must not get a note about the Hub.
 _ERRORS = (HFValidationError, LocalTokenNotFoundError, EntryNotFoundError, *UNREACHABLE)
 
 
@@ -67,12 +70,14 @@ def hub_errors(
     except _ERRORS as error:
         at = "" if revision is None else f" at '{revision}'"
         verb = "is pushed to" if writing else "needs"
+        # A note, where another type or text would break whoever handles errors of `huggingface_hub`.
         error.add_note(f"{what} {verb} the {KINDS[repo_type]} '{repo_id}'{at}. {_advise(error, writing)}")
         raise
 
 
 def is_unreachable(error: Exception) -> bool:
     """Whether the Hub gave no answer, or none yet."""
+    # Without an answer there is no status; 429 says that one is to come later.
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
     return isinstance(error, UNREACHABLE) and (status == 429 or status >= 500)
 
@@ -81,6 +86,7 @@ def _advise(error: Exception, writing: bool) -> str:
     known = [advice for kinds, advice in _ADVICE if isinstance(error, kinds)]
     if not known and isinstance(error, HfHubHTTPError) and error.response.status_code in _STATUS_ADVICE:
         known = [_STATUS_ADVICE[error.response.status_code]]
+    # An answer of the Hub is final, and going online again does not change it.
     if known or not is_unreachable(error):
         return known[0] if known else "Nothing was changed; correct what it names and try again."
     if writing:
@@ -92,9 +98,11 @@ def resolve_commit(
     repo_id: str, revision: str | None = None, *, what: str, repo_type: str = "model", token: str | None = None
 ) -> str:
     """Pin a repository: find the commit that a branch or tag is at now."""
+    # The client takes an empty revision for none, and would give the main branch.
     if revision == "":
         raise ValueError(f"{what} must be at a branch, tag or commit of '{repo_id}', got ''. Leave `revision` out.")
     with hub_errors(what, repo_id, revision=revision, repo_type=repo_type):
+        # By this call and not by `model_info`: it answers from the cache where there is no connection.
         return HfApi(token=token).resolve_revision(repo_id, repo_type=repo_type, revision=revision).resolved
 
 
@@ -128,13 +136,17 @@ def open_repo(
     """Make a repository where there is none, and see that the token may write, before any work."""
     with hub_errors(what, repo_id, repo_type=repo_type, writing=True):
         api = HfApi(token=token)
+        # Asked before any work: gigabytes may have to be written and hashed for a push that then fails for its token.
         access = api.whoami().get("auth", {}).get("accessToken", {})
+        # Fine-grained tokens name another role, and what they may do shows only at the commit.
         if access.get("role") == "read":
             raise PermissionError(
                 f"{what} needs a token that may write to the {KINDS[repo_type]} '{repo_id}', got one that may read. "
                 f"{_WRITE_ADVICE}"
             )
+        # The client's answer has the user's name before a bare one.
         repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        # `exist_ok` leaves a repository as public as it is, and says nothing.
         if private and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise ValueError(
                 f"'{repo_id}' must be private for `private=True`, got a public {KINDS[repo_type]} that is there "
@@ -160,8 +172,11 @@ def publish(
     with hub_errors(what, repo_id, revision=revision, repo_type=repo_type, writing=True):
         if revision is not None:
             open_branch(api, repo_id, revision, repo_type)
+        # One look at one commit, from which the card is merged and what is gone is known; it is the commit's parent
+        # too.
         info: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         present = {sibling.rfilename for sibling in info.siblings or ()}
+        # The card is replaced by a merged one below, and the caller's files are not ours to change.
         contents = dict(files)
         if CARD in contents and CARD in present:
             there = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=info.sha)
@@ -169,6 +184,7 @@ def publish(
         gone = sorted(
             name
             for name in present - set(contents)
+            # `fnmatch` lets `*` match slashes: a pattern of the top folder must not reach into others.
             if any(fnmatch.fnmatch(name, pattern) and ("/" in pattern or "/" not in name) for pattern in replaced)
         )
         operations = [
@@ -179,9 +195,11 @@ def publish(
             return api.create_commit(
                 repo_id,
                 operations,
+                # The client refuses an empty title.
                 commit_message=message or what,
                 repo_type=repo_type,
                 revision=revision,
+                # What came in since that commit would be undone without anybody seeing it; so the Hub refuses instead.
                 parent_commit=parent or info.sha,
             )
         except ValueError as error:
@@ -193,8 +211,10 @@ def publish(
 def open_branch(api: HfApi, repo_id: str, revision: str, repo_type: str) -> None:
     """Make a branch where it is missing; nothing can be pushed to a tag or a commit."""
     refs = api.list_repo_refs(repo_id, repo_type=repo_type)
+    # Asked first: a tag of the same name must not stand in the way of a branch that is there.
     if revision in {ref.name for ref in refs.branches}:
         return
+    # Who gives what looks like a commit means to pin, not to begin a branch of that name.
     is_tag = revision in {ref.name for ref in refs.tags}
     if is_tag or _COMMIT.fullmatch(revision) or revision.startswith("refs/") or not revision:
         raise ValueError(
@@ -229,6 +249,7 @@ def has_file(repo_id: str, names: Sequence[str], *, what: str) -> bool:
 def is_folder(source: str | os.PathLike[str]) -> bool:
     """Whether to look on this machine and not on the Hub: no id looks like this, or the folder exists."""
     text = os.fspath(source)
+    # An address has more slashes than an id and would else be looked for as a folder.
     if "://" in text:  # an address in place of an id: the client says so
         return False
     is_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or bool({"\\", ":"} & set(text))

@@ -52,6 +52,7 @@ _ADAPTED = "base_model.model."  # how peft begins the name of every weight of an
 def read_config(source: ModelSource) -> Any:
     """Read the configuration of a classifier of transformers, or of timm in transformers' wrapper."""
     model_type = source.config.get("model_type")
+    # Asked here, for `AutoConfig` would advise `trust_remote_code=True`, which is never followed.
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES
     if "architecture" not in source.config and not is_known:
         raise ValueError(
@@ -94,7 +95,9 @@ def reads_text(config: Any, what: str) -> bool:
     for task, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
         if any(task in architecture for architecture in architectures):
             return is_text
+    # A causal model has a mapping to a classifier of its kind, the head of which would be random.
     others = [name for name in architectures if "For" in name or "LMHead" in name]
+    # Without architectures the type of the configuration decides.
     if not others and type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return False
     if not others and type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
@@ -127,6 +130,7 @@ class _ReadingProcessor:
 def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
     """Load the tokenizer or image processor of a model."""
     with _ReadingProcessor(source, "tokenizer" if is_text else "image processor"):
+        # `False` and not left out: the default asks on the terminal whether to run code.
         processor = (AutoTokenizer if is_text else AutoImageProcessor).from_pretrained(folder, trust_remote_code=False)
     # Without its files, transformers 5 makes a tokenizer that knows its special tokens only, and says nothing.
     if is_text and (num_words := len(processor) - len(set(processor.all_special_tokens))) < _LEAST_WORDS:
@@ -152,6 +156,7 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
     folder, base_folder = source.fetch(), base.fetch()
     with whole_weights(source):
         weights = load_file(folder / ADAPTER_WEIGHTS)
+    # By the base's own names, under which a saved head is looked for below.
     saved = {name.removeprefix(_ADAPTED): value for name, value in weights.items()}
     config = read_config(base)
     is_text = reads_text(config, base.what)
@@ -159,6 +164,7 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
     names = source.config.get("id2label")
     names = None if names is None else read_labels(names, source.what, "id2label")
     with building(base):
+        # Before the base is built: an adapter with a head of its own has another number of labels than its base.
         _set_labels(config, _saved_labels(config, auto_model, saved), names)
     with quiet_loading(), whole_weights(base), building(base):
         model, loading = auto_model.from_pretrained(
@@ -167,9 +173,11 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            # The base's head may be of other labels; the adapter's takes its place, and the rest is checked below.
             ignore_mismatched_sizes=True,
         )
     lost = {
+        # Keys alone among missing ones, keys with two shapes among mismatched ones.
         item[0] if isinstance(item, tuple) else item
         for kind in ("missing", "mismatched")
         for item in loading[f"{kind}_keys"]
@@ -215,6 +223,7 @@ def check_shapes(source: ModelSource, mismatched: Iterable[tuple[str, Any, Any]]
 
 def check_no_layer_left(source: ModelSource, model: Any, unexpected: Iterable[str]) -> None:
     """See that a configuration leaves out no layer of those that a checkpoint has."""
+    # Names but for their numbers: a layer that is left out is called like those that are built.
     known = {re.sub(r"\d+", "0", name) for name in model.state_dict()}
     left = sorted(name for name in unexpected if re.sub(r"\d+", "0", name) in known)
     if left:
@@ -246,13 +255,17 @@ def _check_mergeable(source: ModelSource) -> None:
 def _saved_labels(config: Any, auto_model: Any, saved: Mapping[str, torch.Tensor]) -> int | None:
     """For how many labels an adapter has saved a head: the size of what depends on their number."""
     shapes = []
+    # Two numbers that are unlike each other and unlikely as a width: what changes with them is the head, in any
+    # architecture.
     for num_labels in (3, 5):
         probe = type(config).from_dict(config.to_dict() | {"label_names": None})
         _set_labels(probe, num_labels, None)
+        # Without memory: only shapes are asked for, and a base may have gigabytes.
         with init_empty_weights():
             shapes.append({name: value.shape for name, value in auto_model.from_config(probe).named_parameters()})
     outputs = [name for name, shape in shapes[0].items() if shape != shapes[1][name] and name in saved]
     sizes = {saved[name].shape[0] for name in outputs}
+    # Several sizes are no head of one classifier; the base's number stays, and loading says what does not fit.
     return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -263,7 +276,9 @@ def _set_labels(config: Any, num_labels: int | None, names: list[str] | None) ->
         config.id2label = dict(enumerate(names))
         config.label2id = {name: position for position, name in enumerate(names)}
     elif num_labels != config.num_labels:
+        # Makes names `LABEL_0` and on, for which teachers ask for a `label_map`.
         config.num_labels = num_labels
+    # The wrapper keeps numbers and names a second time, and builds timm's head from those.
     if config.model_type == "timm_wrapper":
         config.num_labels, config.label_names = num_labels, [config.id2label[key] for key in range(num_labels)]
 

@@ -74,6 +74,7 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
         where = f"`{path}` in its '{name}'"
         if path in _AT_LEAST_ONE and isinstance(value, int) and value < 1:
             raise ValueError(f"{what} must have a size of at least 1, got {where}: {value}. Save the model again.")
+        # Of a cache, transformers takes a word of its own list and nothing else.
         if key != "cache_implementation" and _IMPLEMENTATION.fullmatch(key):
             for choice in _leaves(value):
                 if choice is not None and not _is_installed(choice):
@@ -95,6 +96,8 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
                 )
         elif key == "model_args" and value is not None:
             _check_timm_args(value, what, where)
+        # Some methods bring kernels that are downloaded when the model is built; bitsandbytes is a package that is
+        # installed.
         elif key == "quantization_config" and value:
             method = value.get("quant_method") if isinstance(value, Mapping) else value
             if method != "bitsandbytes":
@@ -159,6 +162,7 @@ def _check_timm_args(arguments: Any, what: str, where: str) -> None:
 
 def _entries(content: Any) -> Iterator[tuple[str, str, Any]]:
     """Every entry of every object in JSON content, with the path to it."""
+    # No recursion, and no copy: content of others may be nested 64 deep and 256 MB large.
     waiting = [("", content)]
     while waiting:
         prefix, value = waiting.pop()
@@ -197,6 +201,7 @@ def read_labels(names: Any, what: str, field: str) -> list[str]:
     """Names of labels in order, from a list or from an object with the keys "0", "1", …."""
     if isinstance(names, Mapping):
         positions = [str(position) for position in range(len(names))]
+        # With a gap, answers after it would go to the wrong labels.
         if set(map(str, names)) != set(positions):
             raise ValueError(
                 f"{what} must number its labels from 0 to {len(names) - 1} in `{field}`, got the keys "
@@ -216,6 +221,7 @@ def check_processor_files(folder: Path, what: str) -> None:
     for name in (*_CONFIGS, *_VOCABULARIES):
         if (folder / name).is_file():
             content = read_json(folder / name, what, "Save the model again.")
+            # Vocabularies name words, of which any may look like a key that is refused.
             if name in _CONFIGS:
                 check_config(content, what, name)
 
@@ -226,6 +232,7 @@ def read_shards(index: Path, what: str) -> set[str]:
         return set()
     parts = read_json(index, what, "Save the model again.").get("weight_map")
     names = list(parts.values()) if isinstance(parts, dict) else []
+    # Names become paths that are opened.
     strange = [name for name in names if not isinstance(name, str) or not _SHARD.fullmatch(name)]
     if strange or not names:
         raise ValueError(

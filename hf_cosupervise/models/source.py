@@ -81,6 +81,7 @@ class ModelSource:
             return {"commit": self.commit, **base}
         configs = [path for name in ("config.json", "adapter_config.json") if (path := self.folder / name).is_file()]
         stats = [(path, path.stat()) for path in (*configs, *self.weight_files)]
+        # Size and time are part of the key of the cache: a folder that was retrained in place is hashed again.
         files = tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
         return {"commit": None, "weights": _hash_files(files), **base}
 
@@ -92,12 +93,14 @@ class ModelSource:
                 self.commit,
                 _within(self.subfolder, LOADED_FILES),
                 what=self.what,
+                # Patterns match across slashes: '*.json' would fetch those of every folder below.
                 ignore=_within(self.subfolder, ["*/*"]),
             )
         if not self.folder.is_dir():
             raise FileNotFoundError(
                 f"{self.what} must be in '{self.folder}', got nothing there: it was deleted meanwhile. Load it again."
             )
+        # Of what is here now: the client takes a snapshot that was cut off for a whole one when it is offline.
         names = {path.name for path in self.folder.iterdir()}
         has_model = any(fnmatch.filter(names, pattern) for pattern in _MODEL_WEIGHTS)
         if not (ADAPTER_WEIGHTS in names if self.is_adapter else has_model):
@@ -120,6 +123,7 @@ class ModelSource:
         if self.is_adapter:
             weights = {ADAPTER_WEIGHTS}
         elif "model.safetensors" in names:
+            # One file counts more than parts, as for transformers.
             weights = {"model.safetensors"}
         else:
             weights = read_shards(self.folder / INDEX_FILE, self.what)
@@ -132,6 +136,7 @@ class ModelSource:
             )
         with whole_weights(self):
             for name in sorted(weights):
+                # Before any library opens it, by a reader that knows no other format.
                 check_safetensors(self.folder / name)
         check_processor_files(self.folder, self.what)
 
@@ -164,6 +169,7 @@ class ModelSource:
 
     def _without_weights(self) -> Exception:
         """The error of a place without weights that are read, by what is there instead."""
+        # Asked anew, for files that are not loaded are not downloaded either, and the sentence is about those.
         names = _list_files(self.what, self.repo, self.commit, self.subfolder)
         here = [name for name in names if "/" not in name]
         wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
@@ -214,6 +220,7 @@ def find_model(
     else:
         commit = commit or resolve_commit(repo, revision, what=what)
         names = _within(subfolder, ["config.json", "adapter_config.json"])
+        # A few kilobytes, by which a model is refused before its weights are fetched.
         folder = fetch_files(repo, commit, names, what=what) / (subfolder or "")
     config, adapter = (_read_config(folder / name, what) for name in ("config.json", "adapter_config.json"))
     if config is None and adapter is None:
@@ -251,6 +258,7 @@ def _split_model(model: str, revision: str | None, what: str) -> tuple[str, str 
     repo = model
     for prefix in _TIMM_PREFIXES:
         repo = repo.removeprefix(prefix)
+    # An `@` in a folder's name belongs to the name.
     if not model.startswith("hf-hub:") or "@" not in repo or is_folder(repo):
         return repo, revision
     repo, named = repo.rsplit("@", 1)
@@ -281,6 +289,7 @@ def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> ModelSo
             f"{what} must be named by its Hub id as `base_model_name_or_path`, got {name!r}. Correct its "
             "'adapter_config.json', or save the merged model instead."
         )
+    # Of the base, as peft writes it: without it, the base's main branch is pinned from now on.
     revision = adapter.get("revision")
     if not isinstance(revision, str | None):
         raise ValueError(f"{what} must be at a branch, tag or commit by name, got {revision!r}. Correct `revision`.")
@@ -330,8 +339,11 @@ def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
     """Hash of files given as path, size and time of change: gigabytes of weights are read once a run."""
     digest = hashlib.blake2b(digest_size=8)
     for path, size, _ in files:
+        # Name and size, so that two files do not hash as one that holds both; no folder, for the same weights may lie
+        # anywhere.
         digest.update(f"{Path(path).name} {size} ".encode())
         with open(path, "rb") as file:
+            # A megabyte at a time: weights may be larger than the memory.
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -363,6 +375,7 @@ def no_larger_than_weights(source: ModelSource) -> Iterator[None]:
                 f"{count:,} parameters of {values:,} values and more to build, for weights of {num_tensors:,} tensors"
             )
 
+    # At every registration, because ten billion parameters fill the memory before any check that follows.
     handle = register_module_parameter_registration_hook(watch)
     try:
         yield

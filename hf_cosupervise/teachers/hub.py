@@ -66,6 +66,7 @@ def load_hierarchy(
         >>> hierarchy = load_hierarchy("user/weak-teachers", revision="v1")  # doctest: +SKIP
     """
     path = Path(source)
+    # By its suffix where it does not exist: no id ends so, and the sentence then speaks of a file.
     is_file = path.is_file() or path.suffix in (".json", ".yaml", ".yml")
     if revision is not None and (is_file or is_folder(source)):
         raise ValueError(
@@ -85,6 +86,7 @@ def load_hierarchy(
 
 def _read_from_hub(repo_id: str, commit: str, token: str | None) -> tuple[TeacherHierarchy, Path]:
     """The hierarchy as it is written, and the folder of the cache that shows which teachers are with it."""
+    # Configurations only show which folders are teachers; weights come when a teacher is loaded.
     wanted = [*HIERARCHY_FILES, "*/config.json", "*/adapter_config.json"]
     folder = fetch_files(repo_id, commit, wanted, what=_WHAT, token=token)
     found = [folder / name for name in HIERARCHY_FILES if (folder / name).is_file()]
@@ -103,8 +105,10 @@ def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
     inner = teacher.model.removeprefix("./")
     if is_inner_folder(inner) and (folder / inner).is_dir():
         within = inner if teacher.subfolder is None else f"{inner}/{teacher.subfolder}"
+        # By the commit, not the branch: a teacher that is loaded later must be the one that was listed.
         return dataclasses.replace(teacher, model=repo_id, subfolder=within, revision=commit)
     other = teacher.model.removeprefix("hf-hub:").split("@")[0]
+    # A path in a file of others would load a model of this machine under the name of a teacher.
     if not is_inner_folder(other) or other.count("/") > 1:
         raise ValueError(
             f"Teacher '{teacher.name}' in the hierarchy '{repo_id}' must be a folder of that repository or a Hub id, "
@@ -115,6 +119,7 @@ def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
 
 def _keep_trusted(teachers: Sequence[Teacher], repo_id: str, trust_types: Sequence[str]) -> list[Teacher]:
     """Drop the types that a hierarchy of the Hub trusts and the user does not."""
+    # A trusted type is code that may run when a file is read: only who runs it can say so.
     dropped = {teacher.name: sorted(set(teacher.trusted_types) - set(trust_types)) for teacher in teachers}
     if dropped := {name: types for name, types in dropped.items() if types}:
         types = sorted({item for names in dropped.values() for item in names})
@@ -191,6 +196,7 @@ def push_hierarchy(
     repo_id = open_repo(repo_id, what=_WHAT, private=private, token=token)
     # A teacher that is in this repository already goes on living in it.
     inner = {name: item for name, item in found.items() if item.is_local or item.repo == repo_id}
+    # After the repository was made and before any upload: its commit is the parent of the push.
     stale, parent = _check_repo(repo_id, hierarchy, inner, revision, token, replace)
     files: dict[str, str | Path | bytes] = {}
     for name, source in inner.items():
@@ -208,6 +214,7 @@ def push_hierarchy(
         revision=revision,
         token=token,
         parent=parent,
+        # Names that may hold `[`; and a file that is pushed anew must not be deleted in the same commit.
         replaced=[glob.escape(name) for name in stale if name not in files],
     )
 
@@ -262,12 +269,14 @@ def _check_repo(
             "delete them there by `replace=True`."
         )
     folders = {teacher.model.removeprefix("./").rstrip("/") for teacher in old if teacher.kind != "column"}
+    # Without case, since some disks would put two such folders into one.
     taken = {name.split("/")[0].casefold() for name in names if not name.startswith(tuple(f"{f}/" for f in folders))}
     if clashing := sorted(name for name in inner if name.casefold() in taken | {CARD.casefold(), *HIERARCHY_FILES}):
         raise ValueError(
             f"Teachers must have names that are free in '{repo_id}', got {clashing}, which are files or folders of "
             "another use there. Rename them by `name`."
         )
+    # The file there was written by anybody: a `model` such as '.' must not delete the whole repository.
     gone = [folder for folder in folders - set(inner) if is_inner_folder(folder)]
     stale = [name for name in names if name.startswith(tuple(f"{folder}/" for folder in gone))]
     # Of a teacher that stays, parts of earlier weights would mislead the loaders; other files are its owner's.
@@ -285,12 +294,14 @@ def _files_of(source: ModelSource) -> dict[str, Path | bytes]:
     files: dict[str, Path | bytes] = {
         path.name: path for pattern in _TEACHER_FILES for path in sorted(folder.glob(pattern)) if path.is_file()
     }
+    # Paths of this machine concern nobody; the folder itself stays as it is, only the uploaded text changes.
     for name in {"config.json", "tokenizer_config.json"} & set(files):
         content = read_json(folder / name, advice="Save the model again.")
         if {"_name_or_path", "name_or_path"} & set(content):  # so transformers 4 kept where a model was read from
             content = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
             files[name] = (json.dumps(content, indent=2) + "\n").encode("utf-8")
     if source.base is not None:
+        # An adapter on a base that moves on is another model tomorrow.
         pinned = {**(source.adapter or {}), "revision": source.base.commit}
         files["adapter_config.json"] = (json.dumps(pinned, indent=2) + "\n").encode("utf-8")
     return files
@@ -302,6 +313,7 @@ def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool) -> Teac
         return teacher
     if is_inner:
         kind = find_kind(source, teacher.model) if teacher.kind == "auto" else teacher.kind
+        # The kind as found: who loads it need not have the files to find it by.
         return dataclasses.replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
     prefix = "hf-hub:" if teacher.model.startswith("hf-hub:") else ""
     return dataclasses.replace(teacher, model=prefix + source.repo, revision=source.commit)
@@ -341,6 +353,7 @@ def _modality(source: ModelSource) -> str | None:
     """What a model reads, where its configuration tells."""
     config = (source.base or source).config
     feature = config.get("feature")
+    # A configuration of timm names an architecture, and timm has models of images only.
     if "architecture" in config or (isinstance(feature, Mapping) and feature.get("kind") == "pixels"):
         return "image"
     if isinstance(feature, Mapping) and feature.get("kind") == "text":

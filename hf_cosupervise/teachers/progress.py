@@ -47,6 +47,7 @@ class Progress:
 
     def __init__(self, folder: Path, num_rows: int, k: int, dtype: np.dtype) -> None:
         self.folder, self.num_rows, self.k, self.dtype = Path(folder), num_rows, k, np.dtype(dtype)
+        # Label ids and half-precision probabilities, without anything between rows.
         self.row_bytes = k * (self.dtype.itemsize + 2)
         self._lock: int | None = None
 
@@ -54,8 +55,10 @@ class Progress:
         """Begin the work, or go on with it: one process of one run holds the folder."""
         open_work_folder(self.folder)
         self._acquire()
+        # After the lock: a second run must not delete what the first one is writing.
         shutil.rmtree(self.scratch, ignore_errors=True)
         if (self.folder / _PLAN).is_file():
+            # Through JSON, as the noted one went: tuples would differ from lists.
             self._check_same(self._read_plan()["plan"], json.loads(json.dumps(plan)))
         else:
             self._write_plan({"plan": plan, "facts": {}})
@@ -87,6 +90,7 @@ class Progress:
 
     def start_part(self, name: str) -> Part:
         """Open new files to append a teacher's labels to."""
+        # New ones in every run: bytes after a torn write would belong to no line.
         return Part(self.folder / _PARTS / name)
 
     def segments(self, name: str) -> list[Segment]:
@@ -101,6 +105,7 @@ class Progress:
                     if (segment := self._parse(line, data)) is not None:
                         found.append(segment)
         segments: list[Segment] = []
+        # Other batch sizes and numbers of processes leave segments that overlap; one that adds no row is left out.
         for segment in sorted(found, key=lambda segment: (segment.start, -segment.stop)):
             if not segments or segment.stop > segments[-1].stop:
                 segments.append(segment)
@@ -126,6 +131,7 @@ class Progress:
             size = count * self.k
             label_ids = np.frombuffer(data, self.dtype, size).reshape(count, self.k)
             label_probs = np.frombuffer(data, np.float16, size, size * self.dtype.itemsize).reshape(count, self.k)
+            # Rows that an earlier segment has given already are not given twice.
             new = slice(max(done - segment.start, 0), None)
             yield label_ids[new], label_probs[new]
             done = segment.stop
@@ -140,6 +146,7 @@ class Progress:
 
     def _parse(self, line: bytes, data: BinaryIO) -> Segment | None:
         """The segment that a line tells of, if its bytes are whole."""
+        # The checksum stands last, over the line before it and the bytes that it tells of.
         head, _, checksum = line.rpartition(b" ")
         try:
             numbers, rows, reason, dropped = head.split()[:-3], *head.split()[-3:]
@@ -148,6 +155,7 @@ class Progress:
             expected, mass = int(checksum), float(dropped)
         except ValueError:
             return None
+        # Numbers of a damaged line may be anything: checked before so many bytes are read.
         if offset < 0 or not 0 <= start < stop <= self.num_rows:
             return None
         data.seek(offset)
@@ -202,6 +210,7 @@ class Part:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        # Processes of one launch write side by side, each to files of its own.
         token = secrets.token_hex(8)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         self._data = os.open(folder / f"{token}.data", flags, 0o644)
@@ -221,10 +230,12 @@ class Part:
         data = label_ids.tobytes() + label_probs.tobytes()
         num_answered = int(np.count_nonzero(label_probs[:, 0]))
         noted = ",".join(str(row) for row in failed_rows[:_NUM_NOTED]) or "-"
+        # Quoted, for blanks part the fields of a line; the dash keeps an empty reason a field.
         why = quote(f"-{reason[:_NUM_LETTERS]}", errors="replace")
         head = f"{self._offset} {start} {start + len(label_ids)} {num_answered} {len(failed_rows)} {noted} {why} "
         head += repr(dropped)
         checksum = zlib.crc32(data, zlib.crc32(head.encode()))
+        # Before its line: a line without its bytes would have to be found out, bytes without a line do no harm.
         write_all(self._data, data)
         write_all(self._journal, f"{head} {checksum}\n".encode())
         self._offset += len(data)

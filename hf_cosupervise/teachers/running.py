@@ -106,6 +106,7 @@ class Job:
         """What decides the labels, besides the weights of the teachers: work under another plan is not continued."""
         read = [self.columns.inputs, *(teacher.model for teacher in self.hierarchy.teachers if is_column(teacher))]
         known = set(self.dataset.column_names)
+        # Other ids would put what was labelled under other examples.
         digest = hashlib.blake2b("\n".join(map(repr, self.ids)).encode("utf-8"), digest_size=8)
         return {
             "hierarchy": self.hierarchy.to_dict(),
@@ -118,8 +119,10 @@ class Job:
 
     def disk_needs(self, row_bytes: int) -> int:
         """About how many bytes the work takes: labels as they come, and in the files that are kept."""
+        # A digest of 32 digits with its offset, or an `int64`.
         id_bytes = 40 if isinstance(self.ids[0], str) else 8
         num_teachers = len(self.hierarchy.teachers) - len(self.reused)
+        # Twice: the journal stays until the pool is whole; and once more for the teacher that is being written.
         labels = len(self.ids) * (num_teachers * (2 * row_bytes + id_bytes) + row_bytes)
         return labels + (self.inputs.data.nbytes if self.output_dir is not None and self.inputs is not None else 0)
 
@@ -133,6 +136,7 @@ def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str,
     """Types of columns and hashes of a few of their cells: other data are to be noticed without reading all of it."""
     if not columns:
         return {}
+    # 16 rows, first and last among them, find other data or another order; `unique` for fewer rows than that.
     rows = np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int))
     few = dataset.select_columns(columns).with_format("arrow")[rows]  # all at once: a row is taken from every column
     features = dataset.features  # a copy of all of them each time
@@ -193,8 +197,10 @@ def label_group(
     }
     job.processes.on_first(partial(progress.add_facts, {name: model.facts for name, model in models.items()}))
     is_cheap = all(is_column(teacher) and teacher.name not in job.models for teacher in group)
+    # Without a model nothing is gained by small batches.
     step = max(ROWS_AT_ONCE, job.batch_size) if is_cheap else job.batch_size
     _label_share(job, progress, models, _cut_batches({name: missing[name] for name in models}, len(job.ids), step))
+    # Else they would be held here still when CUDA is asked to give memory back.
     del models
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -202,6 +208,7 @@ def label_group(
 
 def _label_share(job: Job, progress: Progress, models: Mapping[str, TeacherModel], batches: list[_Batch]) -> None:
     """Label this process's share of the batches."""
+    # Consecutive shares, so that each process reads its part of the files in order.
     bounds = np.linspace(0, len(batches), job.processes.count + 1).astype(int)
     own = batches[bounds[job.processes.rank] : bounds[job.processes.rank + 1]]
     reader = _Reader(job, models, own)
@@ -222,6 +229,7 @@ def _label_share(job: Job, progress: Progress, models: Mapping[str, TeacherModel
 def _cut_batches(missing: Mapping[str, list[tuple[int, int]]], num_rows: int, step: int) -> list[_Batch]:
     """Cut the rows into batches, each with the teachers that have not labelled it."""
     ends = [edge for gaps in missing.values() for gap in gaps for edge in gap]
+    # Edges are multiples of `step`, and where earlier work of another step has begun or ended.
     edges = np.unique(np.concatenate([np.arange(0, num_rows, step), [num_rows], ends]).astype(np.int64))
     lacking = np.zeros((len(missing), len(edges) - 1), dtype=bool)
     for flags, gaps in zip(lacking, missing.values()):
@@ -246,6 +254,7 @@ class _Reader(TorchDataset):
         self.keys: dict[str, tuple[str | None, str]] = {}
         self.sources: dict[tuple[str | None, str], tuple[str, Callable[[Sequence[Any]], Any]]] = {}
         for name, model in models.items():
+            # Teachers of equal preprocessing share one tensor; one that tells none shares with nobody.
             key = self.keys[name] = (model.column, model.facts.get("preprocessing") or f"of '{name}' alone")
             self.sources.setdefault(key, (name, model.prepare))
         # All columns in one view: each view of its own would copy what is known of every column of the data.
@@ -279,6 +288,7 @@ class _Reader(TorchDataset):
         decoder = self.images.get(name)
         cells: dict[int, Any] = {}
         failed: _Reasons = {}
+        # Several columns of a batch are read one after another, and the table is asked once.
         if self.last is None or self.last[0] is not batch:
             self.last = (batch, self.view[batch.start : batch.stop])
         for place, cell in enumerate(_as_names(self.last[1][name], self.features[name])):
@@ -303,6 +313,7 @@ class _Reader(TorchDataset):
 def _load_batches(job: Job, reader: _Reader) -> DataLoader:
     return DataLoader(
         reader,
+        # The reader gives whole batches; the loader would stack rows that are of many sizes.
         batch_size=None,
         num_workers=job.num_workers,
         collate_fn=_as_it_is,
@@ -378,6 +389,7 @@ def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> li
             return [error]
     else:
         return list(_ask(job, name, model, inputs, len(cells)))
+    # One row at fault costs about 2 log2 of the batch in calls, not one call per row.
     half = len(cells) // 2
     return _ask_parts(job, name, model, cells[:half]) + _ask_parts(job, name, model, cells[half:])
 
@@ -391,6 +403,7 @@ class _told(AbstractContextManager[None]):  # noqa: N801
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, Exception) or isinstance(error, RowError):
             return
+        # accelerate knows by their text the errors of CUDA and of the CPU's allocator that are no `MemoryError`.
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
             raise MemoryError(
                 f"A batch of {self.num_rows} rows for teacher '{self.name}' must fit into memory, got: {error} Choose "
@@ -403,6 +416,7 @@ def _is_valid(probs: np.ndarray) -> np.ndarray:
     """Whether each row is a distribution or a missing answer, `(num_rows,)` bool."""
     with np.errstate(invalid="ignore"):
         sums = probs.sum(axis=1)
+        # NaN fails every comparison, so that it needs no test of its own.
         return (probs >= 0).all(axis=1) & ((np.abs(sums - 1) <= SUM_TOLERANCE) | (sums == 0))
 
 
@@ -410,6 +424,7 @@ def _append(job: Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, r
     """Put a batch on disk, or refuse it if a row of it failed and may not be missing."""
     failed_rows = [batch.start + place for place in sorted(reasons)]
     if failed_rows and job.on_error == "raise":
+        # The first row of the batch, whatever order they failed in: the sentence is the same in every run.
         what, error = reasons[min(reasons)]
         raise ValueError(
             f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'. Fix or drop that "
