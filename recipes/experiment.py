@@ -1,8 +1,8 @@
 """An experiment of a configuration: teachers that are weak on purpose, baselines, co-supervision, ceiling, seeds.
 
-`train.py` runs it unless teachers are named for data of one's own. It trains the
-teachers where they are not there yet, labels the pool once, trains the student by every method with one recipe, and
-leaves the student of the first seed in `output_dir` with a model card, `report.json` and figures.
+`train.py` runs it unless teachers are named for data of one's own. It trains the teachers where they are not there
+yet, labels the pool once, trains the student by every method with one recipe, and leaves the student of the first seed
+in `output_dir` with a model card, `report.json` and figures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_cosupervise.hub.client import open_repo
 from hf_cosupervise.pool.derived import calibrated_pool
 from hf_cosupervise.processes import join_processes
 from hf_cosupervise.students.publishing import STORY_FILES, push_student
-from hf_cosupervise.training.publishing import describe_teacher
+from hf_cosupervise.training.publishing import made_of
 
 
 def run_seed(
@@ -111,28 +111,20 @@ def finish(report: dict[str, Any], folder: Path, seed: int, facts: dict[str, Any
     plot_pgr(report, folder / "pgr.png")
     plot_teacher_shares(report, folder / "teacher_shares.png")
     pool = PseudolabelPool.load(seed_dir / "pool")
-    student, source = history["run"]["student"], history["run"]["source"].get("dataset")
-    card = {
+    known = made_of(history["run"], pool)
+    teachers = [{**teacher, "accuracy": report["teachers"][teacher["name"]]} for teacher in known["teachers"]]
+    card = known | {
         "name": str(facts["hub_model_id"] or folder.name).split("/")[-1],
         "hub_model_id": facts["hub_model_id"],
         "hub_branch": facts["hub_revision"],
         "modality": modality_of(pool),
         "library_name": "timm" if "architecture" in json.loads((folder / "config.json").read_text()) else None,
-        "labels": list(pool.labels),
-        "num_examples": len(pool),
-        "base_model": student.get("model"),
-        "base_model_revision": student.get("revision"),
-        "base_model_commit": student.get("commit"),
         "student_training": facts["student_training"],
         "has_adapter": (folder / "adapter").is_dir(),
-        "teachers": [
-            {**teacher.to_dict(), **describe_teacher(pool, name), "accuracy": report["teachers"][name]}
-            for name, teacher in zip(pool.hierarchy.names, pool.hierarchy.teachers)
-        ],
+        "teachers": teachers,
         "report": report,
         "seed": seed,
-        "datasets": [source] if source else [],
-        "dataset_name": source or Path(facts["dataset"]).name,
+        "dataset_name": next(iter(known["datasets"]), Path(facts["dataset"]).name),
         "dataset_split": facts["test_split"],
         "figure": "pgr.png",
         "files": [

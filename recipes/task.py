@@ -228,7 +228,7 @@ def _open_any(name: str, revision: str | None, args: DataArguments) -> tuple[Dat
     if is_folder(name):
         if not Path(name).is_dir():
             raise FileNotFoundError(f"`dataset` must be a file, a folder or an id on the Hub, got no folder '{name}'.")
-        if not any(Path(name, file).is_file() for file in ("state.json", "dataset_dict.json")):
+        if is_image_folder(name):
             images = load_images(name, with_labels=args.label_column is not None, on_error=args.on_error)
             return DatasetDict({"train": images}), None
         data = load_folder(name)
@@ -236,6 +236,11 @@ def _open_any(name: str, revision: str | None, args: DataArguments) -> tuple[Dat
     commit = resolve_commit(name, revision, what="`dataset`", repo_type="dataset")
     with PartialState().main_process_first():
         return load_splits(name, commit), commit
+
+
+def is_image_folder(name: str) -> bool:
+    """Tell a folder of images from one of `save_to_disk`."""
+    return Path(name).is_dir() and not any(Path(name, file).is_file() for file in ("state.json", "dataset_dict.json"))
 
 
 def _pick_split(data: DatasetDict, split: str, field: str, where: str) -> Dataset:

@@ -15,6 +15,7 @@ was cut off, and prints the report of a finished one again; `--push_to_hub` publ
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import shutil
@@ -31,7 +32,7 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from experiment import open_target, run_experiment
-from task import check_run, label_own, open_own_data, say
+from task import check_run, is_image_folder, label_own, open_own_data, say
 from task_arguments import DEFAULT_CONFIG, RECIPE_TYPES, DataArguments, TeacherArguments
 from transformers.utils import logging as transformers_logging
 
@@ -47,6 +48,7 @@ from hf_cosupervise.processes import join_processes
 from hf_cosupervise.students.publishing import STORY_FILES, push_student
 from hf_cosupervise.teachers.kinds.loading import identify_teacher
 from hf_cosupervise.teachers.naming import hierarchy_from_names
+from hf_cosupervise.training.members import DECIDED_BY_MEMBERS
 
 FIGURE = "overview.png"
 FILES = [
@@ -78,26 +80,18 @@ def parse() -> tuple[tuple[Any, ...], bool]:
     given = {text.split("=")[0].removeprefix("--").replace("-", "_") for text in argv if text.startswith("--")}
     # Whoever says what weak teachers are made of, or where an experiment keeps them, means an experiment.
     of_experiments = {item.name for item in fields(TeacherArguments)} - {"teachers"} | {"num_teacher_examples"}
-    if "config" in given:
-        given |= {*read_recipe_config(argv_value(argv, "config"), RECIPE_TYPES)}
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config", nargs="?")
+    if (config := finder.parse_known_args(argv)[0].config) is not None:
+        given |= {*read_recipe_config(config, RECIPE_TYPES)}
         is_own = "teachers" in given and not given & of_experiments
     else:
         is_own = bool(given & {"dataset", "teachers"}) and not given & of_experiments
     run = parse_recipe_args(RECIPE_TYPES, default_config=None if is_own else DEFAULT_CONFIG)
-    # One student for everybody: several ways to train it, of which none has to be chosen.
-    if is_own and "method" not in given and run[4].student_training == "probe":
+    # One student for everybody: several ways to train it, of which none has to be chosen. Whoever chooses one has it.
+    if is_own and run[4].student_training == "probe" and not given & {"method", *DECIDED_BY_MEMBERS}:
         run[4].method = "committee"
     return run, is_own
-
-
-def argv_value(argv: Sequence[str], name: str) -> str:
-    """Give the value of an option of the command line."""
-    for number, text in enumerate(argv):
-        if text == f"--{name}":
-            return argv[number + 1]
-        if text.startswith(f"--{name}="):
-            return text.split("=", 1)[1]
-    raise ValueError(f"`--{name}` must be followed by a value, got none.")
 
 
 def open_task(data_args: DataArguments, teacher_args: TeacherArguments, methods: Sequence[str] | None) -> OwnTask:
@@ -112,10 +106,9 @@ def open_task(data_args: DataArguments, teacher_args: TeacherArguments, methods:
     answers += [str(name.get("model")) for name in names if isinstance(name, dict)]
     data, test, commit = open_own_data(data_args, answers)
     hierarchy = hierarchy_from_names(names, data, data_args.labels)
-    if Path(data_args.dataset).is_dir() and "label" in data.column_names:
-        folders = data.features["label"].names if hasattr(data.features["label"], "names") else hierarchy.labels
-        if not set(folders) & set(hierarchy.labels):  # images lie in folders for another reason than their labels
-            data = data.remove_columns("label")
+    folders = data.features["label"].names if is_image_folder(data_args.dataset) and "label" in data.features else []
+    if folders and not {*folders} & {*hierarchy.labels}:  # images lie in folders for another reason than their labels
+        data = data.remove_columns("label")
     task = OwnTask(data, commit, hierarchy, test)
     if methods is not None and "ceiling" in methods and not task.is_labelled:
         raise ValueError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from datasets import Dataset
 
 from ..data.columns import is_text_column
 from ..files import whole_file, write_text
+from ..method.committee import member_agreement
 from ..pool.pseudolabels import PseudolabelPool
 from ..training.plan import LevelPlan
 from ..training.trainer import CoSupervisedTrainer
@@ -49,6 +51,11 @@ class Overview:
     plans: Mapping[str, LevelPlan]
     members: Mapping[str, np.ndarray]
 
+    @cached_property
+    def _votes(self) -> dict[str, np.ndarray]:
+        """The teachers' labels, `(num_examples,)` each, read once for all that is asked of them."""
+        return {name: self.pool.hard_labels(name) for name in self.pool.hierarchy.names}
+
     def report(self) -> dict[str, Any]:
         """Sum up what can be known without labels.
 
@@ -76,8 +83,7 @@ class Overview:
         }
 
     def _describe_teachers(self) -> dict[str, Any]:
-        pool, found = self.pool, {}
-        votes = {name: pool.hard_labels(name) for name in pool.hierarchy.names}
+        pool, votes, found = self.pool, self._votes, {}
         for index, (name, teacher) in enumerate(zip(pool.hierarchy.names, pool.hierarchy.teachers)):
             trusted = self._trust(index)
             others = [_agreement(votes[name], labels) for other, labels in votes.items() if other != name]
@@ -101,7 +107,7 @@ class Overview:
             alone = plan.assigned_teacher == index
             level = hierarchy.teachers[index].level
             together = plan.assigned_teacher == len(hierarchy.names) + level
-            share += alone + (together & self.pool.answered(hierarchy.names[index])) / len(hierarchy.levels[level])
+            share += alone + (together & (self._votes[hierarchy.names[index]] >= 0)) / len(hierarchy.levels[level])
         return share / max(len(self.plans), 1)
 
     def _agreement(self, labels: np.ndarray) -> float | None:
@@ -130,11 +136,10 @@ class Overview:
         Returns:
             `np.ndarray` of shape `(num_examples,)`: 0 (nobody contradicts, and the student is sure) to 3.
         """
-        votes = [self.pool.hard_labels(name) for name in self.pool.hierarchy.names]
-        score = self._contradicted(votes) + self._contradicted(list(self.members.values())) + 1 - self.probs
-        return np.where(self.labels >= 0, score, -1.0)
+        contradicted = self._contradicted(self._votes.values()) + self._contradicted(self.members.values())
+        return np.where(self.labels >= 0, contradicted + 1 - self.probs, -1.0)
 
-    def _contradicted(self, opinions: Sequence[np.ndarray]) -> np.ndarray:
+    def _contradicted(self, opinions: Iterable[np.ndarray]) -> np.ndarray:
         against, given = np.zeros(len(self.pool)), np.zeros(len(self.pool))
         for labels in opinions:
             given += labels >= 0
@@ -175,7 +180,7 @@ class Overview:
         if inputs is not None and column in inputs.column_names and is_text_column(inputs, column):
             columns[column] = list(inputs.select(rows)[column])
         for name in self.pool.hierarchy.names:
-            columns[f"teacher {name}"] = self._names(self.pool.hard_labels(name)[rows])
+            columns[f"teacher {name}"] = self._names(self._votes[name][rows])
         columns |= {f"member {name}": self._names(labels[rows]) for name, labels in self.members.items()}
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -271,12 +276,10 @@ def label_agreement(opinions: Sequence[np.ndarray]) -> float | None:
 
     Args:
         opinions (`Sequence[np.ndarray]`):
-            Label ids `(num_examples,)` of each, -1 for none.
+            Label ids `(num_examples,)` of each, -1 for none; examples that all have labelled count.
     """
-    pairs = [
-        value
-        for number, first in enumerate(opinions)
-        for second in opinions[number + 1 :]
-        if (value := _agreement(first, second)) is not None
-    ]
-    return float(np.mean(pairs)) if pairs else None
+    if len(opinions) < 2:
+        return None
+    labels = np.stack(opinions, axis=1)
+    labels = labels[(labels >= 0).all(axis=1)]
+    return float(member_agreement(torch.from_numpy(labels)).double().mean()) if len(labels) else None

@@ -103,8 +103,10 @@ class TeacherPool:
         self.ids = read_ids(inputs if inputs is not None else self.teachers[hierarchy.names[0]], "the pool")
         # Positions in a teacher's dataset of the pool's ids, where they stand in another order there.
         self._orders: dict[str, np.ndarray] = {}
+        self._views: dict[str, Any] = {}  # what a kind of pool keeps of each teacher
         for name, dataset in self.teachers.items():
             self._open(name, dataset)
+        self._read_inputs()
 
     def _check_teachers(self, teachers: Mapping[str, Dataset]) -> None:
         check_kind(teachers, Mapping, "teachers")
@@ -127,6 +129,9 @@ class TeacherPool:
         # Pools that `build_pool` made stand in one order: then no positions are kept, and views stay without a copy.
         if not np.array_equal(ids, self.ids):
             self._orders[name] = match_ids(ids, self.ids, f"{self.answers} of '{name}'")
+
+    def _read_inputs(self) -> None:
+        """Look at what a kind of pool must know of the inputs at once."""
 
     def __len__(self) -> int:
         return len(self.ids)

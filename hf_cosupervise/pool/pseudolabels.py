@@ -46,23 +46,13 @@ class PseudolabelPool(TeacherPool):
     columns = ("label_ids", "label_probs")
     answers = "Pseudolabels"
 
-    def __init__(
-        self,
-        hierarchy: TeacherHierarchy,
-        teachers: Mapping[str, Dataset],
-        inputs: Dataset | None = None,
-        facts: Mapping[str, Any] | None = None,
-        source: Mapping[str, Any] | None = None,
-        *,
-        input_column: str | None = None,
-    ) -> None:
-        # Before the base class, whose constructor calls `_open` for each teacher.
-        self._views: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        super().__init__(hierarchy, teachers, inputs, facts, source, input_column=input_column)
+    _views: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    def _read_inputs(self) -> None:
         # Read at once: a label that the task does not have is refused here, not in the analysis after training.
         self._oracle_labels: np.ndarray | None = None
-        if inputs is not None and ORACLE_LABEL in inputs.column_names:
-            self._oracle_labels = read_labels(inputs, ORACLE_LABEL, hierarchy.labels)
+        if self.inputs is not None and ORACLE_LABEL in self.inputs.column_names:
+            self._oracle_labels = read_labels(self.inputs, ORACLE_LABEL, self.hierarchy.labels)
 
     def _open(self, name: str, dataset: Dataset) -> None:
         """Map the two columns as arrays, in the order of the pool's ids."""

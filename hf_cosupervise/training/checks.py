@@ -110,9 +110,7 @@ def check_arguments(
         if args.standardize_features and reason:
             raise ValueError(f"`standardize_features` needs a linear head on features, but {reason}. Leave it out.")
         return
-    if given := [
-        name for name, function in [*functions.items(), ("compute_loss_func", compute_loss_func)] if function
-    ]:
+    if given := [name for name, function in {**functions, "compute_loss_func": compute_loss_func}.items() if function]:
         raise ValueError(
             f"`{given[0]}` cannot be given to a committee, whose `members` have their own rules. Use `method` 'csl'."
         )

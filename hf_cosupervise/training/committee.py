@@ -24,8 +24,7 @@ from .config import CoSupervisedConfig
 from .members import DEFAULT_MEMBERS, MEMBERS
 from .plan import LevelPlan
 from .run import TrainingRun
-
-MEMBERS_DIR = "members"
+from .run_folder import MEMBERS_DIR
 
 
 @dataclass(frozen=True)

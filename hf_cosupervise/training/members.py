@@ -40,8 +40,7 @@ MEMBERS: Mapping[str, Member] = {
     "mean_logits_ridge": Member({"head_solver": "ridge"}, "mean_logits"),
 }
 # Losses that doubt their pseudolabels, by steps, beside closed forms, which cost little; and averages of all teachers,
-# for those that all know everything. Co-supervision by steps in place of `csl_ridge` costs half as much again, and was
-# as good on average.
+# for those that all know everything.
 DEFAULT_MEMBERS = (
     "csl_ridge",
     "neighbors_ridge",

@@ -163,10 +163,8 @@ class TrainingRun:
             if stage is None:
                 break  # what comes after it was made from another student
             last = stage
-            self.plans = [
-                *self.plans[:level],
-                stage.plan,
-            ]  # one per level: a later round takes the place of an earlier
+            # One per level: a later round takes the place of an earlier.
+            self.plans = [*self.plans[:level], stage.plan]
             self.history.records.append(stage.record)
         self._check_same_everywhere(len(self.history.records))
         num_processes = self.processes.on_first(self._repair_history)

@@ -37,6 +37,7 @@ from .plan import LevelPlan
 logger = get_logger(__name__)
 
 _RUN, _STAGE, DIGESTS = "run.json", "stage.json", "digests.json"
+MEMBERS_DIR = "members"  # runs of a committee's members, each in a folder of its own
 _PLAN, _STUDENT, _FOLDS = "plan.npz", "student.safetensors", "folds.safetensors"
 _ARRAYS = ("assigned_teacher", "labels", "keep_mask", "relabelled")
 _DAMAGED = (SafetensorError, zipfile.BadZipFile, EOFError, RecursionError)
@@ -86,7 +87,7 @@ class RunFolder:
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Write down which run this is, and forget all stages of the one before."""
         self.forget(path for path in self.path.glob("level-*") if path.is_dir())
-        shutil.rmtree(self.path / "members", ignore_errors=True)
+        shutil.rmtree(self.path / MEMBERS_DIR, ignore_errors=True)
         write_json(self.path / _RUN, dict(facts))
 
     def forget(self, folders: Iterable[Path]) -> None:

@@ -85,6 +85,7 @@ class CoSupervisedTrainer(Trainer):
 
     Raises:
         ValueError: If pool, data, student and configuration do not fit together.
+        TypeError: If `args` is not a [`CoSupervisedConfig`].
     """
 
     _tag_names = ["co-supervised-learning", "weak-to-strong"]

@@ -123,6 +123,15 @@ def test_a_table_of_texts_with_two_columns_and_a_model(run, votes, tiny_bert, ti
     assert report["methods"]["ceiling"]["pgr"] == [1.0] or report["methods"]["ceiling"]["pgr"] == [None]
 
 
+def test_who_chooses_a_way_to_train_gets_it(run, votes, tiny_bert):
+    call = ["--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert]
+    said = run(*call, "--loss", "reverse_kl", "--output_dir", "out")
+    assert "by `method` 'csl'" in said
+    arguments = json.loads(Path("out/_run/seed-0/student/_run/run.json").read_text())["arguments"]
+    assert arguments["loss"] == "reverse_kl" and "method" not in arguments
+    assert "by `method` 'committee'" in run(*call, "--members", "ensemble_ridge", "--output_dir", "mean")
+
+
 def test_full_training_is_plain_co_supervision(run, votes, tiny_bert):
     said = run(
         "--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert,
