@@ -63,6 +63,15 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
         raise RowError(f"An image must be one that PIL can make {mode!r}, got {error}. Convert it first.") from error
 
 
+def check_text(cell: Any) -> None:
+    """Refuse what no tokenizer reads."""
+    if not isinstance(cell, str):
+        raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+    # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
+    if not is_writable_text(cell.replace("\0", "")):
+        raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+
+
 def check_depth(dataset: Dataset, column: str) -> None:
     """Refuse a column that makes 8 bits of 16 when it is read: `datasets` cuts off what is above 255."""
     feature = dataset.features[column]
@@ -123,11 +132,7 @@ class InputProcessor:
 
     def _tokenize(self, cells: Sequence[Any], second: str | None) -> Mapping[str, torch.Tensor]:
         for cell in cells:
-            if not isinstance(cell, str):
-                raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
-            # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
-            if not is_writable_text(cell.replace("\0", "")):
-                raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+            check_text(cell)
         batch = self.processing_class(
             list(cells),
             None if second is None else [second] * len(cells),
