@@ -141,7 +141,8 @@ def build_pool(
     Returns:
         [`PseudolabelPool`]: Its `facts` hold for each teacher, besides those of [`TeacherModel`], `precision`,
         `num_failed` and `dropped_mass`, the mean probability mass of an answered row that `pool_k` left out; of a
-        model with labels that the task lacks, `num_outside` rows without an answer for that, and `num_rescaled` others.
+        model with labels that the task lacks, in how many rows they left no answer, `num_outside`, or were left out,
+        `num_rescaled`.
 
     Raises:
         FileExistsError: If `output_dir` holds something already.

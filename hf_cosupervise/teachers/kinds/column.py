@@ -15,7 +15,7 @@ from ...data.columns import as_label_id, shorten
 from ...data.inputs import RowError
 from ...hierarchy import Teacher
 from ...method.metrics import SUM_TOLERANCE
-from .base import find_targets, leave_out
+from .base import Kind, find_targets, leave_out
 
 _NUMBER = re.compile(r"([+-]?\d{1,18})(\.0*)?")
 _NO_LABEL = (-1, -100)  # of labelling functions, and of what a loss of torch ignores
@@ -157,9 +157,7 @@ def _answer_finder(teacher: Teacher, labels: Sequence[str]) -> Callable[[str], t
     return find
 
 
-def _alike(
-    exact: Mapping[str, tuple[int, ...]], fold: Callable[[str], str]
-) -> dict[str, tuple[int, ...] | None]:
+def _alike(exact: Mapping[str, tuple[int, ...]], fold: Callable[[str], str]) -> dict[str, tuple[int, ...] | None]:
     """Where folded names lead; of several that are alike and lead elsewhere, such as C and C++, none is meant."""
     table: dict[str, tuple[int, ...] | None] = {}
     for name, found in exact.items():
@@ -172,3 +170,9 @@ def _words(text: str) -> str:
     """Fold the case of a text, and make single blanks of all that is punctuation or blank."""
     kept = [" " if unicodedata.category(letter)[0] in "PZC" else letter for letter in text.casefold()]
     return " ".join("".join(kept).split())
+
+
+KIND = Kind(
+    load=lambda source, labels, device: ColumnTeacher(source.teacher, labels),
+    identify=lambda source: ({}, 0),
+)
