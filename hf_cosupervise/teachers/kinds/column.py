@@ -135,9 +135,8 @@ class ColumnTeacher:
     def _bad(self, value: Any) -> RowError:
         return RowError(
             f"Answers in column '{self.teacher.model}' must be label names of the task ({shorten(self.labels)}; "
-            f"other names can be mapped with `label_map`), label ids 0..{len(self.labels) - 1}, {len(self.labels)} "
-            "probabilities that sum to 1 or votes for each label, these by name, or None, NaN, '', -1 or -100 for no "
-            f"answer; got {value!r}"
+            f"others by `label_map`), ids 0..{len(self.labels) - 1}, {len(self.labels)} probabilities or vote counts, "
+            f"these by name too, or None, NaN, '', -1 or -100 for no answer; got {value!r}"
         )
 
 
@@ -158,7 +157,7 @@ def _answer_finder(teacher: Teacher, labels: Sequence[str]) -> Callable[[str], t
 
 
 def _alike(exact: Mapping[str, tuple[int, ...]], fold: Callable[[str], str]) -> dict[str, tuple[int, ...] | None]:
-    """Where folded names lead; of several that are alike and lead elsewhere, such as C and C++, none is meant."""
+    """Where folded names lead; of several that are alike and lead to different labels, none is meant."""
     table: dict[str, tuple[int, ...] | None] = {}
     for name, found in exact.items():
         table[fold(name)] = found if table.get(fold(name), found) == found else None
