@@ -357,7 +357,7 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
     headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "kept labels"]
-    headers += ["mass left out %", "answered %", "accuracy %"]
+    headers += ["mass left out %", "rows outside the task", "rows scaled to it", "answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
@@ -374,6 +374,7 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
                 _short_list(teacher.get("domains")),
                 _escape(teacher.get("pool_k", "")),
                 _percent(teacher.get("dropped_mass") or None),
+                *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
                 _percent(teacher.get("answered")),
                 _percent(teacher.get("accuracy")),
             ]
