@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -356,20 +357,22 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
-    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "kept labels"]
+    headers = ["level", "teacher", "kind", "folder", "model", "revision", "told", "scope", "domains", "kept labels"]
     headers += ["mass left out %", "rows outside the task", "rows scaled to it", "answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
-        is_column = teacher.get("kind") == "column" and model is not None
+        # What is no model on the Hub is named by its kind: a column, a function.
+        is_named = teacher.get("kind") in ("column", "function", "pipeline") and model is not None
         rows.append(
             [
                 _escape(teacher.get("level", "")),
                 _code(teacher["name"]) if "name" in teacher else "",
                 _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
                 _code(_in_repo(subfolder)) if subfolder and model is None else "",
-                f"column {_code(model)}" if is_column else _repo_link(model, at, subfolder),
+                f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
                 _code(_short(at)) if at else "",
+                _told(teacher),
                 _short_list(teacher.get("scope")),
                 _short_list(teacher.get("domains")),
                 _escape(teacher.get("pool_k", "")),
@@ -380,6 +383,14 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
             ]
         )
     return _table(headers, rows)
+
+
+def _told(teacher: Mapping[str, Any]) -> str:
+    """What a teacher is told of its labels, and its options; a part of what is long, for examples may be many."""
+    told = {**teacher.get("options", {}), **teacher.get("label_texts", {})}
+    shown = [textwrap.shorten(f"{name}: {value}", 80, placeholder=" …") for name, value in told.items()]
+    rest = f" and {len(shown) - _MAX_NAMES} more" if len(shown) > _MAX_NAMES else ""
+    return ", ".join(map(_code, shown[:_MAX_NAMES])) + rest
 
 
 def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
