@@ -544,6 +544,11 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
             f"it failed on, id {ids[0]!r} first: {reason}. Correct the teacher, or the column that it reads."
             f"{tell_unmatched(job, name)}"
         )
+    if not num_failed and not any(segment.num_answered for segment in segments):
+        logger.warning(
+            f"Teacher '{name}' has no answer for any of {len(job.ids)} rows, and tells nothing of them. Correct it, "
+            "or leave it out."
+        )
     if num_failed:
         first = shorten(ids[:5]) if num_failed <= 5 else f"{shorten(ids[:5])} and others"
         logger.warning(
