@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -357,8 +356,9 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
-    headers = ["level", "teacher", "kind", "folder", "model", "revision", "told", "scope", "domains", "kept labels"]
-    headers += ["mass left out %", "rows outside the task", "rows scaled to it", "answered %", "accuracy %"]
+    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "asked with"]
+    headers += ["kept labels", "mass left out %", "rows outside the task", "rows scaled to it"]
+    headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
@@ -372,9 +372,9 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
                 _code(_in_repo(subfolder)) if subfolder and model is None else "",
                 f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
                 _code(_short(at)) if at else "",
-                _told(teacher),
                 _short_list(teacher.get("scope")),
                 _short_list(teacher.get("domains")),
+                _asked_with(teacher),
                 _escape(teacher.get("pool_k", "")),
                 _percent(teacher.get("dropped_mass") or None),
                 *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
@@ -385,12 +385,12 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
     return _table(headers, rows)
 
 
-def _told(teacher: Mapping[str, Any]) -> str:
-    """What a teacher is told of its labels, and its options; a part of what is long, for examples may be many."""
-    told = {**teacher.get("options", {}), **teacher.get("label_texts", {})}
-    shown = [textwrap.shorten(f"{name}: {value}", 80, placeholder=" …") for name, value in told.items()]
-    rest = f" and {len(shown) - _MAX_NAMES} more" if len(shown) > _MAX_NAMES else ""
-    return ", ".join(map(_code, shown[:_MAX_NAMES])) + rest
+def _asked_with(teacher: Mapping[str, Any]) -> str:
+    """What a teacher is asked with that reads words: a template by its digest, and the words of each label."""
+    template, texts = teacher.get("template"), teacher.get("label_texts") or {}
+    words = [f"{_code(label)}: {_short_list(some)}" for label, some in list(texts.items())[:_MAX_NAMES]]
+    words += ["…"] if len(texts) > _MAX_NAMES else []
+    return "; ".join(([f"template {_code(template)}"] if template else []) + words)
 
 
 def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

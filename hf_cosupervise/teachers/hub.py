@@ -330,8 +330,7 @@ def _card_facts(
     teachers = []
     for teacher in hierarchy.teachers:
         record = {key: getattr(teacher, key) for key in ("name", "level", "scope", "domains", "kind")}
-        told = teacher.to_dict()
-        record |= {key: told[key] for key in ("label_texts", "options") if key in told}
+        record |= {"label_texts": teacher.label_texts, "template": (teacher.options or {}).get("template")}
         record["accuracy"] = (facts.get("accuracy") or {}).get(teacher.name)
         source = found.get(teacher.name)
         if source is not None:
