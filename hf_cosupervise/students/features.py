@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Value
-from filelock import FileLock
+from filelock import Timeout
 from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.columns import cell_digests, has_input
 from ..data.inputs import InputProcessor
-from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, write_all
+from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors
 
 logger = logging.getLogger(__name__)
@@ -519,10 +519,12 @@ def _rename(folder: Path, target: Path) -> None:
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder in progress, unless another process does; the kernel frees it when one dies."""
-    lock = FileLock(f"{folder}{_LOCK}", timeout=0)
-    with suppress(OSError, NotImplementedError):  # held, or a disk that cannot be written or has no locks
-        lock.acquire()
-    is_held = lock.is_locked
+    try:
+        lock = take_lock(Path(f"{folder}{_LOCK}"))
+    except Timeout:
+        yield False
+        return
+    is_held = lock.is_locked  # not on a disk that cannot be written, or has no locks
     try:
         yield is_held
     finally:

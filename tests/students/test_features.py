@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
+from filelock import FileLock
 from PIL import Image as PILImage
 from torch import nn
 
@@ -415,7 +416,7 @@ def test_a_disk_without_locks(vit, tiny_image_dataset, monkeypatch):
     def refuse(lock: Any) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(features_module.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
     (name,) = names_in(vit.store().folder)
     assert name.startswith("shard-")
