@@ -23,7 +23,7 @@ from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.columns import cell_digests, has_input
+from ..data.columns import cell_digests, has_input, is_text_column
 from ..data.inputs import InputProcessor
 from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors
@@ -44,6 +44,8 @@ _CHUNK = 8192
 _UNREADABLE = (EOFError, OverflowError, SyntaxError, ValueError, tokenize.TokenError)
 # What this process has read and found to be as it was written: a file and its digest, see [`_verify`].
 _verified: set[tuple[tuple[int, ...], str]] = set()
+# Features of rows that names alone tell, which this process has put in itself, or has told of.
+_told: set[Path] = set()
 
 
 class FeatureStore:
@@ -123,6 +125,7 @@ class FeatureStore:
         with self._unfinished(name, self._num_bytes(len(digests))) as folder:
             _save_array(folder / _KEYS, digests)
             _write_features(folder, lambda done: batches, shape, self.dtype)
+        _told.add(self.folder / name)
 
     @property
     def _task(self) -> str:
@@ -135,13 +138,25 @@ class FeatureStore:
         if not _may_be_names(dataset, column):
             return
         for folder, keys in self._keys().items():
-            is_other = "-for-" in folder.name and not folder.name.endswith(self._task + _WRITTEN)
-            if is_other and np.isin(keys, digests[digests != _UNREAD]).any():
+            if "-for-" not in folder.name or not np.isin(keys, digests[digests != _UNREAD]).any():
+                continue
+            if not folder.name.endswith(self._task + _WRITTEN):
                 raise ValueError(
                     f"'{self.folder}' must hold features of one task for rows of these names, got some that were put "
                     f"in by `write` for a student with other labels. Give another `features_dir`, or delete "
                     f"'{folder.name}' there."
                 )
+            if folder not in _told:
+                # Two tasks of equal labels and equal names cannot be told apart here, so that the user has to know.
+                # Texts are mostly what the features are of, and only now and then names of it.
+                level = logging.INFO if is_text_column(dataset, column) else logging.WARNING
+                logger.log(
+                    level,
+                    f"Rows of `{column}` get the features that another run has put in by `write` for the same names "
+                    f"and labels, in '{folder}'. If those are of other data, give another `features_dir`, or delete "
+                    "that folder.",
+                )
+                _told.add(folder)
 
     @property
     def is_written(self) -> bool:
