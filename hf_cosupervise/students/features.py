@@ -120,6 +120,7 @@ class FeatureStore:
                 f"Features must be of rows that '{self.folder}' does not hold yet, {found}. {advice}, or give another "
                 "`features_dir`."
             )
+        # Images and the like are content, which is the same for every task; names are not.
         name = _name("shard", digests) + (self._task if is_named else "") + _WRITTEN
         shape = len(digests), self.head.in_features
         with self._unfinished(name, self._num_bytes(len(digests))) as folder:
@@ -364,6 +365,7 @@ def _row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = No
         whole = hashlib.blake2b(kind.encode() + np.sort(digests).tobytes(), digest_size=16).digest()
         named = (hashlib.blake2b(digest, key=whole, digest_size=16).hexdigest() for digest in digests.tolist())
         digests = np.array(list(named), dtype=_KEY_DTYPE)
+    # One key for all of them, so that a row without an input is never looked up as content.
     is_there = has_input(dataset, column)
     return np.where(is_there if readable is None else is_there & readable, digests, _UNREAD).astype(_KEY_DTYPE)
 

@@ -77,6 +77,7 @@ class Progress:
 
     def add_facts(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """Note facts of teachers."""
+        # Beside those of the teachers that were loaded before these.
         content = self._read_plan()
         for name, new in json.loads(json.dumps(facts)).items():
             known = content["facts"].setdefault(name, {})
