@@ -92,6 +92,7 @@ def train_members(
     for name in args.members:
         student.start_anew()  # they share the model, and each begins with the same head
         own_pool, own_args = member_pool(pool, name), member_arguments(args, name, *place)
+        # Inputs are given as they came, for a pool of one teacher holds the same rows.
         trainer = new_trainer(own_args, pool=own_pool, train_dataset=inputs, input_column=input_column)
         trainer.callback_handler = callbacks.of_member()
         trainer.student.share(student)
