@@ -385,22 +385,25 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
-    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "kept labels"]
-    headers += ["mass left out %", "rows outside the task", "rows scaled to it", "answered %", "accuracy %"]
+    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "asked with"]
+    headers += ["kept labels", "mass left out %", "rows outside the task", "rows scaled to it"]
+    headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
-        is_column = teacher.get("kind") == "column" and model is not None
+        # What is no model on the Hub is named by its kind: a column, a function.
+        is_named = teacher.get("kind") in ("column", "function", "pipeline") and model is not None
         rows.append(
             [
                 _escape(teacher.get("level", "")),
                 _code(teacher["name"]) if "name" in teacher else "",
                 _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
                 _code(_in_repo(subfolder)) if subfolder and model is None else "",
-                f"column {_code(model)}" if is_column else _repo_link(model, at, subfolder),
+                f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
                 _code(_short(at)) if at else "",
                 _short_list(teacher.get("scope")),
                 _short_list(teacher.get("domains")),
+                _asked_with(teacher),
                 _escape(teacher.get("pool_k", "")),
                 _percent(teacher.get("dropped_mass") or None),
                 *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
@@ -409,6 +412,14 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
             ]
         )
     return _table(headers, rows)
+
+
+def _asked_with(teacher: Mapping[str, Any]) -> str:
+    """What a teacher is asked with that reads words: a template by its digest, and the words of each label."""
+    template, texts = teacher.get("template"), teacher.get("label_texts") or {}
+    words = [f"{_code(label)}: {_short_list(some)}" for label, some in list(texts.items())[:_MAX_NAMES]]
+    words += ["…"] if len(texts) > _MAX_NAMES else []
+    return "; ".join(([f"template {_code(template)}"] if template else []) + words)
 
 
 def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
