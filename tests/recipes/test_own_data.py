@@ -140,6 +140,16 @@ def test_full_training_is_plain_co_supervision(run, votes, tiny_bert):
     assert "by `method` 'csl'" in said
 
 
+def test_another_metric_than_accuracy(run, votes, tiny_bert):
+    call = ["--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert, "--output_dir", "out"]
+    call += ["--label_column", "label", "--test_dataset", votes, "--method", "csl", "--metric", "balanced_accuracy"]
+    said = run(*call, "--methods", "generalist", "ceiling")
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["metric"] == "balanced_accuracy" and len(report["weak_balanced_accuracy"]) == 1
+    assert all({"accuracy", "balanced_accuracy", "pgr"} == {*numbers} for numbers in report["methods"].values())
+    assert "balanced_accuracy" in said and "balanced accuracy %" in Path("out/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
