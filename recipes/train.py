@@ -142,7 +142,7 @@ def tell_plan(task: OwnTask, run: tuple[Any, ...]) -> None:
         if trainer.student.head is not None:
             size = trainer.pool_features().shape[1]
         features = (time.time() - started) / len(sample)
-    models = [teacher for teacher in task.hierarchy.teachers if teacher.kind != "column"]
+    models = [teacher for teacher in task.hierarchy.teachers if teacher.has_files]
     weights = sum(identify_teacher(teacher)[1] for teacher in models)
     k = min(16, task.hierarchy.num_labels)
     on_disk = num_rows * (4 * size + 4 * k * len(task.hierarchy.teachers))

@@ -71,6 +71,9 @@ def test_defaults():
         "label_map": None,
         "trusted_types": (),
         "subfolder": None,
+        "label_texts": None,
+        "options": None,
+        "function": None,
     }
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +52,25 @@ def check_teacher_model(model: Any, name: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What each module of this folder offers as `KIND`: how teachers of its kind are loaded and told apart.
+
+    `load` takes the source, the task's labels and the device. `identify` gives what tells a teacher's answers from
+    those of others, without loading it, and the size of its weights in bytes. `recognizes` tells from files that they
+    are of this kind. `options` are the names that `Teacher.options` may have, with their defaults.
+    """
+
+    load: Callable[[TeacherSource, Sequence[str], torch.device], TeacherModel]
+    identify: Callable[[TeacherSource], tuple[dict[str, Any], int]] = lambda source: (
+        source.model_source.identity,
+        sum(path.stat().st_size for path in source.model_source.weight_files),
+    )
+    recognizes: Callable[[ModelSource, str], bool] = lambda source, model: False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reads_label_texts: bool = False
+
+
 class WrongColumnError(TypeError):
     """Texts were given to a model of images, or the other way round: no row is at fault, the column is."""
 
@@ -61,10 +80,17 @@ class WrongColumnError(TypeError):
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher and its files."""
+    """A teacher and its files, where its kind has any."""
 
     teacher: Teacher
-    model_source: ModelSource
+    files: ModelSource | None = None
+
+    @property
+    def model_source(self) -> ModelSource:
+        """`ModelSource`: Where its files are."""
+        if self.files is None:
+            raise ValueError(f"Teacher '{self.name}' must have files, got kind '{self.teacher.kind}'. Choose another.")
+        return self.files
 
     @property
     def name(self) -> str:
@@ -86,7 +112,14 @@ class TeacherSource:
             **self.model_source.identity,
             "class": class_name,
             "preprocessing": preprocessing,
+            **self._asked(),
         }
+
+    def _asked(self) -> dict[str, Any]:
+        """How the teacher is asked, where it says so: two teachers of the same weights may be asked in two ways."""
+        facts = self.teacher.to_dict()
+        asked = {key: facts[key] for key in ("label_texts", "options") if key in facts}
+        return {"asked": fingerprint(asked)} if asked else {}
 
 
 def default_device() -> torch.device:
@@ -94,6 +127,34 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+# ── texts of labels, and options ────────────────────────────────────────────────────────────────────────────────────
+
+
+def label_texts(teacher: Teacher, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Texts of each label that a teacher knows, in the order of the task's labels: their names, or what is given."""
+    own = [label for label in labels if label in (teacher.scope or labels)]
+    if teacher.label_texts is None:
+        return {label: (label,) for label in own}
+    given = teacher.label_texts
+    if lacking := [label for label in own if label not in given]:
+        raise ValueError(
+            f"`label_texts` of teacher '{teacher.name}' must be of all of its labels {shorten(own)}, got none for "
+            f"{shorten(lacking)}. Add them, or name the labels that it knows as its `scope`."
+        )
+    return {label: given[label] for label in labels if label in given}
+
+
+def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a teacher, with the defaults of its kind for those that are not given."""
+    given = teacher.options or {}
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(
+            f"`options` of teacher '{teacher.name}' of kind '{kind}' must be among {sorted(known)}, got unknown "
+            f"{unknown}. Correct the names."
+        )
+    return {**known, **given}
 
 
 # ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -175,7 +236,7 @@ def check_head(name: str, own_labels: Sequence[str]) -> None:
         )
 
 
-# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 # What tokenizers and image processors of libraries make of a row that they cannot read.

@@ -11,7 +11,7 @@ from ...data.columns import as_label_id, shorten
 from ...data.inputs import RowError
 from ...hierarchy import Teacher
 from ...method.metrics import SUM_TOLERANCE
-from .base import label_finder
+from .base import Kind, label_finder
 
 
 class ColumnTeacher:
@@ -72,3 +72,9 @@ class ColumnTeacher:
             f"other names can be mapped with `label_map`), label ids 0..{len(self.labels) - 1}, {len(self.labels)} "
             f"probabilities that sum to 1, or None, NaN, '' or -1 for no answer; got {value!r}"
         )
+
+
+KIND = Kind(
+    load=lambda source, labels, device: ColumnTeacher(source.teacher, labels),
+    identify=lambda source: ({}, 0),
+)

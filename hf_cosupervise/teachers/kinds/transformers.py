@@ -22,8 +22,8 @@ from ...models.classifier import (
     reads_text,
 )
 from ...models.files import read_labels
-from ...models.source import ModelSource, building, whole_weights
-from .base import Preparation, TeacherSource, add_up, check_head, check_names, for_inference, label_positions
+from ...models.source import TIMM_PREFIXES, ModelSource, building, whole_weights
+from .base import Kind, Preparation, TeacherSource, add_up, check_head, check_names, for_inference, label_positions
 
 
 class TransformersTeacher:
@@ -81,3 +81,11 @@ def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
     check_no_missing(model_source.what, info["missing_keys"])
     model_source.name_after(model)
     return model, folder
+
+
+KIND = Kind(
+    load=TransformersTeacher,
+    recognizes=lambda source, model: (
+        source.is_adapter or "model_type" in source.config and not model.startswith(TIMM_PREFIXES)
+    ),
+)
