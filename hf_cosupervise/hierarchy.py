@@ -27,6 +27,7 @@ TEACHER_KINDS = {
     "transformers": "files",
     "timm": "files",
     "sklearn": "files",
+    "prompted": "files",
     "column": "column",
     "function": "object",
 }

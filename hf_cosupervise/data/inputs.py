@@ -92,6 +92,16 @@ def _stored_mode(cell: Mapping[str, Any] | None) -> str:
         return ""
 
 
+def check_texts(cells: Sequence[Any]) -> None:
+    """See that cells are texts that a tokenizer can read."""
+    for cell in cells:
+        if not isinstance(cell, str):
+            raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+        # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
+        if not is_writable_text(cell.replace("\0", "")):
+            raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+
+
 class InputProcessor:
     """Turn a list of cells into the tensors of one batch, by a tokenizer or an image processor."""
 
@@ -122,12 +132,7 @@ class InputProcessor:
         return {name: batch[name] for name in self.input_names if name in batch}
 
     def _tokenize(self, cells: Sequence[Any]) -> Mapping[str, torch.Tensor]:
-        for cell in cells:
-            if not isinstance(cell, str):
-                raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
-            # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
-            if not is_writable_text(cell.replace("\0", "")):
-                raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+        check_texts(cells)
         batch = self.processing_class(
             list(cells),
             padding=True,
