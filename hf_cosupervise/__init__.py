@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _EXPORTS = {
+    "functions": ["labeling_function"],
     "hierarchy": ["Teacher", "TeacherHierarchy"],
     "teachers.hub": ["load_hierarchy", "push_hierarchy"],
     "pool.pseudolabels": ["PseudolabelPool"],
@@ -37,6 +38,7 @@ __all__ = [
     "build_pool",
     "calibrated_pool",
     "hierarchy_from_columns",
+    "labeling_function",
     "load_hierarchy",
     "load_label_model",
     "load_student",
@@ -48,6 +50,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .functions import labeling_function
     from .hierarchy import Teacher, TeacherHierarchy
     from .method.label_models import LABEL_MODELS, load_label_model, make_label_model
     from .method.metrics import performance_gap_recovered

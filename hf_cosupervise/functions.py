@@ -68,7 +68,7 @@ def labeling_function(
         >>> @labeling_function(version="2")
         ... def says_free(row):
         ...     return "spam" if "free" in row["text"].lower() else None
-        >>> says_free({"text": "Free money"}), Teacher(says_free).name
+        >>> says_free({"text": "Free money"}), says_free.name
         ('spam', 'says_free')
     """
     if function is None:
@@ -99,7 +99,10 @@ def name_function(function: Callable[..., Any]) -> LabelingFunction:
 def _find_version(function: Callable[..., Any], name: str, version: str | None) -> str:
     """What a function's answers depend on: the version that is given, and a digest of what can be read of it."""
     found = _Reading()
-    found.read(function, f"function '{name}'")
+    if isinstance(function, FunctionType):
+        found.read(function, f"function '{name}'")
+    else:
+        found.unknown.append(f"'{name}' is no plain function ({type(function).__name__})")
     if found.unknown and version is None:
         raise ValueError(
             f"Labeling function '{name}' must say its `version`, since answers that are kept are taken for its own "

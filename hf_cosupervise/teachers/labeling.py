@@ -30,7 +30,7 @@ from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
 from ..pool.top_k import default_pool_k, label_dtype
 from ..processes import Processes, join_processes
-from .kinds.base import TeacherModel, check_teacher_model, default_device, label_finder
+from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder
 from .kinds.loading import identify_teacher
 from .progress import Progress, Segment
 from .running import (
@@ -39,8 +39,8 @@ from .running import (
     ROWS_AT_ONCE,
     Columns,
     Job,
+    column_of,
     group_teachers,
-    is_column,
     label_group,
     read_names,
 )
@@ -120,7 +120,8 @@ def build_pool(
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Hide the progress bars.
         models (`Mapping[str, TeacherModel]`, *optional*):
-            Teachers that are loaded already, by their names in the hierarchy.
+            Teachers that are loaded already, by their names in the hierarchy; for a hierarchy that was read from a
+            file, its functions and pipelines.
         precision (`str`, *optional*, defaults to `"float32"`):
             `"float32"`, or mixed precision in `"bfloat16"` or `"float16"`. Probabilities are float32 in any case.
         num_workers (`int`, *optional*, defaults to 0):
@@ -161,7 +162,7 @@ def build_pool(
         check_column_name(column, name)
     if not isinstance(models, Mapping | None):
         raise TypeError(f"`models` must be teacher objects by their names, got {type(models).__name__}. Make a dict.")
-    models = dict(models or {})
+    hierarchy, models = _give_functions(hierarchy, models or {})
     _check_options(hierarchy, models, precision, num_workers, on_error)
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
@@ -241,6 +242,28 @@ def _check_options(
         raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
 
 
+def _give_functions(
+    hierarchy: TeacherHierarchy, models: Mapping[str, Any]
+) -> tuple[TeacherHierarchy, dict[str, TeacherModel]]:
+    """Put functions into the teachers of their names, which hold none where a hierarchy was read from a file."""
+    teachers, left = [], dict(models)
+    for teacher in hierarchy.teachers:
+        # An object that is a teacher model already needs nothing.
+        is_bare = callable(left.get(teacher.name)) and not hasattr(left[teacher.name], "prepare")
+        if is_bare and not teacher.has_files:
+            given = replace(teacher, model=left[teacher.name])
+            if (teacher.kind, teacher.revision) == (given.kind, given.revision):
+                teacher = given
+                del left[teacher.name]
+            elif teacher.kind == given.kind:
+                raise ValueError(
+                    f"`models[{teacher.name!r}]` must be the {teacher.kind} that the hierarchy names, of version "
+                    f"'{teacher.revision}', got version '{given.revision}'. Make the hierarchy anew with it."
+                )
+        teachers.append(teacher)
+    return TeacherHierarchy(hierarchy.labels, teachers), left
+
+
 def undeclared_truth(dataset: Dataset, allowed: Container[str | None]) -> list[str]:
     """Name the columns that look like ground truth, but for those that are known to be something else."""
     return [
@@ -260,9 +283,9 @@ def _check_columns(
     oracle_domain_column: str | None,
 ) -> Columns:
     """Find the input column, and refuse ground truth that nobody declared."""
-    read = {teacher.name: teacher.model if teacher.kind == "column" else None for teacher in hierarchy.teachers}
+    read = {teacher.name: column_of(teacher) for teacher in hierarchy.teachers}
     read |= {name: model.column for name, model in models.items()}
-    answers = {column: name for name, column in read.items() if column is not None}
+    answers = {column: name for name, column in read.items() if column not in (None, ROW)}
     declared = {"`oracle_column`": oracle_column, "`oracle_domain_column`": oracle_domain_column}
     declared |= {f"`model` of teacher '{name}'": column for column, name in answers.items() if name not in reused}
     for what, column in declared.items():
@@ -552,7 +575,7 @@ def _find_unreadable(job: Job, pool: PseudolabelPool) -> np.ndarray:
     readers = [
         teacher.name
         for teacher in job.hierarchy.teachers
-        if (models[teacher.name].column is None if teacher.name in models else not is_column(teacher))
+        if (models[teacher.name].column if teacher.name in models else column_of(teacher)) is None
     ]
     failed = [name for name in readers if pool.facts[name].get("num_failed")]
     feature = pool.inputs.features.get(column) if pool.inputs is not None else None

@@ -17,6 +17,17 @@ from ...data.inputs import RowError
 from ...hierarchy import Teacher
 from ...models.source import ModelSource
 
+# Instead of a column, for teachers that read whole rows but for the ground truth; no column can be called so.
+ROW = "\0row"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Probabilities `(num_rows, num_labels)`, and why some rows have none: of teachers that know this row by row."""
+
+    probs: np.ndarray
+    errors: dict[int, RowError]
+
 
 class TeacherModel(Protocol):
     """A loaded teacher: cells are prepared, and probabilities over the task's labels come out."""
@@ -28,7 +39,7 @@ class TeacherModel(Protocol):
         """Turn cells into what the model reads."""
         ...
 
-    def __call__(self, inputs: Any) -> np.ndarray:
+    def __call__(self, inputs: Any) -> np.ndarray | Answers:
         """Label a batch."""
         ...
 
