@@ -24,6 +24,7 @@ from .strict_yaml import dump_yaml, parse_yaml
 # several that recognise some files, `"auto"` takes the first.
 TEACHER_KINDS = {
     "auto": "files",
+    "zero_shot": "files",
     "transformers": "files",
     "timm": "files",
     "sklearn": "files",
@@ -51,8 +52,8 @@ class Teacher:
             Unique name in the hierarchy: up to 200 letters, digits, `.`, `_` and `-`. Defaults to the last part of
             `subfolder`, else of `model`.
         kind (`str`, *optional*, defaults to `"auto"`):
-            One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"column"`,
-            `"function"`.
+            One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"zero_shot"`,
+            `"column"`, `"function"`.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub; of a function, its version or a digest of its source, found out.
         scope (`Sequence[str]`, *optional*):

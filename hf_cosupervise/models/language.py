@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,15 +15,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from .classifier import check_no_layer_left, check_no_missing, check_shapes, quiet_loading, read_config
-from .source import ModelSource, building, whole_weights
+from .classifier import load_whole, read_config
+from .source import ModelSource
 
 # Keys, values and scores of all words of a batch at once take memory: beyond this many bytes, some words at a time.
 _MEMORY_BUDGET = 2**30
 
 
-def load_language_model(model_source: ModelSource, folder: Path) -> Any:
-    """A whole language model."""
+def load_language_model(model_source: ModelSource) -> Any:
+    """Load a whole language model that was fetched."""
     if model_source.is_adapter:
         raise ValueError(
             f"{model_source.what} must be a whole language model, got an adapter in '{model_source.place}'. Merge it "
@@ -43,20 +42,7 @@ def load_language_model(model_source: ModelSource, folder: Path) -> Any:
             "one, or another `kind`."
         )
     auto_model = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
-    with quiet_loading(), whole_weights(model_source), building(model_source):
-        model, info = auto_model.from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told of by their names below
-        )
-    check_no_layer_left(model_source, model, info["unexpected_keys"])
-    check_shapes(model_source, info["mismatched_keys"])
-    check_no_missing(model_source.what, info["missing_keys"])
-    model_source.name_after(model)
-    return model
+    return load_whole(model_source, auto_model, config)
 
 
 def make_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
@@ -86,14 +72,18 @@ def score_words(
     # Scores of all tokens of the prompts would be most of the memory.
     few = {"logits_to_keep": 1} if "logits_to_keep" in accepted.parameters else {}
     read = model(**inputs, use_cache=True, **few)
+    # transformers renames it, and drops its old name in 5.40.
+    name = "cache" if "cache" in accepted.parameters else "past_key_values"
+    cache = getattr(read, name)
     scores = torch.log_softmax(read.logits[:, -1].float(), dim=-1).gather(1, words[:, :, 0])
     longer = words_mask[:, :, 1:].any(dim=2).any(dim=0).nonzero().flatten()
     if len(longer):
-        parts = longer.split(_num_words_at_once(model, read.past_key_values, words))
+        parts = longer.split(_num_words_at_once(model, cache, words))
         for number, part in enumerate(parts, start=1):
             # Each part goes on from what was read; the last one may have it to itself.
-            cache = read.past_key_values if number == len(parts) else copy.deepcopy(read.past_key_values)
-            rest = _score_rest(model, read, cache, attention_mask, words[:, part], words_mask[:, part])
+            own = {name: cache if number == len(parts) else copy.deepcopy(cache)}
+            own[name].batch_repeat_interleave(len(part))
+            rest = _score_rest(model, read, own, attention_mask, words[:, part], words_mask[:, part])
             scores[:, part] += rest
     return scores
 
@@ -101,14 +91,13 @@ def score_words(
 def _score_rest(
     model: Any,
     read: Any,
-    cache: Any,
+    cache: dict[str, Any],
     attention_mask: torch.Tensor,
     words: torch.Tensor,
     words_mask: torch.Tensor,
 ) -> torch.Tensor:
     """Sum the log-probabilities of all tokens of words but their first, going on from prompts that were read."""
     num_words = words.shape[1]
-    cache.batch_repeat_interleave(num_words)
     mask = attention_mask.repeat_interleave(num_words, dim=0)
     tokens, tokens_mask = words[:, :, :-1].flatten(0, 1), words_mask[:, :, :-1].flatten(0, 1)
     if model.config.is_encoder_decoder:
@@ -120,9 +109,7 @@ def _score_rest(
         if "position_ids" in inspect.signature(model.forward).parameters:
             # Padding stays at the place of the last token, for there may be no further one.
             inputs["position_ids"] = mask.sum(dim=1, keepdim=True) + tokens_mask.cumsum(dim=1) - 1
-    # transformers renames the argument, and drops its old name in 5.40.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    logits = model(**inputs, **{name: cache}, use_cache=True).logits.float()
+    logits = model(**inputs, **cache, use_cache=True).logits.float()
     following = words[:, :, 1:].flatten(0, 1).unsqueeze(-1)
     log_probs = logits.gather(2, following).squeeze(-1) - logits.logsumexp(dim=2)
     return (log_probs.view(words[:, :, 1:].shape) * words_mask[:, :, 1:]).sum(dim=2)

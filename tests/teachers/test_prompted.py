@@ -189,7 +189,7 @@ def test_scores_are_sums_or_means_over_tokens(folder_of: Callable[[str], str]) -
 
 
 def test_a_prior_is_what_an_empty_text_makes_of_the_words(folder_of: Callable[[str], str]) -> None:
-    plain, corrected = (load(folder_of("llama"), prior_correction=flag) for flag in (False, True))
+    plain, corrected = (load(folder_of("llama"), correct_prior=flag) for flag in (False, True))
 
     np.testing.assert_allclose(label(corrected, [""]), np.full((1, 3), 1 / 3), atol=1e-6)
     expected = label(plain, TEXTS) / label(plain, [""])

@@ -157,6 +157,25 @@ def label_texts(teacher: Teacher, labels: Sequence[str]) -> dict[str, tuple[str,
     return {label: given[label] for label in labels if label in given}
 
 
+def fill_templates(teacher: Teacher, template: Any, texts: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Put each text of each label into the place of `{}` in a template, or in each of several."""
+    templates = [template] if isinstance(template, str) else template
+    if not isinstance(templates, Sequence) or not templates or not all(isinstance(item, str) for item in templates):
+        raise ValueError(
+            f"`template` of teacher '{teacher.name}' must be a text or a list of texts, got {template!r}. Write "
+            "'This is {}.'."
+        )
+    # Not by `str.format`, which reads attributes of what it is given.
+    if wrong := [item for item in templates if item.count("{}") != 1]:
+        raise ValueError(
+            f"`template` of teacher '{teacher.name}' must have one slot '{{}}' for the text of a label, got "
+            f"{wrong[0]!r}. Write '{{}}' where it belongs."
+        )
+    return {
+        label: tuple(item.replace("{}", text) for item in templates for text in some) for label, some in texts.items()
+    }
+
+
 def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a teacher, with the defaults of its kind for those that are not given."""
     given = teacher.options or {}

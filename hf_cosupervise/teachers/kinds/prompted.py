@@ -28,12 +28,12 @@ OPTIONS: dict[str, Any] = {
     "answer": "words",
     "separator": None,
     "length_normalize": False,
-    "prior_correction": False,
+    "correct_prior": False,
     "max_new_tokens": 16,
     "too_long": "raise",
 }
 _CHOICES = {
-    **dict.fromkeys(("chat", "length_normalize", "prior_correction"), (False, True)),
+    **dict.fromkeys(("chat", "length_normalize", "correct_prior"), (False, True)),
     **{"answer": ("words", "generate"), "separator": (None, "", " "), "too_long": ("raise", "cut")},
 }
 # A template may come with a hierarchy from the Hub. Of Jinja this much can neither call anything nor grow a text
@@ -73,7 +73,7 @@ class PromptedTeacher:
         self.by_words = self.options["answer"] == "words"
         self.answers = {} if self.by_words else _fold_all(texts, name)
         folder = model_source.fetch()
-        model = load_language_model(model_source, folder)
+        model = load_language_model(model_source)
         tokenizer = load_processor(model_source, folder, is_text=True)
         if self.options["chat"] and not tokenizer.chat_template:
             raise ValueError(
@@ -110,7 +110,7 @@ class PromptedTeacher:
         }
         self.prior: Any = 0.0
         try:
-            samples, nothing = self.prepare(_SAMPLES), self.prepare([""]) if self.options["prior_correction"] else None
+            samples, nothing = self.prepare(_SAMPLES), self.prepare([""]) if self.options["correct_prior"] else None
         except RowError as error:
             raise ValueError(
                 f"Teacher '{name}' must be able to read any short text by its `template`, got: "

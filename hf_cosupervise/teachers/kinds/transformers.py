@@ -12,17 +12,14 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 from ...data.inputs import InputProcessor
 from ...models.classifier import (
-    check_no_layer_left,
-    check_no_missing,
-    check_shapes,
     load_adapted,
     load_processor,
-    quiet_loading,
+    load_whole,
     read_config,
     reads_text,
 )
 from ...models.files import read_labels
-from ...models.source import TIMM_PREFIXES, ModelSource, building, whole_weights
+from ...models.source import TIMM_PREFIXES, ModelSource
 from .base import Kind, Preparation, TeacherSource, add_up, check_head, check_names, for_inference, label_positions
 
 
@@ -67,20 +64,7 @@ def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
     folder, config = model_source.fetch(), read_config(model_source)
     is_text = reads_text(config, model_source.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-    with quiet_loading(), whole_weights(model_source), building(model_source):
-        model, info = auto_model.from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told of by their names below
-        )
-    check_no_layer_left(model_source, model, info["unexpected_keys"])
-    check_shapes(model_source, info["mismatched_keys"])
-    check_no_missing(model_source.what, info["missing_keys"])
-    model_source.name_after(model)
-    return model, folder
+    return load_whole(model_source, auto_model, config), folder
 
 
 KIND = Kind(
