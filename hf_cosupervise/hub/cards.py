@@ -356,8 +356,8 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
-    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "kept labels"]
-    headers += ["mass left out %", "answered %", "accuracy %"]
+    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "asked with"]
+    headers += ["kept labels", "mass left out %", "answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
@@ -372,6 +372,7 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
                 _code(_short(at)) if at else "",
                 _short_list(teacher.get("scope")),
                 _short_list(teacher.get("domains")),
+                _asked_with(teacher),
                 _escape(teacher.get("pool_k", "")),
                 _percent(teacher.get("dropped_mass") or None),
                 _percent(teacher.get("answered")),
@@ -379,6 +380,15 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
             ]
         )
     return _table(headers, rows)
+
+
+def _asked_with(teacher: Mapping[str, Any]) -> str:
+    """What a teacher is asked with that reads words: a template by its digest, and the words of each label."""
+    template, texts = teacher.get("template"), teacher.get("label_texts") or {}
+    short = {label: [text if len(text) < 40 else f"{text[:38]}…" for text in some] for label, some in texts.items()}
+    words = [f"{_code(label)}: {_short_list(some)}" for label, some in list(short.items())[:_MAX_NAMES]]
+    words += ["…"] if len(texts) > _MAX_NAMES else []
+    return "; ".join(([f"template {_code(template)}"] if template else []) + words)
 
 
 def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -330,6 +331,8 @@ def test_a_pool_keeps_how_it_was_asked(folder_of: Callable[[str], str], tmp_path
     facts = again.facts["lm"]
     assert facts["kind"] == "prompted" and facts["class"] == "LlamaForCausalLM" and facts["dtype"] == "float32"
     assert facts["words"]["positive"] == ["good", "fine"] and len(facts["template"]) == 16
+    card = (tmp_path / "pool" / "README.md").read_text(encoding="utf-8")
+    assert f"| template `{facts['template']}`; `negative`: bad; `neutral`: so-so; `positive`: good, fine |" in card
 
 
 def test_another_way_to_ask_is_another_teacher(folder_of: Callable[[str], str], tmp_path: Path) -> None:
@@ -376,6 +379,15 @@ def test_work_is_not_continued_with_another_template(folder_of: Callable[[str], 
         build(prompted(folder_of("llama"), template="{{ text }}:"), **settings)
     pool = build(prompted(folder_of("llama")), **settings)
     np.testing.assert_array_equal(pool.decode("lm"), build(prompted(folder_of("llama")), batch_size=2).decode("lm"))
+
+
+def test_workers_are_sent_no_weights(folder_of: Callable[[str], str]) -> None:
+    teacher = load(folder_of("llama-chat"), chat=True)
+
+    sent = pickle.dumps(teacher.prepare)
+
+    inputs = pickle.loads(sent)(TEXTS)
+    assert all(torch.equal(value, inputs[key]) for key, value in teacher.prepare(TEXTS).items())
 
 
 def test_half_precision_is_near(folder_of: Callable[[str], str]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from os.path import commonprefix
 from typing import Any
 
@@ -68,7 +69,7 @@ class PromptedTeacher:
     def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
         name, model_source = source.name, source.model_source
         self.options = _check_options(source)
-        template = _compile(self.options["template"], name)
+        _compile(self.options["template"], name)
         texts = label_texts(source.teacher, labels)
         self.by_words = self.options["answer"] == "words"
         self.answers = {} if self.by_words else _fold_all(texts, name)
@@ -84,7 +85,7 @@ class PromptedTeacher:
         self.prompter = Prompter(
             name=name,
             tokenizer=tokenizer,
-            template=template,
+            template=self.options["template"],
             labels=tuple(labels),
             words=tuple(word.strip() for words in texts.values() for word in words) if self.by_words else (),
             is_seq2seq=model.config.is_encoder_decoder,
@@ -106,7 +107,7 @@ class PromptedTeacher:
         self.facts |= _tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
         self.facts |= {
             "template": fingerprint(self.options["template"]),
-            "words": {k: list(v) for k, v in texts.items()},
+            "words": {label: list(words) for label, words in texts.items()},
         }
         self.prior: Any = 0.0
         try:
@@ -169,7 +170,7 @@ class Prompter:
 
     name: str
     tokenizer: Any
-    template: jinja2.Template
+    template: str
     labels: tuple[str, ...]
     words: tuple[str, ...]
     is_seq2seq: bool
@@ -195,7 +196,7 @@ class Prompter:
 
     def render(self, text: str) -> str:
         """The prompt of a text, as the model reads it."""
-        prompt = self.template.render(text=text, labels=self.labels)
+        prompt = _compile(self.template, self.name).render(text=text, labels=self.labels)
         if not self.options["chat"]:
             return prompt
         messages = [{"role": "user", "content": prompt}]
@@ -340,6 +341,11 @@ def _fold_all(texts: Mapping[str, Sequence[str]], name: str) -> dict[str, str]:
 def _check_options(source: TeacherSource) -> dict[str, Any]:
     """The options of a teacher, each of a value that it may have."""
     options = read_options(source.teacher, "prompted", OPTIONS)
+    if not isinstance(template := options["template"], str):
+        raise ValueError(
+            f"Option `template` of teacher '{source.name}' must be a text with a slot `{{{{ text }}}}`, got "
+            f"{template!r}. Write one, such as 'Review: {{{{ text }}}}\\nSentiment:'."
+        )
     for key, allowed in _CHOICES.items():
         if options[key] not in allowed or type(options[key]) not in map(type, allowed):
             raise ValueError(
@@ -355,14 +361,11 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
     return options
 
 
-def _compile(template: Any, name: str) -> jinja2.Template:
+# Compiled again by each worker that prepares rows, for a compiled template cannot be sent to it.
+@lru_cache(maxsize=64)
+def _compile(template: str, name: str) -> jinja2.Template:
     """A template of which nothing is to be feared, with a slot for the text."""
     what = f"Option `template` of teacher '{name}'"
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{what} must be a text with a slot `{{{{ text }}}}`, got {template!r}. Write one, such as "
-            "'Review: {{ text }}\\nSentiment:'."
-        )
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         tree = environment.parse(template)
