@@ -15,6 +15,7 @@ _EXPORTS = {
     "pool.votes": ["hierarchy_from_columns", "read_wrench"],
     "method.label_models": ["LABEL_MODELS", "load_label_model", "make_label_model"],
     "pool.derived": ["aggregated_pool", "boosted_pool", "calibrated_pool", "smoothed_pool"],
+    "teachers.kinds.prototypes": ["prototype_teacher"],
     "teachers.labeling": ["build_pool"],
     "training.collator": ["DataCollatorForCoSupervision"],
     "training.config": ["CoSupervisedConfig"],
@@ -44,6 +45,7 @@ __all__ = [
     "load_student",
     "make_label_model",
     "performance_gap_recovered",
+    "prototype_teacher",
     "push_hierarchy",
     "read_wrench",
     "smoothed_pool",
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from .pool.pseudolabels import PseudolabelPool
     from .students.loading import load_student
     from .teachers.hub import load_hierarchy, push_hierarchy
+    from .teachers.kinds.prototypes import prototype_teacher
     from .teachers.labeling import build_pool
     from .training.collator import DataCollatorForCoSupervision
     from .training.config import CoSupervisedConfig

@@ -29,8 +29,10 @@ TEACHER_KINDS = {
     "timm": "files",
     "sklearn": "files",
     "prompted": "files",
+    "prototypes": "files",
     "column": "column",
     "function": "object",
+    "pipeline": "object",
 }
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # names become folders
 _TUPLE_FIELDS = ("scope", "domains", "trusted_types")
@@ -45,7 +47,7 @@ class Teacher:
     Args:
         model (`str` or `os.PathLike`):
             Hub id, local folder or, for `kind="column"`, the name of the column that already holds the answers. A
-            function of a row (see [`labeling_function`]) does as well.
+            function of a row (see [`labeling_function`]) or a `transformers.Pipeline` that classifies does as well.
         level (`int`, *optional*, defaults to 0):
             Level in the hierarchy, 0 is the root.
         name (`str`, *optional*):
@@ -53,7 +55,7 @@ class Teacher:
             `subfolder`, else of `model`.
         kind (`str`, *optional*, defaults to `"auto"`):
             One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"zero_shot"`,
-            `"column"`, `"function"`.
+            `"prompted"`, `"prototypes"`, `"column"`, `"function"`, `"pipeline"`.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub; of a function, its version or a digest of its source, found out.
         scope (`Sequence[str]`, *optional*):
@@ -173,10 +175,16 @@ class Teacher:
 
     def _take_function(self, function: Callable[..., Any]) -> None:
         """Take what is called apart into a name and a version, by which it is known wherever it cannot be."""
-        named = name_function(function)
-        for key, value in {"model": named.name, "kind": "function", "revision": named.version}.items():
+        # Told by what it has, since this module imports no large library.
+        if hasattr(function, "task") and hasattr(function, "preprocess"):
+            # Of a path the last name: where a folder lies on this machine concerns nobody.
+            path = str(getattr(getattr(function, "model", None), "name_or_path", "") or function.task)
+            known = {"function": function, "model": Path(path).name, "kind": "pipeline", "revision": None}
+        else:
+            named = name_function(function)
+            known = {"function": named, "model": named.name, "kind": "function", "revision": named.version}
+        for key, value in known.items():
             object.__setattr__(self, key, value)
-        object.__setattr__(self, "function", named)
 
     @property
     def has_files(self) -> bool:

@@ -83,7 +83,7 @@ def make_teachers(labelled: Dataset, folder: Path, data_dir: Path, seed: int) ->
             Teacher(words_of_feeling, level=1),
             Teacher(folder, level=1, name="classifier"),
             Teacher(PEOPLE, level=1, kind="column"),
-            Teacher(minilm, level=1, name="prototypes", kind="prototypes", label_texts=examples),
+            Teacher(minilm, level=1, name="prototypes", kind="prototypes", options={"examples": examples}),
         ],
     )
 

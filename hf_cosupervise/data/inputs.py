@@ -63,6 +63,15 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
         raise RowError(f"An image must be one that PIL can make {mode!r}, got {error}. Convert it first.") from error
 
 
+def check_text(cell: Any) -> None:
+    """Refuse what no tokenizer reads."""
+    if not isinstance(cell, str):
+        raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+    # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
+    if not is_writable_text(cell.replace("\0", "")):
+        raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+
+
 def check_depth(dataset: Dataset, column: str) -> None:
     """Refuse a column that makes 8 bits of 16 when it is read: `datasets` cuts off what is above 255."""
     feature = dataset.features[column]
@@ -90,16 +99,6 @@ def _stored_mode(cell: Mapping[str, Any] | None) -> str:
             return image.mode
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
         return ""
-
-
-def check_texts(cells: Sequence[Any]) -> None:
-    """See that cells are texts that a tokenizer can read."""
-    for cell in cells:
-        if not isinstance(cell, str):
-            raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
-        # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
-        if not is_writable_text(cell.replace("\0", "")):
-            raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
 
 
 class InputProcessor:
@@ -132,7 +131,8 @@ class InputProcessor:
         return {name: batch[name] for name in self.input_names if name in batch}
 
     def _tokenize(self, cells: Sequence[Any], second: str | None) -> Mapping[str, torch.Tensor]:
-        check_texts(cells)
+        for cell in cells:
+            check_text(cell)
         batch = self.processing_class(
             list(cells),
             None if second is None else [second] * len(cells),

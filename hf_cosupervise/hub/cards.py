@@ -385,8 +385,7 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
 def _asked_with(teacher: Mapping[str, Any]) -> str:
     """What a teacher is asked with that reads words: a template by its digest, and the words of each label."""
     template, texts = teacher.get("template"), teacher.get("label_texts") or {}
-    short = {label: [text if len(text) < 40 else f"{text[:38]}…" for text in some] for label, some in texts.items()}
-    words = [f"{_code(label)}: {_short_list(some)}" for label, some in list(short.items())[:_MAX_NAMES]]
+    words = [f"{_code(label)}: {_short_list(some)}" for label, some in list(texts.items())[:_MAX_NAMES]]
     words += ["…"] if len(texts) > _MAX_NAMES else []
     return "; ".join(([f"template {_code(template)}"] if template else []) + words)
 

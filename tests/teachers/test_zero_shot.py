@@ -506,3 +506,29 @@ def test_weights_that_are_missing_are_no_teacher(clip, tmp_path):
     save_file(weights, Path(folder, "model.safetensors"), metadata={"format": "pt"})
     with pytest.raises(ValueError, match="never a silently random teacher.*text_projection"):
         load_teacher(Teacher(folder), list(COLOURS), "cpu")
+
+
+# ── the same as pipelines, given as objects ─────────────────────────────────────────────────────────────────────────
+
+
+def test_zero_shot_pipelines_label_as_their_models(nli, clip):
+    texts, _ = make_texts(5, seed=4)
+    images, _ = make_images(5, seed=4)
+    asked = {"sport": "a match", "music": "music", "food": "food"}
+    colours = {name: f"very {name}" for name in COLOURS}
+    for task, folder, fields, cells in [
+        ("zero-shot-classification", nli, {"label_texts": asked}, texts),
+        ("zero-shot-image-classification", clip, {"label_texts": colours}, images),
+    ]:
+        labels, options = list(fields["label_texts"]), {"template": "this is about {}"}
+        model = load_teacher(Teacher(folder, kind="zero_shot", options=options, **fields), labels, "cpu")
+        pipe = pipeline(task, folder, device="cpu")
+        same = load_teacher(Teacher(pipe, options=options, **fields), labels)
+        np.testing.assert_allclose(label(same, cells), label(model, cells), atol=1e-5)
+        several = {**fields["label_texts"], labels[0]: ["one", "two"]}
+        with pytest.raises(
+            ValueError, match=f"asks its pipeline of one text for each label, got several for '{labels[0]}'"
+        ):
+            load_teacher(Teacher(pipe, label_texts=several), labels)
+        with pytest.raises(ValueError, match="`template` of teacher .* must have one slot"):
+            load_teacher(Teacher(pipe, options={"template": "{} {0.x}"}, **fields), labels)

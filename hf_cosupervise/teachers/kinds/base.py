@@ -123,10 +123,10 @@ class TeacherSource:
             **self.model_source.identity,
             "class": class_name,
             "preprocessing": preprocessing,
-            **self._asked(),
+            **self.asked(),
         }
 
-    def _asked(self) -> dict[str, Any]:
+    def asked(self) -> dict[str, Any]:
         """How the teacher is asked, where it says so: two teachers of the same weights may be asked in two ways."""
         facts = self.teacher.to_dict()
         asked = {key: facts[key] for key in ("label_texts", "options") if key in facts}
@@ -157,20 +157,26 @@ def label_texts(teacher: Teacher, labels: Sequence[str]) -> dict[str, tuple[str,
     return {label: given[label] for label in labels if label in given}
 
 
+def check_template(teacher: Teacher, template: Any) -> None:
+    """See that a template has one slot and no other braces, which `str.format` would read as more."""
+    if not isinstance(template, str) or template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise ValueError(
+            f"`template` of teacher '{teacher.name}' must have one slot '{{}}' for the text of a label and no other "
+            f"braces, got {template!r}. Write '{{}}' where it belongs."
+        )
+
+
 def fill_templates(teacher: Teacher, template: Any, texts: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Put each text of each label into the place of `{}` in a template, or in each of several."""
     templates = [template] if isinstance(template, str) else template
-    if not isinstance(templates, Sequence) or not templates or not all(isinstance(item, str) for item in templates):
+    if not isinstance(templates, Sequence) or not templates:
         raise ValueError(
             f"`template` of teacher '{teacher.name}' must be a text or a list of texts, got {template!r}. Write "
             "'This is {}.'."
         )
+    for item in templates:
+        check_template(teacher, item)
     # Not by `str.format`, which reads attributes of what it is given.
-    if wrong := [item for item in templates if item.count("{}") != 1]:
-        raise ValueError(
-            f"`template` of teacher '{teacher.name}' must have one slot '{{}}' for the text of a label, got "
-            f"{wrong[0]!r}. Write '{{}}' where it belongs."
-        )
     return {
         label: tuple(item.replace("{}", text) for item in templates for text in some) for label, some in texts.items()
     }

@@ -18,13 +18,13 @@ def load_teacher(
 ) -> TeacherModel:
     """Load one teacher, mapped by label names onto the labels of the task."""
     device = torch.device(device) if device is not None else default_device()
-    source, kind = _find(teacher, commit)
+    source, kind = find_source(teacher, commit)
     return kind.load(source, tuple(labels), device)
 
 
 def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:
     """Tell what its answers depend on besides what a hierarchy says, such as its weights, without loading them."""
-    source, kind = _find(teacher)
+    source, kind = find_source(teacher)
     return kind.identify(source)
 
 
@@ -46,7 +46,7 @@ def _kind(name: str) -> Kind:
     return kind
 
 
-def _find(teacher: Teacher, commit: str | None = None) -> tuple[TeacherSource, Kind]:
+def find_source(teacher: Teacher, commit: str | None = None) -> tuple[TeacherSource, Kind]:
     """Read the configuration, pin a Hub repository to one commit, and see that the kind knows what it is told."""
     source, name = TeacherSource(teacher), teacher.kind
     if teacher.has_files:

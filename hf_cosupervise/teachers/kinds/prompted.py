@@ -17,7 +17,7 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...data.columns import shorten
-from ...data.inputs import InputProcessor, RowError, check_texts
+from ...data.inputs import InputProcessor, RowError, check_text
 from ...models.classifier import load_processor
 from ...models.language import load_language_model, make_greedy, score_words
 from ...models.source import ModelSource, explained, first_line
@@ -178,7 +178,8 @@ class Prompter:
     options: Mapping[str, Any]
 
     def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
-        check_texts(cells)
+        for cell in cells:
+            check_text(cell)
         rows = [
             row if self._length(row) <= self.max_length else self._shorten(cell, self._length(row))
             for cell, row in zip(cells, self.encode(cells), strict=True)

@@ -62,6 +62,17 @@ class TransformersTeacher:
 def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
     """A whole classifier, and the folder of its tokenizer or image processor."""
     folder, config = model_source.fetch(), read_config(model_source)
+    # The head of a SetFit folder is a pickle whichever it is: torch heads are put into one too.
+    if (folder / "config_setfit.json").is_file() or (folder / "model_head.pkl").is_file():
+        raise ValueError(
+            f"{model_source.what} must have a classifier that is read without pickle, got a SetFit model in "
+            f"'{model_source.place}', whose head 'model_head.pkl' is one. If you trust it, load it by "
+            "`setfit = SetFitModel.from_pretrained(…)` and give it as a function of rows: `lambda rows: "
+            "[dict(zip(setfit.labels, p)) for p in setfit.predict_proba([row['text'] for row in rows]).tolist()]` in "
+            "`labeling_function(…, name='setfit', version='1', batched=True)`; or keep its head by "
+            "`save_sklearn_teacher(setfit.model_head, folder, {'kind': 'values'}, setfit.labels)` for a column of the "
+            "vectors `setfit.model_body.encode(texts)`."
+        )
     is_text = reads_text(config, model_source.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
     return load_whole(model_source, auto_model, config), folder
