@@ -62,8 +62,13 @@ class Teacher:
             Labels of the task it was trained for. `None` means all of them.
         domains (`Sequence[str]`, *optional*):
             Values of the metadata column it was trained for, for assignment by `metadata`.
-        label_map (`Mapping[str, str]`, *optional*):
-            From the teacher's label names to the task's, where the names differ.
+        label_map (`Mapping[str, str | Sequence[str] | None]`, *optional*):
+            From the teacher's label names to the task's, where the names differ. `None` leaves a label out, and a list
+            shares its probability evenly among several: `{"not_spam": ["ham", "news"]}`.
+        max_outside_mass (`float`, *optional*):
+            Allows labels that the task does not have, as of a teacher of 1,000 labels for a task of 10: a row on which
+            they have more probability than this, from 0 to 1, has no answer. Without it they are an error, unless
+            `label_map` leaves them out, whatever they have. What the task's labels have is scaled to the sum of all.
         trusted_types (`Sequence[str]`, *optional*):
             Types in a scikit-learn file that skops does not trust by itself and that you do.
         subfolder (`str`, *optional*):
@@ -78,8 +83,8 @@ class Teacher:
             compares it: the teacher is the same where name and `revision` are.
 
     Raises:
-        ValueError: If the name, the kind, the level, the scope, the domains, the texts of labels, the options or the
-            folder in it are not usable.
+        ValueError: If the name, the kind, the level, the scope, the domains, the labels of a label map,
+            `max_outside_mass`, the texts of labels, the options or the folder in it are not usable.
         TypeError: If `scope`, `domains` or `trusted_types` is no list of names, `label_map`, `label_texts` or
             `options` is no mapping, or `revision` is no text.
 
@@ -95,9 +100,10 @@ class Teacher:
     revision: str | None = None
     scope: tuple[str, ...] | None = None
     domains: tuple[str, ...] | None = None
-    label_map: Mapping[str, str] | None = field(default=None, hash=False)
+    label_map: Mapping[str, str | tuple[str, ...] | None] | None = field(default=None, hash=False)
     trusted_types: tuple[str, ...] = ()
     subfolder: str | None = None
+    max_outside_mass: float | None = None
     label_texts: Mapping[str, tuple[str, ...]] | None = field(default=None, hash=False)
     options: Mapping[str, Any] | None = field(default=None, hash=False)
     function: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
@@ -160,9 +166,17 @@ class Teacher:
             )
         if self.label_map is not None:
             what = f"`label_map` of teacher '{self.name}'"
-            pairs = zip(_as_names(self.label_map, what), _as_names(self.label_map.values(), what))
+            pairs = zip(_as_names(self.label_map, what), [_as_targets(to, what) for to in self.label_map.values()])
             # A read-only copy: a frozen record that holds a dictionary is not frozen.
             object.__setattr__(self, "label_map", MappingProxyType(dict(pairs)))
+        if self.max_outside_mass is not None:
+            limit = self.max_outside_mass
+            if isinstance(limit, bool) or not isinstance(limit, numbers.Real) or not 0 <= limit <= 1:
+                raise ValueError(
+                    f"`max_outside_mass` of teacher '{self.name}' must be a number from 0 to 1, got {limit!r}. Write "
+                    "0.5 to have no answer where labels outside the task are the more probable ones."
+                )
+            object.__setattr__(self, "max_outside_mass", float(limit))
         if self.label_texts is not None:
             object.__setattr__(self, "label_texts", _freeze_texts(self.label_texts, self.name))
         if not isinstance(self.options, Mapping | None):
@@ -190,6 +204,11 @@ class Teacher:
     def has_files(self) -> bool:
         """`bool`: Whether it is a model in a folder or on the Hub, not answers in a column or an object."""
         return TEACHER_KINDS[self.kind] == "files"
+
+    @property
+    def leaves_labels_out(self) -> bool:
+        """`bool`: Whether some of its own labels may be none of the task's."""
+        return self.max_outside_mass is not None or None in (self.label_map or {}).values()
 
     def _as_names(self, key: str) -> tuple[str, ...] | None:
         value = getattr(self, key)
@@ -256,6 +275,19 @@ def _as_names(values: Any, what: str) -> tuple[str, ...]:
                 "Correct it."
             )
     return tuple(str(name) for name in names)
+
+
+def _as_targets(value: Any, what: str) -> str | tuple[str, ...] | None:
+    """Give what a label is mapped to: a label of the task, none, or several, each once."""
+    if value is None or not isinstance(value, list | tuple):
+        return None if value is None else _as_names([value], what)[0]
+    names = _as_names(value, what)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{what} must lead to a label, to None, or to a list that names each of several labels once, got "
+            f"{list(value)}. Write None to leave a label out."
+        )
+    return names
 
 
 def _freeze(value: Any, what: str) -> Any:
@@ -394,7 +426,8 @@ class TeacherHierarchy:
                     f"`scope` of teacher '{teacher.name}' must hold labels of the task, got unknown {unknown}. "
                     f"The task has {list(self.labels)}."
                 )
-            if unknown := sorted(set((teacher.label_map or {}).values()) - known):
+            led_to = [(to,) if isinstance(to, str) else to or () for to in (teacher.label_map or {}).values()]
+            if unknown := sorted({label for labels in led_to for label in labels} - known):
                 raise ValueError(
                     f"`label_map` of teacher '{teacher.name}' must lead to labels of the task, got unknown {unknown}. "
                     f"The task has {list(self.labels)}."

@@ -357,7 +357,8 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
     headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "asked with"]
-    headers += ["kept labels", "mass left out %", "answered %", "accuracy %"]
+    headers += ["kept labels", "mass left out %", "rows outside the task", "rows scaled to it"]
+    headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
@@ -375,6 +376,7 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
                 _asked_with(teacher),
                 _escape(teacher.get("pool_k", "")),
                 _percent(teacher.get("dropped_mass") or None),
+                *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
                 _percent(teacher.get("answered")),
                 _percent(teacher.get("accuracy")),
             ]

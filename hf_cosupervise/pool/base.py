@@ -273,7 +273,7 @@ class TeacherPool:
                     key: value
                     for key, value in self.facts.get(teacher.name, {}).items()
                     # Facts may hold anything that a teacher's maker noted, paths too: only these are fit for a card.
-                    if key in ("kind", "revision", "commit", "dropped_mass", "template")
+                    if key in ("kind", "revision", "commit", "dropped_mass", "num_outside", "num_rescaled", "template")
                 },
             }
             for teacher in self.hierarchy.teachers

@@ -43,6 +43,7 @@ from .running import (
     group_teachers,
     label_group,
     read_names,
+    tell_unmatched,
 )
 
 logger = logging.getLogger(__name__)
@@ -140,7 +141,9 @@ def build_pool(
 
     Returns:
         [`PseudolabelPool`]: Its `facts` hold for each teacher, besides those of [`TeacherModel`], `precision`,
-        `num_failed` and `dropped_mass`, the mean probability mass of an answered row that `pool_k` left out.
+        `num_failed` and `dropped_mass`, the mean probability mass of an answered row that `pool_k` left out; of a
+        model with labels that the task lacks, in how many rows they left no answer, `num_outside`, or were left out,
+        `num_rescaled`.
 
     Raises:
         FileExistsError: If `output_dir` holds something already.
@@ -522,6 +525,10 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
             "num_failed": num_failed,
             "dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1),
         }
+        teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
+        if teacher.leaves_labels_out and column_of(teacher) is None:
+            num_outside = len(job.ids) - num_answered - num_failed
+            facts[name] |= {"num_outside": num_outside, "num_rescaled": num_answered}
     return facts
 
 
@@ -535,12 +542,13 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
         raise ValueError(
             f"Teacher '{name}' must be able to label at least one row, got {num_failed} of {len(job.ids)} rows that "
             f"it failed on, id {ids[0]!r} first: {reason}. Correct the teacher, or the column that it reads."
+            f"{tell_unmatched(job, name)}"
         )
     if num_failed:
         first = shorten(ids[:5]) if num_failed <= 5 else f"{shorten(ids[:5])} and others"
         logger.warning(
             f"Teacher '{name}' failed on {num_failed} of {len(job.ids)} rows, which are missing in its pseudolabels: "
-            f"ids {first}. Of id {ids[0]!r}: {reason}."
+            f"ids {first}. Of id {ids[0]!r}: {reason}.{tell_unmatched(job, name)}"
         )
     return num_failed
 

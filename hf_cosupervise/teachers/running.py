@@ -30,6 +30,7 @@ from ..pool.pseudolabels import PseudolabelPool
 from ..pool.top_k import dropped_mass, encode_top_k
 from ..processes import Processes
 from .kinds.base import ROW, Answers, TeacherModel
+from .kinds.column import ColumnTeacher
 from .kinds.loading import load_teacher
 from .progress import Part, Progress
 
@@ -458,6 +459,16 @@ class _told(AbstractContextManager[None]):  # noqa: N801
         error.add_note(f"Raised by teacher '{self.name}' on a batch of {self.num_rows} rows; no row is blamed for it.")
 
 
+def tell_unmatched(job: Job, name: str) -> str:
+    """List what a column of answers holds that is no answer: its rows are too many to be looked through one by one."""
+    teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
+    if not is_column(teacher) or name in job.models:
+        return ""
+    cells = read_names(job.dataset, teacher.model)
+    table = ColumnTeacher(teacher, job.hierarchy.labels).tell_unmatched(cells)
+    return f" Such answers, and how often they are there: {table}."
+
+
 def _is_valid(probs: np.ndarray) -> np.ndarray:
     """Whether each row is a distribution or a missing answer, `(num_rows,)` bool."""
     with np.errstate(invalid="ignore"):
@@ -474,7 +485,7 @@ def _append(job: Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, r
         what, error = reasons[min(reasons)]
         raise ValueError(
             f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'. Fix or drop that "
-            'row, or leave such rows without labels by `on_error="missing"`.'
+            f'row, or leave such rows without labels by `on_error="missing"`.{tell_unmatched(job, name)}'
         ) from error
     label_ids, label_probs = encode_top_k(probs, job.k)
     reason = reasons[min(reasons)][0] if reasons else ""

@@ -87,6 +87,25 @@ def test_answers_as_they_come(value, expected):
     np.testing.assert_allclose(label_with(answer(value)).decode("f"), [expected] * 5)
 
 
+def test_labels_of_a_function_may_be_left_out_or_spread():
+    def shares(row: dict[str, Any]) -> Any:
+        return {3: {"ham": 0.5, "other": 0.5}, 1: "other", 4: "either", 15: {"other": 0.75, "either": 0.25}}.get(
+            row["id"]
+        )
+
+    function = labeling_function(shares, version="1")
+    label_map = {"other": None, "either": ["ham", "spam"]}
+    pool = label_with(Teacher(function, label_map=label_map))
+    expected = [[1, 0], [0, 0], [0.5, 0.5], [0.5, 0.5], [0, 0]]
+    np.testing.assert_allclose(pool.decode("shares"), expected)
+    few = Teacher(function, label_map={"either": ["ham", "spam"]}, max_outside_mass=0.6)
+    np.testing.assert_allclose(label_with(few).decode("shares")[[0, 1, 3]], [[1, 0], [0, 0], [0, 0]])
+    with pytest.raises(
+        ValueError, match="Function 'shares' must give a label .* got {'ham': 0.5, 'other': 0.5} in row 0"
+    ):
+        label_with(function)
+
+
 def test_a_function_sees_a_row_but_not_the_ground_truth():
     seen = []
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -196,27 +196,73 @@ def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any]) -> dict[
 # ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """Position in the task's labels of each of the teacher's own labels, `(num_own_labels,)`."""
-    label_map = dict(teacher.label_map or {})
-    if unknown := sorted(set(label_map) - set(own_labels)):
+@dataclass(frozen=True)
+class LabelPositions:
+    """Where a teacher's own labels lead among the task's: `shares` of the mass of the labels `own` go to `to`."""
+
+    own: np.ndarray
+    to: np.ndarray
+    shares: np.ndarray
+    outside: np.ndarray
+    num_own: int
+    max_outside_mass: float
+
+
+def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> LabelPositions:
+    """Find where each of the teacher's own labels leads: to a label of the task, to several, or nowhere."""
+    if unknown := sorted(set(teacher.label_map or {}) - set(own_labels)):
         raise ValueError(
             f"`label_map` of teacher '{teacher.name}' must start from its own labels {shorten(own_labels)}, got "
             f"{shorten(unknown)}."
         )
-    find = label_finder(labels)
-    positions = [find(label_map.get(name, name)) for name in own_labels]
-    unmapped = [name for name, position in zip(own_labels, positions, strict=True) if position is None]
-    if not unmapped:
-        return np.array(positions, dtype=np.int64)
+    targets = find_targets(teacher, own_labels, labels)
+    unmapped = [name for name, found in zip(own_labels, targets, strict=True) if found is None]
+    if len(unmapped) == len(own_labels) or unmapped and teacher.max_outside_mass is None:
+        _refuse_unmapped(teacher, unmapped, labels)
+    pairs = [(own, to, 1 / len(found)) for own, found in enumerate(targets) if found for to in found]
+    if not pairs:
+        raise ValueError(
+            f"Teacher '{teacher.name}' must have a label of the task {shorten(labels)}, got a `label_map` that leaves "
+            "out all of them. Map one, or leave the teacher out."
+        )
+    # What is left out by name is meant to be ignored, however probable it is: with nothing else there is no answer.
+    limit = 1.0 if teacher.max_outside_mass is None else teacher.max_outside_mass
+    return LabelPositions(
+        own=np.array([own for own, _, _ in pairs]),
+        to=np.array([to for _, to, _ in pairs]),
+        shares=np.array([share for _, _, share in pairs], dtype=np.float32),
+        outside=np.array([own for own, found in enumerate(targets) if not found], dtype=np.int64),
+        num_own=len(own_labels),
+        max_outside_mass=limit,
+    )
+
+
+def find_targets(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> list[tuple[int, ...] | None]:
+    """Positions in the task's labels that each name leads to: none for one that is left out, `None` if unknown."""
+    label_map, find = dict(teacher.label_map or {}), label_finder(labels)
+
+    def lead(name: str) -> tuple[int, ...] | None:
+        to = label_map.get(name, name)
+        if to is None:
+            return ()
+        found = [find(label) for label in ((to,) if isinstance(to, str) else to)]
+        return None if None in found else tuple(place for place in found if place is not None)
+
+    return [lead(name) for name in own_labels]
+
+
+def _refuse_unmapped(teacher: Teacher, unmapped: Sequence[str], labels: Sequence[str]) -> NoReturn:
     if all(name.startswith("LABEL_") for name in unmapped):
         raise ValueError(
             f"Teacher '{teacher.name}' must tell the names of its labels, got the placeholders {shorten(unmapped)}. "
             'Give the names in order with `label_map={"LABEL_0": ...}`.'
         )
+    advice = (
+        "" if teacher.max_outside_mass is not None else " (None leaves one out), or allow them by `max_outside_mass`"
+    )
     raise ValueError(
         f"Labels of teacher '{teacher.name}' must be labels of the task {shorten(labels)}, got {shorten(unmapped)}. "
-        "Map them with `label_map`."
+        f"Map them with `label_map`{advice}."
     )
 
 
@@ -247,20 +293,31 @@ def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
     return lambda name: exact[name] if name in exact else alike.get(name.casefold())
 
 
-def add_up(own_probs: np.ndarray, positions: np.ndarray, num_labels: int) -> np.ndarray:
+def add_up(own_probs: np.ndarray, positions: LabelPositions, num_labels: int) -> np.ndarray:
     """Probabilities over the teacher's labels `(n, num_own_labels)` as probabilities over the task's, float32."""
-    if own_probs.ndim != 2 or own_probs.shape[1] != len(positions):
+    if own_probs.ndim != 2 or own_probs.shape[1] != positions.num_own:
         raise ValueError(
-            f"A teacher with {len(positions)} label names must give probabilities of shape "
-            f"(num_rows, {len(positions)}), got {own_probs.shape}. Check its configuration."
+            f"A teacher with {positions.num_own} label names must give probabilities of shape "
+            f"(num_rows, {positions.num_own}), got {own_probs.shape}. Check its configuration."
         )
     probs = np.zeros((len(own_probs), num_labels), dtype=np.float32)
-    if len(np.unique(positions)) == len(positions):
-        probs[:, positions] = own_probs
+    if len(np.unique(positions.to)) == len(positions.to) and (positions.shares == 1).all():
+        probs[:, positions.to] = own_probs[:, positions.own]
     else:
-        for own, position in enumerate(positions):
-            probs[:, position] += own_probs[:, own]
-    return probs
+        for own, to, share in zip(positions.own, positions.to, positions.shares):
+            probs[:, to] += own_probs[:, own] * share
+    if not len(positions.outside):
+        return probs
+    return leave_out(probs, own_probs[:, positions.outside].sum(axis=1), positions.max_outside_mass)
+
+
+def leave_out(probs: np.ndarray, outside: np.ndarray, max_outside_mass: float) -> np.ndarray:
+    """Scale what labels of the task have to the sum of all, or give no answer where more than the limit is outside."""
+    inside = probs.sum(axis=1)
+    # To the sum of all and not to 1: what was no distribution before must not look like one now.
+    factor = np.where(inside > 0, (inside + outside) / np.where(inside > 0, inside, 1), 0)
+    is_out = (outside > max_outside_mass) & (inside + outside > 0)
+    return np.where(is_out[:, None], 0, probs * factor[:, None]).astype(np.float32)
 
 
 def check_head(name: str, own_labels: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from ...data.columns import shorten
 from ...data.inputs import RowError
 from ...functions import LabelingFunction
 from ...method.metrics import SUM_TOLERANCE
-from .base import ROW, Answers, Kind, TeacherSource, label_finder
+from .base import ROW, Answers, Kind, TeacherSource, find_targets, leave_out
 
 
 class FunctionTeacher:
@@ -28,7 +28,7 @@ class FunctionTeacher:
                 f"'{teacher.model}' and version '{teacher.revision}' only. Pass it by `models={{'{source.name}': …}}`."
             )
         self.function, self.labels, self.what = function, tuple(labels), f"Function '{teacher.model}'"
-        self.label_map, self.find_label = dict(teacher.label_map or {}), label_finder(self.labels)
+        self.teacher, self.places = teacher, dict[str, tuple[int, ...] | None]()
         # A function of this module, which workers that read rows are sent instead of the function that labels.
         self.prepare = _give
         self.facts: dict[str, Any] = {"kind": "function", "revision": teacher.revision, "commit": None}
@@ -79,26 +79,37 @@ class FunctionTeacher:
         if isinstance(value, np.ndarray) and value.ndim == 0 or isinstance(value, np.generic):
             value = value.item()
         if isinstance(value, str):
-            probs[self._position(value, value)] = 1.0
+            self._add(probs, value, 1.0, value)
         elif isinstance(value, int) and not isinstance(value, bool):
             if not -1 <= value < len(self.labels):
                 raise self._bad(value)
             if value >= 0:
                 probs[value] = 1.0
         elif isinstance(value, Mapping):
-            for label, share in value.items():
-                probs[self._position(label, value)] += self._numbers(share, value, ())
-            self._check_sum(probs, value)
+            outside = sum(
+                self._add(probs, label, self._numbers(share, value, ()), value) for label, share in value.items()
+            )
+            self._check_sum(float(probs.sum()) + outside, value)
+            limit = 1.0 if self.teacher.max_outside_mass is None else self.teacher.max_outside_mass
+            probs = leave_out(probs[None], np.array([outside]), limit)[0]
         else:
             probs = self._numbers(value, value, (len(self.labels),))
-            self._check_sum(probs, value)
+            self._check_sum(float(probs.sum()), value)
         return probs
 
-    def _position(self, label: Any, value: Any) -> int:
-        position = self.find_label(self.label_map.get(label, label)) if isinstance(label, str) else None
-        if position is None:
+    def _add(self, probs: np.ndarray, label: Any, share: Any, value: Any) -> float:
+        """Give a label its share, as the label map leads it; what the task has no label for is given back."""
+        if not isinstance(label, str):
             raise self._bad(value)
-        return position
+        if label not in self.places:
+            self.places[label] = find_targets(self.teacher, [label], self.labels)[0]
+        found = self.places[label]
+        if found is None and self.teacher.max_outside_mass is None:
+            raise self._bad(value)
+        if not found:
+            return float(share)
+        probs[list(found)] += share / len(found)
+        return 0.0
 
     def _numbers(self, numbers: Any, value: Any, shape: tuple[int, ...]) -> np.ndarray:
         try:
@@ -109,9 +120,9 @@ class FunctionTeacher:
             raise self._bad(value)
         return array
 
-    def _check_sum(self, probs: np.ndarray, value: Any) -> None:
+    def _check_sum(self, total: float, value: Any) -> None:
         # All zeros are no answer, as from any teacher.
-        if probs.any() and abs(float(probs.sum()) - 1) > SUM_TOLERANCE:
+        if total and abs(total - 1) > SUM_TOLERANCE:
             raise self._bad(value)
 
     def _bad(self, value: Any) -> RowError:
