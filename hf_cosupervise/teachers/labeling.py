@@ -129,9 +129,9 @@ def build_pool(
             Processes that decode and prepare inputs; 0 for this process.
         on_error (`str`, *optional*, defaults to `"raise"`):
             What to do with a row that cannot be read or made into what a teacher reads, or whose answer is no
-            distribution: `"raise"` an error that names it, or leave it `"missing"` for the teachers concerned, counted
-            as `num_failed` in their facts. An input that no model could read is missing in the pool too. Any other
-            error of a teacher is raised in any case.
+            distribution, or that a function fails on: `"raise"` an error that names it, or leave it `"missing"` for
+            the teachers concerned, counted as `num_failed` in their facts. An input that no model could read is
+            missing in the pool too. Any other error of a teacher is raised in any case.
         reuse (`PseudolabelPool`, *optional*):
             A pool of the same data. Its teachers that are in `hierarchy` too, at any level, are not run again, and
             their files are linked, not copied.

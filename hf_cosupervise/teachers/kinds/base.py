@@ -374,6 +374,11 @@ def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Modu
     return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def whole_precision(device: torch.device) -> torch.autocast:
+    """Leave mixed precision where small differences of large logits are what counts."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def fingerprint(facts: Any) -> str:
     """Hash of what decides what a model gets to see, 16 hexadecimal digits."""
     text = json.dumps(facts, sort_keys=True, default=str)
