@@ -145,6 +145,24 @@ def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
     return processor
 
 
+def load_whole(source: ModelSource, auto_model: Any, config: Any, *, spare: str = "") -> Any:
+    """Load a whole model that was fetched, and see that all of its weights are there but those that begin so."""
+    with quiet_loading(), whole_weights(source), building(source):
+        model, info = auto_model.from_pretrained(
+            source.folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of by their names below
+        )
+    check_no_layer_left(source, model, info["unexpected_keys"])
+    check_shapes(source, info["mismatched_keys"])
+    check_no_missing(source.what, [name for name in info["missing_keys"] if not spare or not name.startswith(spare)])
+    source.name_after(model)
+    return model
+
+
 def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any, Path]:
     """Load an adapter of peft on its base, merged: an ordinary classifier of transformers."""
     base = source.base

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..data.columns import LABEL_NAMES, find_input_column, find_label_column, read_labels
 from ..data.inputs import InputProcessor, check_depth
 from ..method.linear_head import linear_logits
-from ..method.metrics import accuracy
+from ..method.metrics import check_metric, measure_labels
 from ..processes import Processes, row_chunks
 from .features import FeatureStore
 from .head import head_gives_logits, linear_head, prepare_student
@@ -334,10 +334,15 @@ class Student:
                 labels[chunk] = np.where(readable[chunk], log_probs.numpy().argmax(axis=1), -1)
         return labels
 
+    def measure(self, dataset: Dataset, metric: str | None = None) -> dict[str, float]:
+        """Measure accuracy and the configuration's `metric`, or another one, on labelled data."""
+        labels = read_labels(dataset, find_label_column(dataset), self.labels)
+        check_metric(metric := self.args.metric if metric is None else metric, len(self.labels))
+        return measure_labels(self.predict_labels(dataset), labels, metric)
+
     def measure_accuracy(self, dataset: Dataset) -> float:
         """Measure the accuracy on labelled data."""
-        labels = read_labels(dataset, find_label_column(dataset), self.labels)
-        return accuracy(self.predict_labels(dataset), labels)
+        return self.measure(dataset, "accuracy")["accuracy"]
 
     def label(self, dataset: Any) -> Any:
         """Reduce an evaluation set, or several by name, to inputs and label ids of the task."""
@@ -437,6 +442,6 @@ def _check_inputs(dataset: Dataset, column: str, processor: InputProcessor) -> N
         )
 
 
-def measure_predictions(prediction: EvalPrediction) -> dict[str, float]:
-    """Measure what the `Trainer` predicted: the default of its `compute_metrics`."""
-    return {"accuracy": accuracy(prediction.predictions.argmax(axis=1), prediction.label_ids)}
+def prediction_measure(metric: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Give the default of the `Trainer`'s `compute_metrics`."""
+    return lambda found: measure_labels(found.predictions.argmax(axis=1), found.label_ids, metric)

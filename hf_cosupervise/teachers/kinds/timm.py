@@ -15,6 +15,7 @@ from ...data.inputs import to_pil
 from ...models.files import read_labels
 from ...models.source import (
     BUILDING_ERRORS,
+    TIMM_PREFIXES,
     explained,
     first_line,
     no_larger_than_weights,
@@ -22,6 +23,7 @@ from ...models.source import (
     whole_weights,
 )
 from .base import (
+    Kind,
     Preparation,
     TeacherSource,
     add_up,
@@ -38,9 +40,6 @@ _TIMM_SETTINGS = (
     *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes"),
     *("pool_size", "first_conv", "classifier"),
 )
-
-
-# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class TimmTeacher:
@@ -140,3 +139,12 @@ def _timm_labels(source: TeacherSource) -> list[str]:
             "classes can be loaded with `kind='transformers'`."
         )
     return names
+
+
+KIND = Kind(
+    load=TimmTeacher,
+    recognizes=lambda source, model: (
+        not source.is_adapter
+        and (model.startswith(TIMM_PREFIXES) or "architecture" in source.config and "model_type" not in source.config)
+    ),
+)
