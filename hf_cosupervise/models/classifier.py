@@ -90,6 +90,7 @@ def reads_text(config: Any, what: str) -> bool:
             f"{what} must name its classes as a list of texts in `architectures`, got {architectures!r}. Correct its "
             "'config.json'."
         )
+    # First by what was saved: a type alone may have classifiers of both.
     for task, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
         if any(task in architecture for architecture in architectures):
             return is_text

@@ -267,8 +267,11 @@ class PseudolabelPool(TeacherPool):
             answered `(num_rows, num_teachers)`; a `ValueError` if there is no such teacher or row.
         """
         names = self._names_of(indices)
-        probs = np.stack([self.decode(name, rows) for name in names], axis=1)
         answered = np.stack([self.answered(name, rows) for name in names], axis=1)
+        probs = np.empty((*answered.shape, self.hierarchy.num_labels), dtype=np.float32)
+        # One teacher at a time: all of them beside the array that they are put into would be twice as much.
+        for position, name in enumerate(names):
+            probs[:, position] = self.decode(name, rows)
         return torch.from_numpy(probs), torch.from_numpy(answered)
 
     def _names_of(self, indices: Sequence[int]) -> list[str]:

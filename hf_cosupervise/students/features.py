@@ -111,6 +111,7 @@ class FeatureStore:
         """Put features in that were computed elsewhere, so that the backbone need not run for them."""
         digests = _row_digests(dataset, column)
         is_named = _may_be_names(dataset, column)
+        # Of two features of one row nothing would tell which is meant.
         if num_known := int((self._find(digests).rows >= 0).sum()):
             found = f"got {num_known} of {len(digests)} that it does"
             if is_named:
@@ -558,6 +559,7 @@ def _channels_last(value: torch.Tensor) -> torch.Tensor:
 def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, precision: str) -> str:
     """Hash everything that decides the head's inputs: weights outside the head, preprocessing and precision."""
     # By the weights themselves, not by a name: a fine-tuned backbone under its old id is another one.
+    # The head is what is trained: its weights change nothing of what it is fed.
     own = {id(parameter) for parameter in head.parameters()}
     digest = hashlib.blake2b(digest_size=8)
     digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}".encode())

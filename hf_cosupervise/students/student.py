@@ -66,6 +66,7 @@ def open_student(
             "of which are frozen. Call `model.requires_grad_(True)`, or load adapters with `is_trainable=True`."
         )
     if isinstance(student, PeftModel) and origin:
+        # Or the adapter alone would be put on whatever the base's main branch is by then.
         student.peft_config[student.active_adapter].revision = origin["commit"]
     return student, processing_class, origin
 
@@ -400,6 +401,7 @@ class Student:
 
     def share(self, other: Student) -> None:
         """Know what another student on the same backbone has found out about the same examples."""
+        # Before anybody asks for it: a cached property that is set is never computed.
         self.readable = other.readable
         self._features, self._neighbors, self.known = other._features, other._neighbors, other.known
 

@@ -319,6 +319,7 @@ def _check_columns(
 def _find_ids(dataset: Dataset, input_column: str | None) -> list[int] | list[str]:
     """The ids in the data, or else keys made of the content."""
     if "id" not in dataset.column_names:
+        # From the content, so that the same rows have the same ids in any order.
         return row_keys(dataset, str(input_column))
     ids = list(dataset["id"])
     wanted = str if isinstance(ids[0], str) else int
@@ -516,6 +517,7 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
     for name in job.hierarchy.names:
         if name in job.reused and job.reuse is not None:
             facts[name] = dict(job.reuse.facts.get(name, {}))
+            # In the same order the old file serves as it is.
             if not np.array_equal(job.reuse.ids, np.asarray(job.ids)):
                 write_teacher(_teacher_file(progress, name), job.ids, _select_rows(job.reuse, name, job.ids))
             continue
@@ -566,6 +568,7 @@ def _select_rows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A teacher's labels in a pool, of some of its rows, a piece at a time."""
     rows = match_ids(pool.ids, np.asarray(ids), "`reuse`")
+    # Piece by piece: a pool may be larger than the memory.
     for start in range(0, len(rows), ROWS_AT_ONCE):
         piece = rows[start : start + ROWS_AT_ONCE]
         yield pool.label_ids(name)[piece], pool.label_probs(name)[piece]
