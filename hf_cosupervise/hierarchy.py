@@ -28,6 +28,7 @@ TEACHER_KINDS = {
     "transformers": "files",
     "timm": "files",
     "sklearn": "files",
+    "prompted": "files",
     "prototypes": "files",
     "column": "column",
     "function": "object",
@@ -54,7 +55,7 @@ class Teacher:
             `subfolder`, else of `model`.
         kind (`str`, *optional*, defaults to `"auto"`):
             One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"zero_shot"`,
-            `"prototypes"`, `"column"`, `"function"`, `"pipeline"`.
+            `"prompted"`, `"prototypes"`, `"column"`, `"function"`, `"pipeline"`.
         revision (`str`, *optional*):
             Branch, tag or commit on the Hub; of a function, its version or a digest of its source, found out.
         scope (`Sequence[str]`, *optional*):

@@ -40,7 +40,7 @@ class DawidSkene(LabelModel):
         Dawid and Skene 1979, doi 10.2307/2346806, with the results of crowd-kit. As there, the bound counts the prior
         once per answer instead of once per row, which only changes when it stops. Silence as an answer is ours; there
         it is counted once per row. That silence tells how often a voter speaks of a label, but nothing of a row, is
-        from Ratner et al., arXiv 1810.02840; the mean is ours. Functions written for cases of their own exclude each
+        as in Ratner et al., arXiv 1810.02840; the mean is ours. Functions written for cases of their own exclude each
         other: read as independent signs, their silences outweigh their votes, and without the mean EM runs away.
 
     Examples:

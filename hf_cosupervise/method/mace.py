@@ -69,6 +69,7 @@ class Mace(LabelModel):
     def _fit(self, answers: Answers) -> np.ndarray:
         random, shape = np.random.RandomState(self.seed), (answers.codes.shape[1], answers.num_codes)
         most = -np.inf
+        # The likelihood has several peaks, of which the first that is found is rarely the highest.
         for _ in range(self.num_restarts):
             trust = 1 + 1.5 * random.uniform(size=(shape[0], 2))  # guesses, knows
             spam = 1 + 1.5 * random.uniform(size=shape)
@@ -135,6 +136,7 @@ def _label_posteriors(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> 
     logs = np.bincount(rows * num_labels + codes, np.log1p(known / guess), num_rows * num_labels)
     logits = logs.reshape(num_rows, num_labels) + np.bincount(rows, np.log(guess), num_rows)[:, None]
     top = logits.max(axis=1, keepdims=True)
+    # Less the greatest, because hundreds of voters make sums of logarithms that exp cannot hold.
     probs = np.exp(logits - top)
     total = probs.sum(axis=1, keepdims=True)
     return probs / total, float((top + np.log(total)).sum()) - num_rows * float(np.log(num_labels))

@@ -192,6 +192,7 @@ def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: n
             f"A mask, labels and ground truth of one shape (num_examples,) are needed, got {shapes}. Give all for the "
             "same examples."
         )
+    # A row without a pseudolabel is kept or not by rules that never saw it, and is neither right nor wrong.
     keep = np.asarray(keep_mask, dtype=bool) & (np.asarray(labels) >= 0)
     right = np.asarray(labels) == np.asarray(oracle_labels)
     hits = int((keep & right).sum())
