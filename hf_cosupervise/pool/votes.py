@@ -27,6 +27,7 @@ from .derived import aggregated_pool, single_teacher_pool
 from .pseudolabels import ORACLE_LABEL, PseudolabelPool
 
 _NO_VOTE = -1
+_IGNORED = -100  # by losses of torch, and so in data sets
 _MAX_LABELS = 4
 _SPLITS = ("train", "valid", "test")
 
@@ -153,7 +154,7 @@ def _make_pool(
 def _is_missing(value: Any) -> bool:
     is_nan = isinstance(value, Real) and math.isnan(value)
     # All ways in which tables of labelling functions and pandas spell that nobody voted.
-    return value is None or is_nan or isinstance(value, str) and not value or value == _NO_VOTE
+    return value is None or is_nan or isinstance(value, str) and not value or value in (_NO_VOTE, _IGNORED)
 
 
 def _as_label_id(value: Any) -> int | None:
@@ -181,7 +182,8 @@ def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
     values = np.asarray(matrix)
     # The usual case, without a Python object per vote.
     if values.dtype.kind in "iu":
-        return check_votes(values, len(labels)) if values.size else values.astype(np.int64)
+        values = np.where(values == _IGNORED, _NO_VOTE, values.astype(np.int64))
+        return check_votes(values, len(labels)) if values.size else values
     # Anew, for numpy makes text of numbers that stand beside text: 0 would become '0'.
     values = np.asarray(matrix, dtype=object)
     known: dict[Any, int] = {name: index for index, name in enumerate(labels)}
@@ -192,8 +194,8 @@ def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
         index = known.get(value) if isinstance(value, str) else _as_label_id(value)
         if index is None or index >= len(labels):
             raise ValueError(
-                f"A vote must be one of the labels {shorten(labels)}, a label id 0..{len(labels) - 1}, or -1, None, "
-                f"NaN or '' for none, got {value!r}. Correct it, or name all `labels`."
+                f"A vote must be one of the labels {shorten(labels)}, a label id 0..{len(labels) - 1}, or -1, -100, "
+                f"None, NaN or '' for none, got {value!r}. Correct it, or name all `labels`."
             )
         return index
 

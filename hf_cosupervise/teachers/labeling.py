@@ -531,7 +531,7 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
             "dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1),
         }
         teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
-        if teacher.leaves_labels_out and column_of(teacher) is None:
+        if teacher.leaves_labels_out and teacher.has_files:
             num_outside = len(job.ids) - num_answered - num_failed
             facts[name] |= {"num_outside": num_outside, "num_rescaled": num_answered}
     return facts
