@@ -238,13 +238,15 @@ def find_kind(source: ModelSource, model: str) -> str:
         return "transformers"
     if model.startswith(_TIMM_PREFIXES):
         return "timm"
-    if "model_type" in source.config:
+    # A student of vectors, which is read by its scikit-learn form.
+    is_vector = source.config.get("model_type") == "vector_classifier"
+    if "model_type" in source.config and not is_vector:
         return "transformers"
     if "architecture" in source.config:
         return "timm"
     has_skops = any(source.folder.glob("*.skops"))
     # The tools of skops for the Hub write `sklearn`, ours `library_name`.
-    if has_skops or "sklearn" in (source.config.get("library_name"), *source.config):
+    if has_skops or is_vector or "sklearn" in (source.config.get("library_name"), *source.config):
         return "sklearn"
     raise ValueError(
         f"The kind of {source.what[0].lower()}{source.what[1:]} must show in its files: a 'config.json' with "

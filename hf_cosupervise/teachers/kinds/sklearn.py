@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ...data.inputs import RowError, to_pil
+from ...data.vectors import VECTOR_MODEL
 from ...files import check_free, whole_folder, write_json
 from .base import Preparation, TeacherSource, add_up, fingerprint, label_positions
 
@@ -72,7 +73,9 @@ class SklearnTeacher:
             )
         self.model = skops_io.load(path, trusted=sorted(untrusted))
         _check_predict_proba(self.model, f"teacher '{name}'")
-        id2label = source.config.get("id2label") or {}
+        # Of a student of vectors the classes are label names, among which "0" is no position.
+        is_named = source.config.get("model_type") == VECTOR_MODEL
+        id2label = {} if is_named else source.config.get("id2label") or {}
         classes = [str(value) for value in np.asarray(self.model.classes_).tolist()]
         own_labels = [str(id2label.get(value, value)) for value in classes]
         self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
