@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
-from .columns import has_input, is_vector_column, shorten
+from .columns import find_input_column, has_input, is_vector_column, shorten
 
 VECTOR_MODEL = "vector_classifier"  # the `model_type` of a student that reads vectors
 VECTOR_INPUT = "vectors"  # what its `forward` takes
@@ -53,6 +53,13 @@ def join_columns(dataset: Dataset, column: str | None) -> tuple[Dataset, str | N
         return dataset, name
     numbers: Any = np.stack([_read_numbers(dataset, part) for part in parts], axis=1) if len(dataset) else []
     return dataset.add_column(name, list(numbers), feature=List(Value("float64"), length=len(parts))), name
+
+
+def with_input(dataset: Dataset, column: str) -> Dataset:
+    """Give data with the column that a student reads, made of several where it is; a `ValueError` without them."""
+    dataset, _ = join_columns(dataset, column)
+    find_input_column(dataset, column)
+    return dataset
 
 
 def _read_numbers(dataset: Dataset, name: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -302,41 +302,13 @@ class PseudolabelPool(TeacherPool):
         probs, rest_probs = (np.stack(parts, axis=1) for parts in zip(*scaled))
         return torch.from_numpy(label_ids), torch.from_numpy(probs), torch.from_numpy(rest_probs)
 
-    @overload
     @classmethod
     def from_predictions(
         cls,
-        hierarchy: TeacherHierarchy,
-        ids: Sequence[Any] | np.ndarray | None,
-        predictions: Mapping[str, Any],
-        *,
-        inputs: Dataset | None = None,
-        vectors: Any = None,
-        pool_k: int | None = None,
-        facts: Mapping[str, Any] | None = None,
-    ) -> PseudolabelPool: ...
-
-    @overload
-    @classmethod
-    def from_predictions(
-        cls,
-        probs: Mapping[str, Any] | np.ndarray,
-        names: Sequence[str] | None = None,
-        labels: Sequence[str] | None = None,
-        *,
-        inputs: Dataset | None = None,
-        vectors: Any = None,
-        pool_k: int | None = None,
-    ) -> PseudolabelPool: ...
-
-    @classmethod  # type: ignore[misc]  # the second form names its arguments otherwise
-    def from_predictions(
-        cls,
-        hierarchy: Any = None,
+        hierarchy: Any,
         ids: Any = None,
         predictions: Any = None,
         *,
-        probs: Any = None,
         names: Sequence[str] | None = None,
         labels: Sequence[str] | None = None,
         inputs: Dataset | None = None,
@@ -348,17 +320,16 @@ class PseudolabelPool(TeacherPool):
 
         Args:
             hierarchy (`TeacherHierarchy`):
-                The teachers. Or in its place, of teachers that are all of level 0:
-            probs (`Mapping[str, np.ndarray]` or `np.ndarray` of shape `(num_examples, num_teachers, num_labels)`):
-                Probabilities, see `predictions`, followed by `names` and `labels`.
+                The teachers. Where all are of level 0, their probabilities can stand in its place: `predictions`, or
+                an array `(num_examples, num_teachers, num_labels)`; then `names` and `labels` follow.
             ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`, *optional*):
                 Unique id of each example. Defaults to those of the inputs, or else to 0, 1 and so on.
             predictions (`Mapping[str, np.ndarray]`):
                 By teacher name, probabilities of shape `(num_examples, num_labels)`; a row of zeros is no answer.
             names (`Sequence[str]`, *optional*):
-                The teachers of `probs`, which as a mapping tells them itself.
-            labels (`Sequence[str]`):
-                The task's label names, beside `probs`.
+                The teachers of probabilities in place of a hierarchy; a mapping tells them itself.
+            labels (`Sequence[str]`, *optional*):
+                The task's label names, beside such probabilities.
             inputs (`datasets.Dataset`, *optional*):
                 The inputs; an `id` column is added where there is none.
             vectors (`np.ndarray` of shape `(num_examples, num_features)`, *optional*):
@@ -373,18 +344,18 @@ class PseudolabelPool(TeacherPool):
             TypeError: If an argument is of another kind.
         """
         check_kind(inputs, Dataset, "inputs", optional=True)
-        if probs is not None or isinstance(hierarchy, Mapping | np.ndarray | torch.Tensor):
+        if isinstance(hierarchy, Mapping | np.ndarray | torch.Tensor):
             from .votes import flat_predictions
 
-            given = (hierarchy, ids, predictions) if probs is None else (probs, hierarchy, ids)
-            hierarchy, predictions = flat_predictions(given[0], names or given[1], labels or given[2])
+            names, labels = ids if names is None else names, predictions if labels is None else labels
+            hierarchy, predictions = flat_predictions(hierarchy, names, labels)
             ids = None
         check_kind(hierarchy, TeacherHierarchy, "hierarchy")
         check_kind(predictions, Mapping, "predictions")
         inputs = vector_inputs(vectors, inputs)
         if ids is None:
             has_ids = inputs is not None and "id" in inputs.column_names
-            ids = list(inputs["id"]) if has_ids else range(len(next(iter(predictions.values()), ())))  # type: ignore[index]
+            ids = list(inputs["id"]) if has_ids else range(len(next(iter(predictions.values()), ())))
         k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
         check_id_values(ids)
         if inputs is not None and len(inputs) != len(ids):

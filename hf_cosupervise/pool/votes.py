@@ -133,9 +133,9 @@ def flat_predictions(
             raise ValueError(
                 f"`names` must be those of the predictions, {shorten(probs)}, got {shorten(names)}. Leave them out."
             )
-        arrays = {name: np.asarray(probs[name]) for name in names or probs}
+        arrays = {name: np.asarray(probs[name]) for name in (probs if names is None else names)}
     else:
-        array, names = np.asarray(probs), list(names or [])
+        array, names = np.asarray(probs), [] if names is None else list(names)
         if array.ndim != 3 or array.shape[1] != len(names):
             raise ValueError(
                 "Predictions must be of shape (num_rows, num_teachers, num_labels), with a name for each teacher, got "

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
-from ..data.columns import LABEL_NAMES, find_input_column, find_label_column, read_labels
+from ..data.columns import LABEL_NAMES, find_label_column, read_labels
 from ..data.inputs import InputProcessor, check_depth
-from ..data.vectors import join_columns
+from ..data.vectors import with_input
 from ..method.linear_head import linear_logits
 from ..method.metrics import accuracy
 from ..processes import Processes, row_chunks
@@ -296,7 +296,7 @@ class Student:
     @torch.no_grad()
     def predict_log_probs(self, dataset: Dataset, *, share: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
         """Stream log-probabilities, a chunk of rows at a time; of what it cannot read, all labels are alike."""
-        dataset, _ = join_columns(dataset, self.input_column)
+        dataset = with_input(dataset, self.input_column)
         chunks = self.processes.share(row_chunks(len(dataset))) if share else row_chunks(len(dataset))
         yield from self._log_probs(dataset, self._find_readable(dataset), chunks)
 
@@ -342,7 +342,7 @@ class Student:
 
     def predict_labels(self, dataset: Dataset) -> np.ndarray:
         """Give the most probable label of each example, -1 where there is nothing that it can read."""
-        dataset, _ = join_columns(dataset, self.input_column)
+        dataset = with_input(dataset, self.input_column)
         readable, labels = self._find_readable(dataset), np.full(len(dataset), -1, dtype=np.int64)
         with torch.no_grad():
             for chunk, log_probs in self._log_probs(dataset, readable, row_chunks(len(dataset))):
@@ -362,8 +362,8 @@ class Student:
         """Reduce a data set as [`label`] does where it has labels, and see that it can be read where it has none."""
         if any(name in dataset.column_names for name in LABEL_NAMES):
             return self.label(dataset)
-        dataset, _ = join_columns(dataset, self.input_column)
-        _check_inputs(dataset, find_input_column(dataset, self.input_column), self.processor)
+        dataset = with_input(dataset, self.input_column)
+        _check_inputs(dataset, self.input_column, self.processor)
         return dataset
 
     # --- features, where it is a linear head on a frozen backbone ----------------------------------------------------
@@ -386,7 +386,7 @@ class Student:
 
     def features(self, dataset: Dataset) -> torch.Tensor:
         """Give the head's inputs."""
-        dataset, _ = join_columns(dataset, self.input_column)
+        dataset = with_input(dataset, self.input_column)
         return self._read_features(dataset, self._find_readable(dataset))
 
     def _read_features(self, dataset: Dataset, readable: np.ndarray) -> torch.Tensor:
@@ -439,9 +439,9 @@ def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...], proce
     if isinstance(dataset, dict):
         return {name: label_inputs(part, input_column, labels, processor) for name, part in dataset.items()}
     ids = read_labels(dataset, find_label_column(dataset), labels)
-    dataset, _ = join_columns(dataset, input_column)
-    _check_inputs(dataset, column := find_input_column(dataset, input_column), processor)
-    return dataset.select_columns([column]).add_column("labels", ids)
+    dataset = with_input(dataset, input_column)
+    _check_inputs(dataset, input_column, processor)
+    return dataset.select_columns([input_column]).add_column("labels", ids)
 
 
 def _check_inputs(dataset: Dataset, column: str, processor: InputProcessor) -> None:

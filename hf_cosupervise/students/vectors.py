@@ -55,11 +55,12 @@ class VectorClassifierConfig(PretrainedConfig):
         feature_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        sizes = [num_features, *hidden_sizes] if isinstance(hidden_sizes, list | tuple) else [hidden_sizes]
-        if wrong := [size for size in sizes if isinstance(size, bool) or not isinstance(size, int) or size < 1]:
+        is_list = isinstance(hidden_sizes, list | tuple)
+        sizes: list[Any] = [num_features, *(hidden_sizes if is_list else ())]
+        if not is_list or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
             raise ValueError(
-                f"`num_features` and `hidden_sizes` must be whole numbers of at least 1, got {wrong[0]!r}. Give a "
-                "list of sizes, empty for a linear classifier."
+                "`num_features` and `hidden_sizes` must be a whole number of at least 1 and a list of such, empty for "
+                f"a linear classifier, got {num_features!r} and {hidden_sizes!r}. Correct them."
             )
         if feature_names is not None and len(feature_names) != num_features:
             raise ValueError(
