@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Value, concatenate_datasets
 
 from .columns import find_input_column, has_input, is_vector_column, shorten
 
@@ -51,8 +51,7 @@ def join_columns(dataset: Dataset, column: str | None) -> tuple[Dataset, str | N
     name = ", ".join(parts)
     if name in dataset.column_names:  # written with other spaces this time
         return dataset, name
-    numbers: Any = np.stack([_read_numbers(dataset, part) for part in parts], axis=1) if len(dataset) else []
-    return dataset.add_column(name, list(numbers), feature=List(Value("float64"), length=len(parts))), name
+    return _add_vectors(dataset, name, np.stack([_read_numbers(dataset, part) for part in parts], axis=1)), name
 
 
 def with_input(dataset: Dataset, column: str) -> Dataset:
@@ -70,8 +69,9 @@ def _read_numbers(dataset: Dataset, name: str) -> np.ndarray:
         row, cell = next(
             ((row, cell) for row, cell in enumerate(cells.to_pylist()) if not _is_number(cell)), (0, None)
         )
+        kind = str(cells.type).removeprefix("large_")
         raise TypeError(
-            f"Columns that are read as one vector must hold numbers, got {cells.type} in '{name}', such as "
+            f"Columns that are read as one vector must hold numbers, got {kind} in '{name}', such as "
             f"{str(cell)[:40]!r} in row {row}. Correct its cells (an empty one is a missing number), or leave it out. "
             "Of several texts make one first: `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`."
         )
@@ -104,11 +104,14 @@ def vector_inputs(vectors: Any, inputs: Dataset | None = None) -> Dataset | None
             f"`inputs` beside `vectors` must hold as many rows, {len(array)}, and no column '{VECTOR_COLUMN}', got "
             f"{len(inputs)} rows of {inputs.column_names}. Select the same examples, or give one of the two."
         )
-    feature = List(Value("float64" if array.dtype.itemsize > 4 else "float32"), length=array.shape[1])
-    columns = {VECTOR_COLUMN: array.astype(feature.feature.dtype)}
-    if inputs is None:
-        return Dataset.from_dict(columns, features=Features({VECTOR_COLUMN: feature}))
-    return inputs.add_column(VECTOR_COLUMN, list(columns[VECTOR_COLUMN]), feature=feature)
+    return _add_vectors(inputs, VECTOR_COLUMN, array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32))
+
+
+def _add_vectors(dataset: Dataset | None, name: str, array: np.ndarray) -> Dataset:
+    """Put an array into a column beside those of some data: as Arrow, without a list of each row."""
+    cells = pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+    column = Dataset(pa.table({name: cells}))
+    return column if dataset is None else concatenate_datasets([dataset, column], axis=1)
 
 
 # ── a column of vectors ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -22,7 +22,7 @@ from ..models.source import ModelSource, explained
 logger = logging.getLogger(__name__)
 
 # What is asked for by a word in place of an id: the sizes of its hidden layers.
-VECTOR_STUDENTS: Mapping[str, tuple[int, ...]] = {"linear": (), "mlp": (256,)}
+VECTOR_STUDENTS: Mapping[str, tuple[int, ...]] = {"linear": (), "mlp": (64,)}
 SKLEARN_FILE = "model.skops"
 # A spread below this is rounding, or one whose square float32 cannot hold: the number tells nothing.
 _LEAST_SPREAD = 1e-18

@@ -88,7 +88,6 @@ def probabilities(trainer: CoSupervisedTrainer, vectors: Any = VECTORS) -> np.nd
 KINDS = {
     "linear": ("linear", {}),
     "ridge": ("linear", {"head_solver": "ridge"}),
-    "by the standard loop": ("linear", {"student_training": "full", "num_train_epochs": 8}),
     "mlp": ("mlp", {"student_training": "full", "num_train_epochs": 8, "learning_rate": 0.003}),
 }
 # Torch and scikit-learn alone; a name of this package is an error.
