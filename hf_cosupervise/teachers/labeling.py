@@ -293,7 +293,9 @@ def _check_columns(
         )
     is_needed = input_column is not None or None in read.values()
     if is_needed or "id" not in dataset.column_names:
-        input_column = find_input_column(dataset, input_column)
+        # Answers may be lists of numbers too, and are nobody's input unless it is said.
+        found_in = dataset if input_column else dataset.remove_columns([*{*answers} & {*dataset.column_names}])
+        input_column = find_input_column(found_in, input_column)
         check_depth(dataset, input_column)
     return Columns(input_column, oracle_column, oracle_domain_column)
 

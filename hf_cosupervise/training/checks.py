@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,9 @@ def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: in
         )
 
 
-def match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | None) -> Dataset:
+def match_inputs(
+    pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | Sequence[str] | None
+) -> Dataset:
     """Give the inputs alone, in the order of the pool; a label column stays behind."""
     dataset = pool.inputs if train_dataset is None else train_dataset
     if (

@@ -70,8 +70,8 @@ class CoSupervisedTrainer(Trainer):
             The student's; loaded with it where that is an id.
         pool (`PseudolabelPool`):
             What the teachers say.
-        input_column (`str`, *optional*):
-            The column that the student reads. Found by itself where only one can be meant.
+        input_column (`str` or `list[str]`, *optional*):
+            The column that the student reads, or those of numbers. Found by itself where only one can be meant.
         peft_config (`peft.LoraConfig`, *optional*):
             Adapters for `student_training="lora"`, instead of the `lora_…` fields.
         loss_func (`Callable`, *optional*):
@@ -105,7 +105,7 @@ class CoSupervisedTrainer(Trainer):
         processing_class: Any = None,
         *,
         pool: PseudolabelPool,
-        input_column: str | None = None,
+        input_column: str | list[str] | None = None,
         peft_config: LoraConfig | None = None,
         loss_func: LossFunction | None = None,
         assign_func: AssignFunction | None = None,

@@ -245,6 +245,15 @@ def test_one_column_feeds_teachers_and_student(tmp_path):
     assert np.flatnonzero(trainer.predict_labels(pool.inputs) < 0).tolist() == [3, 5]
 
 
+def test_answers_are_nobodys_input(tmp_path):
+    data = Dataset.from_dict({"numbers": VECTORS, "told": SAID["first"]})
+    hierarchy = TeacherHierarchy(LABELS, [Teacher("told", kind="column")])
+    pool = build_pool(data, hierarchy, disable_tqdm=True)
+    assert pool.input_column == "numbers" and "told" not in pool.inputs.column_names
+    with pytest.raises(ValueError, match=r"or the only one of vectors, got none among \[\]"):
+        build_pool(data.remove_columns("numbers"), hierarchy, disable_tqdm=True)
+
+
 def test_committee_resume_neighbours_and_account(tmp_path):
     pool = vector_pool().with_aggregate("mean_probs")
     trainer = make_trainer("linear", tmp_path / "run", pool, method="committee", learning_rate=1e-3)
