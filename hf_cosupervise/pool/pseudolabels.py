@@ -353,9 +353,10 @@ class PseudolabelPool(TeacherPool):
         check_kind(hierarchy, TeacherHierarchy, "hierarchy")
         check_kind(predictions, Mapping, "predictions")
         inputs = vector_inputs(vectors, inputs)
-        if ids is None:
-            has_ids = inputs is not None and "id" in inputs.column_names
-            ids = list(inputs["id"]) if has_ids else range(len(next(iter(predictions.values()), ())))
+        if ids is None and inputs is not None and "id" in inputs.column_names:
+            ids = list(inputs["id"])
+        elif ids is None:
+            ids = range(len(next(iter(predictions.values()), ())))
         k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
         check_id_values(ids)
         if inputs is not None and len(inputs) != len(ids):
