@@ -876,7 +876,8 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("an input column that is not there", ValueError, lambda _: find_input_column(inputs(), "image"),
      "`input_column` must be one of ['id', 'text'], got 'image'."),
     ("no column that can be meant", ValueError, lambda _: find_input_column(Dataset.from_dict({"x": [1]})),
-     "The column that models read must be an image column or one … among ['x']. Name it with `input_column`."),
+     "The column that models read must be an image column or one … among ['x']. Name it, or several of numbers, with "
+     "`input_column`."),
     ("data without labels", ValueError, lambda _: find_label_column(inputs()),
      "An evaluation set needs labels in a column ['label', … 'text']. Rename the column that holds them."),
     ("a label column that is not there", ValueError, lambda _: read_labels(inputs(), "label", LABELS),

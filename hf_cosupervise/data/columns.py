@@ -37,7 +37,8 @@ def find_input_column(dataset: Any, input_column: str | None = None) -> str:
     if len(candidates) != 1:
         raise ValueError(
             f"The column that models read must be an image column or one of {list(INPUT_NAMES)}, or the only one of "
-            f"vectors, got {candidates or 'none'} among {columns}. Name it with `input_column`."
+            f"vectors, got {candidates or 'none'} among {columns}. Name it, or several of numbers, with "
+            "`input_column`."
         )
     return candidates[0]
 

@@ -397,7 +397,9 @@ def test_what_is_read_of_data_with_images_and_vectors(tiny_vit, tmp_path):
             input_column="numbers",
         )
     two = Dataset.from_dict({"a": VECTORS.tolist(), "b": VECTORS.tolist()})
-    with pytest.raises(ValueError, match=r"got \['a', 'b'\] among .* Name it with `input_column`"):
+    with pytest.raises(
+        ValueError, match=r"got \['a', 'b'\] among .* Name it, or several of numbers, with `input_column`"
+    ):
         make_trainer("linear", tmp_path, vector_pool(inputs=two))
 
 
