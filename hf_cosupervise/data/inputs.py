@@ -64,6 +64,15 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
         raise RowError(f"An image must be one that PIL can make {mode!r}, got {error}. Convert it first.") from error
 
 
+def check_text(cell: Any) -> None:
+    """Refuse what no tokenizer reads."""
+    if not isinstance(cell, str):
+        raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+    # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
+    if not is_writable_text(cell.replace("\0", "")):
+        raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+
+
 def check_depth(dataset: Dataset, column: str) -> None:
     """Refuse a column that makes 8 bits of 16 when it is read: `datasets` cuts off what is above 255."""
     feature = dataset.features[column]
@@ -120,28 +129,25 @@ class InputProcessor:
         """`str`: What it reads, `"vector"`, `"text"` or `"image"`."""
         return "vector" if self.num_features is not None else "text" if self.is_text else "image"
 
-    def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Process cells."""
+    def __call__(self, cells: Sequence[Any], second: str | None = None) -> dict[str, torch.Tensor]:
+        """Process cells; texts as pairs with a second text, where there is one."""
         if self.num_features is not None:
             return {VECTOR_INPUT: torch.from_numpy(stack_vectors(cells, self.num_features))}
         if self.is_text:
-            batch = self._tokenize(cells)
+            batch = self._tokenize(cells, second)
         else:
             batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
         # Whatever else a processor gives would reach the model's `forward` as an argument that it does not know.
         return {name: batch[name] for name in self.input_names if name in batch}
 
-    def _tokenize(self, cells: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+    def _tokenize(self, cells: Sequence[Any], second: str | None) -> Mapping[str, torch.Tensor]:
         for cell in cells:
-            if not isinstance(cell, str):
-                raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
-            # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
-            if not is_writable_text(cell.replace("\0", "")):
-                raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+            check_text(cell)
         batch = self.processing_class(
             list(cells),
+            None if second is None else [second] * len(cells),
             padding=True,
-            truncation=True,
+            truncation=True if second is None else "only_first",
             max_length=self.max_length,
             return_tensors="pt",
             return_attention_mask=True,
@@ -170,7 +176,7 @@ class InputProcessor:
         encoded = self.processing_class(list(texts), truncation=True, max_length=self.max_length)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    def probe(self) -> dict[str, torch.Tensor]:
+    def probe(self, second: str | None = None) -> dict[str, torch.Tensor]:
         """Process two examples that every model of this kind can read: what fails here is no row's fault."""
         if self.num_features is not None:
             cells: list[Any] = [np.zeros(self.num_features)] * 2
@@ -179,7 +185,7 @@ class InputProcessor:
         else:
             cells = [(text := self._find_text()), f"{text} {text}"]
         try:
-            return self(cells)
+            return self(cells, second)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             kind = "texts" if self.is_text else "images"
             raise ValueError(
