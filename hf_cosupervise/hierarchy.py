@@ -147,11 +147,12 @@ class Teacher:
                 "out to have it found."
             )
         # `True` is an integer to Python, and would be level 1.
-        if isinstance(self.level, bool) or not isinstance(self.level, int) or self.level < 0:
+        if isinstance(self.level, bool) or not isinstance(self.level, numbers.Integral) or self.level < 0:
             raise ValueError(
                 f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}. Correct "
                 "it."
             )
+        object.__setattr__(self, "level", int(self.level))  # one of numpy is none to JSON
         # A commit of digits alone is a number to YAML, and loses its leading zeros: it must not be turned back into
         # text.
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):

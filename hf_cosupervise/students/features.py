@@ -23,8 +23,9 @@ from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.columns import cell_digests, has_input, is_text_column
+from ..data.columns import cell_digests, has_input, is_text_column, is_vector_column
 from ..data.inputs import InputProcessor
+from ..data.vectors import vector_digests
 from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors
 
@@ -359,7 +360,8 @@ class FeatureStore:
 
 def _row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = None) -> np.ndarray:
     """Key of each row: of its content, and of the whole column where a cell is no content but a number for it."""
-    digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+    find_digests = vector_digests if is_vector_column(dataset, column) else cell_digests
+    digests = np.array(find_digests(dataset, column), dtype=_KEY_DTYPE)
     feature = dataset.features[column]
     if _may_be_names(dataset, column) and feature.dtype not in ("string", "large_string"):
         kind = f"{type(feature).__name__} {feature.dtype} "

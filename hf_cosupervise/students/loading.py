@@ -25,6 +25,7 @@ from ..models.classifier import (
 )
 from ..models.source import ModelSource, building, find_model, whole_weights
 from .head import head_parameters, reset_head
+from .vectors import VECTOR_STUDENTS, VectorClassifier, read_vector_config
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,8 @@ def load_student(
     Args:
         model (`str` or `os.PathLike`):
             Hub id or folder of a transformers or timm image model, of a transformers text model, or of an adapter of
-            peft for one, which is merged. safetensors only, and no code from the Hub is run.
+            peft for one, which is merged, or of a [`VectorClassifier`]. safetensors only, and no code from the Hub
+            is run.
         labels (`Sequence[str]`):
             The task's label names.
         revision (`str`, *optional*):
@@ -46,7 +48,7 @@ def load_student(
             Seed of the fresh head.
 
     Returns:
-        `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer.
+        `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer, None for one of vectors.
 
     Raises:
         OSError: If the model is not there, or the Hub refuses it or cannot be reached.
@@ -65,6 +67,11 @@ def load_pinned_student(
     training: str = "probe",
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Do what [`load_student`] does, and tell what was loaded."""
+    if model in VECTOR_STUDENTS:
+        raise ValueError(
+            f"A student {model!r} is made for its data, got none. Use `VectorClassifier.for_data(dataset, column, "
+            "labels)`, or give the name to `CoSupervisedTrainer`."
+        )
     source = find_model(str(model), what="The student", revision=revision)
     origin: dict[str, Any] = {}
     if not source.is_local:
@@ -73,7 +80,8 @@ def load_pinned_student(
         student, processor, base = _load_adapted_student(source, labels, seed)
         return student, processor, origin | base
     config = _task_config(source, labels)
-    auto_class = _auto_class(config.model_type, source.repo)
+    is_vector = config.model_type == VectorClassifier.config_class.model_type
+    auto_class = VectorClassifier if is_vector else _auto_class(config.model_type, source.repo)
     folder = source.fetch()
     # Forked, because loading must not move the random numbers that the user's own code draws.
     with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source), building(source):
@@ -87,7 +95,8 @@ def load_pinned_student(
             output_loading_info=True,
         )
         reset_head(student)  # always, or a head that happens to fit would stay as it was
-    processor = load_processor(source, folder, auto_class is AutoModelForSequenceClassification)
+    is_text = auto_class is AutoModelForSequenceClassification
+    processor = None if is_vector else load_processor(source, folder, is_text)
     if auto_class is AutoModelForImageClassification:
         InputProcessor(processor, student.config, source.what).probe()
     _check_backbone(student, loading, source.repo, training)
@@ -99,7 +108,8 @@ def load_pinned_student(
 
 def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
     """The model's configuration with the labels of the task."""
-    config = read_config(source)
+    is_vector = source.config.get("model_type") == VectorClassifier.config_class.model_type
+    config: Any = read_vector_config(source) if is_vector else read_config(source)
     # The number first: setting it makes names of its own, which the task's then replace.
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))

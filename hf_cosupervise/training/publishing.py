@@ -12,18 +12,23 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 
+from ..data.vectors import VECTOR_MODEL
 from ..files import explain_full_disk, without_nan
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
 from ..students.publishing import export_student, push_student
+from ..students.vectors import VectorClassifier
 from .config import CoSupervisedConfig
 from .head_fitter import RIDGE_ALPHA
 from .history import LevelHistory
 from .members import MEMBERS
 from .plan_rules import level_assignment
 from .run_folder import versions
+
+# What loads a student, by its type; any other is one of transformers.
+_LIBRARIES = {"timm_wrapper": "timm", VECTOR_MODEL: "pytorch"}
 
 
 def name_functions(**functions: Any) -> dict[str, str]:
@@ -84,15 +89,16 @@ def student_facts(
     functions: Mapping[str, str],
     hub_model_id: str | None,
     model: Any,
-    is_text: bool,
+    modality: str,
 ) -> dict[str, Any]:
     """Gather what is known of a trained student for its card; folders of this machine are nobody's business."""
     return made_of(history.run, pool) | {
         "name": str(hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1],
         "hub_model_id": hub_model_id or args.hub_model_id,
         "hub_branch": args.hub_revision,
-        "modality": "text" if is_text else "image",
-        "library_name": "timm" if model.config.model_type == "timm_wrapper" else "transformers",
+        "modality": modality,
+        "vectors": model.card_facts() if isinstance(model, VectorClassifier) else None,
+        "library_name": _LIBRARIES.get(model.config.model_type, "transformers"),
         "has_adapter": isinstance(model, PeftModel),
         "student_training": args.student_training,
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],

@@ -56,7 +56,7 @@ class CoSupervisedTrainer(Trainer):
 
     Args:
         model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
-            The student: a Hub id or folder, which gets a fresh head, or a model whose head fits the pool's labels.
+            The student: a Hub id or folder, which gets a fresh head, `"linear"` or `"mlp"` for vectors, or a model.
             A model is trained in place, in float32, as by the parent: another run of it goes on from there.
         args (`CoSupervisedConfig`, *optional*):
             What to do. Defaults write to `trainer_output`.
@@ -70,8 +70,8 @@ class CoSupervisedTrainer(Trainer):
             The student's; loaded with it where that is an id.
         pool (`PseudolabelPool`):
             What the teachers say.
-        input_column (`str`, *optional*):
-            The column that the student reads. Found by itself where only one can be meant.
+        input_column (`str` or `list[str]`, *optional*):
+            The column that the student reads, or those of numbers. Found by itself where only one can be meant.
         peft_config (`peft.LoraConfig`, *optional*):
             Adapters for `student_training="lora"`, instead of the `lora_…` fields.
         loss_func (`Callable`, *optional*):
@@ -105,7 +105,7 @@ class CoSupervisedTrainer(Trainer):
         processing_class: Any = None,
         *,
         pool: PseudolabelPool,
-        input_column: str | None = None,
+        input_column: str | list[str] | None = None,
         peft_config: LoraConfig | None = None,
         loss_func: LossFunction | None = None,
         assign_func: AssignFunction | None = None,
@@ -120,7 +120,7 @@ class CoSupervisedTrainer(Trainer):
         self._given = None if train_dataset is None else inputs  # in the order of the pool
         (self.input_column,) = inputs.column_names
         examples = inputs.add_column(ROW, np.arange(len(pool)))  # by which a shuffled batch finds its pseudolabels
-        model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
+        model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config, inputs)
         self.processor = InputProcessor(processing_class, model.config)
         check_student(args, model, self.processor, inputs, origin, has_own_metrics="compute_metrics" in kwargs)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
@@ -492,7 +492,7 @@ class CoSupervisedTrainer(Trainer):
     def card_facts(self) -> dict[str, Any]:
         """Give what is known of the student for its card."""
         known = self.args, self.pool, self.history, self._functions, self.hub_model_id, self.model
-        return student_facts(*known, self.processor.is_text)
+        return student_facts(*known, self.processor.modality)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a model card of what is known and what is given, see [`publishing.make_card`]."""
