@@ -24,6 +24,7 @@ from .history import LevelHistory
 from .members import MEMBERS
 from .plan_rules import level_assignment
 from .run_folder import versions
+from .self_training import NUM_ADDED
 
 
 def name_functions(**functions: Any) -> dict[str, str]:
@@ -96,7 +97,10 @@ def student_facts(
         "has_adapter": isinstance(model, PeftModel),
         "student_training": args.student_training,
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
-        "hyperparameters": args.changed_arguments() | _found_alphas(args, history) | dict(functions),
+        "hyperparameters": args.changed_arguments()
+        | _found_alphas(args, history)
+        | _told_stop(history)
+        | dict(functions),
     }
 
 
@@ -112,11 +116,20 @@ def _found_alphas(args: CoSupervisedConfig, history: LevelHistory) -> dict[str, 
     return {"ridge_alpha": f"auto: {', '.join(map(str, found))}"} if found and args.ridge_alpha == "auto" else {}
 
 
+def _told_stop(history: LevelHistory) -> dict[str, str]:
+    """Tell how often self-training was done, and why not more often."""
+    told = history.run.get("self_training")
+    return {} if told is None else {"self_training_rounds": f"{told['num_rounds']} ({told['stopped']})"}
+
+
 def _level_facts(
     args: CoSupervisedConfig, pool: PseudolabelPool, record: Mapping[str, Any], functions: Mapping[str, str]
 ) -> dict[str, Any]:
     level, keys = record["level"], {name: f"assignment/{name}" for name in pool.source_names}
-    method = level_assignment(args, level, pool.hierarchy)
+    if level == pool.hierarchy.num_levels:
+        method = f"self-training, {record[NUM_ADDED]:.0f} examples added"
+    else:
+        method = level_assignment(args, level, pool.hierarchy)
     return {
         "level": level,
         "assignment": functions.get("assign_func", method) if level else method,  # the root has nothing to assign by
