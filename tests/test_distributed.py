@@ -171,6 +171,7 @@ def test_two_processes_make_the_committee_of_one(tmp_path, tiny_vit, tiny_image_
         {"assignment": "agreement", "agreement_neighbors": 3},
         {"student_training": "lora", "assignment": "agreement", "rejection": ["top_k", "student_entropy"]},
         {"cross_fit_folds": 2, "assignment": "random"},
+        {"self_training_rounds": 2, "rejection_rule": "agreement_set", "rejection_k": 1},
     ],
     ids=str,
 )

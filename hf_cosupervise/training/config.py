@@ -253,7 +253,7 @@ class CoSupervisedConfig(TrainingArguments):
     self_training_rounds: Annotated[int, _NOT_FOR_CEILING] = field(
         default=0,
         metadata={
-            "help": "How often, after the last level, the student is trained on labels of its own as well, of examples "
+            "help": "How often, after the last level, the student is trained on own labels as well, of examples "
             "that no teacher answered or that were rejected; at most, and 0: not at all. 5 is a good value."
         },
     )

@@ -118,8 +118,11 @@ def _found_alphas(args: CoSupervisedConfig, history: LevelHistory) -> dict[str, 
 
 def _told_stop(history: LevelHistory) -> dict[str, str]:
     """Tell how often self-training was done, and why not more often."""
-    told = history.run.get("self_training")
-    return {} if told is None else {"self_training_rounds": f"{told['num_rounds']} ({told['stopped']})"}
+    told = history.run.get("self_training", {})
+    if "stopped" in told:
+        return {"self_training_rounds": f"{told['num_rounds']} ({told['stopped']})"}
+    members = [f"{name}: {own['num_rounds']} ({own['stopped']})" for name, own in told.items()]
+    return {"self_training_rounds": "; ".join(members)} if members else {}
 
 
 def _level_facts(

@@ -243,6 +243,8 @@ class TrainingRun:
         """Take the story, the records and what was trained of a finished run as part of this one."""
         self.story = member.story
         self._outputs += member._outputs
+        if (told := member.history.run.get("self_training")) is not None:
+            self.history.run.setdefault("self_training", {})[name] = told
         self.history.records += [{"member": name, **record} for record in member.history.records]
         self.processes.on_first(self._write_history)
 
@@ -316,7 +318,7 @@ class TrainingRun:
         """Read a finished level."""
         number = self.num_rounds(level) - 1
         if level == self.num_levels:  # it may have stopped before
-            number = len(self.history.records) - self.stages().index((level, 0)) - 1
+            number = sum(record["level"] == level for record in self.history.records) - 1
         stage = self.folder.load_stage(self.stage_dir(level, number))
         if stage is None:
             raise FileNotFoundError(f"No student of level {level} in '{self.path}'. Call `train()` first.")

@@ -36,6 +36,7 @@ class SelfTraining:
 
     def why_stop(self, round: int) -> str | None:
         """Tell why a round should not be trained, if it should not; gives what [`plan`] gives next."""
+        self._planned.clear()  # of a run that was cut off in between
         plan = self.plan(round)
         if not plan.metrics[NUM_LEFT_OUT]:
             return "no example was rejected or without an answer"

@@ -278,7 +278,7 @@ class CoSupervisedTrainer(Trainer):
         self.accelerator.dataloader_config.data_seed = self.args.data_seed + 1000 * number
         if self.args.max_steps <= 0:  # fewer examples, more epochs: about as many steps at every level
             scaled = num_train_epochs / plan.keep_rate  # rounded down as in the paper's code, but never to none
-            self.args.num_train_epochs = math.floor(scaled) if scaled >= 1 else scaled
+            self.args.num_train_epochs = math.floor(scaled) if scaled >= max(num_train_epochs, 1) else scaled
         # Steps are counted anew at each level: in one folder its checkpoints would take the names of another's.
         self.args.output_dir = str(self.run.stage_dir(plan.level, plan.round))
         self.callback_handler.in_level = True
