@@ -129,10 +129,10 @@ def _level_facts(
     args: CoSupervisedConfig, pool: PseudolabelPool, record: Mapping[str, Any], functions: Mapping[str, str]
 ) -> dict[str, Any]:
     level, keys = record["level"], {name: f"assignment/{name}" for name in pool.source_names}
-    if level == pool.hierarchy.num_levels:
-        method = f"self-training, {record[NUM_ADDED]:.0f} examples added"
-    else:
-        method = level_assignment(args, level, pool.hierarchy)
+    if level == pool.hierarchy.num_levels:  # no share of the pseudolabels: it is trained on more than those
+        told = f"self-training, {record[NUM_ADDED]:.0f} examples added"
+        return {"level": level, "assignment": told, "num_kept": record["consistency/num_kept"]}
+    method = level_assignment(args, level, pool.hierarchy)
     return {
         "level": level,
         "assignment": functions.get("assign_func", method) if level else method,  # the root has nothing to assign by
