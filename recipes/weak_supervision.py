@@ -7,7 +7,9 @@ The file has an input column such as `text`, and a column of votes per labelling
 with `lf_`: label names or ids; nothing, NaN or -1 is no vote. For `--student linear` the input is a vector: numbers in
 several columns (`--input_column age,income`), or in a Parquet file a column of lists. With labels in another file
 (`--validation`), the label model with most right labels on its covered rows is at the root of the co-supervised
-student; without, `--label_model`. Accuracy on `--test` is printed where it is given, and read for nothing else.
+student; without, `--label_model`. Accuracy on `--test` is printed where it is given, and read for nothing else. With
+`--self_training_rounds 5` a further co-supervised student labels itself, after its last level, the rows that no
+function labelled, and those rejected.
 """
 
 from __future__ import annotations
@@ -98,9 +100,12 @@ def fit_label_models(pool: PseudolabelPool, valid: PseudolabelPool | None) -> di
     return found
 
 
-def train_student(args: VoteArguments, config: CoSupervisedConfig, pool: PseudolabelPool, name: str) -> torch.Tensor:
+def train_student(
+    args: VoteArguments, config: CoSupervisedConfig, pool: PseudolabelPool, name: str, self_training_rounds: int = 0
+) -> torch.Tensor:
     """Train one student, and give its log-probabilities on the test file `(num_rows, num_labels)`."""
     own = copy.copy(config)
+    own.self_training_rounds = self_training_rounds
     own.output_dir, own.assignment = str(Path(config.output_dir, name)), ["agreement"]  # votes have no scope
     trainer = CoSupervisedTrainer(args.student, own, pool=pool)
     trainer.train()
@@ -131,6 +136,9 @@ def main() -> None:
         predictions[f"student of {name}"] = train_student(args, config, with_root.with_hierarchy(root), name)
     co_supervised = pool.with_aggregate(models[chosen][0])
     predictions[f"co-supervised from {chosen}"] = train_student(args, config, co_supervised, "co-supervised")
+    if rounds := config.self_training_rounds:
+        name = f"co-supervised from {chosen}, self-trained"
+        predictions[name] = train_student(args, config, co_supervised, "self-trained", rounds)
     predictions["committee of all"] = torch.stack([standardize(each) for each in predictions.values()]).mean(dim=0)
     if test is None or test.oracle_labels is None:
         return

@@ -286,7 +286,8 @@ class Student:
                 f"{num_lost} of {len(is_readable)} examples are answered but hold nothing that the student can read: "
                 "no input, or a text without a token. They are left out."
             )
-        return is_readable & self._answered
+        # What nobody answered is read too where the student is to label it itself.
+        return is_readable & (self._answered | bool(getattr(self.args, "self_training_rounds", 0)))
 
     def _find_readable(self, dataset: Dataset) -> np.ndarray:
         # Known already, and its warning is given once.

@@ -21,10 +21,11 @@ from ..students.student import check_answers
 from .config import CoSupervisedConfig
 from .inherited import check_together
 from .plan_rules import level_assignment
+from .self_training import check_self_training
 
 
 def check_first(
-    args: Any, given: Mapping[str, Any], pool: PseudolabelPool, has_own_assignment: bool
+    args: Any, given: Mapping[str, Any], pool: PseudolabelPool, assign_func: Any = None, keep_func: Any = None
 ) -> CoSupervisedConfig:
     """Refuse what no student could be trained with, and see that there is a place to write to."""
     args = CoSupervisedConfig() if args is None else args
@@ -37,7 +38,8 @@ def check_first(
         )
     if given.get("model_init") is not None:
         raise ValueError("`model_init` cannot be given: each level begins with a fresh head. Give a model or its id.")
-    check_levels(pool, args, has_own_assignment)
+    check_levels(pool, args, has_own_assignment=assign_func is not None)
+    check_self_training(args, pool, keep_func)
     return args
 
 
@@ -85,7 +87,7 @@ def refuse_search(*_: Any, **__: Any) -> Any:
 
 def check_arguments(
     args: CoSupervisedConfig,
-    num_examples: int,
+    pool: PseudolabelPool,
     head: Any,
     reason: str | None,
     functions: Mapping[str, Any],
@@ -101,10 +103,9 @@ def check_arguments(
             raise ValueError(
                 f"`{name}` needs a linear head on a frozen backbone, got another kind of student. Set it to 0."
             )
-        if getattr(args, name) >= num_examples:
+        if getattr(args, name) >= len(pool):
             raise ValueError(
-                f"`{name}` must be below the {num_examples} examples of the pool, got {getattr(args, name)}. "
-                "Use fewer."
+                f"`{name}` must be below the {len(pool)} examples of the pool, got {getattr(args, name)}. Use fewer."
             )
     if wrong := [name for name, function in functions.items() if function is not None and not callable(function)]:
         raise TypeError(f"`{wrong[0]}` must be a function, got {type(functions[wrong[0]]).__name__}.")

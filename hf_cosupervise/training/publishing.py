@@ -26,6 +26,7 @@ from .history import LevelHistory
 from .members import MEMBERS
 from .plan_rules import level_assignment
 from .run_folder import versions
+from .self_training import NUM_ADDED
 
 # What loads a student, by its type; any other is one of transformers.
 _LIBRARIES = {"timm_wrapper": "timm", VECTOR_MODEL: "pytorch"}
@@ -102,7 +103,10 @@ def student_facts(
         "has_adapter": isinstance(model, PeftModel),
         "student_training": args.student_training,
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
-        "hyperparameters": args.changed_arguments() | _found_alphas(args, history) | dict(functions),
+        "hyperparameters": args.changed_arguments()
+        | _found_alphas(args, history)
+        | _told_stop(history)
+        | dict(functions),
     }
 
 
@@ -118,10 +122,22 @@ def _found_alphas(args: CoSupervisedConfig, history: LevelHistory) -> dict[str, 
     return {"ridge_alpha": f"auto: {', '.join(map(str, found))}"} if found and args.ridge_alpha == "auto" else {}
 
 
+def _told_stop(history: LevelHistory) -> dict[str, str]:
+    """Tell how often self-training was done, and why not more often."""
+    told = history.run.get("self_training", {})
+    if "stopped" in told:
+        return {"self_training_rounds": f"{told['num_rounds']} ({told['stopped']})"}
+    members = [f"{name}: {own['num_rounds']} ({own['stopped']})" for name, own in told.items()]
+    return {"self_training_rounds": "; ".join(members)} if members else {}
+
+
 def _level_facts(
     args: CoSupervisedConfig, pool: PseudolabelPool, record: Mapping[str, Any], functions: Mapping[str, str]
 ) -> dict[str, Any]:
     level, keys = record["level"], {name: f"assignment/{name}" for name in pool.source_names}
+    if level == pool.hierarchy.num_levels:  # no share of the pseudolabels: it is trained on more than those
+        told = f"self-training, {record[NUM_ADDED]:.0f} examples added"
+        return {"level": level, "assignment": told, "num_kept": record["consistency/num_kept"]}
     method = level_assignment(args, level, pool.hierarchy)
     return {
         "level": level,

@@ -98,6 +98,8 @@ def test_the_recipe_prints_all_label_models_and_their_students(tiny_bert, tmp_pa
         "0.05",
         "--num_train_epochs",
         "20",
+        "--self_training_rounds",
+        "2",
         cwd=tmp_path,
     )
     assert "300 rows, " in found and "lf_0   bad  " in found
@@ -107,9 +109,11 @@ def test_the_recipe_prints_all_label_models_and_their_students(tiny_bert, tmp_pa
     students = {
         name: float(cells[0]) for name, cells in rows.items() if name.startswith(("student", "co-", "committee"))
     }
-    assert len(students) == len(models) + 2 and min(students.values()) > 70
+    assert len(students) == len(models) + 3 and min(students.values()) > 70
     best = max(models, key=lambda name: float(rows[name][2]))
     assert f"co-supervised from {best}" in students and (tmp_path / "out" / "co-supervised").is_dir()
+    story = json.loads((tmp_path / "out" / "self-trained" / "_run" / "history.json").read_text())
+    assert f"co-supervised from {best}, self-trained" in students and story["run"]["self_training"]["num_rounds"] > 0
 
 
 @pytest.mark.skipif(find_spec("crowdkit") is None or find_spec("cleanlab") is None, reason="needs the crowd extra")
