@@ -23,14 +23,20 @@ from ..models.classifier import (
     read_config,
     reads_text,
 )
-from ..models.source import ModelSource, building, find_model, whole_weights
-from .head import head_parameters, reset_head
+from ..models.source import ModelSource, building, explained, find_model, whole_weights
+from .head import FRESH, head_parameters, reset_head
+from .pooling import POOLINGS, choose_pooling
 
 logger = logging.getLogger(__name__)
 
 
 def load_student(
-    model: str | os.PathLike[str], labels: Sequence[str], *, revision: str | None = None, seed: int = 42
+    model: str | os.PathLike[str],
+    labels: Sequence[str],
+    *,
+    revision: str | None = None,
+    seed: int = 42,
+    pooling: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a pre-trained backbone with a fresh classification head for the task.
 
@@ -44,15 +50,19 @@ def load_student(
             Branch, tag or commit on the Hub.
         seed (`int`, *optional*, defaults to 42):
             Seed of the fresh head.
+        pooling (`str`, *optional*):
+            Of a text model, what a linear head reads: "mean" (over the tokens), "cls" (the first) or "last". By
+            default the head that its architecture has, which on BERT is a trained pooler of the first token.
 
     Returns:
         `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer.
 
     Raises:
         OSError: If the model is not there, or the Hub refuses it or cannot be reached.
-        ValueError: If the model is neither an image nor a text model, or its backbone would be partly random.
+        ValueError: If the model is neither an image nor a text model, its backbone would be partly random, or it
+            cannot have that pooling.
     """
-    student, processor, _ = load_pinned_student(model, labels, revision=revision, seed=seed)
+    student, processor, _ = load_pinned_student(model, labels, revision=revision, seed=seed, pooling=pooling)
     return student, processor
 
 
@@ -63,17 +73,31 @@ def load_pinned_student(
     revision: str | None = None,
     seed: int = 42,
     training: str = "probe",
+    pooling: str | None = None,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Do what [`load_student`] does, and tell what was loaded."""
+    if pooling not in (None, *POOLINGS):
+        raise ValueError(
+            f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}. Leave it out for the head of the architecture."
+        )
     source = find_model(str(model), what="The student", revision=revision)
     origin: dict[str, Any] = {}
     if not source.is_local:
         origin = {"model": source.repo, "revision": source.revision, "commit": source.commit}
     if source.is_adapter:
-        student, processor, base = _load_adapted_student(source, labels, seed)
+        student, processor, base = _load_adapted_student(source, labels, seed, pooling)
         return student, processor, origin | base
     config = _task_config(source, labels)
-    auto_class = _auto_class(config.model_type, source.repo)
+    auto_class = _auto_class(config, source.repo)
+    is_text = auto_class is AutoModelForSequenceClassification
+    if pooling is not None:
+        if not is_text:
+            raise ValueError(
+                f"`pooling` is for students that read texts, got {pooling!r} for the image model '{source.repo}'. Leave "
+                "it out."
+            )
+        with explained(source, "configuration"):
+            auto_class = choose_pooling(config, pooling, source.what)
     folder = source.fetch()
     with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source), building(source):
         torch.manual_seed(seed)
@@ -86,8 +110,8 @@ def load_pinned_student(
             output_loading_info=True,
         )
         reset_head(student)  # always, or a head that happens to fit would stay as it was
-    processor = load_processor(source, folder, auto_class is AutoModelForSequenceClassification)
-    if auto_class is AutoModelForImageClassification:
+    processor = load_processor(source, folder, is_text)
+    if not is_text:
         InputProcessor(processor, student.config, source.what).probe()
     _check_backbone(student, loading, source.repo, training)
     check_no_layer_left(source, student, loading["unexpected_keys"])
@@ -98,6 +122,11 @@ def load_pinned_student(
 
 def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
     """The model's configuration with the labels of the task."""
+    if source.config.get("quantization_config"):
+        raise ValueError(
+            f"A student must have weights that can learn, got quantised ones in '{source.place}'. Use the checkpoint "
+            "that they were made of."
+        )
     config = read_config(source)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
@@ -108,12 +137,14 @@ def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
 
 
 def _load_adapted_student(
-    source: ModelSource, labels: Sequence[str], seed: int
+    source: ModelSource, labels: Sequence[str], seed: int, pooling: str | None
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Load the base of an adapter with a fresh head, and give its backbone what the adapter has learnt."""
     adapted, processor_folder = load_adapted(source, random_head=True)
     base: Any = source.base
-    student, processor, origin = load_pinned_student(base.repo, labels, revision=base.commit, seed=seed)
+    student, processor, origin = load_pinned_student(
+        base.repo, labels, revision=base.commit, seed=seed, pooling=pooling
+    )
     head = {name for name, _ in head_parameters(student)}
     student.load_state_dict({k: v for k, v in adapted.state_dict().items() if k not in head}, strict=False)
     if processor_folder == source.folder:
@@ -122,13 +153,16 @@ def _load_adapted_student(
     return student, processor, {f"base_{name}": value for name, value in origin.items() if name != "revision"}
 
 
-def _auto_class(model_type: str, path: str) -> Any:
-    """The class of a student by its type, that of images where a type has both."""
-    if model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or model_type == "timm_wrapper":
+def _auto_class(config: Any, path: str) -> Any:
+    """The class of a student by its type, and by what a checkpoint was trained for where a type has both."""
+    kind, was_for_texts = config.model_type, any("Sequence" in name for name in config.architectures or [])
+    is_text = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    is_image = kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or kind == "timm_wrapper"
+    if is_image and not (is_text and was_for_texts):
         return AutoModelForImageClassification
-    if model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+    if is_text:
         return AutoModelForSequenceClassification
-    raise ValueError(f"A student must be an image or text classification model, got '{model_type}' at '{path}'.")
+    raise ValueError(f"A student must be an image or text classification model, got '{kind}' at '{path}'.")
 
 
 def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str, training: str) -> None:
@@ -141,15 +175,20 @@ def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str
     random = sorted(name for name in lost if name not in head and not _belongs_to_head(name, head))
     # What masked language models are trained without, and their classifiers read.
     is_pooler = all(".pooler." in name for name in random)
-    if not random or is_pooler and training == "full":
-        return
-    advice = "Use a checkpoint of this architecture."
-    if is_pooler:
-        advice = "Train its pooler by `student_training` 'full', or use a checkpoint that has one."
-    raise ValueError(
-        f"Every weight of the student's backbone must be in the checkpoint, '{path}' lacks {random[:5]} "
-        f"({len(random)} in all). {advice}"
-    )
+    if random and is_pooler and training != "probe":
+        # Beside adapters it is trained whole, as the head is.
+        setattr(student, FRESH, sorted({name.rsplit(".", 1)[0] for name in random}))
+    elif random:
+        advice = "Use a checkpoint of this architecture."
+        if is_pooler:
+            advice = (
+                "Let the head read the tokens by `pooling='mean'`, or train the pooler by `student_training` 'lora' or "
+                "'full'."
+            )
+        raise ValueError(
+            f"Every weight of the student's backbone must be in the checkpoint, '{path}' lacks {random[:5]} "
+            f"({len(random)} in all). {advice}"
+        )
 
 
 def _belongs_to_head(name: str, head: set[str]) -> bool:

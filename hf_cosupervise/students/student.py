@@ -28,6 +28,7 @@ from ..processes import Processes, row_chunks
 from .features import FeatureStore
 from .head import head_gives_logits, linear_head, prepare_student
 from .loading import load_pinned_student
+from .pooling import has_pooling
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +45,14 @@ def open_student(
     if isinstance(model, (str, os.PathLike)):
         revision, training = args.student_revision, args.student_training
         model, loaded, origin = load_pinned_student(
-            model, labels, revision=revision, seed=args.seed, training=training
+            model, labels, revision=revision, seed=args.seed, training=training, pooling=args.pooling
         )
         processing_class = loaded if processing_class is None else processing_class
+    elif args.pooling is not None and not has_pooling(model, args.pooling):
+        raise ValueError(
+            f"`pooling` is for a student that is named, got {args.pooling!r} beside a {type(model).__name__}. Load it "
+            f"with `load_student(model, pool.labels, pooling={args.pooling!r})`."
+        )
     _check_weights(model)
     check_student(model, labels)
     if processing_class is None:

@@ -17,6 +17,7 @@ from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
+from ..students.pooling import exported_pooling
 from ..students.publishing import export_student, push_student
 from .config import CoSupervisedConfig
 from .head_fitter import RIDGE_ALPHA
@@ -93,7 +94,7 @@ def student_facts(
         "hub_branch": args.hub_revision,
         "modality": "text" if is_text else "image",
         "library_name": "timm" if model.config.model_type == "timm_wrapper" else "transformers",
-        "has_adapter": isinstance(model, PeftModel),
+        "has_adapter": isinstance(model, PeftModel) and not hasattr(model, "pooling"),
         "student_training": args.student_training,
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
         "hyperparameters": args.changed_arguments() | _found_alphas(args, history) | dict(functions),
@@ -154,7 +155,7 @@ def make_card(
         "dataset_name": next(iter(_as_list(dataset)), None),
         "dataset_split": next(iter(_as_list(dataset_args)), None),
     }
-    facts = facts | given
+    facts = facts | given | {"token_pooling": exported_pooling(folder)}
     facts["datasets"] = list(dict.fromkeys([*facts["datasets"], *_as_list(dataset_tags)]))
     facts["name"] = model_name or facts["name"]
     facts["base_model"] = finetuned_from or facts["base_model"]
