@@ -20,9 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
 
+# Of some types there are several, such as those of Perceiver.
 _CLASSIFIERS = {
-    *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
-    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    name
+    for names in (
+        *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    )
+    for name in ((names,) if isinstance(names, str) else names)
 }
 # Where a loaded student keeps the names of layers that start at random beside its head.
 FRESH = "_fresh_modules"
@@ -47,8 +52,8 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     sized = _sized_by_labels(model) if type(model).__name__ in _CLASSIFIERS else set()
     if not sized:
         raise ValueError(
-            "A student must be a model with a backbone and a classification head, got a "
-            f"{type(model).__name__} without a layer that is as large as its number of labels, beside `{prefix}`. Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
+            f"A student must be a model with a backbone and a classification head, got {type(model).__name__}. "
+            "Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
         )
     return [(name, parameter) for name, parameter in model.named_parameters() if name in sized]
 

@@ -78,7 +78,7 @@ def load_pinned_student(
     """Do what [`load_student`] does, and tell what was loaded."""
     if pooling not in (None, *POOLINGS):
         raise ValueError(
-            f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}. Leave it out for the head of the architecture."
+            f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}. Leave it out for the model's own way."
         )
     source = find_model(str(model), what="The student", revision=revision)
     origin: dict[str, Any] = {}
@@ -93,26 +93,28 @@ def load_pinned_student(
     if pooling is not None:
         if not is_text:
             raise ValueError(
-                f"`pooling` is for students that read texts, got {pooling!r} for the image model '{source.repo}'. Leave "
-                "it out."
+                f"`pooling` is for students that read texts, got {pooling!r} for the image model '{source.repo}'. "
+                "Leave it out."
             )
         with explained(source, "configuration"):
             auto_class = choose_pooling(config, pooling, source.what)
     folder = source.fetch()
-    with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source), building(source):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student, loading = auto_class.from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # the head's, which had other labels; `_check_backbone` looks at the rest
-            output_loading_info=True,
-        )
+        with quiet_loading(), whole_weights(source), building(source):
+            student, loading = auto_class.from_pretrained(
+                folder,
+                config=config,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # the head's, which had other labels; the rest is looked at below
+                output_loading_info=True,
+            )
         reset_head(student)  # always, or a head that happens to fit would stay as it was
     processor = load_processor(source, folder, is_text)
+    reader = InputProcessor(processor, student.config, source.what)  # which tells the model what texts are padded with
     if not is_text:
-        InputProcessor(processor, student.config, source.what).probe()
+        reader.probe()
     _check_backbone(student, loading, source.repo, training)
     check_no_layer_left(source, student, loading["unexpected_keys"])
     source.name_after(student)
@@ -182,8 +184,8 @@ def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str
         advice = "Use a checkpoint of this architecture."
         if is_pooler:
             advice = (
-                "Let the head read the tokens by `pooling='mean'`, or train the pooler by `student_training` 'lora' or "
-                "'full'."
+                "Let the head read the tokens by `pooling` 'mean', or train the pooler by `student_training` 'lora' "
+                "or 'full'."
             )
         raise ValueError(
             f"Every weight of the student's backbone must be in the checkpoint, '{path}' lacks {random[:5]} "

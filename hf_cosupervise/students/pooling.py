@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -108,7 +108,7 @@ def choose_pooling(config: Any, pooling: str, what: str) -> Any:
 
 
 def exported_pooling(folder: str | os.PathLike[str]) -> str | None:
-    """What has to be done to the answers of an exported student, if it could be exported as a classifier of tokens only."""
+    """How the answers of an exported student are to be pooled, if it could only be written as one of tokens."""
     path = Path(folder, "config.json")
     config = read_json(path) if path.is_file() else {}
     is_of_tokens = any("ForTokenClassification" in str(name) for name in config.get("architectures") or [])
@@ -151,7 +151,11 @@ _PARTS = {
         "last_norm": "output_layer_norm",
     },
 }
-_HEADS = (("{base}.pooler.dense", "classifier"), ("classifier.dense", "classifier.out_proj"), ("pre_classifier", "classifier"))
+_HEADS = (
+    ("{base}.pooler.dense", "classifier"),
+    ("classifier.dense", "classifier.out_proj"),
+    ("pre_classifier", "classifier"),
+)
 
 
 def as_ordinary(model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
@@ -177,7 +181,7 @@ def as_ordinary(model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
 
 
 def _rebuild(model: Any, has_rectifier: bool) -> Any:
-    """The ordinary classifier of a backbone's type, made to answer as a student with a pooling; `None` if it cannot."""
+    """The ordinary classifier of a backbone's type, made to answer as a student with a pooling does, if it can."""
     plain_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
     backbone = getattr(model, model.base_model_prefix)
     place = next((place for place in _PARTS if _get(backbone, place) is not None), None)
@@ -191,7 +195,9 @@ def _rebuild(model: Any, has_rectifier: bool) -> Any:
         plain = plain_class(config).eval()
     own = model.get_submodule(model.head_name)
     heads = [(_get(plain, first.format(base=plain.base_model_prefix)), _get(plain, last)) for first, last in _HEADS]
-    first, last = next(((a, b) for a, b in heads if isinstance(a, nn.Linear) and isinstance(b, nn.Linear)), (None, None))
+    first, last = next(
+        ((a, b) for a, b in heads if isinstance(a, nn.Linear) and isinstance(b, nn.Linear)), (None, None)
+    )
     if first is None or last is None or first.weight.shape[0] != first.weight.shape[1]:
         return None
     target = getattr(plain, plain.base_model_prefix)

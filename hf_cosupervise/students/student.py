@@ -24,6 +24,7 @@ from ..data.columns import LABEL_NAMES, find_input_column, find_label_column, re
 from ..data.inputs import InputProcessor, check_depth
 from ..method.linear_head import linear_logits
 from ..method.metrics import accuracy
+from ..models.source import first_line
 from ..processes import Processes, row_chunks
 from .features import FeatureStore
 from .head import head_gives_logits, linear_head, prepare_student
@@ -108,8 +109,8 @@ def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> Non
             logits = getattr(model(**inputs), "logits", None)
         found = "an answer without `logits`" if logits is None else f"logits of shape {tuple(logits.shape)}"
         shape = None if logits is None else tuple(logits.shape)
-    except (TypeError, ValueError) as error:
-        found, shape = f"{type(error).__name__}: {str(error).rstrip('.')}", None
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        found, shape = f"{type(error).__name__}: {first_line(error)}", None
     finally:
         model.train(was_training)
     wanted = (2, num_labels)
