@@ -115,6 +115,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "mobilevitv2": {"image_size": 128},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320},
     "regnet": {"groups_width": 16},
+    "bit": {"num_groups": 8},
+    "cvt": {"depth": [1, 2, 2]},
     "hgnet_v2": {
         "stem_channels": [3, 8, 12],
         "stage_in_channels": [12, 32, 64, 64],
@@ -128,9 +130,19 @@ _OWN: dict[str, dict[str, Any]] = {
         ("axk1", "deepseek_v2", "deepseek_v3", "mistral4"),
         {
             **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8, "q_lora_rank": 16},
-            **{"kv_lora_rank": 16, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+            **{
+                "kv_lora_rank": 16,
+                "n_group": 1,
+                "topk_group": 1,
+                "num_experts_per_tok": 2,
+                "first_k_dense_replace": 1,
+            },
         },
     ),
+    "perceiver": {
+        **{"num_latents": 4, "d_latents": 16, "d_model": 16, "num_self_attends_per_block": 1, "num_blocks": 1},
+        **{"num_self_attention_heads": 2, "num_cross_attention_heads": 2},
+    },
     "esm": {"vocab_size": 64, "mask_token_id": 4},
     "longformer": {"attention_window": 8},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "input_size": 32, "visual_embed": False},
@@ -139,6 +151,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 8, "moe_topk": 1, "num_experts": 1}),
+    **dict.fromkeys(("ministral", "nemotron"), {"head_dim": 8}),
     "imagegpt": {"vocab_size": 65, "n_positions": 64},
 }
 # Lists of these are a quarter of what they are, or one layer a stage.
@@ -152,8 +165,17 @@ TIMM_NAMES = (
     *("mnasnet_small", "mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "mobileone_s0"),
     *("mobilevit_xxs", "mobilevitv2_050", "poolformerv2_s12", "pvt_v2_b0", "regnetx_002", "repghostnet_050"),
     *("repvit_m0_9", "resnet10t", "resnetv2_18", "rexnet_100", "selecsls42", "seresnet18", "shvit_s1", "skresnet18"),
-    *("starnet_s050", "tiny_vit_5m_224", "tinynet_e", "visformer_tiny", "vit_tiny_patch16_224", "xcit_nano_12_p16_224"),
+    *(
+        "starnet_s050",
+        "tiny_vit_5m_224",
+        "tinynet_e",
+        "visformer_tiny",
+        "vit_tiny_patch16_224",
+        "xcit_nano_12_p16_224",
+    ),
 )
+# Decoders whose configurations take no other than a number.
+_WITH_PAD = ("modernbert-decoder",)
 _OF_PARTS = ("text_config", "vision_config", "audio_config")
 
 
@@ -225,7 +247,8 @@ def save_text_model(model_type: str, folder: Path) -> None:
     is_decoder = (
         model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     )
-    if is_decoder and not config.is_encoder_decoder:
+    is_decoder = is_decoder and not config.is_encoder_decoder and model_type not in _WITH_PAD
+    if is_decoder:
         for part in (config, config.get_text_config()):
             part.pad_token_id = None
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)

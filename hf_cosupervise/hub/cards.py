@@ -271,7 +271,7 @@ def _pooled_usage(facts: Mapping[str, Any], place: str) -> str:
     lines = [
         "from transformers import AutoModelForTokenClassification, AutoTokenizer",
         "",
-        f"# Its head reads {facts['token_pooling']!r} of the tokens, as no classifier of texts of this architecture does.",
+        f"# Its head reads {facts['token_pooling']!r} of the tokens, as no classifier of texts of its kind does.",
         f"tokenizer = AutoTokenizer.from_pretrained({at})",
         f"model = AutoModelForTokenClassification.from_pretrained({at}).eval()",
         'inputs = tokenizer(["A text to classify."], padding=True, truncation=True, return_tensors="pt")',

@@ -137,8 +137,8 @@ def prepare_student(
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
         for _, layer in _adapted(adapted):
-            # MobileNet asks its convolutions for their stride, which peft keeps in the layer that it wraps.
-            for name in {"stride", "dilation"} & {*vars(layer.get_base_layer())}:
+            # MobileNet asks its convolutions for these, which peft keeps in the layer that it wraps.
+            for name in {"stride", "dilation", "kernel_size"} & {*vars(layer.get_base_layer())}:
                 setattr(layer, name, getattr(layer.get_base_layer(), name))
         try:
             _check_adapted(adapted)

@@ -118,10 +118,10 @@ def exported_pooling(folder: str | os.PathLike[str]) -> str | None:
 # ── the same as an ordinary classifier ──────────────────────────────────────────────────────────────────────────────
 #
 # No post-norm encoder of transformers has a classifier that reads the mean, and yet one can say it. Attention without
-# queries and keys is even over all tokens that are not padding: their mean. A further layer of that kind would be right
-# but for its residual and for its norms, and a norm is linear as far as its input is small beside the square root of
-# its epsilon: so what goes in is made so small, and what comes out as large as it was. A pooler with a `tanh` is an
-# identity in the same way, and one with a rectifier where all is shifted above 0.
+# queries and keys is even over all tokens that are not padding: it is their mean. One more layer like that would be
+# right but for its residual and its norms, and a norm is linear where its input is small beside the square root of its
+# epsilon. So what goes in is made as small as that, and what comes out as large as it was. In the same way a pooler
+# with a `tanh` is an identity, and one with a rectifier where all is shifted above 0.
 
 _SMALL, _MUCH = 1e-4, 1e8
 # Types the attention of which goes over the whole text, with layers as below.

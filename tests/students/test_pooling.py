@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from test_trainer import LABELS, make_args, make_pool
 from transformers import (
     AutoModelForSequenceClassification,
@@ -184,8 +183,8 @@ def test_an_exported_student_is_a_teacher_and_a_pipeline(backbone, tmp_path, tin
     answers = pipeline("text-classification", str(tmp_path / "out"))(texts, batch_size=2, top_k=None)
     found = torch.tensor([[{a["label"]: a["score"] for a in answer}[label] for label in LABELS] for answer in answers])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    hierarchy = TeacherHierarchy(LABELS, [Teacher("own", str(tmp_path / "out"))])
-    pool = build_pool(tiny_text_dataset.remove_columns("label").select(range(5)), hierarchy, tmp_path / "pool")
+    hierarchy = TeacherHierarchy(LABELS, [Teacher(str(tmp_path / "out"), name="own")])
+    pool = build_pool(tiny_text_dataset.remove_columns("label").select(range(5)), hierarchy)
     torch.testing.assert_close(torch.from_numpy(pool.decode("own")).float(), expected, atol=2e-3, rtol=0)
 
 
@@ -198,8 +197,8 @@ def test_what_cannot_have_a_pooling_is_told_so(backbone, tiny_vit, tiny_bert, tm
     with pytest.raises(ValueError) as error:
         load_student(backbone("modernbert"), LABELS, pooling="last")
     assert str(error.value) == (
-        "The student must have a `pooling` that its type 'modernbert' knows, one of ['mean', 'cls'], got 'last'. Choose "
-        "one of these."
+        "The student must have a `pooling` that its type 'modernbert' knows, one of ['mean', 'cls'], got 'last'. "
+        "Choose one of these."
     )
     with pytest.raises(ValueError, match="`pooling` must be one of .*, got 'max'"):
         load_student(tiny_bert, LABELS, pooling="max")
