@@ -63,7 +63,7 @@ from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelP
 KINDS, TRAININGS = ("image", "text", "timm"), ("probe", "lora", "full")
 WORKS, REFUSED, WRONG, NOT_MADE = "works", "refused", "wrong", "not made"
 LABELS = ("ant", "bee", "cat")
-_TOLERANCE, _SECONDS, _NUM_ROWS = 1e-5, 120, 8
+_TOLERANCE, _SECONDS, _NUM_ROWS = 1e-5, 600, 8
 _WORDS = ("the", "animal", "has", "six", "legs", "hums", "stings", "purrs", "often", "sleeps", "at", "night")
 _SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 
@@ -143,6 +143,8 @@ _OWN: dict[str, dict[str, Any]] = {
         **{"num_latents": 4, "d_latents": 16, "d_model": 16, "num_self_attends_per_block": 1, "num_blocks": 1},
         **{"num_self_attention_heads": 2, "num_cross_attention_heads": 2},
     },
+    "t5": {"decoder_start_token_id": 0},
+    "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [8, 8]},
     "esm": {"vocab_size": 64, "mask_token_id": 4},
     "longformer": {"attention_window": 8},
     "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "input_size": 32, "visual_embed": False},

@@ -247,6 +247,8 @@ def _usage(facts: Mapping[str, Any]) -> str:
     load = f"classifier = pipeline({_literal(task)}, model={_literal(repo_id or '.')}{_at_branch(facts)}){where}"
     if facts.get("token_pooling"):
         return _pooled_usage(facts, repo_id or ".")
+    if facts.get("needs_range"):
+        load = f"# In float32 or bfloat16: a mean over tokens is computed with numbers that float16 has not.\n{load}"
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]

@@ -107,12 +107,14 @@ def choose_pooling(config: Any, pooling: str, what: str) -> Any:
     return type(tokens.__name__, (_PooledForward, tokens), names)
 
 
-def exported_pooling(folder: str | os.PathLike[str]) -> str | None:
-    """How the answers of an exported student are to be pooled, if it could only be written as one of tokens."""
+def exported_pooling(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Tell what a user of an exported student must know: how to pool its answers, and whether float16 is too narrow."""
     path = Path(folder, "config.json")
     config = read_json(path) if path.is_file() else {}
-    is_of_tokens = any("ForTokenClassification" in str(name) for name in config.get("architectures") or [])
-    return config.get("classifier_pooling") if is_of_tokens else None
+    pooling = config.get("classifier_pooling")
+    if any("ForTokenClassification" in str(name) for name in config.get("architectures") or []):
+        return {"token_pooling": pooling}
+    return {"needs_range": pooling == "mean" and config.get("model_type") in _EVEN}
 
 
 # ── the same as an ordinary classifier ──────────────────────────────────────────────────────────────────────────────
@@ -189,7 +191,6 @@ def _rebuild(model: Any, has_rectifier: bool) -> Any:
     if plain_class is None or place is None or model.pooling == "last" or not is_known and (is_mean or has_rectifier):
         return None
     config = copy.deepcopy(model.config)
-    del config.classifier_pooling
     config.num_hidden_layers += int(is_mean)
     with torch.random.fork_rng(devices=[]):
         plain = plain_class(config).eval()

@@ -109,7 +109,7 @@ def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> Non
             logits = getattr(model(**inputs), "logits", None)
         found = "an answer without `logits`" if logits is None else f"logits of shape {tuple(logits.shape)}"
         shape = None if logits is None else tuple(logits.shape)
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         found, shape = f"{type(error).__name__}: {first_line(error)}", None
     finally:
         model.train(was_training)

@@ -155,7 +155,7 @@ def make_card(
         "dataset_name": next(iter(_as_list(dataset)), None),
         "dataset_split": next(iter(_as_list(dataset_args)), None),
     }
-    facts = facts | given | {"token_pooling": exported_pooling(folder)}
+    facts = facts | given | exported_pooling(folder)
     facts["datasets"] = list(dict.fromkeys([*facts["datasets"], *_as_list(dataset_tags)]))
     facts["name"] = model_name or facts["name"]
     facts["base_model"] = finetuned_from or facts["base_model"]

@@ -77,7 +77,7 @@ def answers(folder: Path, texts: list[str]) -> torch.Tensor:
     """What an exported student says, by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, padding=True, return_tensors="pt")
-    kind = exported_pooling(folder)
+    kind = exported_pooling(folder).get("token_pooling")
     auto_model = AutoModelForSequenceClassification if kind is None else AutoModelForTokenClassification
     with torch.no_grad():
         logits = auto_model.from_pretrained(folder).eval()(**batch).logits
@@ -109,11 +109,12 @@ def test_it_is_trained_and_exported_as_an_ordinary_model(
         expected = trainer.model.eval()(**trainer.processor(texts)).logits
     torch.testing.assert_close(answers(tmp_path / "out", texts), expected, atol=1e-5, rtol=1e-5)
     # No classifier of BERT's reads the last token.
-    assert exported_pooling(tmp_path / "out") == ("last" if pooling == "last" else None)
+    assert exported_pooling(tmp_path / "out").get("token_pooling") == ("last" if pooling == "last" else None)
     assert ("can read 'last' of the tokens" in caplog.text) == (pooling == "last")
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("AutoModelForTokenClassification" in card) == (pooling == "last")
+    assert ("In float32 or bfloat16" in card) == (pooling == "mean")
     assert not (tmp_path / "out" / "adapter").exists()
 
 
@@ -140,7 +141,7 @@ def test_each_architecture_as_ordinary_as_it_can_be(backbone, tmp_path, tiny_tex
     torch.manual_seed(1)
     torch.nn.init.normal_(list(student.parameters())[-1])
     export_student(student, tmp_path / "out", tokenizer)
-    assert exported_pooling(tmp_path / "out") == exported
+    assert exported_pooling(tmp_path / "out").get("token_pooling") == exported
     texts = tiny_text_dataset[:6]["text"]
     with torch.no_grad():
         expected = student.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
