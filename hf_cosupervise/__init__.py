@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 _EXPORTS = {
+    "functions": ["labeling_function"],
     "hierarchy": ["Teacher", "TeacherHierarchy"],
     "teachers.hub": ["load_hierarchy", "push_hierarchy"],
     "pool.pseudolabels": ["PseudolabelPool"],
     "pool.votes": ["hierarchy_from_columns", "read_wrench"],
     "method.label_models": ["LABEL_MODELS", "load_label_model", "make_label_model"],
     "pool.derived": ["aggregated_pool", "boosted_pool", "calibrated_pool", "smoothed_pool"],
+    "teachers.kinds.prototypes": ["prototype_teacher"],
     "teachers.labeling": ["build_pool"],
     "training.collator": ["DataCollatorForCoSupervision"],
     "training.config": ["CoSupervisedConfig"],
@@ -37,17 +39,20 @@ __all__ = [
     "build_pool",
     "calibrated_pool",
     "hierarchy_from_columns",
+    "labeling_function",
     "load_hierarchy",
     "load_label_model",
     "load_student",
     "make_label_model",
     "performance_gap_recovered",
+    "prototype_teacher",
     "push_hierarchy",
     "read_wrench",
     "smoothed_pool",
 ]
 
 if TYPE_CHECKING:
+    from .functions import labeling_function
     from .hierarchy import Teacher, TeacherHierarchy
     from .method.label_models import LABEL_MODELS, load_label_model, make_label_model
     from .method.metrics import performance_gap_recovered
@@ -55,6 +60,7 @@ if TYPE_CHECKING:
     from .pool.pseudolabels import PseudolabelPool
     from .students.loading import load_student
     from .teachers.hub import load_hierarchy, push_hierarchy
+    from .teachers.kinds.prototypes import prototype_teacher
     from .teachers.labeling import build_pool
     from .training.collator import DataCollatorForCoSupervision
     from .training.config import CoSupervisedConfig

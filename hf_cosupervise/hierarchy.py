@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import numbers
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +17,23 @@ from typing import Any
 import torch
 
 from .files import load_json, write_text
+from .functions import name_function
 from .strict_yaml import dump_yaml, parse_yaml
 
-TEACHER_KINDS = ("auto", "transformers", "timm", "sklearn", "column")
+# What `model` names, for each kind. A kind is one entry here and one module of its name in `teachers/kinds/`; of
+# several that recognise some files, `"auto"` takes the first.
+TEACHER_KINDS = {
+    "auto": "files",
+    "zero_shot": "files",
+    "transformers": "files",
+    "timm": "files",
+    "sklearn": "files",
+    "prompted": "files",
+    "prototypes": "files",
+    "column": "column",
+    "function": "object",
+    "pipeline": "object",
+}
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # names become folders
 _TUPLE_FIELDS = ("scope", "domains", "trusted_types")
 # Half of a character, which no file can hold, and the end of a text for numpy and for file systems.
@@ -31,31 +46,47 @@ class Teacher:
 
     Args:
         model (`str` or `os.PathLike`):
-            Hub id, local folder or, for `kind="column"`, the name of the column that already holds the answers.
+            Hub id, local folder or, for `kind="column"`, the name of the column that already holds the answers. A
+            function of a row (see [`labeling_function`]) or a `transformers.Pipeline` that classifies does as well.
         level (`int`, *optional*, defaults to 0):
             Level in the hierarchy, 0 is the root.
         name (`str`, *optional*):
             Unique name in the hierarchy: up to 200 letters, digits, `.`, `_` and `-`. Defaults to the last part of
             `subfolder`, else of `model`.
         kind (`str`, *optional*, defaults to `"auto"`):
-            One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"column"`.
+            One of `"auto"` (found out from the files), `"transformers"`, `"timm"`, `"sklearn"`, `"zero_shot"`,
+            `"prompted"`, `"prototypes"`, `"column"`, `"function"`, `"pipeline"`.
         revision (`str`, *optional*):
-            Branch, tag or commit on the Hub.
+            Branch, tag or commit on the Hub; of a function, its version or a digest of its source, found out.
         scope (`Sequence[str]`, *optional*):
             Labels of the task it was trained for. `None` means all of them.
         domains (`Sequence[str]`, *optional*):
             Values of the metadata column it was trained for, for assignment by `metadata`.
-        label_map (`Mapping[str, str]`, *optional*):
-            From the teacher's label names to the task's, where the names differ.
+        label_map (`Mapping[str, str | Sequence[str] | None]`, *optional*):
+            From the teacher's label names to the task's, where the names differ. `None` leaves a label out, and a list
+            shares its probability evenly among several: `{"not_spam": ["ham", "news"]}`.
+        max_outside_mass (`float`, *optional*):
+            Allows labels that the task does not have, as of a teacher of 1,000 labels for a task of 10: a row on which
+            they have more probability than this, from 0 to 1, has no answer. Without it they are an error, unless
+            `label_map` leaves them out, whatever they have. What the task's labels have is scaled to the sum of all.
         trusted_types (`Sequence[str]`, *optional*):
             Types in a scikit-learn file that skops does not trust by itself and that you do.
         subfolder (`str`, *optional*):
             Folder in the repository or folder `model` that holds the files, such as `"low"` or `"level-1/cats"`.
+        label_texts (`Mapping[str, str | Sequence[str]]`, *optional*):
+            What a label is called in words, or several ways to say it, for kinds that read texts of labels. Defaults
+            to the names of the labels.
+        options (`Mapping[str, Any]`, *optional*):
+            Settings of the kind, as JSON values.
+        function (`Callable`, *optional*):
+            What is called, set where `model` is a function or a pipeline. It is in no file, no pickle, and nobody
+            compares it: the teacher is the same where name and `revision` are.
 
     Raises:
-        ValueError: If the name, the kind, the level, the scope, the domains or the folder in it are not usable.
-        TypeError: If `scope`, `domains` or `trusted_types` is no list of names, `label_map` is no mapping of them, or
-            `revision` is no text.
+        ValueError: If the name, the kind, the level, the scope, the domains, the labels of a label map,
+            `max_outside_mass`, the texts of labels, the options or the folder in it are not usable.
+        TypeError: If `scope`, `domains` or `trusted_types` is no list of names, `label_map`, `label_texts` or
+            `options` is no mapping, or `revision` is no text.
 
     Examples:
         >>> Teacher("org/cats-and-dogs", level=1, scope=["cat", "dog"]).name
@@ -69,11 +100,17 @@ class Teacher:
     revision: str | None = None
     scope: tuple[str, ...] | None = None
     domains: tuple[str, ...] | None = None
-    label_map: Mapping[str, str] | None = field(default=None, hash=False)
+    label_map: Mapping[str, str | tuple[str, ...] | None] | None = field(default=None, hash=False)
     trusted_types: tuple[str, ...] = ()
     subfolder: str | None = None
+    max_outside_mass: float | None = None
+    label_texts: Mapping[str, tuple[str, ...]] | None = field(default=None, hash=False)
+    options: Mapping[str, Any] | None = field(default=None, hash=False)
+    function: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if callable(self.model):
+            self._take_function(self.model)
         if isinstance(self.model, os.PathLike):
             # A frozen dataclass can be completed in no other way. With slashes, since this is written to files that
             # others read.
@@ -129,9 +166,49 @@ class Teacher:
             )
         if self.label_map is not None:
             what = f"`label_map` of teacher '{self.name}'"
-            pairs = zip(_as_names(self.label_map, what), _as_names(self.label_map.values(), what))
+            pairs = zip(_as_names(self.label_map, what), [_as_targets(to, what) for to in self.label_map.values()])
             # A read-only copy: a frozen record that holds a dictionary is not frozen.
             object.__setattr__(self, "label_map", MappingProxyType(dict(pairs)))
+        if self.max_outside_mass is not None:
+            limit = self.max_outside_mass
+            if isinstance(limit, bool) or not isinstance(limit, numbers.Real) or not 0 <= limit <= 1:
+                raise ValueError(
+                    f"`max_outside_mass` of teacher '{self.name}' must be a number from 0 to 1, got {limit!r}. Write "
+                    "0.5 to have no answer where labels outside the task are the more probable ones."
+                )
+            object.__setattr__(self, "max_outside_mass", float(limit))
+        if self.label_texts is not None:
+            object.__setattr__(self, "label_texts", _freeze_texts(self.label_texts, self.name))
+        if not isinstance(self.options, Mapping | None):
+            raise TypeError(
+                f"`options` of teacher '{self.name}' must be a mapping of settings of its kind, got "
+                f"{type(self.options).__name__}. Write `name: value` for each."
+            )
+        if self.options is not None:
+            object.__setattr__(self, "options", _freeze(self.options, f"`options` of teacher '{self.name}'"))
+
+    def _take_function(self, function: Callable[..., Any]) -> None:
+        """Take what is called apart into a name and a version, by which it is known wherever it cannot be."""
+        # Told by what it has, since this module imports no large library.
+        if hasattr(function, "task") and hasattr(function, "preprocess"):
+            # Of a path the last name: where a folder lies on this machine concerns nobody.
+            path = str(getattr(getattr(function, "model", None), "name_or_path", "") or function.task)
+            known = {"function": function, "model": Path(path).name, "kind": "pipeline", "revision": None}
+        else:
+            named = name_function(function)
+            known = {"function": named, "model": named.name, "kind": "function", "revision": named.version}
+        for key, value in known.items():
+            object.__setattr__(self, key, value)
+
+    @property
+    def has_files(self) -> bool:
+        """`bool`: Whether it is a model in a folder or on the Hub, not answers in a column or an object."""
+        return TEACHER_KINDS[self.kind] == "files"
+
+    @property
+    def leaves_labels_out(self) -> bool:
+        """`bool`: Whether some of its own labels may be none of the task's."""
+        return self.max_outside_mass is not None or None in (self.label_map or {}).values()
 
     def _as_names(self, key: str) -> tuple[str, ...] | None:
         value = getattr(self, key)
@@ -150,8 +227,15 @@ class Teacher:
         return names
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A mappingproxy cannot be pickled or copied, so the record travels as its plain fields.
+        # A mappingproxy cannot be pickled, so the record travels as its plain fields.
         return _teacher_from_dict, (self.to_dict(),)
+
+    def __copy__(self) -> Teacher:
+        # A frozen record is its own copy, and would lose its function by any other way.
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Teacher:
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON values: `model`, `level` and `name` always, the other fields where set."""
@@ -160,11 +244,8 @@ class Teacher:
             value = getattr(self, item.name)
             # Fields at their default are left out, so that files of today can be read by versions that lack a field,
             # and equal teachers are equal text.
-            if item.name in ("model", "level", "name") or value != item.default:
-                facts[item.name] = list(value) if isinstance(value, tuple) else value
-        if self.label_map is not None:
-            # JSON does not know a mappingproxy.
-            facts["label_map"] = dict(self.label_map)
+            if item.compare and (item.name in ("model", "level", "name") or value != item.default):
+                facts[item.name] = _thaw(value)
         return facts
 
 
@@ -196,6 +277,62 @@ def _as_names(values: Any, what: str) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
+def _as_targets(value: Any, what: str) -> str | tuple[str, ...] | None:
+    """Give what a label is mapped to: a label of the task, none, or several, each once."""
+    if value is None or not isinstance(value, list | tuple):
+        return None if value is None else _as_names([value], what)[0]
+    names = _as_names(value, what)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"{what} must lead to a label, to None, or to a list that names each of several labels once, got "
+            f"{list(value)}. Write None to leave a label out."
+        )
+    return names
+
+
+def _freeze(value: Any, what: str) -> Any:
+    """Give a JSON value that nobody can change, or say what is none."""
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"{what} must have texts as keys, got {wrong[0]!r} among them. Put it in quotes.")
+        return MappingProxyType({key: _freeze(item, what) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(_freeze(item, what) for item in value)
+    is_text = isinstance(value, str) and is_writable_text(value)
+    is_number = isinstance(value, bool | int) or isinstance(value, float) and math.isfinite(value)
+    if not is_text and not is_number and value is not None:
+        raise TypeError(
+            f"{what} must be plain values (texts, finite numbers, true, false, null, lists and mappings of them), got "
+            f"{value!r} of type {type(value).__name__}. Write it as such."
+        )
+    return value
+
+
+def _thaw(value: Any) -> Any:
+    """Give a frozen value as plain lists and dictionaries, which JSON knows."""
+    if isinstance(value, Mapping):
+        return {key: _thaw(item) for key, item in value.items()}
+    return [_thaw(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _freeze_texts(label_texts: Any, name: str) -> Mapping[str, tuple[str, ...]]:
+    """Give the texts of each label, none of them twice: equal texts cannot tell two labels apart."""
+    what = f"`label_texts` of teacher '{name}'"
+    if not isinstance(label_texts, Mapping):
+        raise TypeError(
+            f"{what} must give each label its text or texts, got {type(label_texts).__name__}. Write `label: text`."
+        )
+    labels = _as_names(label_texts, what)
+    texts = [(text,) if isinstance(text, str) else _as_names(text, what) for text in label_texts.values()]
+    frozen = dict(zip(labels, texts, strict=True))
+    if empty := [label for label, some in frozen.items() if not some or not all(text.strip() for text in some)]:
+        raise ValueError(f"{what} must give each label a text, got an empty one for {empty[0]!r}. Write one.")
+    counts = Counter(" ".join(text.split()) for some in texts for text in some)
+    if repeated := sorted(text for text, count in counts.items() if count > 1):
+        raise ValueError(f"{what} must each be given once, got {repeated} more than once. Say it in other words.")
+    return MappingProxyType(frozen)
+
+
 def is_writable_text(text: str) -> bool:
     """Tell whether a text can be an id or a name: without NUL, and without halves of characters."""
     return _UNWRITABLE.search(text) is None
@@ -203,7 +340,7 @@ def is_writable_text(text: str) -> bool:
 
 def _teacher_from_dict(facts: Mapping[str, Any]) -> Teacher:
     # An unknown field may be a misspelt one: `scopes` in place of `scope` would make a generalist of a specialist.
-    known = {item.name for item in fields(Teacher)}
+    known = {item.name for item in fields(Teacher) if item.compare}
     if not isinstance(facts, Mapping):
         raise ValueError(f"A teacher must be a mapping of {sorted(known)}, got {facts!r}. Write `model: …`.")
     if unknown := sorted(map(str, set(facts) - known)):
@@ -224,7 +361,8 @@ class TeacherHierarchy:
         labels (`Sequence[str]`):
             The task's label names; the position of a name is its label id.
         teachers (`Sequence[Teacher]`):
-            At least one. They are sorted by level; within a level the given order stays.
+            At least one; of a function of a row the function itself will do. They are sorted by level; within a level
+            the given order stays.
 
     Raises:
         ValueError: If labels or names are repeated, a level has no teacher, or a scope or label map names a label
@@ -239,14 +377,17 @@ class TeacherHierarchy:
         [[False, True]]
     """
 
-    def __init__(self, labels: Sequence[str], teachers: Sequence[Teacher]) -> None:
+    def __init__(self, labels: Sequence[str], teachers: Sequence[Teacher | Callable[..., Any]]) -> None:
         # A single text as labels becomes its letters, as a list of letters would.
         self.labels = _as_names(list(labels) if isinstance(labels, str) else labels, "`labels` of a hierarchy")
-        if not isinstance(teachers, Sequence) or not all(isinstance(teacher, Teacher) for teacher in teachers):
+        if not isinstance(teachers, Sequence) or not all(
+            isinstance(item, Teacher) or callable(item) for item in teachers
+        ):
             raise TypeError(f"`teachers` of a hierarchy must be a list of `Teacher`, got {teachers!r}. Make them so.")
+        made = [teacher if isinstance(teacher, Teacher) else Teacher(teacher) for teacher in teachers]  # type: ignore[arg-type]
         # Python sorts stably: the order within a level, by which assignments and pools number teachers, stays as
         # given.
-        self.teachers = tuple(sorted(teachers, key=lambda teacher: teacher.level))
+        self.teachers = tuple(sorted(made, key=lambda teacher: teacher.level))
         # Names first, since the sentences of the other two speak of teachers by name.
         self._check_names()
         self._check_levels()
@@ -285,9 +426,15 @@ class TeacherHierarchy:
                     f"`scope` of teacher '{teacher.name}' must hold labels of the task, got unknown {unknown}. "
                     f"The task has {list(self.labels)}."
                 )
-            if unknown := sorted(set((teacher.label_map or {}).values()) - known):
+            led_to = [(to,) if isinstance(to, str) else to or () for to in (teacher.label_map or {}).values()]
+            if unknown := sorted({label for labels in led_to for label in labels} - known):
                 raise ValueError(
                     f"`label_map` of teacher '{teacher.name}' must lead to labels of the task, got unknown {unknown}. "
+                    f"The task has {list(self.labels)}."
+                )
+            if unknown := sorted(set(teacher.label_texts or ()) - known):
+                raise ValueError(
+                    f"`label_texts` of teacher '{teacher.name}' must be of labels of the task, got unknown {unknown}. "
                     f"The task has {list(self.labels)}."
                 )
 
@@ -438,4 +585,4 @@ def _is_json(path: Path) -> bool:
 def _resolve(teacher: Teacher, folder: Path) -> Teacher:
     # Only what exists beside the file is meant as a folder: `user/name` is an id wherever the file lies.
     beside = folder / teacher.model
-    return replace(teacher, model=str(beside)) if teacher.kind != "column" and beside.is_dir() else teacher
+    return replace(teacher, model=str(beside)) if teacher.has_files and beside.is_dir() else teacher

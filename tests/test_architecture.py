@@ -23,7 +23,7 @@ FLOORS = (
     ("method",),
     ("hub",),
     ("hierarchy",),
-    ("files", "processes", "strict_yaml"),
+    ("files", "functions", "processes", "strict_yaml"),
 )
 HEIGHT = {name: len(FLOORS) - number for number, names in enumerate(FLOORS) for name in names}
 HEAVY = {"datasets", "transformers", "accelerate"}

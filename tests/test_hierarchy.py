@@ -71,6 +71,10 @@ def test_defaults():
         "label_map": None,
         "trusted_types": (),
         "subfolder": None,
+        "max_outside_mass": None,
+        "label_texts": None,
+        "options": None,
+        "function": None,
     }
 
 

@@ -63,6 +63,15 @@ def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
         raise RowError(f"An image must be one that PIL can make {mode!r}, got {error}. Convert it first.") from error
 
 
+def check_text(cell: Any) -> None:
+    """Refuse what no tokenizer reads."""
+    if not isinstance(cell, str):
+        raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
+    # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
+    if not is_writable_text(cell.replace("\0", "")):
+        raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+
+
 def check_depth(dataset: Dataset, column: str) -> None:
     """Refuse a column that makes 8 bits of 16 when it is read: `datasets` cuts off what is above 255."""
     feature = dataset.features[column]
@@ -112,26 +121,23 @@ class InputProcessor:
         self.max_length = _max_length(processing_class, config) if self.is_text else None
         self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
 
-    def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
-        """Process cells."""
+    def __call__(self, cells: Sequence[Any], second: str | None = None) -> dict[str, torch.Tensor]:
+        """Process cells; texts as pairs with a second text, where there is one."""
         if self.is_text:
-            batch = self._tokenize(cells)
+            batch = self._tokenize(cells, second)
         else:
             batch = self.processing_class([to_pil(cell, self.mode) for cell in cells], return_tensors="pt")
         # Whatever else a processor gives would reach the model's `forward` as an argument that it does not know.
         return {name: batch[name] for name in self.input_names if name in batch}
 
-    def _tokenize(self, cells: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+    def _tokenize(self, cells: Sequence[Any], second: str | None) -> Mapping[str, torch.Tensor]:
         for cell in cells:
-            if not isinstance(cell, str):
-                raise RowError(f"A text must be a string, got {type(cell).__name__}. Convert it first.")
-            # A NUL is a character to tokenizers; half a character is an error in Rust that says nothing of the row.
-            if not is_writable_text(cell.replace("\0", "")):
-                raise RowError(f"A text must hold no halves of characters, got {cell!r}. Correct it.")
+            check_text(cell)
         batch = self.processing_class(
             list(cells),
+            None if second is None else [second] * len(cells),
             padding=True,
-            truncation=True,
+            truncation=True if second is None else "only_first",
             max_length=self.max_length,
             return_tensors="pt",
             return_attention_mask=True,
@@ -158,14 +164,14 @@ class InputProcessor:
         encoded = self.processing_class(list(texts), truncation=True, max_length=self.max_length)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    def probe(self) -> dict[str, torch.Tensor]:
+    def probe(self, second: str | None = None) -> dict[str, torch.Tensor]:
         """Process two examples that every model of this kind can read: what fails here is no row's fault."""
         if not self.is_text:
             cells: list[Any] = [PILImage.new(self.mode, (64, 64))] * 2
         else:
             cells = [(text := self._find_text()), f"{text} {text}"]
         try:
-            return self(cells)
+            return self(cells, second)
         except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
             kind = "texts" if self.is_text else "images"
             raise ValueError(

@@ -38,6 +38,7 @@ from .source import (
     first,
     first_line,
     no_larger_than_weights,
+    unknown_to_timm,
     whole_weights,
 )
 
@@ -77,10 +78,7 @@ def read_config(source: ModelSource) -> Any:
         import timm
 
         if not timm.is_model(name := str(source.config.get("architecture"))):
-            raise ValueError(
-                f"{source.what} must be a model that timm {timm.__version__} knows, got architecture {name!r}. "
-                "Update timm, or save the model again."
-            )
+            raise unknown_to_timm(source.what, timm.__version__, repr(name))
     return config
 
 
@@ -145,6 +143,24 @@ def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
         )
     source.name_after(processor)
     return processor
+
+
+def load_whole(source: ModelSource, auto_model: Any, config: Any, *, spare: str = "") -> Any:
+    """Load a whole model that was fetched, and see that all of its weights are there but those that begin so."""
+    with quiet_loading(), whole_weights(source), building(source):
+        model, info = auto_model.from_pretrained(
+            source.folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told of by their names below
+        )
+    check_no_layer_left(source, model, info["unexpected_keys"])
+    check_shapes(source, info["mismatched_keys"])
+    check_no_missing(source.what, [name for name in info["missing_keys"] if not spare or not name.startswith(spare)])
+    source.name_after(model)
+    return model
 
 
 def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any, Path]:

@@ -38,7 +38,7 @@ _MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.skops"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.skops")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
-_TIMM_PREFIXES = ("hf-hub:", "local-dir:")
+TIMM_PREFIXES = ("hf-hub:", "local-dir:")
 
 
 @dataclass(frozen=True)
@@ -232,31 +232,10 @@ def find_model(
     return ModelSource(what, repo, revision, commit, subfolder, folder, config or {}, adapter, base)
 
 
-def find_kind(source: ModelSource, model: str) -> str:
-    """Tell by its files which library reads a model."""
-    if source.is_adapter:
-        return "transformers"
-    if model.startswith(_TIMM_PREFIXES):
-        return "timm"
-    if "model_type" in source.config:
-        return "transformers"
-    if "architecture" in source.config:
-        return "timm"
-    has_skops = any(source.folder.glob("*.skops"))
-    # The tools of skops for the Hub write `sklearn`, ours `library_name`.
-    if has_skops or "sklearn" in (source.config.get("library_name"), *source.config):
-        return "sklearn"
-    raise ValueError(
-        f"The kind of {source.what[0].lower()}{source.what[1:]} must show in its files: a 'config.json' with "
-        "`model_type` (transformers) or `architecture` (timm), or a 'model.skops' (scikit-learn); got a 'config.json' "
-        f"with {sorted(source.config)}. Name it with `kind`."
-    )
-
-
 def _split_model(model: str, revision: str | None, what: str) -> tuple[str, str | None]:
     """Folder or id without a prefix of timm, and the revision that timm writes behind an id."""
     repo = model
-    for prefix in _TIMM_PREFIXES:
+    for prefix in TIMM_PREFIXES:
         repo = repo.removeprefix(prefix)
     # An `@` in a folder's name belongs to the name.
     if not model.startswith("hf-hub:") or "@" not in repo or is_folder(repo):
@@ -402,6 +381,14 @@ def explained(source: ModelSource, part: str) -> Iterator[None]:
             f"{source.what} must have a {part} that its library can build, got in '{source.place}': "
             f"{type(error).__name__}: {first_line(error)}. Correct its 'config.json', or save it again."
         ) from error
+
+
+def unknown_to_timm(what: str, version: str, found: str) -> ValueError:
+    """The error of an architecture that timm cannot make."""
+    return ValueError(
+        f"{what} must be a model that timm {version} knows, got architecture {found}. Update timm, or save the model "
+        "again."
+    )
 
 
 def first_line(error: BaseException | None) -> str:

@@ -273,7 +273,7 @@ class TeacherPool:
                     key: value
                     for key, value in self.facts.get(teacher.name, {}).items()
                     # Facts may hold anything that a teacher's maker noted, paths too: only these are fit for a card.
-                    if key in ("kind", "revision", "commit", "dropped_mass")
+                    if key in ("kind", "revision", "commit", "dropped_mass", "num_outside", "num_rescaled", "template")
                 },
             }
             for teacher in self.hierarchy.teachers
@@ -296,7 +296,7 @@ class TeacherPool:
     def published_model(self, teacher: Teacher) -> str | None:
         """Tell where others find a teacher: its Hub id or column, `None` where it is not known to be on the Hub."""
         # Only a commit proves that a teacher is on the Hub: an id that looks like one may be a folder of this machine.
-        is_known = teacher.kind == "column" or self.facts.get(teacher.name, {}).get("commit") is not None
+        is_known = not teacher.has_files or self.facts.get(teacher.name, {}).get("commit") is not None
         return teacher.model if is_known else None
 
     def _published_hierarchy(self) -> dict[str, Any]:

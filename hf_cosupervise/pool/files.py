@@ -33,6 +33,7 @@ _NEEDED = {"num_examples": int, "has_inputs": bool, "hierarchy": dict, "facts": 
 _OPTIONAL = {"files": dict, "source": dict, "ids_digest": str, "card": dict, "input_column": str}
 # What of the facts the card is made of.
 _FACTS = {"kind": str, "revision": str, "commit": str, "dropped_mass": int | float}
+_FACTS |= {"num_outside": int, "num_rescaled": int}
 
 
 def teacher_dataset(ids: Sequence[Any] | np.ndarray, label_ids: np.ndarray, label_probs: np.ndarray) -> Dataset:

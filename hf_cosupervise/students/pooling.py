@@ -108,7 +108,7 @@ def choose_pooling(config: Any, pooling: str, what: str) -> Any:
 
 
 def exported_pooling(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Tell what a user of an exported student must know: how to pool its answers, and whether float16 is too narrow."""
+    """Tell what users of an exported student must know: how to pool its answers, whether float16 is too narrow."""
     path = Path(folder, "config.json")
     config = read_json(path) if path.is_file() else {}
     pooling = config.get("classifier_pooling")

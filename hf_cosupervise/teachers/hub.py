@@ -19,8 +19,9 @@ from ..files import read_json
 from ..hierarchy import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
 from ..hub.cards import hierarchy_card
 from ..hub.client import CARD, fetch_files, hub_errors, is_folder, open_branch, open_repo, publish, resolve_commit
-from ..models.source import MODEL_FILES, ModelSource, find_kind, find_model
+from ..models.source import MODEL_FILES, ModelSource, find_model
 from ..strict_yaml import dump_yaml
+from .kinds.loading import find_kind
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def _read_from_hub(repo_id: str, commit: str, token: str | None) -> tuple[Teache
 
 def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
     """A teacher as it is meant in a repository: a folder of it, or another repository."""
-    if teacher.kind == "column":
+    if not teacher.has_files:
         return teacher
     inner = teacher.model.removeprefix("./")
     if is_inner_folder(inner) and (folder / inner).is_dir():
@@ -189,7 +190,7 @@ def push_hierarchy(
             teacher.model, what=f"Teacher '{teacher.name}'", revision=teacher.revision, subfolder=teacher.subfolder
         )
         for teacher in hierarchy.teachers
-        if teacher.kind != "column"
+        if teacher.has_files
     }
     for source in found.values():
         _check_shareable(source)
@@ -268,7 +269,7 @@ def _check_repo(
             f"{_WHAT} must hold every teacher that the one in '{repo_id}' holds, got none called {lost}. Add them, or "
             "delete them there by `replace=True`."
         )
-    folders = {teacher.model.removeprefix("./").rstrip("/") for teacher in old if teacher.kind != "column"}
+    folders = {teacher.model.removeprefix("./").rstrip("/") for teacher in old if teacher.has_files}
     # Without case, since some disks would put two such folders into one.
     taken = {name.split("/")[0].casefold() for name in names if not name.startswith(tuple(f"{f}/" for f in folders))}
     if clashing := sorted(name for name in inner if name.casefold() in taken | {CARD.casefold(), *HIERARCHY_FILES}):
@@ -329,6 +330,7 @@ def _card_facts(
     teachers = []
     for teacher in hierarchy.teachers:
         record = {key: getattr(teacher, key) for key in ("name", "level", "scope", "domains", "kind")}
+        record |= {"label_texts": teacher.label_texts, "template": (teacher.options or {}).get("template")}
         record["accuracy"] = (facts.get("accuracy") or {}).get(teacher.name)
         source = found.get(teacher.name)
         if source is not None:
@@ -354,7 +356,11 @@ def _modality(source: ModelSource) -> str | None:
     config = (source.base or source).config
     feature = config.get("feature")
     # A configuration of timm names an architecture, and timm has models of images only.
-    if "architecture" in config or (isinstance(feature, Mapping) and feature.get("kind") == "pixels"):
+    if (
+        "architecture" in config
+        or "vision_config" in config
+        or (isinstance(feature, Mapping) and feature.get("kind") == "pixels")
+    ):
         return "image"
     if isinstance(feature, Mapping) and feature.get("kind") == "text":
         return "text"

@@ -30,7 +30,7 @@ from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
 from ..pool.top_k import default_pool_k, label_dtype
 from ..processes import Processes, join_processes
-from .kinds.base import TeacherModel, check_teacher_model, default_device, label_finder
+from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder
 from .kinds.loading import identify_teacher
 from .progress import Progress, Segment
 from .running import (
@@ -39,10 +39,11 @@ from .running import (
     ROWS_AT_ONCE,
     Columns,
     Job,
+    column_of,
     group_teachers,
-    is_column,
     label_group,
     read_names,
+    tell_unmatched,
 )
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def build_pool(
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Hide the progress bars.
         models (`Mapping[str, TeacherModel]`, *optional*):
-            Teachers that are loaded already, by their names in the hierarchy.
+            Teachers that are loaded already, by their names in the hierarchy; for a hierarchy that was read from a
+            file, its functions and pipelines.
         precision (`str`, *optional*, defaults to `"float32"`):
             `"float32"`, or mixed precision in `"bfloat16"` or `"float16"`. Probabilities are float32 in any case.
         num_workers (`int`, *optional*, defaults to 0):
@@ -139,7 +141,9 @@ def build_pool(
 
     Returns:
         [`PseudolabelPool`]: Its `facts` hold for each teacher, besides those of [`TeacherModel`], `precision`,
-        `num_failed` and `dropped_mass`, the mean probability mass of an answered row that `pool_k` left out.
+        `num_failed` and `dropped_mass`, the mean probability mass of an answered row that `pool_k` left out; of a
+        model with labels that the task lacks, in how many rows they left no answer, `num_outside`, or were left out,
+        `num_rescaled`.
 
     Raises:
         FileExistsError: If `output_dir` holds something already.
@@ -161,7 +165,7 @@ def build_pool(
         check_column_name(column, name)
     if not isinstance(models, Mapping | None):
         raise TypeError(f"`models` must be teacher objects by their names, got {type(models).__name__}. Make a dict.")
-    models = dict(models or {})
+    hierarchy, models = _give_functions(hierarchy, models or {})
     _check_options(hierarchy, models, precision, num_workers, on_error)
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
@@ -241,6 +245,28 @@ def _check_options(
         raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
 
 
+def _give_functions(
+    hierarchy: TeacherHierarchy, models: Mapping[str, Any]
+) -> tuple[TeacherHierarchy, dict[str, TeacherModel]]:
+    """Put functions into the teachers of their names, which hold none where a hierarchy was read from a file."""
+    teachers, left = [], dict(models)
+    for teacher in hierarchy.teachers:
+        # An object that is a teacher model already needs nothing.
+        is_bare = callable(left.get(teacher.name)) and not hasattr(left[teacher.name], "prepare")
+        if is_bare and not teacher.has_files:
+            given = replace(teacher, model=left[teacher.name])
+            if (teacher.kind, teacher.revision) == (given.kind, given.revision):
+                teacher = given
+                del left[teacher.name]
+            elif teacher.kind == given.kind:
+                raise ValueError(
+                    f"`models[{teacher.name!r}]` must be the {teacher.kind} that the hierarchy names, of version "
+                    f"'{teacher.revision}', got version '{given.revision}'. Make the hierarchy anew with it."
+                )
+        teachers.append(teacher)
+    return TeacherHierarchy(hierarchy.labels, teachers), left
+
+
 def undeclared_truth(dataset: Dataset, allowed: Container[str | None]) -> list[str]:
     """Name the columns that look like ground truth, but for those that are known to be something else."""
     return [
@@ -260,9 +286,10 @@ def _check_columns(
     oracle_domain_column: str | None,
 ) -> Columns:
     """Find the input column, and refuse ground truth that nobody declared."""
-    read = {teacher.name: teacher.model if teacher.kind == "column" else None for teacher in hierarchy.teachers}
+    read = {teacher.name: column_of(teacher) for teacher in hierarchy.teachers}
+    # An object is read in place of what the hierarchy says, so that its column counts.
     read |= {name: model.column for name, model in models.items()}
-    answers = {column: name for name, column in read.items() if column is not None}
+    answers = {column: name for name, column in read.items() if column not in (None, ROW)}
     declared = {"`oracle_column`": oracle_column, "`oracle_domain_column`": oracle_domain_column}
     declared |= {f"`model` of teacher '{name}'": column for column, name in answers.items() if name not in reused}
     for what, column in declared.items():
@@ -339,6 +366,7 @@ def _oracle_label_ids(dataset: Dataset, column: str, labels: Sequence[str]) -> l
     values = read_names(dataset, column)
     positions: dict[Any, int | None] = {}
     find = label_finder(labels)
+    # Each value is looked up once: a million rows hold few of them.
     for value in set(values):
         if isinstance(value, str):
             positions[value] = find(value)
@@ -391,6 +419,7 @@ def _find_reused(
             f"`reuse` must be a pool of the labels {shorten(hierarchy.labels)}, got one of {shorten(reuse.labels)}. "
             "Label the data without it."
         )
+    # By name first, for a teacher under another name may be meant to be another one.
     held = {teacher.name: teacher for teacher in reuse.hierarchy.teachers}
     names = set()
     for teacher in hierarchy.teachers:
@@ -499,6 +528,10 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
             "num_failed": num_failed,
             "dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1),
         }
+        teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
+        if teacher.leaves_labels_out and column_of(teacher) is None:
+            num_outside = len(job.ids) - num_answered - num_failed
+            facts[name] |= {"num_outside": num_outside, "num_rescaled": num_answered}
     return facts
 
 
@@ -512,12 +545,18 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
         raise ValueError(
             f"Teacher '{name}' must be able to label at least one row, got {num_failed} of {len(job.ids)} rows that "
             f"it failed on, id {ids[0]!r} first: {reason}. Correct the teacher, or the column that it reads."
+            f"{tell_unmatched(job, name)}"
+        )
+    if not num_failed and not any(segment.num_answered for segment in segments):
+        logger.warning(
+            f"Teacher '{name}' has no answer for any of {len(job.ids)} rows, and tells nothing of them. Correct it, "
+            "or leave it out."
         )
     if num_failed:
         first = shorten(ids[:5]) if num_failed <= 5 else f"{shorten(ids[:5])} and others"
         logger.warning(
             f"Teacher '{name}' failed on {num_failed} of {len(job.ids)} rows, which are missing in its pseudolabels: "
-            f"ids {first}. Of id {ids[0]!r}: {reason}."
+            f"ids {first}. Of id {ids[0]!r}: {reason}.{tell_unmatched(job, name)}"
         )
     return num_failed
 
@@ -552,8 +591,9 @@ def _find_unreadable(job: Job, pool: PseudolabelPool) -> np.ndarray:
     readers = [
         teacher.name
         for teacher in job.hierarchy.teachers
-        if (models[teacher.name].column is None if teacher.name in models else not is_column(teacher))
+        if (models[teacher.name].column if teacher.name in models else column_of(teacher)) is None
     ]
+    # Decoding every image again would cost as much as labelling did.
     failed = [name for name in readers if pool.facts[name].get("num_failed")]
     feature = pool.inputs.features.get(column) if pool.inputs is not None else None
     if not failed or pool.inputs is None or column is None or not isinstance(feature, Image):
@@ -582,6 +622,7 @@ def _empty_cells(inputs: Dataset, column: str, rows: np.ndarray) -> Dataset:
 
 def _save(job: Job, progress: Progress, facts: Mapping[str, Any]) -> None:
     """Save the pool beside the journal, rename it into its place, and throw the journal away."""
+    # On the disk of its place, so that one rename makes it whole there.
     finished = progress.scratch / "pool"
     _open_pool(job, progress, facts).save(finished)
     move_file(finished, Path(str(job.output_dir)))

@@ -29,7 +29,8 @@ from ..method.metrics import SUM_TOLERANCE
 from ..pool.pseudolabels import PseudolabelPool
 from ..pool.top_k import dropped_mass, encode_top_k
 from ..processes import Processes
-from .kinds.base import TeacherModel
+from .kinds.base import ROW, Answers, TeacherModel
+from .kinds.column import ColumnTeacher
 from .kinds.loading import load_teacher
 from .progress import Part, Progress
 
@@ -102,9 +103,16 @@ class Job:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
+    @property
+    def row_columns(self) -> list[str]:
+        """`list[str]`: Columns of a row that a teacher may see whole: all but the ground truth."""
+        hidden = (self.columns.oracle, self.columns.oracle_domain)
+        return [name for name in self.dataset.column_names if name not in hidden]
+
     def plan(self) -> dict[str, Any]:
         """What decides the labels, besides the weights of the teachers: work under another plan is not continued."""
-        read = [self.columns.inputs, *(teacher.model for teacher in self.hierarchy.teachers if is_column(teacher))]
+        named = [column_of(teacher) for teacher in self.hierarchy.teachers]
+        read = [self.columns.inputs, *named, *(self.row_columns if ROW in named else ())]
         known = set(self.dataset.column_names)
         # Other ids would put what was labelled under other examples.
         digest = hashlib.blake2b("\n".join(map(repr, self.ids)).encode("utf-8"), digest_size=8)
@@ -130,6 +138,11 @@ class Job:
 def is_column(teacher: Teacher) -> bool:
     """Whether a teacher's answers stand in a column of the data."""
     return teacher.kind == "column"
+
+
+def column_of(teacher: Teacher) -> str | None:
+    """The column that a teacher reads: `None` for that of the inputs, `ROW` for all of them."""
+    return {"column": teacher.model, "function": ROW}.get(teacher.kind)
 
 
 def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str, str]]:
@@ -250,7 +263,7 @@ class _Reader(TorchDataset):
     """Batches as models read them: each cell decoded once, and prepared once for all who prepare it alike."""
 
     def __init__(self, job: Job, models: Mapping[str, TeacherModel], batches: Sequence[_Batch]) -> None:
-        self.batches, self.input_column = batches, job.columns.inputs
+        self.batches, self.input_column, self.row_columns = batches, job.columns.inputs, job.row_columns
         self.keys: dict[str, tuple[str | None, str]] = {}
         self.sources: dict[tuple[str | None, str], tuple[str, Callable[[Sequence[Any]], Any]]] = {}
         for name, model in models.items():
@@ -258,13 +271,14 @@ class _Reader(TorchDataset):
             key = self.keys[name] = (model.column, model.facts.get("preprocessing") or f"of '{name}' alone")
             self.sources.setdefault(key, (name, model.prepare))
         # All columns in one view: each view of its own would copy what is known of every column of the data.
-        self.view = job.dataset.select_columns(sorted({self._name(column) for column, _ in self.sources}))
+        self.view = job.dataset.select_columns(sorted({name for key in self.sources for name in self._names(key[0])}))
         self.features = self.view.features
         self.images = {name: Image(mode=kind.mode) for name, kind in self.features.items() if isinstance(kind, Image)}
         for name in self.images:
             # Decoded here, a row at a time: one broken image must not take its batch along.
             self.view = self.view.cast_column(name, Image(decode=False))
         self.last: tuple[_Batch, dict[str, list[Any]]] | None = None
+        self.last_read: tuple[_Batch, dict[str, tuple[dict[int, Any], _Reasons]]] | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -284,7 +298,37 @@ class _Reader(TorchDataset):
 
     def read(self, column: str | None, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
         """Cells by their place in the batch, and why others cannot be read; column `None` is that of the inputs."""
-        name = self._name(column)
+        if column == ROW:
+            return self._read_rows(batch)
+        [name] = self._names(column)
+        cells, failed = self._read_column(name, batch)
+        if column is None:
+            empty = [place for place, cell in cells.items() if cell is None]
+            cells = {place: cell for place, cell in cells.items() if cell is not None}
+            what = f"Column '{name}' must hold an input in every row, got None"
+            failed = {place: failed.get(place, (what, None)) for place in sorted({*failed, *empty})}
+        return cells, failed
+
+    def _read_rows(self, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
+        """Rows as dictionaries; without those of which a cell cannot be read."""
+        failed: _Reasons = {}
+        rows: dict[int, Any] = {place: {} for place in range(batch.stop - batch.start)}
+        for name in self.row_columns:
+            cells, broken = self._read_column(name, batch)
+            failed = broken | failed
+            for place, cell in cells.items():
+                rows[place][name] = cell
+        return {place: row for place, row in rows.items() if place not in failed}, failed
+
+    def _read_column(self, name: str, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
+        # A column may be read for itself and as a part of rows.
+        if self.last_read is None or self.last_read[0] is not batch:
+            self.last_read = (batch, {})
+        if name not in self.last_read[1]:
+            self.last_read[1][name] = self._decode_column(name, batch)
+        return self.last_read[1][name]
+
+    def _decode_column(self, name: str, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
         decoder = self.images.get(name)
         cells: dict[int, Any] = {}
         failed: _Reasons = {}
@@ -292,9 +336,7 @@ class _Reader(TorchDataset):
         if self.last is None or self.last[0] is not batch:
             self.last = (batch, self.view[batch.start : batch.stop])
         for place, cell in enumerate(_as_names(self.last[1][name], self.features[name])):
-            if cell is None and column is None:
-                failed[place] = (f"Column '{name}' must hold an input in every row, got None", None)
-            elif decoder is None or cell is None:
+            if decoder is None or cell is None:
                 cells[place] = cell
             else:
                 try:
@@ -306,8 +348,8 @@ class _Reader(TorchDataset):
                     )
         return cells, failed
 
-    def _name(self, column: str | None) -> str:
-        return str(self.input_column if column is None else column)
+    def _names(self, column: str | None) -> list[str]:
+        return self.row_columns if column == ROW else [str(self.input_column if column is None else column)]
 
 
 def _load_batches(job: Job, reader: _Reader) -> DataLoader:
@@ -334,7 +376,8 @@ def _answer(
     count, reasons = batch.stop - batch.start, dict(failed)
     rows = np.setdiff1d(np.arange(count), list(failed))
     if inputs is not None:
-        answers = _ask(job, name, model, inputs, len(rows))
+        answers, errors = _ask(job, name, model, inputs, len(rows))
+        reasons |= {int(rows[place]): (str(error), error) for place, error in errors.items()}
     else:
         cells = [cell for place, cell in reader.read(model.column, batch)[0].items() if place not in failed]
         each = _ask_parts(job, name, model, cells)
@@ -365,16 +408,19 @@ def _tell_invalid(name: str, answers: np.ndarray, rows: np.ndarray, is_invalid: 
     return reasons
 
 
-def _ask(job: Job, name: str, model: TeacherModel, inputs: Any, num_rows: int) -> np.ndarray:
-    """A model's answers."""
+def _ask(
+    job: Job, name: str, model: TeacherModel, inputs: Any, num_rows: int
+) -> tuple[np.ndarray, dict[int, RowError]]:
+    """A model's answers, and of some kinds why rows have none."""
     with _told(name, num_rows), job.autocast():
-        probs = np.asarray(model(inputs), dtype=np.float32)
+        answers = model(inputs)
+        probs = np.asarray(answers.probs if isinstance(answers, Answers) else answers, dtype=np.float32)
     if probs.shape != (num_rows, job.hierarchy.num_labels):
         raise ValueError(
             f"Teacher '{name}' must give probabilities of shape {(num_rows, job.hierarchy.num_labels)}, got "
             f"{probs.shape}. Correct its `__call__`."
         )
-    return probs
+    return probs, answers.errors if isinstance(answers, Answers) else {}
 
 
 def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> list[np.ndarray | RowError]:
@@ -388,7 +434,8 @@ def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> li
         if len(cells) == 1:
             return [error]
     else:
-        return list(_ask(job, name, model, inputs, len(cells)))
+        probs, errors = _ask(job, name, model, inputs, len(cells))
+        return [errors.get(place, answer) for place, answer in enumerate(probs)]
     # One row at fault costs about 2 log2 of the batch in calls, not one call per row.
     half = len(cells) // 2
     return _ask_parts(job, name, model, cells[:half]) + _ask_parts(job, name, model, cells[half:])
@@ -412,6 +459,16 @@ class _told(AbstractContextManager[None]):  # noqa: N801
         error.add_note(f"Raised by teacher '{self.name}' on a batch of {self.num_rows} rows; no row is blamed for it.")
 
 
+def tell_unmatched(job: Job, name: str) -> str:
+    """List what a column of answers holds that is no answer: its rows are too many to be looked through one by one."""
+    teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
+    if not is_column(teacher) or name in job.models:
+        return ""
+    cells = read_names(job.dataset, teacher.model)
+    table = ColumnTeacher(teacher, job.hierarchy.labels).tell_unmatched(cells)
+    return f" Such answers, and how often they are there: {table}."
+
+
 def _is_valid(probs: np.ndarray) -> np.ndarray:
     """Whether each row is a distribution or a missing answer, `(num_rows,)` bool."""
     with np.errstate(invalid="ignore"):
@@ -428,7 +485,7 @@ def _append(job: Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, r
         what, error = reasons[min(reasons)]
         raise ValueError(
             f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'. Fix or drop that "
-            'row, or leave such rows without labels by `on_error="missing"`.'
+            f'row, or leave such rows without labels by `on_error="missing"`.{tell_unmatched(job, name)}'
         ) from error
     label_ids, label_probs = encode_top_k(probs, job.k)
     reason = reasons[min(reasons)][0] if reasons else ""

@@ -480,7 +480,7 @@ def test_whole_floats_are_label_ids(values: Any, expected: list[int]) -> None:
         assert gold.oracle_labels is not None and gold.oracle_labels.tolist() == expected
 
 
-@pytest.mark.parametrize("value", [0.5, 2.0, float("inf"), -2.0, Decimal("0.1"), True, "0", "1"])
+@pytest.mark.parametrize("value", [0.5, 2.0, float("inf"), -2.0, Decimal("0.1"), True, "2", "0.5"])
 def test_other_values_are_no_label_ids(value: Any) -> None:
     data = Dataset.from_dict({"said": [value], "id": [0]})
     with pytest.raises(ValueError, match="Answers in column 'said' must be label names .* in row 0"):

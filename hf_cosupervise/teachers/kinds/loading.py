@@ -3,51 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
 
-from ...hierarchy import Teacher
-from ...models.source import find_kind, find_model
-from .base import TeacherModel, TeacherSource, default_device
-from .column import ColumnTeacher
-from .sklearn import SklearnTeacher
-from .timm import TimmTeacher
-from .transformers import TransformersTeacher
+from ...hierarchy import TEACHER_KINDS, Teacher
+from ...models.source import ModelSource, find_model
+from .base import Kind, TeacherModel, TeacherSource, default_device, read_options
 
 
 def load_teacher(
     teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None, *, commit: str | None = None
 ) -> TeacherModel:
     """Load one teacher, mapped by label names onto the labels of the task."""
-    labels = tuple(labels)
-    if teacher.kind == "column":
-        return ColumnTeacher(teacher, labels)
     device = torch.device(device) if device is not None else default_device()
-    source = _find_source(teacher, commit)
-    kind = find_kind(source.model_source, teacher.model) if teacher.kind == "auto" else teacher.kind
-    if kind == "transformers":
-        return TransformersTeacher(source, labels, device)
-    if kind == "timm":
-        return TimmTeacher(source, labels, device)
-    return SklearnTeacher(source, labels)
+    source, kind = find_source(teacher, commit)
+    return kind.load(source, tuple(labels), device)
 
 
 def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:
-    """Tell which weights a teacher has, without loading them."""
-    if teacher.kind == "column":
-        return {}, 0
-    model_source = _find_source(teacher).model_source
-    return model_source.identity, sum(path.stat().st_size for path in model_source.weight_files)
+    """Tell what its answers depend on besides what a hierarchy says, such as its weights, without loading them."""
+    source, kind = find_source(teacher)
+    return kind.identify(source)
 
 
-def _find_source(teacher: Teacher, commit: str | None = None) -> TeacherSource:
-    """Read the configuration, and pin a Hub repository to one commit."""
-    model_source = find_model(
-        teacher.model,
-        what=f"Teacher '{teacher.name}'",
-        revision=teacher.revision,
-        subfolder=teacher.subfolder,
-        commit=commit,
+def find_kind(source: ModelSource, model: str) -> str:
+    """Tell by its files which kind of teacher a model is."""
+    for name, what in TEACHER_KINDS.items():
+        if what == "files" and name != "auto" and _kind(name).recognizes(source, model):
+            return name
+    raise ValueError(
+        f"The kind of {source.what[0].lower()}{source.what[1:]} must show in its files: a 'config.json' with "
+        "`model_type` (transformers) or `architecture` (timm), or a 'model.skops' (scikit-learn); got a 'config.json' "
+        f"with {sorted(source.config)}. Name it with `kind`."
     )
-    return TeacherSource(teacher, model_source)
+
+
+def _kind(name: str) -> Kind:
+    # By its name, and not before it is needed: some kinds import large libraries.
+    kind: Kind = import_module(f"{__package__}.{name}").KIND
+    return kind
+
+
+def find_source(teacher: Teacher, commit: str | None = None) -> tuple[TeacherSource, Kind]:
+    """Read the configuration, pin a Hub repository to one commit, and see that the kind knows what it is told."""
+    source, name = TeacherSource(teacher), teacher.kind
+    if teacher.has_files:
+        model_source = find_model(
+            teacher.model,
+            what=f"Teacher '{teacher.name}'",
+            revision=teacher.revision,
+            subfolder=teacher.subfolder,
+            commit=commit,
+        )
+        source = TeacherSource(teacher, model_source)
+        name = find_kind(model_source, teacher.model) if name == "auto" else name
+    kind = _kind(name)
+    read_options(teacher, name, kind.options)
+    if teacher.label_texts is not None and not kind.reads_label_texts:
+        raise ValueError(
+            f"Teacher '{teacher.name}' must be of a kind that reads texts of labels to have `label_texts`, got "
+            f"kind '{name}'. Leave them out, or name the `kind`."
+        )
+    return source, kind

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...data.inputs import RowError, to_pil
 from ...files import check_free, whole_folder, write_json
-from .base import Preparation, TeacherSource, add_up, fingerprint, label_positions
+from .base import Kind, Preparation, TeacherSource, add_up, fingerprint, label_positions
 
 SKLEARN_FEATURE_KINDS = ("pixels", "values", "text")
 _SKLEARN_FILE = "model.skops"
@@ -41,9 +41,6 @@ def save_sklearn_teacher(
     with whole_folder(folder) as unfinished:
         skops_io.dump(model, unfinished / _SKLEARN_FILE)
         write_json(unfinished / "config.json", config)
-
-
-# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class SklearnTeacher:
@@ -160,3 +157,12 @@ def _read_vectors(cells: Sequence[Any], feature: Mapping[str, Any]) -> list[np.n
         # PIL names the width first; 2 is its bilinear filter.
         images = [image if image.size == (width, height) else image.resize((width, height), 2) for image in images]
     return [np.asarray(image, dtype=np.float32).ravel() / feature["divide_by"] for image in images]
+
+
+KIND = Kind(
+    load=lambda source, labels, device: SklearnTeacher(source, labels),
+    # The tools of skops for the Hub write `sklearn`, ours `library_name`.
+    recognizes=lambda source, model: (
+        any(source.folder.glob("*.skops")) or "sklearn" in (source.config.get("library_name"), *source.config)
+    ),
+)

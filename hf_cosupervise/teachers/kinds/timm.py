@@ -13,8 +13,17 @@ from safetensors.torch import load_file
 
 from ...data.inputs import to_pil
 from ...models.files import read_labels
-from ...models.source import BUILDING_ERRORS, explained, first_line, no_larger_than_weights, whole_weights
+from ...models.source import (
+    BUILDING_ERRORS,
+    TIMM_PREFIXES,
+    explained,
+    first_line,
+    no_larger_than_weights,
+    unknown_to_timm,
+    whole_weights,
+)
 from .base import (
+    Kind,
     Preparation,
     TeacherSource,
     add_up,
@@ -31,9 +40,6 @@ _TIMM_SETTINGS = (
     *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes"),
     *("pool_size", "first_conv", "classifier"),
 )
-
-
-# ── the four kinds ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class TimmTeacher:
@@ -110,11 +116,8 @@ def _build_timm(source: TeacherSource) -> Any:
         with no_larger_than_weights(source.model_source):
             return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=settings, **args)
     except BUILDING_ERRORS as error:
-        raise ValueError(
-            f"Teacher '{source.name}' must be a model that timm {timm.__version__} knows, got architecture "
-            f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: "
-            f"{first_line(error)}. Update timm, or save the model again."
-        ) from error
+        found = f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: {first_line(error)}"
+        raise unknown_to_timm(f"Teacher '{source.name}'", timm.__version__, found) from error
 
 
 def _timm_labels(source: TeacherSource) -> list[str]:
@@ -136,3 +139,12 @@ def _timm_labels(source: TeacherSource) -> list[str]:
             "classes can be loaded with `kind='transformers'`."
         )
     return names
+
+
+KIND = Kind(
+    load=TimmTeacher,
+    recognizes=lambda source, model: (
+        not source.is_adapter
+        and (model.startswith(TIMM_PREFIXES) or "architecture" in source.config and "model_type" not in source.config)
+    ),
+)

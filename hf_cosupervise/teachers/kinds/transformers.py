@@ -12,18 +12,15 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 
 from ...data.inputs import InputProcessor
 from ...models.classifier import (
-    check_no_layer_left,
-    check_no_missing,
-    check_shapes,
     load_adapted,
     load_processor,
-    quiet_loading,
+    load_whole,
     read_config,
     reads_text,
 )
 from ...models.files import read_labels
-from ...models.source import ModelSource, building, whole_weights
-from .base import Preparation, TeacherSource, add_up, check_head, check_names, for_inference, label_positions
+from ...models.source import TIMM_PREFIXES, ModelSource
+from .base import Kind, Preparation, TeacherSource, add_up, check_head, check_names, for_inference, label_positions
 
 
 class TransformersTeacher:
@@ -65,19 +62,25 @@ class TransformersTeacher:
 def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
     """A whole classifier, and the folder of its tokenizer or image processor."""
     folder, config = model_source.fetch(), read_config(model_source)
+    # The head of a SetFit folder is a pickle whichever it is: torch heads are put into one too.
+    if (folder / "config_setfit.json").is_file() or (folder / "model_head.pkl").is_file():
+        raise ValueError(
+            f"{model_source.what} must have a classifier that is read without pickle, got a SetFit model in "
+            f"'{model_source.place}', whose head 'model_head.pkl' is one. If you trust it, load it by "
+            "`setfit = SetFitModel.from_pretrained(…)` and give it as a function of rows: `lambda rows: "
+            "[dict(zip(setfit.labels, p)) for p in setfit.predict_proba([row['text'] for row in rows]).tolist()]` in "
+            "`labeling_function(…, name='setfit', version='1', batched=True)`; or keep its head by "
+            "`save_sklearn_teacher(setfit.model_head, folder, {'kind': 'values'}, setfit.labels)` for a column of the "
+            "vectors `setfit.model_body.encode(texts)`."
+        )
     is_text = reads_text(config, model_source.what)
     auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
-    with quiet_loading(), whole_weights(model_source), building(model_source):
-        model, info = auto_model.from_pretrained(
-            folder,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told of by their names below
-        )
-    check_no_layer_left(model_source, model, info["unexpected_keys"])
-    check_shapes(model_source, info["mismatched_keys"])
-    check_no_missing(model_source.what, info["missing_keys"])
-    model_source.name_after(model)
-    return model, folder
+    return load_whole(model_source, auto_model, config), folder
+
+
+KIND = Kind(
+    load=TransformersTeacher,
+    recognizes=lambda source, model: (
+        source.is_adapter or "model_type" in source.config and not model.startswith(TIMM_PREFIXES)
+    ),
+)

@@ -1,0 +1,138 @@
+"""Language models, causal or from sequence to sequence: loaded whole, and asked how likely words are."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
+
+from .classifier import load_whole, read_config
+from .source import ModelSource
+
+# Keys, values and scores of all words of a batch at once take memory: beyond this many bytes, some words at a time.
+_MEMORY_BUDGET = 2**30
+
+
+def load_language_model(model_source: ModelSource) -> Any:
+    """Load a whole language model that was fetched."""
+    if model_source.is_adapter:
+        raise ValueError(
+            f"{model_source.what} must be a whole language model, got an adapter in '{model_source.place}'. Merge it "
+            "by `merge_and_unload()`, and save it."
+        )
+    config = read_config(model_source)
+    is_seq2seq = bool(config.is_encoder_decoder)
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if is_seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING
+    architectures = [str(name) for name in config.architectures or []]
+    # Of a classifier all weights but the head would be found, and where that is tied, none would be missed.
+    others = [name for name in architectures if not name.endswith(("LM", "LMHeadModel", "ForConditionalGeneration"))]
+    if type(config) not in mapping or others:
+        found = f"'{others[0]}'" if others else f"a model of type '{config.model_type}'"
+        raise ValueError(
+            f"{model_source.what} must be a language model, causal or from sequence to sequence, got {found}. Use "
+            "one, or another `kind`."
+        )
+    auto_model = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    return load_whole(model_source, auto_model, config)
+
+
+def make_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
+    """Let a model answer by its most probable tokens, whatever else its files say of how to generate."""
+    saved = model.generation_config
+    # Not the end that some force upon the last token, which may be one of the answer.
+    ids = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id")
+    known = {key: getattr(saved, key, None) for key in ids}
+    known["eos_token_id"] = tokenizer.eos_token_id if known["eos_token_id"] is None else known["eos_token_id"]
+    known |= {"pad_token_id": tokenizer.pad_token_id, "max_new_tokens": max_new_tokens}
+    model.generation_config = GenerationConfig(**known, do_sample=False, num_beams=1)
+
+
+def score_words(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, words: torch.Tensor, words_mask: torch.Tensor
+) -> torch.Tensor:
+    """Sum the log-probabilities of the tokens of each word after each prompt, float32 `(num_rows, num_words)`.
+
+    `words` and its mask are `(num_rows, num_words, num_tokens)`, padded on the right. Prompts are padded on the left,
+    but those of an encoder on the right. A prompt is read once, and its keys and values serve all of its words.
+    """
+    inputs, accepted = {"input_ids": input_ids, "attention_mask": attention_mask}, inspect.signature(model.forward)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = input_ids.new_full((len(input_ids), 1), _start_token_id(model))
+    elif "position_ids" in accepted.parameters:
+        inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    # Scores of all tokens of the prompts would be most of the memory.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in accepted.parameters else {}
+    read = model(**inputs, use_cache=True, **few)
+    # transformers renames it, and drops its old name in 5.40.
+    name = "cache" if "cache" in accepted.parameters else "past_key_values"
+    cache = getattr(read, name)
+    scores = torch.log_softmax(read.logits[:, -1].float(), dim=-1).gather(1, words[:, :, 0])
+    longer = words_mask[:, :, 1:].any(dim=2).any(dim=0).nonzero().flatten()
+    if len(longer):
+        parts = longer.split(_num_words_at_once(model, cache, words))
+        for number, part in enumerate(parts, start=1):
+            # Each part goes on from what was read; the last one may have it to itself.
+            own = {name: cache if number == len(parts) else copy.deepcopy(cache)}
+            own[name].batch_repeat_interleave(len(part))
+            rest = _score_rest(model, read, own, attention_mask, words[:, part], words_mask[:, part])
+            scores[:, part] += rest
+    return scores
+
+
+def _score_rest(
+    model: Any,
+    read: Any,
+    cache: dict[str, Any],
+    attention_mask: torch.Tensor,
+    words: torch.Tensor,
+    words_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Sum the log-probabilities of all tokens of words but their first, going on from prompts that were read."""
+    num_words = words.shape[1]
+    mask = attention_mask.repeat_interleave(num_words, dim=0)
+    tokens, tokens_mask = words[:, :, :-1].flatten(0, 1), words_mask[:, :, :-1].flatten(0, 1)
+    if model.config.is_encoder_decoder:
+        hidden = read.encoder_last_hidden_state.repeat_interleave(num_words, dim=0)
+        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}
+        inputs["decoder_input_ids"] = tokens
+    else:
+        inputs = {"input_ids": tokens, "attention_mask": torch.cat([mask, tokens_mask], dim=1)}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            # Padding stays at the place of the last token, for there may be no further one.
+            inputs["position_ids"] = mask.sum(dim=1, keepdim=True) + tokens_mask.cumsum(dim=1) - 1
+    logits = model(**inputs, **cache, use_cache=True).logits.float()
+    following = words[:, :, 1:].flatten(0, 1).unsqueeze(-1)
+    log_probs = logits.gather(2, following).squeeze(-1) - logits.logsumexp(dim=2)
+    return (log_probs.view(words[:, :, 1:].shape) * words_mask[:, :, 1:]).sum(dim=2)
+
+
+def _num_words_at_once(model: Any, cache: Any, words: torch.Tensor) -> int:
+    """How many words can go on from the same keys and values, of which each gets a copy."""
+    both = (cache.self_attention_cache, cache.cross_attention_cache) if model.config.is_encoder_decoder else (cache,)
+    layers = [layer for part in both for layer in getattr(part, "layers", [None])]
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        raise ValueError(
+            f"A language model must keep keys and values that words of several tokens can share, got "
+            f"{type(model).__name__} with {type(cache).__name__}. Choose words of one token by `label_texts`, or "
+            '`options={"answer": "generate"}`.'
+        )
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return max(1, _MEMORY_BUDGET // (kept + 8 * len(words) * (words.shape[2] - 1) * vocabulary))
+
+
+def _start_token_id(model: Any) -> int:
+    """What a decoder reads first."""
+    for owner in (model.generation_config, model.config):
+        if (token_id := getattr(owner, "decoder_start_token_id", None)) is not None:
+            return int(token_id)
+    raise ValueError("A decoder must begin with a token, got none as `decoder_start_token_id`. Set it in its files.")

@@ -1,0 +1,413 @@
+"""Teachers that are language models: a prompt for each row, and the probabilities of words, or an answer in words."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from os.path import commonprefix
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from jinja2 import meta, nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ...data.columns import shorten
+from ...data.inputs import InputProcessor, RowError, check_text
+from ...models.classifier import load_processor
+from ...models.language import load_language_model, make_greedy, score_words
+from ...models.source import ModelSource, explained, first_line
+from .base import Kind, Preparation, TeacherSource, fingerprint, for_inference, label_texts, read_options
+
+OPTIONS: dict[str, Any] = {
+    "template": None,
+    "chat": False,
+    "answer": "words",
+    "separator": None,
+    "length_normalize": False,
+    "correct_prior": False,
+    "max_new_tokens": 16,
+    "too_long": "raise",
+}
+_CHOICES = {
+    **dict.fromkeys(("chat", "length_normalize", "correct_prior"), (False, True)),
+    **{"answer": ("words", "generate"), "separator": (None, "", " "), "too_long": ("raise", "cut")},
+}
+# A template may come with a hierarchy from the Hub. Of Jinja this much can neither call anything nor grow a text
+# without bound, nor run for ever.
+_NODES = (
+    *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Name, nodes.Const, nodes.Filter, nodes.If),
+    *(nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Getitem, nodes.Slice),
+)
+_FILTERS = (
+    "capitalize",
+    "first",
+    "join",
+    "last",
+    "length",
+    "lower",
+    "title",
+    "trim",
+    "truncate",
+    "upper",
+    "wordcount",
+)
+_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+_SAMPLES = ("a text", "another one")
+_Encoded = tuple[list[int], list[list[int]]]
+
+
+class PromptedTeacher:
+    """A language model, causal or from sequence to sequence, which is asked for a label in words."""
+
+    column: str | None = None
+
+    def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
+        name, model_source = source.name, source.model_source
+        self.options = _check_options(source)
+        _compile(self.options["template"], name)
+        texts = label_texts(source.teacher, labels)
+        self.by_words = self.options["answer"] == "words"
+        self.answers = {} if self.by_words else _fold_all(texts, name)
+        folder = model_source.fetch()
+        model = load_language_model(model_source)
+        tokenizer = load_processor(model_source, folder, is_text=True)
+        if self.options["chat"] and not tokenizer.chat_template:
+            raise ValueError(
+                f"Teacher '{name}' must have a chat template for option `chat`, got none in '{model_source.place}'. "
+                "Leave the option out, and write the whole prompt as `template`."
+            )
+        processor = InputProcessor(tokenizer, model.config, f"Teacher '{name}'")
+        self.prompter = Prompter(
+            name=name,
+            tokenizer=tokenizer,
+            template=self.options["template"],
+            labels=tuple(labels),
+            words=tuple(word.strip() for words in texts.values() for word in words) if self.by_words else (),
+            is_seq2seq=model.config.is_encoder_decoder,
+            max_length=int(processor.max_length or 0) - self._num_answer_tokens(model),
+            options=self.options,
+        )
+        self.prompter.check()
+        self.labels = tuple(labels)
+        # Which label each word belongs to, as a position in the task's labels.
+        self.owners = np.array([labels.index(label) for label, words in texts.items() for _ in words])
+        self.device = device
+        self.model: Any = for_inference(model, device)
+        if not self.by_words:
+            make_greedy(model, tokenizer, self.options["max_new_tokens"])
+        self.prepare = Preparation(name, True, self.prompter)
+        seen = [processor.fingerprint, tokenizer.chat_template]
+        prompt = [self.prompter.words, self.prompter.max_length, self.options, labels]
+        self.facts = source.facts("prompted", type(model).__name__, fingerprint([*seen, *prompt]))
+        self.facts |= _tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        self.facts |= {
+            "template": fingerprint(self.options["template"]),
+            "words": {label: list(words) for label, words in texts.items()},
+        }
+        self.prior: Any = 0.0
+        try:
+            samples, nothing = self.prepare(_SAMPLES), self.prepare([""]) if self.options["correct_prior"] else None
+        except RowError as error:
+            raise ValueError(
+                f"Teacher '{name}' must be able to read any short text by its `template`, got: "
+                f"{str(error).rstrip('.')}. Correct the template."
+            ) from error
+        with explained(model_source, "language model"):
+            self(samples)  # what fails later is a row's fault
+            if nothing is not None and self.by_words:
+                self.prior = self._score(nothing)
+
+    def _num_answer_tokens(self, model: Any) -> int:
+        """How many tokens beside those of the prompt a model has to have room for."""
+        return 0 if self.by_words or model.config.is_encoder_decoder else int(self.options["max_new_tokens"])
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
+        if not self.by_words:
+            return self._generate(inputs)
+        scores = self._score(inputs) - self.prior
+        probs = np.zeros((len(scores), len(self.labels)), dtype=np.float32)
+        largest = scores.max(axis=1, keepdims=True)
+        # Several words of a label: the probability that it is any of them.
+        np.add.at(probs.T, self.owners, np.exp(scores - largest).T)
+        return probs / probs.sum(axis=1, keepdims=True)
+
+    def _score(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
+        """Log-probability of each word, or its mean over tokens, float32 `(num_rows, num_words)`."""
+        inputs = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
+        with torch.inference_mode():
+            scores = score_words(self.model, **inputs)
+            if self.options["length_normalize"]:
+                scores = scores / inputs["words_mask"].sum(dim=2)
+        return scores.float().cpu().numpy()
+
+    def _generate(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
+        """One label with certainty, or none, for each row."""
+        inputs = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
+        with torch.inference_mode():
+            tokens = self.model.generate(**inputs)
+        if not self.prompter.is_seq2seq:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        probs = np.zeros((len(tokens), len(self.labels)), dtype=np.float32)
+        for row, answer in enumerate(self.prompter.tokenizer.batch_decode(tokens, skip_special_tokens=True)):
+            # What a model adds below its answer, such as a next example, belongs to no label.
+            line = next((line for line in answer.splitlines() if line.strip()), "")
+            if (label := self.answers.get(fold(line))) is not None:
+                probs[row, self.labels.index(label)] = 1
+        return probs
+
+
+# ── prompts and words as tokens ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """Turn cells into the tokens of their prompts and of the words that may follow; kept apart from the weights."""
+
+    name: str
+    tokenizer: Any
+    template: str
+    labels: tuple[str, ...]
+    words: tuple[str, ...]
+    is_seq2seq: bool
+    max_length: int
+    options: Mapping[str, Any]
+
+    def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
+        for cell in cells:
+            check_text(cell)
+        rows = [
+            row if self._length(row) <= self.max_length else self._shorten(cell, self._length(row))
+            for cell, row in zip(cells, self.encode(cells), strict=True)
+        ]
+        if empty := [cell for cell, (prompt, _) in zip(cells, rows, strict=True) if not prompt]:
+            raise RowError(f"A prompt must have at least one token, got none for {empty[0]!r}")
+        # Prompts of causal models end where their words begin.
+        inputs = _pad([prompt for prompt, _ in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
+        batch = {"input_ids": inputs[0], "attention_mask": inputs[1]}
+        if self.words:
+            words, mask = _pad([word for _, words in rows for word in words], self.tokenizer.pad_token_id, left=False)
+            shape = (len(rows), len(self.words), -1)
+            batch |= {"words": words.view(shape), "words_mask": mask.view(shape)}
+        return batch
+
+    def render(self, text: str) -> str:
+        """The prompt of a text, as the model reads it."""
+        prompt = _compile(self.template, self.name).render(text=text, labels=self.labels)
+        if not self.options["chat"]:
+            return prompt
+        messages = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def encode(self, cells: Sequence[str]) -> list[_Encoded]:
+        """Tokens of each prompt, and of each word after it."""
+        try:
+            prompts = [self.render(cell) for cell in cells]
+        except _RENDER_ERRORS as error:
+            raise RowError(f"The template of the prompt cannot be filled in: {first_line(error)}") from error
+        if self.is_seq2seq:
+            words = self._tokenize(self.words, add_special_tokens=False)
+            return [(prompt, words) for prompt in self._tokenize(prompts, add_special_tokens=True)]
+        before = [] if self.options["chat"] else self._leading_tokens()
+        pairs = [self._border(prompt) for prompt in prompts]
+        stems = self._tokenize([stem for stem, _ in pairs], add_special_tokens=False)
+        if not self.words:
+            return [(before + stem, []) for stem in stems]
+        # Together with its prompt, since tokens may reach over the border: what all of a row have in common is its
+        # prompt, and the rest of each is its word.
+        texts = [stem + border + word for stem, border in pairs for word in self.words]
+        whole, size = self._tokenize(texts, add_special_tokens=False), len(self.words)
+        rows = []
+        for row, stem in enumerate(stems):
+            own = whole[row * size : (row + 1) * size]
+            shared = len(commonprefix([stem, *own]))
+            rows.append((before + stem[:shared], [word[shared:] for word in own]))
+        return rows
+
+    def check(self) -> None:
+        """See that two texts have two prompts, and that words are told apart by their tokens."""
+        what = f"Teacher '{self.name}'"
+        try:
+            prompts = [self.render(sample) for sample in _SAMPLES]
+        except _RENDER_ERRORS as error:
+            part = (
+                "a chat template that takes a message of the user" if self.options["chat"] else "a template of Jinja"
+            )
+            raise ValueError(f"{what} must have {part}, got: {first_line(error)}. Correct it.") from error
+        if prompts[0] == prompts[1]:
+            raise ValueError(f"{what} must ask about the text, got the same prompt for any: {prompts[0]!r}. Use it.")
+        if not self.words:
+            return
+        words = self.encode(_SAMPLES[:1])[0][1]
+        known: dict[tuple[int, ...], str] = {}
+        for word, tokens in zip(self.words, words, strict=True):
+            if not tokens or self.tokenizer.unk_token_id in self._tokenize([word], add_special_tokens=False)[0]:
+                raise ValueError(
+                    f"{what} must have words for labels that its tokenizer knows, got {word!r}, which it does not. "
+                    "Choose another by `label_texts`."
+                )
+            if (other := known.setdefault(tuple(tokens), word)) != word:
+                raise ValueError(
+                    f"{what} must be able to tell its words for labels apart, got {other!r} and {word!r}, which are "
+                    "the same to its tokenizer. Choose others by `label_texts`."
+                )
+
+    def _tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+        tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
+        return tokens
+
+    def _leading_tokens(self) -> list[int]:
+        """What a tokenizer puts before a text, and nothing of what it puts behind it, such as its end."""
+        plain, marked = (self._tokenize(["a"], add_special_tokens=flag)[0] for flag in (False, True))
+        starts = range(len(marked) - len(plain) + 1)
+        return marked[: next((start for start in starts if marked[start : start + len(plain)] == plain), 0)]
+
+    def _border(self, prompt: str) -> tuple[str, str]:
+        """The prompt without spaces at its end, and what stands between it and a word: tokens begin with the space."""
+        stem = prompt.rstrip(" ")
+        if stem != prompt or stem[-1:].isspace() or not stem:
+            return stem, prompt[len(stem) :]
+        separator = self.options["separator"]
+        return stem, ("" if self.options["chat"] else " ") if separator is None else separator
+
+    def _length(self, row: _Encoded) -> int:
+        # The last token of a word is never read.
+        longest = 0 if self.is_seq2seq else max((len(word) - 1 for word in row[1]), default=0)
+        return len(row[0]) + longest
+
+    def _shorten(self, text: str, length: int) -> _Encoded:
+        """The prompt of as much of a text as the model can read."""
+        advice = (
+            "Shorten it" if self.options["too_long"] == "cut" else 'Shorten it, or set `options={"too_long": "cut"}`'
+        )
+        fits, best, exceeds = 0, self.encode([""])[0], len(text)
+        if self.options["too_long"] == "raise" or self._length(best) > self.max_length:
+            raise RowError(f"A prompt must have at most {self.max_length} tokens, got {length}. {advice}")
+        while exceeds - fits > 1:
+            middle = (fits + exceeds) // 2
+            row = self.encode([text[:middle]])[0]
+            if self._length(row) <= self.max_length:
+                fits, best = middle, row
+            else:
+                exceeds = middle
+        return best
+
+
+def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens as one tensor, and a mask of what is no padding."""
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for place, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[place, where], mask[place, where] = row, 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
+def fold(answer: str) -> str:
+    """An answer without case, punctuation and spaces that mean nothing."""
+    kept = "".join(" " if unicodedata.category(letter)[0] in "PS" else letter for letter in answer.casefold())
+    return " ".join(kept.split())
+
+
+def _fold_all(texts: Mapping[str, Sequence[str]], name: str) -> dict[str, str]:
+    """The label of each word, as answers are compared; words must be some, and each of one label."""
+    answers: dict[str, str] = {}
+    for label, words in texts.items():
+        for word in words:
+            if not (folded := fold(word)):
+                raise ValueError(
+                    f"Teacher '{name}' must have a word for each label, got {word!r} for '{label}'. Give one by "
+                    "`label_texts`."
+                )
+            if answers.get(folded, label) != label:
+                raise ValueError(
+                    f"Teacher '{name}' must have words that differ by more than case and punctuation, got {word!r} "
+                    f"for '{answers[folded]}' and for '{label}'. Choose others by `label_texts`."
+                )
+            answers[folded] = label
+    return answers
+
+
+# ── what is asked for ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check_options(source: TeacherSource) -> dict[str, Any]:
+    """The options of a teacher, each of a value that it may have."""
+    options = read_options(source.teacher, "prompted", OPTIONS)
+    if not isinstance(template := options["template"], str):
+        raise ValueError(
+            f"Option `template` of teacher '{source.name}' must be a text with a slot `{{{{ text }}}}`, got "
+            f"{template!r}. Write one, such as 'Review: {{{{ text }}}}\\nSentiment:'."
+        )
+    for key, allowed in _CHOICES.items():
+        if options[key] not in allowed or type(options[key]) not in map(type, allowed):
+            raise ValueError(
+                f"Option `{key}` of teacher '{source.name}' must be one of {list(allowed)}, got {options[key]!r}. "
+                "Choose one of them."
+            )
+    count = options["max_new_tokens"]
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1000:
+        raise ValueError(
+            f"Option `max_new_tokens` of teacher '{source.name}' must be an integer in 1..1000, got {count!r}. "
+            "Correct it."
+        )
+    return options
+
+
+# Compiled again by each worker that prepares rows, for a compiled template cannot be sent to it.
+@lru_cache(maxsize=64)
+def _compile(template: str, name: str) -> jinja2.Template:
+    """A template of which nothing is to be feared, with a slot for the text."""
+    what = f"Option `template` of teacher '{name}'"
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        tree = environment.parse(template)
+    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        raise ValueError(f"{what} must be a template of Jinja, got: {first_line(error)}. Correct it.") from error
+    for node in tree.find_all(nodes.Node):
+        if not isinstance(node, _NODES) or isinstance(node, nodes.Filter) and node.name not in _FILTERS:
+            found = f"the filter '{node.name}'" if isinstance(node, nodes.Filter) else f"`{type(node).__name__}`"
+            raise ValueError(
+                f"{what} must consist of text, slots, `if`, parts such as `text[:500]`, and the filters "
+                f"{list(_FILTERS)}, got {found} in line {node.lineno}. Leave it out, or prepare the column of texts."
+            )
+    names = meta.find_undeclared_variables(tree)
+    if "text" not in names or names - {"text", "labels"}:
+        raise ValueError(
+            f"{what} must have a slot `{{{{ text }}}}`, and may have `labels` besides, got slots for "
+            f"{shorten(sorted(names))}. Correct it."
+        )
+    return environment.from_string(template)
+
+
+# ── the kind ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _tokenizer_identity(source: ModelSource) -> dict[str, str]:
+    """Tell the files of a folder apart that decide what a prompt is; a commit does of the Hub."""
+    if not source.is_local:
+        return {}
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(source.folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return {"tokenizer": digest.hexdigest()}
+
+
+KIND = Kind(
+    load=PromptedTeacher,
+    identify=lambda source: (
+        source.model_source.identity | _tokenizer_identity(source.model_source),
+        sum(path.stat().st_size for path in source.model_source.weight_files),
+    ),
+    options=OPTIONS,
+    reads_label_texts=True,
+)

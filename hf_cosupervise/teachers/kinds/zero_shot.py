@@ -1,0 +1,256 @@
+"""Zero-shot teachers, which are told their labels in words: models of inference (NLI), and of images beside texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+from ...data.columns import shorten
+from ...data.inputs import InputProcessor
+from ...models.classifier import load_adapted, load_processor, load_whole, read_config, reads_text
+from ...models.files import read_labels
+from ...models.source import ModelSource, explained
+from .base import (
+    Kind,
+    Preparation,
+    TeacherSource,
+    add_up,
+    fill_templates,
+    fingerprint,
+    for_inference,
+    label_positions,
+    label_texts,
+    read_options,
+)
+
+_OPTIONS: dict[str, Any] = {"template": None, "correct_prior": False, "entailment": None}
+_NLI_TEMPLATE, _IMAGE_TEMPLATE = "This example is {}.", "This is a photo of {}."
+_TOLD = "an NLI classifier of texts, or a model of images and texts such as CLIP or SigLIP"
+
+
+class _ZeroShotTeacher:
+    """What both families share: texts of labels, and answers over them corrected for an empty input."""
+
+    column: str | None = None
+    facts: dict[str, Any]
+    prepare: Preparation
+    model: Any
+
+    def __init__(self, source: TeacherSource, labels: Sequence[str], default_template: str) -> None:
+        teacher = source.teacher
+        options = read_options(teacher, "zero_shot", _OPTIONS)
+        if not isinstance(options["correct_prior"], bool):
+            raise ValueError(
+                f"`correct_prior` of teacher '{source.name}' must be true or false, got {options['correct_prior']!r}."
+            )
+        texts = label_texts(teacher, labels)
+        if len(texts) < 2:
+            raise ValueError(
+                f"Teacher '{source.name}' must choose between at least two labels, got {list(texts)}. Give it more in "
+                "`label_texts` or `scope`."
+            )
+        template = default_template if options["template"] is None else options["template"]
+        self.options, self.texts = options, fill_templates(teacher, template, texts)
+        self.template = template if isinstance(template, str) else " or ".join(template)
+        self.num_labels = len(labels)
+        self.positions = label_positions(teacher, list(texts), labels)
+        # Row i adds up the sentences of label i with equal weights.
+        counts = [len(some) for some in self.texts.values()]
+        weights = [torch.full((1, count), 1 / count) for count in counts]
+        self.means = torch.block_diag(*weights)
+        self.prior: torch.Tensor | None = None
+
+    def _correct(self, empty: Any) -> None:
+        """Find what the model answers to an empty input, whatever the texts of the labels are."""
+        if self.options["correct_prior"]:
+            self.prior = self._logits(self.prepare([empty]))
+
+    def _logits(self, inputs: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __call__(self, inputs: Any) -> np.ndarray:
+        logits = self._logits(inputs)
+        # To divide probabilities and to make them sum to 1 again is to subtract logits, up to what softmax forgets.
+        logits = logits if self.prior is None else logits - self.prior
+        return add_up(torch.softmax(logits, dim=-1).cpu().numpy(), self.positions, self.num_labels)
+
+
+class NliTeacher(_ZeroShotTeacher):
+    """A model that tells whether a text entails a sentence, asked a sentence for each text of a label."""
+
+    def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
+        super().__init__(source, labels, _NLI_TEMPLATE)
+        name, model_source = source.name, source.model_source
+        if model_source.is_adapter:
+            model, processor_folder = load_adapted(model_source)
+        else:
+            processor_folder = model_source.fetch()
+            model = load_whole(model_source, AutoModelForSequenceClassification, read_config(model_source))
+        own_labels = read_labels(model.config.id2label, f"Teacher '{name}'", "id2label")
+        self.entailment = _find_entailment(source, own_labels, self.options["entailment"])
+        tokenizer = load_processor(model_source, processor_folder, True)
+        sentences = [sentence for some in self.texts.values() for sentence in some]
+        pairs = _Pairs(InputProcessor(tokenizer, model.config, f"Teacher '{name}'"), sentences)
+        # Half of the tokens are left to the text that is asked about.
+        _check_lengths(source, tokenizer, sentences, (pairs.processor.max_length or 0) // 2)
+        pairs.probe()
+        self.prepare = Preparation(name, True, pairs)
+        self.device, self.means = device, self.means.to(device)
+        self.model = for_inference(model, device)
+        self._correct("")
+        self.facts = source.facts(
+            "zero_shot", type(model).__name__, fingerprint([pairs.processor.fingerprint, sentences])
+        )
+        self.facts["template"] = self.template
+
+    def _logits(self, inputs: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        with torch.inference_mode():
+            columns = [
+                # A sentence at a time, so that memory is that of one batch however many labels there are.
+                self.model(**{key: value.to(self.device, non_blocking=True) for key, value in pairs.items()}).logits
+                for pairs in inputs
+            ]
+            return torch.stack([logits[:, self.entailment].float() for logits in columns], dim=1) @ self.means.T
+
+
+def _check_lengths(source: TeacherSource, tokenizer: Any, sentences: Sequence[str], longest: int) -> None:
+    """Refuse texts of labels that would be cut: two of them might be equal then."""
+    with explained(source.model_source, "preparation of texts"):
+        lengths = [len(ids) for ids in tokenizer(list(sentences))["input_ids"]]
+    if max(lengths) > longest:
+        raise ValueError(
+            f"Texts of labels of teacher '{source.name}' must have at most {longest} tokens, got {max(lengths)} in "
+            f"{sentences[lengths.index(max(lengths))]!r}. Shorten it, or the `template`."
+        )
+
+
+class _Pairs:
+    """Each text of a batch beside each sentence: a batch of pairs per sentence."""
+
+    def __init__(self, processor: InputProcessor, sentences: Sequence[str]) -> None:
+        self.processor, self.sentences = processor, sentences
+
+    def __call__(self, cells: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
+        return [self.processor(cells, sentence) for sentence in self.sentences]
+
+    def probe(self) -> None:
+        """See that pairs of texts can be made: what fails here is no row's fault."""
+        for sentence in self.sentences:
+            self.processor.probe(sentence)
+
+
+def _find_entailment(source: TeacherSource, own_labels: Sequence[str], wanted: Any) -> int:
+    """Position of the label that says that the text entails the sentence."""
+    if wanted is not None:
+        found = [position for position, label in enumerate(own_labels) if label == wanted]
+        looked = f"the one called {wanted!r} by the option `entailment`"
+    else:
+        found = [position for position, label in enumerate(own_labels) if label.casefold().startswith("entail")]
+        looked = "one whose name begins with 'entail' (such as 'entailment' or 'ENTAILS', in any case)"
+    if len(found) != 1:
+        raise ValueError(
+            f"Teacher '{source.name}' must be an NLI classifier with one label of entailment, {looked}, got "
+            f"{shorten(own_labels)}. Name its label by `options={{'entailment': …}}`, or use another model or `kind`."
+        )
+    return found[0]
+
+
+class DualTeacher(_ZeroShotTeacher):
+    """A model that puts images and texts into one space, such as CLIP and SigLIP; texts of labels only once."""
+
+    def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
+        # Who writes texts of labels for such a model writes whole captions.
+        super().__init__(source, labels, _IMAGE_TEMPLATE if source.teacher.label_texts is None else "{}")
+        name, model_source = source.name, source.model_source
+        if self.options["entailment"] is not None:
+            raise ValueError(
+                f"`entailment` of teacher '{name}' is for NLI classifiers, got a model of images. Leave it out."
+            )
+        folder = model_source.fetch()
+        model = load_whole(model_source, AutoModel, read_config(model_source))
+        if lacking := [part for part in _DUAL_PARTS if not hasattr(model, part)]:
+            raise ValueError(
+                f"Teacher '{name}' must be {_TOLD}, got {type(model).__name__} without `{lacking[0]}`. Use another."
+            )
+        tokenizer = load_processor(model_source, folder, True)
+        processing_class = load_processor(model_source, folder, False)
+        vision_config = getattr(model.config, "vision_config", model.config)
+        processor = InputProcessor(processing_class, vision_config, f"Teacher '{name}'")
+        processor.probe()
+        self.prepare = Preparation(name, False, processor)
+        self.device, self.means = device, self.means.to(device)
+        self.model = for_inference(model, device)
+        self.text_features = self._embed_texts(source, tokenizer)
+        self._correct(Image.new(processor.mode, (224, 224), 127 if processor.mode == "L" else (127, 127, 127)))
+        self.facts = source.facts("zero_shot", type(model).__name__, processor.fingerprint)
+        self.facts["template"] = self.template
+
+    def _embed_texts(self, source: TeacherSource, tokenizer: Any) -> torch.Tensor:
+        """A direction for each label: the mean of those of its texts, `(num_own_labels, size)`."""
+        sentences = [sentence for some in self.texts.values() for sentence in some]
+        text_config = getattr(self.model.config, "text_config", self.model.config)
+        longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None) or 10**9)
+        _check_lengths(source, tokenizer, sentences, longest)
+        # SigLIP was trained on texts that are padded to the full length, and does not mask the padding.
+        is_full = str(self.model.config.model_type).startswith("siglip")
+        padding = {"padding": "max_length", "max_length": longest} if is_full else {"padding": True}
+        with explained(source.model_source, "preparation of texts"), torch.inference_mode():
+            batch = tokenizer(sentences, return_tensors="pt", **padding)
+            known = ("input_ids",) if is_full else ("input_ids", "attention_mask")
+            parts = [
+                self.model.get_text_features(**{key: batch[key][start : start + 64].to(self.device) for key in known})
+                for start in range(0, len(sentences), 64)
+            ]
+            features = self.means @ torch.cat([_directions(part) for part in parts])
+        return features / features.norm(dim=-1, keepdim=True)
+
+    def _logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode():
+            on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
+            features = _directions(self.model.get_image_features(**on_device))
+            # SigLIP's bias is the same for every label, and softmax forgets it.
+            return features @ self.text_features.T * self.model.logit_scale.float().exp()
+
+
+_DUAL_PARTS = ("get_text_features", "get_image_features", "logit_scale")
+
+
+def _directions(output: Any) -> torch.Tensor:
+    """Features of length 1, `(num_rows, size)` float32."""
+    # transformers 5 gives them as the pooled output, earlier versions as they are.
+    features = (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def _is_dual(source: ModelSource) -> bool:
+    named = source.config.get("architectures") or []
+    known = MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(str(source.config.get("model_type")))
+    return not source.is_adapter and isinstance(named, list) and known in named
+
+
+def _load(source: TeacherSource, labels: Sequence[str], device: torch.device) -> _ZeroShotTeacher:
+    if _is_dual(source.model_source):
+        return DualTeacher(source, labels, device)
+    model_source = source.model_source
+    config = read_config(model_source.base or model_source)
+    if not reads_text(config, f"Teacher '{source.name}'"):
+        raise ValueError(
+            f"Teacher '{source.name}' of kind 'zero_shot' must be {_TOLD}, got a classifier of images. Leave `kind` "
+            "out for a classifier that has labels of its own."
+        )
+    return NliTeacher(source, labels, device)
+
+
+KIND = Kind(
+    load=_load,
+    # Not NLI models: they are classifiers by their files, of labels that are another task's.
+    recognizes=lambda source, model: _is_dual(source),
+    options=_OPTIONS,
+    reads_label_texts=True,
+)
