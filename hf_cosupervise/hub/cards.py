@@ -266,6 +266,10 @@ def _usage(facts: Mapping[str, Any]) -> str:
     if facts["modality"] == "vector":
         return _vector_usage(facts, repo_id) if "vectors" in facts else ""
     load = f"classifier = pipeline({_literal(task)}, model={_literal(repo_id or '.')}{_at_branch(facts)}){where}"
+    if facts.get("token_pooling"):
+        return _pooled_usage(facts, repo_id or ".")
+    if facts.get("needs_range"):
+        load = f"# In float32 or bfloat16: a mean over tokens is computed with numbers that float16 has not.\n{load}"
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]
@@ -319,6 +323,25 @@ def _vector_usage(facts: Mapping[str, Any], repo_id: str | None) -> str:
             *(by_sklearn if known.get("has_sklearn") else []),
         ]
     )
+
+
+def _pooled_usage(facts: Mapping[str, Any], place: str) -> str:
+    """A snippet for a text student the architecture of which has no classifier that pools as it was trained to."""
+    # Linear, so that the pooled logits are the logits of what is pooled.
+    how = {"mean": "(logits * mask).sum(1) / mask.sum(1)", "cls": "logits[:, 0]", "last": "logits[:, -1]"}
+    pooled = how[facts["token_pooling"]]
+    at = f"{_literal(place)}{_at_branch(facts)}"
+    lines = [
+        "from transformers import AutoModelForTokenClassification, AutoTokenizer",
+        "",
+        f"# Its head reads {facts['token_pooling']!r} of the tokens, as no classifier of texts of its kind does.",
+        f"tokenizer = AutoTokenizer.from_pretrained({at})",
+        f"model = AutoModelForTokenClassification.from_pretrained({at}).eval()",
+        'inputs = tokenizer(["A text to classify."], padding=True, truncation=True, return_tensors="pt")',
+        'logits, mask = model(**inputs).logits, inputs["attention_mask"][..., None]',
+        f"print(({pooled}).softmax(-1))",
+    ]
+    return "\n".join(lines)
 
 
 def _at_branch(facts: Mapping[str, Any]) -> str:

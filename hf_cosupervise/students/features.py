@@ -564,7 +564,9 @@ def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, p
     # The head is what is trained: its weights change nothing of what it is fed.
     own = {id(parameter) for parameter in head.parameters()}
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}".encode())
+    # Of one set of weights the mean over tokens is another input of the head than the first token.
+    pooling = f" {model.pooling}" if hasattr(model, "pooling") else ""
+    digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}{pooling}".encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if id(tensor) not in own:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

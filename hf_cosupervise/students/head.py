@@ -20,10 +20,17 @@ from transformers.pytorch_utils import Conv1D
 
 logger = logging.getLogger(__name__)
 
+# Of some types there are several, such as those of Perceiver.
 _CLASSIFIERS = {
-    *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
-    *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    name
+    for names in (
+        *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+        *MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+    )
+    for name in ((names,) if isinstance(names, str) else names)
 }
+# Where a loaded student keeps the names of layers that start at random beside its head.
+FRESH = "_fresh_modules"
 # GPT-2 and its kin keep their linear layers transposed, as `Conv1D`.
 _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 
@@ -31,27 +38,36 @@ _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
 def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Find the parameters of a classifier that are not its backbone's."""
     if hasattr(model, "timm_model"):
-        classifier: Any = model.timm_model.get_classifier()  # type: ignore[union-attr, operator]
-        if not isinstance(classifier, nn.Module):  # a pair, such as that of distilled models
-            raise ValueError(
-                f"A student must have one head, got {len(classifier)} in {type(model.timm_model).__name__} of timm. "
-                "Use an architecture that was not made for distillation."
-            )
-        own = {id(parameter) for parameter in classifier.parameters()}
+        found: Any = model.timm_model.get_classifier()  # type: ignore[union-attr, operator]
+        # A pair in distilled models, which answer with the mean of both unless they are being distilled.
+        heads = [found] if isinstance(found, nn.Module) else list(found)
+        own = {id(parameter) for head in heads for parameter in head.parameters()}
         return [(name, parameter) for name, parameter in model.named_parameters() if id(parameter) in own]
     prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not hasattr(model, prefix):
-        if type(model).__name__ in _CLASSIFIERS:
-            raise ValueError(
-                f"A student must keep its backbone under one name beside its head, got {type(model).__name__}, which "
-                f"has no `{prefix}`: what is not the head's cannot be told. Use another architecture, such as the "
-                "same backbone in timm."
-            )
+    if prefix and hasattr(model, prefix):
+        outside = [(name, value) for name, value in model.named_parameters() if not name.startswith(f"{prefix}.")]
+        if outside:
+            return outside
+    # CLIP and its kin keep the parts of their backbone side by side: there the head is what hangs on the labels.
+    sized = _sized_by_labels(model) if type(model).__name__ in _CLASSIFIERS else set()
+    if not sized:
         raise ValueError(
             f"A student must be a model with a backbone and a classification head, got {type(model).__name__}. "
             "Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
         )
-    return [(name, parameter) for name, parameter in model.named_parameters() if not name.startswith(f"{prefix}.")]
+    return [(name, parameter) for name, parameter in model.named_parameters() if name in sized]
+
+
+def _sized_by_labels(model: Any) -> set[str]:
+    """Names of the parameters whose shapes hang on the number of labels."""
+    shapes = []
+    # Two numbers that are unlike each other and unlikely as a width.
+    for num_labels in (3, 5):
+        config = copy.deepcopy(model.config)
+        config.num_labels = num_labels
+        with torch.device("meta"):  # only shapes are asked for
+            shapes.append({name: value.shape for name, value in type(model)(config).named_parameters()})
+    return {name for name, shape in shapes[0].items() if shape != shapes[1][name]}
 
 
 def linear_head(model: nn.Module) -> nn.Linear | None:
@@ -93,6 +109,11 @@ def reset_head(model: nn.Module) -> None:
             module.reset_parameters()  # type: ignore[operator]
 
 
+def fresh_modules(model: nn.Module) -> set[str]:
+    """Names of the layers of a backbone that its checkpoint lacked, such as the pooler of a masked language model."""
+    return set(getattr(model, FRESH, ()))
+
+
 def prepare_student(
     model: PreTrainedModel, training: str, lora: LoraConfig | None = None, *, seed: int = 42
 ) -> PreTrainedModel | PeftModel:
@@ -109,7 +130,7 @@ def prepare_student(
             )
         # A copy, because peft writes into it, and it may be the user's.
         config = copy.deepcopy(lora) if lora is not None else LoraConfig()
-        heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)}
+        heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)} | fresh_modules(model)
         config.modules_to_save = sorted(heads)  # a fresh head is trained whole
         if not config.target_modules or config.target_modules == "all-linear":
             config.target_modules = _backbone_layers(model, heads)
@@ -118,6 +139,10 @@ def prepare_student(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
+        for _, layer in _adapted(adapted):
+            # MobileNet asks its convolutions for these, which peft keeps in the layer that it wraps.
+            for name in {"stride", "dilation", "kernel_size"} & {*vars(layer.get_base_layer())}:
+                setattr(layer, name, getattr(layer.get_base_layer(), name))
         try:
             _check_adapted(adapted)
         except ValueError:
@@ -137,12 +162,15 @@ def prepare_student(
     return model
 
 
+def _adapted(model: PeftModel) -> list[tuple[str, BaseTunerLayer]]:
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+
+
 def _check_adapted(model: PeftModel) -> None:
     """Refuse adapters on layers that would not be the same layer once they are merged."""
-    adapted = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     refused = {
         name.removeprefix("base_model.model."): type(layer.get_base_layer()).__name__
-        for name, layer in adapted.items()
+        for name, layer in _adapted(model)
         if not _merges_exactly(layer.get_base_layer())
     }
     if refused:

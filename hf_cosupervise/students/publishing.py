@@ -21,6 +21,7 @@ from ..data.inputs import InputProcessor
 from ..files import move_file, read_json
 from ..hub.client import publish
 from ..models.source import MODEL_FILES
+from .pooling import as_ordinary
 from .vectors import SKLEARN_FILE, VectorClassifier, save_for_sklearn
 
 # What merging may change, relative to the largest logit: a GPU multiplies with 10 bits of mantissa by default.
@@ -32,10 +33,15 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
     folder, plain = Path(folder), model
     if isinstance(model, PeftModel):
         plain = _merge(model, processing_class)
+    is_pooled = hasattr(plain, "pooling")
+    if is_pooled:
+        inputs = {} if processing_class is None else InputProcessor(processing_class, plain.config).probe()
+        plain = as_ordinary(plain, inputs)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="_student-", dir=folder))
     try:
-        if isinstance(model, PeftModel):
+        # Adapters of a student with a pooling fit no classifier of texts as it is loaded.
+        if isinstance(model, PeftModel) and not is_pooled:
             model.save_pretrained(str(temporary / "adapter"))
             (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # an empty form of peft's
         plain.save_pretrained(temporary)  # type: ignore[operator]

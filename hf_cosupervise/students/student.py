@@ -25,10 +25,12 @@ from ..data.inputs import InputProcessor, check_depth
 from ..data.vectors import with_input
 from ..method.linear_head import linear_logits
 from ..method.metrics import check_metric, measure_labels
+from ..models.source import first_line
 from ..processes import Processes, row_chunks
 from .features import FeatureStore
 from .head import head_gives_logits, linear_head, prepare_student
 from .loading import load_pinned_student
+from .pooling import has_pooling
 from .vectors import VECTOR_STUDENTS, VectorClassifier
 
 logger = logging.getLogger(__name__)
@@ -50,9 +52,14 @@ def open_student(
     if isinstance(model, (str, os.PathLike)):
         revision, training = args.student_revision, args.student_training
         model, loaded, origin = load_pinned_student(
-            model, labels, revision=revision, seed=args.seed, training=training
+            model, labels, revision=revision, seed=args.seed, training=training, pooling=args.pooling
         )
         processing_class = loaded if processing_class is None else processing_class
+    elif args.pooling is not None and not has_pooling(model, args.pooling):
+        raise ValueError(
+            f"`pooling` is for a student that is named, got {args.pooling!r} beside a {type(model).__name__}. Load it "
+            f"with `load_student(model, pool.labels, pooling={args.pooling!r})`."
+        )
     _check_weights(model)
     check_student(model, labels)
     if isinstance(model, VectorClassifier):
@@ -125,8 +132,8 @@ def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> Non
             logits = getattr(model(**inputs), "logits", None)
         found = "an answer without `logits`" if logits is None else f"logits of shape {tuple(logits.shape)}"
         shape = None if logits is None else tuple(logits.shape)
-    except (TypeError, ValueError) as error:
-        found, shape = f"{type(error).__name__}: {str(error).rstrip('.')}", None
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        found, shape = f"{type(error).__name__}: {first_line(error)}", None
     finally:
         model.train(was_training)
     wanted = (2, num_labels)

@@ -20,6 +20,7 @@ from ..method.assignment import AGREEMENT_RULES
 from ..method.metrics import METRICS
 from ..method.published_losses import choose_loss
 from ..method.rejection import SELECTION_RULES
+from ..students.pooling import POOLINGS
 from .inherited import Numbers, check_inherited, check_numbers, default_of, is_number
 from .members import DECIDED_BY_MEMBERS, DEFAULT_MEMBERS, MEMBERS
 
@@ -130,6 +131,13 @@ class CoSupervisedConfig(TrainingArguments):
     student_training: str = field(
         default="probe",
         metadata={"help": "What is trained: 'probe' (a head on the frozen backbone), 'lora' (adapters) or 'full'."},
+    )
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the linear head of a text student reads: 'mean' of the tokens, 'cls' (the first) or 'last'. "
+            "Default: the head of its architecture."
+        },
     )
     lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapters."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapters."})
@@ -359,6 +367,7 @@ class CoSupervisedConfig(TrainingArguments):
             ("method", METHODS),
             ("members", tuple(MEMBERS)),
             ("head_solver", HEAD_SOLVERS),
+            ("pooling", (None, *POOLINGS)),
             ("metric", tuple(METRICS)),
         ):
             value = getattr(self, name)

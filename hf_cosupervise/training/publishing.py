@@ -18,6 +18,7 @@ from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
+from ..students.pooling import exported_pooling
 from ..students.publishing import export_student, push_student
 from ..students.vectors import VectorClassifier
 from .config import CoSupervisedConfig
@@ -100,7 +101,7 @@ def student_facts(
         "modality": modality,
         "vectors": model.card_facts() if isinstance(model, VectorClassifier) else None,
         "library_name": _LIBRARIES.get(model.config.model_type, "transformers"),
-        "has_adapter": isinstance(model, PeftModel),
+        "has_adapter": isinstance(model, PeftModel) and not hasattr(model, "pooling"),
         "student_training": args.student_training,
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
         "hyperparameters": args.changed_arguments()
@@ -176,7 +177,7 @@ def make_card(
         "dataset_name": next(iter(_as_list(dataset)), None),
         "dataset_split": next(iter(_as_list(dataset_args)), None),
     }
-    facts = facts | given
+    facts = facts | given | exported_pooling(folder)
     facts["datasets"] = list(dict.fromkeys([*facts["datasets"], *_as_list(dataset_tags)]))
     facts["name"] = model_name or facts["name"]
     facts["base_model"] = finetuned_from or facts["base_model"]

@@ -24,6 +24,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForMaskedLM,
     BertForNextSentencePrediction,
@@ -32,7 +33,11 @@ from transformers import (
     BitConfig,
     BitForImageClassification,
     CLIPConfig,
-    CLIPForImageClassification,
+    CLIPModel,
+    GPT2Config,
+    GPT2Model,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -41,7 +46,7 @@ from transformers import (
 )
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
-from hf_cosupervise import CoSupervisedTrainer, load_student
+from hf_cosupervise import CoSupervisedTrainer, Teacher, TeacherHierarchy, build_pool, load_student
 from hf_cosupervise.students.head import head_parameters, prepare_student
 from hf_cosupervise.students.publishing import export_student
 
@@ -192,6 +197,7 @@ def make_trainer(
     def make(model: Any, training: str = "probe", *, text: bool = False, **changes: Any) -> CoSupervisedTrainer:
         pool = make_pool(tiny_text_dataset if text else tiny_image_dataset)
         processor = AutoTokenizer.from_pretrained(tiny_bert) if text else AutoImageProcessor.from_pretrained(tiny_vit)
+        processor = None if isinstance(model, str) else processor  # which lies in its folder
         args = make_args(tmp_path / "out", student_training=training, **changes)
         return CoSupervisedTrainer(model, args, pool=pool, processing_class=processor)
 
@@ -286,42 +292,107 @@ def test_models_without_weights_are_refused(make_trainer, tiny_vit):
         make_trainer(nn.Linear(2, 2))
 
 
-def test_a_classifier_without_one_backbone_is_told_so(make_trainer):
+@pytest.mark.parametrize("training", ["probe", "lora", "full"])
+def test_a_classifier_whose_backbone_has_parts_side_by_side(make_trainer, tiny_vit, training, tmp_path):
+    """CLIP has a configuration of texts and images, and no one name for its backbone."""
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
     config = CLIPConfig(
-        text_config={**shape, "vocab_size": 9}, vision_config={**shape, "image_size": 8, "patch_size": 4}, **names
+        text_config={**shape, "vocab_size": 9}, vision_config={**shape, "image_size": 8, "patch_size": 4}
     )
-    for training in ("probe", "lora"):
-        with pytest.raises(ValueError) as error:
-            make_trainer(CLIPForImageClassification(config), training)
-        assert str(error.value) == (
-            "A student must keep its backbone under one name beside its head, got CLIPForImageClassification, which "
-            "has no `clip`: what is not the head's cannot be told. Use another architecture, such as the same "
-            "backbone in timm."
+    folder = tmp_path / "clip"
+    CLIPModel(config).save_pretrained(folder)  # without a head
+    AutoImageProcessor.from_pretrained(tiny_vit).save_pretrained(folder)
+    trainer = make_trainer(str(folder), training)
+    assert (trainer.student.head is not None) == (training == "probe")
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert any("classifier" in name for name in moved) and any("vision_model" in n for n in moved) == (
+        training != "probe"
+    )
+    trainer.save_model()
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    inputs = trainer.processor.probe()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, trainer.model.eval()(**inputs).logits)
+    hierarchy = TeacherHierarchy(LABELS, [Teacher(str(tmp_path / "out"), name="clip")])
+    assert build_pool(trainer.pool.inputs.select_columns(["image"]), hierarchy).answered("clip").all()
+
+
+def test_a_quantised_model_is_refused_before_it_is_read(tmp_path, tiny_bert):
+    folder = tmp_path / "packed"
+    shutil.copytree(tiny_bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(ValueError) as error:
+        load_student(str(folder), LABELS)
+    assert str(error.value) == (
+        f"A student must have weights that can learn, got quantised ones in '{folder}'. Use the checkpoint that they "
+        "were made of."
+    )
+
+
+def test_a_decoder_without_a_token_to_pad_with(make_trainer, tiny_bert, tiny_text_dataset, tmp_path):
+    folder = tmp_path / "gpt"
+    GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=15, eos_token_id=3)).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.pad_token, tokenizer.eos_token = None, tokenizer.sep_token
+    tokenizer.save_pretrained(folder)
+    args = make_args(tmp_path / "out", student_training="probe")
+    trainer = CoSupervisedTrainer(str(folder), args, pool=make_pool(tiny_text_dataset))
+    trainer.train()
+    trainer.save_model()
+    plain, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    assert plain.config.pad_token_id == tokenizer.pad_token_id == 3
+    texts = tiny_text_dataset[:6]["text"]
+    with torch.no_grad():
+        found = plain.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        torch.testing.assert_close(
+            found, trainer.model.eval()(**trainer.processor(texts)).logits, atol=1e-5, rtol=1e-5
         )
-    make_trainer(CLIPForImageClassification(config), "full").train()
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_convolutions_that_are_asked_for_their_stride(make_trainer, training, tmp_path):
+    """MobileNet pads by hand, as much as the strides of its layers ask for."""
+    names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: index for index, name in enumerate(LABELS)}}
+    config = MobileNetV2Config(depth_multiplier=0.25, image_size=32, **names)
+    trainer = make_trainer(MobileNetV2ForImageClassification(config), training, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    inputs = trainer.processor.probe()
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).logits
+        torch.testing.assert_close(plain(**inputs).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_pooler_of_a_masked_language_model_is_trained_or_refused(make_trainer, tiny_bert, tmp_path):
     folder = tmp_path / "words"
     BertForMaskedLM.from_pretrained(tiny_bert).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(folder)
-    for training in ("probe", "lora"):
-        with pytest.raises(ValueError) as error:
-            make_trainer(str(folder), training, text=True)
-        assert str(error.value) == (
-            f"Every weight of the student's backbone must be in the checkpoint, '{folder}' lacks "
-            "['bert.pooler.dense.bias', 'bert.pooler.dense.weight'] (2 in all). Train its pooler by "
-            "`student_training` 'full', or use a checkpoint that has one."
+    with pytest.raises(ValueError) as error:
+        make_trainer(str(folder), "probe", text=True)
+    assert str(error.value) == (
+        f"Every weight of the student's backbone must be in the checkpoint, '{folder}' lacks "
+        "['bert.pooler.dense.bias', 'bert.pooler.dense.weight'] (2 in all). Let the head read the tokens by `pooling` "
+        "'mean', or train the pooler by `student_training` 'lora' or 'full'."
+    )
+    for training in ("lora", "full"):
+        trainer = make_trainer(str(folder), training, text=True)
+        name = next(
+            name for name, value in trainer.model.named_parameters() if "pooler" in name and value.requires_grad
         )
-    trainer = make_trainer(str(folder), "full", text=True)
-    before = weights(trainer)
-    trainer.train()
-    assert not torch.equal(weights(trainer)["bert.pooler.dense.weight"], before["bert.pooler.dense.weight"])
-    shutil.rmtree(tmp_path / "out")
-    again = make_trainer(str(folder), "full", text=True)  # the same random pooler
-    assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
+        before = weights(trainer)
+        trainer.train()
+        assert not torch.equal(weights(trainer)[name], before[name])
+        shutil.rmtree(tmp_path / "out")
+        again = make_trainer(str(folder), training, text=True)  # the same random pooler
+        assert all(torch.equal(value, before[name]) for name, value in weights(again).items())
 
 
 @pytest.mark.parametrize("training", ["probe", "full"])
@@ -339,11 +410,25 @@ def test_a_model_is_trained_in_place_and_a_copy_starts_anew(make_trainer, tiny_v
     assert not torch.equal(third["classifier.weight"], first["classifier.weight"])
 
 
-def test_a_model_of_several_heads_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("training", ["probe", "full"])
+def test_both_heads_of_a_distilled_model_are_trained(make_trainer, training, tmp_path: Path) -> None:
     settings = {"img_size": 32, "embed_dim": 16, "depth": 1, "num_heads": 2}
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=2, **settings)
-    timm.models.save_for_hf(model, tmp_path, model_config={"label_names": ["a", "b"]}, safe_serialization=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": settings}))
-    with pytest.raises(ValueError, match="A student must have one head, got 2 in .* of timm"):
-        head_parameters(load_student(str(tmp_path), ["a", "b"])[0])
+    model.pretrained_cfg.update(input_size=(3, 32, 32))
+    folder = tmp_path / "model"
+    timm.models.save_for_hf(model, folder, model_config={"label_names": ["a", "b"]}, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": settings}))
+    student, processor = load_student(str(folder), LABELS)
+    heads = {name for name, _ in head_parameters(student)}
+    assert heads == {f"timm_model.{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")}
+    trainer = make_trainer(str(folder), training)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert heads <= moved and (heads == moved) == (training == "probe")
+    trainer.save_model()
+    plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    pixels = trainer.processor.probe()["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(pixels), trainer.model.eval()(pixel_values=pixels).logits)

@@ -27,6 +27,7 @@ from hf_cosupervise.training.members import DEFAULT_MEMBERS
 OWN = {
     "student_revision": None,
     "student_training": "probe",
+    "pooling": None,
     "lora_r": 8,
     "lora_alpha": 16,
     "lora_dropout": 0.0,

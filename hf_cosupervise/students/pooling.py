@@ -1,0 +1,244 @@
+"""Text students whose head reads the mean, the first or the last token of what their backbone says."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+)
+
+from ..files import read_json
+
+logger = logging.getLogger(__name__)
+
+POOLINGS = ("mean", "cls", "last")
+# What architectures that can choose call it in their `classifier_pooling`.
+_OWN_NAMES = {
+    "modernbert": {"mean": "mean", "cls": "cls"},
+    "ultrabert": {"mean": "mean", "cls": "cls"},
+    "eurobert": {"mean": "mean", "cls": "bos"},
+}
+_TOLERANCE = 1e-5
+
+
+def pool_tokens(states: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """Reduce what is said of each token, of shape `(num_texts, num_tokens, size)`, to one vector per text."""
+    if attention_mask is None:
+        attention_mask = torch.ones(states.shape[:2], device=states.device, dtype=torch.long)
+    if pooling == "mean":
+        mask = attention_mask.to(states.dtype)
+        return (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+    # By the mask, not by the place: texts may be padded on either side.
+    places = torch.arange(states.shape[1], device=states.device) * attention_mask
+    last = places.argmax(dim=1)
+    index = last if pooling == "last" else attention_mask.argmax(dim=1)
+    return states[torch.arange(len(states), device=states.device), index]
+
+
+class _PooledForward:
+    """What a classifier of tokens answers where its head reads one vector per text."""
+
+    pooling: str
+    head_name: str
+    base_model_prefix: str
+
+    def forward(
+        self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> SequenceClassifierOutput:
+        backbone, head = getattr(self, self.base_model_prefix), self.get_submodule(self.head_name)  # type: ignore[attr-defined]
+        states = backbone(input_ids, attention_mask=attention_mask, **kwargs)[0]
+        pooled = pool_tokens(states, attention_mask, self.pooling)
+        dropout = getattr(self, "dropout", None)
+        return SequenceClassifierOutput(logits=head(dropout(pooled) if isinstance(dropout, nn.Dropout) else pooled))
+
+
+def has_pooling(model: Any, pooling: str) -> bool:
+    """Tell whether a model was loaded with a pooling."""
+    own = _OWN_NAMES.get(model.config.model_type, {}).get(pooling, pooling)
+    return getattr(model.config, "classifier_pooling", None) == own
+
+
+def choose_pooling(config: Any, pooling: str, what: str) -> Any:
+    """The class of a text student with a pooling; the configuration is told of it."""
+    kind = config.model_type
+    if kind in _OWN_NAMES:
+        if pooling not in _OWN_NAMES[kind]:
+            raise ValueError(
+                f"{what} must have a `pooling` that its type '{kind}' knows, one of {list(_OWN_NAMES[kind])}, got "
+                f"{pooling!r}. Choose one of these."
+            )
+        config.classifier_pooling = _OWN_NAMES[kind][pooling]
+        return AutoModelForSequenceClassification
+    config.classifier_pooling = pooling
+    is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if pooling == "last" and is_decoder:
+        return AutoModelForSequenceClassification  # whose own way it is
+    tokens = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(config), None)
+    if tokens is None:
+        raise ValueError(
+            f"{what} must be of a type that has a classifier of tokens to have a `pooling`, got {kind!r} with "
+            f"{pooling!r}. Leave `pooling` out for the model's own way, or use another backbone."
+        )
+    with torch.device("meta"):
+        model: Any = tokens(copy.deepcopy(config))
+    head = next((name for name in ("classifier", "score") if isinstance(getattr(model, name, None), nn.Linear)), None)
+    outside = {name.rsplit(".", 1)[0] for name, _ in model.named_parameters()}
+    outside = {name for name in outside if not name.startswith(f"{model.base_model_prefix}.")}
+    if outside != {head}:
+        raise ValueError(
+            f"{what} must have one linear layer on its backbone to have a `pooling`, got {sorted(outside)} in "
+            f"{tokens.__name__}. Leave `pooling` out for the model's own way, or use another backbone."
+        )
+    # Under the name of its architecture: that is what is saved, and what loads without this package.
+    names = {"pooling": pooling, "head_name": head, "__module__": tokens.__module__}
+    return type(tokens.__name__, (_PooledForward, tokens), names)
+
+
+def exported_pooling(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Tell what users of an exported student must know: how to pool its answers, whether float16 is too narrow."""
+    path = Path(folder, "config.json")
+    config = read_json(path) if path.is_file() else {}
+    pooling = config.get("classifier_pooling")
+    if any("ForTokenClassification" in str(name) for name in config.get("architectures") or []):
+        return {"token_pooling": pooling}
+    return {"needs_range": pooling == "mean" and config.get("model_type") in _EVEN}
+
+
+# ── the same as an ordinary classifier ──────────────────────────────────────────────────────────────────────────────
+#
+# No post-norm encoder of transformers has a classifier that reads the mean, and yet one can say it. Attention without
+# queries and keys is even over all tokens that are not padding: it is their mean. One more layer like that would be
+# right but for its residual and its norms, and a norm is linear where its input is small beside the square root of its
+# epsilon. So what goes in is made as small as that, and what comes out as large as it was. In the same way a pooler
+# with a `tanh` is an identity, and one with a rectifier where all is shifted above 0.
+
+_SMALL, _MUCH = 1e-4, 1e8
+# Types the attention of which goes over the whole text, with layers as below.
+_EVEN = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec-text", "roformer", "layoutlm"),
+    *("rembert", "roc_bert", "distilbert"),
+)
+_PARTS = {
+    "encoder.layer": {
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "mixed": "attention.output.dense",
+        "first_norm": "attention.output.LayerNorm",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "last_norm": "output.LayerNorm",
+    },
+    "transformer.layer": {
+        "query": "attention.q_lin",
+        "key": "attention.k_lin",
+        "value": "attention.v_lin",
+        "mixed": "attention.out_lin",
+        "first_norm": "sa_layer_norm",
+        "up": "ffn.lin1",
+        "down": "ffn.lin2",
+        "last_norm": "output_layer_norm",
+    },
+}
+_HEADS = (
+    ("{base}.pooler.dense", "classifier"),
+    ("classifier.dense", "classifier.out_proj"),
+    ("pre_classifier", "classifier"),
+)
+
+
+def as_ordinary(model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
+    """An ordinary classifier of texts that answers as a student with a pooling does, or the student where none can."""
+    if getattr(model, "pooling", None) is None or not inputs:
+        return model
+    model = copy.deepcopy(model).eval().cpu()
+    inputs = {name: value.cpu() for name, value in inputs.items()}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for has_rectifier in (False, True):
+            plain = _rebuild(model, has_rectifier)
+            if plain is None:
+                break
+            found = plain(**inputs).logits
+            if float((found - expected).abs().max()) <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+                return plain
+    logger.warning(
+        f"No classifier of texts of type '{model.config.model_type}' can read '{model.pooling}' of the tokens: the "
+        f"student is written as a {type(model).__name__}, the logits of which are to be pooled so, as its card shows."
+    )
+    return model
+
+
+def _rebuild(model: Any, has_rectifier: bool) -> Any:
+    """The ordinary classifier of a backbone's type, made to answer as a student with a pooling does, if it can."""
+    plain_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), None)
+    backbone = getattr(model, model.base_model_prefix)
+    place = next((place for place in _PARTS if _get(backbone, place) is not None), None)
+    is_mean, is_known = model.pooling == "mean", model.config.model_type in _EVEN
+    if plain_class is None or place is None or model.pooling == "last" or not is_known and (is_mean or has_rectifier):
+        return None
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers += int(is_mean)
+    with torch.random.fork_rng(devices=[]):
+        plain = plain_class(config).eval()
+    own = model.get_submodule(model.head_name)
+    heads = [(_get(plain, first.format(base=plain.base_model_prefix)), _get(plain, last)) for first, last in _HEADS]
+    first, last = next(
+        ((a, b) for a, b in heads if isinstance(a, nn.Linear) and isinstance(b, nn.Linear)), (None, None)
+    )
+    if first is None or last is None or first.weight.shape[0] != first.weight.shape[1]:
+        return None
+    target = getattr(plain, plain.base_model_prefix)
+    target.load_state_dict(backbone.state_dict(), strict=False)
+    weight, bias = own.weight, torch.zeros(len(own.weight)) if own.bias is None else own.bias
+    last_norm = _get(_get(target, place)[len(_get(backbone, place)) - 1], _PARTS[place]["last_norm"])
+    if is_mean or has_rectifier:
+        # What the last norm gives before its weights has no mean over the features, of which a further norm takes
+        # nothing away, and is bounded by the root of their number. So the weights go into the head.
+        weight, bias = weight * last_norm.weight, bias + weight @ last_norm.bias
+        nn.init.ones_(last_norm.weight)
+        nn.init.zeros_(last_norm.bias)
+    if is_mean:
+        added = {role: _get(_get(target, place)[-1], name) for role, name in _PARTS[place].items()}
+        _make_mean(last_norm, added)
+    # tanh(x) is x for x as small as this; a rectifier of x + shift is x + shift.
+    scale, shift = (1.0, len(first.weight) ** 0.5 + 6) if has_rectifier else (_SMALL, 0.0)
+    nn.init.eye_(first.weight).mul_(scale)
+    nn.init.constant_(first.bias, shift)
+    last.weight.copy_(weight / scale)
+    last.bias.copy_(bias - shift * last.weight.sum(dim=1))
+    return plain
+
+
+def _make_mean(norm: nn.LayerNorm, added: Mapping[str, Any]) -> None:
+    """Make an added layer give the mean over the tokens of what the norm before it gave."""
+    linear = added["first_norm"].eps ** 0.5  # by how much a norm divides what is small
+    nn.init.constant_(norm.weight, _SMALL * linear / _MUCH)
+    for role in ("query", "key", "up", "down"):
+        nn.init.zeros_(added[role].weight)
+    for role in ("query", "key", "value", "mixed", "up", "down", "first_norm", "last_norm"):
+        nn.init.zeros_(added[role].bias)
+    nn.init.eye_(added["value"].weight)
+    nn.init.eye_(added["mixed"].weight).mul_(_MUCH)  # beside which the residual is nothing
+    nn.init.constant_(added["first_norm"].weight, linear)
+    nn.init.constant_(added["last_norm"].weight, 1 / _SMALL)
+
+
+def _get(module: Any, name: str) -> Any:
+    """A part of a module, if it has it."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
