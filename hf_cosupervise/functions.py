@@ -84,7 +84,7 @@ def labeling_function(
     name = name or str(getattr(function, "__name__", ""))
     if name in ("", "<lambda>"):
         raise ValueError(
-            f"A labeling function must have a name, got {function!r}. Give it one: "
+            f"A labeling function must have a name, got a {type(function).__name__} without. Give it one: "
             '`labeling_function(function, name="…")`.'
         )
     return LabelingFunction(function, name, _find_version(function, name, version), batched)

@@ -77,7 +77,9 @@ class Teacher:
             What a label is called in words, or several ways to say it, for kinds that read texts of labels. Defaults
             to the names of the labels.
         options (`Mapping[str, Any]`, *optional*):
-            Settings of the kind, as JSON values.
+            Settings of the kind, as JSON values. `zero_shot`: `template` (one or several, with `{}` for the text of a
+            label), `correct_prior` (divide by the answer to an empty input), `entailment` (that label's name);
+            `pipeline`: `template`; `prototypes`: `examples` (texts of each label), `temperature`, `pooling`.
         function (`Callable`, *optional*):
             What is called, set where `model` is a function or a pipeline. It is in no file, no pickle, and nobody
             compares it: the teacher is the same where name and `revision` are.

@@ -362,14 +362,15 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
     rows = []
     for teacher in map(_known, teachers):
         model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
-        is_column = teacher.get("kind") == "column" and model is not None
+        # What is no model on the Hub is named by its kind: a column, a function.
+        is_named = teacher.get("kind") in ("column", "function", "pipeline") and model is not None
         rows.append(
             [
                 _escape(teacher.get("level", "")),
                 _code(teacher["name"]) if "name" in teacher else "",
                 _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
                 _code(_in_repo(subfolder)) if subfolder and model is None else "",
-                f"column {_code(model)}" if is_column else _repo_link(model, at, subfolder),
+                f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
                 _code(_short(at)) if at else "",
                 _short_list(teacher.get("scope")),
                 _short_list(teacher.get("domains")),

@@ -330,6 +330,7 @@ def _card_facts(
     teachers = []
     for teacher in hierarchy.teachers:
         record = {key: getattr(teacher, key) for key in ("name", "level", "scope", "domains", "kind")}
+        record |= {"label_texts": teacher.label_texts, "template": (teacher.options or {}).get("template")}
         record["accuracy"] = (facts.get("accuracy") or {}).get(teacher.name)
         source = found.get(teacher.name)
         if source is not None:
@@ -355,7 +356,11 @@ def _modality(source: ModelSource) -> str | None:
     config = (source.base or source).config
     feature = config.get("feature")
     # A configuration of timm names an architecture, and timm has models of images only.
-    if "architecture" in config or (isinstance(feature, Mapping) and feature.get("kind") == "pixels"):
+    if (
+        "architecture" in config
+        or "vision_config" in config
+        or (isinstance(feature, Mapping) and feature.get("kind") == "pixels")
+    ):
         return "image"
     if isinstance(feature, Mapping) and feature.get("kind") == "text":
         return "text"

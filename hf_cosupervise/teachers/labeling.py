@@ -129,9 +129,9 @@ def build_pool(
             Processes that decode and prepare inputs; 0 for this process.
         on_error (`str`, *optional*, defaults to `"raise"`):
             What to do with a row that cannot be read or made into what a teacher reads, or whose answer is no
-            distribution: `"raise"` an error that names it, or leave it `"missing"` for the teachers concerned, counted
-            as `num_failed` in their facts. An input that no model could read is missing in the pool too. Any other
-            error of a teacher is raised in any case.
+            distribution, or that a function fails on: `"raise"` an error that names it, or leave it `"missing"` for
+            the teachers concerned, counted as `num_failed` in their facts. An input that no model could read is
+            missing in the pool too. Any other error of a teacher is raised in any case.
         reuse (`PseudolabelPool`, *optional*):
             A pool of the same data. Its teachers that are in `hierarchy` too, at any level, are not run again, and
             their files are linked, not copied.
@@ -543,6 +543,11 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
             f"Teacher '{name}' must be able to label at least one row, got {num_failed} of {len(job.ids)} rows that "
             f"it failed on, id {ids[0]!r} first: {reason}. Correct the teacher, or the column that it reads."
             f"{tell_unmatched(job, name)}"
+        )
+    if not num_failed and not any(segment.num_answered for segment in segments):
+        logger.warning(
+            f"Teacher '{name}' has no answer for any of {len(job.ids)} rows, and tells nothing of them. Correct it, "
+            "or leave it out."
         )
     if num_failed:
         first = shorten(ids[:5]) if num_failed <= 5 else f"{shorten(ids[:5])} and others"

@@ -13,8 +13,8 @@ from datasets import Dataset
 from ..data.columns import shorten
 from ..hierarchy import Teacher, TeacherHierarchy
 from ..hub.client import has_file, is_folder
-from ..models.source import find_model
 from .hub import HIERARCHY_FILES, load_hierarchy
+from .kinds.loading import find_source
 from .running import read_names
 
 _LEVEL = re.compile(r"(\d+):(.+)")
@@ -102,10 +102,15 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
                 f"'{teacher.model}'. Give the task's `labels`."
             )
         return sorted(seen)
-    source = find_model(
-        teacher.model, what=f"Teacher '{teacher.name}'", revision=teacher.revision, subfolder=teacher.subfolder
-    )
-    config = source.config
+    source, kind = find_source(teacher)
+    if kind.reads_label_texts or source.files is None:
+        if (told := teacher.label_texts or teacher.scope) is None:
+            raise ValueError(
+                f"The task's labels must be known to a teacher that is told them, got none for '{teacher.name}'. Give "
+                "them by `labels`, or as its `label_texts`."
+            )
+        return list(told)
+    config = source.files.config
     described = config.get("pretrained_cfg")
     names = config.get("id2label") or config.get("label_names")
     names = names or (described.get("label_names") if isinstance(described, Mapping) else None)

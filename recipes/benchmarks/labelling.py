@@ -21,6 +21,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from benchmarks.kinds import measure_kinds
 from benchmarks.task import IMAGE_SIZE, Bench, Row, Target, column
 from hf_cosupervise import Teacher, TeacherHierarchy, build_pool
 from hf_cosupervise.teachers.kinds.loading import load_teacher
@@ -78,10 +79,11 @@ def measure_labelling(bench: Bench) -> list[Row]:
     for folder in folders:
         model = AutoModelForImageClassification.from_pretrained(folder).eval().to(bench.device)
         loops.append((model.to(memory_format=torch.channels_last), AutoImageProcessor.from_pretrained(folder)))
-    return [
+    rows = [
         race_labelling(bench, images, encoded, folders[:num_teachers], loops[:num_teachers], labels)
         for num_teachers in (1, 5)
     ]
+    return rows + measure_kinds(bench, images)
 
 
 def race_labelling(

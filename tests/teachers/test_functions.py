@@ -106,6 +106,23 @@ def test_labels_of_a_function_may_be_left_out_or_spread():
         label_with(function)
 
 
+def test_a_function_may_change_its_row():
+    def change(row: dict[str, Any]) -> None:
+        row["text"] = "free"
+
+    np.testing.assert_array_equal(
+        label_with(change, says_free).decode("says_free"), label_with(says_free).decode("says_free")
+    )
+
+
+def test_a_teacher_without_answers_is_told_of(caplog):
+    pool = label_with(labeling_function(lambda row: None, name="silent"), says_free)
+    assert not pool.answered("silent").any()
+    assert [record.message for record in caplog.records] == [
+        "Teacher 'silent' has no answer for any of 5 rows, and tells nothing of them. Correct it, or leave it out."
+    ]
+
+
 def test_a_function_sees_a_row_but_not_the_ground_truth():
     seen = []
 
@@ -324,7 +341,7 @@ def test_what_may_change_needs_a_version():
 
 def test_what_is_no_labeling_function():
     with pytest.raises(
-        ValueError, match="must have a name, got <function .*lambda.*labeling_function.function, name="
+        ValueError, match="must have a name, got a function without. Give .*labeling_function.function, name="
     ):
         TeacherHierarchy(LABELS, [lambda row: "ham"])
     with pytest.raises(TypeError, match="`labeling_function` must be given a function of a row, got '2'"):

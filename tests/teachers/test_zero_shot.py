@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from hub_server import HubServer
+from huggingface_hub import hf_hub_download
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -32,9 +33,17 @@ from transformers import (
     pipeline,
 )
 
-from hf_cosupervise import PseudolabelPool, Teacher, TeacherHierarchy, build_pool
+from hf_cosupervise import (
+    PseudolabelPool,
+    Teacher,
+    TeacherHierarchy,
+    build_pool,
+    load_hierarchy,
+    push_hierarchy,
+)
 from hf_cosupervise.teachers.kinds.base import TeacherModel
 from hf_cosupervise.teachers.kinds.loading import identify_teacher, load_teacher
+from hf_cosupervise.teachers.naming import hierarchy_from_names
 
 pytestmark = pytest.mark.core
 
@@ -532,3 +541,34 @@ def test_zero_shot_pipelines_label_as_their_models(nli, clip):
             load_teacher(Teacher(pipe, label_texts=several), labels)
         with pytest.raises(ValueError, match="`template` of teacher .* must have one slot"):
             load_teacher(Teacher(pipe, options={"template": "{} {0.x}"}, **fields), labels)
+
+
+def test_cards_name_functions_and_what_a_teacher_is_told(hub: HubServer, nli, tmp_path):
+    def loud(row: dict[str, Any]) -> str | None:
+        return "sport" if "goal" in row["text"] else None
+
+    texts = {"sport": ["sport", "a match | a game"], "music": ["music"], "food": ["food"]}
+    asked = Teacher(nli, kind="zero_shot", label_texts=texts, options={"template": "this is about {}"})
+    hierarchy = TeacherHierarchy(LABELS, [loud, asked])
+    pool = build_pool(Dataset.from_dict({"text": make_texts(5, seed=2)[0]}), hierarchy, disable_tqdm=True)
+    pool.push_to_hub("someone/pool")
+    push_hierarchy(hierarchy, "someone/teachers")
+    for repo, kind in (("someone/pool", "dataset"), ("someone/teachers", "model")):
+        card = Path(hf_hub_download(repo, "README.md", repo_type=kind)).read_text(encoding="utf-8")
+        assert "this is about {}" in card and r"a match \| a game" in card and str(Path(nli).parent) not in card
+        assert repo != "someone/pool" or "function `loud`" in card
+    loaded = load_hierarchy("someone/teachers")
+    assert loaded.teachers[0] == hierarchy.teachers[0] and loaded.teachers[1].options == asked.options
+    again = build_pool(Dataset.from_dict({"text": ["the team"]}), loaded, models={"loud": loud}, disable_tqdm=True)
+    assert again.answered("nli").all() and not again.answered("loud").any()
+
+
+def test_labels_of_teachers_that_are_told_them(nli):
+    data = Dataset.from_dict({"text": ["the team"]})
+    texts = {"sport": "a match", "food": "food"}
+    named = hierarchy_from_names([{"model": nli, "kind": "zero_shot", "label_texts": texts}], data)
+    assert named.labels == ("sport", "food")
+    with pytest.raises(
+        ValueError, match="must be known to a teacher that is told them, got none for 'nli'. Give them by"
+    ):
+        hierarchy_from_names([{"model": nli, "kind": "zero_shot"}], data)

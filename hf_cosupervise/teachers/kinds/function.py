@@ -51,15 +51,17 @@ class FunctionTeacher:
             failure: dict[int, RowError] = {}
             values: Any = None
             with _Caught(failure, 0, self.what):
-                values = self.function(list(rows))
+                values = self.function([dict(row) for row in rows])
             if not failure:
                 return self._check_length(values, len(rows))
         values = [None] * len(rows)
         for place, row in enumerate(rows):
             with _Caught(answers.errors, place, self.what):
-                # Alone where it failed on the batch, so that the row at fault is known.
+                # A copy, for other functions are given the same row. Alone where it failed on the batch, so that the
+                # row at fault is known.
+                own = dict(row)
                 values[place] = (
-                    self._check_length(self.function([row]), 1)[0] if self.function.batched else self.function(row)
+                    self._check_length(self.function([own]), 1)[0] if self.function.batched else self.function(own)
                 )
         return values
 

@@ -57,6 +57,7 @@ class _ZeroShotTeacher:
             )
         template = default_template if options["template"] is None else options["template"]
         self.options, self.texts = options, fill_templates(teacher, template, texts)
+        self.template = template if isinstance(template, str) else " or ".join(template)
         self.num_labels = len(labels)
         self.positions = label_positions(teacher, list(texts), labels)
         # Row i adds up the sentences of label i with equal weights.
@@ -106,6 +107,7 @@ class NliTeacher(_ZeroShotTeacher):
         self.facts = source.facts(
             "zero_shot", type(model).__name__, fingerprint([pairs.processor.fingerprint, sentences])
         )
+        self.facts["template"] = self.template
 
     def _logits(self, inputs: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         with torch.inference_mode():
@@ -187,6 +189,7 @@ class DualTeacher(_ZeroShotTeacher):
         self.text_features = self._embed_texts(source, tokenizer)
         self._correct(Image.new(processor.mode, (224, 224), 127 if processor.mode == "L" else (127, 127, 127)))
         self.facts = source.facts("zero_shot", type(model).__name__, processor.fingerprint)
+        self.facts["template"] = self.template
 
     def _embed_texts(self, source: TeacherSource, tokenizer: Any) -> torch.Tensor:
         """A direction for each label: the mean of those of its texts, `(num_own_labels, size)`."""
