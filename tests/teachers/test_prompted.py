@@ -470,6 +470,7 @@ def test_by_id_it_is_the_local_one(hub: HubServer, folder_of: Callable[[str], st
         ),
         ("llama", None, {"label_map": {"bad": "negative"}}, r"must be among .* got unknown \['label_map'\]"),
         ("bert", None, {}, "must be a language model, causal or .* got 'BertForSequenceClassification'"),
+        ("masked", None, {}, "must be a language model, causal or .* got 'BertForMaskedLM'. Use one, or another"),
         ("words", None, {}, r"must have words for labels that its tokenizer knows, got 'negative', which it does not"),
         ("lower", {"negative": "Bad", "neutral": "bad", "positive": "good"}, {}, "got 'Bad' and 'bad', which are the"),
         ("chat", None, {"chat": True}, "must have a chat template that takes a message of the user, got: no users"),
@@ -499,7 +500,10 @@ def spoil(folder_of: Callable[[str], str], target: Path, kind: str) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(shutil.copytree(folder_of("llama"), target))
-    if kind == "words":
+    if kind == "masked":
+        config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif kind == "words":
         backend = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: i for i, word in enumerate("abcdef", 1)}}, "[UNK]"))
         PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="a").save_pretrained(folder)
     elif kind == "lower":
