@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -16,7 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+logger = logging.getLogger(__name__)
 
 # Full disk, used-up quota, and a limit on the size of a file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -224,6 +228,19 @@ def open_work_folder(path: Path) -> None:
             f"'{path}' must be a folder in which a run of yours has left its work, got {found}. See what it is, and "
             "delete it."
         )
+
+
+def take_lock(path: Path) -> FileLock:
+    """Take the lock of a path, or raise `filelock.Timeout` where another run has it; it frees itself by `release`."""
+    # The kernel gives it back when this process ends, however it ends: no crash leaves one behind.
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:  # some network file systems have no locks
+        logger.info(f"'{path.parent}' cannot be locked ({error}): use it by one run at a time.")
+    return lock
 
 
 def _what_is_wrong(path: Path) -> str:

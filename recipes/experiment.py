@@ -86,7 +86,7 @@ def run_seed(
         args,
         pool,
         split.test,
-        weak=weak_accuracy(test_pool),
+        weak=weak_accuracy(test_pool, args.metric),
         methods=recipe_args.methods or METHODS,
         extra_pools=extra,
         labelled_pool=heldout,

@@ -136,13 +136,36 @@ def rotated_fashion_mnist(folder: str | Path) -> Path:
     folder = Path(folder)
     if _is_present(folder):
         return folder
-    splits = _read_fashion_mnist()
     rotated, domains = {}, {}
-    for seed, (split, (pixels, labels)) in enumerate(splits.items()):
-        rotations = _deal_rotations(len(labels), seed)
-        rotated[split] = (_rotate(pixels, rotations), labels)
+    for split, (pixels, labels, rotations) in _rotated_splits().items():
+        rotated[split] = (pixels, labels)
         domains[split] = [f"rotation-{degrees}" for degrees in rotations]
     _save_splits(folder, rotated, FASHION_MNIST_LABELS, domains)
+    return folder
+
+
+def rotated_fashion_classes(folder: str | Path) -> Path:
+    """Write the images of [`rotated_fashion_mnist`] with sixty labels: what is shown and how far it is turned.
+
+    Labels of one rotation follow each other: `"0: T-shirt/top"` … `"0: Ankle boot"`, `"15: T-shirt/top"` …
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+
+    Returns:
+        `Path`: The folder, readable by `datasets.load_from_disk`.
+
+    Raises:
+        FileNotFoundError: If the Debian package is not installed.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    names = [f"{degrees}: {label}" for degrees in ROTATIONS for label in FASHION_MNIST_LABELS]
+    turned = {}
+    for split, (pixels, labels, rotations) in _rotated_splits().items():
+        turned[split] = (pixels, len(FASHION_MNIST_LABELS) * np.searchsorted(ROTATIONS, rotations) + labels)
+    _save_splits(folder, turned, names)
     return folder
 
 
@@ -322,6 +345,7 @@ BUILDERS: dict[str, Callable[[str | Path], Path]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "rotated_fashion_mnist": rotated_fashion_mnist,
+    "rotated_fashion_classes": rotated_fashion_classes,
     "efficientnet_lite0": efficientnet_lite0,
     "sentiment": sentiment,
     "minilm": minilm,
@@ -426,6 +450,15 @@ def _read_idx(path: Path) -> np.ndarray:
     num_axes = raw[3]
     shape = np.frombuffer(raw, dtype=">i4", count=num_axes, offset=4)
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+
+
+def _rotated_splits() -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Turned images of each split, their label ids, and by how many degrees each is turned."""
+    splits = {}
+    for seed, (split, (pixels, labels)) in enumerate(_read_fashion_mnist().items()):
+        rotations = _deal_rotations(len(labels), seed)
+        splits[split] = (_rotate(pixels, rotations), labels, rotations)
+    return splits
 
 
 def _deal_rotations(num_images: int, seed: int) -> np.ndarray:

@@ -42,7 +42,7 @@ from hf_cosupervise.evaluation.comparison import Comparison, Contestant
 from hf_cosupervise.evaluation.methods import method_arguments, teacher_accuracies, weak_accuracy
 from hf_cosupervise.evaluation.overview import Overview, format_overview, label_agreement, overview
 from hf_cosupervise.evaluation.plots import plot_overview
-from hf_cosupervise.evaluation.report import add_pgr, format_methods, merge_reports, save_report
+from hf_cosupervise.evaluation.report import add_pgr, format_methods, merge_reports, save_report, say_metric
 from hf_cosupervise.hub.cards import model_card, write_card
 from hf_cosupervise.processes import join_processes
 from hf_cosupervise.students.publishing import STORY_FILES, push_student
@@ -211,18 +211,19 @@ def measure(
     own = args.method
     if methods is None:
         methods = ["generalist", "ensemble", *(["ceiling"] if task.is_labelled else [])]
-    found = {own: {"accuracy": trainer.measure_accuracy(task.test)}}
+    found: dict[str, dict[str, Any]] = {own: {**trainer.student.measure(task.test)}}
     comparison = Comparison(student, task.test)
     for name in methods:
         if name != own:
             args_of_all = method_arguments(args, "csl", pool.hierarchy.num_levels)
             numbers = comparison.run(Contestant.enter(name, name, args_of_all, pool), resume=True)
-            found[name] = {"accuracy": numbers["accuracy"]}
-    report: dict[str, Any] = {"methods": found, "own_method": own}
+            found[name] = {key: numbers[key] for key in found[own]}
+    report: dict[str, Any] = {"methods": found, "own_method": own, **say_metric(args.metric)}
     if test_pool is not None:
-        report |= {"weak_accuracy": weak_accuracy(test_pool), "teachers": teacher_accuracies(test_pool)}
+        weak = weak_accuracy(test_pool, args.metric)
+        report |= {f"weak_{args.metric}": weak, "teachers": teacher_accuracies(test_pool)}
         if "ceiling" in found:
-            add_pgr(report["weak_accuracy"], found["ceiling"]["accuracy"], list(found.values()))
+            add_pgr(weak, found["ceiling"][args.metric], list(found.values()), args.metric)
     return report
 
 

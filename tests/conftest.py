@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -31,12 +33,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import json
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from filelock import FileLock
 from PIL import Image as PILImage
 
 TINY_LABELS = ("ant", "bee", "cat", "dog")
@@ -127,6 +130,53 @@ def tiny_sklearn(tiny_folder: Path, tiny_image_dataset: Dataset) -> str:
     model = linear_model.LogisticRegression(max_iter=200).fit(pixels, tiny_image_dataset["label"])
     save_sklearn_teacher(model, folder, {"kind": "pixels", "size": [8, 8], "mode": "RGB"}, TINY_LABELS)
     return str(folder)
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def run_recipe(
+    folder: Path, *arguments: str, script: str = "train.py", launcher: str = "python"
+) -> subprocess.CompletedProcess:
+    """Run a recipe as a user does, in a process of its own."""
+    start = [sys.executable, "-m", "accelerate.commands.launch"] if launcher == "accelerate" else [sys.executable]
+    command = [*start, str(RECIPES / script), *arguments]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "CI": "true"}
+    )
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Give a folder that is filled once in this session, by whichever of its processes needs it first."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own below the session's
+        root = root.parent
+    folder, unfinished = root / name, root / f"{name}-unfinished"
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def _run_demo(folder: Path) -> None:
+    started = time.time()
+    done = run_recipe(folder, launcher="accelerate")
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "printed.json").write_text(json.dumps([done.stdout, time.time() - started]))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    """The README's first command, in an empty folder: where it ran, what it printed, how long it took.
+
+    It is run once for all, and each file of tests has a copy that it may change.
+    """
+    folder = tmp_path_factory.mktemp("demo") / "here"
+    shutil.copytree(made_once(tmp_path_factory, "demo", _run_demo), folder)
+    return folder, *json.loads((folder / "printed.json").read_text())
 
 
 def save_tiny_vit(folder: Path, labels: Sequence[str], seed: int = 0) -> str:

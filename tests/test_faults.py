@@ -25,12 +25,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from filelock import FileLock
 from PIL import Image as PILImage
 from test_features import Counter, bits_in, names_in
 
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
-from hf_cosupervise.students import features as features_module
 from hf_cosupervise.teachers.labeling import build_pool
 from hf_cosupervise.teachers.progress import Progress
 
@@ -443,7 +443,7 @@ def test_a_folder_that_cannot_be_written(shades, make_featuring, tmp_path, monke
 
 def test_no_lock_can_be_made(make_featuring, monkeypatch):
     job = make_featuring("job")
-    monkeypatch.setattr(features_module.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     job.work()
     assert [name[:6] for name in names_in(job.folder)] == ["shard-"]
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 import yaml
+from datasets import load_from_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED = 20240215
 
 
-def read_result(folder: Path) -> dict[str, Any]:
+def read_result(folder: Path, name: str = "digits") -> dict[str, Any]:
     """All that a run leaves, but for times."""
-    outputs = folder / "outputs" / "digits"
+    outputs = folder / "outputs" / name
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
@@ -70,6 +71,29 @@ def test_fifty_kills(arguments, undisturbed, tmp_path):
     expected = read_result(undisturbed)
     for folder in found["folders"]:
         assert read_result(Path(folder)) == expected, folder
+
+
+@pytest.mark.slow
+def test_kills_of_a_committee_on_data_without_labels(undisturbed, tmp_path):
+    """One of its members is cut off, or the labels, or the account: each goes on from where it was."""
+    digits = load_from_disk(str(undisturbed / "data" / "digits"))["train"].select(range(300))
+    for place in ("killed", "whole"):
+        digits.remove_columns("label").save_to_disk(str(tmp_path / place / "data" / "mine"))
+    run = undisturbed / "outputs" / "digits" / "_run" / "seed-0"
+    arguments = ["--dataset", "data/mine", "--teachers", str(run / "teachers" / "hierarchy.yaml")]
+    arguments += ["--student", str(run / "student-start"), "--output_dir", "outputs/mine", "--num_train_epochs", "10"]
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), *arguments]
+    whole = subprocess.run(command, cwd=tmp_path / "whole", env=environment(), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    killing = [sys.executable, str(ROOT / "tests" / "killing.py")]
+    script = [*killing, str(tmp_path / "killed"), str(SEED), "12", *arguments]
+    done = subprocess.run(script, env=environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert sum(found["kills"].values()) == 12 and found["repeated"] == []
+    expected = read_result(tmp_path / "whole", "mine")
+    for folder in found["folders"]:
+        assert read_result(Path(folder), "mine") == expected, folder
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_recipes import demo  # noqa: F401  # a fixture: the first command is run once for both files
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -23,7 +22,7 @@ def _numbers(text: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_the_python_example_prints_what_it_says(demo):  # noqa: F811
+def test_the_python_example_prints_what_it_says(demo):
     code, promised = _block("tested by tests/test_readme.py"), _block("printed")
     assert len([line for line in code.splitlines() if line.strip()]) <= 14
     done = subprocess.run([sys.executable, "-c", code], cwd=demo[0], capture_output=True, text=True, timeout=300)
@@ -35,7 +34,7 @@ def test_the_python_example_prints_what_it_says(demo):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_functions_of_ones_own(demo):  # noqa: F811
+def test_functions_of_ones_own(demo):
     script = Path(__file__).resolve().parents[1] / "recipes" / "own_functions.py"
     code = [line for line in script.read_text(encoding="utf-8").splitlines() if line.strip()]
     assert len(code) <= 23  # what it is, two imports, twenty lines

@@ -19,7 +19,7 @@ from ..training.config import CoSupervisedConfig
 from ..training.plan import LevelPlan
 from ..training.trainer import CoSupervisedTrainer
 from .methods import METHODS, method_arguments, method_loss, method_pool
-from .report import ResultFolder, add_pgr
+from .report import ResultFolder, add_pgr, say_metric
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class Comparison:
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Give what is told of a trained student, and arrays to keep beside it."""
         if contestant.name != "csl":
-            return {"accuracy": trainer.measure_accuracy(self.test_dataset)}, {}
-        levels = []
+            return {**trainer.student.measure(self.test_dataset)}, {}
+        levels, measured = [], {}
         for plan, record in walk_levels(trainer):
-            accuracy = trainer.measure_accuracy(self.test_dataset)
-            levels.append({**_level_facts(plan, record, trainer.pool.source_names), "accuracy": accuracy})
-        return {"accuracy": levels[-1]["accuracy"], "levels": levels}, {}
+            measured = trainer.student.measure(self.test_dataset)
+            levels.append({**_level_facts(plan, record, trainer.pool.source_names), **measured})
+        return {**measured, "levels": levels}, {}
 
 
 def compare_methods(
@@ -149,12 +149,14 @@ def compare_methods(
 
     comparison = Comparison(student, test_dataset, processing_class=processing_class, on_trained=hold)
     found = {name: comparison.run(contestant, resume=resume) for name, contestant in contestants.items()}
+    metric = args.metric
     report = {
-        "weak_accuracy": weak,
-        "methods": {name: {"accuracy": numbers["accuracy"]} for name, numbers in found.items()},
+        f"weak_{metric}": weak,
+        "methods": {name: {key: numbers[key] for key in ("accuracy", metric)} for name, numbers in found.items()},
         "levels": found["csl"]["levels"],
+        **say_metric(metric),
     }
-    add_pgr(weak, found["ceiling"]["accuracy"], [*report["methods"].values(), *report["levels"]])
+    add_pgr(weak, found["ceiling"][metric], [*report["methods"].values(), *report["levels"]], metric)
     return report, main[0]
 
 

@@ -12,7 +12,7 @@ import torch
 from ..hierarchy import TeacherHierarchy
 from ..method.aekd import AdaptiveEnsembleDistillation
 from ..method.aggregation import AGGREGATORS
-from ..method.metrics import accuracy
+from ..method.metrics import accuracy, measure_labels
 from ..pool.derived import FEATURE_AGGREGATORS, aggregated_pool, boosted_pool, single_teacher_pool
 from ..pool.pseudolabels import PseudolabelPool
 from ..training.config import CoSupervisedConfig
@@ -37,11 +37,12 @@ def teacher_accuracies(test_pool: PseudolabelPool) -> dict[str, float]:
     return {name: accuracy(test_pool.hard_labels(name), labels) for name in test_pool.hierarchy.names}
 
 
-def weak_accuracy(test_pool: PseudolabelPool) -> float:
+def weak_accuracy(test_pool: PseudolabelPool, metric: str = "accuracy") -> float:
     """Measure the generalist: the root teacher, or the mean of the root level's probabilities where it has several."""
     probs = weak_probs(test_pool)
     # Where nobody at the root answered, the row is zeros, whose argmax would pass for the first label.
-    return accuracy(np.where(probs.any(axis=1), probs.argmax(axis=1), -1), _oracle_labels(test_pool))
+    predictions = np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
+    return measure_labels(predictions, _oracle_labels(test_pool), metric)[metric]
 
 
 def weak_probs(test_pool: PseudolabelPool) -> np.ndarray:

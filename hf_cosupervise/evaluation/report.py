@@ -51,18 +51,31 @@ class ResultFolder:
         self.path(name, ".error.txt").write_text(error, encoding="utf-8")
 
 
-def add_pgr(weak: float | None, ceiling: float | None, numbers: Iterable[dict[str, Any]]) -> None:
-    """Compare accuracies with those of weak teacher and ceiling; None where one of the two is not known."""
+def add_pgr(
+    weak: float | None, ceiling: float | None, numbers: Iterable[dict[str, Any]], metric: str = "accuracy"
+) -> None:
+    """Compare what a metric gives with that of weak teacher and ceiling; None where one of the two is not known."""
     for own in numbers:
         if weak is None or ceiling is None:
             own["pgr"] = None
         else:
-            own["pgr"] = performance_gap_recovered(weak, own["accuracy"], ceiling)
+            own["pgr"] = performance_gap_recovered(weak, own[metric], ceiling)
+
+
+def metric_of(report: Mapping[str, Any]) -> str:
+    """Give the name of what a report measures; one of accuracy does not say so."""
+    return str(report.get("metric", "accuracy"))
+
+
+def say_metric(metric: str) -> dict[str, str]:
+    """Give what a report says of its metric."""
+    return {} if metric == "accuracy" else {"metric": metric}
 
 
 def merge_reports(reports: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     """Put the reports of several seeds side by side: every number becomes a list over seeds."""
-    return {"seeds": list(seeds), **merge(list(reports))}
+    numbers = [{key: value for key, value in report.items() if key != "metric"} for report in reports]
+    return {"seeds": list(seeds), **say_metric(metric_of(reports[0])), **merge(numbers)}
 
 
 def merge(values: list[Any], missing: float | None = None) -> Any:
@@ -90,26 +103,28 @@ def merge(values: list[Any], missing: float | None = None) -> Any:
 
 def format_report(report: Mapping[str, Any]) -> str:
     """Print a merged report as two tables: co-supervision by level, and all methods."""
-    lines = [_row("level", "keep rate", "agreement", "accuracy", "PGR", "share per teacher")]
+    metric = metric_of(report)
+    lines = [_row("level", "keep rate", "agreement", metric, "PGR", "share per teacher")]
     for level in report["levels"]:
         shares = " ".join(f"{name} {100 * mean_and_spread(share)[0]:.0f}" for name, share in level["teachers"].items())
         # The root has nobody to agree with.
         agreement = level.get("assignment_agreement")
-        cells = [_percent(level["keep_rate"]), _percent(agreement) if agreement else "-", _percent(level["accuracy"])]
+        cells = [_percent(level["keep_rate"]), _percent(agreement) if agreement else "-", _percent(level[metric])]
         lines.append(_row(str(level["level"]), *cells, _percent(level["pgr"]), shares))
     return "\n".join([*(line.rstrip() for line in lines), "", format_methods(report)])
 
 
 def format_methods(report: Mapping[str, Any]) -> str:
-    """Print the methods of a merged report; without a ceiling, their accuracies alone."""
-    lines = [_row("method", "accuracy", "PGR", "gain over generalist")]
-    if "weak_accuracy" in report:
-        lines.append(_row("weak teacher", _percent(report["weak_accuracy"]), _percent([0.0]), ""))
+    """Print the methods of a merged report; without a ceiling, what the metric gives alone."""
+    metric = metric_of(report)
+    lines = [_row("method", metric, "PGR", "gain over generalist")]
+    if (weak := report.get(f"weak_{metric}")) is not None:
+        lines.append(_row("weak teacher", _percent(weak), _percent([0.0]), ""))
     base = report["methods"].get("generalist", {}).get("pgr")
     for name, numbers in report["methods"].items():
         gain = _percent(differences(numbers["pgr"], base)) if base and name != "generalist" else ""
         pgr = _percent(numbers["pgr"]) if "pgr" in numbers else ""
-        lines.append(_row(name, _percent(numbers["accuracy"]), pgr, gain))
+        lines.append(_row(name, _percent(numbers[metric]), pgr, gain))
     return "\n".join(line.rstrip() for line in lines)
 
 

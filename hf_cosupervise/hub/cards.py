@@ -29,6 +29,16 @@ _TEMPLATES = Path(__file__).parents[1] / "templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _UNSEEN = ("Cc", "Cf", "Cs")
+# Metrics by our name: the Hub's, and as people call them.
+_METRICS = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
+    "f1": ("f1", "F1"),
+    "macro_f1": ("f1", "Macro F1"),
+    "weighted_f1": ("f1", "Weighted F1"),
+    "mcc": ("matthews_correlation", "Matthews correlation"),
+    "worst_class_accuracy": ("accuracy", "Accuracy of the worst class"),
+}
 _MAX_NAMES = 6
 _MAX_LABELS = 100
 
@@ -59,7 +69,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "overview_text": _overview_text(report.get("overview", {})),
         "figure": _quote(_in_repo(facts.get("figure", ""))),
         "teachers_table": _teachers_table(facts.get("teachers", [])),
-        "levels_table": _levels_table(_join_levels(facts.get("levels", []), report.get("levels", []))),
+        "levels_table": _levels_table(
+            _join_levels(facts.get("levels", []), report.get("levels", [])), _metric(report)
+        ),
         "hyperparameters_table": _hyperparameters_table(facts.get("hyperparameters", {})),
         "versions_text": _versions_text(facts.get("versions", {})),
     }
@@ -174,7 +186,7 @@ def _model_metadata(facts: Mapping[str, Any], name: str) -> ModelCardData:
         pipeline_tag=_pipeline_tag(facts),
         model_name=name if results else None,
         eval_results=results or None,
-        metrics=["accuracy"] if results else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
     )
 
 
@@ -183,26 +195,29 @@ def _dataset_ids(names: Sequence[str | None]) -> list[str] | None:
 
 
 def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
-    """The student's measured accuracy; the Hub wants to know on what."""
-    report = facts.get("report", {})
-    values = report.get("methods", {}).get(_own_method(report), {}).get("accuracy")
-    if values is not None and facts.get("seed") in report.get("seeds", []):
-        values = values[report["seeds"].index(facts["seed"])]  # of this student, not of all of them
-    numbers, task = _numbers(values), _pipeline_tag(facts)
+    """The student's measured accuracy, and what else it was measured by; the Hub wants to know on what."""
+    report, task = facts.get("report", {}), _pipeline_tag(facts)
     dataset, kind, split = (_yaml(facts.get(f"dataset_{key}")) for key in ("name", "type", "split"))
-    if not len(numbers) or not dataset or not task:
-        return []
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=kind or dataset,
-            dataset_name=dataset,
-            dataset_split=split,
-            metric_type="accuracy",
-            metric_name="Accuracy" if len(numbers) == 1 else f"Accuracy (mean of {len(numbers)} seeds)",
-            metric_value=round(float(numbers.mean()), 4),
+    found = []
+    for metric in dict.fromkeys(("accuracy", _metric(report))):
+        values = report.get("methods", {}).get(_own_method(report), {}).get(metric)
+        if values is not None and facts.get("seed") in report.get("seeds", []):
+            values = values[report["seeds"].index(facts["seed"])]  # of this student, not of all of them
+        numbers, (metric_type, title) = _numbers(values), _METRICS[metric]
+        if not len(numbers) or not dataset or not task:
+            continue
+        found.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=kind or dataset,
+                dataset_name=dataset,
+                dataset_split=split,
+                metric_type=metric_type,
+                metric_name=title if len(numbers) == 1 else f"{title} (mean of {len(numbers)} seeds)",
+                metric_value=round(float(numbers.mean()), 4),
+            )
         )
-    ]
+    return found
 
 
 def _pool_metadata(facts: Mapping[str, Any], names: Sequence[str]) -> DatasetCardData:
@@ -297,25 +312,28 @@ def _evaluation_intro(facts: Mapping[str, Any], report: Mapping[str, Any]) -> st
         if len(seeds) > 1 and "seed" in facts
         else ""
     )
-    return f"Accuracy on {where}{over}{one}. Every method trains the same student by the same recipe.{this}"
+    measured = f"{_METRICS[_metric(report)][1]} on {where}{over}{one}."
+    return f"{measured} Every method trains the same student by the same recipe.{this}"
 
 
 def _evaluation_table(report: Mapping[str, Any]) -> str:
-    rows: list[dict[str, Any]] = [{"method": "weak teacher", "accuracy": report.get("weak_accuracy")}]
+    metric = _metric(report)
+    rows: list[dict[str, Any]] = [{"method": "weak teacher", metric: report.get(f"weak_{metric}")}]
     for name, numbers in report.get("methods", {}).items():
         titles = {_own_method(report): "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}
         title = titles.get(name, _escape(name))
         # The ceiling recovers all of the gap by definition.
         rows.append({"method": title, **numbers} | ({"pgr": None} if name == "ceiling" else {}))
-    cells = [[row["method"], _percent(row.get("accuracy")), _percent(row.get("pgr"))] for row in rows]
-    return _table(["method", "accuracy %", "PGR %"], [row for row in cells if any(row[1:])])
+    cells = [[row["method"], _percent(row.get(metric)), _percent(row.get("pgr"))] for row in rows]
+    return _table(["method", _percent_of(metric), "PGR %"], [row for row in cells if any(row[1:])])
 
 
 def _pgr_text(report: Mapping[str, Any]) -> str:
     """PGR with the three numbers that it is made of."""
     methods = report.get("methods", {})
-    weak, ceiling = _percent(report.get("weak_accuracy")), _percent(methods.get("ceiling", {}).get("accuracy"))
-    student, pgr = (_percent(methods.get(_own_method(report), {}).get(name)) for name in ("accuracy", "pgr"))
+    metric = _metric(report)
+    weak, ceiling = _percent(report.get(f"weak_{metric}")), _percent(methods.get("ceiling", {}).get(metric))
+    student, pgr = (_percent(methods.get(_own_method(report), {}).get(name)) for name in (metric, "pgr"))
     if not all((weak, ceiling, student, pgr)):
         return ""
     return (
@@ -323,6 +341,17 @@ def _pgr_text(report: Mapping[str, Any]) -> str:
         f"{student} %, weak teacher {weak} % and ceiling {ceiling} %; the ceiling is the same student trained with "
         "ground truth."
     )
+
+
+def _metric(report: Mapping[str, Any]) -> str:
+    """What was measured, and recovered."""
+    return metric if (metric := report.get("metric")) in _METRICS else "accuracy"
+
+
+def _percent_of(metric: str) -> str:
+    """The head of a column of a metric."""
+    name = _METRICS[metric][1]
+    return f"{name[0].lower()}{name[1:]} %" if metric != "f1" else "F1 %"
 
 
 def _own_method(report: Mapping[str, Any]) -> str:
@@ -400,7 +429,7 @@ def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[st
     return [*reversed(rows), *by_level.values()]
 
 
-def _levels_table(levels: Sequence[Mapping[str, Any]]) -> str:
+def _levels_table(levels: Sequence[Mapping[str, Any]], metric: str) -> str:
     rows = []
     for level in map(_known, levels):
         shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
@@ -411,11 +440,12 @@ def _levels_table(levels: Sequence[Mapping[str, Any]]) -> str:
                 ", ".join(f"{name} {share}" for name, share in shares.items() if share),
                 _percent(level.get("keep_rate")),
                 _count(level.get("num_kept")),
-                _percent(level.get("accuracy")),
+                _percent(level.get(metric)),
                 _percent(level.get("pgr")),
             ]
         )
-    headers = ["level", "assignment", "examples per teacher %", "keep rate %", "kept examples", "accuracy %", "PGR %"]
+    headers = ["level", "assignment", "examples per teacher %", "keep rate %", "kept examples"]
+    headers += [_percent_of(metric), "PGR %"]
     return _table(headers, rows)
 
 

@@ -204,6 +204,7 @@ def harden(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
         >>> harden(torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]), torch.tensor([[True, False]])).tolist()
         [[0, -1]]
     """
+    # Teacher by teacher: `first_argmax` counts in an array as large as what it is given.
     labels = torch.stack([first_argmax(teacher_probs[:, k]) for k in range(teacher_probs.shape[1])], dim=1)
     return labels.masked_fill(~answered, -1)
 

@@ -96,15 +96,18 @@ def agreement_scores(
         raise ValueError(f"`min_prob` must lie between 0 and 1, got {min_prob}. Leave it out for 1e-6.")
     _check_agreement(student_log_probs, teacher_probs, label_ids, rest_probs)
     num_labels, num_stored = student_log_probs.shape[1], teacher_probs.shape[2]
+    # Dense answers are sparse ones of all labels with nothing left for the rest.
     rest = teacher_probs.new_zeros(teacher_probs.shape[:2]) if rest_probs is None else rest_probs
 
     def stored(values: torch.Tensor) -> torch.Tensor:
         """The student's values `(num_examples, num_labels)` at each teacher's labels."""
         if label_ids is None:
             return values.unsqueeze(1).expand(-1, teacher_probs.shape[1], -1)
+        # As one long row per example: `gather` wants equally many dimensions on both sides.
         return values.gather(1, label_ids.flatten(1)).view_as(label_ids)
 
     student = student_log_probs.exp()
+    # Clamped as the teachers are, or a label that the student rules out would decide every distance alone.
     student_log = student.clamp(min=min_prob).log()
     if rule == "hard_loss":
         return -stored(student_log).gather(2, first_argmax(teacher_probs).unsqueeze(-1)).squeeze(-1)
@@ -242,6 +245,7 @@ def oracle_assign_by_loss(
         ValueError: If the shapes do not fit, or a label does not exist.
     """
     _check_labels(oracle_labels, len(teacher_probs), teacher_probs.shape[-1])
+    # The loss falls with the probability of the true label, so that no logarithm is needed to compare.
     index = oracle_labels.view(-1, 1, 1).expand(-1, teacher_probs.shape[1], 1)
     return choose_lowest(-teacher_probs.gather(2, index).squeeze(-1), answered)
 
@@ -322,6 +326,7 @@ def _first(candidates: torch.Tensor) -> torch.Tensor:
 def choose_lowest(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     """Choose the teacher of the lowest score `(num_examples, num_teachers)` among those that answered, or -1."""
     _check_answered(answered, tuple(scores.shape))
+    # Who is silent may have any score, NaN too; infinity is chosen only where all are silent, and that is undone.
     scores = scores.masked_fill(~answered, torch.inf)
     return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)
 

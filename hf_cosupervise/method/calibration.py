@@ -41,6 +41,7 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
     """
     _check(probs, labels, min_prob)
     logs = probs.double().clamp(min=min_prob).log()
+    # Teachers that are nowhere surer of one label than of another: every temperature gives the same.
     if bool((logs == logs[:, :1]).all()):
         return 1.0
     named = logs.gather(1, labels[:, None])[:, 0].mean()
@@ -50,6 +51,7 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
         return float((((sharpness * logs).softmax(dim=1) * logs).sum(dim=1)).mean() - named)
 
     low, high = 1 / HIGHEST, 1 / LOWEST
+    # The minimum lies beyond the ends where the slope keeps its sign; there the nearer end is best.
     if slope(low) >= 0:
         return HIGHEST
     if slope(high) <= 0:
@@ -89,6 +91,7 @@ def apply_temperature(probs: torch.Tensor, temperature: float, min_prob: float =
         raise ValueError("`probs` must be 0 or more, got a negative number or NaN. Give probabilities, not logits.")
     values = probs.to(torch.promote_types(probs.dtype, torch.float32))
     softened = (values.clamp(min=min_prob).log() / temperature).softmax(dim=-1)
+    # An answer that is missing is all zero, which softmax would make uniform.
     return softened * (values.sum(dim=-1, keepdim=True) > 0)
 
 

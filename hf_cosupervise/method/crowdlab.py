@@ -75,6 +75,7 @@ def _crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> tuple[torch.
     labels, probs = labels[some].long(), student_probs[some].double()
     if not bool(((labels >= 0).sum(dim=1) > 1).any()):
         raise ValueError("`crowdlab` needs an example that two teachers answered, got none. Use `majority_vote`.")
+    # Two rounds, as published: weights are of how teachers meet a consensus, which they then make anew.
     consensus = _majority_with_student(labels, probs)
     first = _crowdlab_posteriors(labels, probs, consensus)
     # A tie changes nothing: there the majority's label stays.
@@ -120,10 +121,13 @@ def _crowdlab_posteriors(labels: torch.Tensor, probs: torch.Tensor, consensus: t
     agrees = (labels == consensus[:, None]).sum(dim=1) / num_answers.double()
     likelihood = agrees[several].mean()
     rest = (1 - likelihood) / (probs.shape[1] - 1)
+    # An example of one answer agrees with it by construction, and would flatter everybody.
     kept = consensus[several]
+    # What one gets by naming the most frequent label: whoever does no better has next to no weight.
     base_error = (kept != torch.bincount(kept).argmax()).double().mean().clamp(min=_MIN_WEIGHT)
     teacher_weights = (1 - _disagreement(labels) / base_error).clamp(min=_MIN_WEIGHT)
     student_error = (first_argmax(probs[several]) != kept).double().mean()
+    # As published: the more answers an example has on the mean, the more the one student must have to be heard.
     student_weight = (1 - student_error / base_error).clamp(min=_MIN_WEIGHT) * num_answers.double().mean().sqrt()
     votes = _vote_weights(labels, teacher_weights, probs.shape[1])
     total = votes.sum(dim=1, keepdim=True)

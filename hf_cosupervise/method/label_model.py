@@ -84,6 +84,7 @@ class LabelModel:
         self.__post_init__()  # what was learned before is gone
         self.num_labels = int(votes.max(initial=-1)) + 1 if num_labels is None else int(num_labels)
         self.num_voters, self.voter_names = votes.shape[1], None if names is None else tuple(names)
+        # Labels that nobody names and voters that never speak cost memory and teach nothing: all below is of the rest.
         self.named = np.unique(votes[votes >= 0])
         self.speakers = np.flatnonzero((votes >= 0).any(axis=0))
         if 0 < len(self.speakers) < self.min_voters:
@@ -92,6 +93,7 @@ class LabelModel:
                 "nothing tells whose answers are better. Use `mean_probs` or `majority_vote`."
             )
         self.silence_is_answer = self._choose_silence(votes)
+        # With one label there is nothing to weigh: each row with a vote has it.
         if len(self.named) < 2:
             return self.predict_proba(votes)
         # A row in which all are silent tells something where silence is an answer, and is left out elsewhere.
@@ -125,6 +127,7 @@ class LabelModel:
                 f"`{self.name}` knows {self.num_voters} voters, got votes of {votes.shape[1]}. Give the columns it "
                 "was fitted on, in their order."
             )
+        # By the numbers of the fit, whatever labels these rows name.
         answers = self._answers(votes)
         # The greatest code may be silence, which alone is no vote.
         heard = ((answers.codes >= 0) & (answers.codes < len(self.named))).any(axis=1)
@@ -216,6 +219,7 @@ class LabelModel:
         if facts["model"] != cls.name:
             raise ValueError(f"Expected a label model `{cls.name}`, got {facts['model']!r}. Use `load_label_model`.")
         model = cls(**facts["settings"])
+        # After the constructor, which has made an unfitted model of the settings.
         model.num_labels, model.num_voters = int(facts["num_labels"]), int(facts["num_voters"])
         model.voter_names = None if facts["voter_names"] is None else tuple(facts["voter_names"])
         model.named = np.asarray(facts["named"], dtype=np.int64)

@@ -76,6 +76,7 @@ def sparse_soft_cross_entropy(
         )
     _check_label_ids("label_ids", label_ids, logits.shape[1])
     log_probs = functional.log_softmax(logits.float(), dim=-1)
+    # Every label counts with the rest first, and those that are named with what they have beyond it.
     excess = label_probs.float() - rest_probs.float().unsqueeze(-1)
     return -(excess * log_probs.gather(1, label_ids)).sum(dim=1) - rest_probs.float() * log_probs.sum(dim=1)
 

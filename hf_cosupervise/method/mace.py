@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from .label_model import FLAT, LabelModel, check_abstention, check_count
-from .votes import Answers, name_voters, one_sided_voters, silence_speaks
+from .votes import Answers, best_labels, name_voters, one_sided_voters, silence_speaks
 
 _TRUST_PRIOR, _SPAM_PRIOR = 0.5, 10.0
-_MAX_SHARPNESS = 1e9
 
 
 @dataclass
@@ -25,8 +24,8 @@ class Mace(LabelModel):
     r and Dirichlet(10) on xi, from random starts, of which the most likely stays.
 
     Where voters name one label only, xi explains all votes and r falls to 0. The order of the labels of a row still
-    weighs votes by r / xi, but their posteriors are nearly equal: those whose best label is c are then sharpened, q^t
-    normalised, until their mean is the mean share of the votes behind c. A warning says so where they told nothing.
+    weighs votes by r / xi, but their posteriors are nearly equal: how sure to be is not known. There q is the mean of
+    the first label of that order and the vote shares. A warning says so where the posteriors told nothing.
 
     Args:
         max_iterations (`int`, *optional*, defaults to 50):
@@ -44,7 +43,7 @@ class Mace(LabelModel):
         ValueError: If a setting is not as said above.
 
     Source:
-        Hovy et al. 2013, with the priors of its authors; silence as an answer and sharpening are ours.
+        Hovy et al. 2013, with the priors of its authors; silence as an answer and the mean are ours.
 
     Examples:
         >>> votes = [[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]]
@@ -70,6 +69,7 @@ class Mace(LabelModel):
     def _fit(self, answers: Answers) -> np.ndarray:
         random, shape = np.random.RandomState(self.seed), (answers.codes.shape[1], answers.num_codes)
         most = -np.inf
+        # The likelihood has several peaks, of which the first that is found is rarely the highest.
         for _ in range(self.num_restarts):
             trust = 1 + 1.5 * random.uniform(size=(shape[0], 2))  # guesses, knows
             spam = 1 + 1.5 * random.uniform(size=shape)
@@ -80,12 +80,13 @@ class Mace(LabelModel):
             found, evidence = _label_posteriors(answers, trust, spam)
             if evidence > most:
                 most, probs = evidence, found
-                self.parameters = {"trust": trust, "spam": spam, "sharpness": np.ones(len(self.named))}
+                self.parameters = {"trust": trust, "spam": spam, "is_order": np.zeros(1)}
         return self._given_a_label(probs)
 
     def _posteriors(self, answers: Answers) -> np.ndarray:
         probs, _ = _label_posteriors(answers, self.parameters["trust"], self.parameters["spam"])
-        return _sharpen(self._given_a_label(probs), self.parameters["sharpness"])
+        probs = self._given_a_label(probs)
+        return self._sure_as_votes(answers.codes, probs) if self.parameters["is_order"].any() else probs
 
     def _given_a_label(self, probs: np.ndarray) -> np.ndarray:
         """Leave out that a row shows no label, where silence is an answer."""
@@ -97,21 +98,21 @@ class Mace(LabelModel):
         is_flat = found < FLAT * possible
         if not is_flat and not silence_speaks(votes):
             return posteriors
-        best, rows = posteriors.argmax(axis=1), np.arange(len(posteriors))
-        # For each label by itself: voters may agree on one and not on another.
-        behind = self._vote_shares(codes)[rows, best]
-        for label in np.unique(best):
-            self.parameters["sharpness"][label] = _find_sharpness(posteriors[best == label], behind[best == label])
+        self.parameters["is_order"] = np.ones(1)
         if is_flat:
             only = name_voters(one_sided_voters(votes), self.voter_names)
             warnings.warn(
                 f"`mace` finds no voter that knows more than what it always says: its posteriors tell {found:.2g} "
-                f"nats about the label, the shares of the votes {possible:.2g}. They are sharpened until they are as "
-                "sure as voters agree with them. "
+                f"nats about the label, the shares of the votes {possible:.2g}. Their best label and these shares are "
+                "averaged. "
                 + (f"Voters that name one label only: {only}. " if only else "")
                 + "Compare with `shared_majority`."
             )
-        return _sharpen(posteriors, self.parameters["sharpness"])
+        return self._sure_as_votes(codes, posteriors)
+
+    def _sure_as_votes(self, codes: np.ndarray, probs: np.ndarray) -> np.ndarray:
+        """Keep of posteriors which label is first, and be as sure of it as votes are behind it, half way to 1."""
+        return (best_labels(probs) + self._vote_shares(codes)) / 2
 
 
 def _step(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -135,6 +136,7 @@ def _label_posteriors(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> 
     logs = np.bincount(rows * num_labels + codes, np.log1p(known / guess), num_rows * num_labels)
     logits = logs.reshape(num_rows, num_labels) + np.bincount(rows, np.log(guess), num_rows)[:, None]
     top = logits.max(axis=1, keepdims=True)
+    # Less the greatest, because hundreds of voters make sums of logarithms that exp cannot hold.
     probs = np.exp(logits - top)
     total = probs.sum(axis=1, keepdims=True)
     return probs / total, float((top + np.log(total)).sum()) - num_rows * float(np.log(num_labels))
@@ -144,22 +146,3 @@ def _log_mean_weights(counts: np.ndarray) -> np.ndarray:
     """exp of the expected logarithm under a Dirichlet distribution."""
     values = torch.from_numpy(counts)
     return (values.digamma() - values.sum(dim=1, keepdim=True).digamma()).exp().numpy()
-
-
-def _find_sharpness(probs: np.ndarray, behind: np.ndarray) -> float:
-    """The power, at least 1, that makes the best label of rows as probable, on the mean, as votes are behind it."""
-    low, high = 0.0, float(np.log(_MAX_SHARPNESS))
-    for _ in range(60):  # the mean grows with the power
-        middle = (low + high) / 2
-        is_less = _sharpen(probs, np.full(probs.shape[1], np.exp(middle))).max(axis=1).mean() < behind.mean()
-        low, high = (middle, high) if is_less else (low, middle)
-    return float(np.exp(low))
-
-
-def _sharpen(probs: np.ndarray, sharpness: np.ndarray) -> np.ndarray:
-    """Raise each row to the power of its best label."""
-    if (sharpness == 1).all():
-        return probs
-    logits = sharpness[probs.argmax(axis=1), None] * np.log(np.maximum(probs, np.finfo(np.float64).tiny))
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)

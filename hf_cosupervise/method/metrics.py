@@ -6,7 +6,7 @@ import logging
 import math
 import numbers
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ def performance_gap_recovered(weak: float, student: float, ceiling: float) -> fl
 
     Args:
         weak, student, ceiling (`float`):
-            Accuracies, 0 to 1, on the same examples: of the generalist, of the co-supervised student, and of the same
-            student trained with ground truth by the same recipe.
+            Accuracies, or another of [`METRICS`], on the same examples: of the generalist, of the co-supervised
+            student, and of the same student trained with ground truth by the same recipe.
 
     Returns:
         `float`: The share; NaN, with a warning, where the ceiling is not above the generalist.
@@ -72,6 +72,102 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     return float((first == second).mean())
 
 
+def measure_labels(predictions: np.ndarray, labels: np.ndarray, metric: str = "accuracy") -> dict[str, float]:
+    """Measure predictions by accuracy, and by the chosen metric too where that is another one.
+
+    Args:
+        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
+            See [`accuracy`].
+        metric (`str`, *optional*, defaults to `"accuracy"`):
+            One of [`METRICS`]: `"accuracy"`; `"balanced_accuracy"`, the mean over classes of the share found; `"f1"`
+            of label 1 of two; `"macro_f1"` and `"weighted_f1"`, the mean over classes, alike or by their size;
+            `"mcc"`, Matthews' correlation, -1 to 1; `"worst_class_accuracy"`.
+
+    Returns:
+        `dict[str, float]`: by name, higher is better.
+
+    Raises:
+        ValueError: If there is no such metric, there are no examples, the shapes differ, or `"f1"` is asked of more
+            than two labels.
+
+    Source:
+        The definitions of scikit-learn, but that no answer (-1) is no class of its own to average over.
+
+    Examples:
+        >>> measure_labels(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), "balanced_accuracy")
+        {'accuracy': 0.75, 'balanced_accuracy': 0.75}
+    """
+    check_metric(metric)
+    found = {"accuracy": accuracy(predictions, labels)}
+    if metric != "accuracy":
+        found[metric] = METRICS[metric](np.asarray(predictions), np.asarray(labels))
+    return found
+
+
+def check_metric(metric: str, num_labels: int = 2) -> None:
+    """Refuse a metric that there is not, or that a task of so many labels does not have."""
+    if not isinstance(metric, str) or metric not in METRICS:
+        raise ValueError(f"`metric` must be one of {list(METRICS)}, got {metric!r}. Choose one of them.")
+    if metric == "f1" and num_labels > 2:
+        raise ValueError(
+            f"`metric` 'f1' is of label 1 of two, got {num_labels} labels. Choose 'macro_f1' or 'weighted_f1'."
+        )
+
+
+def _class_counts(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For each class that is there or was named: how often right, there, named; `(3, num_classes)`."""
+    size = int(max(predictions.max(), labels.max())) + 1
+    named = predictions[predictions >= 0]
+    counts = [np.bincount(values, minlength=size) for values in (labels[predictions == labels], labels, named)]
+    right, there, given = np.stack(counts)
+    return np.stack([right, there, given])[:, (there > 0) | (given > 0)]
+
+
+def _recalls(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    right, there, _ = _class_counts(predictions, labels)
+    return right[there > 0] / there[there > 0]
+
+
+def _f1_scores(predictions: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F1 of each class, and its size."""
+    right, there, given = _class_counts(predictions, labels)
+    return 2 * right / (there + given), there
+
+
+def _binary_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    check_metric("f1", int(max(predictions.max(), labels.max())) + 1)
+    num = int((predictions == 1).sum() + (labels == 1).sum())
+    return 2 * int(((predictions == 1) & (labels == 1)).sum()) / num if num else 0.0
+
+
+def _weighted_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    scores, there = _f1_scores(predictions, labels)
+    return float((scores * there).sum() / there.sum())
+
+
+def _matthews_correlation(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """The correlation of one-hot labels and predictions, 0 where either is always the same."""
+    # No answer is moved to 0: as said of a class that is never right.
+    right, there, given = _class_counts(predictions + 1, labels + 1).astype(np.float64)
+    size = float(len(labels))
+    spreads = size**2 - (given**2).sum(), size**2 - (there**2).sum()
+    if not min(spreads) > 0:
+        return 0.0
+    return float((right.sum() * size - given @ there) / math.sqrt(spreads[0] * spreads[1]))
+
+
+# By which name a student is measured, higher is better: one entry is all that another metric takes.
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "accuracy": accuracy,
+    "balanced_accuracy": lambda predictions, labels: float(_recalls(predictions, labels).mean()),
+    "f1": _binary_f1,
+    "macro_f1": lambda predictions, labels: float(_f1_scores(predictions, labels)[0].mean()),
+    "weighted_f1": _weighted_f1,
+    "mcc": _matthews_correlation,
+    "worst_class_accuracy": lambda predictions, labels: float(_recalls(predictions, labels).min()),
+}
+
+
 def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: np.ndarray) -> dict[str, float]:
     """Measure how well rejection told right pseudolabels from wrong ones.
 
@@ -96,6 +192,7 @@ def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: n
             f"A mask, labels and ground truth of one shape (num_examples,) are needed, got {shapes}. Give all for the "
             "same examples."
         )
+    # A row without a pseudolabel is kept or not by rules that never saw it, and is neither right nor wrong.
     keep = np.asarray(keep_mask, dtype=bool) & (np.asarray(labels) >= 0)
     right = np.asarray(labels) == np.asarray(oracle_labels)
     hits = int((keep & right).sum())

@@ -83,11 +83,13 @@ def fit_raven(
             "them all teachers agree. Set `easy_epochs=0` to start without agreement."
         )
     features = features.to(torch.promote_types(features.dtype, torch.float32))
+    # From zero, so that at the first step the student says the same of all labels, and favours no teacher.
     weight = features.new_zeros(teacher_probs.shape[2], features.shape[1]).requires_grad_()
     bias = features.new_zeros(teacher_probs.shape[2]).requires_grad_()
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
     can_speak = answered if per_example else answered.any(dim=0)
     teacher_weights = _project(torch.ones_like(can_speak, dtype=features.dtype), can_speak)
+    # Of the CPU, whose numbers are the same on every machine.
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         is_easy = epoch < easy_epochs
@@ -104,6 +106,7 @@ def fit_raven(
             # what all of them say.
             if is_easy or current.grad is None:
                 continue
+            # A plain step, because Adam's would be as large for a teacher of which the loss says nothing.
             moved = current.detach() - weight_learning_rate * current.grad
             if per_example:
                 teacher_weights[batch] = _project(moved, can_speak[batch])

@@ -114,6 +114,7 @@ def select_by_loss_rank(losses: torch.Tensor, num_keep: int, candidates: torch.T
             f"`num_keep` must lie in 0..{rows.numel()} (the number of candidates), got {num_keep!r}. Keep fewer."
         )
     keep_mask = torch.zeros(losses.shape[0], dtype=torch.bool, device=losses.device)
+    # Stable, or equal losses would keep other rows on another machine.
     keep_mask[rows[torch.argsort(losses[rows], stable=True)[:num_keep]]] = True
     return keep_mask
 
@@ -206,8 +207,9 @@ def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
             f"`labels` must have shape (num_examples, num_teachers) with values in -1..{num_labels - 1}, got "
             f"{tuple(labels.shape)} with {labels.unique().tolist()[:8]}. Write -1 where a teacher has no answer."
         )
-    votes = torch.nn.functional.one_hot(labels.clamp(min=0), num_labels) * (labels >= 0).unsqueeze(-1)
-    counts = votes.sum(dim=1)
+    # Counted where they fall: a place for each teacher and label would be as many times larger as there are teachers.
+    counts = torch.zeros(len(labels), num_labels, device=labels.device)
+    counts.scatter_add_(1, labels.long().clamp(min=0), (labels >= 0).float())
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     return 0.0 - torch.special.xlogy(shares, shares).sum(dim=1)  # which is never -0
 
@@ -248,6 +250,7 @@ def select_consistent(
         raise ValueError(f"`rule` must be one of {list(SELECTION_RULES)}, got {rule!r}. Choose one of them.")
     _check_masks(losses, agrees=agrees, has_label=has_label)
     agrees = agrees & has_label
+    # The loss rank keeps as many, but not the same ones: a label in the top k may be a bad fit all the same.
     if rule == "agreement_set":
         return agrees
     return select_by_loss_rank(losses, int(agrees.sum()), has_label)

@@ -48,6 +48,7 @@ def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, wei
 def weighted_mean(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """What is checked already, for loops."""
     dtype = torch.promote_types(teacher_probs.dtype, weights.dtype)
+    # Divided before the product, by 1 where nobody answered: such a row stays zero, and is no NaN.
     shares = weights.to(dtype).expand(answered.shape) * answered
     total = shares.sum(dim=1, keepdim=True)
     shares = shares / torch.where(total > 0, total, 1.0)
@@ -127,18 +128,22 @@ def boosting_weights(
     answered = labels >= 0
     wrong = answered & (labels != oracle_labels[:, None])
     sign = wrong.double() - (answered & ~wrong).double()
+    # Half an example: a teacher without an error on few of them would have all the weight, by an infinite log-odds.
     floor = 0.5 / answered.sum(dim=0).clamp(min=1).double()
     weights = torch.zeros(labels.shape[1], dtype=torch.float64)
     example_weights = torch.full((labels.shape[0],), 1 / labels.shape[0], dtype=torch.float64, device=labels.device)
     left = [k for k in range(labels.shape[1]) if bool(answered[:, k].any())]
     while left:
+        # Of the examples that a teacher answered only: silence is no error.
         mass = example_weights[:, None] * answered
         errors = torch.maximum((example_weights[:, None] * wrong).sum(dim=0) / mass.sum(dim=0), floor)
         best = min(left, key=lambda k: float(errors[k]))  # the first of equals
         error = float(errors[best])
+        # The best of those left guesses: its weight would be negative, and the others are no better.
         if error >= 1 - 1 / num_labels:
             break
         log_odds = math.log((1 - error) / error) + math.log(num_labels - 1)
+        # With two labels the second term is 0, and the vote of AdaBoost is half of the log-odds.
         weights[best] = log_odds / 2 if num_labels == 2 else log_odds
         example_weights = example_weights * (sign[:, best] * log_odds / 2).exp()
         example_weights /= example_weights.sum()  # or they would vanish after many teachers

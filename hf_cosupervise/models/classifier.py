@@ -38,6 +38,7 @@ from .source import (
     first,
     first_line,
     no_larger_than_weights,
+    unknown_to_timm,
     whole_weights,
 )
 
@@ -77,10 +78,7 @@ def read_config(source: ModelSource) -> Any:
         import timm
 
         if not timm.is_model(name := str(source.config.get("architecture"))):
-            raise ValueError(
-                f"{source.what} must be a model that timm {timm.__version__} knows, got architecture {name!r}. "
-                "Update timm, or save the model again."
-            )
+            raise unknown_to_timm(source.what, timm.__version__, repr(name))
     return config
 
 

@@ -250,11 +250,15 @@ def check_safetensors(path: Path) -> int:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_JSON_BYTES, os.fstat(file.fileno()).st_size - 8):
-            raise SafetensorError(f"'{path.name}' is not of the format that its name says")
+            raise _other_format(path)
         try:
             header = parse_json(file.read(length))
         except ValueError as error:
-            raise SafetensorError(f"'{path.name}' is not of the format that its name says: {error}") from error
+            raise _other_format(path, f": {error}") from error
     if not isinstance(header, dict):
-        raise SafetensorError(f"'{path.name}' is not of the format that its name says")
+        raise _other_format(path)
     return len(header)
+
+
+def _other_format(path: Path, why: str = "") -> SafetensorError:
+    return SafetensorError(f"'{path.name}' is not of the format that its name says{why}")

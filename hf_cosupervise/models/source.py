@@ -383,6 +383,14 @@ def explained(source: ModelSource, part: str) -> Iterator[None]:
         ) from error
 
 
+def unknown_to_timm(what: str, version: str, found: str) -> ValueError:
+    """The error of an architecture that timm cannot make."""
+    return ValueError(
+        f"{what} must be a model that timm {version} knows, got architecture {found}. Update timm, or save the model "
+        "again."
+    )
+
+
 def first_line(error: BaseException | None) -> str:
     """What an error says, as a part of a sentence."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Value
-from filelock import FileLock
+from filelock import Timeout
 from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.columns import cell_digests, has_input
+from ..data.columns import cell_digests, has_input, is_text_column
 from ..data.inputs import InputProcessor
-from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, write_all
+from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ _CHUNK = 8192
 _UNREADABLE = (EOFError, OverflowError, SyntaxError, ValueError, tokenize.TokenError)
 # What this process has read and found to be as it was written: a file and its digest, see [`_verify`].
 _verified: set[tuple[tuple[int, ...], str]] = set()
+# Features of rows that names alone tell, which this process has put in itself, or has told of.
+_told: set[Path] = set()
 
 
 class FeatureStore:
@@ -118,11 +120,13 @@ class FeatureStore:
                 f"Features must be of rows that '{self.folder}' does not hold yet, {found}. {advice}, or give another "
                 "`features_dir`."
             )
+        # Images and the like are content, which is the same for every task; names are not.
         name = _name("shard", digests) + (self._task if is_named else "") + _WRITTEN
         shape = len(digests), self.head.in_features
         with self._unfinished(name, self._num_bytes(len(digests))) as folder:
             _save_array(folder / _KEYS, digests)
             _write_features(folder, lambda done: batches, shape, self.dtype)
+        _told.add(self.folder / name)
 
     @property
     def _task(self) -> str:
@@ -135,13 +139,25 @@ class FeatureStore:
         if not _may_be_names(dataset, column):
             return
         for folder, keys in self._keys().items():
-            is_other = "-for-" in folder.name and not folder.name.endswith(self._task + _WRITTEN)
-            if is_other and np.isin(keys, digests[digests != _UNREAD]).any():
+            if "-for-" not in folder.name or not np.isin(keys, digests[digests != _UNREAD]).any():
+                continue
+            if not folder.name.endswith(self._task + _WRITTEN):
                 raise ValueError(
                     f"'{self.folder}' must hold features of one task for rows of these names, got some that were put "
                     f"in by `write` for a student with other labels. Give another `features_dir`, or delete "
                     f"'{folder.name}' there."
                 )
+            if folder not in _told:
+                # Two tasks of equal labels and equal names cannot be told apart here, so that the user has to know.
+                # Texts are mostly what the features are of, and only now and then names of it.
+                level = logging.INFO if is_text_column(dataset, column) else logging.WARNING
+                logger.log(
+                    level,
+                    f"Rows of `{column}` get the features that another run has put in by `write` for the same names "
+                    f"and labels, in '{folder}'. If those are of other data, give another `features_dir`, or delete "
+                    "that folder.",
+                )
+                _told.add(folder)
 
     @property
     def is_written(self) -> bool:
@@ -349,6 +365,7 @@ def _row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = No
         whole = hashlib.blake2b(kind.encode() + np.sort(digests).tobytes(), digest_size=16).digest()
         named = (hashlib.blake2b(digest, key=whole, digest_size=16).hexdigest() for digest in digests.tolist())
         digests = np.array(list(named), dtype=_KEY_DTYPE)
+    # One key for all of them, so that a row without an input is never looked up as content.
     is_there = has_input(dataset, column)
     return np.where(is_there if readable is None else is_there & readable, digests, _UNREAD).astype(_KEY_DTYPE)
 
@@ -519,10 +536,12 @@ def _rename(folder: Path, target: Path) -> None:
 @contextmanager
 def _held(folder: Path) -> Iterator[bool]:
     """Hold the lock of a folder in progress, unless another process does; the kernel frees it when one dies."""
-    lock = FileLock(f"{folder}{_LOCK}", timeout=0)
-    with suppress(OSError, NotImplementedError):  # held, or a disk that cannot be written or has no locks
-        lock.acquire()
-    is_held = lock.is_locked
+    try:
+        lock = take_lock(Path(f"{folder}{_LOCK}"))
+    except Timeout:
+        yield False
+        return
+    is_held = lock.is_locked  # not on a disk that cannot be written, or has no locks
     try:
         yield is_held
     finally:

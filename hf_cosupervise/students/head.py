@@ -56,6 +56,7 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def linear_head(model: nn.Module) -> nn.Linear | None:
     """Find the head of a classifier if it is one linear layer and nothing else."""
+    # By identity: names of the head differ from architecture to architecture.
     own = {id(parameter) for _, parameter in head_parameters(model)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and {id(parameter) for parameter in module.parameters()} == own:
@@ -65,6 +66,7 @@ def linear_head(model: nn.Module) -> nn.Linear | None:
 
 def head_gives_logits(model: nn.Module, head: nn.Linear, inputs: Mapping[str, torch.Tensor]) -> bool:
     """Tell whether the head's output on one vector per example is what the model answers."""
+    # Asked and not read off: between head and answer a model may pool, scale or add up.
     captured: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, arguments: captured.append(arguments[0]))
     try:
@@ -111,6 +113,7 @@ def prepare_student(
         config.modules_to_save = sorted(heads)  # a fresh head is trained whole
         if not config.target_modules or config.target_modules == "all-linear":
             config.target_modules = _backbone_layers(model, heads)
+        # peft freezes the model in place, and one that is refused goes back as it came.
         learns = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -167,6 +170,7 @@ def _backbone_layers(model: nn.Module, heads: set[str]) -> list[str]:
         for name, module in model.named_modules()
         if not any(name == head or name.startswith(f"{head}.") for head in heads) and _merges_exactly(module)
     ]
+    # Convolutions beside linear layers mostly cut images into patches, or are depthwise.
     linears = [name for name, module in outside if isinstance(module, nn.Linear | Conv1D)]
     found = linears or [name for name, module in outside if isinstance(module, nn.Conv2d) and module.groups == 1]
     if not found:

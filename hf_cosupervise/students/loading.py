@@ -75,6 +75,7 @@ def load_pinned_student(
     config = _task_config(source, labels)
     auto_class = _auto_class(config.model_type, source.repo)
     folder = source.fetch()
+    # Forked, because loading must not move the random numbers that the user's own code draws.
     with torch.random.fork_rng(devices=[]), quiet_loading(), whole_weights(source), building(source):
         torch.manual_seed(seed)
         student, loading = auto_class.from_pretrained(
@@ -99,6 +100,7 @@ def load_pinned_student(
 def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
     """The model's configuration with the labels of the task."""
     config = read_config(source)
+    # The number first: setting it makes names of its own, which the task's then replace.
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: index for index, name in config.id2label.items()}
@@ -115,6 +117,7 @@ def _load_adapted_student(
     base: Any = source.base
     student, processor, origin = load_pinned_student(base.repo, labels, revision=base.commit, seed=seed)
     head = {name for name, _ in head_parameters(student)}
+    # The head stays fresh, as that of any other student; the adapter's was of another task.
     student.load_state_dict({k: v for k, v in adapted.state_dict().items() if k not in head}, strict=False)
     if processor_folder == source.folder:
         processor = load_processor(source, processor_folder, reads_text(student.config, source.what))

@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 from ..data.columns import LABEL_NAMES, find_input_column, find_label_column, read_labels
 from ..data.inputs import InputProcessor, check_depth
 from ..method.linear_head import linear_logits
-from ..method.metrics import accuracy
+from ..method.metrics import check_metric, measure_labels
 from ..processes import Processes, row_chunks
 from .features import FeatureStore
 from .head import head_gives_logits, linear_head, prepare_student
@@ -94,6 +94,7 @@ def _check_weights(model: Any) -> None:
 
 def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> None:
     """See that a model object answers with a logit for each label, whatever its class."""
+    # It is the user's own object: it is asked, and left in the mode in which it came.
     was_training = model.training
     inputs = {name: value.to(model.device) for name, value in processor.probe().items()}
     model.eval()
@@ -123,6 +124,7 @@ def check_student(model: Any, labels: tuple[str, ...]) -> None:
             f"The student must have {len(labels)} labels like the pool, got {num_labels}. "
             "Load it with `load_student(model, pool.labels)`."
         )
+    # Names that transformers made up say nothing of an order; names of a task do.
     names = [str(model.config.id2label[index]) for index in range(num_labels)]
     generic = [f"LABEL_{index}" for index in range(num_labels)]
     if names not in (generic, list(labels)):
@@ -190,6 +192,7 @@ class Student:
     def _trained(self) -> dict[str, torch.Tensor]:
         """What training can change: parameters that learn, and buffers where the backbone is not frozen."""
         tensors: dict[str, torch.Tensor] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        # Running means of a frozen backbone stand still, for it is never in training mode.
         return tensors if self.args.student_training == "probe" else tensors | dict(self.model.named_buffers())
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -205,6 +208,7 @@ class Student:
     def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write over what training changed."""
         own = self._trained()
+        # Into the tensors that are there: an optimizer and a hook hold these, not their names.
         for name, value in tensors.items():
             own[name].copy_(value)
 
@@ -219,6 +223,7 @@ class Student:
             self.start_anew()
             return
         self.put_back(saved.student)
+        # Folds of a run with another kind of student cannot be asked by this one.
         for tensors in saved.folds if self.head is not None else []:
             self.folds.append(self.copy_head())
             self.folds[-1].load_state_dict(tensors)
@@ -262,6 +267,7 @@ class Student:
         return is_readable & self._answered
 
     def _find_readable(self, dataset: Dataset) -> np.ndarray:
+        # Known already, and its warning is given once.
         if dataset is self.examples:
             return self.readable
         check_depth(dataset, self.input_column)
@@ -282,6 +288,7 @@ class Student:
         self, dataset: Dataset, readable: np.ndarray, chunks: Iterable[slice]
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         if self.head is not None:
+            # Before the loop: every process takes part in making them, also one without a chunk of its own.
             features = self._read_features(dataset, readable)
             for chunk in chunks:
                 log_probs = torch.log_softmax(linear_logits(self.head, features[chunk]), dim=1).cpu()
@@ -314,6 +321,7 @@ class Student:
         for chunk in self.processes.share(row_chunks(len(self.examples))):
             logits = torch.empty(chunk.stop - chunk.start, len(self.labels))
             for fold, head in enumerate(self.folds):
+                # Each by the head that has not learned from it, or it would only tell what it was told.
                 first = (fold - chunk.start) % num_folds  # example i is in fold i modulo their number
                 logits[first::num_folds] = linear_logits(head, features[chunk][first::num_folds]).cpu()
             yield chunk, self._without(~self.readable[chunk], torch.log_softmax(logits, dim=1))
@@ -326,10 +334,15 @@ class Student:
                 labels[chunk] = np.where(readable[chunk], log_probs.numpy().argmax(axis=1), -1)
         return labels
 
+    def measure(self, dataset: Dataset, metric: str | None = None) -> dict[str, float]:
+        """Measure accuracy and the configuration's `metric`, or another one, on labelled data."""
+        labels = read_labels(dataset, find_label_column(dataset), self.labels)
+        check_metric(metric := self.args.metric if metric is None else metric, len(self.labels))
+        return measure_labels(self.predict_labels(dataset), labels, metric)
+
     def measure_accuracy(self, dataset: Dataset) -> float:
         """Measure the accuracy on labelled data."""
-        labels = read_labels(dataset, find_label_column(dataset), self.labels)
-        return accuracy(self.predict_labels(dataset), labels)
+        return self.measure(dataset, "accuracy")["accuracy"]
 
     def label(self, dataset: Any) -> Any:
         """Reduce an evaluation set, or several by name, to inputs and label ids of the task."""
@@ -429,6 +442,6 @@ def _check_inputs(dataset: Dataset, column: str, processor: InputProcessor) -> N
         )
 
 
-def measure_predictions(prediction: EvalPrediction) -> dict[str, float]:
-    """Measure what the `Trainer` predicted: the default of its `compute_metrics`."""
-    return {"accuracy": accuracy(prediction.predictions.argmax(axis=1), prediction.label_ids)}
+def prediction_measure(metric: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Give the default of the `Trainer`'s `compute_metrics`."""
+    return lambda found: measure_labels(found.predictions.argmax(axis=1), found.label_ids, metric)

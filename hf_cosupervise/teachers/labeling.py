@@ -287,6 +287,7 @@ def _check_columns(
 ) -> Columns:
     """Find the input column, and refuse ground truth that nobody declared."""
     read = {teacher.name: column_of(teacher) for teacher in hierarchy.teachers}
+    # An object is read in place of what the hierarchy says, so that its column counts.
     read |= {name: model.column for name, model in models.items()}
     answers = {column: name for name, column in read.items() if column not in (None, ROW)}
     declared = {"`oracle_column`": oracle_column, "`oracle_domain_column`": oracle_domain_column}
@@ -365,6 +366,7 @@ def _oracle_label_ids(dataset: Dataset, column: str, labels: Sequence[str]) -> l
     values = read_names(dataset, column)
     positions: dict[Any, int | None] = {}
     find = label_finder(labels)
+    # Each value is looked up once: a million rows hold few of them.
     for value in set(values):
         if isinstance(value, str):
             positions[value] = find(value)
@@ -417,6 +419,7 @@ def _find_reused(
             f"`reuse` must be a pool of the labels {shorten(hierarchy.labels)}, got one of {shorten(reuse.labels)}. "
             "Label the data without it."
         )
+    # By name first, for a teacher under another name may be meant to be another one.
     held = {teacher.name: teacher for teacher in reuse.hierarchy.teachers}
     names = set()
     for teacher in hierarchy.teachers:
@@ -590,6 +593,7 @@ def _find_unreadable(job: Job, pool: PseudolabelPool) -> np.ndarray:
         for teacher in job.hierarchy.teachers
         if (models[teacher.name].column if teacher.name in models else column_of(teacher)) is None
     ]
+    # Decoding every image again would cost as much as labelling did.
     failed = [name for name in readers if pool.facts[name].get("num_failed")]
     feature = pool.inputs.features.get(column) if pool.inputs is not None else None
     if not failed or pool.inputs is None or column is None or not isinstance(feature, Image):
@@ -618,6 +622,7 @@ def _empty_cells(inputs: Dataset, column: str, rows: np.ndarray) -> Dataset:
 
 def _save(job: Job, progress: Progress, facts: Mapping[str, Any]) -> None:
     """Save the pool beside the journal, rename it into its place, and throw the journal away."""
+    # On the disk of its place, so that one rename makes it whole there.
     finished = progress.scratch / "pool"
     _open_pool(job, progress, facts).save(finished)
     move_file(finished, Path(str(job.output_dir)))

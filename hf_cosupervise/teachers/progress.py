@@ -14,13 +14,9 @@ from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from ..files import differences, load_json, open_work_folder, write_all, write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows, where a second run in the same folder goes unnoticed
-    fcntl = None  # type: ignore[assignment]
+from ..files import differences, load_json, open_work_folder, take_lock, write_all, write_json
 
 _PLAN, _LOCK, _PARTS = "plan.json", "lock", "parts"
 _NUM_NOTED, _NUM_LETTERS = 5, 300
@@ -49,7 +45,7 @@ class Progress:
         self.folder, self.num_rows, self.k, self.dtype = Path(folder), num_rows, k, np.dtype(dtype)
         # Label ids and half-precision probabilities, without anything between rows.
         self.row_bytes = k * (self.dtype.itemsize + 2)
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
 
     def open(self, plan: Mapping[str, Any]) -> None:
         """Begin the work, or go on with it: one process of one run holds the folder."""
@@ -66,7 +62,7 @@ class Progress:
     def close(self) -> None:
         """Let go of the folder."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     @property
@@ -81,6 +77,7 @@ class Progress:
 
     def add_facts(self, facts: Mapping[str, Mapping[str, Any]]) -> None:
         """Note facts of teachers."""
+        # Beside those of the teachers that were loaded before these.
         content = self._read_plan()
         for name, new in json.loads(json.dumps(facts)).items():
             known = content["facts"].setdefault(name, {})
@@ -166,22 +163,14 @@ class Progress:
         return Segment(Path(data.name), offset, start, stop, num_answered, num_failed, failed_rows, mass, why)
 
     def _acquire(self) -> None:
-        """Take the lock, which the kernel gives back when this process ends, however it ends."""
-        if fcntl is None:
-            return
-        lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        """Take the lock, or say who has it."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
+            self._lock = take_lock(self.folder / _LOCK)
+        except Timeout as error:
             raise RuntimeError(
                 f"'{self.folder}' must be worked on by one run at a time, got another run that is at it. Wait until "
                 "it has ended, or stop it; this one can then go on from there."
             ) from error
-        except OSError:  # some network file systems have no locks
-            os.close(lock)
-            return
-        self._lock = lock
 
     def _check_same(self, old: Any, new: Any) -> None:
         if found := [f"{place}: {_shorten(was)} -> {_shorten(now)}" for place, was, now in differences(old, new)]:

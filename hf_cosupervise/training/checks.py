@@ -12,6 +12,7 @@ from datasets import Dataset, Image
 from ..data.columns import find_input_column, is_text_column, row_keys
 from ..data.inputs import InputProcessor, check_depth
 from ..files import make_output_dir
+from ..method.metrics import check_metric
 from ..method.rejection import check_top_k_value
 from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
@@ -58,6 +59,7 @@ def check_student(
         )
     if not origin and not args.deepspeed:  # a model object; DeepSpeed may have shared out its weights already
         check_answers(model, processor, model.config.num_labels)
+    check_metric(args.metric, model.config.num_labels)
     check_together(args, model, has_own_metrics)
 
 

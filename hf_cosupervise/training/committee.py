@@ -44,7 +44,8 @@ class TrainedCommittee:
         heads, rows = [member.head for member in members], torch.from_numpy(np.flatnonzero(readable))
         weights = torch.stack([head.weight.detach() for head in heads])
         biases = None if heads[0].bias is None else torch.stack([head.bias.detach() for head in heads])
-        self.committee: Committee = committee_head(weights, biases, features, rows)
+        own_weights = torch.tensor([MEMBERS[member.name].weight for member in members])
+        self.committee: Committee = committee_head(weights, biases, features, rows, own_weights)
 
     @torch.no_grad()
     def put_into(self, head: nn.Linear) -> None:
@@ -91,6 +92,7 @@ def train_members(
     for name in args.members:
         student.start_anew()  # they share the model, and each begins with the same head
         own_pool, own_args = member_pool(pool, name), member_arguments(args, name, *place)
+        # Inputs are given as they came, for a pool of one teacher holds the same rows.
         trainer = new_trainer(own_args, pool=own_pool, train_dataset=inputs, input_column=input_column)
         trainer.callback_handler = callbacks.of_member()
         trainer.student.share(student)

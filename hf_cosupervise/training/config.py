@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from ..method.assignment import AGREEMENT_RULES
+from ..method.metrics import METRICS
 from ..method.published_losses import choose_loss
 from ..method.rejection import SELECTION_RULES
 from .inherited import Numbers, check_inherited, check_numbers, default_of, is_number
@@ -283,6 +284,15 @@ class CoSupervisedConfig(TrainingArguments):
         default=10.0, metadata={"help": "Scale of the logits of 'ridge', above 0: its predictions lie near 0..1."}
     )
 
+    # Evaluation
+    metric: Annotated[str, _NEUTRAL] = field(
+        default="accuracy",
+        metadata={
+            "help": "What is measured on labelled examples, and recovered by PGR: accuracy, balanced_accuracy, f1 (of "
+            "label 1 of two), macro_f1, weighted_f1, mcc or worst_class_accuracy."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._given = {
             item.name for item in fields(self) if item.init and getattr(self, item.name) != default_of(item)
@@ -342,6 +352,7 @@ class CoSupervisedConfig(TrainingArguments):
             ("method", METHODS),
             ("members", tuple(MEMBERS)),
             ("head_solver", HEAD_SOLVERS),
+            ("metric", tuple(METRICS)),
         ):
             value = getattr(self, name)
             for item in value if name in _LISTS_OF_NAMES else [value]:

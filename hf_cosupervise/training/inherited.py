@@ -133,7 +133,7 @@ def check_together(args: TrainingArguments, model: torch.nn.Module, has_own_metr
         f"`eval_do_concat_batches` {args.eval_do_concat_batches}": not args.eval_do_concat_batches,
         f"`batch_eval_metrics` {args.batch_eval_metrics}": args.batch_eval_metrics,
         f"`metric_for_best_model` {args.metric_for_best_model!r}": args.metric_for_best_model
-        not in (None, "loss", "accuracy", "eval_loss", "eval_accuracy"),
+        not in (None, *(prefix + name for name in ("loss", "accuracy", args.metric) for prefix in ("", "eval_"))),
     }
     if not has_own_metrics and (wrong := next((what for what, applies in asked.items() if applies), None)):
         raise ValueError(f"{wrong} needs `compute_metrics` of your own, got none. Give it, or leave that out.")

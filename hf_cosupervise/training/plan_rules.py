@@ -105,6 +105,7 @@ class LevelAnswers:
         if (speakers >= len(self.pool.hierarchy.names)).any():  # an ensemble's best label is known of its mean only
             probs = self.pseudolabels(speakers)
             return np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
+        # Only speakers are asked: at a level of a hundred teachers most speak for few rows or for none.
         labels = np.full(len(self), -1, dtype=np.int64)
         for speaker in np.unique(speakers[speakers != NOBODY]).tolist():
             here = speakers == speaker

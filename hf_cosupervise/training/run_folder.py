@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.logging import get_logger
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +27,7 @@ from ..files import (
     is_as_written,
     make_output_dir,
     read_json,
+    take_lock,
     whole_file,
     without_nan,
     write_json,
@@ -66,17 +67,14 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """See that no other process works here; a process that dies frees the folder."""
         make_output_dir(self.path)
-        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            lock.acquire()
+            lock = take_lock(self.path / ".lock")
         except Timeout as error:
             # Two runs would write each other's stages and checkpoints.
             raise FileExistsError(
                 f"`output_dir` must be used by one run at a time, got another that works in '{self.path}' now. Wait "
                 "for it, or choose another folder."
             ) from error
-        except (OSError, NotImplementedError) as error:  # some network file systems have no locks
-            logger.info(f"'{self.path}' cannot be locked ({error}): use it by one run at a time.")
         try:
             yield
         finally:

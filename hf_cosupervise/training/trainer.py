@@ -28,7 +28,7 @@ from ..method.losses import LossFunction, hard_cross_entropy
 from ..pool.derived import smoothed_pool
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
-from ..students.student import Student, label_inputs, measure_predictions, open_student
+from ..students.student import Student, label_inputs, open_student, prediction_measure
 from .advice import explain_lone_example, explain_memory
 from .callbacks import LevelCallbackHandler
 from .checkpointing import explain_checkpoint, explained, read_back, sealing
@@ -124,7 +124,7 @@ class CoSupervisedTrainer(Trainer):
         self.processor = InputProcessor(processing_class, model.config)
         check_student(args, model, self.processor, inputs, origin, has_own_metrics="compute_metrics" in kwargs)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
-        kwargs = {"compute_metrics": measure_predictions, "processing_class": processing_class, **kwargs}
+        kwargs = {"compute_metrics": prediction_measure(args.metric), "processing_class": processing_class, **kwargs}
         # Every column that is left would reach the model, and some models refuse what they do not know.
         eval_dataset = label_inputs(eval_dataset, self.input_column, pool.labels, self.processor)
         self.processes = Processes(args.process_index, args.world_size, args.device)  # a push asks for it at once

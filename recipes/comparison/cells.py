@@ -37,7 +37,13 @@ from hf_cosupervise.data.columns import find_label_column, read_labels
 from hf_cosupervise.evaluation.comparison import Comparison, Contestant, walk_levels
 from hf_cosupervise.evaluation.methods import method_arguments, teacher_accuracies, weak_accuracy, weak_probs
 from hf_cosupervise.evaluation.report import ResultFolder
-from hf_cosupervise.method.metrics import agreement, expected_calibration_error, group_accuracies, reliability_curve
+from hf_cosupervise.method.metrics import (
+    agreement,
+    expected_calibration_error,
+    group_accuracies,
+    measure_labels,
+    reliability_curve,
+)
 from hf_cosupervise.pool.derived import calibrated_pool
 from hf_cosupervise.pool.pseudolabels import ORACLE_DOMAIN
 
@@ -96,7 +102,8 @@ class Bench(Comparison):
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.data_args, teacher_args, student_args, *_ = resolve(group.task)
+        self.data_args, teacher_args, student_args, _, args = resolve(group.task)
+        self.metric = args.metric
         self.split = load_split(self.data_args, group.seed)
         student = find_student(student_args, self.split, group.run_dir / "student-start", group.seed)
         super().__init__(student, self.split.test, results=group.results)
@@ -297,7 +304,7 @@ def measure_teachers(bench: Bench) -> dict[str, Any]:
         answered = pool.answered(name)
         calibration[name] = calibrate(pool.decode(name, np.flatnonzero(answered)), bench.test_labels[answered])
     return {
-        "weak_accuracy": weak_accuracy(pool),
+        **{f"weak_{name}": weak_accuracy(pool, name) for name in ("accuracy", bench.metric)},
         "teachers": {
             name: {"accuracy": value, **calibration[name]} for name, value in teacher_accuracies(pool).items()
         },
@@ -323,14 +330,18 @@ def measure(trainer: CoSupervisedTrainer, bench: Bench) -> tuple[dict[str, Any],
     for plan, record in walk_levels(trainer):
         probs = predict_probs(trainer, bench.split.test)
         levels[str(plan.level)] = {
-            "accuracy": float((probs.argmax(axis=1) == labels).mean()),
+            **measure_labels(probs.argmax(axis=1), labels, bench.metric),
             **{name: record[key] for key, name in _LEVEL_NUMBERS.items() if key in record},
             **share_out(plan.assigned_teacher, trainer.pool.source_names, bench.pool_groups),
         }
     if not trainer.plans:  # a committee has no levels, and no pseudolabels of its own
         probs = predict_probs(trainer, bench.split.test)
     predicted = probs.argmax(axis=1)
-    numbers = {"accuracy": float((predicted == labels).mean()), **calibrate(probs, labels), "levels": levels}
+    numbers = {
+        **measure_labels(predicted, labels, bench.metric),
+        **calibrate(probs, labels),
+        "levels": levels,
+    }
     if trainer.plans:
         taught = (wanted := trainer.plans[-1].labels) >= 0
         own = trainer.predict_labels(trainer.pool.inputs)[taught]

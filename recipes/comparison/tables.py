@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from comparison.cells import Group
-from comparison.plan import BASELINE, CEILING, FACTS, SURE, TEACHERS, ceiling_of, features_setting
+from comparison.plan import BASELINE, CEILING, FACTS, SURE, TEACHERS, ceiling_of, features_setting, resolve
 from hf_cosupervise.evaluation.plots import (
     plot_group_shares,
     plot_levels,
@@ -18,7 +18,7 @@ from hf_cosupervise.evaluation.plots import (
     plot_reliability,
     plot_teacher_shares,
 )
-from hf_cosupervise.evaluation.report import add_pgr, merge, save_report
+from hf_cosupervise.evaluation.report import add_pgr, merge, metric_of, save_report, say_metric
 from hf_cosupervise.method.metrics import deception_score, mean_and_spread
 
 
@@ -27,8 +27,9 @@ def collect(groups: Sequence[Group]) -> dict[str, Any]:
     methods = groups[0].methods
     cells = {method.name: [group.results.read(method.name) for group in groups] for method in methods}
     teachers = [group.results.read(TEACHERS) or {} for group in groups]
-    weak = [facts.get("weak_accuracy") for facts in teachers]
-    report: dict[str, Any] = {"seeds": [group.seed for group in groups], "weak_accuracy": weak}
+    metric = resolve(groups[0].task)[4].metric
+    weak = [facts.get(f"weak_{metric}") for facts in teachers]
+    report: dict[str, Any] = {"seeds": [group.seed for group in groups], f"weak_{metric}": weak, **say_metric(metric)}
     report |= features_setting(groups[0].task)
     report["teachers"] = merge([facts.get("teachers", {}) for facts in teachers])
     report["methods"] = {}
@@ -37,7 +38,7 @@ def collect(groups: Sequence[Group]) -> dict[str, Any]:
             ceiling = ceiling_of(method, methods)
             for group, low, cell, top in zip(groups, weak, own, cells[ceiling]):
                 students = [] if cell is None else [cell, *cell["levels"].values()]
-                add_pgr(low, None if top is None else top["accuracy"], students)
+                add_pgr(low, None if top is None else top[metric], students, metric)
                 if method.method != CEILING and cell is not None and top is not None:
                     add_deception(
                         cell, *(group.results.read_arrays(name) for name in (method.name, TEACHERS, ceiling))
@@ -58,7 +59,8 @@ def add_deception(cell: dict[str, Any], own: Any, weak: Any, ceiling: Any) -> No
 
 def tidy_rows(report: Mapping[str, Any], task: str) -> Iterator[list[Any]]:
     """Give `task, method, seed, metric, value` of every number; teachers are the method `teachers`."""
-    everything = {"teachers": {"weak_accuracy": report["weak_accuracy"], **report["teachers"]}}
+    weak = f"weak_{metric_of(report)}"
+    everything = {"teachers": {weak: report[weak], **report["teachers"]}}
     everything |= {
         name: {**numbers, "levels": {f"level-{level['level']}": level for level in numbers["levels"]}}
         for name, numbers in report["methods"].items()
@@ -83,9 +85,10 @@ def format_table(report: Mapping[str, Any], task: str) -> str:
     """Write the table of one task in Markdown: percent, mean ± standard deviation over seeds."""
     seeds = ", ".join(str(seed) for seed in report["seeds"])
     has_domains = any("worst_domain_accuracy" in numbers for numbers in report["methods"].values())
-    heads = ["method", "accuracy", "PGR", f"PGR against {BASELINE}", "seeds won", "worst class"]
+    metric = metric_of(report)
+    heads = ["method", metric, "PGR", f"PGR against {BASELINE}", "seeds won", "worst class"]
     heads += ["worst domain"] * has_domains + ["calibration error", "deception", "time, s"]
-    weak = _percent(report["weak_accuracy"]) or "not measured"
+    weak = _percent(report[f"weak_{metric}"]) or "not measured"
     about = f"Seeds {seeds}; weak teacher {weak}. All in percent, but for the time of pool and training; "
     lines = [f"## {task}", "", f"{about}deception counts a model as sure from {100 * SURE:.0f} % on.", ""]
     if "features" in report:
@@ -100,7 +103,7 @@ def format_table(report: Mapping[str, Any], task: str) -> str:
         pairs = [(own, other) for own, other in zip(numbers["pgr"], base) if _known(own) and _known(other)]
         against = [own - other for own, other in pairs if is_rival]
         won = f"{sum(value > 1e-9 for value in against)} of {len(against)}" if against else ""  # a tie is no win
-        cells = [_percent(numbers["accuracy"]), _percent(numbers["pgr"]), _percent(against, "+"), won]
+        cells = [_percent(numbers[metric]), _percent(numbers["pgr"]), _percent(against, "+"), won]
         keys = ["worst_class_accuracy", *["worst_domain_accuracy"] * has_domains, "ece", "deception_score"]
         cells += [_percent(numbers.get(key, [])) for key in keys]
         lines.append(f"| {name} | {' | '.join(cells)} | {mean_and_spread(numbers['runtime'])[0]:.1f} |")

@@ -24,6 +24,7 @@ from hf_cosupervise.evaluation.methods import (
 )
 from hf_cosupervise.evaluation.report import format_report, merge_reports, save_report
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
+from hf_cosupervise.hub.cards import model_card
 from hf_cosupervise.method.aekd import AdaptiveEnsembleDistillation
 from hf_cosupervise.method.metrics import mean_and_spread
 from hf_cosupervise.pool.derived import aggregated_pool
@@ -454,6 +455,39 @@ def test_report_of_all_methods(compared):
     assert 0 <= levels[1]["oracle_selection_precision"] <= 1
     json.dumps(found)
     assert "csl" in format_report(merge_reports([found, found], [0, 1]))
+
+
+def test_another_metric_is_measured_and_recovered(task_pool, tiny_vit, tiny_image_dataset, compared, tmp_path):
+    test = tiny_image_dataset.select([row for row, name in enumerate(tiny_image_dataset["label"]) if name or row % 8])
+    args = small_args(tmp_path / "run", metric="macro_f1")
+    methods = ("generalist", "csl", "ceiling")
+    weak = weak_accuracy(task_pool, "macro_f1")
+    found, trainer = compare_methods(tiny_vit, args, task_pool, test, weak=weak, methods=methods)
+    assert list(found) == ["weak_macro_f1", "methods", "levels", "metric"] and found["metric"] == "macro_f1"
+    ceiling = found["methods"]["ceiling"]["macro_f1"]
+    for numbers in (*found["methods"].values(), *found["levels"]):
+        assert numbers["pgr"] == pytest.approx((numbers["macro_f1"] - weak) / (ceiling - weak))
+    own = found["methods"]["csl"]
+    assert own["accuracy"] != own["macro_f1"] and own["accuracy"] == trainer.measure_accuracy(test)
+    assert trainer.student.measure(test) == {key: own[key] for key in ("accuracy", "macro_f1")}
+    assert trainer.evaluate(trainer.student.label(test))["eval_macro_f1"] == pytest.approx(own["macro_f1"])
+    with pytest.raises(ValueError, match="`metric` 'f1' is of label 1 of two, got 4 labels. Choose 'macro_f1'"):
+        trainer.student.measure(test, "f1")
+    merged = merge_reports([found, found], [0, 1])
+    assert merged["metric"] == "macro_f1" and merged["methods"]["csl"]["macro_f1"] == [own["macro_f1"]] * 2
+    told = format_report(merged)
+    assert "macro_f1" in told.splitlines()[0] and f"{100 * ceiling:.1f} ± 0.0" in told
+    card = model_card({"name": "m", "report": merged, "modality": "image", "dataset_name": "pets"})
+    assert "Macro F1 on pets, mean" in card and "| method | macro F1 % | PGR % |" in card
+    assert f"student {100 * own['macro_f1']:.1f} ± 0.0 %, weak teacher {100 * weak:.1f}" in card
+    assert "type: f1" in card and "type: accuracy" in card
+
+
+def test_a_metric_that_the_task_does_not_have(task_pool, tiny_vit, tmp_path):
+    with pytest.raises(ValueError, match="`metric` must be one of .*, got 'auc'"):
+        small_args(tmp_path / "run", metric="auc")
+    with pytest.raises(ValueError, match="`metric` 'f1' is of label 1 of two, got 4 labels. Choose 'macro_f1'"):
+        CoSupervisedTrainer(tiny_vit, small_args(tmp_path / "run", metric="f1"), pool=task_pool)
 
 
 def test_trainer_of_co_supervision_comes_back(compared, tiny_image_dataset, tmp_path):

@@ -221,29 +221,60 @@ def test_ebcc_sees_who_errs_together():
     assert accuracy(found, truth) > accuracy(DawidSkene().fit_predict_proba(votes), truth) + 0.01
 
 
-def slow_silence(votes: np.ndarray, steps: int) -> np.ndarray:
+def slow_silence(votes: np.ndarray, steps: int, is_sign: bool) -> np.ndarray:
     """Dawid-Skene of two labels and three answers, the third of them silence; rows without a vote start nowhere."""
     answers = np.where(votes < 0, 2, votes)
     q = np.stack([(votes == c).sum(axis=1) for c in (0, 1)], axis=1).astype(float)
     q /= np.maximum(q.sum(axis=1, keepdims=True), 1)
+    shares = q
     for _ in range(steps):
         joint = np.tile(np.maximum(q.sum(axis=0) / q.sum(), 1e-10), (len(votes), 1))
         for k in range(votes.shape[1]):
             said = sorted(set(answers[:, k].tolist()))
             counts = np.array([[max(q[answers[:, k] == s, c].sum(), 1e-10) for s in said] for c in (0, 1)])
             table = counts / counts.sum(axis=1, keepdims=True)
+            if not is_sign and 2 in said:
+                table[:, said.index(2)] = 1
             joint *= np.array([table[:, said.index(answer)] for answer in answers[:, k].tolist()])
         q = joint / joint.sum(axis=1, keepdims=True)
+        if not is_sign:
+            q = np.where(shares.any(axis=1, keepdims=True), (q + shares) / 2, q)
     return q
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_silence_as_an_answer_equals_a_slow_version(steps):
+@pytest.mark.parametrize("abstention", ["auto", "answer"])
+def test_silence_of_voters_equals_a_slow_version(steps, abstention):
     truth, votes = make_functions(80)
-    model = DawidSkene(max_iterations=steps, tolerance=-np.inf)
+    model = DawidSkene(max_iterations=steps, tolerance=-np.inf, abstention=abstention)
     found, some = model.fit_predict_proba(votes), (votes >= 0).any(axis=1)
     assert model.silence_is_answer and not some.all()
-    np.testing.assert_allclose(found, slow_silence(votes, steps) * some[:, None], atol=1e-8)
+    np.testing.assert_allclose(found, slow_silence(votes, steps, abstention == "answer") * some[:, None], atol=1e-8)
+    np.testing.assert_allclose(model.predict_proba(votes), found, atol=1e-12)
+
+
+def make_theme_functions(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows have one theme of their label; a function knows one theme, and errs at a rate of its own elsewhere."""
+    rng = np.random.default_rng(seed)
+    truth, theme = rng.choice(2, 800, p=rng.dirichlet([8, 8])), rng.integers(6, size=800)
+    votes = np.full((800, 10), -1)
+    for voter in range(10):
+        label, error = voter % 2, rng.choice([0.01, 0.05, 0.15, 0.35], p=[0.4, 0.3, 0.2, 0.1])
+        knows = (truth == label) & (theme == rng.integers(6))
+        speaks = rng.random(800) < np.where(knows, 0.75, error)
+        votes[speaks, voter] = label
+    return truth, votes
+
+
+def test_functions_that_exclude_each_other_are_no_worse_than_their_majority():
+    """Read as independent signs, their silences outweigh their votes."""
+    gains = {"auto": [], "answer": []}
+    for seed in range(8):
+        truth, votes = make_theme_functions(seed)
+        majority = accuracy(make("shared_majority").fit_predict_proba(votes), truth)
+        for abstention, found in gains.items():
+            found.append(accuracy(DawidSkene(abstention=abstention).fit_predict_proba(votes), truth) - majority)
+    assert np.mean(gains["auto"]) > 0.01 > np.mean(gains["answer"]) and min(gains["auto"]) > min(gains["answer"])
 
 
 # ── other packages ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -417,11 +448,10 @@ def test_mace_of_labelling_functions_is_sharp_enough_to_train_on(abstention):
     some, best = found.any(axis=1), found.argmax(axis=1)
     counts = np.stack([(votes == c).sum(axis=1) for c in (0, 1)], axis=1)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    for label in (0, 1):  # as sure as voters agree, for either label
-        rows = some & (best == label)
-        assert found[rows, label].mean() >= shares[rows, label].mean() - 1e-3
+    rows = np.arange(len(votes))[some]  # half way from the share of the votes behind a label to 1
+    np.testing.assert_allclose(found[rows, best[rows]], (1 + shares[rows, best[rows]]) / 2)
     assert accuracy(found, truth) > 0.85 and information(found[some]) > 0.3
-    np.testing.assert_allclose(model.predict_proba(votes), found, atol=1e-12)  # sharp on other rows too
+    np.testing.assert_allclose(model.predict_proba(votes), found, atol=1e-12)  # as sure on other rows
 
 
 def test_a_model_that_learns_nothing_says_so():

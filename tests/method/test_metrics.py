@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from hf_cosupervise.method.metrics import (
+    METRICS,
     accuracy,
     agreement,
     deception_score,
     expected_calibration_error,
     group_accuracies,
+    measure_labels,
     oracle_selection,
     performance_gap_recovered,
     reliability_curve,
@@ -231,3 +233,67 @@ def test_the_threshold_says_who_is_sure():
 def test_deception_of_what_does_not_fit(sizes, threshold, message):
     with pytest.raises(ValueError, match=message):
         deception_score(*(np.zeros(size) for size in sizes), threshold)
+
+
+# ── by name ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+SKLEARN = {
+    "accuracy": ("accuracy_score", {}),
+    "balanced_accuracy": ("balanced_accuracy_score", {}),
+    "macro_f1": ("f1_score", {"average": "macro"}),
+    "weighted_f1": ("f1_score", {"average": "weighted"}),
+    "mcc": ("matthews_corrcoef", {}),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in METRICS if name not in ("f1", "worst_class_accuracy")])
+@pytest.mark.parametrize("num_labels", [2, 5])
+def test_metrics_are_those_of_scikit_learn(name, num_labels):
+    metrics = pytest.importorskip("sklearn.metrics")
+    function, arguments = SKLEARN[name]
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        labels = rng.choice(num_labels, 30, p=rng.dirichlet(np.ones(num_labels)))
+        predictions = np.where(rng.uniform(size=30) < 0.6, labels, rng.integers(num_labels, size=30))
+        # Recent releases warn of a class that was predicted and is not there, as we leave it out of the mean.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+            expected = getattr(metrics, function)(labels, predictions, **arguments)
+        found = measure_labels(predictions, labels, name)
+        assert list(found) == (["accuracy"] if name == "accuracy" else ["accuracy", name])
+        assert found[name] == pytest.approx(expected, abs=1e-12)
+
+
+def test_f1_of_the_second_label_and_the_worst_class():
+    predictions, labels = np.array([1, 1, 0, 1, 0, 0]), np.array([1, 0, 0, 1, 1, 0])
+    assert measure_labels(predictions, labels, "f1")["f1"] == pytest.approx(2 / 3)
+    assert measure_labels(np.zeros(3, int), np.zeros(3, int), "f1")["f1"] == 0.0
+    assert measure_labels(predictions, labels, "worst_class_accuracy")["worst_class_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_no_answer_is_wrong_and_no_class():
+    predictions, labels = np.array([0, -1, 1, -1]), np.array([0, 0, 1, 1])
+    found = {name: measure_labels(predictions, labels, name)[name] for name in METRICS}
+    # F1 of each class: one hit, one miss, nothing else; a correlation of (2 * 4 - 4) / sqrt(10 * 8).
+    assert found == {
+        **dict.fromkeys(("accuracy", "balanced_accuracy", "worst_class_accuracy"), 0.5),
+        **dict.fromkeys(("f1", "macro_f1", "weighted_f1"), pytest.approx(2 / 3)),
+        "mcc": pytest.approx(4 / math.sqrt(80)),
+    }
+    nobody = np.full(4, -1)
+    assert {measure_labels(nobody, labels, name)[name] for name in METRICS} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("metric", "predictions", "sentence"),
+    [
+        ("F1", [0, 1], r"`metric` must be one of \['accuracy', .* got 'F1'. Choose one of them."),
+        (None, [0, 1], "got None. Choose one of them."),
+        ("f1", [0, 2], "`metric` 'f1' is of label 1 of two, got 3 labels. Choose 'macro_f1' or 'weighted_f1'."),
+        ("macro_f1", [0], "Two label arrays of one shape"),
+        ("mcc", [], "Two label arrays of one shape"),
+    ],
+)
+def test_what_cannot_be_measured(metric, predictions, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        measure_labels(np.array(predictions, dtype=int), np.array([0, 1]), metric)

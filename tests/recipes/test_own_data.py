@@ -140,6 +140,16 @@ def test_full_training_is_plain_co_supervision(run, votes, tiny_bert):
     assert "by `method` 'csl'" in said
 
 
+def test_another_metric_than_accuracy(run, votes, tiny_bert):
+    call = ["--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert, "--output_dir", "out"]
+    call += ["--label_column", "label", "--test_dataset", votes, "--method", "csl", "--metric", "balanced_accuracy"]
+    said = run(*call, "--methods", "generalist", "ceiling")
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["metric"] == "balanced_accuracy" and len(report["weak_balanced_accuracy"]) == 1
+    assert all({"accuracy", "balanced_accuracy", "pgr"} == {*numbers} for numbers in report["methods"].values())
+    assert "balanced_accuracy" in said and "balanced accuracy %" in Path("out/README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -242,3 +252,25 @@ def test_teachers_by_their_ids(hub, tiny_vit, tiny_image_dataset, tiny_labels):
     assert found.names == ("vit-2", "vit")  # the same last word, not the same name
     one = hierarchy_from_names(["someone/vit"], tiny_image_dataset)
     assert one.labels == tuple(tiny_labels) and one.teachers[0].model == "someone/vit"
+
+
+def test_all_by_ids_and_back_to_the_hub(run, hub, tiny_vit, tiny_timm, tiny_image_dataset):
+    """Data, teachers and student by their ids; the committee is published as an ordinary model, and names them all."""
+    tiny_image_dataset.remove_columns("label").push_to_hub("someone/photos")
+    commits = {
+        name: hub.create(f"someone/{name}", {path.name: path.read_bytes() for path in Path(folder).iterdir()})
+        for name, folder in (("vit", tiny_vit), ("timm", tiny_timm))
+    }
+    call = ["--dataset", "someone/photos", "--teachers", "0:someone/vit", "1:someone/timm", "--student", "someone/vit"]
+    call += ["--output_dir", "out", "--push_to_hub", "True", "--hub_model_id", "someone/student"]
+    assert "Pushed: " in run(*call)
+    files = hub.files("someone/student")
+    assert {"README.md", "config.json", "model.safetensors", "report.json", "overview.png"} <= {*files}
+    assert not {"labels.parquet", "to_label.csv"} & {*files}  # somebody's data are theirs to publish
+    story = json.loads(files["history.json"])["run"]
+    assert story["student"]["commit"] == commits["vit"] and story["source"]["dataset"] == "someone/photos"
+    assert {teacher["commit"] for teacher in story["teachers"]} == {*commits.values()}
+    assert not [name for name, content in files.items() if str(Path.cwd()).encode() in content]
+    found = pipeline("image-classification", model="someone/student")(tiny_image_dataset[0]["image"])
+    labels = Dataset.from_parquet("out/labels.parquet")
+    assert found[0]["score"] == pytest.approx(labels["probability"][0], abs=1e-4)

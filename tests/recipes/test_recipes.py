@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-import time
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import RECIPES
+from conftest import run_recipe as run
 from datasets import Dataset, load_from_disk
 from PIL.Image import Resampling
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -23,28 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from hf_cosupervise import PseudolabelPool, build_pool
 from hf_cosupervise.arguments import read_recipe_config
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPES = ROOT / "recipes"
 sys.path.insert(0, str(RECIPES))
-
-
-def run(
-    folder: Path, *arguments: str, script: str = "train.py", launcher: str = "python"
-) -> subprocess.CompletedProcess:
-    start = [sys.executable, "-m", "accelerate.commands.launch"] if launcher == "accelerate" else [sys.executable]
-    command = [*start, str(RECIPES / script), *arguments]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "CI": "true"}
-    )
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
-    """The README's first command, in an empty folder: where it ran, what it printed, how long it took."""
-    folder, started = tmp_path_factory.mktemp("demo"), time.time()
-    done = run(folder, launcher="accelerate")
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, done.stdout, time.time() - started
 
 
 @pytest.mark.slow

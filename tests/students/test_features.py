@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
+from filelock import FileLock
 from PIL import Image as PILImage
 from torch import nn
 
@@ -415,7 +417,7 @@ def test_a_disk_without_locks(vit, tiny_image_dataset, monkeypatch):
     def refuse(lock: Any) -> None:
         raise NotImplementedError
 
-    monkeypatch.setattr(features_module.FileLock, "acquire", refuse)
+    monkeypatch.setattr(FileLock, "acquire", refuse)
     vit.store().features(tiny_image_dataset, "image", disable_tqdm=True)
     (name,) = names_in(vit.store().folder)
     assert name.startswith("shard-")
@@ -633,6 +635,37 @@ def test_rows_of_the_same_names_are_not_read_for_another_task(name, tiny_vit, tm
     more = Dataset.from_dict({"row": ["z0", "z1"]})
     second.store().write(more, "row", [other[:2]])
     assert np.array_equal(second.store().features(more, "row", disable_tqdm=True), other[:2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_labels_of_another_run_are_told_of_once(name, tiny_vit, tmp_path, monkeypatch, caplog):
+    # two tasks of the same names and labels: nothing tells whether the second one has put in any of its own
+    data = NAMES[name]
+    Counter(tiny_vit, tmp_path).store().write(data, "row", [given := draw_features(len(data))])
+    with caplog.at_level(logging.INFO):
+        Counter(tiny_vit, tmp_path).store().features(data, "row", disable_tqdm=True)
+        assert not caplog.records  # this process has put them in itself
+        monkeypatch.setattr(features_module, "_told", set())  # as in another process
+        for _ in range(2):
+            store = Counter(tiny_vit, tmp_path).store()
+            assert np.array_equal(store.features(data, "row", disable_tqdm=True), given)
+    (record,) = caplog.records
+    assert record.levelno == (logging.INFO if name in ("text", "texts") else logging.WARNING)
+    (folder,) = store.folder.iterdir()
+    assert record.getMessage() == (
+        "Rows of `row` get the features that another run has put in by `write` for the same names and labels, in "
+        f"'{folder}'. If those are of other data, give another `features_dir`, or delete that folder."
+    )
+
+
+def test_images_that_another_run_put_in_are_not_worth_a_word(
+    tiny_vit, tmp_path, tiny_image_dataset, monkeypatch, caplog
+):
+    Counter(tiny_vit, tmp_path).store().write(tiny_image_dataset, "image", [draw_features(48)])
+    monkeypatch.setattr(features_module, "_told", set())
+    with caplog.at_level(logging.INFO):
+        Counter(tiny_vit, tmp_path).store().features(tiny_image_dataset, "image", disable_tqdm=True)
+    assert not caplog.records
 
 
 def test_what_was_put_in_for_images_serves_every_task(tiny_vit, tmp_path, tiny_image_dataset):

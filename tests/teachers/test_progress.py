@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from hf_cosupervise.files import check_free, explain_full_disk
 from hf_cosupervise.teachers import progress as journal_module
@@ -141,6 +144,32 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     first.close()
     second.open(PLAN)
     second.close()
+
+
+def test_a_run_that_was_killed_leaves_no_lock(tmp_path: Path) -> None:
+    if (child := os.fork()) == 0:
+        make_journal(tmp_path).open(PLAN)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    journal = make_journal(tmp_path)
+    journal.open(PLAN)
+    with pytest.raises(RuntimeError, match="got another run that is at it"):
+        make_journal(tmp_path).open(PLAN)
+    journal.close()
+
+
+def test_a_disk_without_locks_is_worked_on_all_the_same(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    def refuse(lock: FileLock) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    journal = make_journal(tmp_path)
+    with caplog.at_level(logging.INFO):
+        journal.open(PLAN)
+    assert f"'{tmp_path}' cannot be locked ([Errno 37] No locks available): use it by one run" in caplog.text
+    append(journal, (0, 10))
+    journal.close()
+    assert make_journal(tmp_path).missing("t") == []
 
 
 def test_writing_goes_on_after_a_short_write(tmp_path: Path, monkeypatch: Any) -> None:

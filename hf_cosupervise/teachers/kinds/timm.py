@@ -19,6 +19,7 @@ from ...models.source import (
     explained,
     first_line,
     no_larger_than_weights,
+    unknown_to_timm,
     whole_weights,
 )
 from .base import (
@@ -115,11 +116,8 @@ def _build_timm(source: TeacherSource) -> Any:
         with no_larger_than_weights(source.model_source):
             return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=settings, **args)
     except BUILDING_ERRORS as error:
-        raise ValueError(
-            f"Teacher '{source.name}' must be a model that timm {timm.__version__} knows, got architecture "
-            f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: "
-            f"{first_line(error)}. Update timm, or save the model again."
-        ) from error
+        found = f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: {first_line(error)}"
+        raise unknown_to_timm(f"Teacher '{source.name}'", timm.__version__, found) from error
 
 
 def _timm_labels(source: TeacherSource) -> list[str]:
