@@ -54,3 +54,4 @@ def test_the_recipe_prints_teachers_and_students(tmp_path: Path, monkeypatch: An
     assert list(report["teachers"]) == teachers and all(f"\n{name} " in said for name in teachers)
     assert len(report["methods"]["csl"]["accuracy"]) == 2 and "gain over generalist" in said
     assert report["answered"]["words_of_feeling"][0] < 1 == report["answered"]["smollm2"][0]
+    assert report["levels"][0]["teachers"] == {"smollm2": [1.0, 1.0]}
