@@ -79,8 +79,13 @@ class Teacher:
         options (`Mapping[str, Any]`, *optional*):
             Settings of the kind, as JSON values. `zero_shot`: `template` (one or several, with `{}` for the text of a
             label), `correct_prior` (divide by the answer to an empty input), `entailment` (that label's name);
-            `pipeline`: `template`; `prototypes`: `examples` (texts of each label), `temperature`, `pooling`; those of
-            `prompted` stand in its module.
+            `pipeline`: `template`; `prototypes`: `examples` (texts of each label), `temperature`, `pooling`;
+            `prompted`: `template` (Jinja, with a slot `{{ text }}`), `chat` (as a message of the model's chat
+            template), `answer` (`"words"`, whose log-probabilities are summed over their tokens and added up over the
+            words of a label, or `"generate"`: the first line of a greedy answer of `max_new_tokens` is one of the
+            words but for case and punctuation, or missing), `length_normalize` (mean over tokens), `correct_prior`,
+            `separator` (between prompt and word: a space, in a chat nothing), `too_long` (`"raise"`, or `"cut"` the
+            end of the text).
         function (`Callable`, *optional*):
             What is called, set where `model` is a function or a pipeline. It is in no file, no pickle, and nobody
             compares it: the teacher is the same where name and `revision` are.

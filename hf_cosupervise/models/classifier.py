@@ -103,8 +103,8 @@ def reads_text(config: Any, what: str) -> bool:
         return True
     found = f"'{others[0]}', which is for another task" if others else f"a model of type '{config.model_type}'"
     raise ValueError(
-        f"{what} must be a classifier of images or of texts, got {found}. Use a classifier; the answers of anything "
-        "else can be put into a column and read by `kind='column'`."
+        f"{what} must be a classifier of images or of texts, got {found}. Use a classifier, or ask a language model "
+        "by `kind='prompted'`; the answers of anything else can be put into a column and read by `kind='column'`."
     )
 
 

@@ -188,7 +188,7 @@ def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any]) -> dict[
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(
             f"`options` of teacher '{teacher.name}' of kind '{kind}' must be among {sorted(known)}, got unknown "
-            f"{unknown}. Correct the names."
+            f"{unknown}. Correct the names, or name another `kind`."
         )
     return {**known, **given}
 
