@@ -28,6 +28,7 @@ OWN = {
     "student_revision": None,
     "student_training": "probe",
     "pooling": None,
+    "metric": "accuracy",
     "lora_r": 8,
     "lora_alpha": 16,
     "lora_dropout": 0.0,
