@@ -20,6 +20,7 @@ _EXPORTS = {
     "training.collator": ["DataCollatorForCoSupervision"],
     "training.config": ["CoSupervisedConfig"],
     "students.loading": ["load_student"],
+    "students.vectors": ["VectorClassifier", "VectorClassifierConfig"],
     "training.trainer": ["CoSupervisedTrainer"],
     "method.metrics": ["performance_gap_recovered"],
 }
@@ -33,6 +34,8 @@ __all__ = [
     "PseudolabelPool",
     "Teacher",
     "TeacherHierarchy",
+    "VectorClassifier",
+    "VectorClassifierConfig",
     "__version__",
     "aggregated_pool",
     "boosted_pool",
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from .pool.derived import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
     from .pool.pseudolabels import PseudolabelPool
     from .students.loading import load_student
+    from .students.vectors import VectorClassifier, VectorClassifierConfig
     from .teachers.hub import load_hierarchy, push_hierarchy
     from .teachers.kinds.prototypes import prototype_teacher
     from .teachers.labeling import build_pool

@@ -43,7 +43,8 @@ def labeling_function(
     names; they sum to 1), or `None` for no answer.
 
     A function is in no file and no pickle: pools keep its answers, and hierarchies its name and version. Without
-    `version` that is a digest of its source, of the functions that it calls, and of the constants that it reads.
+    `version` that is a digest of its source, of the functions that it calls, and of the constants that it reads. Of
+    modules only the names count: whoever reads values out of one that changes gives a `version` too.
 
     Args:
         function (`Callable`, *optional*):

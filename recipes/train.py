@@ -3,6 +3,8 @@
     accelerate launch recipes/train.py --dataset photos/ --teachers 0:org/pets 1:org/cats 1:org/dogs \\
         --student facebook/dinov2-small --output_dir outputs/pets
     accelerate launch recipes/train.py --dataset mine.csv --teachers rater_1 rater_2 org/moods --student org/encoder
+    accelerate launch recipes/train.py --dataset table.csv --teachers rule_1 rule_2 --student mlp \\
+        --input_column age,income
     accelerate launch recipes/train.py                                     # embedded digits, no network
     accelerate launch recipes/train.py --config recipes/configs/fashion_c1.yaml --seeds 0,1,2,3,4
 
@@ -88,6 +90,8 @@ def parse() -> tuple[tuple[Any, ...], bool]:
     else:
         is_own = bool(given & {"dataset", "teachers"}) and not given & of_experiments
     run = parse_recipe_args(RECIPE_TYPES, default_config=None if is_own else DEFAULT_CONFIG)
+    if is_own and run[2].student == "mlp" and "student_training" not in given:
+        run[4].student_training = "full"  # there is nothing in it yet to be frozen
     # One student for everybody: several ways to train it, of which none has to be chosen. Whoever chooses one has it.
     if is_own and run[4].student_training == "probe" and not given & {"method", *DECIDED_BY_MEMBERS}:
         run[4].method = "committee"

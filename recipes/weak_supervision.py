@@ -4,9 +4,12 @@
         --output_dir outputs/votes --validation valid.csv --test test.csv --oracle_column label
 
 The file has an input column such as `text`, and a column of votes per labelling function or worker, whose names begin
-with `lf_`: label names or ids; nothing, NaN or -1 is no vote. With labels in another file (`--validation`), the label
-model with most right labels on its covered rows is at the root of the co-supervised student; without, `--label_model`.
-Accuracy on `--test` is printed where it is given, and read for nothing else.
+with `lf_`: label names or ids; nothing, NaN or -1 is no vote. For `--student linear` the input is a vector: numbers in
+several columns (`--input_column age,income`), or in a Parquet file a column of lists. With labels in another file
+(`--validation`), the label model with most right labels on its covered rows is at the root of the co-supervised
+student; without, `--label_model`. Accuracy on `--test` is printed where it is given, and read for nothing else. With
+`--self_training_rounds 5` a further co-supervised student labels itself, after its last level, the rows that no
+function labelled, and those rejected.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from hf_cosupervise import (
     make_label_model,
 )
 from hf_cosupervise.arguments import parse_recipe_args
+from hf_cosupervise.data.local import load_table
 from hf_cosupervise.method.label_model import LabelModel
 from hf_cosupervise.method.votes import best_labels, information
 from hf_cosupervise.pool.votes import pool_votes
@@ -40,20 +44,25 @@ from hf_cosupervise.pool.votes import pool_votes
 class VoteArguments:
     """Say where the votes are, and what is to learn from them."""
 
-    votes: str = field(metadata={"help": "CSV file with an input column and columns of votes."})
-    student: str = field(metadata={"help": "Hub id or folder of the student."})
+    votes: str = field(metadata={"help": "CSV or Parquet file with an input column and columns of votes."})
+    student: str = field(metadata={"help": "Hub id or folder of the student; `linear` or `mlp` for vectors."})
     prefix: str = field(default="lf_", metadata={"help": "How the names of the columns of votes begin."})
     labels: list[str] | None = field(default=None, metadata={"help": "Label names. Default: those that are voted."})
     input_column: str | None = field(default=None, metadata={"help": "Column that the student reads. Default: found."})
     oracle_column: str | None = field(default=None, metadata={"help": "Column of ground truth, where files have one."})
-    validation: str | None = field(default=None, metadata={"help": "CSV file with ground truth to choose by."})
-    test: str | None = field(default=None, metadata={"help": "CSV file with ground truth to measure students on."})
+    validation: str | None = field(default=None, metadata={"help": "Such a file with ground truth to choose by."})
+    test: str | None = field(default=None, metadata={"help": "Such a file with ground truth to measure students on."})
     label_model: str = field(default="ebcc", metadata={"help": "At the root, without `--validation`."})
+
+
+def read_table(path: str) -> Dataset:
+    """Read a file; in a CSV file "NaN" and its kin are no votes."""
+    return Dataset.from_csv(path) if path.endswith(".csv") else load_table(path)
 
 
 def read_pool(args: VoteArguments, path: str, hierarchy: TeacherHierarchy | None = None) -> PseudolabelPool:
     """Read one file of votes; ground truth counts where the file has it."""
-    data = Dataset.from_csv(path)
+    data = read_table(path)
     oracle = args.oracle_column if args.oracle_column in data.column_names else None
     hierarchy = hierarchy or hierarchy_from_columns(data, args.prefix, args.labels)
     return build_pool(data, hierarchy, input_column=args.input_column, oracle_column=oracle, disable_tqdm=True)
@@ -91,15 +100,18 @@ def fit_label_models(pool: PseudolabelPool, valid: PseudolabelPool | None) -> di
     return found
 
 
-def train_student(args: VoteArguments, config: CoSupervisedConfig, pool: PseudolabelPool, name: str) -> torch.Tensor:
+def train_student(
+    args: VoteArguments, config: CoSupervisedConfig, pool: PseudolabelPool, name: str, self_training_rounds: int = 0
+) -> torch.Tensor:
     """Train one student, and give its log-probabilities on the test file `(num_rows, num_labels)`."""
     own = copy.copy(config)
+    own.self_training_rounds = self_training_rounds
     own.output_dir, own.assignment = str(Path(config.output_dir, name)), ["agreement"]  # votes have no scope
     trainer = CoSupervisedTrainer(args.student, own, pool=pool)
     trainer.train()
     if args.test is None:
         return torch.zeros(0, len(pool.labels))
-    return torch.cat([log_probs.cpu() for _, log_probs in trainer.predict_log_probs(Dataset.from_csv(args.test))])
+    return torch.cat([log_probs.cpu() for _, log_probs in trainer.predict_log_probs(read_table(args.test))])
 
 
 def standardize(log_probs: torch.Tensor) -> torch.Tensor:
@@ -124,6 +136,9 @@ def main() -> None:
         predictions[f"student of {name}"] = train_student(args, config, with_root.with_hierarchy(root), name)
     co_supervised = pool.with_aggregate(models[chosen][0])
     predictions[f"co-supervised from {chosen}"] = train_student(args, config, co_supervised, "co-supervised")
+    if rounds := config.self_training_rounds:
+        name = f"co-supervised from {chosen}, self-trained"
+        predictions[name] = train_student(args, config, co_supervised, "self-trained", rounds)
     predictions["committee of all"] = torch.stack([standardize(each) for each in predictions.values()]).mean(dim=0)
     if test is None or test.oracle_labels is None:
         return

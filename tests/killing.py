@@ -25,11 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import experiment  # noqa: E402
 import matplotlib.backends.backend_agg  # noqa: E402, F401  # every run that ends draws its report
+import mpl_toolkits.mplot3d  # noqa: E402, F401  # as matplotlib does when it first draws
+import prepare  # noqa: E402, F401
 import pretrain  # noqa: E402
 import task  # noqa: E402
 import torch  # noqa: E402
 import train  # noqa: E402
 import train_teachers  # noqa: E402
+import transformers.models.convnext.modeling_convnext  # noqa: E402, F401  # the student, and its teachers below
+import transformers.models.resnet.modeling_resnet  # noqa: E402, F401
+import transformers.models.vit.image_processing_vit  # noqa: E402, F401
 
 from hf_cosupervise import CoSupervisedTrainer  # noqa: E402
 from hf_cosupervise.training.head_fitter import HeadFitter  # noqa: E402

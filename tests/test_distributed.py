@@ -191,6 +191,23 @@ def test_equal_weights_choose_the_same_teachers_and_two_go_on_with_the_run_of_on
         np.testing.assert_array_equal(own[key], other[key], err_msg=key)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_two_label_the_same_rows_themselves_as_one(tmp_path, tiny_vit, tiny_image_dataset, fast):
+    changes = {"rejection_k": 1, "self_training_rounds": 1, "fit_head_on_features": fast}
+    run(tiny_vit, tiny_image_dataset, str(tmp_path / "one"), 1, changes)
+    shutil.copytree(tmp_path / "one" / "_run", tmp_path / "two" / "_run")
+    (tmp_path / "two" / "_run" / "level-2-round-0" / "stage.json").unlink()
+    run_in_two(tiny_vit, tiny_image_dataset, str(tmp_path / "two"), 2, changes, None, True)
+    own, other = (dict(np.load(tmp_path / n / "_run" / "level-2-round-0" / "plan.npz")) for n in ("one", "two"))
+    assert own.keys() == other.keys() and (own["relabelled"] >= 0).any()
+    for key in own:
+        np.testing.assert_array_equal(own[key], other[key], err_msg=key)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), atol=1e-3, err_msg=name)
+    assert history_of(tmp_path / "one")["run"]["self_training"] == history_of(tmp_path / "two")["run"]["self_training"]
+
+
 @pytest.mark.parametrize(
     ("changes", "stop"),
     [

@@ -44,6 +44,7 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     settings = yaml.safe_load((ROOT / "recipes" / "configs" / "digits.yaml").read_text(encoding="utf-8"))
     settings["pretrain_kwargs"]["steps"] = 10
     settings |= {"teacher_steps": 20, "num_pool_examples": 400, "level_sizes": [1, 2, 2]}
+    settings["num_heldout_examples"] = 797  # which nobody labels, so that 200 are left to test on
     path = tmp_path_factory.mktemp("config") / "digits.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return ["--config", str(path), "--num_train_epochs", "10"]

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import Array2D, Array3D, Array4D, Array5D, ClassLabel, Dataset, Image, LargeList, List, Value
 
 LABEL_NAMES = ("label", "labels", "oracle_label")
 INPUT_NAMES = ("image", "img", "pixel_values", "text", "sentence")
 _CHUNK = 1000
+_NO_NUMBERS = ("string", "binary", "date", "time", "duration", "decimal", "null")
 
 
 def find_input_column(dataset: Any, input_column: str | None = None) -> str:
@@ -32,10 +33,12 @@ def find_input_column(dataset: Any, input_column: str | None = None) -> str:
     images = [name for name, feature in (dataset.features or {}).items() if isinstance(feature, Image)]
     # Of texts the first known name is taken; of images one has to be the only one, for their names say little.
     candidates = images or [name for name in INPUT_NAMES if name in columns][:1]
+    candidates = candidates or [name for name, feature in (dataset.features or {}).items() if holds_vectors(feature)]
     if len(candidates) != 1:
         raise ValueError(
-            f"The column that models read must be an image column or one of {list(INPUT_NAMES)}, got "
-            f"{candidates or 'none'} among {columns}. Name it with `input_column`."
+            f"The column that models read must be an image column or one of {list(INPUT_NAMES)}, or the only one of "
+            f"vectors, got {candidates or 'none'} among {columns}. Name it, or several of numbers, with "
+            "`input_column`."
         )
     return candidates[0]
 
@@ -43,9 +46,7 @@ def find_input_column(dataset: Any, input_column: str | None = None) -> str:
 def check_column_name(column: Any, what: str) -> None:
     """Refuse what names no single column."""
     if not isinstance(column, str | None):
-        advice = "Make pairs one text first: `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`"
-        advice = advice if isinstance(column, list | tuple) and what == "input_column" else "Give its name"
-        raise TypeError(f"`{what}` must be the name of one column, got {column!r}. {advice}.")
+        raise TypeError(f"`{what}` must be the name of one column, got {column!r}. Give its name.")
 
 
 def _check_column(dataset: Dataset, column: str) -> None:
@@ -58,6 +59,23 @@ def is_text_column(dataset: Dataset, column: str) -> bool:
     _check_column(dataset, column)
     feature = dataset.features[column]
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def is_vector_column(dataset: Dataset, column: str) -> bool:
+    """Tell whether a column holds lists of numbers."""
+    _check_column(dataset, column)
+    return holds_vectors(dataset.features[column])
+
+
+def holds_vectors(feature: Any) -> bool:
+    """Tell whether a feature of a dataset is of lists of numbers, of any depth."""
+    if isinstance(feature, Array2D | Array3D | Array4D | Array5D):
+        return True
+    while isinstance(feature, List | LargeList):
+        feature = feature.feature
+        if isinstance(feature, Value):
+            return not feature.dtype.startswith((*_NO_NUMBERS, "large_"))
+    return False
 
 
 def find_label_column(dataset: Dataset) -> str:

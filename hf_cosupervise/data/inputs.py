@@ -16,6 +16,7 @@ from PIL import Image as PILImage
 
 from ..hierarchy import is_writable_text
 from .columns import has_input, is_text_column
+from .vectors import VECTOR_INPUT, VECTOR_MODEL, check_vectors, stack_vectors
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1000
@@ -102,10 +103,12 @@ def _stored_mode(cell: Mapping[str, Any] | None) -> str:
 
 
 class InputProcessor:
-    """Turn a list of cells into the tensors of one batch, by a tokenizer or an image processor."""
+    """Turn a list of cells into the tensors of one batch, by a tokenizer or an image processor; vectors by neither."""
 
     def __init__(self, processing_class: Any, config: Any = None, what: str = "`processing_class`") -> None:
-        if not callable(processing_class):
+        # What standardises vectors is a part of their model, so that nothing prepares them.
+        self.num_features = config.num_features if reads_vectors(config) else None
+        if self.num_features is None and not callable(processing_class):
             raise TypeError(
                 "`processing_class` must be a tokenizer or an image processor, got "
                 f"{type(processing_class).__name__}. Load it with `AutoTokenizer` or `AutoImageProcessor`."
@@ -121,8 +124,15 @@ class InputProcessor:
         self.max_length = _max_length(processing_class, config) if self.is_text else None
         self.input_names = list(getattr(processing_class, "model_input_names", None) or ["pixel_values"])
 
+    @property
+    def modality(self) -> str:
+        """`str`: What it reads, `"vector"`, `"text"` or `"image"`."""
+        return "vector" if self.num_features is not None else "text" if self.is_text else "image"
+
     def __call__(self, cells: Sequence[Any], second: str | None = None) -> dict[str, torch.Tensor]:
         """Process cells; texts as pairs with a second text, where there is one."""
+        if self.num_features is not None:
+            return {VECTOR_INPUT: torch.from_numpy(stack_vectors(cells, self.num_features))}
         if self.is_text:
             batch = self._tokenize(cells, second)
         else:
@@ -149,7 +159,9 @@ class InputProcessor:
         return batch
 
     def find_readable(self, dataset: Dataset, column: str, *, needs_tokens: bool = True) -> np.ndarray:
-        """Tell which rows of a column hold an input, and if it is a text, at least one token."""
+        """Tell which rows of a column hold an input, and if it is a text, at least one token; see that vectors fit."""
+        if self.num_features is not None:
+            check_vectors(dataset, column, self.num_features)
         is_readable = has_input(dataset, column)
         # Most tokenizers add tokens of their own, so that no text is without.
         if not (needs_tokens and self.is_text and is_text_column(dataset, column)) or self._num_tokens([""])[0]:
@@ -166,8 +178,10 @@ class InputProcessor:
 
     def probe(self, second: str | None = None) -> dict[str, torch.Tensor]:
         """Process two examples that every model of this kind can read: what fails here is no row's fault."""
-        if not self.is_text:
-            cells: list[Any] = [PILImage.new(self.mode, (64, 64))] * 2
+        if self.num_features is not None:
+            cells: list[Any] = [np.zeros(self.num_features)] * 2
+        elif not self.is_text:
+            cells = [PILImage.new(self.mode, (64, 64))] * 2
         else:
             cells = [(text := self._find_text()), f"{text} {text}"]
         try:
@@ -192,7 +206,9 @@ class InputProcessor:
     def fingerprint(self) -> str:
         """`str`: Hash of everything that decides what the model gets to see, 16 hexadecimal digits."""
         processor = self.processing_class
-        if self.is_text:
+        if self.num_features is not None:
+            facts: list[Any] = [self.num_features]
+        elif self.is_text:
             sides = [getattr(processor, "truncation_side", ""), getattr(processor, "padding_side", "")]
             # `_tokenizer_facts` leaves out how texts are padded and cut, and the sides with it.
             facts = [_tokenizer_facts(processor), self.max_length, *sides]
@@ -201,6 +217,11 @@ class InputProcessor:
             facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]
         text = json.dumps([type(processor).__name__, facts], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
+
+
+def reads_vectors(config: Any) -> bool:
+    """Tell whether a configuration is of a classifier of vectors."""
+    return getattr(config, "model_type", None) == VECTOR_MODEL
 
 
 def _set_pad_token(tokenizer: Any, config: Any, what: str) -> None:

@@ -17,6 +17,7 @@ from ..pool.derived import FEATURE_AGGREGATORS
 from ..pool.pseudolabels import PseudolabelPool
 from ..training.config import CoSupervisedConfig
 from ..training.plan import LevelPlan
+from ..training.self_training import without_idle_rounds
 from ..training.trainer import CoSupervisedTrainer
 from .methods import METHODS, method_arguments, method_loss, method_pool
 from .report import ResultFolder, add_pgr, say_metric
@@ -44,7 +45,9 @@ class Contestant:
         """Make a method's configuration and pool of those of all, and refuse it now where it cannot run."""
         own = method_arguments(args, method, teachers.hierarchy.num_levels)
         if method not in FEATURE_AGGREGATORS:
-            return cls(name, method, own, teachers, method_pool(teachers, method, labelled_pool=labelled_pool))
+            pool = method_pool(teachers, method, labelled_pool=labelled_pool)
+            # Of a method asked for by name, self-training is refused where it is idle; of others it is left out.
+            return cls(name, method, own if method == "csl" else without_idle_rounds(own, pool), teachers, pool)
         if args.student_training != "probe":
             raise ValueError(
                 f"{[method]} need a student with a linear head on a frozen backbone, got `student_training` "
@@ -111,7 +114,8 @@ class Comparison:
         for plan, record in walk_levels(trainer):
             measured = trainer.student.measure(self.test_dataset)
             levels.append({**_level_facts(plan, record, trainer.pool.source_names), **measured})
-        return {**measured, "levels": levels}, {}
+        # Self-training is no level of teachers, and has no round where a seed left nothing out.
+        return {**measured, "levels": levels[: trainer.pool.hierarchy.num_levels]}, {}
 
 
 def compare_methods(

@@ -145,7 +145,7 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
             raise ValueError("'aekd' has a loss of its own, got `head_solver` 'ridge'. Use 'steps', or leave it out.")
         args.loss, args.loss_kwargs = "cross_entropy", {}  # as much as to say: none
     if method == "ceiling":
-        args.teacher_neighbors = 0  # ground truth is no teacher
+        args.teacher_neighbors = args.self_training_rounds = 0  # ground truth is no teacher, and of all examples
     if args.warm_start:
         scale = 1 + (num_levels - 1) * args.rounds_per_level
         args.max_steps = args.max_steps * scale if args.max_steps > 0 else args.max_steps

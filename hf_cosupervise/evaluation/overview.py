@@ -228,7 +228,8 @@ def overview(trainer: CoSupervisedTrainer) -> Overview:
 def _opinions(trainer: CoSupervisedTrainer) -> tuple[dict[str, LevelPlan], dict[str, np.ndarray]]:
     """The last plans of all that chose among the teachers, and the labels of a committee's members."""
     if trainer.committee is None:
-        return {"student": trainer.plans[-1]}, {}
+        # Not the plan of self-training, in which no teacher is chosen.
+        return {"student": trainer.plans[trainer.pool.hierarchy.num_levels - 1]}, {}
     plans = {member.name: member.plan for member in trainer.committee.members if member.plan is not None}
     return plans, trainer.committee.labels(trainer.student.example_features(), trainer.student.readable)
 

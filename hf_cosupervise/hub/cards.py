@@ -20,7 +20,11 @@ from .client import is_folder
 
 logger = logging.getLogger(__name__)
 TAGS = ("co-supervised-learning", "weak-to-strong")
-PIPELINE_TAGS = {"image": "image-classification", "text": "text-classification"}
+PIPELINE_TAGS = {
+    "image": "image-classification",
+    "text": "text-classification",
+    "vector": "tabular-classification",
+}
 _AUTO_CLASSES = {
     "image": ("processor", "AutoImageProcessor", "AutoModelForImageClassification"),
     "text": ("tokenizer", "AutoTokenizer", "AutoModelForSequenceClassification"),
@@ -259,6 +263,8 @@ def _usage(facts: Mapping[str, Any]) -> str:
     if task is None:
         return ""
     where = "" if repo_id else "  # this folder, or its id on the Hub"
+    if facts["modality"] == "vector":
+        return _vector_usage(facts, repo_id) if "vectors" in facts else ""
     load = f"classifier = pipeline({_literal(task)}, model={_literal(repo_id or '.')}{_at_branch(facts)}){where}"
     if facts.get("token_pooling"):
         return _pooled_usage(facts, repo_id or ".")
@@ -277,6 +283,46 @@ def _usage(facts: Mapping[str, Any]) -> str:
         lines.append("transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
         lines.append("print(model(transform(image).unsqueeze(0)).softmax(-1))")
     return "\n".join(lines)
+
+
+def _vector_usage(facts: Mapping[str, Any], repo_id: str | None) -> str:
+    """The same weights by torch alone, and by scikit-learn."""
+    known, num_labels = facts["vectors"], len(facts.get("labels", []))
+    sizes = [known["num_features"], *known["hidden_sizes"]]
+    hidden = ", ".join(f"nn.Linear({size}, {next_size}), nn.ReLU()" for size, next_size in zip(sizes, sizes[1:]))
+    layers = f"backbone=nn.Sequential({hidden}), " if hidden else ""
+    names = f"  # {_literal(', '.join(known['feature_names']))}" if known.get("feature_names") else ""
+
+    def place(file: str) -> str:
+        return (
+            f"hf_hub_download({_literal(repo_id)}, {_literal(file)}{_at_branch(facts)})" if repo_id else _literal(file)
+        )
+
+    by_sklearn = [
+        "",
+        "# The same by scikit-learn: pip install skops scikit-learn",
+        "import skops.io",
+        "",
+        f"print(skops.io.load({place('model.skops')}).predict_proba(vectors.numpy()))",
+    ]
+    return "\n".join(
+        [
+            "from collections import OrderedDict",
+            "",
+            "import torch",
+            *(["from huggingface_hub import hf_hub_download"] if repo_id else []),
+            "from safetensors.torch import load_file",
+            "from torch import nn",
+            "",
+            f"weights = load_file({place('model.safetensors')})",
+            'mean, scale = weights.pop("backbone.mean"), weights.pop("backbone.scale")',
+            f"model = nn.Sequential(OrderedDict({layers}classifier=nn.Linear({sizes[-1]}, {num_labels})))",
+            "model.load_state_dict(weights)",
+            f"vectors = torch.zeros(1, {sizes[0]}){names}",
+            "print(model((vectors - mean) / scale).softmax(-1))",
+            *(by_sklearn if known.get("has_sklearn") else []),
+        ]
+    )
 
 
 def _pooled_usage(facts: Mapping[str, Any], place: str) -> str:

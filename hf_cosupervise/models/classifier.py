@@ -90,6 +90,7 @@ def reads_text(config: Any, what: str) -> bool:
             f"{what} must name its classes as a list of texts in `architectures`, got {architectures!r}. Correct its "
             "'config.json'."
         )
+    # First by what was saved: a type alone may have classifiers of both.
     for task, is_text in (("ForSequenceClassification", True), ("ForImageClassification", False)):
         if any(task in architecture for architecture in architectures):
             return is_text
@@ -102,8 +103,8 @@ def reads_text(config: Any, what: str) -> bool:
         return True
     found = f"'{others[0]}', which is for another task" if others else f"a model of type '{config.model_type}'"
     raise ValueError(
-        f"{what} must be a classifier of images or of texts, got {found}. Use a classifier; the answers of anything "
-        "else can be put into a column and read by `kind='column'`."
+        f"{what} must be a classifier of images or of texts, got {found}. Use a classifier, or ask a language model "
+        "by `kind='prompted'`; the answers of anything else can be put into a column and read by `kind='column'`."
     )
 
 

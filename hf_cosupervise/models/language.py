@@ -18,6 +18,8 @@ from transformers.models.auto.modeling_auto import (
 from .classifier import load_whole, read_config
 from .source import ModelSource
 
+# How transformers calls what tells how likely the next token is; a "MaskedLM" reads what follows as well.
+_ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Keys, values and scores of all words of a batch at once take memory: beyond this many bytes, some words at a time.
 _MEMORY_BUDGET = 2**30
 
@@ -34,7 +36,7 @@ def load_language_model(model_source: ModelSource) -> Any:
     mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if is_seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING
     architectures = [str(name) for name in config.architectures or []]
     # Of a classifier all weights but the head would be found, and where that is tied, none would be missed.
-    others = [name for name in architectures if not name.endswith(("LM", "LMHeadModel", "ForConditionalGeneration"))]
+    others = [name for name in architectures if not name.endswith(_ARCHITECTURES)]
     if type(config) not in mapping or others:
         found = f"'{others[0]}'" if others else f"a model of type '{config.model_type}'"
         raise ValueError(
@@ -121,7 +123,7 @@ def _num_words_at_once(model: Any, cache: Any, words: torch.Tensor) -> int:
     layers = [layer for part in both for layer in getattr(part, "layers", [None])]
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         raise ValueError(
-            f"A language model must keep keys and values that words of several tokens can share, got "
+            "A language model must keep keys and values that words of several tokens can share, got "
             f"{type(model).__name__} with {type(cache).__name__}. Choose words of one token by `label_texts`, or "
             '`options={"answer": "generate"}`.'
         )

@@ -19,7 +19,6 @@ from ..method.aggregation import (
     VOTE_AGGREGATORS,
     Aggregator,
     aggregate,
-    harden,
     majority_vote,
 )
 from ..method.calibration import MIN_EXAMPLES, apply_temperature, fit_temperature
@@ -104,15 +103,10 @@ def aggregated_pool(
         # These fit something on all rows together, but on labels alone: no probabilities are decoded for them.
         found = VOTE_AGGREGATORS[method](votes, pool.hierarchy.num_labels)
         return single_teacher_pool(pool, title, found.numpy())
-    # A function of one's own, or one that learns from features, may look across rows: it gets all at once.
-    teacher_probs, answered = pool.decode_level(everybody, slice(None))
     if isinstance(method, str) and method in FEATURE_AGGREGATORS:
-        known_features = _check_features(features, len(pool), method)
-        found = FEATURE_AGGREGATORS[method](
-            teacher_probs.to(known_features.device), answered.to(known_features.device), known_features
-        )
-    else:
-        found = aggregate(teacher_probs, answered, method)
+        found = FEATURE_AGGREGATORS[method](pool, _check_features(features, len(pool), method))
+    else:  # a function of one's own may look across rows: it gets all at once
+        found = aggregate(*pool.decode_level(everybody, slice(None)), method)
     return single_teacher_pool(pool, title, found.cpu().numpy())
 
 
@@ -130,7 +124,9 @@ def _check_features(features: torch.Tensor | None, num_examples: int, method: st
     return features
 
 
-def _raven_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def _raven_probs(pool: PseudolabelPool, features: torch.Tensor) -> torch.Tensor:
+    decoded = pool.decode_level(range(len(pool.hierarchy.teachers)), slice(None))
+    teacher_probs, answered = (values.to(features.device) for values in decoded)
     if bool((unanimous(teacher_probs, answered) & answered.any(dim=1)).any()):
         fit = fit_raven(features, teacher_probs, answered)
     # The easy start trains on examples with one voice, and none would be a mean over nothing.
@@ -142,10 +138,10 @@ def _raven_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, features: 
     return weighted_mean_probs(teacher_probs, answered, fit.teacher_weights)
 
 
-def _crowdlab_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    # CROWDLAB is defined on labels of annotators, so that probabilities enter by the student alone.
-    labels = harden(teacher_probs, answered)
-    student_probs = _cross_fitted_probs(features, majority_vote(labels, teacher_probs.shape[2]))
+def _crowdlab_probs(pool: PseudolabelPool, features: torch.Tensor) -> torch.Tensor:
+    # CROWDLAB is defined on labels of annotators, so that probabilities enter by the student alone: none are decoded.
+    labels = _hard_labels(pool, pool.hierarchy.names).to(features.device)
+    student_probs = _cross_fitted_probs(features, majority_vote(labels, pool.hierarchy.num_labels))
     posteriors, consensus = crowdlab(labels, student_probs), crowdlab_labels(labels, student_probs).clamp(min=0)
     # the label of an example is the consensus: where another one is more probable, the two change places
     rows, best = torch.arange(len(posteriors), device=posteriors.device), posteriors.argmax(dim=1)
@@ -190,9 +186,8 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
     return logits.softmax(dim=1)
 
 
-# By name: from teacher probabilities `(num_examples, num_teachers, num_labels)`, who answered `(num_examples,
-# num_teachers)` and features `(num_examples, feature_size)` to pseudolabels `(num_examples, num_labels)`.
-FEATURE_AGGREGATORS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+# By name: from a pool and features `(num_examples, feature_size)` to pseudolabels `(num_examples, num_labels)`.
+FEATURE_AGGREGATORS: dict[str, Callable[[PseudolabelPool, torch.Tensor], torch.Tensor]] = {
     "raven": _raven_probs,
     "crowdlab": _crowdlab_probs,
 }

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 
 from ..data.columns import read_labels
+from ..data.vectors import VECTOR_COLUMN, vector_inputs
 from ..hierarchy import TeacherHierarchy
 from ..method.aggregation import mean_probs
 from ..method.assignment import NOBODY
@@ -267,8 +268,11 @@ class PseudolabelPool(TeacherPool):
             answered `(num_rows, num_teachers)`; a `ValueError` if there is no such teacher or row.
         """
         names = self._names_of(indices)
-        probs = np.stack([self.decode(name, rows) for name in names], axis=1)
         answered = np.stack([self.answered(name, rows) for name in names], axis=1)
+        probs = np.empty((*answered.shape, self.hierarchy.num_labels), dtype=np.float32)
+        # One teacher at a time: all of them beside the array that they are put into would be twice as much.
+        for position, name in enumerate(names):
+            probs[:, position] = self.decode(name, rows)
         return torch.from_numpy(probs), torch.from_numpy(answered)
 
     def _names_of(self, indices: Sequence[int]) -> list[str]:
@@ -304,25 +308,35 @@ class PseudolabelPool(TeacherPool):
     @classmethod
     def from_predictions(
         cls,
-        hierarchy: TeacherHierarchy,
-        ids: Sequence[Any] | np.ndarray,
-        predictions: Mapping[str, np.ndarray],
+        hierarchy: Any,
+        ids: Any = None,
+        predictions: Any = None,
         *,
+        names: Sequence[str] | None = None,
+        labels: Sequence[str] | None = None,
         inputs: Dataset | None = None,
+        vectors: Any = None,
         pool_k: int | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> PseudolabelPool:
-        """Build a pool from probabilities that are already at hand.
+        """Build a pool from probabilities that are already at hand: `(hierarchy, ids, …)` or `(probs, names, labels)`.
 
         Args:
             hierarchy (`TeacherHierarchy`):
-                The teachers.
-            ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`):
-                Unique id of each example.
+                The teachers. Where all are of level 0, their probabilities can stand in its place: `predictions`, or
+                an array `(num_examples, num_teachers, num_labels)`; then `names` and `labels` follow.
+            ids (`Sequence[int]` or `Sequence[str]` of length `num_examples`, *optional*):
+                Unique id of each example. Defaults to those of the inputs, or else to 0, 1 and so on.
             predictions (`Mapping[str, np.ndarray]`):
                 By teacher name, probabilities of shape `(num_examples, num_labels)`; a row of zeros is no answer.
+            names (`Sequence[str]`, *optional*):
+                The teachers of probabilities in place of a hierarchy; a mapping tells them itself.
+            labels (`Sequence[str]`, *optional*):
+                The task's label names, beside such probabilities.
             inputs (`datasets.Dataset`, *optional*):
                 The inputs; an `id` column is added where there is none.
+            vectors (`np.ndarray` of shape `(num_examples, num_features)`, *optional*):
+                Inputs that are vectors, which the student reads; beside `inputs`, they are put into them as `vector`.
             pool_k (`int`, *optional*):
                 How many labels to keep per row, 1 to `num_labels`. Defaults to `min(16, num_labels)`.
             facts (`Mapping[str, Any]`, *optional*):
@@ -332,9 +346,20 @@ class PseudolabelPool(TeacherPool):
             ValueError: If shapes, ids or probabilities do not fit.
             TypeError: If an argument is of another kind.
         """
+        check_kind(inputs, Dataset, "inputs", optional=True)
+        if isinstance(hierarchy, Mapping | np.ndarray | torch.Tensor):
+            from .votes import flat_predictions
+
+            names, labels = ids if names is None else names, predictions if labels is None else labels
+            hierarchy, predictions = flat_predictions(hierarchy, names, labels)
+            ids = None
         check_kind(hierarchy, TeacherHierarchy, "hierarchy")
         check_kind(predictions, Mapping, "predictions")
-        check_kind(inputs, Dataset, "inputs", optional=True)
+        inputs = vector_inputs(vectors, inputs)
+        if ids is None and inputs is not None and "id" in inputs.column_names:
+            ids = list(inputs["id"])
+        elif ids is None:
+            ids = range(len(next(iter(predictions.values()), ())))
         k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
         check_id_values(ids)
         if inputs is not None and len(inputs) != len(ids):
@@ -359,21 +384,27 @@ class PseudolabelPool(TeacherPool):
             )
         if inputs is not None and "id" not in inputs.column_names:
             inputs = inputs.add_column("id", list(ids))
-        return cls(hierarchy, teachers, inputs, known)
+        return cls(hierarchy, teachers, inputs, known, input_column=None if vectors is None else VECTOR_COLUMN)
 
     @classmethod
     def from_votes(
-        cls, matrix: Any, names: Sequence[str], labels: Sequence[str], inputs: Dataset | None = None
+        cls,
+        matrix: Any,
+        names: Sequence[str],
+        labels: Sequence[str],
+        inputs: Dataset | None = None,
+        *,
+        vectors: Any = None,
     ) -> PseudolabelPool:
         """Make a pool of a matrix of votes, see [`pool_from_votes`]."""
-        # `votes` makes pools, so it can be imported only when this class is there; so in the three methods below.
+        # `votes` makes pools, so it can be imported only when this class is there; so in the other methods.
         from .votes import pool_from_votes
 
-        return pool_from_votes(matrix, names, labels, inputs)
+        return pool_from_votes(matrix, names, labels, inputs, vectors)
 
     @classmethod
     def from_answers(
-        cls, table: Any, labels: Sequence[str] | None = None, inputs: Dataset | None = None, **columns: str
+        cls, table: Any, labels: Sequence[str] | None = None, inputs: Dataset | None = None, **columns: Any
     ) -> PseudolabelPool:
         """Make a pool of a long table of (item, worker, label), see [`pool_from_answers`]."""
         from .votes import pool_from_answers

@@ -27,6 +27,7 @@ from .derived import aggregated_pool, single_teacher_pool
 from .pseudolabels import ORACLE_LABEL, PseudolabelPool
 
 _NO_VOTE = -1
+_IGNORED = -100  # by losses of torch, and so in data sets
 _MAX_LABELS = 4
 _SPLITS = ("train", "valid", "test")
 
@@ -71,6 +72,7 @@ def pool_from_votes(
     names: Sequence[str],
     labels: Sequence[str],
     inputs: Dataset | None = None,
+    vectors: Any = None,
 ) -> PseudolabelPool:
     """Make a pool of a matrix of votes, each column a teacher of level 0."""
     votes = _read_matrix(matrix, labels)
@@ -80,7 +82,7 @@ def pool_from_votes(
             "voters."
         )
     ids = range(len(votes)) if inputs is None or "id" not in inputs.column_names else inputs["id"]
-    return _make_pool(votes, names, labels, ids, inputs)
+    return _make_pool(votes, names, labels, ids, inputs, vectors)
 
 
 def pool_from_answers(
@@ -88,6 +90,7 @@ def pool_from_answers(
     labels: Sequence[str] | None = None,
     inputs: Dataset | None = None,
     *,
+    vectors: Any = None,
     item_column: str = "item",
     worker_column: str = "worker",
     label_column: str = "label",
@@ -98,6 +101,8 @@ def pool_from_answers(
         labels = _seen_labels(answers, f"the column '{label_column}'")
     # As a matrix of one row, so that a long table and a matrix take the same spellings of a vote.
     codes = _read_matrix([answers], labels)[0]
+    if vectors is not None and inputs is None:
+        raise ValueError("`vectors` of a table of answers need their items, got none. Give `inputs` with `id`.")
     if inputs is not None and "id" not in inputs.column_names:
         raise ValueError(f"`inputs` need an `id` column of the items, got {inputs.column_names}. Add it.")
     # In the order in which they first appear, and each once: a set would order them anew in each run.
@@ -115,7 +120,31 @@ def pool_from_answers(
     # A crowd's ids may be mail addresses or numbers; names of teachers become folders. Two that become one are refused
     # by the hierarchy.
     names = [re.sub(r"[^A-Za-z0-9._-]|^[^A-Za-z0-9]", "-", str(worker)).lstrip("-._") for worker in columns]
-    return _make_pool(votes, names, labels, ids, inputs)
+    return _make_pool(votes, names, labels, ids, inputs, vectors)
+
+
+def flat_predictions(
+    probs: Any, names: Sequence[str] | None, labels: Sequence[str] | None
+) -> tuple[TeacherHierarchy, dict[str, np.ndarray]]:
+    """Name the teachers of probabilities `(num_rows, num_teachers, num_labels)`, or by name, all of level 0."""
+    if labels is None:
+        raise ValueError("Predictions need the task's `labels`, got none. Name them in the order of the last axis.")
+    if isinstance(probs, Mapping):
+        if names is not None and set(names) != set(probs):
+            raise ValueError(
+                f"`names` must be those of the predictions, {shorten(probs)}, got {shorten(names)}. Leave them out."
+            )
+        arrays = {name: np.asarray(probs[name]) for name in (probs if names is None else names)}
+    else:
+        array, names = np.asarray(probs), [] if names is None else list(names)
+        if array.ndim != 3 or array.shape[1] != len(names):
+            raise ValueError(
+                "Predictions must be of shape (num_rows, num_teachers, num_labels), with a name for each teacher, got "
+                f"{array.shape} and {len(names)} `names`. Or give them by name, each of (num_rows, num_labels)."
+            )
+        arrays = {name: array[:, number] for number, name in enumerate(names)}
+    hierarchy = TeacherHierarchy(labels, [Teacher(name, kind="column") for name in arrays])
+    return hierarchy, dict(zip(hierarchy.names, arrays.values()))
 
 
 def _most_said(
@@ -140,20 +169,26 @@ def _most_said(
 
 
 def _make_pool(
-    votes: np.ndarray, names: Sequence[str], labels: Sequence[str], ids: Sequence[Any], inputs: Dataset | None
+    votes: np.ndarray,
+    names: Sequence[str],
+    labels: Sequence[str],
+    ids: Sequence[Any],
+    inputs: Dataset | None,
+    vectors: Any,
 ) -> PseudolabelPool:
     hierarchy = TeacherHierarchy(labels, [Teacher(name, kind="column") for name in names])
     # The last row is all zero, and -1 for no vote indexes just that one.
     eye = np.concatenate([np.eye(len(labels), dtype=np.float32), np.zeros((1, len(labels)), dtype=np.float32)])
     predictions = {name: eye[votes[:, column]] for column, name in enumerate(hierarchy.names)}
     # One label is all that a vote has: more would store zeros.
-    return PseudolabelPool.from_predictions(hierarchy, list(ids), predictions, inputs=inputs, pool_k=1)
+    own = list(ids), predictions
+    return PseudolabelPool.from_predictions(hierarchy, *own, inputs=inputs, vectors=vectors, pool_k=1)
 
 
 def _is_missing(value: Any) -> bool:
     is_nan = isinstance(value, Real) and math.isnan(value)
     # All ways in which tables of labelling functions and pandas spell that nobody voted.
-    return value is None or is_nan or isinstance(value, str) and not value or value == _NO_VOTE
+    return value is None or is_nan or isinstance(value, str) and not value or value in (_NO_VOTE, _IGNORED)
 
 
 def _as_label_id(value: Any) -> int | None:
@@ -181,7 +216,8 @@ def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
     values = np.asarray(matrix)
     # The usual case, without a Python object per vote.
     if values.dtype.kind in "iu":
-        return check_votes(values, len(labels)) if values.size else values.astype(np.int64)
+        values = np.where(values == _IGNORED, _NO_VOTE, values.astype(np.int64))
+        return check_votes(values, len(labels)) if values.size else values
     # Anew, for numpy makes text of numbers that stand beside text: 0 would become '0'.
     values = np.asarray(matrix, dtype=object)
     known: dict[Any, int] = {name: index for index, name in enumerate(labels)}
@@ -192,8 +228,8 @@ def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
         index = known.get(value) if isinstance(value, str) else _as_label_id(value)
         if index is None or index >= len(labels):
             raise ValueError(
-                f"A vote must be one of the labels {shorten(labels)}, a label id 0..{len(labels) - 1}, or -1, None, "
-                f"NaN or '' for none, got {value!r}. Correct it, or name all `labels`."
+                f"A vote must be one of the labels {shorten(labels)}, a label id 0..{len(labels) - 1}, or -1, -100, "
+                f"None, NaN or '' for none, got {value!r}. Correct it, or name all `labels`."
             )
         return index
 

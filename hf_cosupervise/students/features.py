@@ -23,8 +23,9 @@ from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.columns import cell_digests, has_input, is_text_column
+from ..data.columns import cell_digests, has_input, is_text_column, is_vector_column
 from ..data.inputs import InputProcessor
+from ..data.vectors import vector_digests
 from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors
 
@@ -111,6 +112,7 @@ class FeatureStore:
         """Put features in that were computed elsewhere, so that the backbone need not run for them."""
         digests = _row_digests(dataset, column)
         is_named = _may_be_names(dataset, column)
+        # Of two features of one row nothing would tell which is meant.
         if num_known := int((self._find(digests).rows >= 0).sum()):
             found = f"got {num_known} of {len(digests)} that it does"
             if is_named:
@@ -358,7 +360,8 @@ class FeatureStore:
 
 def _row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = None) -> np.ndarray:
     """Key of each row: of its content, and of the whole column where a cell is no content but a number for it."""
-    digests = np.array(cell_digests(dataset, column), dtype=_KEY_DTYPE)
+    find_digests = vector_digests if is_vector_column(dataset, column) else cell_digests
+    digests = np.array(find_digests(dataset, column), dtype=_KEY_DTYPE)
     feature = dataset.features[column]
     if _may_be_names(dataset, column) and feature.dtype not in ("string", "large_string"):
         kind = f"{type(feature).__name__} {feature.dtype} "
@@ -558,6 +561,7 @@ def _channels_last(value: torch.Tensor) -> torch.Tensor:
 def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, precision: str) -> str:
     """Hash everything that decides the head's inputs: weights outside the head, preprocessing and precision."""
     # By the weights themselves, not by a name: a fine-tuned backbone under its old id is another one.
+    # The head is what is trained: its weights change nothing of what it is fed.
     own = {id(parameter) for parameter in head.parameters()}
     digest = hashlib.blake2b(digest_size=8)
     # Of one set of weights the mean over tokens is another input of the head than the first token.

@@ -26,6 +26,7 @@ from ..models.classifier import (
 from ..models.source import ModelSource, building, explained, find_model, whole_weights
 from .head import FRESH, head_parameters, reset_head
 from .pooling import POOLINGS, choose_pooling
+from .vectors import VECTOR_STUDENTS, VectorClassifier, read_vector_config
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def load_student(
     Args:
         model (`str` or `os.PathLike`):
             Hub id or folder of a transformers or timm image model, of a transformers text model, or of an adapter of
-            peft for one, which is merged. safetensors only, and no code from the Hub is run.
+            peft for one, which is merged, or of a [`VectorClassifier`]. safetensors only, and no code from the Hub
+            is run.
         labels (`Sequence[str]`):
             The task's label names.
         revision (`str`, *optional*):
@@ -55,7 +57,7 @@ def load_student(
             default the head that its architecture has, which on BERT is a trained pooler of the first token.
 
     Returns:
-        `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer.
+        `tuple[PreTrainedModel, Any]`: the model, and its image processor or tokenizer, None for one of vectors.
 
     Raises:
         OSError: If the model is not there, or the Hub refuses it or cannot be reached.
@@ -76,6 +78,11 @@ def load_pinned_student(
     pooling: str | None = None,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Do what [`load_student`] does, and tell what was loaded."""
+    if model in VECTOR_STUDENTS:
+        raise ValueError(
+            f"A student {model!r} is made for its data, got none. Use `VectorClassifier.for_data(dataset, column, "
+            "labels)`, or give the name to `CoSupervisedTrainer`."
+        )
     if pooling not in (None, *POOLINGS):
         raise ValueError(
             f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}. Leave it out for the model's own way."
@@ -88,13 +95,14 @@ def load_pinned_student(
         student, processor, base = _load_adapted_student(source, labels, seed, pooling)
         return student, processor, origin | base
     config = _task_config(source, labels)
-    auto_class = _auto_class(config, source.repo)
+    is_vector = config.model_type == VectorClassifier.config_class.model_type
+    auto_class = VectorClassifier if is_vector else _auto_class(config, source.repo)
     is_text = auto_class is AutoModelForSequenceClassification
     if pooling is not None:
         if not is_text:
             raise ValueError(
-                f"`pooling` is for students that read texts, got {pooling!r} for the image model '{source.repo}'. "
-                "Leave it out."
+                f"`pooling` is for students that read texts, got {pooling!r} for '{source.repo}', which reads "
+                f"{'vectors' if is_vector else 'images'}. Leave it out."
             )
         with explained(source, "configuration"):
             auto_class = choose_pooling(config, pooling, source.what)
@@ -112,10 +120,11 @@ def load_pinned_student(
                 output_loading_info=True,
             )
         reset_head(student)  # always, or a head that happens to fit would stay as it was
-    processor = load_processor(source, folder, is_text)
-    reader = InputProcessor(processor, student.config, source.what)  # which tells the model what texts are padded with
-    if not is_text:
-        reader.probe()
+    processor = None if is_vector else load_processor(source, folder, is_text)
+    if not is_vector:
+        reader = InputProcessor(processor, student.config, source.what)  # tells the model what texts are padded with
+        if not is_text:
+            reader.probe()
     _check_backbone(student, loading, source.repo, training)
     check_no_layer_left(source, student, loading["unexpected_keys"])
     source.name_after(student)
@@ -125,12 +134,13 @@ def load_pinned_student(
 
 def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
     """The model's configuration with the labels of the task."""
+    is_vector = source.config.get("model_type") == VectorClassifier.config_class.model_type
     if source.config.get("quantization_config"):
         raise ValueError(
             f"A student must have weights that can learn, got quantised ones in '{source.place}'. Use the checkpoint "
             "that they were made of."
         )
-    config = read_config(source)
+    config: Any = read_vector_config(source) if is_vector else read_config(source)
     # The number first: setting it makes names of its own, which the task's then replace.
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))

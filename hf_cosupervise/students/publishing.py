@@ -22,6 +22,7 @@ from ..files import move_file, read_json
 from ..hub.client import publish
 from ..models.source import MODEL_FILES
 from .pooling import as_ordinary
+from .vectors import SKLEARN_FILE, VectorClassifier, save_for_sklearn
 
 # What merging may change, relative to the largest logit: a GPU multiplies with 10 bits of mantissa by default.
 _ROUNDING = 0.01
@@ -47,8 +48,10 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
         # timm's processor is part of the configuration and only warns when it is asked to save itself.
         if processing_class is not None and not type(processing_class).__name__.startswith("TimmWrapper"):
             processing_class.save_pretrained(temporary)
+        if isinstance(plain, VectorClassifier):
+            save_for_sklearn(plain, temporary)
         _fit_timm(temporary / "config.json")
-        for pattern in (*MODEL_FILES, *_ADAPTER_FILES):  # of another student, exported here before
+        for pattern in (*MODEL_FILES, *_OWN_FILES):  # of another student, exported here before
             for path in folder.glob(pattern):
                 if not (temporary / path.relative_to(folder)).is_file():
                     path.unlink()
@@ -88,9 +91,9 @@ def _noise(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 # What a student's repository holds: the model, its processor, its story. No checkpoint, pool, pickle or folder else.
-_ADAPTER_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+_OWN_FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", SKLEARN_FILE)
 STORY_FILES = ("README.md", "history.json", "report.json", "pgr.png", "teacher_shares.png", "overview.png")
-STUDENT_FILES = (*MODEL_FILES, *_ADAPTER_FILES, *STORY_FILES)
+STUDENT_FILES = (*MODEL_FILES, *_OWN_FILES, *STORY_FILES)
 
 
 def push_student(
@@ -106,7 +109,7 @@ def push_student(
     folder = Path(folder)
     files: dict[str, Path | bytes] = {
         str(path.relative_to(folder).as_posix()): path
-        for pattern in (*MODEL_FILES, *_ADAPTER_FILES, "README.md")
+        for pattern in (*MODEL_FILES, *_OWN_FILES, "README.md")
         for path in sorted(folder.glob(pattern))
         if path.is_file()
     }

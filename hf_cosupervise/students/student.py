@@ -20,8 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction
 
-from ..data.columns import LABEL_NAMES, find_input_column, find_label_column, read_labels
+from ..data.columns import LABEL_NAMES, find_label_column, read_labels
 from ..data.inputs import InputProcessor, check_depth
+from ..data.vectors import with_input
 from ..method.linear_head import linear_logits
 from ..method.metrics import check_metric, measure_labels
 from ..models.source import first_line
@@ -30,6 +31,7 @@ from .features import FeatureStore
 from .head import head_gives_logits, linear_head, prepare_student
 from .loading import load_pinned_student
 from .pooling import has_pooling
+from .vectors import VECTOR_STUDENTS, VectorClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,13 @@ def open_student(
     args: Any,
     processing_class: Any = None,
     peft_config: LoraConfig | None = None,
+    inputs: Dataset | None = None,
 ) -> tuple[PreTrainedModel | PeftModel, Any, dict[str, Any]]:
-    """Load a student where it is named, see that it fits the task, and freeze what does not learn."""
+    """Load a student where it is named, or make it for its inputs, see that it fits the task, and freeze the rest."""
     origin: dict[str, Any] = {}
+    if isinstance(model, str) and model in VECTOR_STUDENTS and inputs is not None:
+        sizes = VECTOR_STUDENTS[model]
+        model = VectorClassifier.for_data(inputs, inputs.column_names[0], labels, hidden_sizes=sizes, seed=args.seed)
     if isinstance(model, (str, os.PathLike)):
         revision, training = args.student_revision, args.student_training
         model, loaded, origin = load_pinned_student(
@@ -56,7 +62,9 @@ def open_student(
         )
     _check_weights(model)
     check_student(model, labels)
-    if processing_class is None:
+    if isinstance(model, VectorClassifier):
+        _check_vector_training(model, args.student_training)
+    elif processing_class is None:
         raise ValueError(
             "`processing_class` (the student's tokenizer or image processor) is needed beside a model object."
         )
@@ -73,8 +81,22 @@ def open_student(
             "of which are frozen. Call `model.requires_grad_(True)`, or load adapters with `is_trainable=True`."
         )
     if isinstance(student, PeftModel) and origin:
+        # Or the adapter alone would be put on whatever the base's main branch is by then.
         student.peft_config[student.active_adapter].revision = origin["commit"]
     return student, processing_class, origin
+
+
+def _check_vector_training(model: VectorClassifier, training: str) -> None:
+    if training == "lora":
+        raise ValueError(
+            "A student of vectors is small and is trained itself, got `student_training` 'lora'. Use 'full', or "
+            "'probe' where it is linear."
+        )
+    if training == "probe" and model.is_fresh:
+        raise ValueError(
+            "A new student with hidden layers must be trained as a whole, got `student_training` 'probe', which would "
+            f"leave the layers {model.config.hidden_sizes} random. Use 'full', or a student 'linear'."
+        )
 
 
 def _check_weights(model: Any) -> None:
@@ -271,7 +293,8 @@ class Student:
                 f"{num_lost} of {len(is_readable)} examples are answered but hold nothing that the student can read: "
                 "no input, or a text without a token. They are left out."
             )
-        return is_readable & self._answered
+        # What nobody answered is read too where the student is to label it itself.
+        return is_readable & (self._answered | bool(getattr(self.args, "self_training_rounds", 0)))
 
     def _find_readable(self, dataset: Dataset) -> np.ndarray:
         # Known already, and its warning is given once.
@@ -288,6 +311,7 @@ class Student:
     @torch.no_grad()
     def predict_log_probs(self, dataset: Dataset, *, share: bool = False) -> Iterator[tuple[slice, torch.Tensor]]:
         """Stream log-probabilities, a chunk of rows at a time; of what it cannot read, all labels are alike."""
+        dataset = with_input(dataset, self.input_column)
         chunks = self.processes.share(row_chunks(len(dataset))) if share else row_chunks(len(dataset))
         yield from self._log_probs(dataset, self._find_readable(dataset), chunks)
 
@@ -335,6 +359,7 @@ class Student:
 
     def predict_labels(self, dataset: Dataset) -> np.ndarray:
         """Give the most probable label of each example, -1 where there is nothing that it can read."""
+        dataset = with_input(dataset, self.input_column)
         readable, labels = self._find_readable(dataset), np.full(len(dataset), -1, dtype=np.int64)
         with torch.no_grad():
             for chunk, log_probs in self._log_probs(dataset, readable, row_chunks(len(dataset))):
@@ -359,7 +384,8 @@ class Student:
         """Reduce a data set as [`label`] does where it has labels, and see that it can be read where it has none."""
         if any(name in dataset.column_names for name in LABEL_NAMES):
             return self.label(dataset)
-        _check_inputs(dataset, find_input_column(dataset, self.input_column), self.processor)
+        dataset = with_input(dataset, self.input_column)
+        _check_inputs(dataset, self.input_column, self.processor)
         return dataset
 
     # --- features, where it is a linear head on a frozen backbone ----------------------------------------------------
@@ -382,6 +408,7 @@ class Student:
 
     def features(self, dataset: Dataset) -> torch.Tensor:
         """Give the head's inputs."""
+        dataset = with_input(dataset, self.input_column)
         return self._read_features(dataset, self._find_readable(dataset))
 
     def _read_features(self, dataset: Dataset, readable: np.ndarray) -> torch.Tensor:
@@ -407,6 +434,7 @@ class Student:
 
     def share(self, other: Student) -> None:
         """Know what another student on the same backbone has found out about the same examples."""
+        # Before anybody asks for it: a cached property that is set is never computed.
         self.readable = other.readable
         self._features, self._neighbors, self.known = other._features, other._neighbors, other.known
 
@@ -434,8 +462,9 @@ def label_inputs(dataset: Any, input_column: str, labels: tuple[str, ...], proce
     if isinstance(dataset, dict):
         return {name: label_inputs(part, input_column, labels, processor) for name, part in dataset.items()}
     ids = read_labels(dataset, find_label_column(dataset), labels)
-    _check_inputs(dataset, column := find_input_column(dataset, input_column), processor)
-    return dataset.select_columns([column]).add_column("labels", ids)
+    dataset = with_input(dataset, input_column)
+    _check_inputs(dataset, input_column, processor)
+    return dataset.select_columns([input_column]).add_column("labels", ids)
 
 
 def _check_inputs(dataset: Dataset, column: str, processor: InputProcessor) -> None:

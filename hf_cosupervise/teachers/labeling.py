@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
 
-from ..data.columns import as_label_id, check_column_name, find_input_column, row_keys, shorten
+from ..data.columns import as_label_id, check_column_name, find_input_column, is_vector_column, row_keys, shorten
 from ..data.inputs import check_depth, to_pil
 from ..data.loading import DataChoice, find_data
+from ..data.vectors import join_columns, name_columns, parts_of, unreadable_vectors
 from ..files import check_free, explain_full_disk, move_file
 from ..hierarchy import Teacher, TeacherHierarchy, is_writable_text
 from ..pool.files import write_teacher
@@ -63,7 +64,7 @@ def build_pool(
     revision: str | None = None,
     config_name: str | None = None,
     streaming: bool = False,
-    input_column: str | None = None,
+    input_column: str | Sequence[str] | None = None,
     oracle_column: str | None = None,
     oracle_domain_column: str | None = None,
     pool_k: int | None = None,
@@ -100,8 +101,9 @@ def build_pool(
             Which configuration of a data set on the Hub that has several.
         streaming (`bool`, *optional*, defaults to `False`):
             Read a data set on the Hub row by row instead of downloading its files first.
-        input_column (`str`, *optional*):
-            The column that models read. Defaults to the only image column, or `text` and the like.
+        input_column (`str` or `Sequence[str]`, *optional*):
+            The column that models read: images, texts, or vectors. Several columns of numbers, as a list or by commas,
+            are read as one vector. Defaults to the only image column, or `text` and the like, or the only vectors.
         oracle_column (`str`, *optional*):
             Column of ground truth, kept as `oracle_label`, which nothing but `oracle_…` functions reads. Ground truth
             that is not declared here is refused.
@@ -129,9 +131,9 @@ def build_pool(
             Processes that decode and prepare inputs; 0 for this process.
         on_error (`str`, *optional*, defaults to `"raise"`):
             What to do with a row that cannot be read or made into what a teacher reads, or whose answer is no
-            distribution: `"raise"` an error that names it, or leave it `"missing"` for the teachers concerned, counted
-            as `num_failed` in their facts. An input that no model could read is missing in the pool too. Any other
-            error of a teacher is raised in any case.
+            distribution, or that a function fails on: `"raise"` an error that names it, or leave it `"missing"` for
+            the teachers concerned, counted as `num_failed` in their facts. An input that no model could read is
+            missing in the pool too. Any other error of a teacher is raised in any case.
         reuse (`PseudolabelPool`, *optional*):
             A pool of the same data. Its teachers that are in `hierarchy` too, at any level, are not run again, and
             their files are linked, not copied.
@@ -157,8 +159,9 @@ def build_pool(
             `output_dir` is that of another pool.
     """
     _check_arguments(dataset, hierarchy, pool_k, batch_size, output_dir)
+    named = name_columns(input_column)
     for name, column in (
-        ("input_column", input_column),
+        ("input_column", named),
         ("oracle_column", oracle_column),
         ("oracle_domain_column", oracle_domain_column),
     ):
@@ -175,7 +178,13 @@ def build_pool(
     dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise ValueError("`dataset` must hold at least one example, got none. Check its split or its filter.")
-    columns = _check_columns(dataset, hierarchy, models, reused, input_column, oracle_column, oracle_domain_column)
+    truth = {oracle_column, oracle_domain_column, *undeclared_truth(dataset, ())}
+    if truth := truth.intersection(parts_of(dataset, named)):
+        raise ValueError(
+            f"Ground truth must reach no student, got {sorted(map(str, truth))} in `input_column`. Leave it out there."
+        )
+    dataset, named = join_columns(dataset, named)
+    columns = _check_columns(dataset, hierarchy, models, reused, named, oracle_column, oracle_domain_column)
     ids = _find_ids(dataset, columns.inputs)
     inputs = _pool_inputs(dataset, ids, hierarchy, columns, keep_inputs)
     job = Job(
@@ -311,7 +320,9 @@ def _check_columns(
         )
     is_needed = input_column is not None or None in read.values()
     if is_needed or "id" not in dataset.column_names:
-        input_column = find_input_column(dataset, input_column)
+        # Answers may be lists of numbers too, and are nobody's input unless it is said.
+        found_in = dataset if input_column else dataset.remove_columns([*{*answers} & {*dataset.column_names}])
+        input_column = find_input_column(found_in, input_column)
         check_depth(dataset, input_column)
     return Columns(input_column, oracle_column, oracle_domain_column)
 
@@ -319,6 +330,7 @@ def _check_columns(
 def _find_ids(dataset: Dataset, input_column: str | None) -> list[int] | list[str]:
     """The ids in the data, or else keys made of the content."""
     if "id" not in dataset.column_names:
+        # From the content, so that the same rows have the same ids in any order.
         return row_keys(dataset, str(input_column))
     ids = list(dataset["id"])
     wanted = str if isinstance(ids[0], str) else int
@@ -516,6 +528,7 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
     for name in job.hierarchy.names:
         if name in job.reused and job.reuse is not None:
             facts[name] = dict(job.reuse.facts.get(name, {}))
+            # In the same order the old file serves as it is.
             if not np.array_equal(job.reuse.ids, np.asarray(job.ids)):
                 write_teacher(_teacher_file(progress, name), job.ids, _select_rows(job.reuse, name, job.ids))
             continue
@@ -529,7 +542,7 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
             "dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1),
         }
         teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
-        if teacher.leaves_labels_out and column_of(teacher) is None:
+        if teacher.leaves_labels_out and teacher.has_files:
             num_outside = len(job.ids) - num_answered - num_failed
             facts[name] |= {"num_outside": num_outside, "num_rescaled": num_answered}
     return facts
@@ -566,6 +579,7 @@ def _select_rows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A teacher's labels in a pool, of some of its rows, a piece at a time."""
     rows = match_ids(pool.ids, np.asarray(ids), "`reuse`")
+    # Piece by piece: a pool may be larger than the memory.
     for start in range(0, len(rows), ROWS_AT_ONCE):
         piece = rows[start : start + ROWS_AT_ONCE]
         yield pool.label_ids(name)[piece], pool.label_probs(name)[piece]
@@ -586,7 +600,7 @@ def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> Pseudo
 
 
 def _find_unreadable(job: Job, pool: PseudolabelPool) -> np.ndarray:
-    """Rows of which the pool would keep an image that no model can read; looked for only where a teacher failed."""
+    """Rows of which the pool would keep what no model can read: an image, where a teacher failed, or a vector."""
     column, models = job.columns.inputs, job.models
     readers = [
         teacher.name
@@ -596,6 +610,8 @@ def _find_unreadable(job: Job, pool: PseudolabelPool) -> np.ndarray:
     # Decoding every image again would cost as much as labelling did.
     failed = [name for name in readers if pool.facts[name].get("num_failed")]
     feature = pool.inputs.features.get(column) if pool.inputs is not None else None
+    if job.on_error == "missing" and feature is not None and is_vector_column(pool.inputs, str(column)):
+        return unreadable_vectors(pool.inputs, str(column))
     if not failed or pool.inputs is None or column is None or not isinstance(feature, Image):
         return np.zeros(0, dtype=np.int64)
     rows = np.flatnonzero(np.all([~pool.answered(name) for name in readers], axis=0))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Image
+from datasets import Dataset, Image, Value
 
-from ..data.columns import find_input_column, is_text_column, row_keys
+from ..data.columns import find_input_column, is_text_column, is_vector_column, row_keys
 from ..data.inputs import InputProcessor, check_depth
+from ..data.vectors import check_vectors, join_columns, name_columns, parts_of
 from ..files import make_output_dir
 from ..method.metrics import check_metric
 from ..method.rejection import check_top_k_value
@@ -20,10 +21,11 @@ from ..students.student import check_answers
 from .config import CoSupervisedConfig
 from .inherited import check_together
 from .plan_rules import level_assignment
+from .self_training import check_self_training
 
 
 def check_first(
-    args: Any, given: Mapping[str, Any], pool: PseudolabelPool, has_own_assignment: bool
+    args: Any, given: Mapping[str, Any], pool: PseudolabelPool, assign_func: Any = None, keep_func: Any = None
 ) -> CoSupervisedConfig:
     """Refuse what no student could be trained with, and see that there is a place to write to."""
     args = CoSupervisedConfig() if args is None else args
@@ -36,7 +38,8 @@ def check_first(
         )
     if given.get("model_init") is not None:
         raise ValueError("`model_init` cannot be given: each level begins with a fresh head. Give a model or its id.")
-    check_levels(pool, args, has_own_assignment)
+    check_levels(pool, args, has_own_assignment=assign_func is not None)
+    check_self_training(args, pool, keep_func)
     return args
 
 
@@ -51,16 +54,27 @@ def check_student(
     """Refuse a student that cannot learn from these inputs, and arguments that do not fit it or what is installed."""
     (column,) = inputs.column_names
     check_depth(inputs, column)
-    if isinstance(inputs.features[column], Image) if processor.is_text else is_text_column(inputs, column):
-        read, held = ("texts", "images") if processor.is_text else ("images", "texts")
+    held, read = _kind_of(inputs, column), f"{processor.modality}s"
+    if held not in (None, read):
         raise ValueError(
             f"The student must read what the pool holds, got a student of {read} and {held} in column '{column}'. "
             "Choose another student, or another `input_column`."
         )
+    if read == "vectors":
+        check_vectors(inputs, column, processor.num_features)
     if not origin and not args.deepspeed:  # a model object; DeepSpeed may have shared out its weights already
         check_answers(model, processor, model.config.num_labels)
     check_metric(args.metric, model.config.num_labels)
     check_together(args, model, has_own_metrics)
+
+
+def _kind_of(inputs: Dataset, column: str) -> str | None:
+    """What a column holds for certain: rows of pixels may be an image, and numbers the names of anything."""
+    if is_text_column(inputs, column):
+        return "texts"
+    feature = inputs.features[column]
+    is_flat = is_vector_column(inputs, column) and isinstance(getattr(feature, "feature", None), Value)
+    return "vectors" if is_flat else "images" if isinstance(feature, Image) else None
 
 
 def refuse_search(*_: Any, **__: Any) -> Any:
@@ -73,7 +87,7 @@ def refuse_search(*_: Any, **__: Any) -> Any:
 
 def check_arguments(
     args: CoSupervisedConfig,
-    num_examples: int,
+    pool: PseudolabelPool,
     head: Any,
     reason: str | None,
     functions: Mapping[str, Any],
@@ -89,10 +103,9 @@ def check_arguments(
             raise ValueError(
                 f"`{name}` needs a linear head on a frozen backbone, got another kind of student. Set it to 0."
             )
-        if getattr(args, name) >= num_examples:
+        if getattr(args, name) >= len(pool):
             raise ValueError(
-                f"`{name}` must be below the {num_examples} examples of the pool, got {getattr(args, name)}. "
-                "Use fewer."
+                f"`{name}` must be below the {len(pool)} examples of the pool, got {getattr(args, name)}. Use fewer."
             )
     if wrong := [name for name, function in functions.items() if function is not None and not callable(function)]:
         raise TypeError(f"`{wrong[0]}` must be a function, got {type(functions[wrong[0]]).__name__}.")
@@ -189,7 +202,9 @@ def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: in
         )
 
 
-def match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | None) -> Dataset:
+def match_inputs(
+    pool: PseudolabelPool, train_dataset: Dataset | None, input_column: str | Sequence[str] | None
+) -> Dataset:
     """Give the inputs alone, in the order of the pool; a label column stays behind."""
     dataset = pool.inputs if train_dataset is None else train_dataset
     if (
@@ -198,7 +213,11 @@ def match_inputs(pool: PseudolabelPool, train_dataset: Dataset | None, input_col
         and not set(dataset.column_names) - {"id", ORACLE_LABEL, ORACLE_DOMAIN}
     ):
         raise ValueError("`train_dataset` is needed: the pool holds no inputs. Give the data that it was built from.")
-    column = find_input_column(dataset, input_column or (pool.input_column if train_dataset is None else None))
+    name = name_columns(input_column)
+    if name is None and (train_dataset is None or parts_of(dataset, pool.input_column)):
+        name = pool.input_column  # several columns of the data, which they cannot tell by themselves
+    dataset, name = join_columns(dataset, name)
+    column = find_input_column(dataset, name)
     if train_dataset is not None:
         # The data may be in another order than the pool: ids decide, or contents where it has none.
         ids = np.asarray(list(dataset["id"]) if "id" in dataset.column_names else row_keys(dataset, column))

@@ -54,7 +54,7 @@ _NUMBERS: Numbers = (
         "a whole number of at least 0",
         Integral,
         lambda value: value >= 0,
-        ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds"),
+        ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds", "self_training_rounds"),
     ),
     (
         "a whole number of at least 1",
@@ -257,6 +257,13 @@ class CoSupervisedConfig(TrainingArguments):
         metadata={
             "help": "Let heads that were not trained on an example choose its teacher and judge its pseudolabel: one "
             "more head per fold and level, for a linear head on a frozen backbone; 0: the student itself."
+        },
+    )
+    self_training_rounds: Annotated[int, _NOT_FOR_CEILING] = field(
+        default=0,
+        metadata={
+            "help": "How often, after the last level, the student is trained on own labels as well, of examples "
+            "that no teacher answered or that were rejected; at most, and 0: not at all. 5 is a good value."
         },
     )
     fit_head_on_features: bool = field(

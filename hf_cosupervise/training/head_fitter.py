@@ -321,7 +321,7 @@ def outside_of_fold(kept: np.ndarray, fold: int, num_folds: int, level: int) -> 
     if not len(own):
         raise ValueError(
             f"Level {level} must keep examples outside of every fold, got {len(kept)} all in fold {fold}. Leave "
-            "`cross_fit_folds` out."
+            "`cross_fit_folds` and `self_training_rounds` out."
         )
     return own
 

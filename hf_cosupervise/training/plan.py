@@ -58,7 +58,7 @@ class LevelPlan:
 
     @property
     def keep_rate(self) -> float:
-        """`float`: Kept share of the examples that have a pseudolabel, 0 to 1."""
+        """`float`: Kept share of the examples with a pseudolabel; with what the student adds itself maybe above 1."""
         return int(self.keep_mask.sum()) / max(int((self.labels >= 0).sum()), 1)
 
 
@@ -82,7 +82,8 @@ def plan_level(
     chunks = student_chunks if student_chunks is not None else ((part, None) for part in row_chunks(len(pool)))
     planned = []
     for part, log_probs in chunks:
-        _check_numbers(level, part, log_probs)
+        if log_probs is not None:
+            check_predictions(f"level {level}", part, log_probs)
         answers = LevelAnswers(pool, level, part)
         parent = torch.from_numpy(np.asarray(previous[part], dtype=np.int64))
         # Assign: the level's own rule, or one of the user's, or what was chosen over neighbours before.
@@ -161,11 +162,12 @@ def plan_by_student(
     )
 
 
-def _check_numbers(level: int, part: slice, log_probs: torch.Tensor | None) -> None:
-    if log_probs is not None and torch.isnan(log_probs.sum()):
+def check_predictions(before: str, part: slice, log_probs: torch.Tensor) -> None:
+    """Refuse a student whose training diverged."""
+    if torch.isnan(log_probs.sum()):
         raise ValueError(
-            f"The student's predictions must be numbers, got NaN in rows {part.start}..{part.stop - 1} before level "
-            f"{level}: its training diverged. Lower `learning_rate`, or set `max_grad_norm`."
+            f"The student's predictions must be numbers, got NaN in rows {part.start}..{part.stop - 1} before "
+            f"{before}: its training diverged. Lower `learning_rate`, or set `max_grad_norm`."
         )
 
 

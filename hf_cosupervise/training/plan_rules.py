@@ -296,6 +296,7 @@ def _check_function(name: str, found: object, part: slice, dtype: torch.dtype) -
     if not isinstance(found, torch.Tensor) or found.shape != shape or found.dtype is not dtype:
         given = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, torch.Tensor) else type(found).__name__
         raise ValueError(f"`{name}` must give a tensor of {kind} ({dtype}) of shape {shape}, got {given}.")
+    # Plans are made on the CPU, wherever the function worked.
     return found.cpu()
 
 
@@ -324,6 +325,7 @@ def judge(
     rows.passes_others = np.array(1)
     if args.relabel_above is not None:
         rows.student_confidence = log_probs.max(dim=1).values.exp().numpy()
+    # A test of the user's own takes the place of all others.
     if keep_func is not None:
         found = keep_func(log_probs, torch.from_numpy(answers.pseudolabels(speakers)))
         rows.passes_others = _check_function("keep_func", found, answers.rows, torch.bool).numpy()

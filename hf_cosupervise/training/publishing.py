@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 
+from ..data.vectors import VECTOR_MODEL
 from ..files import explain_full_disk, without_nan
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
@@ -19,12 +20,17 @@ from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
 from ..students.pooling import exported_pooling
 from ..students.publishing import export_student, push_student
+from ..students.vectors import VectorClassifier
 from .config import CoSupervisedConfig
 from .head_fitter import RIDGE_ALPHA
 from .history import LevelHistory
 from .members import MEMBERS
 from .plan_rules import level_assignment
 from .run_folder import versions
+from .self_training import NUM_ADDED
+
+# What loads a student, by its type; any other is one of transformers.
+_LIBRARIES = {"timm_wrapper": "timm", VECTOR_MODEL: "pytorch"}
 
 
 def name_functions(**functions: Any) -> dict[str, str]:
@@ -85,19 +91,23 @@ def student_facts(
     functions: Mapping[str, str],
     hub_model_id: str | None,
     model: Any,
-    is_text: bool,
+    modality: str,
 ) -> dict[str, Any]:
     """Gather what is known of a trained student for its card; folders of this machine are nobody's business."""
     return made_of(history.run, pool) | {
         "name": str(hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1],
         "hub_model_id": hub_model_id or args.hub_model_id,
         "hub_branch": args.hub_revision,
-        "modality": "text" if is_text else "image",
-        "library_name": "timm" if model.config.model_type == "timm_wrapper" else "transformers",
+        "modality": modality,
+        "vectors": model.card_facts() if isinstance(model, VectorClassifier) else None,
+        "library_name": _LIBRARIES.get(model.config.model_type, "transformers"),
         "has_adapter": isinstance(model, PeftModel) and not hasattr(model, "pooling"),
         "student_training": args.student_training,
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
-        "hyperparameters": args.changed_arguments() | _found_alphas(args, history) | dict(functions),
+        "hyperparameters": args.changed_arguments()
+        | _found_alphas(args, history)
+        | _told_stop(history)
+        | dict(functions),
     }
 
 
@@ -113,10 +123,22 @@ def _found_alphas(args: CoSupervisedConfig, history: LevelHistory) -> dict[str, 
     return {"ridge_alpha": f"auto: {', '.join(map(str, found))}"} if found and args.ridge_alpha == "auto" else {}
 
 
+def _told_stop(history: LevelHistory) -> dict[str, str]:
+    """Tell how often self-training was done, and why not more often."""
+    told = history.run.get("self_training", {})
+    if "stopped" in told:
+        return {"self_training_rounds": f"{told['num_rounds']} ({told['stopped']})"}
+    members = [f"{name}: {own['num_rounds']} ({own['stopped']})" for name, own in told.items()]
+    return {"self_training_rounds": "; ".join(members)} if members else {}
+
+
 def _level_facts(
     args: CoSupervisedConfig, pool: PseudolabelPool, record: Mapping[str, Any], functions: Mapping[str, str]
 ) -> dict[str, Any]:
     level, keys = record["level"], {name: f"assignment/{name}" for name in pool.source_names}
+    if level == pool.hierarchy.num_levels:  # no share of the pseudolabels: it is trained on more than those
+        told = f"self-training, {record[NUM_ADDED]:.0f} examples added"
+        return {"level": level, "assignment": told, "num_kept": record["consistency/num_kept"]}
     method = level_assignment(args, level, pool.hierarchy)
     return {
         "level": level,

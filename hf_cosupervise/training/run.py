@@ -66,21 +66,41 @@ class TrainingRun:
 
     def num_rounds(self, level: int) -> int:
         """Tell how often a level is trained."""
+        if level == self.num_levels:  # self-training, which comes after the last level
+            return self.args.self_training_rounds
         return self.args.rounds_per_level if level else 1  # the root has nothing to choose again
 
     def stages(self) -> list[tuple[int, int]]:
-        """Give all levels and their rounds, in order."""
-        return [(level, number) for level in range(self.num_levels) for number in range(self.num_rounds(level))]
+        """Give all levels and their rounds, in order, self-training last; a committee's members have their own."""
+        levels = range(self.num_levels + 1) if self.num_levels else ()
+        return [(level, number) for level in levels for number in range(self.num_rounds(level))]
 
-    def unfinished(self) -> Iterator[tuple[int, int]]:
-        """Give what is still to be done."""
-        for stage in self.stages()[len(self.history.records) :]:
-            yield stage
+    def unfinished(self, why_stop: Callable[[int], str | None] = lambda round: None) -> Iterator[tuple[int, int]]:
+        """Give what is still to be done; a round of self-training only where there is no reason to stop before."""
+        reason = "all rounds are done"
+        for level, number in self.stages()[len(self.history.records) :]:
+            if level == self.num_levels and (found := why_stop(number)) is not None:
+                reason = found
+                break
+            yield level, number
             self._resuming = False  # only the first of them can have been cut off
+        if self.num_levels and self.args.self_training_rounds:
+            num_rounds = sum(record["level"] == self.num_levels for record in self.history.records)
+            self.conclude({"self_training": {"num_rounds": num_rounds, "stopped": reason}})
+            logger.info(f"Self-training stopped after {num_rounds} rounds: {reason}.")
+
+    def num_folds(self, plan: LevelPlan) -> int:
+        """Tell how many heads are fitted beside the student of a stage: to judge by, or as second opinions."""
+        if self.is_last(plan):
+            return 0
+        trains_itself = self.args.self_training_rounds > 0 and plan.level >= self.num_levels - 1
+        return self.args.cross_fit_folds or (2 if trains_itself else 0)
 
     def stage_dir(self, level: int, round: int) -> Path:
         """Give the folder of a stage."""
-        return self.folder.stage_dir(level, round, is_last=round == self.num_rounds(level) - 1)
+        # Which round of self-training is the last is not known before.
+        is_last = level < self.num_levels and round == self.num_rounds(level) - 1
+        return self.folder.stage_dir(level, round, is_last=is_last)
 
     def is_last(self, plan: LevelPlan) -> bool:
         """Tell whether nothing comes after a stage."""
@@ -167,9 +187,7 @@ class TrainingRun:
             self.plans = [*self.plans[:level], stage.plan]
             self.history.records.append(stage.record)
         self._check_same_everywhere(len(self.history.records))
-        num_processes = self.processes.on_first(self._repair_history)
-        if len(self.history.records) == len(self.stages()):  # whoever publishes it has not trained it
-            self.history.run["num_processes"] = num_processes
+        self.history.run["num_processes"] = self.processes.on_first(self._repair_history)
         for name, value in last.story.items() if last is not None else ():
             setattr(self.story, name, value)
         return last
@@ -184,7 +202,7 @@ class TrainingRun:
             )
 
     def _repair_history(self) -> int:
-        """Write the history anew where it does not tell of the stages that are there; gives by how many."""
+        """Write the history anew where it does not tell of the stages that are there; gives who trains, or trained."""
         known, run = LevelHistory(self.history.path), dict[str, Any]()
         try:
             run = known.read()
@@ -193,7 +211,9 @@ class TrainingRun:
         # Compared as JSON reads them: NaN and tuples do not come back as they went in.
         if known.records[: len(self.history.records)] != json.loads(json.dumps(without_nan(self.history.records))):
             self._write_history()
-        return int(run.get("num_processes") or self.processes.count)
+        # Whoever publishes what is finished has not trained it.
+        is_over = len(self.history.records) == len(self.stages()) or "self_training" in run
+        return int(run.get("num_processes") or self.processes.count) if is_over else self.processes.count
 
     # --- one stage ---------------------------------------------------------------------------------------------------
 
@@ -223,6 +243,8 @@ class TrainingRun:
         """Take the story, the records and what was trained of a finished run as part of this one."""
         self.story = member.story
         self._outputs += member._outputs
+        if (told := member.history.run.get("self_training")) is not None:
+            self.history.run.setdefault("self_training", {})[name] = told
         self.history.records += [{"member": name, **record} for record in member.history.records]
         self.processes.on_first(self._write_history)
 
@@ -294,7 +316,10 @@ class TrainingRun:
 
     def load(self, level: int) -> Stage:
         """Read a finished level."""
-        stage = self.folder.load_stage(self.stage_dir(level, self.num_rounds(level) - 1))
+        number = self.num_rounds(level) - 1
+        if level == self.num_levels:  # it may have stopped before
+            number = sum(record["level"] == level for record in self.history.records) - 1
+        stage = self.folder.load_stage(self.stage_dir(level, number))
         if stage is None:
             raise FileNotFoundError(f"No student of level {level} in '{self.path}'. Call `train()` first.")
         return stage

@@ -84,6 +84,7 @@ class RunFolder:
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Write down which run this is, and forget all stages of the one before."""
+        # They were trained by other settings, and would be taken for this run's.
         self.forget(path for path in self.path.glob("level-*") if path.is_dir())
         shutil.rmtree(self.path / MEMBERS_DIR, ignore_errors=True)
         write_json(self.path / _RUN, dict(facts))
@@ -134,6 +135,7 @@ class RunFolder:
         if None in before or before == now:
             return
         tell = logger.warning
+        # The same examples meet in a step, so that the student is the same but for rounding.
         if before[1] == now[1]:
             tell = logger.info
             for facts in (known, own):
@@ -186,6 +188,7 @@ class RunFolder:
             if facts.pop("digest") != _json_digest(facts):
                 logger.warning(f"'{folder / _STAGE}' is not as it was written: this round is trained again.")
                 return None
+            # By digests, because a file that was cut off or exchanged may still be read.
             for name, digest in facts["files"].items():
                 if not is_as_written(folder, name, digest):
                     logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")

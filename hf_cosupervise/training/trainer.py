@@ -42,6 +42,7 @@ from .plan import LevelPlan, plan_by_student, plan_level
 from .plan_rules import AssignFunction, KeepFunction
 from .publishing import describe_run, export, make_card, name_functions, open_student_repo, push, student_facts
 from .run import RUN_DIR, TrainingRun, describe_settings
+from .self_training import SelfTraining
 
 logger = get_logger(__name__)
 
@@ -56,7 +57,7 @@ class CoSupervisedTrainer(Trainer):
 
     Args:
         model (`str`, `os.PathLike`, `PreTrainedModel` or `PeftModel`):
-            The student: a Hub id or folder, which gets a fresh head, or a model whose head fits the pool's labels.
+            The student: a Hub id or folder, which gets a fresh head, `"linear"` or `"mlp"` for vectors, or a model.
             A model is trained in place, in float32, as by the parent: another run of it goes on from there.
         args (`CoSupervisedConfig`, *optional*):
             What to do. Defaults write to `trainer_output`.
@@ -70,8 +71,8 @@ class CoSupervisedTrainer(Trainer):
             The student's; loaded with it where that is an id.
         pool (`PseudolabelPool`):
             What the teachers say.
-        input_column (`str`, *optional*):
-            The column that the student reads. Found by itself where only one can be meant.
+        input_column (`str` or `list[str]`, *optional*):
+            The column that the student reads, or those of numbers. Found by itself where only one can be meant.
         peft_config (`peft.LoraConfig`, *optional*):
             Adapters for `student_training="lora"`, instead of the `lora_…` fields.
         loss_func (`Callable`, *optional*):
@@ -105,14 +106,14 @@ class CoSupervisedTrainer(Trainer):
         processing_class: Any = None,
         *,
         pool: PseudolabelPool,
-        input_column: str | None = None,
+        input_column: str | list[str] | None = None,
         peft_config: LoraConfig | None = None,
         loss_func: LossFunction | None = None,
         assign_func: AssignFunction | None = None,
         keep_func: KeepFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        args = check_first(args, kwargs, pool, has_own_assignment=assign_func is not None)
+        args = check_first(args, kwargs, pool, assign_func, keep_func)
         self.pool = self._own_pool = pool  # that in use may be smoothed over neighbours
         self.loss_func, self.assign_func, self.keep_func = loss_func, assign_func, keep_func
         functions = {"loss_func": loss_func, "assign_func": assign_func, "keep_func": keep_func}
@@ -120,7 +121,7 @@ class CoSupervisedTrainer(Trainer):
         self._given = None if train_dataset is None else inputs  # in the order of the pool
         (self.input_column,) = inputs.column_names
         examples = inputs.add_column(ROW, np.arange(len(pool)))  # by which a shuffled batch finds its pseudolabels
-        model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config)
+        model, processing_class, origin = open_student(model, pool.labels, args, processing_class, peft_config, inputs)
         self.processor = InputProcessor(processing_class, model.config)
         check_student(args, model, self.processor, inputs, origin, has_own_metrics="compute_metrics" in kwargs)
         data_collator = data_collator or DataCollatorForCoSupervision(self.processor, self.input_column)
@@ -149,10 +150,10 @@ class CoSupervisedTrainer(Trainer):
         self.student = Student(bare_model, *task, **means, disable_tqdm=bool(args.disable_tqdm) or not local_first)
         self._head_fitter: HeadFitter | None = None  # made at the first level, when features are needed
         self._weights = None if args.weight_column is None else read_weights(pool, args.weight_column)
-        known = self.student.head, self._why_not_on_features(), functions, self.compute_loss_func
-        check_arguments(args, len(pool), *known)
+        check_arguments(args, pool, self.student.head, self._why_not_on_features(), functions, self.compute_loss_func)
         self._functions = name_functions(**functions)
         self._settings = partial(describe_settings, args, pool, self.student.digest, self._functions)
+        self.self_training = SelfTraining(pool, args, self.student, self.run)
 
     # --- the algorithm -----------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class CoSupervisedTrainer(Trainer):
                 new = partial(CoSupervisedTrainer, self.student.model, processing_class=self.processing_class)
                 known = self._own_pool, self._given, self.input_column, self.student, self.run, self.callback_handler
                 self.committee = train_members(new, self.args, *known, resume=bool(resume_from_checkpoint))
-            for stage in self.run.unfinished():  # (level, round), of which a committee has none
+            for stage in self.run.unfinished(self.self_training.why_stop):  # (level, round): a committee has none
                 plan = self.prepare_level(*stage)  # E-step: who speaks, what is kept
                 self.train_level(plan, ignore_keys_for_eval)  # M-step: a new student on what is kept
                 self.finish_level(plan)
@@ -207,6 +208,8 @@ class CoSupervisedTrainer(Trainer):
         with explain_memory(f"Predicting before level {len(self.plans)}", args, "per_device_eval_batch_size"):
             if args.teacher_neighbors and self.pool is self._own_pool:  # smoothed once, not again at each level
                 self.pool = smoothed_pool(self.pool, self.student.nearest(args.teacher_neighbors))
+            if level == self.run.num_levels and args.self_training_rounds:
+                return self.self_training.plan(round)
             if level == 0:  # there is no student yet, and nobody above to fall back to
                 nobody, readable = np.full(len(self.pool), -1), self.student.readable
                 return plan_level(self.pool, level, args, nobody, round=round, readable=readable)
@@ -247,8 +250,7 @@ class CoSupervisedTrainer(Trainer):
                         output = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
                     # The parent's mean is over its own steps, which after a crash are not all.
                     output = output._replace(training_loss=self.level_loss.mean())
-        if self.args.cross_fit_folds and not self.run.is_last(plan):
-            self.student.folds = self._fit_folds(plan, kept)
+        self.student.folds = self._fit_folds(plan, kept) if reason is None and self.run.num_folds(plan) else []
         self._check_loss()  # before anything is written: a level of NaN must not count as finished
         record = self.run.record(plan, output, self.state)
         self.state = self.run.story  # the parent has made a state of its own for the level
@@ -276,7 +278,7 @@ class CoSupervisedTrainer(Trainer):
         self.accelerator.dataloader_config.data_seed = self.args.data_seed + 1000 * number
         if self.args.max_steps <= 0:  # fewer examples, more epochs: about as many steps at every level
             scaled = num_train_epochs / plan.keep_rate  # rounded down as in the paper's code, but never to none
-            self.args.num_train_epochs = math.floor(scaled) if scaled >= 1 else scaled
+            self.args.num_train_epochs = math.floor(scaled) if scaled >= max(num_train_epochs, 1) else scaled
         # Steps are counted anew at each level: in one folder its checkpoints would take the names of another's.
         self.args.output_dir = str(self.run.stage_dir(plan.level, plan.round))
         self.callback_handler.in_level = True
@@ -312,10 +314,10 @@ class CoSupervisedTrainer(Trainer):
     def _fit_folds(self, plan: LevelPlan, kept: np.ndarray) -> list[nn.Linear]:
         """Fit a head for each fold on what a level kept outside of it, in silence; the student stays as it is."""
         student, loud = self.student.copy_head(), (self.callback_handler, self.control, self.state)
-        self.callback_handler, heads = self.callback_handler.silent(), []
+        self.callback_handler, heads, num_folds = self.callback_handler.silent(), [], self.run.num_folds(plan)
         try:
-            for fold in range(self.args.cross_fit_folds):
-                own = outside_of_fold(kept, fold, self.args.cross_fit_folds, plan.level)
+            for fold in range(num_folds):
+                own = outside_of_fold(kept, fold, num_folds, plan.level)
                 # A new control: that a callback has stopped the level is no reason to stop its folds.
                 self.control, self.train_dataset = TrainerControl(), self.student.examples.select(own)
                 self.level_loss.forget()  # what it remembers was said by the head before
@@ -386,8 +388,7 @@ class CoSupervisedTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _check_loss(self) -> None:
-        where = f"step {self.state.global_step} of level {len(self.history.records)}"
-        self.level_loss.check(where, str(self.run_dir))
+        self.level_loss.check(f"step {self.state.global_step} of level {len(self.history.records)}", str(self.run_dir))
 
     def prediction_step(self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *_: Any, **__: Any) -> Any:
         """Run one batch without gradients; gives loss, logits and labels, each `None` where not known or wanted."""
@@ -448,8 +449,7 @@ class CoSupervisedTrainer(Trainer):
 
     def _export(self, folder: str) -> None:
         if self._is_sharded:
-            super().save_model(folder, _internal_call=True)
-            return
+            return super().save_model(folder, _internal_call=True)
         export(self.student.model, folder, self.processing_class, self.processes)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -492,7 +492,7 @@ class CoSupervisedTrainer(Trainer):
     def card_facts(self) -> dict[str, Any]:
         """Give what is known of the student for its card."""
         known = self.args, self.pool, self.history, self._functions, self.hub_model_id, self.model
-        return student_facts(*known, self.processor.is_text)
+        return student_facts(*known, self.processor.modality)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a model card of what is known and what is given, see [`publishing.make_card`]."""

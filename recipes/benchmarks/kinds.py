@@ -53,13 +53,13 @@ def save_tokenizer(folder: Path) -> int:
 
 
 def save_bert(folder: Path, labels: Sequence[str]) -> str:
-    """Save a text classifier of random weights: 4 layers, 128 wide."""
+    """Save a text classifier of random weights: 6 layers, 256 wide."""
     config = BertConfig(
         vocab_size=save_tokenizer(folder),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=512,
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=1024,
         max_position_embeddings=64,
         id2label=dict(enumerate(labels)),
         label2id={label: position for position, label in enumerate(labels)},

@@ -36,7 +36,7 @@ from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelP
 from hf_cosupervise.data.columns import find_label_column, read_labels
 from hf_cosupervise.evaluation.comparison import Comparison, Contestant, walk_levels
 from hf_cosupervise.evaluation.methods import method_arguments, teacher_accuracies, weak_accuracy, weak_probs
-from hf_cosupervise.evaluation.report import ResultFolder
+from hf_cosupervise.evaluation.report import ResultFolder, say_metric
 from hf_cosupervise.method.metrics import (
     agreement,
     expected_calibration_error,
@@ -304,6 +304,7 @@ def measure_teachers(bench: Bench) -> dict[str, Any]:
         answered = pool.answered(name)
         calibration[name] = calibrate(pool.decode(name, np.flatnonzero(answered)), bench.test_labels[answered])
     return {
+        **say_metric(bench.metric),
         **{f"weak_{name}": weak_accuracy(pool, name) for name in ("accuracy", bench.metric)},
         "teachers": {
             name: {"accuracy": value, **calibration[name]} for name, value in teacher_accuracies(pool).items()

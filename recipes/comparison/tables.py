@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from comparison.cells import Group
-from comparison.plan import BASELINE, CEILING, FACTS, SURE, TEACHERS, ceiling_of, features_setting, resolve
+from comparison.plan import BASELINE, CEILING, FACTS, SURE, TEACHERS, ceiling_of, features_setting
 from hf_cosupervise.evaluation.plots import (
     plot_group_shares,
     plot_levels,
@@ -27,7 +27,7 @@ def collect(groups: Sequence[Group]) -> dict[str, Any]:
     methods = groups[0].methods
     cells = {method.name: [group.results.read(method.name) for group in groups] for method in methods}
     teachers = [group.results.read(TEACHERS) or {} for group in groups]
-    metric = resolve(groups[0].task)[4].metric
+    metric = next((metric_of(facts) for facts in teachers if facts), "accuracy")
     weak = [facts.get(f"weak_{metric}") for facts in teachers]
     report: dict[str, Any] = {"seeds": [group.seed for group in groups], f"weak_{metric}": weak, **say_metric(metric)}
     report |= features_setting(groups[0].task)

@@ -56,7 +56,7 @@ def test_no_column_can_be_meant(dataset, found):
         find_input_column(dataset)
     assert str(error.value) == (
         "The column that models read must be an image column or one of ['image', 'img', 'pixel_values', 'text', "
-        f"'sentence'], got {found}. Name it with `input_column`."
+        f"'sentence'], or the only one of vectors, got {found}. Name it, or several of numbers, with `input_column`."
     )
 
 

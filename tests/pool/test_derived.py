@@ -211,6 +211,16 @@ def test_unknown_names_are_refused_with_all_that_are_known():
     )
 
 
+def test_crowdlab_decodes_no_probabilities(monkeypatch):
+    # of 29 teachers and 1,000 labels they are thirty times as large as all that it needs
+    pool = make_pool(num_examples=40)
+    features = make_features(pool)
+    whole = aggregated_pool(pool, "crowdlab", features=features)
+    monkeypatch.setattr(PseudolabelPool, "decode", lambda *arguments: pytest.fail("it decodes"))
+    again = aggregated_pool(pool, "crowdlab", features=features)
+    assert np.array_equal(again.label_ids("crowdlab"), whole.label_ids("crowdlab"))
+
+
 def test_crowdlab_of_answers_in_one_fold():
     pool = make_pool(num_examples=10)
     hierarchy, probs = pool.hierarchy, np.zeros((10, 4))

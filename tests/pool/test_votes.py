@@ -28,7 +28,8 @@ NAMES, LABELS = ["x", "y", "z"], ["a", "b"]
 
 
 @pytest.mark.parametrize(
-    "matrix", [VOTES, IDS, np.array(IDS, dtype=np.int8), np.where(np.array(IDS) < 0, np.nan, IDS)]
+    "matrix",
+    [VOTES, IDS, np.array(IDS, dtype=np.int8), *(np.where(np.array(IDS) < 0, gap, IDS) for gap in (np.nan, -100))],
 )
 def test_a_matrix_of_names_or_ids_with_gaps(matrix):
     pool = PseudolabelPool.from_votes(matrix, NAMES, LABELS)
@@ -80,7 +81,7 @@ def test_columns_of_names():
     assert hierarchy_from_columns(data, prefix="lf_y", labels=["b", "a"]).labels == ("b", "a")
 
 
-@pytest.mark.parametrize("gap", [-1, None, float("nan")])
+@pytest.mark.parametrize("gap", [-1, -100, None, float("nan")])
 def test_columns_of_ids_with_gaps(gap):
     data = make_columns([[gap if value < 0 else value for value in row] for row in IDS])
     assert hierarchy_from_columns(data).labels == ("0", "1")

@@ -388,6 +388,22 @@ def test_table_by_hand(groups):
     assert lines[9] == "| other | 75.0 | 50.0 | +0.0 | 0 of 1 | 12.5 | 3.0 |  | 2.0 |"
 
 
+def test_a_table_of_another_metric(groups, tmp_path):
+    for group in groups:  # twice as far from 1 as accuracy
+        for name in (plan_module.TEACHERS, *(method.name for method in group.methods)):
+            if facts := group.results.read(name):
+                numbers = [facts, *facts.get("levels", {}).values()] if name != plan_module.TEACHERS else []
+                for own in numbers:
+                    own["mcc"] = 2 * own["accuracy"] - 1
+                known = {"metric": "mcc", "weak_mcc": 0.0} if name == plan_module.TEACHERS else {}
+                group.results.save(name, facts | known)
+    report = tables.collect(groups)
+    assert report["metric"] == "mcc" and report["methods"]["csl"]["pgr"] == pytest.approx([0.5, 2 / 3])
+    lines = tables.write_results({"t": report}, tmp_path / "out").splitlines()
+    assert lines[2].startswith("Seeds 4, 5; weak teacher 0.0 ± 0.0.") and lines[4].startswith("| method | mcc | PGR |")
+    assert lines[8].startswith("| csl | 40.0 ± 0.0 | 58.3 ± 11.8 |")
+
+
 def test_tidy_rows_and_files(groups, tmp_path):
     tables.write_results({"t": tables.collect(groups)}, tmp_path)
     with (tmp_path / "results.csv").open(newline="") as file:

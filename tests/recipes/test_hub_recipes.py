@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import HF_HOME
+from conftest import HF_HOME, RECIPES
 from conftest import run_recipe as run
 from datasets import load_from_disk
 from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForImageClassification
 
+sys.path.insert(0, str(RECIPES))
 pytestmark = pytest.mark.slow
 PUBLISHED = ("teachers_commit", "data_commit", "backbone_commit")
 
@@ -88,9 +92,15 @@ def test_a_finished_run_is_published_later_and_once(hub, demo):
 
 
 def test_who_may_not_push_learns_it_before_the_work(hub, tmp_path, monkeypatch):
+    import train
+
     monkeypatch.delenv("HF_TOKEN")
-    done = run(tmp_path, "--push_to_hub", "True", "--hub_model_id", "someone/digits")
-    assert done.returncode != 0 and "hf auth login" in done.stderr.splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--push_to_hub", "True", "--hub_model_id", "someone/digits"])
+    with pytest.raises((HfHubHTTPError, OSError, ValueError)) as error:
+        train.main()
+    *_, last = "".join(traceback.format_exception_only(error.value)).splitlines()  # as on the terminal
+    assert "hf auth login" in last
     assert not (tmp_path / "data").exists() and not (tmp_path / "outputs").exists()
 
 

@@ -7,11 +7,13 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset
 from PIL import Image
 from transformers import pipeline
 
+from hf_cosupervise import VectorClassifier
 from hf_cosupervise.data.local import load_images, load_table
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -121,6 +123,33 @@ def test_a_table_of_texts_with_two_columns_and_a_model(run, votes, tiny_bert, ti
     report = json.loads(Path("with/report.json").read_text())
     assert {*report["methods"]} == {"committee", "generalist", "ensemble", "ceiling"}
     assert report["methods"]["ceiling"]["pgr"] == [1.0] or report["methods"]["ceiling"]["pgr"] == [None]
+
+
+@pytest.mark.parametrize("student", ["linear", "mlp"])
+def test_a_table_of_numbers(run, tmp_path, student):
+    rng, names = np.random.default_rng(0), ["low", "high"]
+    truth = rng.integers(2, size=40)
+    table = Dataset.from_dict(
+        {
+            "age": 40 + 9 * (truth + rng.normal(size=40)),
+            "income": 2000 * (truth + rng.normal(size=40)),
+            **{f"rule_{k}": [names[t ^ (rng.random() < 0.2)] for t in truth] for k in (1, 2)},
+            "label": [names[t] for t in truth],
+        }
+    )
+    table.to_csv("table.csv")
+    call = ["--dataset", "table.csv", "--teachers", "rule_1", "rule_2", "--student", student]
+    said = run(*call, "--input_column", "age,income", "--output_dir", "out", "--test_dataset", "table.csv",
+               "--label_column", "label")  # fmt: skip
+    assert f"by `method` '{'committee' if student == 'linear' else 'csl'}'" in said
+    assert {*json.loads(Path("out/report.json").read_text())["methods"]} >= {"generalist", "ensemble", "ceiling"}
+    labels, model = Dataset.from_parquet("out/labels.parquet"), VectorClassifier.from_pretrained("out")
+    probs = model.predict_proba(np.stack([table["age"], table["income"]], axis=1))
+    assert [model.config.id2label[label] for label in probs.argmax(axis=1).tolist()] == labels["label"][:]
+    card = Path("out/README.md").read_text()
+    assert "A tabular classifier of 2 labels" in card and 'torch.zeros(1, 2)  # "age, income"' in card
+    with pytest.raises(TypeError, match="must hold numbers, got string in 'rule_1'"):
+        run(*call, "--input_column", "age,rule_1", "--output_dir", "other")
 
 
 def test_who_chooses_a_way_to_train_gets_it(run, votes, tiny_bert):

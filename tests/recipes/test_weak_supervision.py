@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+sys.path.insert(0, str(RECIPES))
 README = (RECIPES / "README.md").read_text(encoding="utf-8")
 WORDS = {"bad": ["stings", "barks"], "good": ["purrs", "hums"]}  # which the tiny tokenizer knows
 
@@ -97,6 +98,8 @@ def test_the_recipe_prints_all_label_models_and_their_students(tiny_bert, tmp_pa
         "0.05",
         "--num_train_epochs",
         "20",
+        "--self_training_rounds",
+        "2",
         cwd=tmp_path,
     )
     assert "300 rows, " in found and "lf_0   bad  " in found
@@ -106,13 +109,27 @@ def test_the_recipe_prints_all_label_models_and_their_students(tiny_bert, tmp_pa
     students = {
         name: float(cells[0]) for name, cells in rows.items() if name.startswith(("student", "co-", "committee"))
     }
-    assert len(students) == len(models) + 2 and min(students.values()) > 70
+    assert len(students) == len(models) + 3 and min(students.values()) > 70
     best = max(models, key=lambda name: float(rows[name][2]))
     assert f"co-supervised from {best}" in students and (tmp_path / "out" / "co-supervised").is_dir()
+    story = json.loads((tmp_path / "out" / "self-trained" / "_run" / "history.json").read_text())
+    assert f"co-supervised from {best}, self-trained" in students and story["run"]["self_training"]["num_rounds"] > 0
 
 
 @pytest.mark.skipif(find_spec("crowdkit") is None or find_spec("cleanlab") is None, reason="needs the crowd extra")
-def test_the_measuring_recipe_reads_all_three_forms(tmp_path):
+def test_the_measuring_recipe_reads_all_three_forms(tmp_path, monkeypatch, capsys):
+    import label_models
+
+    timed, time_crowd_kit = set(), label_models.time_crowd_kit
+
+    def time_once(name: str, votes: np.ndarray) -> float:
+        """What takes longest here, and is the same for all forms of the same votes."""
+        if name in timed:
+            return 1.0
+        timed.add(name)
+        return time_crowd_kit(name, votes)
+
+    monkeypatch.setattr(label_models, "time_crowd_kit", time_once)
     rng = np.random.default_rng(0)
     truth = rng.integers(2, size=60)
     votes = np.where(rng.random((60, 5)) < 0.8, truth[:, None], 1 - truth[:, None])
@@ -125,7 +142,9 @@ def test_the_measuring_recipe_reads_all_three_forms(tmp_path):
     (tmp_path / "wrench").mkdir()
     rows = {i: {"label": int(truth[i]), "weak_labels": votes[i].tolist(), "data": {"text": str(i)}} for i in range(60)}
     (tmp_path / "wrench" / "train.json").write_text(json.dumps(rows), encoding="utf-8")
-    lines = run("label_models.py", str(tmp_path), "--seeds", "0", "1", cwd=tmp_path).splitlines()
+    monkeypatch.setattr(sys, "argv", ["label_models.py", str(tmp_path), "--seeds", "0", "1"])
+    label_models.main()
+    lines = capsys.readouterr().out.splitlines()
     table, times = lines[: lines.index("")], lines[lines.index("") :]
     cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table}
     first = [[float(cell.split()[0].rstrip(",")) for cell in cells[name]] for name in ("crowd", "arrays", "wrench")]

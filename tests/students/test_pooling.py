@@ -193,7 +193,7 @@ def test_what_cannot_have_a_pooling_is_told_so(backbone, tiny_vit, tiny_bert, tm
     with pytest.raises(ValueError) as error:
         load_student(tiny_vit, LABELS, pooling="mean")
     assert str(error.value) == (
-        f"`pooling` is for students that read texts, got 'mean' for the image model '{tiny_vit}'. Leave it out."
+        f"`pooling` is for students that read texts, got 'mean' for '{tiny_vit}', which reads images. Leave it out."
     )
     with pytest.raises(ValueError) as error:
         load_student(backbone("modernbert"), LABELS, pooling="last")

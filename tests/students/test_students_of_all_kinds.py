@@ -210,14 +210,14 @@ def test_models_of_another_precision_are_trained_in_float32(make_trainer, tiny_v
     model = AutoModelForImageClassification.from_pretrained(tiny_vit, dtype=getattr(torch, dtype))
     same = AutoModelForImageClassification.from_pretrained(tiny_vit, dtype=getattr(torch, dtype)).float()
     with caplog.at_level("WARNING", "hf_cosupervise"):
-        trainer = make_trainer(model, training)
+        trainer = make_trainer(model, training, max_steps=2)
     assert f"The weights of ViTForImageClassification are changed from {dtype} to float32" in caplog.text
     assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
     trainer.train()
     first, _ = weights(trainer), caplog.clear()
     shutil.rmtree(tmp_path / "out")
     with caplog.at_level("WARNING", "hf_cosupervise"):
-        again = make_trainer(same, training)
+        again = make_trainer(same, training, max_steps=2)
     assert "float32" not in caplog.text
     again.train()
     assert all(torch.equal(value, first[name]) for name, value in weights(again).items())

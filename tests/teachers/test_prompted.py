@@ -292,6 +292,26 @@ def test_an_answer_is_the_greedy_one(folder_of: Callable[[str], str], kind: str)
     assert probs.tolist() == [[1, 0, 0]]
 
 
+def test_answers_that_are_no_words_are_told_of_once(folder_of: Callable[[str], str], caplog: Any) -> None:
+    teacher = load(folder_of("llama"), answer="generate", max_new_tokens=2)
+    assert not caplog.records
+
+    for _ in range(2):
+        assert not label(teacher, TEXTS).any()
+
+    [record] = caplog.records
+    assert "must answer by words of labels, got none of them in 5 answers, first '" in record.getMessage()
+
+
+def test_another_label_of_the_task_may_be_meant(folder_of: Callable[[str], str]) -> None:
+    folder, map_to = folder_of("llama"), {"neutral": None, "negative": "positive"}
+    teacher = Teacher(folder, name="lm", kind="prompted", label_map=map_to, options={"template": TEMPLATE})
+
+    probs = label(load_teacher(teacher, LABELS, "cpu"), TEXTS)
+
+    np.testing.assert_allclose(probs, [[0, 0, 1]] * len(TEXTS), atol=1e-6)
+
+
 def test_generation_is_greedy_whatever_the_files_say(tmp_path: Path, folder_of: Callable[[str], str]) -> None:
     folder = Path(shutil.copytree(folder_of("llama"), tmp_path / "lm"))
     wild = {"do_sample": True, "temperature": 9.0, "num_beams": 3, "repetition_penalty": 9.0, "max_length": 7}
@@ -448,7 +468,9 @@ def test_by_id_it_is_the_local_one(hub: HubServer, folder_of: Callable[[str], st
             {"answer": "generate"},
             "must have a word for each label, got '-' for 'negative'",
         ),
+        ("llama", None, {"label_map": {"bad": "negative"}}, r"must be among .* got unknown \['label_map'\]"),
         ("bert", None, {}, "must be a language model, causal or .* got 'BertForSequenceClassification'"),
+        ("masked", None, {}, "must be a language model, causal or .* got 'BertForMaskedLM'. Use one, or another"),
         ("words", None, {}, r"must have words for labels that its tokenizer knows, got 'negative', which it does not"),
         ("lower", {"negative": "Bad", "neutral": "bad", "positive": "good"}, {}, "got 'Bad' and 'bad', which are the"),
         ("chat", None, {"chat": True}, "must have a chat template that takes a message of the user, got: no users"),
@@ -478,7 +500,10 @@ def spoil(folder_of: Callable[[str], str], target: Path, kind: str) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(shutil.copytree(folder_of("llama"), target))
-    if kind == "words":
+    if kind == "masked":
+        config = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif kind == "words":
         backend = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: i for i, word in enumerate("abcdef", 1)}}, "[UNK]"))
         PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="a").save_pretrained(folder)
     elif kind == "lower":

@@ -360,6 +360,17 @@ def test_siglip_is_given_texts_at_full_length(tmp_path, is_second):
     assert loaded.facts["kind"] == "zero_shot" and expected.std() > 0.001
 
 
+def test_mixed_precision_ends_before_similarities(clip, monkeypatch):
+    images, _ = make_images(5, seed=2)
+    teacher: Any = load_teacher(Teacher(clip), list(COLOURS), "cpu")
+    expected = label(teacher, images)
+    features = teacher.model.get_image_features(**teacher.prepare(images)).pooler_output.detach()
+    # What the encoder gives is the same here, so that nothing but the products could differ.
+    monkeypatch.setattr(teacher.model, "get_image_features", lambda **inputs: features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        np.testing.assert_allclose(label(teacher, images), expected, atol=1e-5)
+
+
 def test_clip_is_corrected_by_a_grey_image(clip):
     images, _ = make_images(5, seed=2)
     plain, corrected = (

@@ -188,7 +188,7 @@ def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any]) -> dict[
     if unknown := sorted(set(given) - set(known)):
         raise ValueError(
             f"`options` of teacher '{teacher.name}' of kind '{kind}' must be among {sorted(known)}, got unknown "
-            f"{unknown}. Correct the names."
+            f"{unknown}. Correct the names, or name another `kind`."
         )
     return {**known, **given}
 
@@ -372,6 +372,11 @@ def _channels_last(value: Any) -> Any:
 def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """Put a model on its device, ready to answer and never to be trained."""
     return model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def whole_precision(device: torch.device) -> torch.autocast:
+    """Leave mixed precision where small differences of large logits are what counts."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def fingerprint(facts: Any) -> str:

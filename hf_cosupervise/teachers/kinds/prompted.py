@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,19 @@ from ...data.inputs import InputProcessor, RowError, check_text
 from ...models.classifier import load_processor
 from ...models.language import load_language_model, make_greedy, score_words
 from ...models.source import ModelSource, explained, first_line
-from .base import Kind, Preparation, TeacherSource, fingerprint, for_inference, label_texts, read_options
+from .base import (
+    Kind,
+    Preparation,
+    TeacherSource,
+    add_up,
+    fingerprint,
+    for_inference,
+    label_positions,
+    label_texts,
+    read_options,
+)
 
+logger = logging.getLogger(__name__)
 OPTIONS: dict[str, Any] = {
     "template": None,
     "chat": False,
@@ -93,9 +105,10 @@ class PromptedTeacher:
             options=self.options,
         )
         self.prompter.check()
-        self.labels = tuple(labels)
-        # Which label each word belongs to, as a position in the task's labels.
-        self.owners = np.array([labels.index(label) for label, words in texts.items() for _ in words])
+        self.own_labels, self.num_labels = list(texts), len(labels)
+        self.positions = label_positions(source.teacher, self.own_labels, labels)
+        # Which of its own labels each word belongs to.
+        self.owners = np.array([own for own, words in enumerate(texts.values()) for _ in words])
         self.device = device
         self.model: Any = for_inference(model, device)
         if not self.by_words:
@@ -110,6 +123,7 @@ class PromptedTeacher:
             "words": {label: list(words) for label, words in texts.items()},
         }
         self.prior: Any = 0.0
+        self.has_warned = True  # of the samples below nobody wants to hear
         try:
             samples, nothing = self.prepare(_SAMPLES), self.prepare([""]) if self.options["correct_prior"] else None
         except RowError as error:
@@ -121,6 +135,7 @@ class PromptedTeacher:
             self(samples)  # what fails later is a row's fault
             if nothing is not None and self.by_words:
                 self.prior = self._score(nothing)
+        self.has_warned = False
 
     def _num_answer_tokens(self, model: Any) -> int:
         """How many tokens beside those of the prompt a model has to have room for."""
@@ -130,11 +145,11 @@ class PromptedTeacher:
         if not self.by_words:
             return self._generate(inputs)
         scores = self._score(inputs) - self.prior
-        probs = np.zeros((len(scores), len(self.labels)), dtype=np.float32)
+        probs = np.zeros((len(scores), len(self.own_labels)), dtype=np.float32)
         largest = scores.max(axis=1, keepdims=True)
         # Several words of a label: the probability that it is any of them.
         np.add.at(probs.T, self.owners, np.exp(scores - largest).T)
-        return probs / probs.sum(axis=1, keepdims=True)
+        return add_up(probs / probs.sum(axis=1, keepdims=True), self.positions, self.num_labels)
 
     def _score(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
         """Log-probability of each word, or its mean over tokens, float32 `(num_rows, num_words)`."""
@@ -152,13 +167,20 @@ class PromptedTeacher:
             tokens = self.model.generate(**inputs)
         if not self.prompter.is_seq2seq:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        probs = np.zeros((len(tokens), len(self.labels)), dtype=np.float32)
-        for row, answer in enumerate(self.prompter.tokenizer.batch_decode(tokens, skip_special_tokens=True)):
+        probs = np.zeros((len(tokens), len(self.own_labels)), dtype=np.float32)
+        answers = self.prompter.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        for row, answer in enumerate(answers):
             # What a model adds below its answer, such as a next example, belongs to no label.
             line = next((line for line in answer.splitlines() if line.strip()), "")
             if (label := self.answers.get(fold(line))) is not None:
-                probs[row, self.labels.index(label)] = 1
-        return probs
+                probs[row, self.own_labels.index(label)] = 1
+        if not probs.any() and not self.has_warned:
+            self.has_warned = True
+            logger.warning(
+                f"Teacher '{self.prompter.name}' must answer by words of labels, got none of them in {len(answers)} "
+                f"answers, first {answers[0]!r}. Ask for one word, or add words by `label_texts`."
+            )
+        return add_up(probs, self.positions, self.num_labels)
 
 
 # ── prompts and words as tokens ─────────────────────────────────────────────────────────────────────────────────────

@@ -26,6 +26,7 @@ from .base import (
     label_positions,
     label_texts,
     read_options,
+    whole_precision,
 )
 from .loading import find_source
 
@@ -116,7 +117,9 @@ class PrototypeTeacher:
         self.facts["examples"] = _digest(classes)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
-        cosines = self._embed(inputs) @ self.prototypes.T
+        features = self._embed(inputs)
+        with whole_precision(self.device):
+            cosines = features @ self.prototypes.T
         return add_up(torch.softmax(cosines / self.temperature, -1).cpu().numpy(), self.positions, self.num_labels)
 
     def _mean(self, label: str, cells: Sequence[Any], name: str) -> torch.Tensor:

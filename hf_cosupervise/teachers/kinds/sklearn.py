@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from ...data.inputs import RowError, to_pil
+from ...data.vectors import VECTOR_MODEL
 from ...files import check_free, whole_folder, write_json
 from .base import Kind, Preparation, TeacherSource, add_up, fingerprint, label_positions
 
@@ -69,7 +70,9 @@ class SklearnTeacher:
             )
         self.model = skops_io.load(path, trusted=sorted(untrusted))
         _check_predict_proba(self.model, f"teacher '{name}'")
-        id2label = source.config.get("id2label") or {}
+        # Of a student of vectors the classes are label names, among which "0" is no position.
+        is_named = source.config.get("model_type") == VECTOR_MODEL
+        id2label = {} if is_named else source.config.get("id2label") or {}
         classes = [str(value) for value in np.asarray(self.model.classes_).tolist()]
         own_labels = [str(id2label.get(value, value)) for value in classes]
         self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
@@ -163,6 +166,8 @@ KIND = Kind(
     load=lambda source, labels, device: SklearnTeacher(source, labels),
     # The tools of skops for the Hub write `sklearn`, ours `library_name`.
     recognizes=lambda source, model: (
-        any(source.folder.glob("*.skops")) or "sklearn" in (source.config.get("library_name"), *source.config)
+        any(source.folder.glob("*.skops"))
+        or "sklearn" in (source.config.get("library_name"), *source.config)
+        or source.config.get("model_type") == VECTOR_MODEL
     ),
 )

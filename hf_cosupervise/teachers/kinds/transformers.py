@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
 from ...data.inputs import InputProcessor
+from ...data.vectors import VECTOR_MODEL
 from ...models.classifier import (
     load_adapted,
     load_processor,
@@ -81,6 +82,9 @@ def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
 KIND = Kind(
     load=TransformersTeacher,
     recognizes=lambda source, model: (
-        source.is_adapter or "model_type" in source.config and not model.startswith(TIMM_PREFIXES)
+        source.is_adapter
+        # A student of vectors is read by its scikit-learn form.
+        or source.config.get("model_type", VECTOR_MODEL) != VECTOR_MODEL
+        and not model.startswith(TIMM_PREFIXES)
     ),
 )

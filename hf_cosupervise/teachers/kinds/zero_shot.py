@@ -27,6 +27,7 @@ from .base import (
     label_positions,
     label_texts,
     read_options,
+    whole_precision,
 )
 
 _OPTIONS: dict[str, Any] = {"template": None, "correct_prior": False, "entailment": None}
@@ -116,7 +117,9 @@ class NliTeacher(_ZeroShotTeacher):
                 self.model(**{key: value.to(self.device, non_blocking=True) for key, value in pairs.items()}).logits
                 for pairs in inputs
             ]
-            return torch.stack([logits[:, self.entailment].float() for logits in columns], dim=1) @ self.means.T
+            each = torch.stack([logits[:, self.entailment].float() for logits in columns], dim=1)
+            with whole_precision(self.device):
+                return each @ self.means.T
 
 
 def _check_lengths(source: TeacherSource, tokenizer: Any, sentences: Sequence[str], longest: int) -> None:
@@ -215,7 +218,8 @@ class DualTeacher(_ZeroShotTeacher):
             on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
             features = _directions(self.model.get_image_features(**on_device))
             # SigLIP's bias is the same for every label, and softmax forgets it.
-            return features @ self.text_features.T * self.model.logit_scale.float().exp()
+            with whole_precision(self.device):
+                return features @ self.text_features.T * self.model.logit_scale.float().exp()
 
 
 _DUAL_PARTS = ("get_text_features", "get_image_features", "logit_scale")
