@@ -55,7 +55,6 @@ OWN = {
     "teacher_neighbors": 0,
     "cross_fit_folds": 0,
     "self_training_rounds": 0,
-    "metric": "accuracy",
     "standardize_features": False,
     "fit_head_on_features": True,
     "features_dir": None,
