@@ -93,7 +93,7 @@ def format_table(report: Mapping[str, Any], task: str) -> str:
     lines = [f"## {task}", "", f"{about}deception counts a model as sure from {100 * SURE:.0f} % on.", ""]
     if "features" in report:
         lines += [
-            "A control: the head reads the mean over a text's tokens. The exported student could not be used so.",
+            "A control: the head reads the mean over a text's tokens, as by `--pooling mean`, which can be exported.",
             "",
         ]
     lines += [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
