@@ -446,10 +446,6 @@ def main() -> None:
     cases = [case for case in cases if not args.names or case.name in args.names]
     if args.limit is not None:
         cases = [case for kind in args.kinds for case in [c for c in cases if c.kind == kind][: args.limit]]
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     kept = Path(f"{args.output}.json") if args.output else None
     known = json.loads(kept.read_text()) if kept and kept.is_file() else {}
     for number, case in enumerate(cases, 1):
@@ -474,4 +470,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Of this process alone: hundreds of models warn of their random weights.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     main()
