@@ -1,4 +1,4 @@
-"""The page of all kinds of teachers prints what it says, on models that are made here under the names that it gives."""
+"""The page of all kinds of teachers prints what it says, on models that are made here under the names it gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import save_tiny_timm

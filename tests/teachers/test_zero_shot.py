@@ -473,7 +473,9 @@ def test_options_are_checked_before_anything_runs(nli):
         ValueError, match="of labels to have `label_texts`, got kind 'transformers'.*of .'zero_shot', 'prompted', 'pro"
     ):
         identify_teacher(Teacher(nli, label_texts={"a": "b"}))
-    message = r"kind 'transformers' must be among \[\], got unknown .*name a `kind` that knows them, of \['zero_shot', 'pro"
+    message = (
+        r"kind 'transformers' must be among \[\], got unknown .*name a `kind` that knows them, of \['zero_shot', 'pro"
+    )
     with pytest.raises(ValueError, match=message):
         identify_teacher(Teacher(nli, options={"template": "{}"}))
     with pytest.raises(ValueError, match=r"of \['prompted'\]"):

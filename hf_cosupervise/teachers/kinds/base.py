@@ -182,9 +182,7 @@ def fill_templates(teacher: Teacher, template: Any, texts: Mapping[str, Sequence
     }
 
 
-def read_options(
-    teacher: Teacher, kind: str, known: Mapping[str, Any], others: Sequence[str] = ()
-) -> dict[str, Any]:
+def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
     """Options of a teacher, with the defaults of its kind for those that are not given; `others` are kinds to name."""
     given = teacher.options or {}
     if unknown := sorted(set(given) - set(known)):

@@ -59,7 +59,8 @@ def find_source(teacher: Teacher, commit: str | None = None) -> tuple[TeacherSou
         )
         source = TeacherSource(teacher, model_source)
         name = find_kind(model_source, teacher.model) if name == "auto" else name
-    kind, others = _kind(name), [] if _knows(_kind(name), teacher) else _kinds_for(teacher)
+    kind = _kind(name)
+    others = [] if _knows(kind, teacher) else _kinds_for(teacher)
     read_options(teacher, name, kind.options, others)
     if not _knows(kind, teacher):
         advice = f"name a `kind` that does, of {others}" if others else "name another `kind`"
