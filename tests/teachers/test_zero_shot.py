@@ -470,11 +470,16 @@ def test_options_are_checked_before_anything_runs(nli):
     with pytest.raises(ValueError, match="must be among .* got unknown .'templte'"):
         identify_teacher(Teacher(nli, kind="zero_shot", options={"templte": "{}"}))
     with pytest.raises(
-        ValueError, match="a kind that reads texts of labels to have `label_texts`, got kind 'transformers'"
+        ValueError, match="of labels to have `label_texts`, got kind 'transformers'.*of .'zero_shot', 'prompted', 'pro"
     ):
         identify_teacher(Teacher(nli, label_texts={"a": "b"}))
-    with pytest.raises(ValueError, match=r"kind 'transformers' must be among \[\], got unknown"):
+    message = (
+        r"kind 'transformers' must be among \[\], got unknown .*name a `kind` that knows them, of \['zero_shot', 'pro"
+    )
+    with pytest.raises(ValueError, match=message):
         identify_teacher(Teacher(nli, options={"template": "{}"}))
+    with pytest.raises(ValueError, match=r"of \['prompted'\]"):
+        identify_teacher(Teacher(nli, options={"template": "{{ text }}", "chat": True}))
 
 
 def test_a_model_without_entailment_says_what_was_looked_for(tiny_bert, nli, tmp_path):
@@ -515,6 +520,21 @@ def test_texts_for_images_and_images_for_texts_are_told(nli, clip):
         load_teacher(Teacher(nli, kind="zero_shot"), LABELS, "cpu").prepare(make_images(1, 0)[0])
     with pytest.raises(TypeError, match="Teacher 'clip' must be given images or vectors, got str"):
         load_teacher(Teacher(clip), list(COLOURS), "cpu").prepare(["red"])
+
+
+def test_a_model_of_images_and_texts_without_scale_is_refused(nli, tmp_path):
+    from transformers import AlignConfig, AlignModel
+
+    text = {"vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {
+        **{"image_size": 16, "in_channels": [8], "out_channels": [8], "depthwise_padding": [], "strides": [1]},
+        **{"kernel_sizes": [3], "num_block_repeats": [1], "expand_ratios": [1], "width_coefficient": 0.25},
+        **{"hidden_dim": 8, "depth_coefficient": 1.0},
+    }
+    config = AlignConfig(text_config={**text, "intermediate_size": 8}, vision_config=vision, projection_dim=8)
+    AlignModel(config).save_pretrained(tmp_path / "align")
+    with pytest.raises(ValueError, match="such as CLIP or SigLIP, got AlignModel without `logit_scale`. Use another"):
+        load_teacher(Teacher(str(tmp_path / "align")), LABELS, "cpu")
 
 
 def test_weights_that_are_missing_are_no_teacher(clip, tmp_path):

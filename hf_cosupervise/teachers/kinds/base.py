@@ -182,13 +182,14 @@ def fill_templates(teacher: Teacher, template: Any, texts: Mapping[str, Sequence
     }
 
 
-def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a teacher, with the defaults of its kind for those that are not given."""
+def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
+    """Options of a teacher, with the defaults of its kind for those that are not given; `others` are kinds to name."""
     given = teacher.options or {}
     if unknown := sorted(set(given) - set(known)):
+        advice = f"name a `kind` that knows them, of {list(others)}" if others else "name another `kind`"
         raise ValueError(
             f"`options` of teacher '{teacher.name}' of kind '{kind}' must be among {sorted(known)}, got unknown "
-            f"{unknown}. Correct the names, or name another `kind`."
+            f"{unknown}. Correct the names, or {advice}."
         )
     return {**known, **given}
 

@@ -60,10 +60,25 @@ def find_source(teacher: Teacher, commit: str | None = None) -> tuple[TeacherSou
         source = TeacherSource(teacher, model_source)
         name = find_kind(model_source, teacher.model) if name == "auto" else name
     kind = _kind(name)
-    read_options(teacher, name, kind.options)
-    if teacher.label_texts is not None and not kind.reads_label_texts:
+    others = [] if _knows(kind, teacher) else _kinds_for(teacher)
+    read_options(teacher, name, kind.options, others)
+    if not _knows(kind, teacher):
+        advice = f"name a `kind` that does, of {others}" if others else "name another `kind`"
         raise ValueError(
             f"Teacher '{teacher.name}' must be of a kind that reads texts of labels to have `label_texts`, got "
-            f"kind '{name}'. Leave them out, or name the `kind`."
+            f"kind '{name}'. Leave them out, or {advice}."
         )
     return source, kind
+
+
+def _knows(kind: Kind, teacher: Teacher) -> bool:
+    """Tell whether a kind knows all that a teacher is told."""
+    return set(teacher.options or ()) <= set(kind.options) and (kind.reads_label_texts or teacher.label_texts is None)
+
+
+def _kinds_for(teacher: Teacher) -> list[str]:
+    """Kinds of models in files that know all that a teacher is told; they may be named instead of the one found."""
+    if not teacher.has_files:
+        return []
+    named = [name for name, what in TEACHER_KINDS.items() if what == "files" and name != "auto"]
+    return [name for name in named if _knows(_kind(name), teacher)]
