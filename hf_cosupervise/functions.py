@@ -84,9 +84,10 @@ def labeling_function(
             raise TypeError(f"`{key}` of a labeling function must be a text, got {value!r}. Put it in quotes.")
     name = name or str(getattr(function, "__name__", ""))
     if name in ("", "<lambda>"):
+        model = "" if name else " A model is no function of a row: name its folder or Hub id, or give a pipeline."
         raise ValueError(
             f"A labeling function must have a name, got a {type(function).__name__} without. Give it one: "
-            '`labeling_function(function, name="…")`.'
+            f'`labeling_function(function, name="…")`.{model}'
         )
     return LabelingFunction(function, name, _find_version(function, name, version), batched)
 

@@ -206,6 +206,11 @@ class Teacher:
         else:
             named = name_function(function)
             known = {"function": named, "model": named.name, "kind": "function", "revision": named.version}
+        if self.kind not in ("auto", known["kind"]):
+            raise ValueError(
+                f"`kind` of teacher '{self.name or known['model']}' must be '{known['kind']}' for the object that is "
+                f"its `model`, got {self.kind!r}. Leave it out."
+            )
         for key, value in known.items():
             object.__setattr__(self, key, value)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset
 
 from hf_cosupervise import PseudolabelPool, Teacher, TeacherHierarchy, build_pool, labeling_function
@@ -344,6 +345,12 @@ def test_what_is_no_labeling_function():
         ValueError, match="must have a name, got a function without. Give .*labeling_function.function, name="
     ):
         TeacherHierarchy(LABELS, [lambda row: "ham"])
+    with pytest.raises(ValueError, match="a Linear without. .*A model is no function of a row: name its folder"):
+        Teacher(torch.nn.Linear(1, 2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`kind` of teacher 'says_free' must be 'function' .*, got 'column'. Leave"):
+        Teacher(says_free, kind="column")
+    with pytest.raises(ValueError, match="got its name 'says' only. Pass it by `models="):
+        label_with(Teacher("says", kind="function"))
     with pytest.raises(TypeError, match="`labeling_function` must be given a function of a row, got '2'"):
         labeling_function("2")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`version` of a labeling function must be a text, got 2. Put it in quotes"):

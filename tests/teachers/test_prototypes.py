@@ -161,7 +161,7 @@ def test_minilm_tells_topics_apart(tmp_path, capsys):
         ({"options": {"examples": {"loud": ["x"], "quiet": []}}}, "an example of each .* got none of .'quiet'"),
         ({"options": {"examples": {"louder": ["x"]}}}, "must be of labels of the task .* got .'louder'"),
         ({"options": {"examples": ["x"]}}, "must be a list for each label"),
-        ({"options": {"examples": {"loud": "x", "quiet": "y"}}}, "must be a list for each label"),
+        ({"options": {"examples": {"loud": "x", "quiet": "y"}}}, "a list for each label, got ..'loud': 'x'"),
         ({"options": {"examples": {"loud": [3], "quiet": ["y"]}}}, "must be what its encoder reads, got for 'loud'"),
         ({"options": {"examples": EXAMPLES}, "label_texts": {"loud": "a", "quiet": "b"}}, "got more than one of them"),
         ({"options": {"temperature": 0}}, "`temperature` .* must be a positive number, got 0"),

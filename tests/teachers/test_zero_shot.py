@@ -478,6 +478,8 @@ def test_options_are_checked_before_anything_runs(nli):
     )
     with pytest.raises(ValueError, match=message):
         identify_teacher(Teacher(nli, options={"template": "{}"}))
+    with pytest.raises(ValueError, match="NLI. for labels of the task by `kind='zero_shot'`"):
+        load_teacher(Teacher(nli), LABELS, "cpu")
     with pytest.raises(ValueError, match=r"of \['prompted'\]"):
         identify_teacher(Teacher(nli, options={"template": "{{ text }}", "chat": True}))
 

@@ -214,7 +214,7 @@ def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequenc
     if unknown := sorted(set(teacher.label_map or {}) - set(own_labels)):
         raise ValueError(
             f"`label_map` of teacher '{teacher.name}' must start from its own labels {shorten(own_labels)}, got "
-            f"{shorten(unknown)}."
+            f"{shorten(unknown)}. Correct the names."
         )
     targets = find_targets(teacher, own_labels, labels)
     unmapped = [name for name, found in zip(own_labels, targets, strict=True) if found is None]
@@ -261,6 +261,8 @@ def _refuse_unmapped(teacher: Teacher, unmapped: Sequence[str], labels: Sequence
     advice = (
         "" if teacher.max_outside_mass is not None else " (None leaves one out), or allow them by `max_outside_mass`"
     )
+    if any(name.casefold().startswith("entail") for name in unmapped):
+        advice = ", or ask a model of inference (NLI) for labels of the task by `kind='zero_shot'`"
     raise ValueError(
         f"Labels of teacher '{teacher.name}' must be labels of the task {shorten(labels)}, got {shorten(unmapped)}. "
         f"Map them with `label_map`{advice}."

@@ -23,9 +23,10 @@ class FunctionTeacher:
     def __init__(self, source: TeacherSource, labels: Sequence[str]) -> None:
         teacher, function = source.teacher, source.teacher.function
         if not isinstance(function, LabelingFunction):
+            version = "" if teacher.revision is None else f" and version '{teacher.revision}'"
             raise ValueError(
                 f"Teacher '{source.name}' must be given its function, which no file and no pickle holds, got its name "
-                f"'{teacher.model}' and version '{teacher.revision}' only. Pass it by `models={{'{source.name}': …}}`."
+                f"'{teacher.model}'{version} only. Pass it by `models={{'{source.name}': …}}`."
             )
         self.function, self.labels, self.what = function, tuple(labels), f"Function '{teacher.model}'"
         self.teacher, self.places = teacher, dict[str, tuple[int, ...] | None]()

@@ -174,7 +174,9 @@ def _check_options(name: str, options: Mapping[str, Any]) -> tuple[float, str]:
             f"{_OPTIONS['temperature']}."
         )
     if pooling not in _POOLINGS:
-        raise ValueError(f"`pooling` of teacher '{name}' must be one of {list(_POOLINGS)}, got {pooling!r}.")
+        raise ValueError(
+            f"`pooling` of teacher '{name}' must be one of {list(_POOLINGS)}, got {pooling!r}. Choose one."
+        )
     return float(temperature), str(pooling)
 
 
@@ -198,8 +200,9 @@ def _find_examples(
         return dict(label_texts(teacher, labels))
     found = given[0]
     if not isinstance(found, Mapping) or not all(isinstance(some, list | tuple) for some in found.values()):
+        shown = dict(found) if isinstance(found, Mapping) else found
         raise ValueError(
-            f"Examples of teacher '{name}' must be a list for each label, got {shorten([found])}. Write "
+            f"Examples of teacher '{name}' must be a list for each label, got {shorten([shown])}. Write "
             "{label: [example, …]}."
         )
     if unknown := sorted(map(str, set(found) - set(labels))):

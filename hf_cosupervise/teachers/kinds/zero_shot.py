@@ -48,7 +48,8 @@ class _ZeroShotTeacher:
         options = read_options(teacher, "zero_shot", _OPTIONS)
         if not isinstance(options["correct_prior"], bool):
             raise ValueError(
-                f"`correct_prior` of teacher '{source.name}' must be true or false, got {options['correct_prior']!r}."
+                f"`correct_prior` of teacher '{source.name}' must be true or false, got {options['correct_prior']!r}. "
+                "Write one of them."
             )
         texts = label_texts(teacher, labels)
         if len(texts) < 2:
