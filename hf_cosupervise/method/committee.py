@@ -71,16 +71,13 @@ def measure_members(chunks: Iterable[torch.Tensor]) -> MemberStatistics:
 
 @torch.no_grad()
 def average_heads(
-    weights: torch.Tensor,
-    biases: torch.Tensor | None,
-    spreads: torch.Tensor,
-    member_weights: torch.Tensor | None = None,
+    weights: torch.Tensor, biases: torch.Tensor | None, spreads: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Average members as one linear head: its logits are the mean of theirs, standardised.
 
-    With W_k and b_k less their means over labels, s_k the spread of member k and w_k its weight, divided by the sum of
-    all, W = sum_k w_k W_k / s_k and the same for b: to take a row's mean off its logits is to take it off the head. No
-    member speaks louder than another because its logits are larger.
+    With W_k and b_k less their means over labels, and s_k the spread of member k, W = (1/m) sum_k W_k / s_k and the
+    same for b: to take a row's mean off its logits is to take it off the head. No member speaks louder than another
+    because its logits are larger.
 
     Args:
         weights (`torch.Tensor` of shape `(num_members, num_labels, feature_size)`):
@@ -89,14 +86,12 @@ def average_heads(
             Their biases, where heads have them.
         spreads (`torch.Tensor` of shape `(num_members,)`):
             What [`measure_members`] gives, above 0.
-        member_weights (`torch.Tensor` of shape `(num_members,)`, *optional*):
-            How much each counts, above 0; all the same by default.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: weight `(num_labels, feature_size)` and bias `(num_labels,)`.
 
     Raises:
-        ValueError: If the shapes do not fit, or a spread or a weight is not above 0.
+        ValueError: If the shapes do not fit, or a spread is not above 0.
 
     Source:
         Ours. Standardised logits lose less against the best member of each task than probabilities or raw logits.
@@ -107,28 +102,19 @@ def average_heads(
         >>> weight.flatten().tolist(), bias
         ([-1.0, 1.0], None)
     """
-    member_weights = torch.ones(len(spreads)) if member_weights is None else member_weights
-    fits = weights.ndim == 3 and len(weights) and spreads.shape == member_weights.shape == weights.shape[:1]
+    fits = weights.ndim == 3 and len(weights) and spreads.shape == weights.shape[:1]
     if not fits or biases is not None and biases.shape != weights.shape[:2]:
-        found = [
-            None if values is None else tuple(values.shape) for values in (weights, biases, spreads, member_weights)
-        ]
+        found = [None if values is None else tuple(values.shape) for values in (weights, biases, spreads)]
         raise ValueError(
-            "`weights` (num_members, num_labels, feature_size), `biases` (num_members, num_labels), `spreads` and "
-            f"`member_weights` (num_members,) are needed, got {found}. Give heads on the same features, for the same "
-            "labels."
-        )
-    if not bool(((member_weights > 0) & member_weights.isfinite()).all()):
-        raise ValueError(
-            f"`member_weights` must be finite and above 0, got {member_weights.tolist()}. Leave out who is not to "
-            "count."
+            "`weights` (num_members, num_labels, feature_size), `biases` (num_members, num_labels) and `spreads` "
+            f"(num_members,) are needed, got {found}. Give heads on the same features, for the same labels."
         )
     if not bool(((spreads > 0) & spreads.isfinite()).all()):
         raise ValueError(
             f"`spreads` must be finite and above 0, got {spreads.tolist()}. Leave out members that say the same of "
             "all labels, or whose training diverged."
         )
-    scales = member_weights.double() / (member_weights.double().sum() * spreads.double())
+    scales = 1 / (len(spreads) * spreads.double())
     weight = torch.einsum("mcf,m->cf", weights.double(), scales)
     weight = (weight - weight.mean(dim=0)).to(weights.dtype)
     if biases is None:
@@ -170,11 +156,7 @@ def collapsed_members(label_counts: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def committee_head(
-    weights: torch.Tensor,
-    biases: torch.Tensor | None,
-    features: torch.Tensor,
-    rows: torch.Tensor | None = None,
-    member_weights: torch.Tensor | None = None,
+    weights: torch.Tensor, biases: torch.Tensor | None, features: torch.Tensor, rows: torch.Tensor | None = None
 ) -> Committee:
     """Make one linear head of several members that were trained on the same features.
 
@@ -189,8 +171,6 @@ def committee_head(
             Inputs of the heads on the pool; may be mapped from disk.
         rows (`torch.LongTensor` of shape `(num_rows,)`, *optional*):
             Those that count; all by default.
-        member_weights (`torch.Tensor`, *optional*):
-            See [`average_heads`].
 
     Raises:
         ValueError: If the shapes do not fit, a logit is not finite, or a member says the same of all labels.
@@ -220,8 +200,7 @@ def committee_head(
     if len(own) == 1:
         return Committee(own[0], None if own_biases is None else own_biases[0], speaks, statistics)
     spreads = statistics.spreads[speaks]
-    own_weights = None if member_weights is None else member_weights.to(speaks.device)[speaks]
-    weight, bias = average_heads(own, own_biases, spreads, own_weights)
+    weight, bias = average_heads(own, own_biases, spreads)
     scale = float(spreads.log().mean().exp())  # spreads differ by factors, and one loud member must not set it
     return Committee(scale * weight, None if bias is None else scale * bias, speaks, statistics)
 

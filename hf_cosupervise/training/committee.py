@@ -45,8 +45,7 @@ class TrainedCommittee:
         heads, rows = [member.head for member in members], torch.from_numpy(np.flatnonzero(readable))
         weights = torch.stack([head.weight.detach() for head in heads])
         biases = None if heads[0].bias is None else torch.stack([head.bias.detach() for head in heads])
-        own_weights = torch.tensor([MEMBERS[member.name].weight for member in members])
-        self.committee: Committee = committee_head(weights, biases, features, rows, own_weights)
+        self.committee: Committee = committee_head(weights, biases, features, rows)
 
     @torch.no_grad()
     def put_into(self, head: nn.Linear) -> None:

@@ -25,12 +25,6 @@ class Member:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     aggregator: str | None = None
 
-    @property
-    def weight(self) -> float:
-        """`float`: How much it counts in a committee."""
-        # Members that go down the hierarchy make the same mistakes where no assignment can be found; averages are few.
-        return 1.0 if self.aggregator is None else 1.5
-
 
 # The names of what a committee can be made of; the default was found on the development tasks of recipes/README.md.
 MEMBERS: Mapping[str, Member] = {

@@ -71,18 +71,6 @@ def test_one_head_gives_the_mean_of_standardised_logits(features, heads, bias):
     np.testing.assert_allclose(found.numpy(), standardise_slowly(logits), rtol=0, atol=1e-6)
 
 
-def test_a_member_counts_by_its_weight(features, heads):
-    """Twice the weight is to be there twice."""
-    weights, biases = heads
-    spreads, _ = measure_members([logits_of(features, *heads)])
-    twice = torch.tensor([0, 1, 1, 2])
-    found = average_heads(weights, biases, spreads, torch.tensor([0.5, 1.0, 0.5]))
-    for one, other in zip(found, average_heads(weights[twice], biases[twice], spreads[twice])):
-        torch.testing.assert_close(one, other)
-    with pytest.raises(ValueError, match=r"`member_weights` must be finite and above 0, got \[0.0, 1.0, 1.0\]"):
-        average_heads(weights, biases, spreads, torch.tensor([0.0, 1.0, 1.0]))
-
-
 @pytest.mark.parametrize("size", [1, 7, 50])
 def test_chunks_and_their_order_change_nothing(features, heads, size):
     logits = logits_of(features, *heads)
