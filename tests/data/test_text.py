@@ -132,7 +132,8 @@ def test_the_mean_over_tokens_is_a_control(tiny_bert, tmp_path):
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
     argv = ["--config", str(tmp_path / "plan.yaml")]
     assert compare.main(argv) == 0
-    assert "A control: the head reads the mean over a text's tokens." in (tmp_path / "out" / "table.md").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "A control: the head reads the mean over a text's tokens, as by `--pooling mean`" in table
 
     plan = plan_module.parse_plan(argv)
     methods = plan_module.methods_of(plan.tasks[0], plan.methods)
