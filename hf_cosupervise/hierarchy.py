@@ -119,6 +119,24 @@ class Teacher:
     def __post_init__(self) -> None:
         if callable(self.model):
             self._take_function(self.model)
+        self._settle_name()
+        self._settle_place()
+        # Tuples and read-only copies, since the record is hashed, and whoever has passed a list could change it.
+        for key in _TUPLE_FIELDS:
+            object.__setattr__(self, key, self._as_names(key))
+        self._freeze_label_map()
+        if self.label_texts is not None:
+            object.__setattr__(self, "label_texts", _freeze_texts(self.label_texts, self.name))
+        if not isinstance(self.options, Mapping | None):
+            raise TypeError(
+                f"`options` of teacher '{self.name}' must be a mapping of settings of its kind, got "
+                f"{type(self.options).__name__}. Write `name: value` for each."
+            )
+        if self.options is not None:
+            object.__setattr__(self, "options", _freeze(self.options, f"`options` of teacher '{self.name}'"))
+
+    def _settle_name(self) -> None:
+        """See that the files and the name can be meant, and name a teacher that has no name."""
         if isinstance(self.model, os.PathLike):
             # A frozen dataclass can be completed in no other way. With slashes, since this is written to files that
             # others read.
@@ -146,6 +164,9 @@ class Teacher:
             raise ValueError(
                 "A teacher's `name` must not be 'inputs', which is the pool's own. Give it another `name`."
             )
+
+    def _settle_place(self) -> None:
+        """See that kind, level and revision can be meant."""
         if self.kind not in TEACHER_KINDS:
             raise ValueError(
                 f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}. Leave it "
@@ -165,9 +186,9 @@ class Teacher:
                 f"`revision` of teacher '{self.name}' must be a branch, tag or commit, got {self.revision!r}. Put it "
                 "in quotes, or leave it out."
             )
-        # Tuples, since the record is hashed, and a list could be changed by whoever has passed it.
-        for key in _TUPLE_FIELDS:
-            object.__setattr__(self, key, self._as_names(key))
+
+    def _freeze_label_map(self) -> None:
+        """See where the teacher's labels lead, and what becomes of those that lead nowhere."""
         if not isinstance(self.label_map, Mapping | None):
             raise TypeError(
                 f"`label_map` of teacher '{self.name}' must map its label names to the task's, got "
@@ -186,15 +207,6 @@ class Teacher:
                     "0.5 to have no answer where labels outside the task are the more probable ones."
                 )
             object.__setattr__(self, "max_outside_mass", float(limit))
-        if self.label_texts is not None:
-            object.__setattr__(self, "label_texts", _freeze_texts(self.label_texts, self.name))
-        if not isinstance(self.options, Mapping | None):
-            raise TypeError(
-                f"`options` of teacher '{self.name}' must be a mapping of settings of its kind, got "
-                f"{type(self.options).__name__}. Write `name: value` for each."
-            )
-        if self.options is not None:
-            object.__setattr__(self, "options", _freeze(self.options, f"`options` of teacher '{self.name}'"))
 
     def _take_function(self, function: Callable[..., Any]) -> None:
         """Take what is called apart into a name and a version, by which it is known wherever it cannot be."""

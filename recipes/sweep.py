@@ -64,7 +64,7 @@ from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelP
 KINDS, TRAININGS = ("image", "text", "timm"), ("probe", "lora", "full")
 WORKS, REFUSED, WRONG, NOT_MADE = "works", "refused", "wrong", "not made"
 LABELS = ("ant", "bee", "cat")
-_TOLERANCE, _SECONDS, _NUM_ROWS = 1e-5, 600, 8
+_TOLERANCE, _SECONDS, _NUM_ROWS, _LONGEST = 1e-5, 600, 8, 400
 _WORDS = ("the", "animal", "has", "six", "legs", "hums", "stings", "purrs", "often", "sleeps", "at", "night")
 _SPECIALS = ("<pad>", "<s>", "</s>", "<unk>", "<mask>")
 
@@ -330,7 +330,7 @@ def try_training(case: Case, source: Path, training: str, work: Path) -> tuple[s
     except Exception as error:  # whatever it is, it is what the table is about
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         is_told = isinstance(error, ValueError | TypeError | ImportError) and Path(last).is_relative_to(_PACKAGE)
-        said = " ".join(str(error).replace(str(source), case.name).split())
+        said = shortened(str(error).replace(str(source), case.name))
         if is_told and not started:
             return REFUSED, said
         return WRONG, f"{type(error).__name__}: {said}"
@@ -339,6 +339,12 @@ def try_training(case: Case, source: Path, training: str, work: Path) -> tuple[s
     if not difference <= (10 if training == "lora" else 1) * _TOLERANCE:
         return WRONG, f"logits that differ by {difference:.1g}"
     return WORKS, "" if bool(torch.isfinite(expected).all()) else "logits that are no numbers"
+
+
+def shortened(said: str) -> str:
+    """Give one line of what was said; some errors list all tensors."""
+    line = " ".join(said.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"
 
 
 def trained_logits(trainer: CoSupervisedTrainer, inputs: Dataset) -> torch.Tensor:
@@ -388,9 +394,7 @@ def run_case(case: Case, trainings: Sequence[str] = TRAININGS) -> None:
             with within(_SECONDS):
                 case.save(folder / "model")
         except Exception as error:
-            case.results = dict.fromkeys(
-                trainings, (NOT_MADE, f"{type(error).__name__}: {' '.join(str(error).split())}")
-            )
+            case.results = dict.fromkeys(trainings, (NOT_MADE, f"{type(error).__name__}: {shortened(str(error))}"))
             return
         for training in trainings:
             try:

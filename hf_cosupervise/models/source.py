@@ -71,6 +71,11 @@ class ModelSource:
         return sorted(path for pattern in _WEIGHT_PATTERNS for path in self.folder.glob(pattern))
 
     @property
+    def num_bytes(self) -> int:
+        """`int`: Size of its weights on this machine."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """`dict[str, Any]`: What tells these weights from others: the commit, or a hash of a folder's files."""
         base = {} if self.base is None else {f"base_{key}": value for key, value in self.base.identity.items()}

@@ -194,19 +194,31 @@ def race_kind(bench: Bench, name: str, data: Dataset, teacher: Teacher, plainly:
         "bare": plainly,
     }
     bench.race({"bare": plainly}, 0)  # warms the kernels up
-    seconds = []
+
+    def share_alike(results: dict[str, Any]) -> float:
+        return float(np.mean(results["ours"].hard_labels("t") == results["bare"].argmax(axis=1)))
+
+    return race_to_label(bench, f"{len(data)} rows, a teacher of kind {name}", contestants, share_alike, len(data))
+
+
+def race_to_label(
+    bench: Bench,
+    what: str,
+    contestants: dict[str, Callable[[], Any]],
+    share_alike: Callable[[dict[str, Any]], float],
+    num_answers: int,
+) -> Row:
+    """Let `ours` and the `bare` loop label the same, in turns."""
+    seconds, results = [], dict[str, Any]()
     for repeat in range(bench.args.repeats):
         took, results = bench.race(contestants, repeat)
         seconds.append(took)
-    same = np.mean(results["ours"].hard_labels("t") == results["bare"].argmax(axis=1))
+    ours = column(seconds, "ours")
     return Row(
-        f"{len(data)} rows, a teacher of kind {name}",
-        column(seconds, "ours"),
+        what,
+        ours,
         column(seconds, "bare"),
         target=Target(low=0.95),
-        note="the model loaded before; ours writes the pool, the bare loop keeps its answers in memory",
-        numbers={
-            "same_labels": float(same),
-            "ours_rows_per_s": len(data) / statistics.median(column(seconds, "ours")),
-        },
+        note="models loaded before; ours writes the pool, the bare loop keeps its answers in memory",
+        numbers={"same_labels": share_alike(results), "ours_rows_per_s": num_answers / statistics.median(ours)},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from benchmarks.kinds import measure_kinds
-from benchmarks.task import IMAGE_SIZE, Bench, Row, Target, column
+from benchmarks.kinds import measure_kinds, race_to_label
+from benchmarks.task import IMAGE_SIZE, Bench, Row
 from hf_cosupervise import Teacher, TeacherHierarchy, build_pool
 from hf_cosupervise.teachers.kinds.loading import load_teacher
 
@@ -108,25 +107,10 @@ def race_labelling(
         "bare": lambda: [label_plainly(encoded, *loop, bench.device) for loop in loops],
     }
     bench.race({"bare": lambda: label_plainly(encoded[:64], *loops[0], bench.device)}, 0)  # warms the kernels up
-    seconds = []
-    for repeat in range(bench.args.repeats):
-        took, results = bench.race(contestants, repeat)
-        seconds.append(took)
-    same = np.mean(
-        [
-            results["ours"].hard_labels(teacher.name) == probs.argmax(axis=1)
-            for teacher, probs in zip(teachers, results["bare"])
-        ]
-    )
-    num_labels_given = len(images) * len(folders)
-    return Row(
-        f"{len(images)} images of {IMAGE_SIZE} x {IMAGE_SIZE}, ResNet-18, {len(folders)} teacher(s)",
-        column(seconds, "ours"),
-        column(seconds, "bare"),
-        target=Target(low=0.95),
-        note="models loaded before; ours writes the pool, the bare loop keeps its answers in memory",
-        numbers={
-            "same_labels": float(same),
-            "ours_rows_per_s": num_labels_given / statistics.median(column(seconds, "ours")),
-        },
-    )
+
+    def share_alike(results: dict[str, Any]) -> float:
+        pairs = zip(teachers, results["bare"])
+        return float(np.mean([results["ours"].hard_labels(t.name) == probs.argmax(axis=1) for t, probs in pairs]))
+
+    what = f"{len(images)} images of {IMAGE_SIZE} x {IMAGE_SIZE}, ResNet-18, {len(folders)} teacher(s)"
+    return race_to_label(bench, what, contestants, share_alike, len(images) * len(folders))

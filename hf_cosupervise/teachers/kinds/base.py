@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
@@ -75,7 +76,7 @@ class Kind:
     load: Callable[[TeacherSource, Sequence[str], torch.device], TeacherModel]
     identify: Callable[[TeacherSource], tuple[dict[str, Any], int]] = lambda source: (
         source.model_source.identity,
-        sum(path.stat().st_size for path in source.model_source.weight_files),
+        source.model_source.num_bytes,
     )
     recognizes: Callable[[ModelSource, str], bool] = lambda source, model: False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -192,6 +193,12 @@ def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any], others: 
             f"{unknown}. Correct the names, or {advice}."
         )
     return {**known, **given}
+
+
+def fold_answer(answer: str, blanks: str) -> str:
+    """Fold the case of an answer, and make single blanks of what is blank or of these categories of Unicode."""
+    kept = "".join(" " if unicodedata.category(letter)[0] in blanks else letter for letter in answer.casefold())
+    return " ".join(kept.split())
 
 
 # ── labels ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -380,6 +387,13 @@ def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Modu
 def whole_precision(device: torch.device) -> torch.autocast:
     """Leave mixed precision where small differences of large logits are what counts."""
     return torch.autocast(device.type, enabled=False)
+
+
+def directions(output: Any) -> torch.Tensor:
+    """Features of length 1, `(num_rows, size)` float32."""
+    # transformers 5 gives them as the pooled output, earlier versions as they are.
+    features = (output if isinstance(output, torch.Tensor) else output.pooler_output).flatten(1).float()
+    return features / features.norm(dim=-1, keepdim=True)
 
 
 def fingerprint(facts: Any) -> str:

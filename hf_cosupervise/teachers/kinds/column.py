@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -15,7 +14,7 @@ from ...data.columns import as_label_id, shorten
 from ...data.inputs import RowError
 from ...hierarchy import Teacher
 from ...method.metrics import SUM_TOLERANCE
-from .base import Kind, find_targets, leave_out
+from .base import Kind, find_targets, fold_answer, leave_out
 
 _NUMBER = re.compile(r"([+-]?\d{1,18})(\.0*)?")
 _NO_LABEL = (-1, -100)  # of labelling functions, and of what a loss of torch ignores
@@ -166,9 +165,8 @@ def _alike(exact: Mapping[str, tuple[int, ...]], fold: Callable[[str], str]) -> 
 
 
 def _words(text: str) -> str:
-    """Fold the case of a text, and make single blanks of all that is punctuation or blank."""
-    kept = [" " if unicodedata.category(letter)[0] in "PZC" else letter for letter in text.casefold()]
-    return " ".join("".join(kept).split())
+    """Leave the words of an answer; a sign such as `+` may be a part of one."""
+    return fold_answer(text, "PZC")
 
 
 KIND = Kind(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +27,7 @@ from .base import (
     TeacherSource,
     add_up,
     fingerprint,
+    fold_answer,
     for_inference,
     label_positions,
     label_texts,
@@ -334,9 +334,8 @@ def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tup
 
 
 def fold(answer: str) -> str:
-    """An answer without case, punctuation and spaces that mean nothing."""
-    kept = "".join(" " if unicodedata.category(letter)[0] in "PS" else letter for letter in answer.casefold())
-    return " ".join(kept.split())
+    """Leave the words of an answer, without the signs by which a model may set them off."""
+    return fold_answer(answer, "PS")
 
 
 def _fold_all(texts: Mapping[str, Sequence[str]], name: str) -> dict[str, str]:
@@ -428,7 +427,7 @@ KIND = Kind(
     load=PromptedTeacher,
     identify=lambda source: (
         source.model_source.identity | _tokenizer_identity(source.model_source),
-        sum(path.stat().st_size for path in source.model_source.weight_files),
+        source.model_source.num_bytes,
     ),
     options=OPTIONS,
     reads_label_texts=True,

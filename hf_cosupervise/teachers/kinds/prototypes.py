@@ -15,6 +15,7 @@ from ...data.columns import shorten
 from ...data.inputs import InputProcessor, RowError, to_pil
 from ...hierarchy import Teacher
 from ...models.classifier import load_processor, load_whole, read_config
+from ...models.pooling import pool_tokens
 from .base import (
     Kind,
     Preparation,
@@ -22,6 +23,7 @@ from .base import (
     TeacherSource,
     add_up,
     default_device,
+    directions,
     for_inference,
     label_positions,
     label_texts,
@@ -139,12 +141,8 @@ class PrototypeTeacher:
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
         with torch.inference_mode():
             if self.is_image and hasattr(self.model, "get_image_features"):
-                output = self.model.get_image_features(**on_device)
-                features = output if isinstance(output, torch.Tensor) else output.pooler_output
-            else:
-                features = self._pool(self.model(**on_device), on_device.get("attention_mask"))
-            features = features.flatten(1).float()
-            return features / features.norm(dim=-1, keepdim=True)
+                return directions(self.model.get_image_features(**on_device))
+            return directions(self._pool(self.model(**on_device), on_device.get("attention_mask")))
 
     def _pool(self, output: Any, mask: torch.Tensor | None) -> torch.Tensor:
         hidden: torch.Tensor = output.last_hidden_state
@@ -158,12 +156,7 @@ class PrototypeTeacher:
             return pooled
         if hidden.ndim == 4:  # of a convolutional network: channels come first
             return hidden.mean(dim=(2, 3))
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        if mask is None:
-            return hidden.mean(dim=1)
-        weights = mask[:, : hidden.shape[1], None].to(hidden.dtype)
-        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        return pool_tokens(hidden, None if mask is None else mask[:, : hidden.shape[1]], self.pooling)
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> tuple[float, str]:

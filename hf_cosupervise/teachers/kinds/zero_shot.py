@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .base import (
     Preparation,
     TeacherSource,
     add_up,
+    directions,
     fill_templates,
     fingerprint,
     for_inference,
@@ -35,7 +37,7 @@ _NLI_TEMPLATE, _IMAGE_TEMPLATE = "This example is {}.", "This is a photo of {}."
 _TOLD = "an NLI classifier of texts, or a model of images and texts such as CLIP or SigLIP"
 
 
-class _ZeroShotTeacher:
+class _ZeroShotTeacher(ABC):
     """What both families share: texts of labels, and answers over them corrected for an empty input."""
 
     column: str | None = None
@@ -73,8 +75,9 @@ class _ZeroShotTeacher:
         if self.options["correct_prior"]:
             self.prior = self._logits(self.prepare([empty]))
 
+    @abstractmethod
     def _logits(self, inputs: Any) -> torch.Tensor:
-        raise NotImplementedError
+        """Give a logit for each label that it knows, `(num_rows, num_own_labels)`."""
 
     def __call__(self, inputs: Any) -> np.ndarray:
         logits = self._logits(inputs)
@@ -211,26 +214,19 @@ class DualTeacher(_ZeroShotTeacher):
                 self.model.get_text_features(**{key: batch[key][start : start + 64].to(self.device) for key in known})
                 for start in range(0, len(sentences), 64)
             ]
-            features = self.means @ torch.cat([_directions(part) for part in parts])
+            features = self.means @ torch.cat([directions(part) for part in parts])
         return features / features.norm(dim=-1, keepdim=True)
 
     def _logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.inference_mode():
             on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
-            features = _directions(self.model.get_image_features(**on_device))
+            features = directions(self.model.get_image_features(**on_device))
             # SigLIP's bias is the same for every label, and softmax forgets it.
             with whole_precision(self.device):
                 return features @ self.text_features.T * self.model.logit_scale.float().exp()
 
 
 _DUAL_PARTS = ("get_text_features", "get_image_features", "logit_scale")
-
-
-def _directions(output: Any) -> torch.Tensor:
-    """Features of length 1, `(num_rows, size)` float32."""
-    # transformers 5 gives them as the pooled output, earlier versions as they are.
-    features = (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
-    return features / features.norm(dim=-1, keepdim=True)
 
 
 def _is_dual(source: ModelSource) -> bool:
