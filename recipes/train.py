@@ -46,8 +46,11 @@ from hf_cosupervise.evaluation.overview import Overview, format_overview, label_
 from hf_cosupervise.evaluation.plots import plot_overview
 from hf_cosupervise.evaluation.report import add_pgr, format_methods, merge_reports, save_report, say_metric
 from hf_cosupervise.hub.cards import model_card, write_card
+from hf_cosupervise.models.source import find_model
 from hf_cosupervise.processes import join_processes
+from hf_cosupervise.students.pooling import default_pooling
 from hf_cosupervise.students.publishing import STORY_FILES, push_student
+from hf_cosupervise.students.vectors import VECTOR_STUDENTS
 from hf_cosupervise.teachers.kinds.loading import identify_teacher
 from hf_cosupervise.teachers.naming import hierarchy_from_names
 from hf_cosupervise.training.members import DECIDED_BY_MEMBERS
@@ -285,6 +288,11 @@ def train_on_own(run: tuple[Any, ...]) -> None:
     if student_args.student is None:
         raise ValueError("A student is needed, got none. Give a folder or Hub id by `--student`.")
     task = open_task(data_args, teacher_args, recipe_args.methods)
+    # On sentences, the mean of the tokens tells a frozen encoder's head more than the pooler does, which was trained
+    # for another task or for none.
+    if config.student_training == "probe" and config.pooling is None and student_args.student not in VECTOR_STUDENTS:
+        source = find_model(student_args.student, what="The student", revision=config.student_revision)
+        config.pooling = default_pooling(source.config.get("model_type"))
     if any(teacher.model == student_args.student for teacher in task.hierarchy.teachers):
         say(f"The student '{student_args.student}' is one of the teachers: it begins with a fresh head all the same.")
     if recipe_args.dry_run:

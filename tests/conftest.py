@@ -30,6 +30,7 @@ atexit.register(lambda: os.getpid() == _OWNER and shutil.rmtree(HF_HOME, ignore_
 # Models of a few thousand weights gain nothing by threads, and a process forked from one with OpenMP threads hangs.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import json
 import time
 import types
@@ -44,6 +45,11 @@ from PIL import Image as PILImage
 
 TINY_LABELS = ("ant", "bee", "cat", "dog")
 _WORDS = ("six", "legs", "hums", "stings", "purrs", "sleeps", "barks", "fetches", "the", "animal", "often")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what lives as long as the session out of every collection: each training begins with a full one."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -377,21 +377,21 @@ def test_a_process_that_dies_ends_the_launch_and_a_later_one_goes_on(
 
 def test_the_recipe_in_two_processes_makes_one_report_one_model_and_one_card(tmp_path):
     """PGR within 10 points of one process: pre-training and teachers are the same, and steps have equal examples."""
-    settings = yaml.safe_load((ROOT / "recipes" / "configs" / "digits.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load((ROOT / "recipes" / "configs" / "digits_trees.yaml").read_text(encoding="utf-8"))
     settings["pretrain_kwargs"]["steps"] = 60
-    settings["num_train_epochs"] = 10
+    settings |= {"num_train_epochs": 10, "seeds": "0", "methods": ["csl", "ceiling"]}
     reports = []
     for number in (1, 2):
         folder = tmp_path / str(number)
         folder.mkdir()
         settings["per_device_train_batch_size"] = 8 // number
-        (folder / "digits.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        (folder / "trees.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
         command = [sys.executable]
         if number > 1:
             command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(number)]
             command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         done = subprocess.run(
-            [*command, str(ROOT / "recipes" / "train.py"), "--config", "digits.yaml"],
+            [*command, str(ROOT / "recipes" / "train.py"), "--config", "trees.yaml"],
             cwd=folder,
             text=True,
             capture_output=True,
@@ -400,7 +400,7 @@ def test_the_recipe_in_two_processes_makes_one_report_one_model_and_one_card(tmp
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("Student, report.json, figures and model card") == 1
-        output = folder / "outputs" / "digits"
+        output = folder / "outputs" / "digits_trees"
         assert [len(list(output.glob(name))) for name in ("report.json", "*.safetensors", "README.md")] == [1, 1, 1]
         assert json.loads((output / "history.json").read_text())["run"]["num_processes"] == number
         reports.append(json.loads((output / "report.json").read_text()))

@@ -94,6 +94,11 @@ def choose_pooling(config: Any, pooling: str, what: str) -> Any:
     return type(tokens.__name__, (_PooledForward, tokens), names)
 
 
+def default_pooling(model_type: str | None) -> str | None:
+    """What a head on a frozen encoder reads best, where an ordinary classifier of its type can say it."""
+    return "mean" if model_type in _EVEN else None
+
+
 def exported_pooling(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Tell what users of an exported student must know: how to pool its answers, whether float16 is too narrow."""
     path = Path(folder, "config.json")

@@ -112,6 +112,7 @@ def test_a_table_of_texts_with_two_columns_and_a_model(run, votes, tiny_bert, ti
     call = ["--dataset", votes, "--teachers", "rater 1", "rater_2", tiny_bert, "--student", tiny_bert]
     said = run(*call, "--output_dir", "out")
     assert "Dropped the columns ['label'] of" in said
+    assert json.loads(Path("out/config.json").read_text())["classifier_pooling"] == "mean"  # what a head reads best
     labels = Dataset.from_parquet("out/labels.parquet")
     texts = list(tiny_text_dataset["text"])
     found = pipeline("text-classification", model="out")(texts[:4])
