@@ -22,6 +22,7 @@ _EXPORTS = {
     "students.loading": ["load_student"],
     "students.vectors": ["VectorClassifier", "VectorClassifierConfig"],
     "training.trainer": ["CoSupervisedTrainer"],
+    "training.answers": ["co_supervise_answers", "score_answers"],
     "method.metrics": ["performance_gap_recovered"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -41,6 +42,7 @@ __all__ = [
     "boosted_pool",
     "build_pool",
     "calibrated_pool",
+    "co_supervise_answers",
     "hierarchy_from_columns",
     "labeling_function",
     "load_hierarchy",
@@ -51,6 +53,7 @@ __all__ = [
     "prototype_teacher",
     "push_hierarchy",
     "read_wrench",
+    "score_answers",
     "smoothed_pool",
 ]
 
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from .teachers.hub import load_hierarchy, push_hierarchy
     from .teachers.kinds.prototypes import prototype_teacher
     from .teachers.labeling import build_pool
+    from .training.answers import co_supervise_answers, score_answers
     from .training.collator import DataCollatorForCoSupervision
     from .training.config import CoSupervisedConfig
     from .training.trainer import CoSupervisedTrainer

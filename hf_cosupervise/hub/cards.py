@@ -24,6 +24,7 @@ PIPELINE_TAGS = {
     "image": "image-classification",
     "text": "text-classification",
     "vector": "tabular-classification",
+    "language": "text-generation",
 }
 _AUTO_CLASSES = {
     "image": ("processor", "AutoImageProcessor", "AutoModelForImageClassification"),
@@ -56,6 +57,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     body = {
         "name": _escape(name),
         "modality": facts.get("modality"),
+        "is_language": facts.get("is_language"),
         "num_labels": len(facts.get("labels", [])),
         "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
         "student_training": _escape(facts.get("student_training", "")),
@@ -270,6 +272,9 @@ def _usage(facts: Mapping[str, Any]) -> str:
         return _pooled_usage(facts, repo_id or ".")
     if facts.get("needs_range"):
         load = f"# In float32 or bfloat16: a mean over tokens is computed with numbers that float16 has not.\n{load}"
+    if facts["modality"] == "language":
+        load = load.replace("classifier", "writer", 1)
+        return f'from transformers import pipeline\n\n{load}\nprint(writer("A prompt.", return_full_text=False))'
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]

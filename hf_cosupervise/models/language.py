@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -58,6 +60,24 @@ def make_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
     model.generation_config = GenerationConfig(**known, do_sample=False, num_beams=1)
 
 
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text, and nothing of what it puts behind it, such as its end."""
+    plain, marked = (tokenizer("a", add_special_tokens=flag, verbose=False)["input_ids"] for flag in (False, True))
+    starts = range(len(marked) - len(plain) + 1)
+    return marked[: next((start for start in starts if marked[start : start + len(plain)] == plain), 0)]
+
+
+def pad_tokens(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens as one tensor, and a mask of what is no padding."""
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for place, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[place, where], mask[place, where] = row, 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
 def score_words(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, words: torch.Tensor, words_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -83,7 +103,7 @@ def score_continuations(
     owners: torch.Tensor,
     num_at_once: int | None = None,
 ) -> torch.Tensor:
-    """Log-probabilities of the tokens of what follows prompts, float32 `(num_continuations, num_tokens)`, 0 at padding.
+    """Log-probabilities of the tokens of what follows prompts, float32 `(num_continuations, num_tokens)`, padding 0.
 
     `tokens` and its mask are padded on the right, and `owners` says whose prompt each continues. Prompts are padded on
     the left, but those of an encoder on the right. A prompt is read once, and its keys and values serve all of its

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ...data.columns import shorten
 from ...data.inputs import InputProcessor, RowError, check_text
 from ...models.classifier import load_processor
-from ...models.language import load_language_model, make_greedy, score_words
+from ...models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_words
 from ...models.source import ModelSource, explained, first_line
 from .base import (
     Kind,
@@ -209,10 +209,12 @@ class Prompter:
         if empty := [cell for cell, (prompt, _) in zip(cells, rows, strict=True) if not prompt]:
             raise RowError(f"A prompt must have at least one token, got none for {empty[0]!r}")
         # Prompts of causal models end where their words begin.
-        inputs = _pad([prompt for prompt, _ in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
+        inputs = pad_tokens([prompt for prompt, _ in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
         batch = {"input_ids": inputs[0], "attention_mask": inputs[1]}
         if self.words:
-            words, mask = _pad([word for _, words in rows for word in words], self.tokenizer.pad_token_id, left=False)
+            words, mask = pad_tokens(
+                [word for _, words in rows for word in words], self.tokenizer.pad_token_id, left=False
+            )
             shape = (len(rows), len(self.words), -1)
             batch |= {"words": words.view(shape), "words_mask": mask.view(shape)}
         return batch
@@ -234,7 +236,7 @@ class Prompter:
         if self.is_seq2seq:
             words = self._tokenize(self.words, add_special_tokens=False)
             return [(prompt, words) for prompt in self._tokenize(prompts, add_special_tokens=True)]
-        before = [] if self.options["chat"] else self._leading_tokens()
+        before = [] if self.options["chat"] else leading_tokens(self.tokenizer)
         pairs = [self._border(prompt) for prompt in prompts]
         stems = self._tokenize([stem for stem, _ in pairs], add_special_tokens=False)
         if not self.words:
@@ -285,12 +287,6 @@ class Prompter:
         tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
         return tokens
 
-    def _leading_tokens(self) -> list[int]:
-        """What a tokenizer puts before a text, and nothing of what it puts behind it, such as its end."""
-        plain, marked = (self._tokenize(["a"], add_special_tokens=flag)[0] for flag in (False, True))
-        starts = range(len(marked) - len(plain) + 1)
-        return marked[: next((start for start in starts if marked[start : start + len(plain)] == plain), 0)]
-
     def _border(self, prompt: str) -> tuple[str, str]:
         """The prompt without spaces at its end, and what stands between it and a word: tokens begin with the space."""
         stem = prompt.rstrip(" ")
@@ -320,17 +316,6 @@ class Prompter:
             else:
                 exceeds = middle
         return best
-
-
-def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of tokens as one tensor, and a mask of what is no padding."""
-    width = max(map(len, rows))
-    tokens = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for place, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[place, where], mask[place, where] = row, 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 def fold(answer: str) -> str:
