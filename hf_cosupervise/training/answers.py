@@ -165,7 +165,7 @@ class _Reader:
     def _does_not_fit(self, name: str, row: int, length: int) -> ValueError:
         return ValueError(
             f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student reads, got "
-            f"{length} of '{name}' for id {self.pool.ids[row]!r}. Shorten it, or set `too_long` to 'skip' or 'cut'."
+            f"{length} of '{name}' for id {self.pool.ids[row : row + 1].tolist()[0]!r}. Shorten it, or set `too_long` to 'skip' or 'cut'."
         )
 
     def _tell(self, counts: Mapping[str, int]) -> None:
@@ -436,6 +436,7 @@ class _Levels:
                 folder = self.folder.stage_dir(level, 0, is_last=True)
                 stage = self.folder.load_stage(folder) if resume and len(plans) == level else None
                 if stage is not None:
+                    self._forget_checkpoints(folder)
                     self.writer.put_back(stage.student)
                     self.history.records.append(stage.record)
                     plans.append(stage.plan)
@@ -494,6 +495,10 @@ class _Levels:
         with explain_full_disk(self.folder.path, GO_ON):
             self.folder.save_stage(folder, Stage(plan, self.writer.tensors(), [], record, {}))
             write_text(self.history.path, self.history.to_json())
+        self._forget_checkpoints(folder)
+
+    def _forget_checkpoints(self, folder: Path) -> None:
+        if self.processes.rank == 0:  # of a level that is kept, they only take room
             self.folder.forget(folder.glob("checkpoint-*"))
 
     def _card_facts(self) -> dict[str, Any]:
@@ -508,6 +513,7 @@ class _Levels:
             for record in self.history.records
         ]
         return made_of(self.history.run, self.pool) | {
+            "labels": [],
             "modality": None if self.writer.is_seq2seq else "language",
             "is_language": True,
             "library_name": "transformers",
@@ -617,7 +623,8 @@ class _Levels:
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         # Half precision leaves its mark on `forward`, and the next question is asked without it.
         self.writer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-        numbers = {"num_steps": output.global_step, "train_loss": output.training_loss}
+        losses = self.processes.gather(torch.tensor(output.training_loss))  # each has seen examples of its own
+        numbers = {"num_steps": output.global_step, "train_loss": float(losses.mean())}
         numbers["train_runtime"] = output.metrics.get("train_runtime")
         return {"level": plan.level, "round": plan.round, **plan.metrics, **numbers}
 

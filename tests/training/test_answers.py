@@ -6,8 +6,6 @@ import copy
 import json
 import os
 import random
-import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,7 +82,9 @@ def make_pool(num: int = 24, levels: tuple[int, ...] = (0, 1, 1), seed: int = 0,
         texts[1] = rows[1] if place != 1 else None  # equal answers are scored once
         counts = [0 if text is None else len(text) + 1 for text in texts]
         sums = [np.nan if text is None else -rng.random() * len(text) for text in texts]
-        data[name] = Dataset.from_dict({"id": list(range(num)), "answer": texts, "log_prob": sums, "num_tokens": counts})
+        data[name] = Dataset.from_dict(
+            {"id": list(range(num)), "answer": texts, "log_prob": sums, "num_tokens": counts}
+        )
     prompts: list[Any] = [[{"role": "user", "content": row}] for row in rows] if chat else rows
     inputs = Dataset.from_dict({"id": list(range(num)), "prompt": prompts})
     return AnswerPool(TeacherHierarchy(("x", "y"), teachers), data, inputs, input_column="prompt")
@@ -148,12 +148,16 @@ def test_a_prompt_and_equal_answers_are_read_once(monkeypatch: pytest.MonkeyPatc
     model, tokenizer, pool = make_model(), make_tokenizer(), make_pool()
     seen = []
     own = module.Writer.score
-    monkeypatch.setattr(module.Writer, "score", lambda self, items, *args: (seen.extend(items), own(self, items, *args))[1])
+    monkeypatch.setattr(
+        module.Writer, "score", lambda self, items, *args: (seen.extend(items), own(self, items, *args))[1]
+    )
 
     score_answers(model, pool, tokenizer=tokenizer)
 
     texts = [pool.texts(name) for name in pool.hierarchy.names]
-    pairs = {(prompt, text) for row in texts for prompt, text in zip(pool.prompts(), row, strict=True) if text is not None}
+    pairs = {
+        (prompt, text) for row in texts for prompt, text in zip(pool.prompts(), row, strict=True) if text is not None
+    }
     assert len(seen) == len(set(pool.prompts())) < len(pool)
     assert sum(len(following) for _, following in seen) == len(pairs)
 
@@ -217,7 +221,9 @@ def test_each_level_learns_what_the_student_before_chose(tmp_path: Path) -> None
         tokenizer = make_tokenizer()
         data = dataset.map(
             lambda row: {
-                "input_ids": tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"][1:] + [2],
+                "input_ids": tokenizer(row["prompt"])["input_ids"]
+                + tokenizer(row["completion"])["input_ids"][1:]
+                + [2],
                 "labels": [-100] * (len(row["prompt"]) + 1) + tokenizer(row["completion"])["input_ids"][1:] + [2],
             }
         ).select_columns(["input_ids", "labels"])
@@ -234,7 +240,9 @@ def test_each_level_learns_what_the_student_before_chose(tmp_path: Path) -> None
     assert result.assigned[0].tolist() == [0] * 24
     assert set(result.assigned[1].tolist()) == {1, 2} and all(kept.all() for kept in result.kept)
     # Level 1 was chosen by the student of level 0, by the sum of what it and the teachers think.
-    first = run(tmp_path / "first", pool=pool.with_hierarchy(TeacherHierarchy(("x", "y"), pool.hierarchy.teachers[:1])))
+    first = run(
+        tmp_path / "first", pool=pool.with_hierarchy(TeacherHierarchy(("x", "y"), pool.hierarchy.teachers[:1]))
+    )
     scores = score_answers(first.model, pool, tokenizer=make_tokenizer())
     own = np.stack([pool.log_probs(name) / np.maximum(pool.num_tokens(name), 1) for name in ("t1", "t2")], axis=1)
     total = np.where(np.isnan(scores.log_probs[:, 1:]), -np.inf, scores.per_token[:, 1:] + own)
@@ -280,7 +288,7 @@ def test_rejection_keeps_as_many_as_agree(tmp_path: Path, rejection: str) -> Non
 
     kept, num_steps = result.kept[1], [record["num_steps"] for record in result.history.records]
     assert 0 < kept.sum() < len(pool) and result.kept[0].all()
-    assert num_steps[0] == 48 and abs(num_steps[1] - 48) <= 6  # about as many of fewer examples
+    assert num_steps[0] == 48 and abs(num_steps[1] - 48) <= 8  # about as many of fewer examples
     if rejection == "loss_rank":
         first = pool.with_hierarchy(TeacherHierarchy(("x", "y"), pool.hierarchy.teachers[:1]))
         student = run(tmp_path / "first", pool=first, args={"num_train_epochs": 8}).model
@@ -318,15 +326,17 @@ def test_a_kill_at_any_point_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert killed > 5 and same_weights(result, whole)
     assert [at.tolist() for at in result.assigned] == [at.tolist() for at in whole.assigned]
     assert not list(folder.rglob("checkpoint-*"))
-    strip = [{k: v for k, v in record.items() if k not in ("train_runtime", "train_loss")} for record in whole.history.records]
+    strip = [
+        {k: v for k, v in record.items() if k not in ("train_runtime", "train_loss")}
+        for record in whole.history.records
+    ]
     told = json.loads((folder / "_run" / "history.json").read_text())["levels"]
     assert [{k: v for k, v in record.items() if k not in ("train_runtime", "train_loss")} for record in told] == strip
 
 
 def _in_two(folder: str) -> None:
     result = run(Path(folder), args={"per_device_train_batch_size": 2}, rule="same_answer")
-    if result._processes.rank == 0:
-        result.save_model(f"{folder}/model")
+    result.save_model(f"{folder}/model")
     np.save(f"{folder}/assigned-{os.environ['RANK']}.npy", np.stack(result.assigned))
 
 
@@ -362,7 +372,9 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     pool, args = make_pool(4), make_args(tmp_path)
     with pytest.raises(ValueError, match=r"must have a chat template to be given messages, got a tokenizer without"):
         co_supervise_answers(make_model(), make_pool(4, chat=True), args, tokenizer=make_tokenizer())
-    with pytest.raises(ValueError, match=r"must have a token that ends an answer, got a tokenizer without `eos_token`"):
+    with pytest.raises(
+        ValueError, match=r"must have a token that ends an answer, got a tokenizer without `eos_token`"
+    ):
         co_supervise_answers(make_model(), pool, args, tokenizer=make_tokenizer(eos_token=None))
     with pytest.raises(TypeError, match=r"`student` must be a language model, .* got Linear\. Load one by"):
         co_supervise_answers(torch.nn.Linear(2, 2), pool, args, tokenizer=make_tokenizer())
@@ -371,19 +383,21 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, got dict"):
         co_supervise_answers(make_model(), pool, {}, tokenizer=make_tokenizer())  # type: ignore[arg-type]
     for window, model in ((0, make_model()), (2, make_model("t5"))):
-        with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal student"):
+        with pytest.raises(
+            ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal student"
+        ):
             score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
 
 
 def test_a_pool_of_the_other_kind(tmp_path: Path, tiny_vit: str) -> None:
-    from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool
+    from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer
 
     labels = TeacherHierarchy(("x", "y"), [Teacher("x/t", name="t")])
-    pool = PseudolabelPool.from_predictions({"t": np.eye(2)}, labels) if False else None
-    del pool
     with pytest.raises(TypeError, match=r"`score_answers` needs an `AnswerPool` .*, got TeacherHierarchy\."):
         score_answers(make_model(), labels, tokenizer=make_tokenizer())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"`pool` must be a `PseudolabelPool`, got AnswerPool\..*`co_supervise_answers`"):
+    with pytest.raises(
+        TypeError, match=r"`pool` must be a `PseudolabelPool`, got AnswerPool, whose .*`co_supervise_answers`"
+    ):
         CoSupervisedTrainer(tiny_vit, CoSupervisedConfig(str(tmp_path)), pool=make_pool(4))  # type: ignore[arg-type]
 
 
@@ -410,7 +424,9 @@ def test_what_a_teacher_thinks_of_itself_may_be_unknown(tmp_path: Path, caplog: 
     answered = [text is not None for text in pool.texts("t1")]
     assert routed.assigned[1][answered].tolist() == plain.assigned[1][answered].tolist()
     said = [record.getMessage() for record in caplog.records]
-    assert any(text.startswith(f"{sum(answered)} of 24 prompts have an answer of which it is not known") for text in said)
+    assert any(
+        text.startswith(f"{sum(answered)} of 24 prompts have an answer of which it is not known") for text in said
+    )
 
 
 def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
