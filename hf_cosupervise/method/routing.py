@@ -86,7 +86,8 @@ def choose_teacher(rule: str, known: Mapping[str, torch.Tensor], answered: torch
         >>> choose_teacher("log_likelihood", {"student": student}, torch.ones(2, 2, dtype=torch.bool)).tolist()
         [0, 1]
     """
-    scores = RULES[rule](**{name: known[name] for name in rule_reads(rule)})
+    reads = rule_reads(rule)  # refuses a rule that there is not
+    scores = RULES[rule](**{name: known[name] for name in reads})
     return choose_lowest(scores, answered)
 
 

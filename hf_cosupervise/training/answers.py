@@ -165,7 +165,8 @@ class _Reader:
     def _does_not_fit(self, name: str, row: int, length: int) -> ValueError:
         return ValueError(
             f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student reads, got "
-            f"{length} of '{name}' for id {self.pool.ids[row : row + 1].tolist()[0]!r}. Shorten it, or set `too_long` to 'skip' or 'cut'."
+            f"{length} of '{name}' for id {self.pool.ids[row].item()!r}. Shorten it, or set `too_long` to 'skip' or "
+            "'cut'."
         )
 
     def _tell(self, counts: Mapping[str, int]) -> None:
@@ -533,7 +534,7 @@ class _Levels:
         above = np.full(len(self.pool), NOBODY) if previous is None else previous
         rule, rejection = (options.rule, options.rejection) if level else (options.rule, "none")
         if level == 0 and len(names) == 1:
-            rule, reads = "the root", ()
+            rule = "the root"
             answered = torch.from_numpy(self.reader.answered(names))
             chosen = torch.where(answered[:, 0], 0, NOBODY)
         else:

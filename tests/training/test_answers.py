@@ -73,21 +73,37 @@ def make_pool(num: int = 24, levels: tuple[int, ...] = (0, 1, 1), seed: int = 0,
     rows = [["".join(rng.choice("ab") for _ in range(rng.randint(1, 9)))][0] for _ in range(num)]
     names = [f"t{place}" for place in range(len(levels))]
     teachers = [Teacher(f"x/{name}", name=name, level=level) for name, level in zip(names, levels, strict=True)]
-    data = {}
+    answers: dict[str, list[str | None]] = {}
+    counts: dict[str, list[int]] = {}
+    sums: dict[str, list[float]] = {}
     for place, name in enumerate(names):
         texts: list[str | None] = [
             row[: 1 + place] + rng.choice("cd") * rng.randint(0, 6) if rng.random() < 0.9 or not place else None
             for row in rows
         ]
         texts[1] = rows[1] if place != 1 else None  # equal answers are scored once
-        counts = [0 if text is None else len(text) + 1 for text in texts]
-        sums = [np.nan if text is None else -rng.random() * len(text) for text in texts]
-        data[name] = Dataset.from_dict(
-            {"id": list(range(num)), "answer": texts, "log_prob": sums, "num_tokens": counts}
-        )
+        answers[name] = texts
+        counts[name] = [0 if text is None else len(text) + 1 for text in texts]
+        sums[name] = [np.nan if text is None else -rng.random() * len(text) for text in texts]
     prompts: list[Any] = [[{"role": "user", "content": row}] for row in rows] if chat else rows
-    inputs = Dataset.from_dict({"id": list(range(num)), "prompt": prompts})
-    return AnswerPool(TeacherHierarchy(("x", "y"), teachers), data, inputs, input_column="prompt")
+    hierarchy = TeacherHierarchy(teachers=teachers)
+    return AnswerPool.from_answers(answers, prompts, hierarchy=hierarchy, log_probs=sums, num_tokens=counts)
+
+
+def changed(pool: AnswerPool, answers: dict[str, list[str | None]] = {}, **options: Any) -> AnswerPool:  # noqa: B006
+    """The pool with other prompts or answers, or without what some teachers think of themselves."""
+    unknown, prompts = options.get("unknown", ()), options.get("prompts", pool.prompts())
+    names = pool.hierarchy.names
+    known = {name: answers.get(name, pool.texts(name)) for name in names}
+    numbers = {
+        "log_probs": {name: pool.log_probs(name) for name in names if name not in unknown},
+        "num_tokens": {name: pool.num_tokens(name) for name in names if name not in unknown},
+    }
+    return AnswerPool.from_answers(known, prompts, hierarchy=pool.hierarchy, **numbers)  # type: ignore[arg-type]
+
+
+def root_of(pool: AnswerPool) -> AnswerPool:
+    return pool.with_hierarchy(TeacherHierarchy(teachers=pool.hierarchy.teachers[:1]))
 
 
 def make_args(folder: Path, **changed: Any) -> TrainingArguments:
@@ -180,8 +196,7 @@ def test_windows_read_few_tokens_before_each_few() -> None:
 
 def test_answers_beyond_the_context(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer, pool = make_model(), make_tokenizer(), make_pool(5, levels=(0,))
-    long = pool.teachers["t0"].map(lambda row: {"answer": "ab" * 40 if row["id"] == 3 else row["answer"]})
-    pool = AnswerPool(pool.hierarchy, {"t0": long}, pool.inputs, input_column="prompt")
+    pool = changed(pool, {"t0": [*pool.texts("t0")[:3], "ab" * 40, pool.texts("t0")[4]]})
 
     with pytest.raises(ValueError, match=r"must fit into the 64 tokens .* got \d+ of 't0' for id 3\. .*`too_long`"):
         score_answers(model, pool, tokenizer=tokenizer)
@@ -240,9 +255,7 @@ def test_each_level_learns_what_the_student_before_chose(tmp_path: Path) -> None
     assert result.assigned[0].tolist() == [0] * 24
     assert set(result.assigned[1].tolist()) == {1, 2} and all(kept.all() for kept in result.kept)
     # Level 1 was chosen by the student of level 0, by the sum of what it and the teachers think.
-    first = run(
-        tmp_path / "first", pool=pool.with_hierarchy(TeacherHierarchy(("x", "y"), pool.hierarchy.teachers[:1]))
-    )
+    first = run(tmp_path / "first", pool=root_of(pool))
     scores = score_answers(first.model, pool, tokenizer=make_tokenizer())
     own = np.stack([pool.log_probs(name) / np.maximum(pool.num_tokens(name), 1) for name in ("t1", "t2")], axis=1)
     total = np.where(np.isnan(scores.log_probs[:, 1:]), -np.inf, scores.per_token[:, 1:] + own)
@@ -290,8 +303,7 @@ def test_rejection_keeps_as_many_as_agree(tmp_path: Path, rejection: str) -> Non
     assert 0 < kept.sum() < len(pool) and result.kept[0].all()
     assert num_steps[0] == 48 and abs(num_steps[1] - 48) <= 8  # about as many of fewer examples
     if rejection == "loss_rank":
-        first = pool.with_hierarchy(TeacherHierarchy(("x", "y"), pool.hierarchy.teachers[:1]))
-        student = run(tmp_path / "first", pool=first, args={"num_train_epochs": 8}).model
+        student = run(tmp_path / "first", pool=root_of(pool), args={"num_train_epochs": 8}).model
         per_token = score_answers(student, pool, tokenizer=make_tokenizer()).per_token
         losses = -per_token[np.arange(len(pool)), result.assigned[1]]
         assert set(np.flatnonzero(kept)) == set(np.argsort(losses, kind="stable")[: kept.sum()])
@@ -305,7 +317,7 @@ def test_a_kill_at_any_point_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     often = {"args": {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}}
     whole = run(tmp_path / "whole", **often)
     folder, killed = tmp_path / "cut", 0
-    for count in range(1, 60):
+    for count in range(1, 60, 3):
         calls = 0
         own = os.replace
 
@@ -323,7 +335,7 @@ def test_a_kill_at_any_point_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 break
             except Killed:
                 killed += 1
-    assert killed > 5 and same_weights(result, whole)
+    assert killed > 2 and same_weights(result, whole)
     assert [at.tolist() for at in result.assigned] == [at.tolist() for at in whole.assigned]
     assert not list(folder.rglob("checkpoint-*"))
     strip = [
@@ -337,7 +349,7 @@ def test_a_kill_at_any_point_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def _in_two(folder: str) -> None:
     result = run(Path(folder), args={"per_device_train_batch_size": 2}, rule="same_answer")
     result.save_model(f"{folder}/model")
-    np.save(f"{folder}/assigned-{os.environ['RANK']}.npy", np.stack(result.assigned))
+    np.save(f"{folder}/assigned-{result._processes.rank}.npy", np.stack(result.assigned))
 
 
 @pytest.mark.slow
@@ -372,9 +384,7 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     pool, args = make_pool(4), make_args(tmp_path)
     with pytest.raises(ValueError, match=r"must have a chat template to be given messages, got a tokenizer without"):
         co_supervise_answers(make_model(), make_pool(4, chat=True), args, tokenizer=make_tokenizer())
-    with pytest.raises(
-        ValueError, match=r"must have a token that ends an answer, got a tokenizer without `eos_token`"
-    ):
+    with pytest.raises(ValueError, match=r"must have a token that ends an answer, got a tokenizer without"):
         co_supervise_answers(make_model(), pool, args, tokenizer=make_tokenizer(eos_token=None))
     with pytest.raises(TypeError, match=r"`student` must be a language model, .* got Linear\. Load one by"):
         co_supervise_answers(torch.nn.Linear(2, 2), pool, args, tokenizer=make_tokenizer())
@@ -383,28 +393,22 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, got dict"):
         co_supervise_answers(make_model(), pool, {}, tokenizer=make_tokenizer())  # type: ignore[arg-type]
     for window, model in ((0, make_model()), (2, make_model("t5"))):
-        with pytest.raises(
-            ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal student"
-        ):
+        with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):
             score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
 
 
 def test_a_pool_of_the_other_kind(tmp_path: Path, tiny_vit: str) -> None:
     from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer
 
-    labels = TeacherHierarchy(("x", "y"), [Teacher("x/t", name="t")])
-    with pytest.raises(TypeError, match=r"`score_answers` needs an `AnswerPool` .*, got TeacherHierarchy\."):
-        score_answers(make_model(), labels, tokenizer=make_tokenizer())  # type: ignore[arg-type]
-    with pytest.raises(
-        TypeError, match=r"`pool` must be a `PseudolabelPool`, got AnswerPool, whose .*`co_supervise_answers`"
-    ):
+    with pytest.raises(TypeError, match=r"`score_answers` needs an `AnswerPool` .*, got list\."):
+        score_answers(make_model(), [], tokenizer=make_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got AnswerPool, whose .*`co_supervise_answers`"):
         CoSupervisedTrainer(tiny_vit, CoSupervisedConfig(str(tmp_path)), pool=make_pool(4))  # type: ignore[arg-type]
 
 
 def test_empty_prompts_are_left_out_and_padding_is_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pool = make_pool(8)
-    blank = pool.inputs.map(lambda row: {"prompt": " " if row["id"] in (2, 5) else row["prompt"]})
-    pool = AnswerPool(pool.hierarchy, pool.teachers, blank, input_column="prompt")
+    pool = changed(pool, prompts=[" " if row in (2, 5) else prompt for row, prompt in enumerate(pool.prompts())])
 
     tokenizer = make_tokenizer(pad_token=None)
     result = co_supervise_answers(make_model(), pool, make_args(tmp_path), tokenizer=tokenizer)
@@ -415,9 +419,7 @@ def test_empty_prompts_are_left_out_and_padding_is_set(tmp_path: Path, caplog: p
 
 
 def test_what_a_teacher_thinks_of_itself_may_be_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pool = make_pool()
-    unknown = pool.teachers["t1"].map(lambda row: {"log_prob": None, "num_tokens": 0})
-    pool = AnswerPool(pool.hierarchy, {**pool.teachers, "t1": unknown}, pool.inputs, input_column="prompt")
+    pool = changed(make_pool(), unknown=["t1"])
 
     routed, plain = run(tmp_path / "both", pool=pool), run(tmp_path / "plain", pool=make_pool(), rule="log_likelihood")
 
@@ -447,7 +449,7 @@ def test_a_student_from_a_folder_that_is_a_teacher_too(tmp_path: Path, caplog: p
     make_tokenizer().save_pretrained(folder)
     pool = make_pool()
     teachers = [Teacher(str(folder), name="t0"), *pool.hierarchy.teachers[1:]]
-    pool = pool.with_hierarchy(TeacherHierarchy(("x", "y"), teachers))
+    pool = pool.with_hierarchy(TeacherHierarchy(teachers=teachers))
 
     result = co_supervise_answers(str(folder), pool, make_args(tmp_path / "out"))
 
