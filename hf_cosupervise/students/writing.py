@@ -126,11 +126,8 @@ class Writer:
         starts = np.cumsum([0, *(len(following) for _, following in items)])
         sums = np.zeros(starts[-1], dtype=np.float32)
         model = self.plain.eval()
-        # Sorted, so that what is read together is about as long; the same batches whatever the number of processes.
-        order = sorted(range(len(items)), key=lambda i: (len(items[i][0]), max(map(len, items[i][1]), default=0)))
-        order = [place for place in order if items[place][1]]
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-        for batch in tqdm(processes.share(batches), "Scoring answers", disable=quiet):
+        # The same batches whatever the number of processes.
+        for batch in tqdm(processes.share(batches_of(items, batch_size)), "Scoring answers", disable=quiet):
             inputs, places = self.make_batch(items, batch)
             found = score_continuations(model, **inputs, num_at_once=max(batch_size, 16))
             where = [starts[batch[owner]] + number for owner, number in places]
@@ -221,6 +218,13 @@ class Writer:
 
 
 WRITER_TRAININGS = ("full", "lora")
+
+
+def batches_of(items: Sequence[Scored], batch_size: int) -> list[list[int]]:
+    """Positions of prompts that are read together, which are about as long, and so is what follows them."""
+    order = [place for place, (_, following) in enumerate(items) if following]
+    order.sort(key=lambda place: (len(items[place][0]), max(map(len, items[place][1]))))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _writes(model: Any) -> bool:
