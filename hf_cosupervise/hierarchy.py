@@ -404,9 +404,7 @@ class TeacherHierarchy:
         [[False, True]]
     """
 
-    def __init__(
-        self, labels: Sequence[str] = (), teachers: Sequence[Teacher | Callable[..., Any]] = ()
-    ) -> None:
+    def __init__(self, labels: Sequence[str] = (), teachers: Sequence[Teacher | Callable[..., Any]] = ()) -> None:
         # A single text as labels becomes its letters, as a list of letters would.
         self.labels = _as_names(list(labels) if isinstance(labels, str) else labels, "`labels` of a hierarchy")
         if not isinstance(teachers, Sequence) or not all(

@@ -264,7 +264,9 @@ def pair_consistent(
             continue
         majority = max(dict.fromkeys(known), key=known.count)  # the first of several
         share = known.count(majority) / len(said)
-        agree, differ = ([sample for sample, one in zip(said, keys) if (one == majority) is same] for same in (True, False))
+        agree, differ = (
+            [sample for sample, one in zip(said, keys) if (one == majority) is same] for same in (True, False)
+        )
         if share < min_share or key != majority and share < min_share_against:
             continue
         others = list(dict.fromkeys(differ if key == majority else agree))

@@ -158,10 +158,12 @@ class AnswerPool(TeacherPool):
         lengths = {name: len(some) for name, some in answers.items()}
         lengths |= {} if inputs is None else {"the prompts": len(inputs)}
         if wrong := {name: length for name, length in lengths.items() if length != len(ids)}:
-            raise ValueError(f"All must have one entry for each of the {len(ids)} ids, got {wrong}. Give None for none.")
-        known = [log_probs or {}, num_tokens or {}]
+            raise ValueError(
+                f"All must have one entry for each of the {len(ids)} ids, got {wrong}. Give None for none."
+            )
+        known: list[Mapping[str, Any]] = [log_probs or {}, num_tokens or {}]
         teachers = {
-            name: answer_dataset(ids, some, *(of.get(name) for of in known), samples=(samples or {}).get(name))
+            name: answer_dataset(ids, some, known[0].get(name), known[1].get(name), samples=(samples or {}).get(name))
             for name, some in answers.items()
         }
         if inputs is not None and "id" not in inputs.column_names:
@@ -232,6 +234,10 @@ class AnswerPool(TeacherPool):
         """Give a teacher's answers, `None` where it has none."""
         return self._cells(name, "answer", rows)
 
+    def finish_reasons(self, name: str, rows: Any = slice(None)) -> list[str]:  # noqa: B008
+        """Tell how each answer ended: `"stop"`, `"length"`, `"given"`, `"blank"` or `"missing"`."""
+        return self._cells(name, "finish_reason", rows)
+
     def samples(self, name: str, rows: Any = slice(None)) -> list[list[str]]:  # noqa: B008
         """Give all answers of a teacher to each prompt; where it was asked once, its only one."""
         if "samples" in self.teachers[self.hierarchy.names[self.hierarchy.index(name)]].column_names:
@@ -239,7 +245,7 @@ class AnswerPool(TeacherPool):
         return [[] if answer is None else [answer] for answer in self.texts(name, rows)]
 
     def log_probs(self, name: str, rows: Any = slice(None)) -> np.ndarray:  # noqa: B008
-        """Give the log-probability of each answer under its teacher, float32; NaN where it has none or nobody knows."""
+        """Give the log-probability of each answer by its teacher, float32; NaN where there is none or nobody knows."""
         self.hierarchy.index(name)
         return self._views[name][0][self._check_rows(rows)]
 
@@ -327,16 +333,16 @@ class AnswerPool(TeacherPool):
         names, chat = self.hierarchy.names, self.is_chat
         if answers is not None and len(answers) != len(self):
             raise ValueError(f"`answers` must have one entry for each of {len(self)} prompts, got {len(answers)}.")
+        speakers = None if assigned is None else self._read_assigned(assigned)
+        rows: list[tuple[int, int, str | None]]
         if answers is not None:
-            speakers = np.full(len(self), NOBODY) if assigned is None else self._read_assigned(assigned)
-            rows = [(row, NOBODY if who < 0 else who, text) for row, (who, text) in enumerate(zip(speakers, answers))]
-        else:
-            said = self.answer_rows()
-            every = assigned is None
-            speakers = None if every else self._read_assigned(assigned)  # type: ignore[arg-type]
             rows = [
-                (row, who, said[row][who])
-                for row in range(len(self))
+                (row, NOBODY if speakers is None else int(speakers[row]), text) for row, text in enumerate(answers)
+            ]
+        else:
+            rows = [
+                (row, who, texts[who])
+                for row, texts in enumerate(self.answer_rows())
                 for who in (range(len(names)) if speakers is None else [int(speakers[row])])
                 if who >= 0
             ]
@@ -369,10 +375,10 @@ class AnswerPool(TeacherPool):
         Returns:
             `datasets.Dataset`: `prompt`, `teacher_id` (text) and `id`; without the prompts that nobody speaks for.
         """
-        assigned, columns = "teacher_id" if assigned is None else assigned, self._input_columns()
+        assigned = "teacher_id" if assigned is None else assigned
+        columns = [] if self.inputs is None else list(self.inputs.column_names)
         if isinstance(assigned, str) and assigned in columns:
-            names = self.inputs.with_format(None)[assigned][:]  # type: ignore[index]
-            speakers = [None if name is None else str(name) for name in names]
+            speakers = [None if name is None else str(name) for name in self.column(assigned)]
         elif isinstance(assigned, str) and assigned not in BASELINES:
             raise ValueError(
                 f"`assigned` must be positions of teachers, one of {list(BASELINES)}, or a column of the inputs "
@@ -384,7 +390,9 @@ class AnswerPool(TeacherPool):
         mask, prompts = self._read_mask(kept), self.prompts()
         rows = [row for row, name in enumerate(speakers) if name is not None and mask[row]]
         columns_of = {"prompt": [prompts[row] for row in rows], "teacher_id": [speakers[row] for row in rows]}
-        return self._export({**columns_of, "id": [self.ids[row].item() for row in rows]}, "prompts with their teachers")
+        return self._export(
+            {**columns_of, "id": [self.ids[row].item() for row in rows]}, "prompts with their teachers"
+        )
 
     def to_preferences(
         self,
@@ -473,7 +481,10 @@ class AnswerPool(TeacherPool):
 
     def _export(self, columns: Mapping[str, Any], what: str) -> Dataset:
         """A plain dataset that tells whose answers it holds."""
-        kinds: dict[str, Any] = dict.fromkeys(columns, Value("string")) | {"id": Value("int64"), "weight": Value("float32")}
+        kinds: dict[str, Any] = dict.fromkeys(columns, Value("string")) | {
+            "id": Value("int64"),
+            "weight": Value("float32"),
+        }
         kinds["id"] = Value("string" if self.ids.dtype.kind == "U" else "int64")
         if self.is_chat:
             kinds |= dict.fromkeys(("prompt", "completion", "chosen", "rejected", "messages"), _MESSAGES)
@@ -488,9 +499,6 @@ class AnswerPool(TeacherPool):
 
     # ── what the exports are given ──────────────────────────────────────────────────────────────────────────────────
 
-    def _input_columns(self) -> list[str]:
-        return [] if self.inputs is None else list(self.inputs.column_names)
-
     def _read_assigned(self, assigned: Any, normalize: str | Normalizer = "exact", seed: int = 0) -> np.ndarray:
         """Who speaks for each prompt, int64."""
         if isinstance(assigned, str):
@@ -499,8 +507,8 @@ class AnswerPool(TeacherPool):
         is_whole = places.shape == (len(self),) and (places.dtype.kind in "iu" or not places.size)
         if not is_whole or places.size and not NOBODY <= places.min() <= places.max() < count:
             raise ValueError(
-                f"`assigned` must be positions 0..{count - 1} of teachers or -1, integers of shape ({len(self)},), got "
-                f"{places.shape} of {places.dtype}. Give one for each prompt, or one of {list(BASELINES)}."
+                f"`assigned` must be positions 0..{count - 1} of teachers or -1, integers of shape ({len(self)},), "
+                f"got {places.shape} of {places.dtype}. Give one for each prompt, or one of {list(BASELINES)}."
             )
         return places.astype(np.int64)
 
@@ -553,8 +561,8 @@ class AnswerPool(TeacherPool):
         if student is None or len(student) != len(self):
             found = "none" if student is None else len(student)
             raise ValueError(
-                f'`pairs="self_consistency"` needs as `student` a teacher of the pool that was asked several times, or '
-                f"a list of samples for each of {len(self)} prompts, got {found}. Give one of them."
+                f'`pairs="self_consistency"` needs as `student` a teacher of the pool that was asked several times, '
+                f"or a list of samples for each of {len(self)} prompts, got {found}. Give one of them."
             )
         return [list(some) for some in student]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -47,18 +48,20 @@ def make_pool(num_prompts: int) -> AnswerPool:
 
 def forward_plainly(writer: Writer, items: Sequence[Any]) -> None:
     """The model's forward alone, over the padded batches that `score_answers` reads."""
+    # transformers renames it, and drops its old name in 5.40.
+    name = "cache" if "cache" in inspect.signature(writer.model.forward).parameters else "past_key_values"
     with torch.inference_mode():
         for batch in batches_of(items, BATCH):
             inputs, _ = writer.make_batch(items, batch)
             mask = inputs["attention_mask"]
             read = writer.model(input_ids=inputs["input_ids"], attention_mask=mask, use_cache=True, logits_to_keep=1)
             for part in torch.arange(len(inputs["tokens"]), device=mask.device).split(BATCH):
-                cache, owners = copy.deepcopy(read.past_key_values), inputs["owners"][part]
+                cache, owners = copy.deepcopy(getattr(read, name)), inputs["owners"][part]
                 cache.batch_select_indices(owners)
                 width = int(inputs["tokens_mask"][part].sum(dim=1).max()) - 1
                 both = torch.cat([mask[owners], inputs["tokens_mask"][part, :width]], dim=1)
                 tokens = inputs["tokens"][part, :width]
-                writer.model(input_ids=tokens, attention_mask=both, past_key_values=cache, use_cache=True)
+                writer.model(input_ids=tokens, attention_mask=both, use_cache=True, **{name: cache})
 
 
 def score_plainly(writer: Writer, pool: AnswerPool) -> np.ndarray:
@@ -87,7 +90,7 @@ def score_plainly(writer: Writer, pool: AnswerPool) -> np.ndarray:
 
 def measure_answers(bench: Bench) -> list[Row]:
     """Measure `score_answers` against the forward over the same batches, and against whole texts."""
-    pool = make_pool(bench.scaled(96, least=16))
+    pool = make_pool(bench.scaled(48, least=16))
     writer = Writer(*make_student(bench))
     prompts, names = writer.encode(pool.prompts()), pool.hierarchy.names
     own = [writer.encode_answers(pool.prompts(), pool.texts(name)) for name in names]

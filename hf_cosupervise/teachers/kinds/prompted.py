@@ -68,7 +68,7 @@ _FILTERS = (
     "upper",
     "wordcount",
 )
-_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
 _Encoded = tuple[list[int], list[list[int]]]
 
@@ -81,7 +81,7 @@ class PromptedTeacher:
     def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
         name, model_source = source.name, source.model_source
         self.options = _check_options(source)
-        _compile(self.options["template"], name)
+        compile_template(self.options["template"], name)
         texts = label_texts(source.teacher, labels)
         self.by_words = self.options["answer"] == "words"
         self.answers = {} if self.by_words else _fold_all(texts, name)
@@ -117,7 +117,7 @@ class PromptedTeacher:
         seen = [processor.fingerprint, tokenizer.chat_template]
         prompt = [self.prompter.words, self.prompter.max_length, self.options, labels]
         self.facts = source.facts("prompted", type(model).__name__, fingerprint([*seen, *prompt]))
-        self.facts |= _tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        self.facts |= tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
         self.facts |= {
             "template": fingerprint(self.options["template"]),
             "words": {label: list(words) for label, words in texts.items()},
@@ -221,7 +221,7 @@ class Prompter:
 
     def render(self, text: str) -> str:
         """The prompt of a text, as the model reads it."""
-        prompt = _compile(self.template, self.name).render(text=text, labels=self.labels)
+        prompt = compile_template(self.template, self.name).render(text=text, labels=self.labels)
         if not self.options["chat"]:
             return prompt
         messages = [{"role": "user", "content": prompt}]
@@ -231,7 +231,7 @@ class Prompter:
         """Tokens of each prompt, and of each word after it."""
         try:
             prompts = [self.render(cell) for cell in cells]
-        except _RENDER_ERRORS as error:
+        except RENDER_ERRORS as error:
             raise RowError(f"The template of the prompt cannot be filled in: {first_line(error)}") from error
         if self.is_seq2seq:
             words = self._tokenize(self.words, add_special_tokens=False)
@@ -257,7 +257,7 @@ class Prompter:
         what = f"Teacher '{self.name}'"
         try:
             prompts = [self.render(sample) for sample in _SAMPLES]
-        except _RENDER_ERRORS as error:
+        except RENDER_ERRORS as error:
             part = (
                 "a chat template that takes a message of the user" if self.options["chat"] else "a template of Jinja"
             )
@@ -370,7 +370,7 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
 
 # Compiled again by each worker that prepares rows, for a compiled template cannot be sent to it.
 @lru_cache(maxsize=64)
-def _compile(template: str, name: str) -> jinja2.Template:
+def compile_template(template: str, name: str) -> jinja2.Template:
     """A template of which nothing is to be feared, with a slot for the text."""
     what = f"Option `template` of teacher '{name}'"
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -397,7 +397,7 @@ def _compile(template: str, name: str) -> jinja2.Template:
 # ── the kind ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tokenizer_identity(source: ModelSource) -> dict[str, str]:
+def tokenizer_identity(source: ModelSource) -> dict[str, str]:
     """Tell the files of a folder apart that decide what a prompt is; a commit does of the Hub."""
     if not source.is_local:
         return {}
@@ -411,7 +411,7 @@ def _tokenizer_identity(source: ModelSource) -> dict[str, str]:
 KIND = Kind(
     load=PromptedTeacher,
     identify=lambda source: (
-        source.model_source.identity | _tokenizer_identity(source.model_source),
+        source.model_source.identity | tokenizer_identity(source.model_source),
         source.model_source.num_bytes,
     ),
     options=OPTIONS,
