@@ -305,8 +305,12 @@ class CoSupervisedWriter:
     _facts: dict[str, Any] = field(repr=False, default_factory=dict)
     _processes: Processes = field(repr=False, default_factory=lambda: Processes(0, 1))
 
-    def save_model(self, folder: str | None = None) -> None:
-        """Write an ordinary model, adapters merged, with its tokenizer and a card, to `output_dir` or elsewhere."""
+    def save_model(self, folder: str | None = None, **facts: Any) -> None:
+        """Write an ordinary model, adapters merged, with its tokenizer and a card, to `output_dir` or elsewhere.
+
+        What else is known, such as a `report` or a `license`, goes to the card, see [`model_card`].
+        """
+        self._facts |= facts
         self._processes.on_first(partial(self._save, folder or self.output_dir))
 
     def _save(self, folder: str, name: str | None = None) -> None:
