@@ -11,22 +11,26 @@ _EXPORTS = {
     "functions": ["labeling_function"],
     "hierarchy": ["Teacher", "TeacherHierarchy"],
     "teachers.hub": ["load_hierarchy", "push_hierarchy"],
+    "pool.answers": ["AnswerPool"],
     "pool.pseudolabels": ["PseudolabelPool"],
     "pool.votes": ["hierarchy_from_columns", "read_wrench"],
     "method.label_models": ["LABEL_MODELS", "load_label_model", "make_label_model"],
     "pool.derived": ["aggregated_pool", "boosted_pool", "calibrated_pool", "smoothed_pool"],
     "teachers.kinds.prototypes": ["prototype_teacher"],
+    "teachers.answers": ["build_answers"],
     "teachers.labeling": ["build_pool"],
     "training.collator": ["DataCollatorForCoSupervision"],
     "training.config": ["CoSupervisedConfig"],
     "students.loading": ["load_student"],
     "students.vectors": ["VectorClassifier", "VectorClassifierConfig"],
     "training.trainer": ["CoSupervisedTrainer"],
+    "training.answers": ["co_supervise_answers", "score_answers"],
     "method.metrics": ["performance_gap_recovered"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
+    "AnswerPool",
     "CoSupervisedConfig",
     "CoSupervisedTrainer",
     "DataCollatorForCoSupervision",
@@ -39,8 +43,10 @@ __all__ = [
     "__version__",
     "aggregated_pool",
     "boosted_pool",
+    "build_answers",
     "build_pool",
     "calibrated_pool",
+    "co_supervise_answers",
     "hierarchy_from_columns",
     "labeling_function",
     "load_hierarchy",
@@ -51,6 +57,7 @@ __all__ = [
     "prototype_teacher",
     "push_hierarchy",
     "read_wrench",
+    "score_answers",
     "smoothed_pool",
 ]
 
@@ -59,13 +66,16 @@ if TYPE_CHECKING:
     from .hierarchy import Teacher, TeacherHierarchy
     from .method.label_models import LABEL_MODELS, load_label_model, make_label_model
     from .method.metrics import performance_gap_recovered
+    from .pool.answers import AnswerPool
     from .pool.derived import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
     from .pool.pseudolabels import PseudolabelPool
     from .students.loading import load_student
     from .students.vectors import VectorClassifier, VectorClassifierConfig
+    from .teachers.answers import build_answers
     from .teachers.hub import load_hierarchy, push_hierarchy
     from .teachers.kinds.prototypes import prototype_teacher
     from .teachers.labeling import build_pool
+    from .training.answers import co_supervise_answers, score_answers
     from .training.collator import DataCollatorForCoSupervision
     from .training.config import CoSupervisedConfig
     from .training.trainer import CoSupervisedTrainer

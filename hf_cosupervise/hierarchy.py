@@ -384,8 +384,9 @@ class TeacherHierarchy:
     Level 0 is the root (a generalist); deeper levels hold specialists.
 
     Args:
-        labels (`Sequence[str]`):
-            The task's label names; the position of a name is its label id.
+        labels (`Sequence[str]`, *optional*):
+            The task's label names; the position of a name is its label id. Without any, the teachers write: their
+            answers are texts, which `build_answers` asks for.
         teachers (`Sequence[Teacher]`):
             At least one; of a function of a row the function itself will do. They are sorted by level; within a level
             the given order stays.
@@ -403,7 +404,7 @@ class TeacherHierarchy:
         [[False, True]]
     """
 
-    def __init__(self, labels: Sequence[str], teachers: Sequence[Teacher | Callable[..., Any]]) -> None:
+    def __init__(self, labels: Sequence[str] = (), teachers: Sequence[Teacher | Callable[..., Any]] = ()) -> None:
         # A single text as labels becomes its letters, as a list of letters would.
         self.labels = _as_names(list(labels) if isinstance(labels, str) else labels, "`labels` of a hierarchy")
         if not isinstance(teachers, Sequence) or not all(
@@ -420,7 +421,7 @@ class TeacherHierarchy:
         self._check_labels()
 
     def _check_names(self) -> None:
-        if len(self.labels) < 2:
+        if len(self.labels) == 1:
             raise ValueError(f"A task needs at least two labels, got {list(self.labels)}. Name them all.")
         if blank := [label for label in self.labels if not label.strip()]:
             raise ValueError(f"Labels must not be blank, got {blank[0]!r} among them. Give each a name.")
@@ -474,7 +475,20 @@ class TeacherHierarchy:
 
     def __repr__(self) -> str:
         sizes = "-".join(str(len(level)) for level in self.levels)
-        return f"TeacherHierarchy({sizes} teachers, {self.num_labels} labels)"
+        return f"TeacherHierarchy({sizes} teachers, {f'{self.num_labels} labels' if self.labels else 'who write'})"
+
+    def check_labels(self, what: str, *, wanted: bool) -> None:
+        """Refuse teachers that write where labels are wanted, and the other way round."""
+        if wanted and not self.labels:
+            raise ValueError(
+                f"{what} needs a hierarchy with `labels`, got teachers that write ({', '.join(self.names[:8])}). Name "
+                "the labels, or use `build_answers` and `AnswerPool`."
+            )
+        if self.labels and not wanted:
+            raise ValueError(
+                f"{what} needs teachers that write, a `TeacherHierarchy(teachers=…)` without labels, got one of "
+                f"{self.num_labels} labels. Leave the labels out, or use `build_pool` and `PseudolabelPool`."
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.answers import measure_answers
 from benchmarks.finetune import measure_finetune
 from benchmarks.head import measure_head, measure_head_1000, measure_truncation
 from benchmarks.labelling import measure_labelling
@@ -92,6 +93,7 @@ SECTIONS = {
     "head": Section(measure_head, on_gpu=True),
     "head_1000": Section(measure_head_1000, on_gpu=True),
     "labelling": Section(measure_labelling, on_gpu=True),
+    "answers": Section(measure_answers, on_gpu=True),
     "finetune": Section(measure_finetune, on_gpu=True),
     "gather": Section(measure_gather),
     "growth": Section(measure_growth),

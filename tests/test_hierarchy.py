@@ -183,7 +183,6 @@ def test_lists_are_taken_as_well_as_tuples():
         (LABELS, [Teacher("x/a"), Teacher("b", level=1, name="a")], r"(?i)names must be unique.*\['a'\]"),
         (("cat", "dog", "cat"), [Teacher("a")], r"(?i)labels must be unique.*\['cat'\]"),
         (("cat",), [Teacher("a")], r"at least two labels.*got \['cat'\]"),
-        ((), [Teacher("a")], r"at least two labels.*got \[\]"),
         (LABELS, [Teacher("a", scope=("cat", "fox"))], r"`scope`.*'a'.*unknown \['fox'\].*cat.*dog.*eel"),
         (LABELS, [Teacher("a", label_map={"x": "fox", "y": "cat"})], r"`label_map`.*'a'.*unknown \['fox'\].*cat.*dog"),
     ],

@@ -24,6 +24,7 @@ PIPELINE_TAGS = {
     "image": "image-classification",
     "text": "text-classification",
     "vector": "tabular-classification",
+    "language": "text-generation",
 }
 _AUTO_CLASSES = {
     "image": ("processor", "AutoImageProcessor", "AutoModelForImageClassification"),
@@ -56,6 +57,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     body = {
         "name": _escape(name),
         "modality": facts.get("modality"),
+        "is_language": facts.get("is_language"),
         "num_labels": len(facts.get("labels", [])),
         "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
         "student_training": _escape(facts.get("student_training", "")),
@@ -90,10 +92,12 @@ def pool_card(facts: Mapping[str, Any]) -> str:
     if not names or "inputs" in names:
         raise ValueError(f"A pool needs teachers, none of them named 'inputs', got {names}. Rename the teacher.")
     oracle = [_code(column) for column in columns if column.startswith("oracle_")]
-    repo_id = _own_id(facts, "hub_dataset_id")
+    repo_id, writes = _own_id(facts, "hub_dataset_id"), bool(facts.get("writes"))
     source = _repo_text(facts.get("source_dataset"), facts.get("source_revision"), prefix="datasets/")
     body = {
-        "name": _escape(_title(facts, "hub_dataset_id", "Pool of pseudolabels")),
+        "name": _escape(_title(facts, "hub_dataset_id", "Pool of answers" if writes else "Pool of pseudolabels")),
+        "writes": writes,
+        "pool_class": "AnswerPool" if writes else "PseudolabelPool",
         "num_teachers_text": "one teacher" if len(names) == 1 else f"{len(names)} teachers",
         "num_examples": _count(facts.get("num_examples")),
         "source_text": source
@@ -234,7 +238,7 @@ def _pool_metadata(facts: Mapping[str, Any], names: Sequence[str]) -> DatasetCar
         task_categories=[task] if task else None,
         size_categories=[_size_category(num_examples)] if num_examples else None,
         source_datasets=[source] if source and _is_hub_id(source) else None,
-        tags=[*TAGS, "pseudolabels", *facts.get("tags", [])],
+        tags=[*TAGS, "generated-answers" if facts.get("writes") else "pseudolabels", *facts.get("tags", [])],
         configs=[inputs, *teachers] if facts.get("input_columns") else teachers,
     )
 
@@ -270,6 +274,9 @@ def _usage(facts: Mapping[str, Any]) -> str:
         return _pooled_usage(facts, repo_id or ".")
     if facts.get("needs_range"):
         load = f"# In float32 or bfloat16: a mean over tokens is computed with numbers that float16 has not.\n{load}"
+    if facts["modality"] == "language":
+        load = load.replace("classifier", "writer", 1)
+        return f'from transformers import pipeline\n\n{load}\nprint(writer("A prompt.", return_full_text=False))'
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]

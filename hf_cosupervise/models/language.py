@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -58,13 +60,54 @@ def make_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
     model.generation_config = GenerationConfig(**known, do_sample=False, num_beams=1)
 
 
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer puts before a text, and nothing of what it puts behind it, such as its end."""
+    plain, marked = (tokenizer("a", add_special_tokens=flag, verbose=False)["input_ids"] for flag in (False, True))
+    starts = range(len(marked) - len(plain) + 1)
+    return marked[: next((start for start in starts if marked[start : start + len(plain)] == plain), 0)]
+
+
+def pad_tokens(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens as one tensor, and a mask of what is no padding."""
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    for place, row in enumerate(rows):
+        where = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[place, where], mask[place, where] = row, 1
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
+
+
 def score_words(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, words: torch.Tensor, words_mask: torch.Tensor
 ) -> torch.Tensor:
     """Sum the log-probabilities of the tokens of each word after each prompt, float32 `(num_rows, num_words)`.
 
-    `words` and its mask are `(num_rows, num_words, num_tokens)`, padded on the right. Prompts are padded on the left,
-    but those of an encoder on the right. A prompt is read once, and its keys and values serve all of its words.
+    `words` and its mask are `(num_rows, num_words, num_tokens)`, padded on the right; prompts as in
+    [`score_continuations`].
+    """
+    num_rows, num_words, _ = words.shape
+    owners = torch.arange(num_rows, device=words.device).repeat_interleave(num_words)
+    scores = score_continuations(
+        model, input_ids, attention_mask, words.flatten(0, 1), words_mask.flatten(0, 1), owners
+    )
+    return scores.sum(dim=1).view(num_rows, num_words)
+
+
+def score_continuations(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    tokens: torch.Tensor,
+    tokens_mask: torch.Tensor,
+    owners: torch.Tensor,
+    num_at_once: int | None = None,
+) -> torch.Tensor:
+    """Log-probabilities of the tokens of what follows prompts, float32 `(num_continuations, num_tokens)`, padding 0.
+
+    `tokens` and its mask are padded on the right, and `owners` says whose prompt each continues. Prompts are padded on
+    the left, but those of an encoder on the right. A prompt is read once, and its keys and values serve all of its
+    continuations, at most `num_at_once` of any prompts in one forward: the shorter they are sorted, the less padding.
     """
     inputs, accepted = {"input_ids": input_ids, "attention_mask": attention_mask}, inspect.signature(model.forward)
     if model.config.is_encoder_decoder:
@@ -77,16 +120,16 @@ def score_words(
     # transformers renames it, and drops its old name in 5.40.
     name = "cache" if "cache" in accepted.parameters else "past_key_values"
     cache = getattr(read, name)
-    scores = torch.log_softmax(read.logits[:, -1].float(), dim=-1).gather(1, words[:, :, 0])
-    longer = words_mask[:, :, 1:].any(dim=2).any(dim=0).nonzero().flatten()
+    scores = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+    scores[:, 0] = torch.log_softmax(read.logits[:, -1].float(), dim=-1)[owners, tokens[:, 0]]
+    longer = tokens_mask[:, 1:].any(dim=1).nonzero().flatten()
     if len(longer):
-        parts = longer.split(_num_words_at_once(model, cache, words))
-        for number, part in enumerate(parts, start=1):
-            # Each part goes on from what was read; the last one may have it to itself.
-            own = {name: cache if number == len(parts) else copy.deepcopy(cache)}
-            own[name].batch_repeat_interleave(len(part))
-            rest = _score_rest(model, read, own, attention_mask, words[:, part], words_mask[:, part])
-            scores[:, part] += rest
+        most = _num_at_once(model, cache, len(input_ids), tokens.shape[1])
+        for part in longer.split(min(most, num_at_once or most)):
+            width = int(tokens_mask[part].sum(dim=1).max())
+            own = {name: _select(cache, owners[part])}
+            rest = tokens[part, :width], tokens_mask[part, :width], owners[part]
+            scores[part, 1:width] = _score_rest(model, read, own, attention_mask, *rest)
     return scores
 
 
@@ -95,30 +138,41 @@ def _score_rest(
     read: Any,
     cache: dict[str, Any],
     attention_mask: torch.Tensor,
-    words: torch.Tensor,
-    words_mask: torch.Tensor,
+    tokens: torch.Tensor,
+    tokens_mask: torch.Tensor,
+    owners: torch.Tensor,
 ) -> torch.Tensor:
-    """Sum the log-probabilities of all tokens of words but their first, going on from prompts that were read."""
-    num_words = words.shape[1]
-    mask = attention_mask.repeat_interleave(num_words, dim=0)
-    tokens, tokens_mask = words[:, :, :-1].flatten(0, 1), words_mask[:, :, :-1].flatten(0, 1)
+    """Log-probabilities of all tokens but the first, going on from prompts that were read."""
+    mask, before, before_mask = attention_mask[owners], tokens[:, :-1], tokens_mask[:, :-1]
     if model.config.is_encoder_decoder:
-        hidden = read.encoder_last_hidden_state.repeat_interleave(num_words, dim=0)
+        hidden = read.encoder_last_hidden_state[owners]
         inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}
-        inputs["decoder_input_ids"] = tokens
+        inputs["decoder_input_ids"] = before
     else:
-        inputs = {"input_ids": tokens, "attention_mask": torch.cat([mask, tokens_mask], dim=1)}
+        inputs = {"input_ids": before, "attention_mask": torch.cat([mask, before_mask], dim=1)}
         if "position_ids" in inspect.signature(model.forward).parameters:
             # Padding stays at the place of the last token, for there may be no further one.
-            inputs["position_ids"] = mask.sum(dim=1, keepdim=True) + tokens_mask.cumsum(dim=1) - 1
+            inputs["position_ids"] = mask.sum(dim=1, keepdim=True) + before_mask.cumsum(dim=1) - 1
     logits = model(**inputs, **cache, use_cache=True).logits.float()
-    following = words[:, :, 1:].flatten(0, 1).unsqueeze(-1)
-    log_probs = logits.gather(2, following).squeeze(-1) - logits.logsumexp(dim=2)
-    return (log_probs.view(words[:, :, 1:].shape) * words_mask[:, :, 1:]).sum(dim=2)
+    log_probs = logits.gather(2, tokens[:, 1:].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=2)
+    return log_probs * tokens_mask[:, 1:]
 
 
-def _num_words_at_once(model: Any, cache: Any, words: torch.Tensor) -> int:
-    """How many words can go on from the same keys and values, of which each gets a copy."""
+def _select(cache: Any, rows: torch.Tensor) -> Any:
+    """Keys and values of some rows, one perhaps several times; the cache itself stays as it is."""
+    own = copy.copy(cache)
+    if hasattr(cache, "self_attention_cache"):
+        own.self_attention_cache = _select(cache.self_attention_cache, rows)
+        own.cross_attention_cache = _select(cache.cross_attention_cache, rows)
+        return own
+    # Layers are given new tensors, and never write into those that they have.
+    own.layers = [copy.copy(layer) for layer in cache.layers]
+    own.batch_select_indices(rows)
+    return own
+
+
+def _num_at_once(model: Any, cache: Any, num_rows: int, num_tokens: int) -> int:
+    """How many continuations can go on from the same keys and values, of which each gets a copy."""
     both = (cache.self_attention_cache, cache.cross_attention_cache) if model.config.is_encoder_decoder else (cache,)
     layers = [layer for part in both for layer in getattr(part, "layers", [None])]
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
@@ -129,7 +183,7 @@ def _num_words_at_once(model: Any, cache: Any, words: torch.Tensor) -> int:
         )
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    return max(1, _MEMORY_BUDGET // (kept + 8 * len(words) * (words.shape[2] - 1) * vocabulary))
+    return max(1, _MEMORY_BUDGET // (kept // num_rows + 8 * (num_tokens - 1) * vocabulary))
 
 
 def _start_token_id(model: Any) -> int:

@@ -72,6 +72,8 @@ class TeacherPool:
     # A pool of written answers names other columns; what is stored, joined and pushed stays the same code.
     columns: ClassVar[tuple[str, ...]] = ()
     answers: ClassVar[str] = "Answers"  # what is held, for errors
+    maker: ClassVar[str] = "build_pool"
+    has_labels: ClassVar[bool | None] = None  # whether its hierarchy must have some; `None` for any
 
     def __init__(
         self,
@@ -86,6 +88,8 @@ class TeacherPool:
         check_kind(hierarchy, TeacherHierarchy, "hierarchy")
         check_kind(inputs, Dataset, "inputs", optional=True)
         check_kind(input_column, str, "input_column", optional=True)
+        if self.has_labels is not None:
+            hierarchy.check_labels(f"`{type(self).__name__}`", wanted=self.has_labels)
         self.hierarchy = hierarchy
         self.input_column = input_column
         self.inputs = inputs
@@ -114,7 +118,7 @@ class TeacherPool:
             levels = sorted({self.hierarchy.teachers[self.hierarchy.index(name)].level for name in missing})
             raise ValueError(
                 f"The pool must hold {self.answers.lower()} of every teacher of the hierarchy, got none of {missing} "
-                f"(level {levels}). Label the data with them by `build_pool`."
+                f"(level {levels}). Label the data with them by `{self.maker}`."
             )
         needed = ("id", *self.columns)
         for name, dataset in teachers.items():

@@ -46,6 +46,7 @@ class PseudolabelPool(TeacherPool):
 
     columns = ("label_ids", "label_probs")
     answers = "Pseudolabels"
+    has_labels = True
 
     _views: dict[str, tuple[np.ndarray, np.ndarray]]
 

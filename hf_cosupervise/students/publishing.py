@@ -67,6 +67,8 @@ def _merge(model: PeftModel, processing_class: Any) -> nn.Module:
     merged: Any = copy.deepcopy(model).eval()
     inputs = {} if processing_class is None else _noise(InputProcessor(processing_class, model.config).probe())
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if inputs and getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
         expected = merged(**inputs).logits.float() if inputs else torch.zeros(1)
         merged = merged.merge_and_unload()

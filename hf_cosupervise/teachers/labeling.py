@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,11 +25,13 @@ from ..data.loading import DataChoice, find_data
 from ..data.vectors import join_columns, name_columns, parts_of, unreadable_vectors
 from ..files import check_free, explain_full_disk, move_file
 from ..hierarchy import Teacher, TeacherHierarchy, is_writable_text
-from ..pool.files import write_teacher
+from ..pool.answers import ORACLE_ANSWER, find_prompt_column
+from ..pool.base import TeacherPool
 from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
-from ..pool.top_k import default_pool_k, label_dtype
+from ..pool.top_k import default_pool_k
 from ..processes import Processes, join_processes
+from .forms import Form, PseudolabelForm
 from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder
 from .kinds.loading import identify_teacher
 from .progress import Progress, Segment
@@ -54,6 +55,7 @@ _GOLD_NAMES = frozenset(
     ("label", "labels", "target", "targets", "gold", "gold_label", "ground_truth", "class", "y", "coarse_label")
     + ("fine_label", "label_ids", ORACLE_LABEL, ORACLE_DOMAIN)
 )
+_GOLD_ANSWERS = frozenset(("answer", "answers", "completion", "reference", "solution", ORACLE_ANSWER))
 
 
 def build_pool(
@@ -158,7 +160,56 @@ def build_pool(
             ground truth or unusable ids, a teacher's answer is not valid, or the work that was begun beside
             `output_dir` is that of another pool.
     """
-    _check_arguments(dataset, hierarchy, pool_k, batch_size, output_dir)
+    _check_arguments(dataset, hierarchy, batch_size, output_dir)
+    hierarchy.check_labels("`build_pool`", wanted=True)
+    if pool_k is not None and not 1 <= pool_k <= hierarchy.num_labels:
+        raise ValueError(f"`pool_k` must lie in 1..{hierarchy.num_labels} (the number of labels), got {pool_k}.")
+    k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
+    pool: PseudolabelPool = ask_teachers(
+        dataset,
+        hierarchy,
+        PseudolabelForm(hierarchy.labels, k, ROWS_AT_ONCE),
+        choice=DataChoice(split, revision, config_name, streaming),
+        input_column=input_column,
+        oracle_column=oracle_column,
+        oracle_domain_column=oracle_domain_column,
+        batch_size=batch_size,
+        output_dir=output_dir,
+        device=device,
+        keep_inputs=keep_inputs,
+        disable_tqdm=disable_tqdm,
+        models=models,
+        precision=precision,
+        num_workers=num_workers,
+        on_error=on_error,
+        reuse=reuse,
+        source=source,
+    )
+    return pool
+
+
+def ask_teachers(
+    dataset: Dataset | IterableDataset | str,
+    hierarchy: TeacherHierarchy,
+    form: Form,
+    *,
+    choice: DataChoice,
+    input_column: str | Sequence[str] | None,
+    oracle_column: str | None,
+    oracle_domain_column: str | None,
+    batch_size: int,
+    output_dir: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+    keep_inputs: bool,
+    disable_tqdm: bool,
+    models: Mapping[str, TeacherModel] | None,
+    precision: str,
+    num_workers: int,
+    on_error: str,
+    reuse: TeacherPool | None,
+    source: Mapping[str, str] | None,
+) -> Any:
+    """Ask every teacher about every row, whatever form their answers have, and make a pool of it."""
     named = name_columns(input_column)
     for name, column in (
         ("input_column", named),
@@ -173,7 +224,7 @@ def build_pool(
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
     reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
-    dataset, found = find_data(dataset, DataChoice(split, revision, config_name, streaming), processes)
+    dataset, found = find_data(dataset, choice, processes)
     source = dict(source) if source else found
     dataset = dataset.with_format(None)
     if len(dataset) == 0:
@@ -194,7 +245,7 @@ def build_pool(
         columns=columns,
         ids=ids,
         inputs=inputs,
-        k=default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k,
+        form=form,
         batch_size=batch_size,
         device=default_device() if device is None else torch.device(device),
         precision=precision,
@@ -214,9 +265,7 @@ def build_pool(
 # ── the dataset ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_arguments(
-    dataset: Any, hierarchy: Any, pool_k: int | None, batch_size: int, output_dir: str | os.PathLike[str] | None
-) -> None:
+def _check_arguments(dataset: Any, hierarchy: Any, batch_size: int, output_dir: str | os.PathLike[str] | None) -> None:
     """Everything that can be refused before any work."""
     if not isinstance(dataset, Dataset | IterableDataset | str):
         raise TypeError(
@@ -225,8 +274,6 @@ def _check_arguments(
         )
     if not isinstance(hierarchy, TeacherHierarchy):
         raise TypeError(f"`hierarchy` must be a `TeacherHierarchy`, got {type(hierarchy).__name__}.")
-    if pool_k is not None and not 1 <= pool_k <= hierarchy.num_labels:
-        raise ValueError(f"`pool_k` must lie in 1..{hierarchy.num_labels} (the number of labels), got {pool_k}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if output_dir is not None:
@@ -276,12 +323,14 @@ def _give_functions(
     return TeacherHierarchy(hierarchy.labels, teachers), left
 
 
-def undeclared_truth(dataset: Dataset, allowed: Container[str | None]) -> list[str]:
+def undeclared_truth(
+    dataset: Dataset, allowed: Container[str | None], others: frozenset[str] = frozenset()
+) -> list[str]:
     """Name the columns that look like ground truth, but for those that are known to be something else."""
     return [
         name
         for name, feature in dataset.features.items()
-        if (name.lower() in _GOLD_NAMES or isinstance(feature, ClassLabel)) and name not in allowed
+        if (name.lower() in _GOLD_NAMES | others or isinstance(feature, ClassLabel)) and name not in allowed
     ]
 
 
@@ -311,7 +360,9 @@ def _check_columns(
             f"Ground truth must reach no teacher, got column '{oracle_column}' both as `oracle_column` and as "
             f"the answers of teacher '{answers[oracle_column]}'. Leave one of the two out."
         )
-    undeclared = undeclared_truth(dataset, {*answers, oracle_column, oracle_domain_column, input_column})
+    writes = not hierarchy.labels
+    allowed = {*answers, oracle_column, oracle_domain_column, input_column}
+    undeclared = undeclared_truth(dataset, allowed, _GOLD_ANSWERS if writes else frozenset())
     if undeclared:
         raise ValueError(
             f"Data for a pool must hold no undeclared ground truth, got the columns {undeclared}. Keep one for "
@@ -322,7 +373,7 @@ def _check_columns(
     if is_needed or "id" not in dataset.column_names:
         # Answers may be lists of numbers too, and are nobody's input unless it is said.
         found_in = dataset if input_column else dataset.remove_columns([*{*answers} & {*dataset.column_names}])
-        input_column = find_input_column(found_in, input_column)
+        input_column = (find_prompt_column if writes else find_input_column)(found_in, input_column)
         check_depth(dataset, input_column)
     return Columns(input_column, oracle_column, oracle_domain_column)
 
@@ -360,7 +411,9 @@ def _pool_inputs(
     if not keep_inputs and columns.inputs is not None:
         dropped.add(columns.inputs)
     inputs = dataset.remove_columns(sorted(dropped & set(dataset.column_names)))
-    if columns.oracle is not None:
+    if columns.oracle is not None and not hierarchy.labels:
+        inputs = inputs.rename_column(columns.oracle, ORACLE_ANSWER)
+    elif columns.oracle is not None:
         gold = _oracle_label_ids(dataset, columns.oracle, hierarchy.labels)
         inputs = inputs.remove_columns(columns.oracle)
         inputs = inputs.add_column(ORACLE_LABEL, gold, feature=ClassLabel(names=list(hierarchy.labels)))
@@ -416,20 +469,24 @@ def _identify(
     hierarchy: TeacherHierarchy, models: Mapping[str, TeacherModel]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """What is known of each teacher before it is loaded, and its size in bytes."""
-    found = {teacher.name: identify_teacher(teacher) for teacher in hierarchy.teachers if teacher.name not in models}
+    found = {
+        teacher.name: identify_teacher(teacher, writes=not hierarchy.labels)
+        for teacher in hierarchy.teachers
+        if teacher.name not in models
+    }
     identities = {name: identity for name, (identity, _) in found.items()}
     sizes = {name: size for name, (_, size) in found.items()}
     return identities | {name: dict(model.facts) for name, model in models.items()}, sizes
 
 
 def _find_reused(
-    reuse: PseudolabelPool, hierarchy: TeacherHierarchy, identities: Mapping[str, Mapping[str, Any]]
+    reuse: TeacherPool, hierarchy: TeacherHierarchy, identities: Mapping[str, Mapping[str, Any]]
 ) -> frozenset[str]:
     """Teachers that another pool holds already: the same but for their level, and with the same weights."""
-    if reuse.labels != hierarchy.labels:
+    if (labels := reuse.hierarchy.labels) != hierarchy.labels:
         raise ValueError(
-            f"`reuse` must be a pool of the labels {shorten(hierarchy.labels)}, got one of {shorten(reuse.labels)}. "
-            "Label the data without it."
+            f"`reuse` must be a pool of the labels {shorten(hierarchy.labels)}, got one of {shorten(labels)}. Label "
+            "the data without it."
         )
     # By name first, for a teacher under another name may be meant to be another one.
     held = {teacher.name: teacher for teacher in reuse.hierarchy.teachers}
@@ -452,7 +509,7 @@ def _is_same(one: Teacher, other: Teacher, identity: Mapping[str, Any], facts: M
     return replace(one, level=other.level) == other
 
 
-def _run(job: Job, identities: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> PseudolabelPool:
+def _run(job: Job, identities: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, int]) -> Any:
     """Label what is not labelled yet, and make the pool of it."""
     if job.reuse is not None:
         match_ids(job.reuse.ids, np.asarray(job.ids), "`reuse`")
@@ -464,7 +521,7 @@ def _run(job: Job, identities: Mapping[str, Mapping[str, Any]], sizes: Mapping[s
             advice = "Free some space, or choose a larger disk by `output_dir`, where finished work would stay too."
         else:
             advice = "Free some space and run this again: what is labelled stays."
-        progress = Progress(folder, len(job.dataset), job.k, label_dtype(job.hierarchy.num_labels))
+        progress = job.form.progress(folder, len(job.dataset))
         stack.callback(progress.close)
         stack.enter_context(explain_full_disk(folder, advice, job.disk_needs(progress.row_bytes)))
         missing = processes.on_first(partial(_open, job, progress, identities))
@@ -503,12 +560,12 @@ def _open(
 # ── finishing ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _finish(job: Job, progress: Progress) -> PseudolabelPool:
+def _finish(job: Job, progress: Progress) -> TeacherPool:
     """Make the pool of what lies in the journal, the same in every process."""
     facts = job.processes.on_first(partial(_write_teachers, job, progress))
     if job.output_dir is not None:
         job.processes.on_first(partial(_save, job, progress, facts))
-        return PseudolabelPool.load(job.output_dir)
+        return job.form.pool.load(job.output_dir)
     pool = _open_pool(job, progress, facts)
     job.processes.wait()  # everybody has mapped the files before the first process may delete them
     if job.processes.rank == 0:
@@ -530,16 +587,17 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
             facts[name] = dict(job.reuse.facts.get(name, {}))
             # In the same order the old file serves as it is.
             if not np.array_equal(job.reuse.ids, np.asarray(job.ids)):
-                write_teacher(_teacher_file(progress, name), job.ids, _select_rows(job.reuse, name, job.ids))
+                rows = match_ids(job.reuse.ids, np.asarray(job.ids), "`reuse`")
+                job.form.write(_teacher_file(progress, name), job.ids, job.form.stored(job.reuse, name, rows))
             continue
         segments = progress.segments(name)
         num_failed = _check_segments(job, progress, name, segments)
-        write_teacher(_teacher_file(progress, name), job.ids, progress.rows(segments))
+        job.form.write(_teacher_file(progress, name), job.ids, progress.rows(segments))
         num_answered = sum(segment.num_answered for segment in segments)
         facts[name] = known[name] | {
             "precision": job.precision,
             "num_failed": num_failed,
-            "dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1),
+            **job.form.facts(segments),
         }
         teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
         if teacher.leaves_labels_out and teacher.has_files:
@@ -574,18 +632,7 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
     return num_failed
 
 
-def _select_rows(
-    pool: PseudolabelPool, name: str, ids: Sequence[int] | Sequence[str]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A teacher's labels in a pool, of some of its rows, a piece at a time."""
-    rows = match_ids(pool.ids, np.asarray(ids), "`reuse`")
-    # Piece by piece: a pool may be larger than the memory.
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        piece = rows[start : start + ROWS_AT_ONCE]
-        yield pool.label_ids(name)[piece], pool.label_probs(name)[piece]
-
-
-def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> PseudolabelPool:
+def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> TeacherPool:
     teachers = {}
     for name in job.hierarchy.names:
         path = _teacher_file(progress, name)
@@ -593,13 +640,13 @@ def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> Pseudo
             teachers[name] = Dataset.from_file(str(path))
         else:
             teachers[name] = job.reuse.teachers[name]
-    pool = PseudolabelPool(job.hierarchy, teachers, job.inputs, facts, job.source, input_column=job.columns.inputs)
+    pool = job.form.pool(job.hierarchy, teachers, job.inputs, facts, job.source, input_column=job.columns.inputs)
     if (unreadable := _find_unreadable(job, pool)).size and pool.inputs is not None:
         pool.inputs = _empty_cells(pool.inputs, str(job.columns.inputs), unreadable)
     return pool
 
 
-def _find_unreadable(job: Job, pool: PseudolabelPool) -> np.ndarray:
+def _find_unreadable(job: Job, pool: Any) -> np.ndarray:
     """Rows of which the pool would keep what no model can read: an image, where a teacher failed, or a vector."""
     column, models = job.columns.inputs, job.models
     readers = [

@@ -29,6 +29,7 @@ class Segment:
 
     path: Path
     offset: int
+    size: int
     start: int
     stop: int
     num_answered: int
@@ -117,21 +118,28 @@ class Progress:
             done = segment.stop
         return gaps + ([(done, self.num_rows)] if done < self.num_rows else [])
 
-    def rows(self, segments: Sequence[Segment]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Read labels back in the order of the rows."""
+    def rows(self, segments: Sequence[Segment]) -> Iterator[Any]:
+        """Read answers back in the order of the rows, a piece at a time, as [`decode`] gives them."""
         done = 0
         for segment in segments:
             count = segment.stop - segment.start
             with open(segment.path, "rb") as file:
                 file.seek(segment.offset)
-                data = file.read(count * self.row_bytes)
-            size = count * self.k
-            label_ids = np.frombuffer(data, self.dtype, size).reshape(count, self.k)
-            label_probs = np.frombuffer(data, np.float16, size, size * self.dtype.itemsize).reshape(count, self.k)
+                data = file.read(segment.size)
             # Rows that an earlier segment has given already are not given twice.
-            new = slice(max(done - segment.start, 0), None)
-            yield label_ids[new], label_probs[new]
+            yield self.decode(data, count, slice(max(done - segment.start, 0), None))
             done = segment.stop
+
+    def decode(self, data: bytes, count: int, rows: slice) -> Any:
+        """Read some rows of a batch."""
+        size = count * self.k
+        label_ids = np.frombuffer(data, self.dtype, size).reshape(count, self.k)
+        label_probs = np.frombuffer(data, np.float16, size, size * self.dtype.itemsize).reshape(count, self.k)
+        return label_ids[rows], label_probs[rows]
+
+    def fits(self, size: int, count: int) -> bool:
+        """Tell whether so many bytes can be those of so many rows."""
+        return size == count * self.row_bytes
 
     def drop(self, *names: str) -> None:
         """Forget teachers and what they have labelled."""
@@ -147,20 +155,22 @@ class Progress:
         head, _, checksum = line.rpartition(b" ")
         try:
             numbers, rows, reason, dropped = head.split()[:-3], *head.split()[-3:]
-            offset, start, stop, num_answered, num_failed = map(int, numbers)
+            offset, size, start, stop, num_answered, num_failed = map(int, numbers)
             failed_rows = tuple(int(row) for row in rows.split(b",") if row != b"-")
             expected, mass = int(checksum), float(dropped)
         except ValueError:
             return None
         # Numbers of a damaged line may be anything: checked before so many bytes are read.
-        if offset < 0 or not 0 <= start < stop <= self.num_rows:
+        if offset < 0 or not 0 <= start < stop <= self.num_rows or not self.fits(size, stop - start):
+            return None
+        if offset + size > os.fstat(data.fileno()).st_size:
             return None
         data.seek(offset)
-        found = data.read((stop - start) * self.row_bytes)
+        found = data.read(size)
         if zlib.crc32(found, zlib.crc32(head)) != expected:
             return None
         why = unquote(reason.decode()).removeprefix("-")
-        return Segment(Path(data.name), offset, start, stop, num_answered, num_failed, failed_rows, mass, why)
+        return Segment(Path(data.name), offset, size, start, stop, num_answered, num_failed, failed_rows, mass, why)
 
     def _acquire(self) -> None:
         """Take the lock, or say who has it."""
@@ -215,13 +225,25 @@ class Part:
         dropped: float = 0.0,
         reason: str = "",
     ) -> None:
-        """Write a batch, and then the line that makes it count."""
-        data = label_ids.tobytes() + label_probs.tobytes()
+        """Write a batch of pseudolabels."""
         num_answered = int(np.count_nonzero(label_probs[:, 0]))
+        data, span = label_ids.tobytes() + label_probs.tobytes(), (start, start + len(label_ids))
+        self.write(span, data, num_answered, failed_rows, dropped, reason)
+
+    def write(
+        self,
+        span: tuple[int, int],
+        data: bytes,
+        num_answered: int,
+        failed_rows: Sequence[int] = (),
+        dropped: float = 0.0,
+        reason: str = "",
+    ) -> None:
+        """Write the bytes of a span of rows, and then the line that makes them count."""
         noted = ",".join(str(row) for row in failed_rows[:_NUM_NOTED]) or "-"
         # Quoted, for blanks part the fields of a line; the dash keeps an empty reason a field.
         why = quote(f"-{reason[:_NUM_LETTERS]}", errors="replace")
-        head = f"{self._offset} {start} {start + len(label_ids)} {num_answered} {len(failed_rows)} {noted} {why} "
+        head = f"{self._offset} {len(data)} {span[0]} {span[1]} {num_answered} {len(failed_rows)} {noted} {why} "
         head += repr(dropped)
         checksum = zlib.crc32(data, zlib.crc32(head.encode()))
         # Before its line: a line without its bytes would have to be found out, bytes without a line do no harm.

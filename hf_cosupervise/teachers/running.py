@@ -25,13 +25,11 @@ from ..data.columns import cell_digest, shorten
 from ..data.inputs import RowError
 from ..data.loading import tell_error
 from ..hierarchy import Teacher, TeacherHierarchy
-from ..method.metrics import SUM_TOLERANCE
-from ..pool.pseudolabels import PseudolabelPool
-from ..pool.top_k import dropped_mass, encode_top_k
+from ..pool.base import TeacherPool
 from ..processes import Processes
+from .forms import Form
 from .kinds.base import ROW, Answers, TeacherModel
 from .kinds.column import ColumnTeacher
-from .kinds.loading import load_teacher
 from .progress import Part, Progress
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,7 +82,7 @@ class Job:
     columns: Columns
     ids: Sequence[int] | Sequence[str]
     inputs: Dataset | None
-    k: int
+    form: Form
     batch_size: int
     device: torch.device
     precision: str
@@ -93,7 +91,7 @@ class Job:
     disable_tqdm: bool
     processes: Processes
     output_dir: Path | None
-    reuse: PseudolabelPool | None
+    reuse: TeacherPool | None
     reused: frozenset[str]
     source: Mapping[str, Any] | None
     commits: Mapping[str, str | None]
@@ -118,7 +116,7 @@ class Job:
         digest = hashlib.blake2b("\n".join(map(repr, self.ids)).encode("utf-8"), digest_size=8)
         return {
             "hierarchy": self.hierarchy.to_dict(),
-            "pool_k": self.k,
+            **self.form.plan(),
             "precision": self.precision,
             "num_rows": len(self.dataset),
             "ids": digest.hexdigest(),
@@ -205,13 +203,13 @@ def label_group(
     models = {
         teacher.name: job.models[teacher.name]
         if teacher.name in job.models
-        else load_teacher(teacher, job.hierarchy.labels, job.device, commit=job.commits.get(teacher.name))
+        else job.form.load(teacher, job.device, job.commits.get(teacher.name))
         for teacher in group
     }
     job.processes.on_first(partial(progress.add_facts, {name: model.facts for name, model in models.items()}))
     is_cheap = all(is_column(teacher) and teacher.name not in job.models for teacher in group)
     # Without a model nothing is gained by small batches.
-    step = max(ROWS_AT_ONCE, job.batch_size) if is_cheap else job.batch_size
+    step = max(ROWS_AT_ONCE, job.batch_size) if is_cheap else job.batch_size * job.form.batches_at_once
     _label_share(job, progress, models, _cut_batches({name: missing[name] for name in models}, len(job.ids), step))
     # Else they would be held here still when CUDA is asked to give memory back.
     del models
@@ -234,8 +232,8 @@ def _label_share(job: Job, progress: Progress, models: Mapping[str, TeacherModel
         for batch, (failed, inputs) in zip(own, _load_batches(job, reader)):
             for name in batch.names:
                 model, key = models[name], reader.keys[name]
-                probs, reasons = _answer(job, reader, batch, name, model, failed[model.column], inputs.get(key))
-                _append(job, name, parts[name], batch, probs, reasons)
+                answers, reasons = _answer(job, reader, batch, name, model, failed[model.column], inputs.get(key))
+                _append(job, name, parts[name], batch, answers, reasons)
             bar.update(batch.stop - batch.start)
 
 
@@ -372,7 +370,7 @@ def _as_it_is(batch: T) -> T:
 def _answer(
     job: Job, reader: _Reader, batch: _Batch, name: str, model: TeacherModel, failed: _Reasons, inputs: Any
 ) -> tuple[np.ndarray, _Reasons]:
-    """A teacher's probabilities of a batch, `(num_rows, num_labels)` with zeros where it failed, and why it did."""
+    """A teacher's answers to a batch, one for each row and nothing where it failed, and why it did."""
     count, reasons = batch.stop - batch.start, dict(failed)
     rows = np.setdiff1d(np.arange(count), list(failed))
     if inputs is not None:
@@ -387,25 +385,17 @@ def _answer(
             for row, error in broken.items()
         }
         rows = np.setdiff1d(rows, list(broken))
-        answers = np.array([answer for answer in each if isinstance(answer, np.ndarray)], dtype=np.float32)
-    if len(rows) and not (is_valid := _is_valid(answers)).all():
-        reasons |= _tell_invalid(name, answers, rows, ~is_valid)
-        answers = np.where(is_valid[:, None], answers, np.float32(0))
+        answers = np.array([answer for answer in each if not isinstance(answer, RowError)], dtype=job.form.dtype)
+    if len(rows) and (wrong := job.form.find_wrong(name, answers)):
+        reasons |= {int(rows[place]): (what, None) for place, what in wrong.items()}
+        answers = answers.copy()
+        answers[list(wrong)] = job.form.nothing(len(wrong))
     if len(rows) == count:
         return answers, reasons
-    probs = np.zeros((count, job.hierarchy.num_labels), dtype=np.float32)
+    said = job.form.nothing(count)
     if len(rows):
-        probs[rows] = answers
-    return probs, reasons
-
-
-def _tell_invalid(name: str, answers: np.ndarray, rows: np.ndarray, is_invalid: np.ndarray) -> _Reasons:
-    reasons: _Reasons = {}
-    for place in np.flatnonzero(is_invalid):
-        got = f"{answers[place][:8].tolist()} (sum {answers[place].sum():.4f})"
-        what = f"Probabilities of teacher '{name}' must be finite, not negative and sum to 1, got {got}"
-        reasons[int(rows[place])] = (what, None)
-    return reasons
+        said[rows] = answers
+    return said, reasons
 
 
 def _ask(
@@ -414,16 +404,15 @@ def _ask(
     """A model's answers, and of some kinds why rows have none."""
     with _told(name, num_rows), job.autocast():
         answers = model(inputs)
-        probs = np.asarray(answers.probs if isinstance(answers, Answers) else answers, dtype=np.float32)
-    if probs.shape != (num_rows, job.hierarchy.num_labels):
+        said = np.asarray(answers.probs if isinstance(answers, Answers) else answers, dtype=job.form.dtype)
+    if said.shape != (shape := job.form.nothing(num_rows).shape):
         raise ValueError(
-            f"Teacher '{name}' must give probabilities of shape {(num_rows, job.hierarchy.num_labels)}, got "
-            f"{probs.shape}. Correct its `__call__`."
+            f"Teacher '{name}' must give {job.form.what} of shape {shape}, got {said.shape}. Correct its `__call__`."
         )
-    return probs, answers.errors if isinstance(answers, Answers) else {}
+    return said, answers.errors if isinstance(answers, Answers) else {}
 
 
-def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> list[np.ndarray | RowError]:
+def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> list[Any]:
     """An answer or an error for each cell: what cannot be prepared is halved until the rows at fault are alone."""
     if not cells:
         return []
@@ -434,8 +423,8 @@ def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> li
         if len(cells) == 1:
             return [error]
     else:
-        probs, errors = _ask(job, name, model, inputs, len(cells))
-        return [errors.get(place, answer) for place, answer in enumerate(probs)]
+        said, errors = _ask(job, name, model, inputs, len(cells))
+        return [errors.get(place, answer) for place, answer in enumerate(said)]
     # One row at fault costs about 2 log2 of the batch in calls, not one call per row.
     half = len(cells) // 2
     return _ask_parts(job, name, model, cells[:half]) + _ask_parts(job, name, model, cells[half:])
@@ -462,22 +451,14 @@ class _told(AbstractContextManager[None]):  # noqa: N801
 def tell_unmatched(job: Job, name: str) -> str:
     """List what a column of answers holds that is no answer: its rows are too many to be looked through one by one."""
     teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
-    if not is_column(teacher) or name in job.models:
+    if not is_column(teacher) or name in job.models or not job.hierarchy.labels:
         return ""
     cells = read_names(job.dataset, teacher.model)
     table = ColumnTeacher(teacher, job.hierarchy.labels).tell_unmatched(cells)
     return f" Such answers, and how often they are there: {table}."
 
 
-def _is_valid(probs: np.ndarray) -> np.ndarray:
-    """Whether each row is a distribution or a missing answer, `(num_rows,)` bool."""
-    with np.errstate(invalid="ignore"):
-        sums = probs.sum(axis=1)
-        # NaN fails every comparison, so that it needs no test of its own.
-        return (probs >= 0).all(axis=1) & ((np.abs(sums - 1) <= SUM_TOLERANCE) | (sums == 0))
-
-
-def _append(job: Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, reasons: _Reasons) -> None:
+def _append(job: Job, name: str, part: Part, batch: _Batch, answers: np.ndarray, reasons: _Reasons) -> None:
     """Put a batch on disk, or refuse it if a row of it failed and may not be missing."""
     failed_rows = [batch.start + place for place in sorted(reasons)]
     if failed_rows and job.on_error == "raise":
@@ -487,6 +468,5 @@ def _append(job: Job, name: str, part: Part, batch: _Batch, probs: np.ndarray, r
             f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'. Fix or drop that "
             f'row, or leave such rows without labels by `on_error="missing"`.{tell_unmatched(job, name)}'
         ) from error
-    label_ids, label_probs = encode_top_k(probs, job.k)
     reason = reasons[min(reasons)][0] if reasons else ""
-    part.append(batch.start, label_ids, label_probs, failed_rows, dropped_mass(probs, label_ids), reason)
+    job.form.append(part, batch.start, answers, failed_rows, reason)

@@ -15,6 +15,7 @@ from ..data.vectors import check_vectors, join_columns, name_columns, parts_of
 from ..files import make_output_dir
 from ..method.metrics import check_metric
 from ..method.rejection import check_top_k_value
+from ..pool.answers import AnswerPool
 from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
 from ..students.student import check_answers
@@ -28,6 +29,11 @@ def check_first(
     args: Any, given: Mapping[str, Any], pool: PseudolabelPool, assign_func: Any = None, keep_func: Any = None
 ) -> CoSupervisedConfig:
     """Refuse what no student could be trained with, and see that there is a place to write to."""
+    if isinstance(pool, AnswerPool):
+        raise TypeError(
+            "`pool` must be a `PseudolabelPool`, got AnswerPool, whose teachers write. Use `co_supervise_answers`, or "
+            "label the data by `build_pool`."
+        )
     args = CoSupervisedConfig() if args is None else args
     if not isinstance(args, CoSupervisedConfig):
         raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")

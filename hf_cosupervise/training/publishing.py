@@ -16,6 +16,7 @@ from ..data.vectors import VECTOR_MODEL
 from ..files import explain_full_disk, without_nan
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
+from ..pool.base import TeacherPool
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import Processes
 from ..students.pooling import exported_pooling
@@ -42,7 +43,7 @@ def name_functions(**functions: Any) -> dict[str, str]:
     }
 
 
-def describe_run(student: dict[str, Any], pool: PseudolabelPool, num_processes: int) -> dict[str, Any]:
+def describe_run(student: dict[str, Any], pool: TeacherPool, num_processes: int) -> dict[str, Any]:
     """Tell what a run is made of, at the commits that everything was pinned to; folders are nobody's business."""
     return {
         "num_processes": num_processes,
@@ -53,7 +54,7 @@ def describe_run(student: dict[str, Any], pool: PseudolabelPool, num_processes: 
     }
 
 
-def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
+def describe_teacher(pool: TeacherPool, name: str) -> dict[str, Any]:
     """Tell which weights spoke for a teacher, as cards and histories show it."""
     teacher = pool.hierarchy.teachers[pool.hierarchy.index(name)]
     return {
@@ -65,14 +66,14 @@ def describe_teacher(pool: PseudolabelPool, name: str) -> dict[str, Any]:
     }
 
 
-def made_of(run: Mapping[str, Any], pool: PseudolabelPool) -> dict[str, Any]:
+def made_of(run: Mapping[str, Any], pool: TeacherPool) -> dict[str, Any]:
     """What a student's card tells of all that the student was made of, from the `run` of its history."""
     student, source = run["student"], run["source"].get("dataset")
     return {
         "base_model": student.get("model"),
         "base_model_revision": student.get("revision"),
         "base_model_commit": student.get("commit"),
-        "labels": list(pool.labels),
+        "labels": list(pool.hierarchy.labels),
         "num_examples": len(pool),
         "pool": run["pool"].get("repo_id"),
         "pool_revision": run["pool"].get("commit"),

@@ -26,7 +26,18 @@ from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelP
 RECIPES = Path(__file__).resolve().parents[1]
 NUM_PROTOTYPES = 512
 IMAGE_SIZE = 64
-SECTIONS = ("head", "head_1000", "labelling", "finetune", "gather", "growth", "scale", "imports", "truncation")
+SECTIONS = (
+    "head",
+    "head_1000",
+    "labelling",
+    "answers",
+    "finetune",
+    "gather",
+    "growth",
+    "scale",
+    "imports",
+    "truncation",
+)
 
 
 @dataclass

@@ -16,15 +16,15 @@ from .base import Kind, TeacherModel, TeacherSource, default_device, read_option
 def load_teacher(
     teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None, *, commit: str | None = None
 ) -> TeacherModel:
-    """Load one teacher, mapped by label names onto the labels of the task."""
+    """Load one teacher, mapped by label names onto the labels of the task; without labels, one that writes."""
     device = torch.device(device) if device is not None else default_device()
-    source, kind = find_source(teacher, commit)
+    source, kind = find_source(teacher, commit, writes=not labels)
     return kind.load(source, tuple(labels), device)
 
 
-def identify_teacher(teacher: Teacher) -> tuple[dict[str, Any], int]:
+def identify_teacher(teacher: Teacher, *, writes: bool = False) -> tuple[dict[str, Any], int]:
     """Tell what its answers depend on besides what a hierarchy says, such as its weights, without loading them."""
-    source, kind = find_source(teacher)
+    source, kind = find_source(teacher, writes=writes)
     return kind.identify(source)
 
 
@@ -46,9 +46,14 @@ def _kind(name: str) -> Kind:
     return kind
 
 
-def find_source(teacher: Teacher, commit: str | None = None) -> tuple[TeacherSource, Kind]:
+def find_source(teacher: Teacher, commit: str | None = None, *, writes: bool = False) -> tuple[TeacherSource, Kind]:
     """Read the configuration, pin a Hub repository to one commit, and see that the kind knows what it is told."""
     source, name = TeacherSource(teacher), teacher.kind
+    if writes and name not in ("auto", "column"):
+        raise ValueError(
+            f"`kind` of teacher '{teacher.name}', which writes, must be 'auto' (a language model) or 'column' (ready "
+            f"answers), got '{name}'. Leave it out, or give the hierarchy labels and use `build_pool`."
+        )
     if teacher.has_files:
         model_source = find_model(
             teacher.model,
@@ -58,7 +63,11 @@ def find_source(teacher: Teacher, commit: str | None = None) -> tuple[TeacherSou
             commit=commit,
         )
         source = TeacherSource(teacher, model_source)
-        name = find_kind(model_source, teacher.model) if name == "auto" else name
+        name = find_kind(model_source, teacher.model) if name == "auto" and not writes else name
+    if writes:
+        kind = _kind("written")
+        read_options(teacher, "column" if name == "column" else "written", {} if name == "column" else kind.options)
+        return source, kind
     kind = _kind(name)
     others = [] if _knows(kind, teacher) else _kinds_for(teacher)
     read_options(teacher, name, kind.options, others)

@@ -19,7 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ...data.columns import shorten
 from ...data.inputs import InputProcessor, RowError, check_text
 from ...models.classifier import load_processor
-from ...models.language import load_language_model, make_greedy, score_words
+from ...models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_words
 from ...models.source import ModelSource, explained, first_line
 from .base import (
     Kind,
@@ -68,7 +68,7 @@ _FILTERS = (
     "upper",
     "wordcount",
 )
-_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
 _Encoded = tuple[list[int], list[list[int]]]
 
@@ -81,7 +81,7 @@ class PromptedTeacher:
     def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
         name, model_source = source.name, source.model_source
         self.options = _check_options(source)
-        _compile(self.options["template"], name)
+        compile_template(self.options["template"], name)
         texts = label_texts(source.teacher, labels)
         self.by_words = self.options["answer"] == "words"
         self.answers = {} if self.by_words else _fold_all(texts, name)
@@ -117,7 +117,7 @@ class PromptedTeacher:
         seen = [processor.fingerprint, tokenizer.chat_template]
         prompt = [self.prompter.words, self.prompter.max_length, self.options, labels]
         self.facts = source.facts("prompted", type(model).__name__, fingerprint([*seen, *prompt]))
-        self.facts |= _tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        self.facts |= tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
         self.facts |= {
             "template": fingerprint(self.options["template"]),
             "words": {label: list(words) for label, words in texts.items()},
@@ -209,17 +209,19 @@ class Prompter:
         if empty := [cell for cell, (prompt, _) in zip(cells, rows, strict=True) if not prompt]:
             raise RowError(f"A prompt must have at least one token, got none for {empty[0]!r}")
         # Prompts of causal models end where their words begin.
-        inputs = _pad([prompt for prompt, _ in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
+        inputs = pad_tokens([prompt for prompt, _ in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
         batch = {"input_ids": inputs[0], "attention_mask": inputs[1]}
         if self.words:
-            words, mask = _pad([word for _, words in rows for word in words], self.tokenizer.pad_token_id, left=False)
+            words, mask = pad_tokens(
+                [word for _, words in rows for word in words], self.tokenizer.pad_token_id, left=False
+            )
             shape = (len(rows), len(self.words), -1)
             batch |= {"words": words.view(shape), "words_mask": mask.view(shape)}
         return batch
 
     def render(self, text: str) -> str:
         """The prompt of a text, as the model reads it."""
-        prompt = _compile(self.template, self.name).render(text=text, labels=self.labels)
+        prompt = compile_template(self.template, self.name).render(text=text, labels=self.labels)
         if not self.options["chat"]:
             return prompt
         messages = [{"role": "user", "content": prompt}]
@@ -229,12 +231,12 @@ class Prompter:
         """Tokens of each prompt, and of each word after it."""
         try:
             prompts = [self.render(cell) for cell in cells]
-        except _RENDER_ERRORS as error:
+        except RENDER_ERRORS as error:
             raise RowError(f"The template of the prompt cannot be filled in: {first_line(error)}") from error
         if self.is_seq2seq:
             words = self._tokenize(self.words, add_special_tokens=False)
             return [(prompt, words) for prompt in self._tokenize(prompts, add_special_tokens=True)]
-        before = [] if self.options["chat"] else self._leading_tokens()
+        before = [] if self.options["chat"] else leading_tokens(self.tokenizer)
         pairs = [self._border(prompt) for prompt in prompts]
         stems = self._tokenize([stem for stem, _ in pairs], add_special_tokens=False)
         if not self.words:
@@ -255,7 +257,7 @@ class Prompter:
         what = f"Teacher '{self.name}'"
         try:
             prompts = [self.render(sample) for sample in _SAMPLES]
-        except _RENDER_ERRORS as error:
+        except RENDER_ERRORS as error:
             part = (
                 "a chat template that takes a message of the user" if self.options["chat"] else "a template of Jinja"
             )
@@ -284,12 +286,6 @@ class Prompter:
         settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
         tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
         return tokens
-
-    def _leading_tokens(self) -> list[int]:
-        """What a tokenizer puts before a text, and nothing of what it puts behind it, such as its end."""
-        plain, marked = (self._tokenize(["a"], add_special_tokens=flag)[0] for flag in (False, True))
-        starts = range(len(marked) - len(plain) + 1)
-        return marked[: next((start for start in starts if marked[start : start + len(plain)] == plain), 0)]
 
     def _border(self, prompt: str) -> tuple[str, str]:
         """The prompt without spaces at its end, and what stands between it and a word: tokens begin with the space."""
@@ -320,17 +316,6 @@ class Prompter:
             else:
                 exceeds = middle
         return best
-
-
-def _pad(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of tokens as one tensor, and a mask of what is no padding."""
-    width = max(map(len, rows))
-    tokens = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for place, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[place, where], mask[place, where] = row, 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 def fold(answer: str) -> str:
@@ -385,7 +370,7 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
 
 # Compiled again by each worker that prepares rows, for a compiled template cannot be sent to it.
 @lru_cache(maxsize=64)
-def _compile(template: str, name: str) -> jinja2.Template:
+def compile_template(template: str, name: str) -> jinja2.Template:
     """A template of which nothing is to be feared, with a slot for the text."""
     what = f"Option `template` of teacher '{name}'"
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -412,7 +397,7 @@ def _compile(template: str, name: str) -> jinja2.Template:
 # ── the kind ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tokenizer_identity(source: ModelSource) -> dict[str, str]:
+def tokenizer_identity(source: ModelSource) -> dict[str, str]:
     """Tell the files of a folder apart that decide what a prompt is; a commit does of the Hub."""
     if not source.is_local:
         return {}
@@ -426,7 +411,7 @@ def _tokenizer_identity(source: ModelSource) -> dict[str, str]:
 KIND = Kind(
     load=PromptedTeacher,
     identify=lambda source: (
-        source.model_source.identity | _tokenizer_identity(source.model_source),
+        source.model_source.identity | tokenizer_identity(source.model_source),
         source.model_source.num_bytes,
     ),
     options=OPTIONS,

@@ -1,0 +1,275 @@
+"""Answers in words: when two are the same, who speaks for the most of them, and which two make a preference."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+
+import numpy as np
+
+Normalizer = Callable[[str], str | None]
+NOBODY = -1
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_BOX = "\\boxed{"
+
+
+# ── when two answers are the same ───────────────────────────────────────────────────────────────────────────────────
+
+
+def normalize_exact(answer: str) -> str | None:
+    """Leave an answer as it is but for blanks at its ends; nothing is no answer."""
+    return answer.strip() or None
+
+
+def normalize_number(answer: str) -> str | None:
+    """Take the last number of an answer, without thousands' commas and needless zeros; `None` where it has none.
+
+    Examples:
+        >>> normalize_number("so 1,200.50 dollars in all."), normalize_number("none")
+        ('1200.5', None)
+    """
+    found = _NUMBER.findall(answer)
+    if not found:
+        return None
+    whole, _, part = found[-1].replace(",", "").partition(".")
+    sign, whole, part = whole[:1] if whole[0] == "-" else "", whole.lstrip("-").lstrip("0") or "0", part.rstrip("0")
+    number = f"{whole}.{part}" if part else whole
+    return number if number == "0" else sign + number
+
+
+def normalize_boxed(answer: str) -> str | None:
+    r"""Take what stands in the last `\\boxed{…}` of an answer; `None` where there is none or it does not end.
+
+    Examples:
+        >>> normalize_boxed(r"Hence \\boxed{\\frac{1}{2}}.")
+        '\\\\frac{1}{2}'
+    """
+    start = answer.rfind(_BOX)
+    if start < 0:
+        return None
+    start, depth = start + len(_BOX), 1
+    for place, letter in enumerate(answer[start:], start):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return "".join(answer[start:place].split()) or None
+    return None
+
+
+NORMALIZERS: dict[str, Normalizer] = {
+    "exact": normalize_exact,
+    "number": normalize_number,
+    "boxed": normalize_boxed,
+}
+
+
+def find_normalizer(normalize: str | Normalizer) -> Normalizer:
+    """Give the function of a name in `NORMALIZERS`; a function from an answer to a text or `None` is its own."""
+    if callable(normalize):
+        return normalize
+    if normalize not in NORMALIZERS:
+        raise ValueError(
+            f"`normalize` must be one of {list(NORMALIZERS)} or a function of an answer, got {normalize!r}. Choose "
+            "one."
+        )
+    return NORMALIZERS[normalize]
+
+
+def group_answers(answers: Sequence[Sequence[str | None]], normalize: str | Normalizer = "exact") -> np.ndarray:
+    """Number the different answers to each prompt in the order in which they first appear.
+
+    Args:
+        answers (`Sequence[Sequence[str | None]]`):
+            For each prompt, what each teacher answered, `None` for nothing.
+        normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
+            Answers that it makes equal are the same; one that it makes `None` counts as none.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples, num_teachers)`, int64: -1 without an answer.
+
+    Raises:
+        ValueError: If there is no normaliser of that name, or the rows are of different lengths.
+
+    Examples:
+        >>> group_answers([["4", "It is 4.0", None, "five"], ["1", "2", "1", "2"]], "number").tolist()
+        [[0, 0, -1, -1], [0, 1, 0, 1]]
+    """
+    function, rows = find_normalizer(normalize), []
+    for said in answers:
+        known: dict[str, int] = {}
+        keys = [None if answer is None else function(answer) for answer in said]
+        rows.append([NOBODY if key is None else known.setdefault(key, len(known)) for key in keys])
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError("Every prompt must have one answer or `None` of each teacher, got rows of several lengths.")
+    return np.array(rows, dtype=np.int64).reshape(len(rows), -1 if rows else 0)
+
+
+# ── who speaks for all ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def first_answered(groups: np.ndarray) -> np.ndarray:
+    """Give the first teacher with an answer, int64 `(num_examples,)`; -1 where nobody has one."""
+    answered = groups >= 0
+    return np.where(answered.any(axis=1), answered.argmax(axis=1), NOBODY).astype(np.int64)
+
+
+def random_answered(groups: np.ndarray, seed: int) -> np.ndarray:
+    """Give one of the teachers with an answer, each as likely, int64 `(num_examples,)`; -1 where nobody has one."""
+    draws = np.where(groups >= 0, np.random.default_rng(seed).random(groups.shape), -1.0)
+    return np.where((groups >= 0).any(axis=1), draws.argmax(axis=1), NOBODY).astype(np.int64)
+
+
+def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Let the answer that most teachers gave be spoken by the most confident of them.
+
+    Of several that are as frequent, the one of the most confident teacher counts; without confidences, the first.
+
+    Args:
+        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
+            As [`group_answers`] gives them.
+        confidences (`np.ndarray` of shape `(num_examples, num_teachers)`, *optional*):
+            How sure each teacher is, NaN where nobody knows.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: the teacher who speaks, int64 `(num_examples,)`, -1 where nobody answered; and
+        which share of those who answered agree with it, float32, 0 where nobody did.
+
+    Examples:
+        >>> majority_vote(np.array([[0, 1, 1], [0, 1, -1]]), np.array([[0.9, 0.1, 0.2], [0.1, 0.3, 0.9]]))[0].tolist()
+        [2, 1]
+    """
+    counts = (groups[:, :, None] == groups[:, None, :]).sum(axis=2) * (groups >= 0)
+    most = counts.max(axis=1, initial=0)
+    sure = np.zeros(groups.shape) if confidences is None else np.nan_to_num(confidences, nan=-np.inf)
+    # Below every confidence that is not known, so that a teacher of the majority speaks in any case.
+    ranks = np.where(counts == most[:, None], 1.0, 0.0)
+    sure = np.where((ranks > 0) & (sure == sure.max(axis=1, initial=-np.inf, where=ranks > 0, keepdims=True)), 1, 0)
+    speaker = np.where(most > 0, sure.argmax(axis=1), NOBODY).astype(np.int64)
+    return speaker, (most / np.maximum((groups >= 0).sum(axis=1), 1)).astype(np.float32)
+
+
+def longest_agreement(answers: Sequence[Sequence[str | None]]) -> np.ndarray:
+    """Let the teacher speak whose answer has the longest runs of words in common with those of the others, summed.
+
+    Of several with as much in common, the first. Meant for long answers, of which no two are equal.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, int64: -1 where nobody answered.
+
+    Examples:
+        >>> longest_agreement([["no idea", "the cat sat there", "a cat sat there", None]]).tolist()
+        [1]
+    """
+    chosen = np.full(len(answers), NOBODY, dtype=np.int64)
+    for row, said in enumerate(answers):
+        words = [None if answer is None else answer.split() for answer in said]
+        shared = [0 if own is not None else NOBODY for own in words]
+        for one, own in enumerate(words):
+            for other in range(one + 1, len(words)):
+                if own is not None and (theirs := words[other]) is not None:
+                    size = SequenceMatcher(None, own, theirs, autojunk=False).find_longest_match().size
+                    shared[one] += size
+                    shared[other] += size
+        if shared and max(shared) >= 0:
+            chosen[row] = int(np.argmax(shared))
+    return chosen
+
+
+# ── which two make a preference ─────────────────────────────────────────────────────────────────────────────────────
+
+Pairs = tuple[np.ndarray, np.ndarray]  # positions of the chosen and of the rejected teacher, (num_examples,), -1: none
+
+
+def _pick(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The allowed teacher of the highest score, the first of several; -1 where none is allowed or known."""
+    allowed = allowed & ~np.isnan(scores)
+    best = np.where(allowed, scores, -np.inf).argmax(axis=1)
+    return np.where(allowed.any(axis=1), best, NOBODY).astype(np.int64)
+
+
+def _others(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Who gave another answer than the chosen teacher, bool `(num_examples, num_teachers)`."""
+    own = np.take_along_axis(groups, np.maximum(chosen, 0)[:, None], axis=1)
+    return (groups >= 0) & (groups != own) & (own >= 0) & (chosen >= 0)[:, None]
+
+
+def pair_assigned(groups: np.ndarray, assigned: np.ndarray, seed: int) -> Pairs:
+    """Prefer the assigned teacher's answer to a different one, drawn among the others'."""
+    draws = np.random.default_rng(seed).random(groups.shape)
+    return assigned, _pick(draws, _others(groups, assigned))
+
+
+def pair_ranked(groups: np.ndarray, ranks: np.ndarray) -> Pairs:
+    """Prefer the answer of the best teacher to that of the worst one who said something else.
+
+    Source: Delta Learning (arXiv 2507.06187), of two teachers; ranks `(num_teachers,)` are 0 for the best.
+    """
+    chosen = _pick(np.broadcast_to(-ranks.astype(np.float64), groups.shape), groups >= 0)
+    return chosen, _pick(np.broadcast_to(ranks.astype(np.float64), groups.shape), _others(groups, chosen))
+
+
+def pair_scored(groups: np.ndarray, scores: np.ndarray) -> Pairs:
+    """Prefer the answer of the highest score to a different one of the lowest; none where no score is higher.
+
+    Source: Learning by Teaching (arXiv 2406.14629), its second method's data step.
+    """
+    chosen = _pick(scores, groups >= 0)
+    rejected = _pick(-scores, _others(groups, chosen))
+    best, worst = (np.take_along_axis(scores, np.maximum(part, 0)[:, None], 1)[:, 0] for part in (chosen, rejected))
+    return chosen, np.where((rejected >= 0) & (best > worst), rejected, NOBODY)
+
+
+def pair_unfamiliar(groups: np.ndarray, assigned: np.ndarray, familiarity: np.ndarray) -> Pairs:
+    """Prefer, of all who agree with the assigned teacher, the answer that the student knows least.
+
+    Rejected is the answer that it knows best among those who disagree.
+
+    Source: MACPO (arXiv 2410.07672), its first round; the negatively tuned copies of the teachers are left out.
+    """
+    disagree = _others(groups, assigned)
+    chosen = _pick(-familiarity, (groups >= 0) & ~disagree & (assigned >= 0)[:, None])
+    return chosen, _pick(familiarity, disagree)
+
+
+def pair_consistent(
+    answers: Sequence[str | None],
+    samples: Sequence[Sequence[str]],
+    normalize: str | Normalizer = "exact",
+    *,
+    min_share: float = 0.6,
+    min_share_against: float = 0.8,
+    max_pairs: int = 1,
+    seed: int = 0,
+) -> list[tuple[int, str, str]]:
+    """Pair a teacher's answers with samples of the student, by how much these agree among each other.
+
+    Where the answer is what at least `min_share` of the samples say, it is preferred to a sample that says something
+    else; where at least `min_share_against` of them say another thing, one of these is preferred to it.
+
+    Source: Weak-to-Strong Reasoning (arXiv 2407.13647), stage two, with its thresholds of 10 samples.
+
+    Returns:
+        `list[tuple[int, str, str]]`: position of the prompt, the chosen and the rejected text.
+
+    Examples:
+        >>> pair_consistent(["4", "5"], [["4", "4", "x3"], ["4", "4", "4"]], "number", seed=0)
+        [(0, '4', 'x3'), (1, '4', '5')]
+    """
+    function, generator, pairs = find_normalizer(normalize), np.random.default_rng(seed), list[tuple[int, str, str]]()
+    for row, (answer, said) in enumerate(zip(answers, samples, strict=True)):
+        key = None if answer is None else function(answer)
+        keys = [function(sample) for sample in said]
+        known = [one for one in keys if one is not None]
+        if answer is None or key is None or not known:
+            continue
+        majority = max(dict.fromkeys(known), key=known.count)  # the first of several
+        share = known.count(majority) / len(said)
+        agree, differ = (
+            [sample for sample, one in zip(said, keys) if (one == majority) is same] for same in (True, False)
+        )
+        if share < min_share or key != majority and share < min_share_against:
+            continue
+        others = list(dict.fromkeys(differ if key == majority else agree))
+        for place in generator.permutation(len(others))[:max_pairs]:
+            pairs.append((row, answer, others[place]) if key == majority else (row, others[place], answer))
+    return pairs

@@ -1,0 +1,238 @@
+"""A student that writes: what prompts and answers are to it, how likely it finds them, and what it says itself."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data.inputs import InputProcessor
+from ..models.classifier import load_processor
+from ..models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_continuations
+from ..models.source import find_model
+from ..processes import Processes
+
+Prompt = str | list[dict[str, str]]
+Scored = tuple[list[int], list[list[int]]]  # the tokens of a prompt, and those of what may follow it
+
+
+class Writer:
+    """A language model and its tokenizer, asked as one."""
+
+    def __init__(self, model: Any, tokenizer: Any = None, *, revision: str | None = None) -> None:
+        self.origin: dict[str, Any] = {}
+        if isinstance(model, (str, os.PathLike)):
+            source = find_model(str(model), what="The student", revision=revision)
+            folder = source.fetch()
+            model, own = load_language_model(source).float(), load_processor(source, folder, is_text=True)
+            tokenizer = own if tokenizer is None else tokenizer
+            if not source.is_local:
+                self.origin = {"model": source.repo, "revision": source.revision, "commit": source.commit}
+        if not isinstance(model, (PreTrainedModel, PeftModel)) or not _writes(model):
+            raise TypeError(
+                "`student` must be a language model, its Hub id or its folder, got "
+                f"{type(model).__name__}. Load one by `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`."
+            )
+        if tokenizer is None:
+            raise ValueError("`tokenizer` is needed beside a model object. Load it by `AutoTokenizer`.")
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The student must have a token that ends an answer, got a tokenizer without `eos_token`. Set it to "
+                "the one that the model knows as its end."
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.processor = InputProcessor(tokenizer, model.config, "The student")  # sets what texts are padded with
+        self.is_seq2seq, self.max_length = bool(model.config.is_encoder_decoder), int(self.processor.max_length or 0)
+        self._start = [] if self.is_seq2seq else leading_tokens(tokenizer)
+        self._chat_end: list[int] | None = None
+
+    @property
+    def plain(self) -> Any:
+        """The model itself, with the layers of its adapters where it has some."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    # --- tokens ------------------------------------------------------------------------------------------------------
+
+    def render(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Prompts as texts, messages by the student's own chat template."""
+        if any(not isinstance(prompt, str) for prompt in prompts) and not self.tokenizer.chat_template:
+            raise ValueError(
+                "The student must have a chat template to be given messages, got a tokenizer without one. Set its "
+                "`chat_template`, or build the pool of texts."
+            )
+        settings = {"tokenize": False, "add_generation_prompt": True}
+        return [
+            prompt if isinstance(prompt, str) else str(self.tokenizer.apply_chat_template(prompt, **settings))
+            for prompt in prompts
+        ]
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The tokens of each prompt, none of one without a word."""
+        is_chat, texts = [not isinstance(prompt, str) for prompt in prompts], self.render(prompts)
+        if self.is_seq2seq:
+            rows = self._tokenize(texts, add_special_tokens=True)
+        else:
+            rows = [ids if own else self._start + ids for ids, own in zip(self._tokenize(texts), is_chat, strict=True)]
+        return [ids if _has_words(prompt) else [] for prompt, ids in zip(prompts, rows, strict=True)]
+
+    def encode_answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
+        """The tokens of each answer after its prompt, with those that end it."""
+        alone = self._tokenize(answers)
+        if not self.is_seq2seq:
+            texts = self.render(prompts)
+            stems, whole = self._tokenize(texts), self._tokenize([t + a for t, a in zip(texts, answers, strict=True)])
+            # As one text where the prompt stays what it is, for many tokens are words with the space before them.
+            alone = [
+                both[len(stem) :] if both[: len(stem)] == stem else ids
+                for stem, both, ids in zip(stems, whole, alone, strict=True)
+            ]
+        ends = [[self.tokenizer.eos_token_id] if isinstance(p, str) else self._end_of_turn() for p in prompts]
+        return [ids + end for ids, end in zip(alone, ends, strict=True)]
+
+    def _tokenize(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+        if not texts:
+            return []
+        settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+        tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
+        return tokens
+
+    def _end_of_turn(self) -> list[int]:
+        """What the chat template puts behind an answer, up to the token at which the model stops."""
+        if self._chat_end is None:
+            asked = [{"role": "user", "content": "a"}]
+            before = self.render([asked])[0] + "b"
+            answer = {"role": "assistant", "content": "b"}
+            whole = str(self.tokenizer.apply_chat_template([*asked, answer], tokenize=False))
+            tail = self._tokenize([whole.removeprefix(before)])[0] if whole.startswith(before) else []
+            known = getattr(self.model.generation_config, "eos_token_id", None)
+            ends = {self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+            stop = next((place for place, token in enumerate(tail) if token in ends), None)
+            self._chat_end = [self.tokenizer.eos_token_id] if stop is None else tail[: stop + 1]
+        return self._chat_end
+
+    # --- asking it ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[Scored], batch_size: int, processes: Processes, quiet: bool = True) -> np.ndarray:
+        """Sum of the log-probabilities of all that follows each prompt, one after another, float32."""
+        starts = np.cumsum([0, *(len(following) for _, following in items)])
+        sums = np.zeros(starts[-1], dtype=np.float32)
+        model = self.plain.eval()
+        # The same batches whatever the number of processes.
+        for batch in tqdm(processes.share(batches_of(items, batch_size)), "Scoring answers", disable=quiet):
+            inputs, places = self.make_batch(items, batch)
+            found = score_continuations(model, **inputs, num_at_once=max(batch_size, 16))
+            where = [starts[batch[owner]] + number for owner, number in places]
+            sums[where] = found.double().sum(dim=1).float().cpu().numpy()
+        return processes.sum_array(sums)
+
+    def make_batch(
+        self, items: Sequence[Scored], batch: Sequence[int]
+    ) -> tuple[dict[str, torch.Tensor], list[tuple[int, int]]]:
+        """The tensors of some prompts and of all that follows them, short before long; and whose each is."""
+        pad = self.tokenizer.pad_token_id
+        input_ids, mask = pad_tokens([items[place][0] for place in batch], pad, left=not self.is_seq2seq)
+        places = [(owner, number) for owner, place in enumerate(batch) for number in range(len(items[place][1]))]
+        places.sort(key=lambda place: len(items[batch[place[0]]][1][place[1]]))
+        tokens, tokens_mask = pad_tokens([items[batch[owner]][1][n] for owner, n in places], pad, left=False)
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "tokens": tokens, "tokens_mask": tokens_mask}
+        inputs["owners"] = torch.tensor([owner for owner, _ in places])
+        return {name: value.to(self.model.device) for name, value in inputs.items()}, places
+
+    @torch.inference_mode()
+    def write(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, processes: Processes
+    ) -> list[str]:
+        """The student's own, most probable answer to each prompt in tokens."""
+        model, saved, pad = self.plain.eval(), self.plain.generation_config, self.tokenizer.pad_token_id
+        found = np.zeros((len(prompts), max_new_tokens + 1), dtype=np.int64)
+        order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        make_greedy(model, self.tokenizer, max_new_tokens)
+        try:
+            for batch in processes.share(batches):
+                ids, mask = pad_tokens([prompts[place] for place in batch], pad, left=not self.is_seq2seq)
+                if not self.is_seq2seq:  # some models have no positions beyond those that they know
+                    room = self.max_length - ids.shape[1]
+                    model.generation_config.max_new_tokens = max(1, min(max_new_tokens, room))
+                tokens = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+                own = tokens[:, 0 if self.is_seq2seq else ids.shape[1] :].cpu().numpy()
+                found[batch] = pad
+                found[np.array(batch)[:, None], np.arange(own.shape[1])] = own
+        finally:
+            model.generation_config = saved
+        found = processes.sum_array(found)  # each has filled in its share
+        found[sorted(set(range(len(prompts))) - {*order})] = pad
+        return self.tokenizer.batch_decode(found, skip_special_tokens=True)
+
+    # --- what training changes ---------------------------------------------------------------------------------------
+
+    def prepare(self, training: str, lora: LoraConfig | None, seed: int) -> None:
+        """Put adapters on the model where it is trained by them, and remember it as it is before any training."""
+        if training not in WRITER_TRAININGS:
+            raise ValueError(f"`student_training` must be one of {list(WRITER_TRAININGS)}, got {training!r}.")
+        self.model.float()
+        if training == "lora" and not isinstance(self.model, PeftModel):
+            kind = "SEQ_2_SEQ_LM" if self.is_seq2seq else "CAUSAL_LM"
+            # A copy, because peft writes into it, and it may be the user's.
+            config = copy.deepcopy(lora) if lora is not None else LoraConfig(target_modules="all-linear")
+            config.task_type = config.task_type or kind
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.model = get_peft_model(self.model, config)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("A student must have weights that learn, got none. Call `model.requires_grad_(True)`.")
+        # On the CPU: a second model on the device would halve what it can hold.
+        self._first = {name: value.clone() for name, value in self.tensors().items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Give what training can change."""
+        learning = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        return {name: value.detach().cpu().contiguous() for name, value in learning.items()}
+
+    @torch.no_grad()
+    def put_back(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write over what training changed, by default with what was there before any."""
+        own = dict(self.model.named_parameters())
+        for name, value in (self._first if tensors is None else tensors).items():
+            own[name].copy_(value)
+
+    def digest(self) -> str:
+        """Hash all weights, as they were before any training, and what its tokenizer makes of a text."""
+        digest = hashlib.blake2b(
+            f"{self.processor.fingerprint} {self.tokenizer.chat_template}".encode(), digest_size=8
+        )
+        for name, value in sorted(self.model.state_dict().items()):
+            tensor = self._first.get(name, value)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+WRITER_TRAININGS = ("full", "lora")
+
+
+def batches_of(items: Sequence[Scored], batch_size: int) -> list[list[int]]:
+    """Positions of prompts that are read together, which are about as long, and so is what follows them."""
+    order = [place for place, (_, following) in enumerate(items) if following]
+    order.sort(key=lambda place: (len(items[place][0]), max(map(len, items[place][1]))))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _writes(model: Any) -> bool:
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return bool(plain.can_generate()) and plain.get_output_embeddings() is not None
+
+
+def _has_words(prompt: Prompt) -> bool:
+    """Whether anything is asked at all."""
+    parts = [prompt] if isinstance(prompt, str) else [message.get("content") for message in prompt]
+    return any(isinstance(part, str) and part.strip() for part in parts)

@@ -1,0 +1,250 @@
+"""Lemmas of unrelated languages, the language hidden: whose answer does a student that writes trust?
+
+    python recipes/lemmas.py [--seeds 0 1 2 3 4] [--output_dir outputs/lemmas]
+
+Teachers are tiny Llamas of letters that were pre-trained on unlabelled words: a generalist that has seen a few labels
+of each language, and a specialist for each language that has seen as many of its own. The student is larger and
+pre-trained on more words; nobody labels the words of the pool. Prints a table over seeds, draws `pgr.png`, and leaves
+the first seed's student with its card in `student`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import prepare
+import torch
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_from_disk
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+
+from hf_cosupervise import Teacher, TeacherHierarchy, build_answers, co_supervise_answers, performance_gap_recovered
+from hf_cosupervise.evaluation.plots import plot_pgr
+from hf_cosupervise.evaluation.report import format_methods, merge_reports, save_report
+from hf_cosupervise.pool.answers import AnswerPool
+
+LANGUAGES = ("ru", "tr", "hu", "ga")
+NUM_LABELS, NUM_POOL, NUM_TEST = 300, 600, 150  # of a teacher; of each language
+SIZES = {"teacher": (64, 2), "student": (96, 3)}  # width and layers
+OPTIONS = {"max_new_tokens": 14}  # the longest lemma, and its end
+SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
+END, HOLE = ">", "_"  # what ends a prompt, and what hides letters of a word
+
+
+def make_tokenizer(letters: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of letters."""
+    vocab = {letter: place for place, letter in enumerate((*SPECIALS, END, HOLE, *letters))}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
+
+
+def make_model(kind: str, num_letters: int) -> LlamaForCausalLM:
+    """A language model of random weights."""
+    width, layers = SIZES[kind]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": num_letters}
+    return LlamaForCausalLM(
+        LlamaConfig(num_attention_heads=4, max_position_embeddings=64, tie_word_embeddings=True, **sizes, **ids)
+    )
+
+
+def damage(word: str, draw: random.Random, letters: str) -> str:
+    """A word with letters hidden, changed or added at its end: what pre-training has to mend."""
+    place, kind = draw.randrange(len(word)), draw.random()
+    if kind < 0.45:
+        return word[:place] + HOLE + word[place + draw.randint(1, 3) :]
+    if kind < 0.75:
+        return word[:place] + draw.choice(letters) + word[place + 1 :]
+    return word + "".join(draw.choice(letters) for _ in range(draw.randint(1, 3))) if kind < 0.9 else word
+
+
+def fit(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Callable[[random.Random], list[tuple[str, str]]],
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    batch_size: int = 48,
+) -> LlamaForCausalLM:
+    """Train on answers to prompts in the plain loop; `pairs` are asked for anew in each epoch."""
+    draw = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.train().parameters(), learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    for batch in _batches(pairs, batch_size, steps, draw):
+        rows = [tokenizer(f"{before}{END}{after}")["input_ids"] + [2] for before, after in batch]
+        width, starts = max(map(len, rows)), [len(before) + 2 for before, _ in batch]
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+        asked = torch.tensor([[start <= at < len(row) for at in range(width)] for row, start in zip(rows, starts)])
+        model(input_ids=ids, labels=ids.where(asked, -100)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), schedule.step(), optimizer.zero_grad()
+    return model.eval()
+
+
+def _batches(pairs: Callable, batch_size: int, steps: int, draw: random.Random) -> Iterator[list[tuple[str, str]]]:
+    """So many batches, of about as long words each."""
+    done = 0
+    while done < steps:
+        rows = pairs(draw)
+        draw.shuffle(rows)
+        rows.sort(key=lambda pair: len(pair[0]) + len(pair[1]) + 6 * draw.random())
+        cut = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        draw.shuffle(cut)
+        yield from cut[: steps - done]
+        done += len(cut)
+
+
+def pretrain(
+    kind: str, words: list[str], tokenizer: PreTrainedTokenizerFast, steps: int, folder: Path
+) -> LlamaForCausalLM:
+    """A model that mends damaged words, kept in a folder with its tokenizer."""
+    if not (folder / "config.json").is_file():
+        letters = "".join(sorted({letter for word in words for letter in word}))
+        model = make_model(kind, len(tokenizer))
+
+        def pairs(draw: random.Random) -> list[tuple[str, str]]:
+            return [(damage(word, draw, letters), word) for word in draw.sample(words, min(6000, len(words)))]
+
+        fit(model, tokenizer, pairs, steps, 3e-3, 0).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
+def make_hierarchy(data: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int) -> TeacherHierarchy:
+    """Train a generalist and the specialists from one base."""
+    words = sorted({word for row in data["teachers"] for word in (row["form"], row["lemma"])})
+    pretrain("teacher", words, tokenizer, 1000, folder / "base")
+    draw, teachers, labelled = random.Random(seed), [], {}
+    for language in LANGUAGES:
+        rows = [(row["form"], row["lemma"]) for row in data["teachers"] if row["language"] == language]
+        labelled[language] = draw.sample(rows, NUM_LABELS)
+    share = NUM_LABELS // len(LANGUAGES)
+    for name, pairs in {"root": [pair for own in labelled.values() for pair in own[:share]], **labelled}.items():
+        path = folder / f"{name}-{seed}"
+        if not (path / "config.json").is_file():
+            base = LlamaForCausalLM.from_pretrained(folder / "base")
+            fit(base, tokenizer, lambda _, own=pairs: list(own), 250, 2e-3, seed, 32).save_pretrained(path)
+            tokenizer.save_pretrained(path)
+        teachers.append(Teacher(str(path), name=name, level=int(name != "root"), options=OPTIONS))
+    return TeacherHierarchy(teachers=teachers)
+
+
+def draw_rows(part: Dataset, count: int, seed: int) -> Dataset:
+    """So many words of each language, as prompts with the truth beside them."""
+    parts = []
+    for language in LANGUAGES:
+        own = part.filter(lambda row, wanted=language: row["language"] == wanted)
+        parts.append(own.shuffle(seed).select(range(count)))
+    rows = concatenate_datasets(parts).shuffle(seed)
+    prompts = [f"{form}{END}" for form in rows["form"]]
+    columns = {"id": list(range(len(rows))), "prompt": prompts, "lemma": rows["lemma"], "language": rows["language"]}
+    return Dataset.from_dict(columns)
+
+
+def right(answers: Sequence[str | None], truth: Sequence[str]) -> float:
+    """The share of answers that are true."""
+    return sum(a == b for a, b in zip(answers, truth, strict=True)) / len(truth)
+
+
+def run_seed(data: Any, folder: Path, seed: int) -> tuple[dict[str, Any], Any]:
+    """One seed: teachers, their answers, students of all methods, measured on the test once."""
+    letters = sorted({letter for part in data.values() for row in part for letter in row["form"] + row["lemma"]})
+    tokenizer = make_tokenizer(letters)
+    hierarchy = make_hierarchy(data, tokenizer, folder / "teachers", seed)
+    pool_rows, test = draw_rows(data["pool"], NUM_POOL, seed), draw_rows(data["test"], NUM_TEST, seed)
+    names = ["id", "prompt"]
+    pool = build_answers(pool_rows.select_columns(names), hierarchy, batch_size=128, disable_tqdm=True)
+    words = sorted(
+        {word for part in ("teachers", "pool") for row in data[part] for word in (row["form"], row["lemma"])}
+    )
+    student = folder / "student-base"
+    pretrain("student", words, tokenizer, 2000, student)
+    truth, by_row, draw = pool_rows["lemma"][:], pool.answer_rows(), random.Random(seed)
+    own = [hierarchy.names.index(language) for language in pool_rows["language"]]
+    answers = {
+        "generalist": pool.texts("root"),
+        "majority_vote": [row[at] for row, at in zip(by_row, pool.assign("majority"))],
+        "random_specialist": [draw.choice(row[1:]) for row in by_row],
+        "oracle_specialist": [row[at] for row, at in zip(by_row, own)],
+        "ceiling": truth,
+    }
+    labels, shares = {name: right(some, truth) for name, some in answers.items()}, {}
+    for name in ("csl", *answers):
+        used = pool if name == "csl" else AnswerPool.from_answers({name: answers[name]}, pool.prompts())
+        args = student_arguments(folder / f"seed-{seed}" / name, seed)
+        trained = co_supervise_answers(str(student), used, args, resume_from_checkpoint=True)
+        trained.save_model()
+        if name == "csl":
+            result, chosen = trained, trained.assigned[-1]
+            labels[name] = right([row[at] for row, at in zip(by_row, chosen)], truth)
+            shares = {"own_specialist": float((chosen == own).mean())}
+    students = [Teacher(f"{folder}/seed-{seed}/{name}", name=name, options=OPTIONS) for name in labels]
+    asked = [
+        Teacher(teacher.model, name="weak", options=OPTIONS) for teacher in hierarchy.teachers if not teacher.level
+    ]
+    said = build_answers(
+        test.select_columns(["id", "prompt"]),
+        TeacherHierarchy(teachers=asked + students),
+        batch_size=128,
+        disable_tqdm=True,
+    )
+    accuracy = {name: right(said.texts(name), test["lemma"][:]) for name in said.hierarchy.names}
+    weak, ceiling = accuracy.pop("weak"), accuracy["ceiling"]
+    methods = {
+        name: {"accuracy": own, "pgr": performance_gap_recovered(weak, own, ceiling), "labels_right": labels[name]}
+        for name, own in accuracy.items()
+    }
+    return {"weak_accuracy": weak, "ceiling_accuracy": ceiling, "methods": methods, **shares}, result
+
+
+def student_arguments(folder: Path, seed: int) -> TrainingArguments:
+    """How every student of the table is trained."""
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=64,
+        num_train_epochs=5,
+        learning_rate=1.5e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the seeds, and print, draw and publish what came of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/lemmas"))
+    parser.add_argument("--data", type=Path, default=Path("data/lemmas"), help="made there by `prepare.py lemmas`")
+    options = parser.parse_args(arguments)
+    disable_progress_bars()
+    data = load_from_disk(str(prepare.lemmas(options.data)))
+    data = {part: rows.filter(lambda row: row["language"] in LANGUAGES) for part, rows in data.items()}
+    found = [run_seed(data, options.output_dir, seed) for seed in options.seeds]
+    report = merge_reports([numbers for numbers, _ in found], options.seeds)
+    print(format_methods(report))
+    for name, own in report["methods"].items():
+        print(f"{name}: pseudolabels right {100 * sum(own['labels_right']) / len(found):.1f} %")
+    save_report(report, options.output_dir / "report.json")
+    plot_pgr(report, options.output_dir / "pgr.png")
+    student = options.output_dir / "student"
+    found[0][1].save_model(str(student), report=report, figure="pgr.png", language="multilingual")
+    plot_pgr(report, student / "pgr.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,457 @@
+"""Answers scored, routed and learnt: against slow loops, by hand, after kills and in two processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import debug_launcher
+from datasets import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from hf_cosupervise import Teacher, TeacherHierarchy, co_supervise_answers, score_answers
+from hf_cosupervise.pool.answers import AnswerPool
+from hf_cosupervise.training import answers as module
+
+CHARS = "abcdefgh "
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tokenizer(chat: bool = False, **names: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer of letters."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    specials = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocab = {char: place for place, char in enumerate([*specials, *CHARS, *"<>usrint"])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    known = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | names
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=64, **{key: value for key, value in known.items() if value}
+    )
+    tokenizer.chat_template = CHAT if chat else None
+    return tokenizer
+
+
+def make_model(kind: str = "llama", seed: int = 0) -> Any:
+    """A language model of random weights, whose opinions differ clearly."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ends = {"vocab_size": 21, "pad_token_id": 0, "eos_token_id": 2}
+        if kind == "t5":
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "initializer_factor": 5.0}
+            return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes, **ends)).eval()
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = LlamaConfig(bos_token_id=1, max_position_embeddings=64, initializer_range=0.4, **sizes, **ends)
+        return LlamaForCausalLM(config).eval()
+
+
+def make_pool(num: int = 24, levels: tuple[int, ...] = (0, 1, 1), seed: int = 0, chat: bool = False) -> AnswerPool:
+    """Prompts of letters: the teacher of level 1 whose letter begins the prompt repeats it, the others make it up."""
+    rng = random.Random(seed)
+    rows = [["".join(rng.choice("ab") for _ in range(rng.randint(1, 9)))][0] for _ in range(num)]
+    names = [f"t{place}" for place in range(len(levels))]
+    teachers = [Teacher(f"x/{name}", name=name, level=level) for name, level in zip(names, levels, strict=True)]
+    answers: dict[str, list[str | None]] = {}
+    counts: dict[str, list[int]] = {}
+    sums: dict[str, list[float]] = {}
+    for place, name in enumerate(names):
+        texts: list[str | None] = [
+            row[: 1 + place] + rng.choice("cd") * rng.randint(0, 6) if rng.random() < 0.9 or not place else None
+            for row in rows
+        ]
+        texts[1] = rows[1] if place != 1 else None  # equal answers are scored once
+        answers[name] = texts
+        counts[name] = [0 if text is None else len(text) + 1 for text in texts]
+        sums[name] = [np.nan if text is None else -rng.random() * len(text) for text in texts]
+    prompts: list[Any] = [[{"role": "user", "content": row}] for row in rows] if chat else rows
+    hierarchy = TeacherHierarchy(teachers=teachers)
+    return AnswerPool.from_answers(answers, prompts, hierarchy=hierarchy, log_probs=sums, num_tokens=counts)
+
+
+def changed(pool: AnswerPool, answers: dict[str, list[str | None]] = {}, **options: Any) -> AnswerPool:  # noqa: B006
+    """The pool with other prompts or answers, or without what some teachers think of themselves."""
+    unknown, prompts = options.get("unknown", ()), options.get("prompts", pool.prompts())
+    names = pool.hierarchy.names
+    known = {name: answers.get(name, pool.texts(name)) for name in names}
+    numbers = {
+        "log_probs": {name: pool.log_probs(name) for name in names if name not in unknown},
+        "num_tokens": {name: pool.num_tokens(name) for name in names if name not in unknown},
+    }
+    return AnswerPool.from_answers(known, prompts, hierarchy=pool.hierarchy, **numbers)  # type: ignore[arg-type]
+
+
+def root_of(pool: AnswerPool) -> AnswerPool:
+    return pool.with_hierarchy(TeacherHierarchy(teachers=pool.hierarchy.teachers[:1]))
+
+
+def make_args(folder: Path, **changed: Any) -> TrainingArguments:
+    known = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 0.01, "use_cpu": True}
+    known |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "seed": 3, "per_device_eval_batch_size": 4}
+    return TrainingArguments(str(folder), **known | changed)
+
+
+def slow_score(model: Any, tokenizer: Any, prompt: Any, answer: str) -> tuple[float, int]:
+    """Log-probability of one answer after one prompt, all of it read at once."""
+    target = tokenizer(answer, add_special_tokens=False)["input_ids"] + [2]
+    if isinstance(prompt, list):
+        text = "".join(f"<{message['role']}>{message['content']}</s>" for message in prompt) + "<assistant>"
+        before = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        before = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        if model.config.is_encoder_decoder:
+            logits = model(torch.tensor([before]), decoder_input_ids=torch.tensor([[0, *target[:-1]]])).logits[0]
+        else:
+            logits = model(torch.tensor([before + target])).logits[0, len(before) - 1 : -1]
+    log_probs = logits.double().log_softmax(dim=1)
+    return float(log_probs[range(len(target)), target].sum()), len(target)
+
+
+# ── scores ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "chat"])
+def test_scores_are_those_of_each_answer_alone(kind: str) -> None:
+    model, tokenizer, pool = make_model(kind), make_tokenizer(kind == "chat"), make_pool(chat=kind == "chat")
+
+    scores = score_answers(model, pool, tokenizer=tokenizer, batch_size=5)
+
+    assert scores.names == ("t0", "t1", "t2") and scores.log_probs.dtype == np.float32
+    for column, name in enumerate(scores.names):
+        for row, (prompt, text) in enumerate(zip(pool.prompts(), pool.texts(name), strict=True)):
+            found = scores.log_probs[row, column], scores.num_tokens[row, column]
+            if text is None:
+                assert np.isnan(found[0]) and found[1] == 0
+            else:
+                expected, count = slow_score(model, tokenizer, prompt, text)
+                assert found[1] == count and found[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    np.testing.assert_allclose(scores.per_token, scores.log_probs / np.maximum(scores.num_tokens, 1))
+
+
+def test_neither_order_nor_batches_change_a_score() -> None:
+    model, tokenizer, pool = make_model(), make_tokenizer(), make_pool()
+    rows = np.random.default_rng(0).permutation(len(pool))
+
+    whole = score_answers(model, pool, tokenizer=tokenizer)
+    for size in (1, 3, 100):
+        other = score_answers(model, pool.select(rows), tokenizer=tokenizer, batch_size=size, teachers=["t2", "t0"])
+        np.testing.assert_allclose(other.log_probs, whole.log_probs[rows][:, [2, 0]], atol=1e-5)
+
+
+def test_a_prompt_and_equal_answers_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, pool = make_model(), make_tokenizer(), make_pool()
+    seen = []
+    own = module.Writer.score
+    monkeypatch.setattr(
+        module.Writer, "score", lambda self, items, *args: (seen.extend(items), own(self, items, *args))[1]
+    )
+
+    score_answers(model, pool, tokenizer=tokenizer)
+
+    texts = [pool.texts(name) for name in pool.hierarchy.names]
+    pairs = {
+        (prompt, text) for row in texts for prompt, text in zip(pool.prompts(), row, strict=True) if text is not None
+    }
+    assert len(seen) == len(set(pool.prompts())) < len(pool)
+    assert sum(len(following) for _, following in seen) == len(pairs)
+
+
+def test_windows_read_few_tokens_before_each_few() -> None:
+    model, tokenizer, pool = make_model(), make_tokenizer(), make_pool(4, levels=(0,))
+
+    scores = score_answers(model, pool, tokenizer=tokenizer, window=2)
+
+    for row, (prompt, text) in enumerate(zip(pool.prompts(), pool.texts("t0"), strict=True)):
+        target = tokenizer(text, add_special_tokens=False)["input_ids"] + [2]
+        total, before = 0.0, tokenizer(prompt)["input_ids"]
+        for start in range(0, len(target), 2):
+            piece = target[start : start + 2]
+            with torch.no_grad():
+                logits = model(torch.tensor([before + piece])).logits[0, len(before) - 1 : -1]
+            total, before = total + float(logits.log_softmax(1)[range(len(piece)), piece].sum()), piece
+        assert scores.log_probs[row, 0] == pytest.approx(total, rel=1e-5, abs=1e-5)
+
+
+def test_answers_beyond_the_context(caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer, pool = make_model(), make_tokenizer(), make_pool(5, levels=(0,))
+    pool = changed(pool, {"t0": [*pool.texts("t0")[:3], "ab" * 40, pool.texts("t0")[4]]})
+
+    with pytest.raises(ValueError, match=r"must fit into the 64 tokens .* got \d+ of 't0' for id 3\. .*`too_long`"):
+        score_answers(model, pool, tokenizer=tokenizer)
+    skipped = score_answers(model, pool, tokenizer=tokenizer, too_long="skip")
+    cut = score_answers(model, pool, tokenizer=tokenizer, too_long="cut")
+
+    assert np.isnan(skipped.log_probs[3, 0]) and not np.isnan(np.delete(skipped.log_probs, 3)).any()
+    prompt_length = len(pool.prompts()[3]) + 1
+    assert cut.num_tokens[3, 0] == 64 - prompt_length and cut.log_probs[3, 0] < 0
+    assert [record.getMessage()[:40] for record in caplog.records] == ["1 of 5 answers of 't0' too long for the "] * 2
+
+
+# ── students ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(folder: Path, **options: Any) -> Any:
+    args = make_args(folder, **options.pop("args", {}))
+    model, tokenizer = options.pop("model", None) or make_model(), make_tokenizer()
+    return co_supervise_answers(model, options.pop("pool", None) or make_pool(), args, tokenizer=tokenizer, **options)
+
+
+def weights(result: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in result.model.state_dict().items()}
+
+
+def same_weights(first: Any, second: Any) -> bool:
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_each_level_learns_what_the_student_before_chose(tmp_path: Path) -> None:
+    pool, seen = make_pool(), []
+
+    def make_trainer(model: Any, dataset: Dataset, args: TrainingArguments) -> Trainer:
+        """What a plain trainer learns of texts, as any other trainer would."""
+        seen.append((copy.deepcopy(model), dataset))
+        tokenizer = make_tokenizer()
+        data = dataset.map(
+            lambda row: {
+                "input_ids": tokenizer(row["prompt"])["input_ids"]
+                + tokenizer(row["completion"])["input_ids"][1:]
+                + [2],
+                "labels": [-100] * (len(row["prompt"]) + 1) + tokenizer(row["completion"])["input_ids"][1:] + [2],
+            }
+        ).select_columns(["input_ids", "labels"])
+        from transformers import DataCollatorForSeq2Seq
+
+        return Trainer(model, args, train_dataset=data, data_collator=DataCollatorForSeq2Seq(tokenizer))
+
+    result = run(tmp_path / "own", pool=pool, make_trainer=make_trainer)
+    plain = run(tmp_path / "plain", pool=pool)
+
+    # The plain trainer learns the same tokens, so that both students are the same.
+    assert same_weights(result, plain)
+    assert all(torch.equal(a, b) for model, _ in seen for a, b in zip(model.parameters(), make_model().parameters()))
+    assert result.assigned[0].tolist() == [0] * 24
+    assert set(result.assigned[1].tolist()) == {1, 2} and all(kept.all() for kept in result.kept)
+    # Level 1 was chosen by the student of level 0, by the sum of what it and the teachers think.
+    first = run(tmp_path / "first", pool=root_of(pool))
+    scores = score_answers(first.model, pool, tokenizer=make_tokenizer())
+    own = np.stack([pool.log_probs(name) / np.maximum(pool.num_tokens(name), 1) for name in ("t1", "t2")], axis=1)
+    total = np.where(np.isnan(scores.log_probs[:, 1:]), -np.inf, scores.per_token[:, 1:] + own)
+    assert result.assigned[1].tolist() == (1 + total.argmax(axis=1)).tolist()
+    texts = [pool.texts(pool.hierarchy.names[at])[row] for row, at in enumerate(result.assigned[1])]
+    assert seen[1][1]["completion"] == texts
+    record = result.history.records[1]
+    assert record["rule"] == "log_likelihood+confidence" and record["consistency/keep_rate"] == 1.0
+    assert record["assignment/t1"] == pytest.approx(np.mean(result.assigned[1] == 1))
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
+    result = run(tmp_path / "out", student_training=training, args={"num_train_epochs": 3})
+    result.save_model()
+
+    writer = pipeline("text-generation", str(tmp_path / "out"))
+    said = writer("ab", return_full_text=False, max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    tokens = result.model.generate(torch.tensor([[1, 4, 5]]), max_new_tokens=4, do_sample=False)[0, 3:]
+    assert said == result.tokenizer.decode(tokens, skip_special_tokens=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
+    assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
+    assert str(tmp_path) not in card
+
+
+def test_a_sequence_to_sequence_student(tmp_path: Path) -> None:
+    result = run(tmp_path / "out", model=make_model("t5"), student_training="lora", rule="same_answer")
+    result.save_model()
+    assert T5ForConditionalGeneration.from_pretrained(tmp_path / "out").config.d_model == 16
+    assert "A language model, trained by" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rejection", ["loss_rank", "same_answer"])
+def test_rejection_keeps_as_many_as_agree(tmp_path: Path, rejection: str) -> None:
+    pool, made = make_pool(), []
+
+    def normalize(text: str) -> str:
+        made.append(text)
+        return text[:1]
+
+    result = run(tmp_path / "out", pool=pool, rejection=rejection, normalize=normalize, args={"num_train_epochs": 8})
+
+    kept, num_steps = result.kept[1], [record["num_steps"] for record in result.history.records]
+    assert 0 < kept.sum() < len(pool) and result.kept[0].all()
+    assert num_steps[0] == 48 and abs(num_steps[1] - 48) <= 8  # about as many of fewer examples
+    if rejection == "loss_rank":
+        student = run(tmp_path / "first", pool=root_of(pool), args={"num_train_epochs": 8}).model
+        per_token = score_answers(student, pool, tokenizer=make_tokenizer()).per_token
+        losses = -per_token[np.arange(len(pool)), result.assigned[1]]
+        assert set(np.flatnonzero(kept)) == set(np.argsort(losses, kind="stable")[: kept.sum()])
+
+
+class Killed(BaseException):
+    """What a crash is to a test."""
+
+
+def test_a_kill_at_any_point_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    often = {"args": {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}}
+    whole = run(tmp_path / "whole", **often)
+    folder, killed = tmp_path / "cut", 0
+    for count in range(1, 60, 3):
+        calls = 0
+        own = os.replace
+
+        def die(*args: Any, count: int = count, own: Callable = own, **kwargs: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == count:
+                raise Killed
+            own(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", die)
+            try:
+                result = run(folder, resume_from_checkpoint=killed > 0, **often)
+                break
+            except Killed:
+                killed += 1
+    assert killed > 2 and same_weights(result, whole)
+    assert [at.tolist() for at in result.assigned] == [at.tolist() for at in whole.assigned]
+    assert not list(folder.rglob("checkpoint-*"))
+    strip = [
+        {k: v for k, v in record.items() if k not in ("train_runtime", "train_loss")}
+        for record in whole.history.records
+    ]
+    told = json.loads((folder / "_run" / "history.json").read_text())["levels"]
+    assert [{k: v for k, v in record.items() if k not in ("train_runtime", "train_loss")} for record in told] == strip
+
+
+def _in_two(folder: str) -> None:
+    result = run(Path(folder), args={"per_device_train_batch_size": 2}, rule="same_answer")
+    result.save_model(f"{folder}/model")
+    np.save(f"{folder}/assigned-{result._processes.rank}.npy", np.stack(result.assigned))
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same(tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone", rule="same_answer")
+    debug_launcher(_in_two, (str(tmp_path / "two"),), num_processes=2)
+    for rank in (0, 1):
+        assert np.array_equal(np.load(tmp_path / "two" / f"assigned-{rank}.npy"), np.stack(alone.assigned))
+
+
+# ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "likely"}, r"`rule` must be one of .*, got 'likely'\. Choose one of them\."),
+        ({"rejection": "topk"}, r"`rejection` must be one of .*, got 'topk'\."),
+        ({"too_long": "drop"}, r"`too_long` must be one of .*, got 'drop'\."),
+        ({"student_training": "probe"}, r"`student_training` must be one of .*, got 'probe'\."),
+        ({"max_new_tokens": 0}, r"`max_new_tokens` must be an integer of at least 1, got 0\."),
+        ({"window": True}, r"`window` must be an integer of at least 1, got True\."),
+        ({"normalize": "upper"}, r"`normalize` must be one of .*, got 'upper'\."),
+    ],
+)
+def test_options_that_do_not_exist(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **options)
+
+
+def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
+    pool, args = make_pool(4), make_args(tmp_path)
+    with pytest.raises(ValueError, match=r"must have a chat template to be given messages, got a tokenizer without"):
+        co_supervise_answers(make_model(), make_pool(4, chat=True), args, tokenizer=make_tokenizer())
+    with pytest.raises(ValueError, match=r"must have a token that ends an answer, got a tokenizer without"):
+        co_supervise_answers(make_model(), pool, args, tokenizer=make_tokenizer(eos_token=None))
+    with pytest.raises(TypeError, match=r"`student` must be a language model, .* got Linear\. Load one by"):
+        co_supervise_answers(torch.nn.Linear(2, 2), pool, args, tokenizer=make_tokenizer())
+    with pytest.raises(ValueError, match=r"`tokenizer` is needed beside a model object"):
+        score_answers(make_model(), pool)
+    with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, got dict"):
+        co_supervise_answers(make_model(), pool, {}, tokenizer=make_tokenizer())  # type: ignore[arg-type]
+    for window, model in ((0, make_model()), (2, make_model("t5"))):
+        with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):
+            score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
+
+
+def test_a_pool_of_the_other_kind(tmp_path: Path, tiny_vit: str) -> None:
+    from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer
+
+    with pytest.raises(TypeError, match=r"`score_answers` needs an `AnswerPool` .*, got list\."):
+        score_answers(make_model(), [], tokenizer=make_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"got AnswerPool, whose .*`co_supervise_answers`"):
+        CoSupervisedTrainer(tiny_vit, CoSupervisedConfig(str(tmp_path)), pool=make_pool(4))  # type: ignore[arg-type]
+
+
+def test_empty_prompts_are_left_out_and_padding_is_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pool = make_pool(8)
+    pool = changed(pool, prompts=[" " if row in (2, 5) else prompt for row, prompt in enumerate(pool.prompts())])
+
+    tokenizer = make_tokenizer(pad_token=None)
+    result = co_supervise_answers(make_model(), pool, make_args(tmp_path), tokenizer=tokenizer)
+
+    assert all(np.flatnonzero(at < 0).tolist() == [2, 5] for at in result.assigned)
+    assert not result.kept[1][[2, 5]].any() and tokenizer.pad_token == "</s>"
+    assert "2 of 8 prompts without a word: left out." in [record.getMessage() for record in caplog.records]
+
+
+def test_what_a_teacher_thinks_of_itself_may_be_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pool = changed(make_pool(), unknown=["t1"])
+
+    routed, plain = run(tmp_path / "both", pool=pool), run(tmp_path / "plain", pool=make_pool(), rule="log_likelihood")
+
+    answered = [text is not None for text in pool.texts("t1")]
+    assert routed.assigned[1][answered].tolist() == plain.assigned[1][answered].tolist()
+    said = [record.getMessage() for record in caplog.records]
+    assert any(
+        text.startswith(f"{sum(answered)} of 24 prompts have an answer of which it is not known") for text in said
+    )
+
+
+def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"`output_dir` must not hold another run, got one in .*`resume_from_"):
+        run(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"got other settings \(rule: 'log_likelihood\+confidence' -> 'local'\)"):
+        run(tmp_path / "out", rule="local", resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"got other settings \(pool: "):
+        run(tmp_path / "out", pool=make_pool(seed=1), resume_from_checkpoint=True)
+    again = run(tmp_path / "out", resume_from_checkpoint=True)
+    assert len(again.assigned) == 2
+
+
+def test_a_student_from_a_folder_that_is_a_teacher_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "lm"
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    pool = make_pool()
+    teachers = [Teacher(str(folder), name="t0"), *pool.hierarchy.teachers[1:]]
+    pool = pool.with_hierarchy(TeacherHierarchy(teachers=teachers))
+
+    result = co_supervise_answers(str(folder), pool, make_args(tmp_path / "out"))
+
+    assert same_weights(result, run(tmp_path / "other", pool=pool))
+    assert "The student is the teacher 't0' too, whose answers it will find likely." in caplog.messages
