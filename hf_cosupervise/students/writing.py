@@ -228,7 +228,7 @@ def batches_of(items: Sequence[Scored], batch_size: int) -> list[list[int]]:
 
 
 def _writes(model: Any) -> bool:
-    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return bool(plain.can_generate()) and plain.get_output_embeddings() is not None
 
 

@@ -385,7 +385,9 @@ def _answer(
             for row, error in broken.items()
         }
         rows = np.setdiff1d(rows, list(broken))
-        answers = np.array([answer for answer in each if not isinstance(answer, RowError)], dtype=job.form.dtype)
+        answers = job.form.nothing(len(rows))
+        for place, answer in enumerate(answer for answer in each if not isinstance(answer, RowError)):
+            answers[place] = answer
     if len(rows) and (wrong := job.form.find_wrong(name, answers)):
         reasons |= {int(rows[place]): (what, None) for place, what in wrong.items()}
         answers = answers.copy()

@@ -757,7 +757,7 @@ def test_paths_of_this_machine_stay_here(
     old = PseudolabelPool.load(ID)
     assert [teacher.model for teacher in old.hierarchy.teachers] == ["./vit", "./vit"]
     assert old.push_to_hub(ID).oid == pool.push_to_hub(ID).oid == commit
-    monkeypatch.setattr("hf_cosupervise.teachers.running.load_teacher", None)
+    monkeypatch.setattr("hf_cosupervise.teachers.forms.load_teacher", None)
     again = quiet_pool(images, pool.hierarchy, reuse=old)  # known by their weights
     np.testing.assert_array_equal(again.label_probs("two"), pool.label_probs("two"))
 

@@ -5,6 +5,7 @@ Digits are made for real, the larger folders where their packages are installed.
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import io
 import json
@@ -377,3 +378,28 @@ def test_efficientnet_lite0_loads_in_both_libraries(prepare: ModuleType, tmp_pat
         expected = original.eval()(pixel_values)
         assert torch.equal(by_timm.eval()(pixel_values), expected)
         assert torch.equal(by_transformers.eval()(pixel_values=pixel_values).logits, expected)
+
+
+def test_lemmas_are_split_so_that_nothing_of_the_test_is_seen(prepare: ModuleType, tmp_path: Path) -> None:
+    """Tables as the package holds them, of made-up words."""
+    letters = "bcdfghklmn"
+    tables = {name: {} for names in prepare.LEMMA_TABLES.values() for name in names}
+    for name, table in tables.items():
+        for first in letters:
+            for second in letters:
+                table[f"{first}a{second}oms"] = table[f"{first}a{second}es"] = f"{first}a{second}o"
+        table |= {"Bades": "bado", "bado": "bado", "ba": "bado", "baco2": "baco", f"{name}": ["a", "list"]}
+    with zipfile.ZipFile(tmp_path / "own.whl", "w") as wheel:
+        for name, table in tables.items():
+            wheel.writestr(f"spacy_lookups_data/data/{name}.json.gz", gzip.compress(json.dumps(table).encode()))
+
+    parts = load_from_disk(str(prepare.lemmas(tmp_path / "lemmas", tmp_path / "own.whl")))
+
+    seen = [{(row["language"], row["lemma"]) for row in parts[part]} for part in ("teachers", "pool", "test")]
+    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
+    assert sum(map(len, seen)) == 600 == sum(map(len, parts.values()))
+    assert all(20 < len(own) / 6 < 60 for own in seen[::2])
+    assert all(row["form"].startswith(row["lemma"][:3]) and row["form"][-1] == "s" for row in parts["test"])
+    (tmp_path / "broken.whl").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"wheel of spacy-lookups-data==1.0.5 with the tables .*broken.whl' without"):
+        prepare.lemmas(tmp_path / "other", tmp_path / "broken.whl")

@@ -23,7 +23,7 @@ from test_kinds import copy_model, label
 from hf_cosupervise.data.inputs import RowError
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
-from hf_cosupervise.teachers import labeling, progress, running
+from hf_cosupervise.teachers import forms, progress, running
 from hf_cosupervise.teachers.kinds.loading import load_teacher
 from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
 from hf_cosupervise.teachers.labeling import build_pool
@@ -137,7 +137,7 @@ def test_each_teacher_is_loaded_once_and_alone_where_memory_is_short(
         models.append(weakref.ref(answer.model))
         return answer
 
-    monkeypatch.setattr(running, "load_teacher", watching)
+    monkeypatch.setattr(forms, "load_teacher", watching)
     monkeypatch.setattr(running, "_MEMORY_BUDGET", 0)
     quiet_pool(tiny_image_dataset.remove_columns("label"), hierarchy)
     assert loaded == ["vit", "timm", "sklearn"]
@@ -475,7 +475,7 @@ def test_a_teacher_that_has_finished_is_not_loaded_again(
     build = partial(quiet_pool, images, hierarchy, output_dir=tmp_path / "pool")
     with pytest.raises(KeyboardInterrupt):
         build(models={"b": MeanColour(30, 0)})
-    monkeypatch.setattr(running, "load_teacher", None)
+    monkeypatch.setattr(forms, "load_teacher", None)
     pool = build(models={"b": MeanColour(30)})
     assert pool.facts["vit"]["class"] == "ViTForImageClassification"
 
@@ -778,7 +778,7 @@ def test_a_full_disk_loses_nothing(
 
     place, name = {
         "journal": (progress, "write_all"),
-        "pool": (labeling, "write_teacher"),
+        "pool": (forms, "write_teacher"),
         "inputs": (PseudolabelPool, "save"),
     }[where]
     real = getattr(place, name)
@@ -831,7 +831,7 @@ def test_adding_a_teacher_runs_and_copies_none_of_the_others(
     vit = Teacher(tiny_vit)
     old = quiet_pool(images, TeacherHierarchy(tiny_labels, [vit]), output_dir=tmp_path / "old")
     wider = TeacherHierarchy(tiny_labels, [Teacher("b"), replace(vit, level=1)])
-    monkeypatch.setattr(running, "load_teacher", None)
+    monkeypatch.setattr(forms, "load_teacher", None)
     models = {"b": MeanColour(30)}
 
     new = quiet_pool(images, wider, models=models, output_dir=tmp_path / "new", reuse=old)

@@ -1,0 +1,130 @@
+"""Answers in words: what is equal, who speaks for the most, and pairs, on rows worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hf_cosupervise.method.answers import (
+    find_normalizer,
+    first_answered,
+    group_answers,
+    longest_agreement,
+    majority_vote,
+    pair_assigned,
+    pair_consistent,
+    pair_ranked,
+    pair_scored,
+    pair_unfamiliar,
+    random_answered,
+)
+
+NAN = np.nan
+
+
+@pytest.mark.parametrize(
+    ("normalize", "answer", "expected"),
+    [
+        ("exact", " a b ", "a b"),
+        ("exact", "  ", None),
+        ("number", "First 3, then 1,234.50 dollars.", "1234.5"),
+        ("number", "-0.0", "0"),
+        ("number", "-007", "-7"),
+        ("number", "3.", "3"),
+        ("number", "12,34", "34"),
+        ("number", "#### 72", "72"),
+        ("number", "nothing", None),
+        ("boxed", r"\boxed{1} so \boxed{ \frac{1}{2} }.", r"\frac{1}{2}"),
+        ("boxed", r"\boxed{\frac{1}{2}", None),
+        ("boxed", "1", None),
+        (str.lower, "Yes", "yes"),
+    ],
+)
+def test_normalisers(normalize, answer, expected):
+    assert find_normalizer(normalize)(answer) == expected
+
+
+def test_an_unknown_normaliser_is_refused():
+    with pytest.raises(ValueError, match=r"`normalize` must be one of \['exact', 'number', 'boxed'\] or a function"):
+        find_normalizer("numbers")
+
+
+def test_groups():
+    rows = [["4", "It is 4.0", None, "five"], ["1", "2", "1", "2"]]
+    assert group_answers(rows, "number").tolist() == [[0, 0, -1, -1], [0, 1, 0, 1]]
+    assert group_answers(rows[:1]).tolist() == [[0, 1, -1, 2]]
+    with pytest.raises(ValueError, match="rows of several lengths"):
+        group_answers([["a"], ["a", "b"]])
+
+
+def test_majority_goes_to_its_most_confident_teacher_and_ties_to_the_more_confident_answer():
+    groups = np.array([[0, 1, 1], [0, 1, -1], [0, 1, 2], [-1, -1, -1], [0, 1, 1]])
+    sure = np.array([[9, 1, 2], [1, 3, 9], [NAN, NAN, NAN], [1, 1, 1], [9, NAN, 2]], dtype=float)
+    speakers, shares = majority_vote(groups, sure)
+    assert speakers.tolist() == [2, 1, 0, -1, 2]
+    np.testing.assert_allclose(shares, [2 / 3, 1 / 2, 1 / 3, 0, 2 / 3], rtol=1e-6)
+    assert majority_vote(groups)[0].tolist() == [1, 0, 0, -1, 1]
+
+
+def test_first_and_random():
+    groups = np.array([[-1, 0, 1], [-1, -1, -1]] * 200)
+    assert first_answered(groups)[:2].tolist() == [1, -1]
+    drawn = random_answered(groups, seed=0)
+    assert set(drawn[::2].tolist()) == {1, 2} and set(drawn[1::2].tolist()) == {-1}
+    assert 60 < (drawn == 1).sum() < 140  # of 200
+    assert np.array_equal(drawn, random_answered(groups, seed=0))
+
+
+def test_longest_agreement_is_the_longest_common_run_of_words():
+    # one: "cat sat" with two (2), "the" with three (1) = 3; two: 2 + "sat on" (2) = 4; three: 1 + 2 = 3
+    assert longest_agreement([["the cat sat", "a cat sat on", "the dog sat on"], [None, None, None]]).tolist() == [
+        1,
+        -1,
+    ]
+    assert longest_agreement([[None, "alone"]]).tolist() == [1]
+
+
+GROUPS = np.array([[0, 1, 0, -1], [0, 0, 0, 0], [0, 1, 2, 1]])
+
+
+def pairs_of(both):
+    return [(int(better), int(worse)) for better, worse in zip(*both)]
+
+
+def test_pairs_of_the_assigned_teacher():
+    better, worse = pair_assigned(np.repeat(GROUPS, 50, axis=0), np.repeat([0, 1, 0], 50), seed=0)
+    assert set(worse[:50]) == {1} and set(worse[50:100]) == {-1} and set(worse[100:]) == {1, 2, 3}
+    assert pair_assigned(GROUPS, np.array([-1, -1, 3]), seed=0)[1].tolist()[:2] == [-1, -1]
+    assert pair_assigned(GROUPS, np.array([3, 0, 0]), seed=0)[1][0] == -1  # it has no answer
+
+
+def test_pairs_by_rank():
+    assert pairs_of(pair_ranked(GROUPS, np.array([0, 1, 2, 3]))) == [(0, 1), (0, -1), (0, 3)]
+    assert pairs_of(pair_ranked(GROUPS, np.array([3, 2, 1, 0])))[::2] == [(2, 1), (3, 0)]
+
+
+def test_pairs_by_score():
+    scores = np.array([[1, 2, 3, 9], [1, 2, 3, 4], [NAN, 5, 5, 7]], dtype=float)
+    # the second prompt has one answer; in the third the first teacher's is unknown, and 3 is best, 2 is another answer
+    assert pairs_of(pair_scored(GROUPS, scores)) == [(2, 1), (3, -1), (3, 2)]
+    assert pairs_of(pair_scored(GROUPS[2:], np.ones((1, 4))))[0][1] == -1  # none is better
+
+
+def test_pairs_of_unfamiliar_answers():
+    familiarity = np.array([[-1, -2, -3, -4], [-1, -2, -3, -4], [-1, -5, -2, -4]], dtype=float)
+    # those who agree with teacher 0 are 0 and 2, of which 2 is known least; in the third, 1 and 3 agree
+    assert pairs_of(pair_unfamiliar(GROUPS, np.array([0, 0, 3]), familiarity)) == [(2, 1), (3, -1), (1, 0)]
+    assert pairs_of(pair_unfamiliar(GROUPS, np.array([-1, -1, -1]), familiarity)) == [(-1, -1)] * 3
+
+
+def test_pairs_of_consistent_samples():
+    ten = ["4"] * 6 + ["5", "6", "no", "7"]
+    assert pair_consistent(["4"], [ten], "number", max_pairs=9, seed=1) != []
+    pairs = pair_consistent(["= 4"], [ten], "number", max_pairs=9)
+    assert {(better, worse) for _, better, worse in pairs} == {("= 4", other) for other in ("5", "6", "no", "7")}
+    assert len(pair_consistent(["= 4"], [ten], "number")) == 1
+    # below 0.6 nothing is sure; another answer needs 0.8
+    assert pair_consistent(["4"], [ten[1:] + ["8"]], "number") == []
+    assert pair_consistent(["9"], [ten], "number") == []
+    assert pair_consistent(["9", None, "x", "4"], [["4"] * 8 + ["5"] * 2, ten, ten, []], "number") == [(0, "4", "9")]
+    assert pair_consistent(["4"], [["4"] * 10], "number") == []  # no sample says anything else
