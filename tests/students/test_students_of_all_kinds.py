@@ -129,7 +129,8 @@ def test_layers_that_do_not_merge_are_refused_by_name(kind, as_regex):
     layer = type(model.get_submodule(name)).__name__
     assert str(error.value) == (
         f"Adapters must be of plain layers, which merge exactly, got '{name}' ({layer}; 1 such in all), which "
-        "transforms its weights or inputs, or shares its weights. Leave it out of `lora_target_modules`, or use `student_training` 'full'."
+        "transforms its weights or inputs, or shares its weights. Leave it out of `lora_target_modules`, or use "
+        "`student_training` 'full'."
     )
     # the model is the user's, and is as it was
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before and not adapted_layers(model)
