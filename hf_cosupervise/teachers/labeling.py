@@ -32,7 +32,7 @@ from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
 from ..pool.top_k import default_pool_k, label_dtype
 from ..processes import Processes, join_processes
 from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder
-from .kinds.loading import identify_teacher
+from .kinds.loading import column_of, identify_teacher
 from .progress import Progress, Segment
 from .running import (
     DECODE_ERRORS,
@@ -40,7 +40,6 @@ from .running import (
     ROWS_AT_ONCE,
     Columns,
     Job,
-    column_of,
     group_teachers,
     label_group,
     read_names,
