@@ -53,8 +53,10 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     sized = _sized_by_labels(model) if type(model).__name__ in _CLASSIFIERS else set()
     if not sized:
         raise ValueError(
-            f"A student must be a model with a backbone and a classification head, got {type(model).__name__}. "
-            "Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
+            "A student must be a model with a backbone and a classification head, which is what it has outside of its "
+            "`base_model_prefix`, or else what hangs on its number of labels in a classifier of transformers, got "
+            f"neither in {type(model).__name__}. Load it with `AutoModelForImageClassification` or "
+            "`AutoModelForSequenceClassification`."
         )
     return [(name, parameter) for name, parameter in model.named_parameters() if name in sized]
 
