@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -115,6 +115,27 @@ class Teacher:
     label_texts: Mapping[str, tuple[str, ...]] | None = field(default=None, hash=False)
     options: Mapping[str, Any] | None = field(default=None, hash=False)
     function: Callable[..., Any] | None = field(default=None, repr=False, compare=False)
+
+    if TYPE_CHECKING:
+        # What may be given, of which the fields above hold what became of it: names, tuples, and a function aside.
+        def __init__(
+            self,
+            model: str | os.PathLike[str] | Callable[..., Any],
+            level: int = 0,
+            name: str = "",
+            kind: str = "auto",
+            revision: str | None = None,
+            scope: Sequence[str] | None = None,
+            domains: Sequence[str] | None = None,
+            label_map: Mapping[str, str | Sequence[str] | None] | None = None,
+            trusted_types: Sequence[str] = (),
+            subfolder: str | None = None,
+            max_outside_mass: float | None = None,
+            label_texts: Mapping[str, str | Sequence[str]] | None = None,
+            options: Mapping[str, Any] | None = None,
+            function: Callable[..., Any] | None = None,
+        ) -> None:
+            """Take these, checked and frozen by `__post_init__`."""
 
     def __post_init__(self) -> None:
         if callable(self.model):

@@ -133,7 +133,9 @@ def undocumented(source: str) -> list[str]:
 def untyped(source: str) -> list[str]:
     """Functions, public or not, that leave a parameter or (but for `__init__`) the result without annotation."""
     tree = ast.parse(source)
-    methods = {id(item) for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for item in cls.body}
+    parts = [part for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef) for part in cls.body]
+    # Those too that only type checkers see.
+    methods = {id(item) for part in parts for item in (part.body if isinstance(part, ast.If) else [part])}
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

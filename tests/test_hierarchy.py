@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
+import inspect
 import json
 import os
 import pickle
@@ -39,6 +41,19 @@ def make_hierarchy() -> TeacherHierarchy:
 )
 def test_name_is_the_last_part_of_the_model(model, expected):
     assert Teacher(model).name == expected
+
+
+def test_what_type_checkers_are_told_is_what_a_teacher_takes():
+    [told] = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(Teacher)))
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__"
+    ]
+    taken = {
+        name: parameter.default for name, parameter in inspect.signature(Teacher).parameters.items() if name != "model"
+    }
+    defaults = [ast.literal_eval(default) for default in told.args.defaults]
+    assert dict(zip([argument.arg for argument in told.args.args][2:], defaults, strict=True)) == taken
 
 
 def test_a_subfolder_names_the_teacher_and_travels():

@@ -92,8 +92,11 @@ def vector_inputs(vectors: Any, inputs: Dataset | None = None) -> Dataset | None
         return inputs
     try:
         array = np.asarray(vectors)
-    except ValueError:  # rows of different lengths
-        array = np.asarray(None)
+    except ValueError as error:
+        raise ValueError(
+            "`vectors` must be numbers of shape (num_rows, num_features), got rows of different lengths. Give a row "
+            "of equally many numbers for each example."
+        ) from error
     if array.ndim != 2 or array.dtype.kind not in "biuf" or not array.shape[1]:
         raise ValueError(
             f"`vectors` must be numbers of shape (num_rows, num_features), got {array.dtype} of shape {array.shape}. "

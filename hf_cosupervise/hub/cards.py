@@ -279,6 +279,8 @@ def _usage(facts: Mapping[str, Any]) -> str:
         return f'from transformers import pipeline\n\n{load}\nprint(writer("A prompt.", return_full_text=False))'
     if facts["modality"] == "text":
         return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
+    if "logits_name" in facts:
+        return _unlike_usage(facts, repo_id or ".")
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]
     lines.append('image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")')
     lines.append("print(classifier(image))")
@@ -347,6 +349,22 @@ def _pooled_usage(facts: Mapping[str, Any], place: str) -> str:
         'inputs = tokenizer(["A text to classify."], padding=True, truncation=True, return_tensors="pt")',
         'logits, mask = model(**inputs).logits, inputs["attention_mask"][..., None]',
         f"print(({pooled}).softmax(-1))",
+    ]
+    return "\n".join(lines)
+
+
+def _unlike_usage(facts: Mapping[str, Any], place: str) -> str:
+    """A snippet for an image student whose logits have another name in transformers, so that pipelines fail."""
+    at = f"{_literal(place)}{_at_branch(facts)}"
+    lines = [
+        "from PIL import Image",
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification",
+        "",
+        f"processor = AutoImageProcessor.from_pretrained({at})",
+        f"model = AutoModelForImageClassification.from_pretrained({at}).eval()",
+        'image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")',
+        'inputs = processor(image, return_tensors="pt")',
+        f"print(model(**inputs).{facts['logits_name']}.softmax(-1))  # as transformers calls the logits of its kind",
     ]
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
@@ -108,6 +109,24 @@ def reads_text(config: Any, what: str) -> bool:
     )
 
 
+class _WithLogits:
+    """What a classifier answers that calls its logits its last hidden state."""
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> ImageClassifierOutputWithNoAttention:
+        answer = super().forward(pixel_values, **kwargs)  # type: ignore[misc]
+        logits = answer.logits if "logits" in answer else answer.last_hidden_state
+        return ImageClassifierOutputWithNoAttention(logits=logits, hidden_states=answer.hidden_states)
+
+
+def image_class(config: Any) -> Any:
+    """The class that loads an image classifier of a configuration, and answers with `logits`."""
+    if config.model_type != "pp_lcnet":
+        return AutoModelForImageClassification
+    plain = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    # Under its name, which is saved with it and loads without this package.
+    return type(plain.__name__, (_WithLogits, plain), {"__module__": plain.__module__})
+
+
 class _ReadingProcessor:
     """Say of which model a tokenizer or image processor cannot be read."""
 
@@ -184,7 +203,7 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
         # Before the base is built: an adapter with a head of its own has another number of labels than its base.
         _set_labels(config, _saved_labels(config, auto_model, saved), names)
     with quiet_loading(), whole_weights(base), building(base):
-        model, loading = auto_model.from_pretrained(
+        model, loading = (auto_model if is_text else image_class(config)).from_pretrained(
             base_folder,
             config=config,
             use_safetensors=True,

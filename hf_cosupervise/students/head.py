@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,8 +53,10 @@ def head_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     sized = _sized_by_labels(model) if type(model).__name__ in _CLASSIFIERS else set()
     if not sized:
         raise ValueError(
-            f"A student must be a model with a backbone and a classification head, got {type(model).__name__}. "
-            "Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
+            "A student must be a model with a backbone and a classification head, which is what it has outside of its "
+            "`base_model_prefix`, or else what hangs on its number of labels in a classifier of transformers, got "
+            f"neither in {type(model).__name__}. Load it with `AutoModelForImageClassification` or "
+            "`AutoModelForSequenceClassification`."
         )
     return [(name, parameter) for name, parameter in model.named_parameters() if name in sized]
 
@@ -168,18 +171,25 @@ def _adapted(model: PeftModel) -> list[tuple[str, BaseTunerLayer]]:
 
 def _check_adapted(model: PeftModel) -> None:
     """Refuse adapters on layers that would not be the same layer once they are merged."""
+    shared = _shared_weights(model)
     refused = {
         name.removeprefix("base_model.model."): type(layer.get_base_layer()).__name__
         for name, layer in _adapted(model)
-        if not _merges_exactly(layer.get_base_layer())
+        if not _merges_exactly(layer.get_base_layer()) or id(layer.get_base_layer().weight) in shared
     }
     if refused:
         name, kind = next(iter(refused.items()))
         raise ValueError(
             f"Adapters must be of plain layers, which merge exactly, got '{name}' ({kind}; {len(refused)} such in "
-            "all), which transforms its weights or inputs. Leave it out of `lora_target_modules`, or use "
-            "`student_training` 'full'."
+            "all), which transforms its weights or inputs, or shares its weights. Leave it out of "
+            "`lora_target_modules`, or use `student_training` 'full'."
         )
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """Weights that several layers hold: merged, an adapter of one of these would change the others."""
+    held = Counter(id(value) for module in model.modules() for value in module.parameters(recurse=False))
+    return {key for key, count in held.items() if count > 1}
 
 
 def _merges_exactly(layer: nn.Module) -> bool:
@@ -193,10 +203,13 @@ def _merges_exactly(layer: nn.Module) -> bool:
 
 def _backbone_layers(model: nn.Module, heads: set[str]) -> list[str]:
     """Full names of every linear layer outside the head, or of every plain convolution where there is none."""
+    shared = _shared_weights(model)
     outside = [
         (name, module)
         for name, module in model.named_modules()
-        if not any(name == head or name.startswith(f"{head}.") for head in heads) and _merges_exactly(module)
+        if not any(name == head or name.startswith(f"{head}.") for head in heads)
+        and _merges_exactly(module)
+        and id(module.weight) not in shared
     ]
     # Convolutions beside linear layers mostly cut images into patches, or are depthwise.
     linears = [name for name, module in outside if isinstance(module, nn.Linear | Conv1D)]

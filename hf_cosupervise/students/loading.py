@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from ..data.inputs import InputProcessor
 from ..models.classifier import (
     check_no_layer_left,
+    image_class,
     load_adapted,
     load_processor,
     quiet_loading,
@@ -174,7 +175,7 @@ def _auto_class(config: Any, path: str) -> Any:
     is_text = kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
     is_image = kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES or kind == "timm_wrapper"
     if is_image and not (is_text and was_for_texts):
-        return AutoModelForImageClassification
+        return image_class(config)
     if is_text:
         return AutoModelForSequenceClassification
     raise ValueError(f"A student must be an image or text classification model, got '{kind}' at '{path}'.")

@@ -106,6 +106,8 @@ def exported_pooling(folder: str | os.PathLike[str]) -> dict[str, Any]:
     pooling = config.get("classifier_pooling")
     if any("ForTokenClassification" in str(name) for name in config.get("architectures") or []):
         return {"token_pooling": pooling}
+    if config.get("model_type") == "pp_lcnet":
+        return {"logits_name": "last_hidden_state"}
     return {"needs_range": pooling == "mean" and config.get("model_type") in _EVEN}
 
 

@@ -44,7 +44,9 @@ def export_student(model: nn.Module, folder: str | os.PathLike[str], processing_
         if isinstance(model, PeftModel) and not is_pooled:
             model.save_pretrained(str(temporary / "adapter"))
             (temporary / "adapter" / "README.md").unlink(missing_ok=True)  # an empty form of peft's
-        plain.save_pretrained(temporary)  # type: ignore[operator]
+        # timm alone reads no weight that another one stands for, such as that of layers which share theirs.
+        whole = {n: v.clone() for n, v in plain.state_dict().items()} if hasattr(plain, "timm_model") else None
+        plain.save_pretrained(temporary, state_dict=whole)  # type: ignore[operator]
         # timm's processor is part of the configuration and only warns when it is asked to save itself.
         if processing_class is not None and not type(processing_class).__name__.startswith("TimmWrapper"):
             processing_class.save_pretrained(temporary)

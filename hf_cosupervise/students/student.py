@@ -148,6 +148,12 @@ def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> Non
 def check_student(model: Any, labels: tuple[str, ...]) -> None:
     """See that the head fits the task, and name its labels."""
     num_labels = int(model.config.num_labels)
+    if model.config.model_type == "reformer":
+        raise ValueError(
+            "A student must answer alike whenever it is asked, and learn from texts of any length, got a Reformer, "
+            "which hashes at random and is trained on one length only. Use another encoder of long texts, such as "
+            "Longformer or BigBird."
+        )
     if num_labels != len(labels):
         raise ValueError(
             f"The student must have {len(labels)} labels like the pool, got {num_labels}. "

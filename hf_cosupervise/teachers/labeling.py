@@ -33,7 +33,7 @@ from ..pool.top_k import default_pool_k
 from ..processes import Processes, join_processes
 from .forms import Form, PseudolabelForm
 from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder
-from .kinds.loading import identify_teacher
+from .kinds.loading import column_of, identify_teacher
 from .progress import Progress, Segment
 from .running import (
     DECODE_ERRORS,
@@ -41,7 +41,6 @@ from .running import (
     ROWS_AT_ONCE,
     Columns,
     Job,
-    column_of,
     group_teachers,
     label_group,
     read_names,

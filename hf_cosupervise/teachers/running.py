@@ -30,6 +30,7 @@ from ..processes import Processes
 from .forms import Form
 from .kinds.base import ROW, Answers, TeacherModel
 from .kinds.column import ColumnTeacher
+from .kinds.loading import column_of
 from .progress import Part, Progress
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,11 +137,6 @@ class Job:
 def is_column(teacher: Teacher) -> bool:
     """Whether a teacher's answers stand in a column of the data."""
     return teacher.kind == "column"
-
-
-def column_of(teacher: Teacher) -> str | None:
-    """The column that a teacher reads: `None` for that of the inputs, `ROW` for all of them."""
-    return {"column": teacher.model, "function": ROW}.get(teacher.kind)
 
 
 def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str, str]]:

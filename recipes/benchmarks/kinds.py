@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -23,6 +24,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     pipeline,
 )
@@ -34,6 +37,8 @@ from hf_cosupervise.teachers.kinds.loading import load_teacher
 WORDS = [f"word{number}" for number in range(2000)]
 LABELS = ("word1", "word2", "word3")
 BATCH = 64
+PROMPT = "word1 word2 {{ text }} word3"
+ANSWERS = {f"label{number}": f"word{number + 10} word{number // 2}" for number in range(10)}
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -83,6 +88,25 @@ def save_clip(folder: Path) -> str:
     return str(folder)
 
 
+def save_llama(folder: Path) -> str:
+    """Save a language model of random weights: 6 layers, 256 wide."""
+    config = LlamaConfig(
+        vocab_size=save_tokenizer(folder),
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
 def batches(cells: Sequence[Any]) -> list[list[Any]]:
     """Cut into batches of 64."""
     return [list(cells[start : start + BATCH]) for start in range(0, len(cells), BATCH)]
@@ -129,6 +153,38 @@ def embed_plainly(texts: Sequence[str], folder: str, device: torch.device) -> Ca
     return ask
 
 
+def prompt_plainly(texts: Sequence[str], folder: str, device: torch.device) -> Callable[[], np.ndarray]:
+    """The loop by hand that reads a batch of prompts once, and goes on with each answer's two tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    words = torch.tensor(tokenizer(list(ANSWERS.values()), add_special_tokens=False)["input_ids"], device=device)
+
+    def ask() -> np.ndarray:
+        found = []
+        with torch.inference_mode():
+            for some in batches(texts):
+                prompts = ["[CLS] " + PROMPT.replace("{{ text }}", text) for text in some]
+                batch = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=False).to(device)
+                mask = batch["attention_mask"]
+                places = (mask.cumsum(1) - 1).clamp(min=0)
+                read = model(batch["input_ids"], attention_mask=mask, position_ids=places, logits_to_keep=1)
+                scores = read.logits[:, -1].log_softmax(1)[:, words[:, 0]]
+                cache = read.past_key_values
+                cache.batch_repeat_interleave(len(words))
+                mask, first = mask.repeat_interleave(len(words), 0), words[:, :1].repeat(len(some), 1)
+                logits = model(
+                    first,
+                    attention_mask=torch.cat([mask, torch.ones_like(first)], 1),
+                    position_ids=mask.sum(1, keepdim=True),
+                    past_key_values=cache,
+                ).logits[:, -1]
+                rest = logits.log_softmax(1).gather(1, words[:, 1:].repeat(len(some), 1))
+                found.append((scores + rest.view(scores.shape)).softmax(1).cpu().numpy())
+        return np.concatenate(found)
+
+    return ask
+
+
 def look_plainly(images: Dataset, folder: str, device: torch.device) -> Callable[[], np.ndarray]:
     """The loop by hand of CLIP, texts of labels embedded once."""
     encoded = [cell["bytes"] for cell in images.cast_column("image", Image(decode=False))["image"]]
@@ -169,6 +225,14 @@ def measure_kinds(bench: Bench, images: Dataset) -> list[Row]:
         )
 
     read = Dataset.from_dict({"id": list(range(len(texts))), "text": texts})
+    llama = save_llama(bench.new_folder())
+    prompted = Teacher(
+        llama,
+        name="t",
+        kind="prompted",
+        label_texts={k: [v] for k, v in ANSWERS.items()},
+        options={"template": PROMPT},
+    )
     contests = [
         ("NLI", read, Teacher(nli, name="t", kind="zero_shot"), ask_nli_plainly(texts, nli, bench.device)),
         ("CLIP", images, Teacher(clip, name="t"), look_plainly(images, clip, bench.device)),
@@ -180,13 +244,24 @@ def measure_kinds(bench: Bench, images: Dataset) -> list[Row]:
         ),
         ("pipeline", read, Teacher(pipe, name="t"), run_pipeline),
     ]
-    return [race_kind(bench, *contest) for contest in contests]
+    rows = [race_kind(bench, *contest) for contest in contests]
+    return [
+        *rows,
+        race_kind(bench, "prompted", read, prompted, prompt_plainly(texts, llama, bench.device), [*ANSWERS]),
+    ]
 
 
-def race_kind(bench: Bench, name: str, data: Dataset, teacher: Teacher, plainly: Callable[[], np.ndarray]) -> Row:
+def race_kind(
+    bench: Bench,
+    name: str,
+    data: Dataset,
+    teacher: Teacher,
+    plainly: Callable[[], np.ndarray],
+    labels: Sequence[str] = LABELS,
+) -> Row:
     """Let `build_pool` and the loop by hand label the same data."""
-    hierarchy = TeacherHierarchy(LABELS, [teacher])
-    models = {"t": load_teacher(teacher, LABELS, bench.device)}
+    hierarchy = TeacherHierarchy(labels, [teacher])
+    models = {"t": load_teacher(teacher, labels, bench.device)}
     contestants = {
         "ours": lambda: build_pool(
             data, hierarchy, models=models, batch_size=BATCH, output_dir=bench.new_folder() / "pool", disable_tqdm=True

@@ -288,8 +288,9 @@ def test_head_needs_a_backbone_beside_it():
     with pytest.raises(ValueError) as error:
         head_parameters(nn.Linear(2, 2))
     assert str(error.value) == (
-        "A student must be a model with a backbone and a classification head, got Linear. Load it with "
-        "`AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
+        "A student must be a model with a backbone and a classification head, which is what it has outside of its "
+        "`base_model_prefix`, or else what hangs on its number of labels in a classifier of transformers, got neither "
+        "in Linear. Load it with `AutoModelForImageClassification` or `AutoModelForSequenceClassification`."
     )
 
 

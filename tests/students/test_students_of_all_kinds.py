@@ -16,6 +16,7 @@ import timm
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from test_trainer import LABELS, make_args, make_pool, weights
 from timm.layers import ScaledStdConv2d, StdConv2d, StdConv2dSame
 from torch import nn
@@ -39,11 +40,14 @@ from transformers import (
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
     PreTrainedModel,
+    ReformerConfig,
+    ReformerForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
 from hf_cosupervise import CoSupervisedTrainer, Teacher, TeacherHierarchy, build_pool, load_student
@@ -129,7 +133,8 @@ def test_layers_that_do_not_merge_are_refused_by_name(kind, as_regex):
     layer = type(model.get_submodule(name)).__name__
     assert str(error.value) == (
         f"Adapters must be of plain layers, which merge exactly, got '{name}' ({layer}; 1 such in all), which "
-        "transforms its weights or inputs. Leave it out of `lora_target_modules`, or use `student_training` 'full'."
+        "transforms its weights or inputs, or shares its weights. Leave it out of `lora_target_modules`, or use "
+        "`student_training` 'full'."
     )
     # the model is the user's, and is as it was
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before and not adapted_layers(model)
@@ -408,6 +413,79 @@ def test_a_model_is_trained_in_place_and_a_copy_starts_anew(make_trainer, tiny_v
     first, second, third = runs
     assert all(torch.equal(value, first[name]) for name, value in second.items())
     assert not torch.equal(third["classifier.weight"], first["classifier.weight"])
+
+
+def test_weights_that_layers_share_get_no_adapters():
+    """Zamba ties whole layers to one another: merged, what one of these has learnt would be put on all."""
+    model, other = tiny_model(), tiny_model()
+    names = [n.removesuffix(".weight") for n, p in model.named_parameters() if p.shape == (16, 16)][:2]
+    for some in (model, other):
+        some.get_submodule(names[1]).weight = some.get_submodule(names[0]).weight
+    found = {layer.removeprefix("base_model.model.") for layer in adapted_layers(prepare_student(model, "lora"))}
+    assert len(names) == 2 and found and not found & {*names}
+    with pytest.raises(ValueError, match=r"got '.*' \(Linear; 2 such in all\), .*, or shares its weights\. Leave"):
+        prepare_student(other, "lora", LoraConfig(r=2, target_modules=names))
+
+
+def test_weights_that_layers_of_timm_share_are_exported(make_trainer, tmp_path):
+    model = timm.create_model("test_resnet", num_classes=2)
+    model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
+    folder = tmp_path / "model"
+    folder.mkdir()
+    timm.models.save_for_hf(model, folder, model_config={"label_names": ["a", "b"]}, safe_serialization=False)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    student, processor = load_student(str(folder), LABELS)
+    student.timm_model.layer1[0].bn2.weight = student.timm_model.layer1[0].bn1.weight
+    export_student(student, tmp_path / "out", processor)
+    plain = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(pixels), student.eval()(pixel_values=pixels).logits)
+
+
+def test_a_reformer_is_refused(tiny_bert, tiny_text_dataset, tmp_path):
+    config = ReformerConfig(
+        attn_layers=["lsh"], axial_pos_embds_dim=[8, 8], hidden_size=16, feed_forward_size=16, axial_pos_shape=[4, 4]
+    )
+    config.is_decoder = False
+    ReformerForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError) as error:
+        CoSupervisedTrainer(str(tmp_path / "model"), make_args(tmp_path / "out"), pool=make_pool(tiny_text_dataset))
+    assert str(error.value) == (
+        "A student must answer alike whenever it is asked, and learn from texts of any length, got a Reformer, which "
+        "hashes at random and is trained on one length only. Use another encoder of long texts, such as Longformer or "
+        "BigBird."
+    )
+
+
+@pytest.mark.parametrize("training", ["probe", "lora"])
+def test_a_classifier_that_calls_its_logits_otherwise(make_trainer, tiny_vit, training, tmp_path):
+    if "pp_lcnet" not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        pytest.skip("this version of transformers has no PP-LCNet")
+    config = AutoConfig.for_model(
+        "pp_lcnet",
+        class_expand=16,
+        scale=0.25,
+        id2label={0: "a", 1: "b"},
+        label2id={"a": 0, "b": 1},
+    )
+    folder = tmp_path / "model"
+    AutoModelForImageClassification.from_config(config).save_pretrained(folder)
+    AutoImageProcessor.from_pretrained(tiny_vit).save_pretrained(folder)
+    trainer = make_trainer(str(folder), training)
+    trainer.train()
+    trainer.save_model()
+    plain = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    inputs = trainer.processor.probe()
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).logits
+        torch.testing.assert_close(plain(**inputs).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+    trainer.create_model_card()
+    assert "model(**inputs).last_hidden_state.softmax(-1)" in (tmp_path / "out" / "README.md").read_text()
+    # And a teacher too.
+    hierarchy = TeacherHierarchy(LABELS, [Teacher(str(tmp_path / "out"), name="lcnet")])
+    assert build_pool(trainer.pool.inputs.select_columns(["image"]), hierarchy).answered("lcnet").all()
 
 
 @pytest.mark.parametrize("training", ["probe", "full"])

@@ -494,7 +494,10 @@ def test_predictions_by_name_and_as_one_array():
         ((SAID["first"], ["first"], LABELS), "with a name for each teacher, got (90, 3) and 1 `names`."),
         ((SAID, None, LABELS[:2]), "Predictions of 'first' must have shape (90, 2), got (90, 3)."),
         ((SAID, None, LABELS, VECTORS[0]), "`vectors` must be numbers of shape (num_rows, num_features), got float64"),
-        ((SAID, None, LABELS, changed(1, [2.0])), "`vectors` must be numbers of shape (num_rows, num_features), got"),
+        (
+            (SAID, None, LABELS, changed(1, [2.0])),
+            "`vectors` must be numbers of shape (num_rows, num_features), got rows of different",
+        ),
         ((SAID, None, LABELS, VECTORS[:5]), "`inputs` must hold one row for each of the 90 ids, got 5."),
     ],
 )

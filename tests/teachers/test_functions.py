@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import pickle
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import debug_launcher
 from datasets import ClassLabel, Dataset
 
 from hf_cosupervise import PseudolabelPool, Teacher, TeacherHierarchy, build_pool, labeling_function
@@ -357,3 +360,37 @@ def test_what_is_no_labeling_function():
         labeling_function(says_free, version=2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="A teacher's `name` must be letters"):
         Teacher(says_free, name="says free")
+
+
+# ── in several processes ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _label_in_process(folder: Path, number: int, **options: Any) -> PseudolabelPool:
+    """Label by functions of which one closes over something, and cannot be sent to another process."""
+    closing = labeling_function(lambda row: SPAM if len(row["text"]) > number else None, name="long", version="1")
+    return label_with(says_free, is_short, closing, output_dir=folder, batch_size=1, **options)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_two_processes_label_as_one_does(tmp_path):
+    pool = _label_in_process(tmp_path / "one", 12)
+    assert pool.hard_labels("long").tolist() == [-1, 1, 1, 1, -1]
+    debug_launcher(_label_in_process, (tmp_path / "two", 12), num_processes=2)
+    assert _files(tmp_path / "two") == _files(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_rows_and_are_sent_no_function(method, tmp_path):
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(method, force=True)
+    try:
+        _label_in_process(tmp_path / "workers", 12, num_workers=2)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    _label_in_process(tmp_path / "one", 12)
+    assert _files(tmp_path / "workers") == _files(tmp_path / "one")

@@ -16,6 +16,7 @@ from datasets import Dataset
 from hub_server import HubServer
 from test_hub_teachers import read_folder
 from test_kinds import label
+from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import ByteLevel
 
 from hf_cosupervise import PseudolabelPool, Teacher, TeacherHierarchy, build_pool
@@ -23,7 +24,7 @@ from hf_cosupervise.data.inputs import RowError
 from hf_cosupervise.models import language
 from hf_cosupervise.models.language import score_words
 from hf_cosupervise.teachers.kinds.loading import load_teacher
-from hf_cosupervise.teachers.kinds.prompted import PromptedTeacher, fold
+from hf_cosupervise.teachers.kinds.prompted import OPTIONS, PromptedTeacher, Prompter, fold
 
 LABELS = ("negative", "neutral", "positive")
 TEMPLATE = "Review: {{ text }}\nSentiment:"
@@ -156,6 +157,21 @@ def test_probabilities_are_those_of_whole_texts(folder_of: Callable[[str], str],
     np.testing.assert_allclose(probs, slow_probs(folder_of(kind), TEXTS, words), atol=1e-5)
     np.testing.assert_allclose(probs[:1], label(teacher, TEXTS[:1]), atol=1e-6)
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "{{ text }}", "Q: {{ text }} Answer is "])
+@pytest.mark.parametrize("splits", [True, False])
+def test_the_end_of_a_prompt_has_the_tokens_that_it_has_in_the_whole(template: str, splits: bool) -> None:
+    tokenizer = make_tokenizer("llama")
+    if not splits:  # then a merge may reach over any space
+        tokenizer.backend_tokenizer.pre_tokenizer = Metaspace(prepend_scheme="never", split=False)
+    texts = [*TEXTS, "", " ", "don't\tgo  there ", "it's a 3,5 .", "so it was\n", "日本 12 a"]
+    words = ("negative", "neg", "don't", "nice")
+    prompter = Prompter("lm", tokenizer, template, LABELS, words, False, 500, OPTIONS)
+    pairs = [prompter._border(prompter.render(text)) for text in texts]
+    expected = [([0, *prompt], ends) for prompt, ends in prompter._encode_whole(pairs)]
+    assert prompter.encode(texts) == expected
+    assert prompter._is_local == splits and len(prompter._encode_by_ends(pairs)) >= 3
 
 
 def test_words_of_one_token_and_names_of_labels(folder_of: Callable[[str], str], monkeypatch: Any) -> None:

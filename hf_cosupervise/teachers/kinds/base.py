@@ -70,7 +70,8 @@ class Kind:
 
     `load` takes the source, the task's labels and the device. `identify` gives what tells a teacher's answers from
     those of others, without loading it, and the size of its weights in bytes. `recognizes` tells from files that they
-    are of this kind. `options` are the names that `Teacher.options` may have, with their defaults.
+    are of this kind. `options` are the names that `Teacher.options` may have, with their defaults. `column` gives the
+    column that a teacher reads: `None` for that of the inputs, `ROW` for all of them.
     """
 
     load: Callable[[TeacherSource, Sequence[str], torch.device], TeacherModel]
@@ -81,6 +82,7 @@ class Kind:
     recognizes: Callable[[ModelSource, str], bool] = lambda source, model: False
     options: Mapping[str, Any] = field(default_factory=dict)
     reads_label_texts: bool = False
+    column: Callable[[Teacher], str | None] = lambda teacher: None
 
 
 class WrongColumnError(TypeError):

@@ -172,4 +172,5 @@ def _words(text: str) -> str:
 KIND = Kind(
     load=lambda source, labels, device: ColumnTeacher(source.teacher, labels),
     identify=lambda source: ({}, 0),
+    column=lambda teacher: teacher.model,
 )

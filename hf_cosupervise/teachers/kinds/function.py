@@ -157,4 +157,5 @@ def _give(cells: Sequence[Any]) -> Sequence[Any]:
 KIND = Kind(
     load=lambda source, labels, device: FunctionTeacher(source, labels),
     identify=lambda source: ({}, 0),
+    column=lambda teacher: ROW,
 )

@@ -28,6 +28,11 @@ def identify_teacher(teacher: Teacher, *, writes: bool = False) -> tuple[dict[st
     return kind.identify(source)
 
 
+def column_of(teacher: Teacher) -> str | None:
+    """The column that a teacher reads: `None` for that of the inputs, `ROW` for all of them."""
+    return None if teacher.has_files else _kind(teacher.kind).column(teacher)
+
+
 def find_kind(source: ModelSource, model: str) -> str:
     """Tell by its files which kind of teacher a model is."""
     for name, what in TEACHER_KINDS.items():

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from os.path import commonprefix
 from typing import Any
 
@@ -238,19 +238,50 @@ class Prompter:
             return [(prompt, words) for prompt in self._tokenize(prompts, add_special_tokens=True)]
         before = [] if self.options["chat"] else leading_tokens(self.tokenizer)
         pairs = [self._border(prompt) for prompt in prompts]
-        stems = self._tokenize([stem for stem, _ in pairs], add_special_tokens=False)
         if not self.words:
-            return [(before + stem, []) for stem in stems]
+            return [(before + stem, []) for stem in self._tokenize([stem for stem, _ in pairs], False)]
+        rows = self._encode_by_ends(pairs) if self._is_local else dict[int, _Encoded]()
+        # The rest are of tokenizers that may read the end of a text in another way than the whole.
+        others = [place for place in range(len(pairs)) if place not in rows]
+        rows |= zip(others, self._encode_whole([pairs[place] for place in others]), strict=True)
+        return [(before + rows[place][0], rows[place][1]) for place in range(len(pairs))]
+
+    def _encode_by_ends(self, pairs: Sequence[tuple[str, str]]) -> dict[int, _Encoded]:
+        """What [`_encode_whole`] gives, by place, where only the end of a prompt bears on the tokens of its words."""
+        cuts = {place: cut for place, (stem, _) in enumerate(pairs) if (cut := _last_space(stem))}
+        firsts = self._tokenize(["".join(pairs[place]) + self.words[0] for place in cuts], False)
+        # Most prompts end alike, so that there are few of these, and they are short.
+        ends = {place: (pairs[place][0][cut:], pairs[place][1]) for place, cut in cuts.items()}
+        distinct = list(dict.fromkeys(ends.values()))
+        known = dict(zip(distinct, self._encode_whole(distinct), strict=True))
+        rows = {}
+        for place, first in zip(cuts, firsts, strict=True):
+            prompt, words = known[ends[place]]
+            start = len(first) - len(prompt) - len(words[0])
+            if start >= 0 and first[start:] == prompt + words[0]:
+                rows[place] = (first[:start] + prompt, words)
+        return rows
+
+    def _encode_whole(self, pairs: Sequence[tuple[str, str]]) -> list[_Encoded]:
+        """Tokens of prompts, or of their ends, and of each word after them."""
+        stems = self._tokenize([stem for stem, _ in pairs], False)
         # Together with its prompt, since tokens may reach over the border: what all of a row have in common is its
         # prompt, and the rest of each is its word.
         texts = [stem + border + word for stem, border in pairs for word in self.words]
-        whole, size = self._tokenize(texts, add_special_tokens=False), len(self.words)
+        whole, size = self._tokenize(texts, False), len(self.words)
         rows = []
         for row, stem in enumerate(stems):
             own = whole[row * size : (row + 1) * size]
             shared = len(commonprefix([stem, *own]))
-            rows.append((before + stem[:shared], [word[shared:] for word in own]))
+            rows.append((stem[:shared], [word[shared:] for word in own]))
         return rows
+
+    @cached_property
+    def _is_local(self) -> bool:
+        """Whether what follows a space says nothing of the tokens before it."""
+        # Each word is then read by itself. Others read all of a text at once.
+        splits = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+        return splits is not None and "Metaspace" not in str(splits)
 
     def check(self) -> None:
         """See that two texts have two prompts, and that words are told apart by their tokens."""
@@ -316,6 +347,16 @@ class Prompter:
             else:
                 exceeds = middle
         return best
+
+
+def _last_space(text: str) -> int:
+    """Where the last space between two words is, or 0."""
+    end = len(text)
+    while (place := text.rfind(" ", 1, end)) > 0:
+        if text[place - 1].isalnum() and text[place + 1 : place + 2].isalnum():
+            return place
+        end = place
+    return 0
 
 
 def fold(answer: str) -> str:

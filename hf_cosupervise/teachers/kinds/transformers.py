@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from ...data.inputs import InputProcessor
 from ...data.vectors import VECTOR_MODEL
 from ...models.classifier import (
+    image_class,
     load_adapted,
     load_processor,
     load_whole,
@@ -75,7 +76,7 @@ def _load_classifier(model_source: ModelSource) -> tuple[Any, Path]:
             "vectors `setfit.model_body.encode(texts)`."
         )
     is_text = reads_text(config, model_source.what)
-    auto_model = AutoModelForSequenceClassification if is_text else AutoModelForImageClassification
+    auto_model = AutoModelForSequenceClassification if is_text else image_class(config)
     return load_whole(model_source, auto_model, config), folder
 
 
