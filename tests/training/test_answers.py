@@ -346,6 +346,42 @@ def test_a_kill_at_any_point_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [{k: v for k, v in record.items() if k not in ("train_runtime", "train_loss")} for record in told] == strip
 
 
+def test_a_level_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    often = {"args": {"save_strategy": "steps", "save_steps": 2}, "student_training": "lora"}
+    whole, steps = run(tmp_path / "whole", **copy.deepcopy(often)), []
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps.append(state.global_step)
+        if len(steps) == 11:  # the fifth step of level 1
+            raise Killed
+
+    monkeypatch.setattr(module._Checkpoints, "on_step_end", stop)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", **copy.deepcopy(often))
+    result = run(tmp_path / "cut", resume_from_checkpoint=True, **copy.deepcopy(often))
+
+    assert steps == [*range(1, 7), *range(1, 6), 5, 6] and same_weights(result, whole)
+
+
+def test_of_several_roots_the_student_as_it_came_chooses(tmp_path: Path) -> None:
+    pool = make_pool(levels=(0, 0, 0))
+    result = run(tmp_path, pool=pool, rule="log_likelihood", rejection="loss_rank")
+    scores = score_answers(make_model(), pool, tokenizer=make_tokenizer()).per_token
+    assert result.assigned[0].tolist() == np.where(np.isnan(scores), -np.inf, scores).argmax(axis=1).tolist()
+    assert len(result.assigned) == 1 and result.kept[0].all()  # nothing is rejected at the root
+
+
+def test_a_student_on_the_hub(tmp_path: Path, hub: Any) -> None:
+    result = run(tmp_path / "out")
+    commit = result.push_to_hub("someone/lemmas")
+
+    again = co_supervise_answers("someone/lemmas", make_pool(), make_args(tmp_path / "again"))
+    assert commit is not None and again.history.run["student"]["commit"] == commit.oid
+    assert LlamaForCausalLM.from_pretrained("someone/lemmas").config.hidden_size == 16
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "someone/lemmas" in card
+
+
 def _in_two(folder: str) -> None:
     result = run(Path(folder), args={"per_device_train_batch_size": 2}, rule="same_answer")
     result.save_model(f"{folder}/model")
