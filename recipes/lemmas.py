@@ -1,11 +1,13 @@
 """Lemmas of unrelated languages, the language hidden: whose answer does a student that writes trust?
 
-    python recipes/lemmas.py [--seeds 0 1 2 3 4] [--output_dir outputs/lemmas]
+    python recipes/lemmas.py                                       # four languages, one seed: three minutes
+    python recipes/lemmas.py --full --seeds 0 1 2 3 4 --output_dir outputs/lemmas_full                   # half an hour
 
 Teachers are tiny Llamas of letters that were pre-trained on unlabelled words: a generalist that has seen a few labels
 of each language, and a specialist for each language that has seen as many of its own. The student is larger and
-pre-trained on more words; nobody labels the words of the pool. Prints a table over seeds, draws `pgr.png`, and leaves
-the first seed's student with its card in `student`.
+pre-trained on more words; nobody labels the words of the pool. `--full` takes six languages and a larger student and
+pool, and pre-trains each specialist on words of its language alone, which knows nothing of the others then. Prints a
+table over seeds, draws `pgr.png`, and leaves the first seed's student with its card in `student`.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import prepare
 import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_from_disk
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_cosupervise import Teacher, TeacherHierarchy, build_answers, co_supervise_answers, performance_gap_recovered
@@ -27,9 +30,25 @@ from hf_cosupervise.evaluation.plots import plot_pgr
 from hf_cosupervise.evaluation.report import format_methods, merge_reports, save_report
 from hf_cosupervise.pool.answers import AnswerPool
 
-LANGUAGES = ("ru", "tr", "hu", "ga")
-NUM_LABELS, NUM_POOL, NUM_TEST = 300, 600, 150  # of a teacher; of each language
-SIZES = {"teacher": (64, 2), "student": (96, 3)}  # width and layers
+NUM_LABELS = 300  # of a teacher
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the task is: `num_…` are of each language, and a model's size is its width and its layers."""
+
+    languages: tuple[str, ...] = ("ru", "tr", "hu", "ga")
+    num_pool: int = 600
+    num_test: int = 150
+    student: tuple[int, int] = (96, 3)
+    student_steps: int = 2000
+    student_epochs: int = 5
+    root_steps: int = 1000
+    specialist_steps: int | None = None  # without any, specialists begin as the generalist does
+    teacher: tuple[int, int] = (64, 2)
+
+
+FULL = Plan(("ru", "tr", "hu", "lt", "ga", "ro"), 1000, 250, (128, 4), 3200, 3, 2250, 900)
 OPTIONS = {"max_new_tokens": 14}  # the longest lemma, and its end
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 END, HOLE = ">", "_"  # what ends a prompt, and what hides letters of a word
@@ -40,14 +59,15 @@ def make_tokenizer(letters: Sequence[str]) -> PreTrainedTokenizerFast:
     vocab = {letter: place for place, letter in enumerate((*SPECIALS, END, HOLE, *letters))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()  # letters without spaces between them
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
 
 
-def make_model(kind: str, num_letters: int) -> LlamaForCausalLM:
+def make_model(size: tuple[int, int], num_letters: int) -> LlamaForCausalLM:
     """A language model of random weights."""
-    width, layers = SIZES[kind]
+    width, layers = size
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 3 * width}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": num_letters}
@@ -104,12 +124,12 @@ def _batches(pairs: Callable, batch_size: int, steps: int, draw: random.Random) 
 
 
 def pretrain(
-    kind: str, words: list[str], tokenizer: PreTrainedTokenizerFast, steps: int, folder: Path
+    size: tuple[int, int], words: list[str], tokenizer: PreTrainedTokenizerFast, steps: int, folder: Path
 ) -> LlamaForCausalLM:
     """A model that mends damaged words, kept in a folder with its tokenizer."""
     if not (folder / "config.json").is_file():
         letters = "".join(sorted({letter for word in words for letter in word}))
-        model = make_model(kind, len(tokenizer))
+        model = make_model(size, len(tokenizer))
 
         def pairs(draw: random.Random) -> list[tuple[str, str]]:
             return [(damage(word, draw, letters), word) for word in draw.sample(words, min(6000, len(words)))]
@@ -119,29 +139,39 @@ def pretrain(
     return LlamaForCausalLM.from_pretrained(folder)
 
 
-def make_hierarchy(data: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int) -> TeacherHierarchy:
-    """Train a generalist and the specialists from one base."""
-    words = sorted({word for row in data["teachers"] for word in (row["form"], row["lemma"])})
-    pretrain("teacher", words, tokenizer, 1000, folder / "base")
+def words_of(data: Any, *parts: str, language: str | None = None) -> list[str]:
+    """All words of some splits, of one language or of all."""
+    rows = [row for part in parts for row in data[part] if language in (None, row["language"])]
+    return sorted({word for row in rows for word in (row["form"], row["lemma"])})
+
+
+def make_hierarchy(
+    data: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, plan: Plan
+) -> tuple[TeacherHierarchy, Teacher]:
+    """Train a generalist and the specialists, and one more teacher that has all of their labels."""
     draw, teachers, labelled = random.Random(seed), [], {}
-    for language in LANGUAGES:
+    for language in plan.languages:
         rows = [(row["form"], row["lemma"]) for row in data["teachers"] if row["language"] == language]
         labelled[language] = draw.sample(rows, NUM_LABELS)
-    share = NUM_LABELS // len(LANGUAGES)
-    for name, pairs in {"root": [pair for own in labelled.values() for pair in own[:share]], **labelled}.items():
-        path = folder / f"{name}-{seed}"
+    share = NUM_LABELS // len(plan.languages)
+    parts = {"root": [pair for own in labelled.values() for pair in own[:share]], **labelled}
+    for name, pairs in {**parts, "all_labels": [pair for own in labelled.values() for pair in own]}.items():
+        path, own_words = folder / f"{name}-{seed}", name in labelled and plan.specialist_steps is not None
         if not (path / "config.json").is_file():
-            base = LlamaForCausalLM.from_pretrained(folder / "base")
-            fit(base, tokenizer, lambda _, own=pairs: list(own), 250, 2e-3, seed, 32).save_pretrained(path)
+            words = words_of(data, "teachers", *(["pool"] if own_words else []), language=name if own_words else None)
+            steps = plan.specialist_steps if own_words else plan.root_steps
+            base = pretrain(plan.teacher, words, tokenizer, steps, folder / (f"base-{name}" if own_words else "base"))
+            size = (500, 64) if name == "all_labels" else (250, 32)
+            fit(base, tokenizer, lambda _, own=pairs: list(own), size[0], 2e-3, seed, size[1]).save_pretrained(path)
             tokenizer.save_pretrained(path)
-        teachers.append(Teacher(str(path), name=name, level=int(name != "root"), options=OPTIONS))
-    return TeacherHierarchy(teachers=teachers)
+        teachers.append(Teacher(str(path), name=name, level=int(name in labelled), options=OPTIONS))
+    return TeacherHierarchy(teachers=teachers[:-1]), teachers[-1]
 
 
-def draw_rows(part: Dataset, count: int, seed: int) -> Dataset:
+def draw_rows(part: Dataset, languages: Sequence[str], count: int, seed: int) -> Dataset:
     """So many words of each language, as prompts with the truth beside them."""
     parts = []
-    for language in LANGUAGES:
+    for language in languages:
         own = part.filter(lambda row, wanted=language: row["language"] == wanted)
         parts.append(own.shuffle(seed).select(range(count)))
     rows = concatenate_datasets(parts).shuffle(seed)
@@ -155,19 +185,17 @@ def right(answers: Sequence[str | None], truth: Sequence[str]) -> float:
     return sum(a == b for a, b in zip(answers, truth, strict=True)) / len(truth)
 
 
-def run_seed(data: Any, folder: Path, seed: int) -> tuple[dict[str, Any], Any]:
+def run_seed(data: Any, folder: Path, seed: int, plan: Plan) -> tuple[dict[str, Any], Any]:
     """One seed: teachers, their answers, students of all methods, measured on the test once."""
     letters = sorted({letter for part in data.values() for row in part for letter in row["form"] + row["lemma"]})
     tokenizer = make_tokenizer(letters)
-    hierarchy = make_hierarchy(data, tokenizer, folder / "teachers", seed)
-    pool_rows, test = draw_rows(data["pool"], NUM_POOL, seed), draw_rows(data["test"], NUM_TEST, seed)
+    hierarchy, all_labels = make_hierarchy(data, tokenizer, folder / "teachers", seed, plan)
+    pool_rows = draw_rows(data["pool"], plan.languages, plan.num_pool, seed)
+    test = draw_rows(data["test"], plan.languages, plan.num_test, seed)
     names = ["id", "prompt"]
     pool = build_answers(pool_rows.select_columns(names), hierarchy, batch_size=128, disable_tqdm=True)
-    words = sorted(
-        {word for part in ("teachers", "pool") for row in data[part] for word in (row["form"], row["lemma"])}
-    )
     student = folder / "student-base"
-    pretrain("student", words, tokenizer, 2000, student)
+    pretrain(plan.student, words_of(data, "teachers", "pool"), tokenizer, plan.student_steps, student)
     truth, by_row, draw = pool_rows["lemma"][:], pool.answer_rows(), random.Random(seed)
     own = [hierarchy.names.index(language) for language in pool_rows["language"]]
     answers = {
@@ -180,7 +208,7 @@ def run_seed(data: Any, folder: Path, seed: int) -> tuple[dict[str, Any], Any]:
     labels, shares = {name: right(some, truth) for name, some in answers.items()}, {}
     for name in ("csl", *answers):
         used = pool if name == "csl" else AnswerPool.from_answers({name: answers[name]}, pool.prompts())
-        args = student_arguments(folder / f"seed-{seed}" / name, seed)
+        args = student_arguments(folder / f"seed-{seed}" / name, seed, plan.student_epochs)
         trained = co_supervise_answers(str(student), used, args, resume_from_checkpoint=True)
         trained.save_model()
         if name == "csl":
@@ -193,26 +221,27 @@ def run_seed(data: Any, folder: Path, seed: int) -> tuple[dict[str, Any], Any]:
     ]
     said = build_answers(
         test.select_columns(["id", "prompt"]),
-        TeacherHierarchy(teachers=asked + students),
+        TeacherHierarchy(teachers=[*asked, replace(all_labels, level=0), *students]),
         batch_size=128,
         disable_tqdm=True,
     )
     accuracy = {name: right(said.texts(name), test["lemma"][:]) for name in said.hierarchy.names}
     weak, ceiling = accuracy.pop("weak"), accuracy["ceiling"]
     methods = {
-        name: {"accuracy": own, "pgr": performance_gap_recovered(weak, own, ceiling), "labels_right": labels[name]}
-        for name, own in accuracy.items()
+        name: {"accuracy": own, "pgr": performance_gap_recovered(weak, own, ceiling)} for name, own in accuracy.items()
     }
+    for name, share in labels.items():
+        methods[name]["labels_right"] = share
     return {"weak_accuracy": weak, "ceiling_accuracy": ceiling, "methods": methods, **shares}, result
 
 
-def student_arguments(folder: Path, seed: int) -> TrainingArguments:
+def student_arguments(folder: Path, seed: int, num_epochs: int) -> TrainingArguments:
     """How every student of the table is trained."""
     return TrainingArguments(
         str(folder),
         per_device_train_batch_size=64,
         per_device_eval_batch_size=64,
-        num_train_epochs=5,
+        num_train_epochs=num_epochs,
         learning_rate=1.5e-3,
         lr_scheduler_type="cosine",
         warmup_steps=20,
@@ -230,14 +259,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/lemmas"))
     parser.add_argument("--data", type=Path, default=Path("data/lemmas"), help="made there by `prepare.py lemmas`")
+    parser.add_argument("--full", action="store_true", help="the larger task")
     options = parser.parse_args(arguments)
+    plan = FULL if options.full else Plan()
     disable_progress_bars()
     data = load_from_disk(str(prepare.lemmas(options.data)))
-    data = {part: rows.filter(lambda row: row["language"] in LANGUAGES) for part, rows in data.items()}
-    found = [run_seed(data, options.output_dir, seed) for seed in options.seeds]
+    data = {part: rows.filter(lambda row: row["language"] in plan.languages) for part, rows in data.items()}
+    found = [run_seed(data, options.output_dir, seed, plan) for seed in options.seeds]
     report = merge_reports([numbers for numbers, _ in found], options.seeds)
     print(format_methods(report))
     for name, own in report["methods"].items():
+        if "labels_right" not in own:
+            continue
         print(f"{name}: pseudolabels right {100 * sum(own['labels_right']) / len(found):.1f} %")
     save_report(report, options.output_dir / "report.json")
     plot_pgr(report, options.output_dir / "pgr.png")
