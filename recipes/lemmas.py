@@ -19,7 +19,7 @@ from typing import Any
 import prepare
 import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_from_disk
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_cosupervise import Teacher, TeacherHierarchy, build_answers, co_supervise_answers, performance_gap_recovered
@@ -40,6 +40,7 @@ def make_tokenizer(letters: Sequence[str]) -> PreTrainedTokenizerFast:
     vocab = {letter: place for place, letter in enumerate((*SPECIALS, END, HOLE, *letters))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.Fuse()  # or there would be a space between letters
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)
