@@ -59,7 +59,7 @@ def make_tokenizer(letters: Sequence[str]) -> PreTrainedTokenizerFast:
     vocab = {letter: place for place, letter in enumerate((*SPECIALS, END, HOLE, *letters))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    backend.decoder = decoders.Fuse()  # letters without spaces between them
+    backend.decoder = decoders.Fuse()  # or there would be a space between letters
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **names)

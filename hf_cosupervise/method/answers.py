@@ -141,10 +141,10 @@ def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> 
     counts = (groups[:, :, None] == groups[:, None, :]).sum(axis=2) * (groups >= 0)
     most = counts.max(axis=1, initial=0)
     sure = np.zeros(groups.shape) if confidences is None else np.nan_to_num(confidences, nan=-np.inf)
-    # Below every confidence that is not known, so that a teacher of the majority speaks in any case.
-    ranks = np.where(counts == most[:, None], 1.0, 0.0)
-    sure = np.where((ranks > 0) & (sure == sure.max(axis=1, initial=-np.inf, where=ranks > 0, keepdims=True)), 1, 0)
-    speaker = np.where(most > 0, sure.argmax(axis=1), NOBODY).astype(np.int64)
+    # A teacher of the majority speaks in any case, also where nobody knows how sure it is.
+    speaks = counts == most[:, None]
+    speaks &= sure == sure.max(axis=1, initial=-np.inf, where=speaks, keepdims=True)
+    speaker = np.where(most > 0, speaks.argmax(axis=1), NOBODY).astype(np.int64)
     return speaker, (most / np.maximum((groups >= 0).sum(axis=1), 1)).astype(np.float32)
 
 

@@ -254,12 +254,12 @@ class AnswerPool(TeacherPool):
         self.hierarchy.index(name)
         return self._views[name][1][self._check_rows(rows)]
 
-    def answered(self, name: str) -> np.ndarray:
-        """Tell which prompts a teacher answered, bool `(num_examples,)`."""
+    def answered(self, name: str, rows: Any = slice(None)) -> np.ndarray:  # noqa: B008
+        """Tell which prompts a teacher answered, bool `(num_rows,)`."""
         self.hierarchy.index(name)
         dataset = self.teachers[name].select_columns(["answer"]).with_format("arrow")
         is_valid = dataset[:].column("answer").is_valid().to_numpy() if len(self) else np.zeros(0, dtype=bool)
-        return is_valid[self._orders[name]] if name in self._orders else is_valid
+        return is_valid[self._orders.get(name, slice(None))][self._check_rows(rows)]
 
     @property
     def confidences(self) -> np.ndarray:

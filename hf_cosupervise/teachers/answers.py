@@ -22,7 +22,7 @@ from ..pool.files import write_arrow
 from .kinds.base import TeacherModel
 from .kinds.loading import load_teacher
 from .kinds.written import Written, WrittenTeacher, as_array
-from .labeling import ask_teachers
+from .labeling import ask_teachers, check_arguments
 from .progress import Part, Progress, Segment
 
 _ABOUT_BYTES = 512  # of an answer, for the disk that is needed
@@ -63,9 +63,10 @@ def build_answers(
     pool can be reused.
 
     Args:
-        dataset, split, revision, config_name, streaming, output_dir, device, disable_tqdm, models, precision,
-        num_workers, source:
+        dataset, split, revision, config_name, streaming, output_dir, device, disable_tqdm, precision, source:
             As in [`build_pool`].
+        models (`Mapping[str, TeacherModel]`, *optional*):
+            As in [`build_pool`]; what they are called for is an array of objects `Written`.
         hierarchy (`TeacherHierarchy`):
             `TeacherHierarchy(teachers=[...])`, without labels.
         input_column (`str`, *optional*):
@@ -78,6 +79,8 @@ def build_answers(
             Column of the true domain, kept as `oracle_domain`.
         batch_size (`int`, *optional*, defaults to 16):
             Answers that are written side by side; eight batches are on disk at once.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that prepare prompts; 0 for this process.
         on_error (`str`, *optional*, defaults to `"raise"`):
             For empty prompts, prompts longer than the model reads, and answers that hold NUL: `"raise"`, or leave
             them `"missing"`, counted as `num_failed` in the teacher's facts.
@@ -91,7 +94,7 @@ def build_answers(
         ValueError: If the hierarchy has labels, an option is not usable, or as [`build_pool`].
         FileExistsError, MemoryError, OSError, RuntimeError, TypeError: As [`build_pool`].
     """
-    check_kind(hierarchy, TeacherHierarchy, "hierarchy")
+    check_arguments(dataset, hierarchy, batch_size, output_dir, "AnswerPool")
     hierarchy.check_labels("`build_answers`", wanted=False)
     check_kind(reuse, AnswerPool, "reuse", optional=True)
     check_kind(input_column, str, "input_column", optional=True)

@@ -202,7 +202,10 @@ def push_hierarchy(
     files: dict[str, str | Path | bytes] = {}
     for name, source in inner.items():
         files |= {f"{name}/{file}": content for file, content in _files_of(source).items()}
-    written = [_write(teacher, found.get(teacher.name), teacher.name in inner) for teacher in hierarchy.teachers]
+    written = [
+        _write(teacher, found.get(teacher.name), teacher.name in inner, not hierarchy.labels)
+        for teacher in hierarchy.teachers
+    ]
     content = TeacherHierarchy(hierarchy.labels, written).to_dict()
     files[HIERARCHY_FILES[0]] = dump_yaml(content).encode("utf-8")
     facts["hub_branch"] = revision
@@ -308,12 +311,12 @@ def _files_of(source: ModelSource) -> dict[str, Path | bytes]:
     return files
 
 
-def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool) -> Teacher:
+def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool, writes: bool) -> Teacher:
     """A teacher as the hierarchy file of the repository names it."""
     if source is None:
         return teacher
     if is_inner:
-        kind = find_kind(source, teacher.model) if teacher.kind == "auto" else teacher.kind
+        kind = find_kind(source, teacher.model) if teacher.kind == "auto" and not writes else teacher.kind
         # The kind as found: who loads it need not have the files to find it by.
         return dataclasses.replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
     prefix = "hf-hub:" if teacher.model.startswith("hf-hub:") else ""
@@ -334,13 +337,14 @@ def _card_facts(
         record["accuracy"] = (facts.get("accuracy") or {}).get(teacher.name)
         source = found.get(teacher.name)
         if source is not None:
-            kind = find_kind(source, teacher.model) if teacher.kind == "auto" else teacher.kind
+            is_open = teacher.kind == "auto" and bool(hierarchy.labels)  # who writes is a language model
+            kind = find_kind(source, teacher.model) if is_open else teacher.kind
             record["kind"] = "adapter" if source.is_adapter else kind
             record["subfolder"] = teacher.name if teacher.name in inner else teacher.subfolder
         if source is not None and teacher.name not in inner:
             record |= {"model": source.repo, "revision": source.revision, "commit": source.commit}
         teachers.append(record)
-    modalities = {_modality(source) for source in found.values()}
+    modalities = {_modality(source) for source in found.values()} if hierarchy.labels else set()
     return {
         "modality": modalities.pop() if len(modalities) == 1 else None,
         "versions": {name: version(name) for name in ("hf_cosupervise", "transformers", "torch")},

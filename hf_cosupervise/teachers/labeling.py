@@ -159,7 +159,7 @@ def build_pool(
             ground truth or unusable ids, a teacher's answer is not valid, or the work that was begun beside
             `output_dir` is that of another pool.
     """
-    _check_arguments(dataset, hierarchy, batch_size, output_dir)
+    check_arguments(dataset, hierarchy, batch_size, output_dir)
     hierarchy.check_labels("`build_pool`", wanted=True)
     if pool_k is not None and not 1 <= pool_k <= hierarchy.num_labels:
         raise ValueError(f"`pool_k` must lie in 1..{hierarchy.num_labels} (the number of labels), got {pool_k}.")
@@ -264,7 +264,13 @@ def ask_teachers(
 # ── the dataset ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_arguments(dataset: Any, hierarchy: Any, batch_size: int, output_dir: str | os.PathLike[str] | None) -> None:
+def check_arguments(
+    dataset: Any,
+    hierarchy: Any,
+    batch_size: int,
+    output_dir: str | os.PathLike[str] | None,
+    maker: str = "PseudolabelPool",
+) -> None:
     """Everything that can be refused before any work."""
     if not isinstance(dataset, Dataset | IterableDataset | str):
         raise TypeError(
@@ -276,7 +282,7 @@ def _check_arguments(dataset: Any, hierarchy: Any, batch_size: int, output_dir: 
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     if output_dir is not None:
-        check_free(Path(output_dir), "Load the pool with `PseudolabelPool.load`, or choose another folder.")
+        check_free(Path(output_dir), f"Load the pool with `{maker}.load`, or choose another folder.")
 
 
 def _check_options(
@@ -548,7 +554,7 @@ def _open(
     names = [name for name in job.hierarchy.names if name not in job.reused]
     progress.open(job.plan())
     if job.output_dir is not None:  # another run may have ended just now
-        check_free(job.output_dir, "Load the pool with `PseudolabelPool.load`, or choose another folder.")
+        check_free(job.output_dir, f"Load the pool with `{job.form.pool.__name__}.load`, or choose another folder.")
     progress.add_facts({name: identities[name] for name in names})
     missing = {name: progress.missing(name) for name in names}
     if num_done := sum(len(job.ids) - sum(stop - start for start, stop in gaps) for gaps in missing.values()):

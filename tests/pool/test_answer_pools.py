@@ -52,7 +52,7 @@ def test_reading(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pool.num_tokens("sums", [2, 3]), np.array([1, 0], dtype=np.int32))
     assert np.isnan(pool.log_probs("odd")).all() and pool.num_tokens("odd").dtype == np.int32
     np.testing.assert_array_equal(pool.confidences[:3, :2], [[-1, -1.5], [-1, -0.5], [NAN, -0.5]])
-    assert pool.answered("all").tolist() == [True, True, False, False]
+    assert pool.answered("all").tolist() == [True, True, False, False] and pool.answered("all", [2, 0])[1]
     assert pool.finish_reasons("all") == ["given", "given", "missing", "missing"]
     pool.save(tmp_path / "pool")
     assert_same(AnswerPool.load(tmp_path / "pool", verify=True), pool)

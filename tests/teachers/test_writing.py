@@ -14,9 +14,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from hub_server import HubServer
 from test_prompted import open_plain, save_language_model
 
-from hf_cosupervise import AnswerPool, PseudolabelPool, Teacher, TeacherHierarchy, build_answers, build_pool
+from hf_cosupervise import (
+    AnswerPool,
+    PseudolabelPool,
+    Teacher,
+    TeacherHierarchy,
+    build_answers,
+    build_pool,
+    load_hierarchy,
+    push_hierarchy,
+)
 from hf_cosupervise.teachers.kinds.written import Written, WrittenTeacher, as_array
 
 PROMPTS = ("good", "a very bad film", "it was not so good as the book", "fine", "é, 12 times", "of the book ")
@@ -172,6 +182,7 @@ class Scripted:
     """Answers that are made up, and counted."""
 
     column: str | None = None
+    answer: str | None = None
 
     def __init__(self, stop_at: int | None = None, how: Any = None) -> None:
         self.facts: dict[str, Any] = {"kind": "scripted"}
@@ -184,9 +195,8 @@ class Scripted:
         if self.stop_at is not None and len(self.seen) >= self.stop_at:
             self.how()
         self.seen += inputs
-        return as_array(
-            [Written(f"{text}!", -float(len(text)), len(text), "stop", [f"{text}!", "é\n"]) for text in inputs]
-        )
+        texts = [f"{text}!" if self.answer is None else self.answer for text in inputs]
+        return as_array([Written(text, -float(len(text)), len(text), "stop", [text, "é\n"]) for text in texts])
 
 
 def test_stopped_and_gone_on_is_undisturbed_and_asks_for_no_row_twice(tmp_path: Path) -> None:
@@ -278,7 +288,11 @@ def test_two_processes_give_the_pool_of_one(folder_of: Callable[[str], str], tmp
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        (["a", "  "], {}, r"A prompt must say something, got '  ' in row 1 \(id .*\) for teacher 'w'"),
+        (
+            ["a", "  "],
+            {},
+            r"A prompt must say something, got '  ' in row 1 \(id .*\) for teacher 'w'.* such rows without answers by",
+        ),
         (["a", None], {}, r"Column 'prompt' must hold an input in every row, got None in row 1"),
         (["a", "b " * 80], {}, r"A prompt must have at most 59 tokens, got 81\. .*too_long.*in row 1"),
         (
@@ -332,10 +346,8 @@ def test_rows_without_answer_are_counted_or_cut(folder_of: Callable[[str], str])
 
 def test_answers_that_no_file_holds() -> None:
     for text in ("a\0b", "\ud800"):
-        model = Scripted()
-        model.__class__ = type(
-            "Odd", (Scripted,), {"__call__": lambda self, rows: as_array([Written(text)] * len(rows))}
-        )
+        model = Scripted(0, lambda: None)
+        model.answer = text
         with pytest.raises(ValueError, match="must hold no NUL and no halves of characters, got .* in row 0"):
             build(writers(Teacher("a")), ["x"], models={"a": model})
     data = Dataset.from_dict({"prompt": ["a"], "said": ["x\0"]})
@@ -384,5 +396,19 @@ def test_labels_and_words_are_kept_apart(folder_of: Callable[[str], str], tmp_pa
         AnswerPool.load(tmp_path / "labels")
     with pytest.raises(TypeError, match="`reuse` must be a `AnswerPool`, got PseudolabelPool"):
         build_answers(data, writers(teacher), reuse=labels)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+        build_answers(data, writers(teacher), batch_size=0)
+    with pytest.raises(FileExistsError, match="Load the pool with `AnswerPool.load`"):
+        build_answers(data, writers(teacher), output_dir=tmp_path / "answers")
     writers(teacher).save(tmp_path / "writers.yaml")
     assert TeacherHierarchy.load(tmp_path / "writers.yaml") == writers(teacher)
+
+
+def test_a_hierarchy_on_the_hub(folder_of: Callable[[str], str], hub: HubServer) -> None:
+    hierarchy = writers(writer(folder_of("llama")))
+    commit = push_hierarchy(hierarchy, "someone/writers")
+    loaded = load_hierarchy("someone/writers")
+    pool = build(loaded)
+    assert pool.texts("w") == build(hierarchy).texts("w") and pool.facts["w"]["commit"] == commit.oid
+    pool.push_to_hub("someone/answers")
+    assert AnswerPool.load("someone/answers").hierarchy == loaded
