@@ -254,7 +254,7 @@ def _tokenizer_facts(tokenizer: Any) -> Any:
 def _max_length(tokenizer: Any, config: Any) -> int:
     """Length to cut texts to: a tokenizer that knows no limit would let them index past the model's positions."""
     limit = getattr(config, "max_position_embeddings", None)
-    if not limit:
+    if not limit or limit < 0:  # XLNet, whose positions are relative, says -1
         return tokenizer.model_max_length
     # RoBERTa and its kin count positions from the padding id on.
     offset = config.pad_token_id + 1 if "roberta" in config.model_type else 0

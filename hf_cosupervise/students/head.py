@@ -131,6 +131,12 @@ def prepare_student(
                 f"{type(model).__name__}: peft changes a model in place. Give the `PeftModel` that was made of it, "
                 "or load the model again."
             )
+        named = [type(m).__name__ for m in model.modules() if hasattr(m, "base_layer")]
+        if named:
+            raise ValueError(
+                "Adapters need a model without a layer that is called `base_layer`, as peft calls what it adapts, got "
+                f"one in {named[0]}. Use `student_training` 'probe' or 'full'."
+            )
         # A copy, because peft writes into it, and it may be the user's.
         config = copy.deepcopy(lora) if lora is not None else LoraConfig()
         heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)} | fresh_modules(model)

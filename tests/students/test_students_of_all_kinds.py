@@ -46,11 +46,13 @@ from transformers import (
     ViTForImageClassification,
     ViTForMaskedImageModeling,
     ViTModel,
+    XLNetConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 
 from hf_cosupervise import CoSupervisedTrainer, Teacher, TeacherHierarchy, build_pool, load_student
+from hf_cosupervise.data.inputs import InputProcessor
 from hf_cosupervise.students.head import head_parameters, prepare_student
 from hf_cosupervise.students.publishing import export_student
 
@@ -425,6 +427,24 @@ def test_weights_that_layers_share_get_no_adapters():
     assert len(names) == 2 and found and not found & {*names}
     with pytest.raises(ValueError, match=r"got '.*' \(Linear; 2 such in all\), .*, or shares its weights\. Leave"):
         prepare_student(other, "lora", LoraConfig(r=2, target_modules=names))
+
+
+def test_a_layer_that_peft_takes_for_its_own_is_refused():
+    model = tiny_model()
+    model.vit.base_layer = nn.Identity()
+    with pytest.raises(ValueError) as error:
+        prepare_student(model, "lora")
+    assert str(error.value) == (
+        "Adapters need a model without a layer that is called `base_layer`, as peft calls what it adapts, got one in "
+        "ViTModel. Use `student_training` 'probe' or 'full'."
+    )
+
+
+def test_a_model_of_relative_positions_reads_as_much_as_its_tokenizer(tiny_bert):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    processor = InputProcessor(tokenizer, XLNetConfig(vocab_size=15, d_model=16, n_head=2, n_layer=1))
+    assert processor.max_length == tokenizer.model_max_length > 1
+    assert processor.probe()["input_ids"].shape[0] == 2
 
 
 def test_weights_that_layers_of_timm_share_are_exported(make_trainer, tmp_path):
