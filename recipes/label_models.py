@@ -4,8 +4,10 @@
 
 Read are `NAME__label.csv` (item, worker, label) with `NAME__truth.csv` (item, truth), which is how the sets of
 "Truth Inference at Scale" come; `*.npz` with `train_votes` and `train_labels`, and `valid_…` where there is one; and
-folders of WRENCH. Printed: right labels in % of the covered rows with ground truth, a tie by its share, and seconds of
-processor time as a ratio to crowd-kit's for the same model, in one process. Ground truth is read after all fits.
+folders of WRENCH. Printed: right labels in % of the covered rows with ground truth, a tie by its share, and the
+processor time of crowd-kit (the same model), cleanlab and snorkel's `LabelModel` (each of ours) as a multiple of
+ours, in one process. A package that is not installed is left out with a line: `pip install -e ".[rivals]"`. What this
+printed is in label_models.md.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from hf_cosupervise.method.crowdlab import crowdlab_labels
 from hf_cosupervise.method.votes import best_labels, count_votes, share_out
 from hf_cosupervise.pool.votes import pool_votes
 
+# Its default, and what its tutorials set.
+_SNORKEL_EPOCHS = (100, 500)
 _OTHERS = {"dawid_skene": "DawidSkene", "glad": "GLAD", "mace": "MACE"}
 
 
@@ -125,25 +129,47 @@ def compare_cleanlab(votes: np.ndarray, num_labels: int) -> str:
     return f"{100 * same:.1f} % equal labels, {theirs / max(seconds, 1e-3):.0f} ×"
 
 
+def compare_snorkel(data: VoteSet, seconds: dict[str, float], num_epochs: int) -> str:
+    """How right snorkel's label model is, and its processor time as a multiple of each of ours."""
+    from snorkel.labeling.model import LabelModel
+
+    def fit() -> np.ndarray:
+        model = LabelModel(cardinality=data.num_labels, verbose=False)
+        model.fit(data.votes, n_epochs=num_epochs, seed=0, progress_bar=False)
+        return model.predict_proba(data.votes)
+
+    probs, theirs = timed(fit)
+    ratios = ", ".join(f"{name} {theirs / max(own, 1e-3):.2g} ×" for name, own in seconds.items())
+    return f"{right_percent(probs, data.votes, data.truth):.1f} % right, {theirs:.2f} s: {ratios}"
+
+
 def main() -> None:
     """Print a table of accuracies and one of times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="folder with the sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="for the models that draw random starts")
+    parser.add_argument("--only", nargs="+", help="names of sets; default: all")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    times = []
+    means: list[list[float]] = []
+    times: list[tuple[str, str, float | str]] = []
+    for package in ("crowdkit", "cleanlab", "snorkel"):
+        if find_spec(package) is None:
+            print(f"{package} is not installed: left out.")
     print(f"| set | {' | '.join(LABEL_MODELS)} |\n| --- |{' --- |' * len(LABEL_MODELS)}")
     for data in read_sets(args.data_dir):
-        cells, on_valid = [], []
+        if args.only and data.name not in args.only:
+            continue
+        cells, on_valid, seconds = [], [], {}
         for name, kind in LABEL_MODELS.items():
             seeds = args.seeds if name in ("mace", "ebcc") else [None]
             models = [kind() if seed is None else kind(seed=seed) for seed in seeds]
             found = [timed(partial(model.fit_predict_proba, data.votes, data.num_labels)) for model in models]
+            seconds[name] = float(np.mean([taken for _, taken in found]))
             right = [right_percent(probs, data.votes, data.truth) for probs, _ in found]
             spread = f" ({min(right):.1f} to {max(right):.1f})" if len(right) > 1 else ""
-            cells.append(f"{np.mean(right):.1f}{spread}, {np.mean([seconds for _, seconds in found]):.2f} s")
+            cells.append(f"{np.mean(right):.1f}{spread}, {seconds[name]:.2f} s")
             if data.valid is not None:
                 probs = models[0].predict_proba(data.valid[0])
                 on_valid.append(f"{right_percent(probs, *data.valid):.1f}")
@@ -154,6 +180,13 @@ def main() -> None:
             print(f"| {data.name}, validation | {' | '.join(on_valid)} |", flush=True)
         if find_spec("cleanlab") is not None and ((data.votes >= 0).sum(axis=1) > 1).any():
             times.append((data.name, "crowdlab", compare_cleanlab(data.votes, data.num_labels)))
+        if find_spec("snorkel") is not None:
+            for num_epochs in _SNORKEL_EPOCHS:
+                times.append((data.name, f"snorkel, {num_epochs} epochs", compare_snorkel(data, seconds, num_epochs)))
+        means.append([float(cell.split()[0].rstrip(",")) for cell in cells])
+    if not means:
+        parser.error(f"no set to measure in {args.data_dir}; give a folder with `NAME__label.csv` and its truth")
+    print(f"| mean | {' | '.join(f'{mean:.1f}' for mean in np.mean(means, axis=0))} |")
     print("\n| set | model | other package's processor time |\n| --- | --- | --- |")
     for name, model, ratio in times:
         print(f"| {name} | {model} | {ratio if isinstance(ratio, str) else f'{ratio:.0f} ×'} |")

@@ -221,6 +221,21 @@ def test_ebcc_sees_who_errs_together():
     assert accuracy(found, truth) > accuracy(DawidSkene().fit_predict_proba(votes), truth) + 0.01
 
 
+def test_ebcc_takes_as_many_kinds_as_memory_bears_and_says_so(monkeypatch):
+    from hf_cosupervise.method import ebcc
+
+    votes = np.random.default_rng(0).integers(2, size=(60, 4))
+    few = Ebcc(num_kinds=3, num_restarts=4).fit_predict_proba(votes)
+    monkeypatch.setattr(ebcc, "_MAX_CELLS", 3 * 2 * (60 + 4 * 2))
+    with pytest.warns(
+        UserWarning, match="`ebcc` has 3 instead of 10 kinds .* 60 rows, 4 voters and 2 labels more would"
+    ):
+        np.testing.assert_array_equal(Ebcc(num_restarts=4).fit_predict_proba(votes), few)
+    monkeypatch.setattr(ebcc, "_MAX_CELLS", 1)  # one is always there
+    with pytest.warns(UserWarning, match="1 instead of 10 kinds"):
+        Ebcc().fit_predict_proba(votes)
+
+
 def slow_silence(votes: np.ndarray, steps: int, is_sign: bool) -> np.ndarray:
     """Dawid-Skene of two labels and three answers, the third of them silence; rows without a vote start nowhere."""
     answers = np.where(votes < 0, 2, votes)
