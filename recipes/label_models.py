@@ -31,6 +31,7 @@ from hf_cosupervise.method.crowdlab import crowdlab_labels
 from hf_cosupervise.method.votes import best_labels, count_votes, share_out
 from hf_cosupervise.pool.votes import pool_votes
 
+_PACKAGES = ("crowdkit", "cleanlab", "snorkel")
 # Its default, and what its tutorials set.
 _SNORKEL_EPOCHS = (100, 500)
 _OTHERS = {"dawid_skene": "DawidSkene", "glad": "GLAD", "mace": "MACE"}
@@ -149,14 +150,18 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path, help="folder with the sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="for the models that draw random starts")
     parser.add_argument("--only", nargs="+", help="names of sets; default: all")
+    parser.add_argument("--skip", nargs="+", default=[], choices=_PACKAGES, help="packages to leave out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     means: list[list[float]] = []
     times: list[tuple[str, str, float | str]] = []
-    for package in ("crowdkit", "cleanlab", "snorkel"):
+    others = set()
+    for package in _PACKAGES:
         if find_spec(package) is None:
             print(f"{package} is not installed: left out.")
+        elif package not in args.skip:
+            others.add(package)
     print(f"| set | {' | '.join(LABEL_MODELS)} |\n| --- |{' --- |' * len(LABEL_MODELS)}")
     for data in read_sets(args.data_dir):
         if args.only and data.name not in args.only:
@@ -173,14 +178,14 @@ def main() -> None:
             if data.valid is not None:
                 probs = models[0].predict_proba(data.valid[0])
                 on_valid.append(f"{right_percent(probs, *data.valid):.1f}")
-            if name in _OTHERS and find_spec("crowdkit") is not None:
+            if name in _OTHERS and "crowdkit" in others:
                 times.append((data.name, name, time_crowd_kit(name, data.votes) / max(found[0][1], 1e-3)))
         print(f"| {data.name} | {' | '.join(cells)} |", flush=True)
         if on_valid:
             print(f"| {data.name}, validation | {' | '.join(on_valid)} |", flush=True)
-        if find_spec("cleanlab") is not None and ((data.votes >= 0).sum(axis=1) > 1).any():
+        if "cleanlab" in others and ((data.votes >= 0).sum(axis=1) > 1).any():
             times.append((data.name, "crowdlab", compare_cleanlab(data.votes, data.num_labels)))
-        if find_spec("snorkel") is not None:
+        if "snorkel" in others:
             for num_epochs in _SNORKEL_EPOCHS:
                 times.append((data.name, f"snorkel, {num_epochs} epochs", compare_snorkel(data, seconds, num_epochs)))
         means.append([float(cell.split()[0].rstrip(",")) for cell in cells])

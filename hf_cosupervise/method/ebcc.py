@@ -119,7 +119,7 @@ class Ebcc(LabelModel):
         return super()._finish(codes, self._heed_votes(codes, posteriors), votes)
 
     def _heed_votes(self, codes: np.ndarray, probs: np.ndarray) -> np.ndarray:
-        """Let what was said weigh as much as all signs together, where silence was taken for one without being told."""
+        """Let what was said weigh as much as all signs together, where nobody told that silence is one."""
         is_told = not self.silence_is_answer or self.abstention == "answer"
         return probs if is_told else (probs + self._vote_shares(codes)) / 2
 

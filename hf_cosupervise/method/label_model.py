@@ -27,8 +27,6 @@ from .votes import (
 
 # Posteriors that tell less than this share of what the plain vote shares tell are called flat.
 FLAT = 0.1
-# Of the rows on which two votes or more agree, the share with another label that is worth a word.
-OVERRULED = 0.05
 ABSTENTIONS = ("auto", "answer", "missing")
 
 
@@ -104,7 +102,6 @@ class LabelModel:
         posteriors = self._fit(answers)
         heard = (votes[used] >= 0).any(axis=1)  # it gets no label for all that
         posteriors[heard] = self._finish(answers.codes[heard], posteriors[heard], votes)
-        self._tell_overruled(answers.codes[heard], posteriors[heard])
         probs = np.zeros((len(votes), self.num_labels))
         probs[np.ix_(np.flatnonzero(used)[heard], self.named)] = posteriors[heard]
         return probs
@@ -175,19 +172,6 @@ class LabelModel:
                 + "Use `shared_majority`, or another model."
             )
         return posteriors
-
-    def _tell_overruled(self, codes: np.ndarray, posteriors: np.ndarray) -> None:
-        """Say so where rows on which all agree get another label: seldom is such a model right."""
-        counts = count_votes(np.where(codes < len(self.named), codes, -1), len(self.named))
-        agreed = ((counts > 0).sum(axis=1) == 1) & (counts.sum(axis=1) > 1)
-        if not agreed.any():
-            return
-        others = posteriors[agreed].argmax(axis=1) != counts[agreed].argmax(axis=1)
-        if others.mean() > OVERRULED:
-            warnings.warn(
-                f"`{self.name}` gives {100 * others.mean():.0f} % of the rows on which all votes agree (two or more) "
-                "another label. Compare with `shared_majority` on some rows whose label you know."
-            )
 
     def _compare(self, codes: np.ndarray, posteriors: np.ndarray) -> tuple[float, float]:
         """What posteriors tell about the label, and what the vote shares do."""

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_the_measuring_recipe_reads_all_three_forms(tmp_path, monkeypatch, capsy
     label_models.main()
     lines = capsys.readouterr().out.splitlines()
     table, times = lines[: lines.index("")], lines[lines.index("") :]
-    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table}
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table if line.startswith("|")}
     first = [[float(cell.split()[0].rstrip(",")) for cell in cells[name]] for name in ("crowd", "arrays", "wrench")]
     np.testing.assert_allclose(first[1:], [first[0]] * 2, atol=2.5)  # the same votes, in another order of voters
     assert min(first[0]) > 75 and len(first[0]) == 5 and len(cells["arrays, validation"]) == 5
@@ -159,6 +160,29 @@ def test_the_measuring_recipe_reads_all_three_forms(tmp_path, monkeypatch, capsy
     assert told == (find_spec("snorkel") is None) and len([line for line in times if "epochs" in line]) == 6 * (
         not told
     )
+
+
+def test_snorkel_is_asked_with_its_epochs_and_measured_on_known_rows(monkeypatch):
+    import label_models
+
+    asked = []
+
+    class LabelModel:
+        def __init__(self, cardinality, verbose):
+            asked.append(cardinality)
+
+        def fit(self, votes, n_epochs, seed, progress_bar):
+            asked.append(n_epochs)
+
+        def predict_proba(self, votes):
+            return np.eye(2)[[0, 0, 0]]
+
+    for name in ("snorkel", "snorkel.labeling", "snorkel.labeling.model"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["snorkel.labeling.model"].LabelModel = LabelModel
+    data = label_models.VoteSet("x", np.array([[0, 1], [1, -1], [-1, -1]]), np.array([0, 1, 1]), 2)
+    told = label_models.compare_snorkel(data, {"mace": 0.5, "ebcc": 2.0}, 500)
+    assert asked == [2, 500] and told.startswith("50.0 % right, 0.0") and "mace " in told and told.endswith(" ×")
 
 
 def write_vectors(path: Path) -> None:
