@@ -182,7 +182,7 @@ def test_snorkel_is_asked_with_its_epochs_and_measured_on_known_rows(monkeypatch
     sys.modules["snorkel.labeling.model"].LabelModel = LabelModel
     data = label_models.VoteSet("x", np.array([[0, 1], [1, -1], [-1, -1]]), np.array([0, 1, 1]), 2)
     told = label_models.compare_snorkel(data, {"mace": 0.5, "ebcc": 2.0}, 500)
-    assert asked == [2, 500] and told.startswith("50.0 % right, 0.0") and "mace " in told and told.endswith(" ×")
+    assert asked == [2, 1, 2, 500] and told.startswith("50.0 % right, 0.0") and "mace " in told and told.endswith(" ×")
 
 
 def write_vectors(path: Path) -> None:
