@@ -4,8 +4,10 @@
 
 Read are `NAME__label.csv` (item, worker, label) with `NAME__truth.csv` (item, truth), which is how the sets of
 "Truth Inference at Scale" come; `*.npz` with `train_votes` and `train_labels`, and `valid_…` where there is one; and
-folders of WRENCH. Printed: right labels in % of the covered rows with ground truth, a tie by its share, and seconds of
-processor time as a ratio to crowd-kit's for the same model, in one process. Ground truth is read after all fits.
+folders of WRENCH. Printed: right labels in % of the covered rows with ground truth, a tie by its share, and the
+processor time of crowd-kit (the same model), cleanlab and snorkel's `LabelModel` (each of ours) as a multiple of
+ours, in one process. A package that is not installed is left out with a line: `pip install -e ".[rivals]"`. What this
+printed is in label_models.md.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ from hf_cosupervise.method.crowdlab import crowdlab_labels
 from hf_cosupervise.method.votes import best_labels, count_votes, share_out
 from hf_cosupervise.pool.votes import pool_votes
 
+_PACKAGES = ("crowdkit", "cleanlab", "snorkel")
+# Its default, and what its tutorials set.
+_SNORKEL_EPOCHS = (100, 500)
 _OTHERS = {"dawid_skene": "DawidSkene", "glad": "GLAD", "mace": "MACE"}
 
 
@@ -125,35 +130,73 @@ def compare_cleanlab(votes: np.ndarray, num_labels: int) -> str:
     return f"{100 * same:.1f} % equal labels, {theirs / max(seconds, 1e-3):.0f} ×"
 
 
+def compare_snorkel(data: VoteSet, seconds: dict[str, float], num_epochs: int) -> str:
+    """How right snorkel's label model is, and its processor time as a multiple of each of ours."""
+    from snorkel.labeling.model import LabelModel
+
+    def fit(num_epochs: int) -> np.ndarray:
+        model = LabelModel(cardinality=data.num_labels, verbose=False)
+        model.fit(data.votes, n_epochs=num_epochs, seed=0, progress_bar=False)
+        return model.predict_proba(data.votes)
+
+    fit(1)  # what is loaded at the first call is nobody's speed
+    probs, theirs = timed(partial(fit, num_epochs))
+    ratios = ", ".join(
+        f"{name} {theirs / max(own, 1e-3):.{0 if theirs > 10 * own else 1}f} ×" for name, own in seconds.items()
+    )
+    return f"{right_percent(probs, data.votes, data.truth):.1f} % right, {theirs:.2f} s: {ratios}"
+
+
 def main() -> None:
     """Print a table of accuracies and one of times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="folder with the sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="for the models that draw random starts")
+    parser.add_argument("--only", nargs="+", help="names of sets; default: all")
+    parser.add_argument("--skip", nargs="+", default=[], choices=_PACKAGES, help="packages to leave out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    times = []
+    means: list[list[float]] = []
+    times: list[tuple[str, str, float | str]] = []
+    others = set()
+    for package in _PACKAGES:
+        if find_spec(package) is None:
+            print(f"{package} is not installed: left out.")
+        elif package not in args.skip:
+            others.add(package)
+    for kind in LABEL_MODELS.values():  # what is loaded at the first call is nobody's speed
+        kind().fit([[0, 1, 1], [1, 1, 0], [0, 0, 0]])
     print(f"| set | {' | '.join(LABEL_MODELS)} |\n| --- |{' --- |' * len(LABEL_MODELS)}")
     for data in read_sets(args.data_dir):
-        cells, on_valid = [], []
+        if args.only and data.name not in args.only:
+            continue
+        cells, on_valid, seconds = [], [], {}
         for name, kind in LABEL_MODELS.items():
             seeds = args.seeds if name in ("mace", "ebcc") else [None]
             models = [kind() if seed is None else kind(seed=seed) for seed in seeds]
             found = [timed(partial(model.fit_predict_proba, data.votes, data.num_labels)) for model in models]
+            seconds[name] = float(np.mean([taken for _, taken in found]))
             right = [right_percent(probs, data.votes, data.truth) for probs, _ in found]
             spread = f" ({min(right):.1f} to {max(right):.1f})" if len(right) > 1 else ""
-            cells.append(f"{np.mean(right):.1f}{spread}, {np.mean([seconds for _, seconds in found]):.2f} s")
+            cells.append(f"{np.mean(right):.1f}{spread}, {seconds[name]:.2f} s")
             if data.valid is not None:
                 probs = models[0].predict_proba(data.valid[0])
                 on_valid.append(f"{right_percent(probs, *data.valid):.1f}")
-            if name in _OTHERS and find_spec("crowdkit") is not None:
+            if name in _OTHERS and "crowdkit" in others:
                 times.append((data.name, name, time_crowd_kit(name, data.votes) / max(found[0][1], 1e-3)))
         print(f"| {data.name} | {' | '.join(cells)} |", flush=True)
         if on_valid:
             print(f"| {data.name}, validation | {' | '.join(on_valid)} |", flush=True)
-        if find_spec("cleanlab") is not None and ((data.votes >= 0).sum(axis=1) > 1).any():
+        if "cleanlab" in others and ((data.votes >= 0).sum(axis=1) > 1).any():
             times.append((data.name, "crowdlab", compare_cleanlab(data.votes, data.num_labels)))
+        if "snorkel" in others:
+            for num_epochs in _SNORKEL_EPOCHS:
+                times.append((data.name, f"snorkel, {num_epochs} epochs", compare_snorkel(data, seconds, num_epochs)))
+        means.append([float(cell.split()[0].rstrip(",")) for cell in cells])
+    if not means:
+        parser.error(f"no set to measure in {args.data_dir}; give a folder with `NAME__label.csv` and its truth")
+    print(f"| mean | {' | '.join(f'{mean:.1f}' for mean in np.mean(means, axis=0))} |")
     print("\n| set | model | other package's processor time |\n| --- | --- | --- |")
     for name, model, ratio in times:
         print(f"| {name} | {model} | {ratio if isinstance(ratio, str) else f'{ratio:.0f} ×'} |")

@@ -221,6 +221,43 @@ def test_ebcc_sees_who_errs_together():
     assert accuracy(found, truth) > accuracy(DawidSkene().fit_predict_proba(votes), truth) + 0.01
 
 
+def test_ebcc_takes_as_many_kinds_as_memory_bears_and_says_so(monkeypatch):
+    from hf_cosupervise.method import ebcc
+
+    votes = np.random.default_rng(0).integers(2, size=(60, 4))
+    few = Ebcc(num_kinds=3, num_restarts=4).fit_predict_proba(votes)
+    monkeypatch.setattr(ebcc, "_MAX_CELLS", 3 * 2 * (60 + 4 * 2))
+    with pytest.warns(
+        UserWarning, match="`ebcc` has 3 instead of 10 kinds .* 60 rows, 4 voters and 2 labels more would"
+    ):
+        np.testing.assert_array_equal(Ebcc(num_restarts=4).fit_predict_proba(votes), few)
+    monkeypatch.setattr(ebcc, "_MAX_CELLS", 1)  # one is always there
+    with pytest.warns(UserWarning, match="1 instead of 10 kinds"):
+        Ebcc().fit_predict_proba(votes)
+
+
+def test_many_silences_do_not_overrule_the_votes_of_ebcc():
+    """Functions of three labels of which every fourth copies another: read as independent signs, silences run away."""
+    rng = np.random.default_rng(200)
+    truth, votes = rng.choice(3, 2000, p=[0.5, 0.35, 0.15]), np.full((2000, 12), -1)
+    for voter in range(12):
+        speaks = rng.random(2000) < np.where(truth == voter % 3, rng.uniform(0.25, 0.6), rng.uniform(0.02, 0.1))
+        votes[speaks, voter] = voter % 3
+    for voter in range(0, 12, 4):
+        copied = rng.random(2000) < 0.8
+        votes[copied, voter] = votes[copied, (voter + 3) % 12]
+    covered = (votes >= 0).any(axis=1)
+    model = Ebcc(num_kinds=1).fit(votes)
+    right = {
+        "heeded": model.predict_proba(votes),
+        "signs": Ebcc(num_kinds=1, abstention="answer").fit_predict_proba(votes),
+        "majority": SharedMajority().fit_predict_proba(votes),
+    }
+    right = {name: accuracy(probs[covered], truth[covered]) for name, probs in right.items()}
+    assert right["heeded"] > max(right["signs"] + 0.03, right["majority"] - 0.03)
+    np.testing.assert_allclose(model.fit_predict_proba(votes), model.predict_proba(votes), atol=1e-9)
+
+
 def slow_silence(votes: np.ndarray, steps: int, is_sign: bool) -> np.ndarray:
     """Dawid-Skene of two labels and three answers, the third of them silence; rows without a vote start nowhere."""
     answers = np.where(votes < 0, 2, votes)

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_cosupervise.pool.votes import pool_votes
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -146,9 +149,106 @@ def test_the_measuring_recipe_reads_all_three_forms(tmp_path, monkeypatch, capsy
     label_models.main()
     lines = capsys.readouterr().out.splitlines()
     table, times = lines[: lines.index("")], lines[lines.index("") :]
-    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table}
+    cells = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table if line.startswith("|")}
     first = [[float(cell.split()[0].rstrip(",")) for cell in cells[name]] for name in ("crowd", "arrays", "wrench")]
     np.testing.assert_allclose(first[1:], [first[0]] * 2, atol=2.5)  # the same votes, in another order of voters
     assert min(first[0]) > 75 and len(first[0]) == 5 and len(cells["arrays, validation"]) == 5
     assert [line for line in times if "| crowd | crowdlab | 100.0 % equal labels, " in line]
-    assert len([line for line in times if line.startswith("| crowd | ") and line.endswith(" × |")]) == 4
+    crowd = [line for line in times if line.startswith("| crowd | ") and "snorkel" not in line]
+    assert len([line for line in crowd if line.endswith(" × |")]) == 4
+    told = "snorkel is not installed: left out." in table
+    assert told == (find_spec("snorkel") is None) and len([line for line in times if "epochs" in line]) == 6 * (
+        not told
+    )
+
+
+def test_snorkel_is_asked_with_its_epochs_and_measured_on_known_rows(monkeypatch):
+    import label_models
+
+    asked = []
+
+    class LabelModel:
+        def __init__(self, cardinality, verbose):
+            asked.append(cardinality)
+
+        def fit(self, votes, n_epochs, seed, progress_bar):
+            asked.append(n_epochs)
+
+        def predict_proba(self, votes):
+            return np.eye(2)[[0, 0, 0]]
+
+    for name in ("snorkel", "snorkel.labeling", "snorkel.labeling.model"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["snorkel.labeling.model"].LabelModel = LabelModel
+    data = label_models.VoteSet("x", np.array([[0, 1], [1, -1], [-1, -1]]), np.array([0, 1, 1]), 2)
+    told = label_models.compare_snorkel(data, {"mace": 0.5, "ebcc": 2.0}, 500)
+    assert asked == [2, 1, 2, 500] and told.startswith("50.0 % right, 0.0") and "mace " in told and told.endswith(" ×")
+
+
+def write_vectors(path: Path) -> None:
+    """Six functions that say one label or nothing, of vectors that tell the label."""
+    rng, parts = np.random.default_rng(0), {}
+    for part, num_rows in (("train", 200), ("valid", 60), ("test", 60)):
+        truth = rng.integers(2, size=num_rows)
+        says = np.arange(6) % 2
+        speaks = rng.random((num_rows, 6)) < np.where(says == truth[:, None], 0.5, 0.1)
+        vectors = rng.normal(size=(num_rows, 4)) + 3 * truth[:, None]
+        parts |= {f"{part}_votes": np.where(speaks, says, -1), f"{part}_features": vectors, f"{part}_labels": truth}
+    np.savez(path, **parts)
+
+
+def test_students_of_vectors_are_chosen_on_validation_rows_and_measured_over_seeds(tmp_path, monkeypatch, capsys):
+    import vote_students
+
+    write_vectors(tmp_path / "data.npz")
+    monkeypatch.setattr(vote_students, "LABEL_MODELS", {"shared_majority": None, "dawid_skene": None})
+    asked, train = [], vote_students.train
+
+    def train_cheaply(task, pool, seed, **settings):
+        """Only the first setting is any good; a committee is not trained."""
+        asked.append((seed, settings))
+        if settings["learning_rate"] != 1e-3 or "method" in settings:
+            return 40.0 + settings["learning_rate"], 99.0
+        return train(task, pool, seed, **settings | {"num_train_epochs": 2, "learning_rate": 0.05})
+
+    monkeypatch.setattr(vote_students, "train", train_cheaply)
+    monkeypatch.setattr(vote_students, "GRID", [vote_students.START, vote_students.LONGER])
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "data.npz"), "--seeds", "5", "6", "--choose_seeds", "1"])
+    vote_students.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    students = {row[0][2:]: row[1:] for row in rows if len(row) == 5 and "soft" in row[1]}
+    kinds = ["of shared_majority", "of dawid_skene"]
+    assert {name.split(",")[0] for name in students} == {*kinds, "csl", "committee"}
+    assert all(
+        students[kind][0].startswith("0.001, 100, 20, soft labels") and "±" in students[kind][2] for kind in kinds
+    )
+    assert min(float(students[kind][2].split()[0]) for kind in kinds) > 85
+    assert all("loss" not in settings for _, settings in asked if settings.get("method"))
+    assert {seed for seed, _ in asked} == {1, 5, 6}
+
+
+def test_self_training_is_measured_where_votes_are_removed(tmp_path, monkeypatch, capsys):
+    import vote_students
+
+    write_vectors(tmp_path / "data.npz")
+    found = []
+
+    def count(task, pool, seed, self_training_rounds, **settings):
+        found.append((len(pool), len(pool.hierarchy.teachers), int((pool_votes(pool) >= 0).any(axis=1).sum())))
+        return 0.0, 80.0 + seed + 2 * bool(self_training_rounds)
+
+    monkeypatch.setattr(vote_students, "train", count)
+    arguments = ["x", str(tmp_path / "data.npz"), "--remove_votes", "0.6", "0", "--seeds", "1", "3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    vote_students.main()
+    out = capsys.readouterr().out
+    assert "| 60 % of the rows' | csl | 0.001 | 82.0 ± 1.4 | 84.0 ± 1.4 | 2.0 ± 0.0 | 2 of 2 |" in out
+    assert "| none, all rows covered | csl | 0.01 | 82.0 ± 1.4 |" in out and out.count("of shared_majority |") == 2
+    assert found[0][0] == 200 and found[0][1] == 7 and found[0][2] <= 80  # all rows, of which 60 % have no vote
+    assert found[-1][0] == found[-1][2] < 200  # without removal, only rows with a vote
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "data.npz"), "--remove_votes", "1.5"])
+    with pytest.raises(SystemExit):
+        vote_students.main()
+    assert "shares from 0 to below 1, got [1.5]" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="must hold .*valid_votes.* too, got train_votes"):
+        vote_students.Task({"train_votes": np.zeros((1, 1))})
