@@ -44,7 +44,6 @@ def check_first(
         )
     if given.get("model_init") is not None:
         raise ValueError("`model_init` cannot be given: each level begins with a fresh head. Give a model or its id.")
-    pool.hierarchy.check_labels("`CoSupervisedTrainer`", wanted=True)
     check_levels(pool, args, has_own_assignment=assign_func is not None)
     check_self_training(args, pool, keep_func)
     return args

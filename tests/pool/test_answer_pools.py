@@ -232,9 +232,7 @@ def test_a_damaged_pool() -> None:
 
 def test_the_trainer_of_classifiers_refuses_words(tmp_path: Path) -> None:
     args = CoSupervisedConfig(output_dir=str(tmp_path))
-    with pytest.raises(
-        ValueError, match="`CoSupervisedTrainer` needs a hierarchy with `labels`, got teachers that write"
-    ):
+    with pytest.raises(TypeError, match="must be a `PseudolabelPool`, got AnswerPool, whose teachers write"):
         CoSupervisedTrainer("student", args, pool=make_pool())  # type: ignore[arg-type]
 
 

@@ -26,7 +26,8 @@ _SOME = {
 def test_a_classifier_is_trained_exported_and_loaded_by_its_library(kind, name):
     case = next(case for case in sweep.find_cases([kind]) if case.name == name)
     sweep.run_case(case)
-    assert case.results == dict.fromkeys(sweep.TRAININGS, (sweep.WORKS, ""))
+    # Which of them has to be compared in float64 hangs on the weights that were drawn.
+    assert {name: state for name, (state, _) in case.results.items()} == dict.fromkeys(sweep.TRAININGS, sweep.WORKS)
 
 
 def test_the_cases_are_all_classifiers():
