@@ -341,7 +341,8 @@ def test_unknown_modality():
         with pytest.raises(ValueError) as error:
             write({"modality": "audio", "teachers": TEACHERS})
         assert str(error.value) == (
-            "`modality` must be one of ['image', 'text', 'vector', 'language'], got 'audio'. Leave out what does not fit."
+            "`modality` must be one of ['image', 'text', 'vector', 'language'], got 'audio'. Leave out what does not "
+            "fit."
         )
 
 
