@@ -38,12 +38,12 @@ class Plan:
     """How large the task is: `num_…` are of each language, and a model's size is its width and its layers."""
 
     languages: tuple[str, ...] = ("ru", "tr", "hu", "ga")
-    num_pool: int = 500
+    num_pool: int = 400
     num_test: int = 150
     student: tuple[int, int] = (96, 3)
-    student_steps: int = 1200
+    student_steps: int = 800
     student_epochs: int = 4
-    root_steps: int = 1000
+    root_steps: int = 800
     specialist_steps: int | None = None  # without any, specialists begin as the generalist does
     teacher: tuple[int, int] = (64, 2)
 
