@@ -1,6 +1,6 @@
 """Lemmas of unrelated languages, the language hidden: whose answer does a student that writes trust?
 
-    python recipes/lemmas.py                                       # four languages, one seed: three minutes
+    python recipes/lemmas.py                                       # four languages, one seed: five minutes
     python recipes/lemmas.py --full --seeds 0 1 2 3 4 --output_dir outputs/lemmas_full                   # half an hour
 
 Teachers are tiny Llamas of letters that were pre-trained on unlabelled words: a generalist that has seen a few labels
@@ -38,12 +38,12 @@ class Plan:
     """How large the task is: `num_…` are of each language, and a model's size is its width and its layers."""
 
     languages: tuple[str, ...] = ("ru", "tr", "hu", "ga")
-    num_pool: int = 400
+    num_pool: int = 600
     num_test: int = 150
     student: tuple[int, int] = (96, 3)
-    student_steps: int = 800
-    student_epochs: int = 4
-    root_steps: int = 800
+    student_steps: int = 2000
+    student_epochs: int = 5
+    root_steps: int = 1000
     specialist_steps: int | None = None  # without any, specialists begin as the generalist does
     teacher: tuple[int, int] = (64, 2)
 
