@@ -206,7 +206,7 @@ class AnswerPool(TeacherPool):
     def prompt_column(self) -> str:
         """`str`: The column of the inputs that holds the prompts."""
         if self.inputs is None:
-            raise ValueError("The pool must hold its prompts, got one without inputs. Build it with `keep_inputs`.")
+            raise ValueError("The pool must hold its prompts, got one without inputs. Load one with its inputs.")
         return find_prompt_column(self.inputs, self.input_column)
 
     @property
