@@ -8,8 +8,9 @@ from difflib import SequenceMatcher
 
 import numpy as np
 
+from .assignment import NOBODY
+
 Normalizer = Callable[[str], str | None]
-NOBODY = -1
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _BOX = "\\boxed{"
 

@@ -569,10 +569,8 @@ class _Levels:
         """What a rule may want to know of answers."""
         per_token = torch.from_numpy(scores.per_token)
         known = {"student": per_token, "local": per_token}
-        log_probs = np.stack([self.pool.log_probs(name) for name in names], axis=1).astype(np.float32)
-        num_tokens = np.stack([self.pool.num_tokens(name) for name in names], axis=1)
-        teacher = np.where(num_tokens > 0, log_probs / np.maximum(num_tokens, 1), np.nan).astype(np.float32)
-        known["teacher"] = torch.from_numpy(teacher)
+        places = [self.pool.hierarchy.index(name) for name in names]
+        known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
         if "teacher" in rule_reads(self.options.rule):
             unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum())
             if unknown:
