@@ -188,6 +188,11 @@ def co_supervise_answers(
     check_answer_pool(pool, "co_supervise_answers")
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"`args` must be `TrainingArguments`, got {type(args).__name__}. Make some first.")
+    if make_trainer is not None and (isinstance(make_trainer, type) or not callable(make_trainer)):
+        raise TypeError(
+            f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
+            "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
+        )
     options = _Options(rule, rejection, normalize, window, max_new_tokens, too_long, student_training)
     options.check()
     if own := [teacher.name for teacher in pool.hierarchy.teachers if str(student) == teacher.model]:
@@ -363,12 +368,33 @@ class _Levels:
         else:
             dataset = self.pool.to_sft(assigned=plan.assigned_teacher, kept=plan.keep_mask)
             trainer = self.make_trainer(self.writer.model, dataset, args)
+            self._check_trainer(trainer)
+        forward = vars(self.writer.model).get("forward")
         trainer.add_callback(_Checkpoints(self.writer, self.processes, checkpoint))
         output = trainer.train(resume_from_checkpoint=checkpoint)
-        # Half precision leaves its mark on `forward`, and the next question is asked without it.
-        self.writer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        self.writer.model = trainer.accelerator.unwrap_model(trainer.model)
+        # Questions are asked without half precision; and the accelerator of the next level would take a model with
+        # this mark for its own, and leave half precision out.
+        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
+            vars(self.writer.model).pop(name, None)
+        if forward is not None:
+            self.writer.model.forward = forward
         losses = self.processes.gather(torch.tensor(output.training_loss))  # each has seen examples of its own
         self.run.record(plan, output._replace(training_loss=float(losses.mean())), trainer.state)
+
+    def _check_trainer(self, trainer: Any) -> None:
+        """See that what `make_trainer` gives trains the student, as it is."""
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"`make_trainer` must give a `transformers.Trainer`, got {type(trainer).__name__}. Return it, "
+                "not yet trained."
+            )
+        given, own = (set(dict(model.named_parameters())) for model in (self.writer.model, trainer.model))
+        if given - own:
+            raise ValueError(
+                f"`make_trainer` must train the student as it is, got one without {len(given - own)} of its weights, "
+                f"such as '{min(given - own)}'. For adapters, use `student_training='lora'` and `peft_config` here."
+            )
 
 
 class _Checkpoints(TrainerCallback):

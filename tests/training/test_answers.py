@@ -363,6 +363,65 @@ def test_a_level_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: p
     assert steps == [*range(1, 7), *range(1, 6), 5, 6] and same_weights(result, whole)
 
 
+def test_trl_trains_every_level_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl")
+    tokenizer, pool, steps = make_tokenizer(), make_pool(), []
+
+    def train(folder: Path, **options: Any) -> Any:
+        args = make_args(folder, save_strategy="steps", save_steps=2)
+        return co_supervise_answers(
+            make_model(),
+            pool,
+            args,
+            tokenizer=tokenizer,
+            make_trainer=lambda model, dataset, args: trl.SFTTrainer(
+                model, args=args, train_dataset=dataset, processing_class=tokenizer
+            ),
+            **options,
+        )
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps.append(state.global_step)
+        if len(steps) == 11:  # the fifth step of level 1
+            raise Killed
+
+    whole = train(tmp_path / "whole")
+    monkeypatch.setattr(module._Checkpoints, "on_step_end", stop)
+    with pytest.raises(Killed):
+        train(tmp_path / "cut")
+    result = train(tmp_path / "cut", resume_from_checkpoint=True)
+
+    assert steps == [*range(1, 7), *range(1, 6), 5, 6] and same_weights(result, whole)
+    # It learns the answers alone, with their end, as the plain trainer does.
+    plain = run(tmp_path / "plain", pool=pool)
+    assert [at.tolist() for at in result.assigned] == [at.tolist() for at in plain.assigned]
+    for name, value in weights(result).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_every_level_is_trained_in_half_precision_and_asked_without(tmp_path: Path) -> None:
+    model, seen = make_model(), []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda layer, inputs, output: seen.append((layer.training, output.dtype))
+    )
+    run(tmp_path, model=model, args={"bf16": True})
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
+    assert seen.count((True, torch.bfloat16)) == 12  # six steps of either level
+
+
+@pytest.mark.parametrize(
+    ("make_trainer", "message"),
+    [
+        (Trainer, r"`make_trainer` must be a function of a model, a data set and arguments, got <class "),
+        (lambda model, dataset, args: None, r"must give a `transformers\.Trainer`, got NoneType\. Return it"),
+        (lambda model, dataset, args: Trainer(torch.nn.Linear(2, 2), args), r"the student as it is, got .*lm_head"),
+    ],
+)
+def test_makers_of_trainers_that_give_none(tmp_path: Path, make_trainer: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(tmp_path, make_trainer=make_trainer)
+
+
 def test_of_several_roots_the_student_as_it_came_chooses(tmp_path: Path) -> None:
     pool = make_pool(levels=(0, 0, 0))
     result = run(tmp_path, pool=pool, rule="log_likelihood", rejection="loss_rank")
