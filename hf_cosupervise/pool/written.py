@@ -51,6 +51,11 @@ def answer_dataset(
 ) -> Dataset:
     """Wrap one teacher's answers as a dataset; what is only blanks is no answer."""
     ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+    if wrong := [place for place, answer in enumerate(answers) if not isinstance(answer, str | None)]:
+        raise TypeError(
+            f"An answer must be text or None, got {answers[wrong[0]]!r} of id {ids[wrong[0]]!r} ({len(wrong)} such "
+            "answers). Write it as text, and None for no answer."
+        )
     texts = [None if answer is None or not answer.strip() else answer for answer in answers]
     if wrong := [place for place, text in enumerate(texts) if text is not None and not is_writable_text(text)]:
         raise ValueError(
@@ -91,7 +96,7 @@ class WrittenPool(TeacherPool):
     @classmethod
     def from_answers(
         cls,
-        answers: Mapping[str, Sequence[str | None]],
+        answers: Mapping[str, Sequence[str | None]] | Dataset,
         prompts: Sequence[Any] | None = None,
         ids: Sequence[Any] | None = None,
         *,
@@ -104,7 +109,7 @@ class WrittenPool(TeacherPool):
         """Make a pool of answers that are at hand.
 
         Args:
-            answers (`Mapping[str, Sequence[str | None]]`):
+            answers (`Mapping[str, Sequence[str | None]]` or `datasets.Dataset`):
                 By teacher name, an answer or `None` for each prompt.
             prompts (`Sequence`, *optional*):
                 Texts or lists of messages, unless `inputs` holds them.
@@ -119,7 +124,10 @@ class WrittenPool(TeacherPool):
 
         Raises:
             ValueError: If lengths, ids or answers do not fit.
+            TypeError: If an answer is no text.
         """
+        if isinstance(answers, Dataset):
+            answers = {name: answers[name][:] for name in answers.column_names}
         check_kind(answers, Mapping, "answers")
         check_kind(inputs, Dataset, "inputs", optional=True)
         if hierarchy is None:
@@ -183,7 +191,9 @@ class WrittenPool(TeacherPool):
     def prompt_column(self) -> str:
         """`str`: The column of the inputs that holds the prompts."""
         if self.inputs is None:
-            raise ValueError("The pool must hold its prompts, got one without inputs. Load one with its inputs.")
+            raise ValueError(
+                "The pool must hold its prompts, got none. Give them to `from_answers`, or load it with inputs."
+            )
         return find_prompt_column(self.inputs, self.input_column)
 
     @property

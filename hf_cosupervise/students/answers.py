@@ -107,23 +107,25 @@ class AnswerReader:
 
     def encode(self, names: Sequence[str]) -> Iterator[tuple[slice, list[list[int]], list[list[list[int] | None]]]]:
         """Tokens of prompts and of each teacher's answers, of some rows at a time; `None` for what is not read."""
-        counts: dict[str, int] = {}
+        counts = dict.fromkeys(("prompts", *names), 0)
         for part in row_chunks(len(self.pool)):
             prompts = self.pool.prompts(part)
             before = self.writer.encode(prompts)
-            counts["prompts"] = counts.get("prompts", 0) + sum(not ids for ids in before)
+            counts["prompts"] += sum(not ids for ids in before)
             answers = []
             for name in names:
                 rows: list[list[int] | None] = [None] * len(prompts)
                 texts = self.pool.texts(name, part)
                 there = [row for row, text in enumerate(texts) if text is not None and before[row]]
                 own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
+                too_long = []
                 for row, ids in zip(there, own, strict=True):
                     rows[row] = fitting = self._fit(before[row], ids)
                     if fitting is None or len(fitting) < len(ids):
-                        counts[name] = counts.get(name, 0) + 1
-                        if self.too_long == "raise":
-                            raise self._does_not_fit(name, part.start + row, len(before[row]) + len(ids))
+                        too_long.append((part.start + row, len(before[row]) + len(ids)))
+                if too_long and self.too_long == "raise":
+                    raise self._does_not_fit(name, *too_long[0], f"{len(too_long)} such among {len(prompts)} answers")
+                counts[name] += len(too_long)
                 answers.append(rows)
             yield part, before, answers
         self._tell(counts)
@@ -135,11 +137,11 @@ class AnswerReader:
             return answer
         return answer[:room] if self.too_long == "cut" and room > 0 and len(prompt) <= most else None
 
-    def _does_not_fit(self, name: str, row: int, length: int) -> ValueError:
+    def _does_not_fit(self, name: str, row: int, length: int, more: str) -> ValueError:
         return ValueError(
             f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student reads, got "
-            f"{length} of '{name}' for id {self.pool.ids[row].item()!r}. Shorten it, or set `too_long` to 'skip' or "
-            "'cut'."
+            f"{length} of '{name}' for id {self.pool.ids[row].item()!r} ({more}). Shorten it, or set `too_long` to "
+            "'skip' or 'cut'."
         )
 
     def _tell(self, counts: Mapping[str, int]) -> None:
@@ -199,12 +201,18 @@ class AnswerReader:
 
     def own_answers(self, max_new_tokens: int) -> list[str]:
         """What the student answers itself."""
-        found = []
+        found, num_cut = list[str](), 0
         for part in row_chunks(len(self.pool)):
             prompts = [
                 ids if len(ids) < self.writer.max_length else [] for ids in self.writer.encode(self.pool.prompts(part))
             ]
-            found += self.writer.write(prompts, max_new_tokens, self.batch_size, self.processes)
+            texts, is_whole = self.writer.write(prompts, max_new_tokens, self.batch_size, self.processes)
+            found, num_cut = found + texts, num_cut + int((~is_whole).sum())
+        if num_cut:
+            logger.warning(
+                f"{num_cut} of {len(found)} answers of the student itself do not end within `max_new_tokens` "
+                f"{max_new_tokens}, and are compared as far as they go."
+            )
         return found
 
     def examples(self, assigned: np.ndarray, kept: np.ndarray) -> Dataset:

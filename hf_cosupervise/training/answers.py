@@ -18,6 +18,7 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
@@ -89,8 +90,11 @@ class CoSupervisedWriter:
     kept: list[np.ndarray]
     history: LevelHistory
     output_dir: str
-    _facts: dict[str, Any] = field(repr=False, default_factory=dict)
-    _processes: Processes = field(repr=False, default_factory=lambda: Processes(0, 1))
+    _facts: dict[str, Any] = field(default_factory=dict)
+    _processes: Processes = field(default_factory=lambda: Processes(0, 1))
+
+    def __repr__(self) -> str:
+        return f"CoSupervisedWriter({type(self.model).__name__}, {len(self.assigned)} levels, in '{self.output_dir}')"
 
     def save_model(self, folder: str | None = None, **facts: Any) -> None:
         """Write an ordinary model, adapters merged, with its tokenizer and a card, to `output_dir` or elsewhere.
@@ -178,6 +182,7 @@ def co_supervise_answers(
 
     Raises:
         FileExistsError: If `output_dir` holds another run, or another process works there.
+        FloatingPointError: If the student's weights are no longer numbers.
         TypeError: If `pool` is no [`AnswerPool`], `args` no `TrainingArguments`, or the student no language model.
         ValueError: If an option does not exist, nobody answers anything, an answer is too long, or the run that is
             gone on with was begun otherwise.
@@ -227,6 +232,8 @@ class _Levels:
             self.writer.model.to(self.args.device)
             self.writer.put_back(None if last is None else last.student)
             self.processes.on_first(self._forget_checkpoints)
+            if self.options.too_long == "raise":  # now, and not when levels above have been trained
+                self.reader.answered(self.pool.hierarchy.names)
             for level, _ in self.run.unfinished():
                 plan = self.plan(level)
                 self.train(plan)
@@ -379,8 +386,18 @@ class _Levels:
             vars(self.writer.model).pop(name, None)
         if forward is not None:
             self.writer.model.forward = forward
+        self._check_weights(plan.level)
         losses = self.processes.gather(torch.tensor(output.training_loss))  # each has seen examples of its own
         self.run.record(plan, output._replace(training_loss=float(losses.mean())), trainer.state)
+
+    def _check_weights(self, level: int) -> None:
+        """Refuse a student of NaN, to which no answer is likely: a level of it must not count as finished."""
+        if not all(bool(value.isfinite().all()) for value in self.writer.tensors().values()):
+            raise FloatingPointError(
+                f"The student's weights must be numbers, got NaN or infinity by the end of level {level}. Lower "
+                "`learning_rate`, or set `max_grad_norm`, and begin in another folder; what was finished before stays "
+                f"in '{self.run.path}'."
+            )
 
     def _check_trainer(self, trainer: Any) -> None:
         """See that what `make_trainer` gives trains the student, as it is."""
@@ -422,12 +439,14 @@ class _Checkpoints(TrainerCallback):
 
 def _changed(args: TrainingArguments, purpose: str) -> dict[str, Any]:
     """Arguments that are not what they are by default, and count for a purpose."""
-    names = {item.name: default_of(item) for item in fields(args) if item.init}
-    return {
-        name: getattr(args, name)
-        for name, default in names.items()
-        if name not in fields_without(purpose) and getattr(args, name) != default
-    }
+    found = {}
+    for item in fields(args):
+        value, default = getattr(args, item.name), default_of(item)
+        # Nothing may be written as `None`, `False` or an empty list, and settings that nobody gave as their defaults.
+        is_default = value == default or not (value or default) or value == AcceleratorConfig()
+        if item.init and item.name not in fields_without(purpose) and not is_default:
+            found[item.name] = value
+    return found
 
 
 def _pool_digest(pool: AnswerPool) -> str:

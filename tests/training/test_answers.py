@@ -198,7 +198,9 @@ def test_answers_beyond_the_context(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer, pool = make_model(), make_tokenizer(), make_pool(5, levels=(0,))
     pool = changed(pool, {"t0": [*pool.texts("t0")[:3], "ab" * 40, pool.texts("t0")[4]]})
 
-    with pytest.raises(ValueError, match=r"must fit into the 64 tokens .* got \d+ of 't0' for id 3\. .*`too_long`"):
+    with pytest.raises(
+        ValueError, match=r"into the 64 tokens .* got \d+ of 't0' for id 3 \(1 such among 5 .*`too_long`"
+    ):
         score_answers(model, pool, tokenizer=tokenizer)
     skipped = score_answers(model, pool, tokenizer=tokenizer, too_long="skip")
     cut = score_answers(model, pool, tokenizer=tokenizer, too_long="cut")
@@ -279,7 +281,9 @@ def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
     assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in card and "| `learning_rate` | `0.01` |" in card
+    assert "`accelerator_config`" not in card and "_checkpointing`" not in card  # what nobody has set
+    assert repr(result) == f"CoSupervisedWriter({type(result.model).__name__}, 2 levels, in '{tmp_path / 'out'}')"
 
 
 def test_a_sequence_to_sequence_student(tmp_path: Path) -> None:
@@ -290,18 +294,20 @@ def test_a_sequence_to_sequence_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rejection", ["loss_rank", "same_answer"])
-def test_rejection_keeps_as_many_as_agree(tmp_path: Path, rejection: str) -> None:
+def test_rejection_keeps_as_many_as_agree(tmp_path: Path, rejection: str, caplog: pytest.LogCaptureFixture) -> None:
     pool, made = make_pool(), []
 
     def normalize(text: str) -> str:
         made.append(text)
         return text[:1]
 
-    result = run(tmp_path / "out", pool=pool, rejection=rejection, normalize=normalize, args={"num_train_epochs": 8})
+    options = {"normalize": normalize, "max_new_tokens": 2, "args": {"num_train_epochs": 8}}
+    result = run(tmp_path / "out", pool=pool, rejection=rejection, **options)
 
     kept, num_steps = result.kept[1], [record["num_steps"] for record in result.history.records]
     assert 0 < kept.sum() < len(pool) and result.kept[0].all()
     assert num_steps[0] == 48 and abs(num_steps[1] - 48) <= 8  # about as many of fewer examples
+    assert any("of the student itself do not end within `max_new_tokens` 2, " in text for text in caplog.messages)
     if rejection == "loss_rank":
         student = run(tmp_path / "first", pool=root_of(pool), args={"num_train_epochs": 8}).model
         per_token = score_answers(student, pool, tokenizer=make_tokenizer()).per_token
@@ -490,6 +496,20 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     for window, model in ((0, make_model()), (2, make_model("t5"))):
         with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):
             score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
+
+
+def test_what_a_level_cannot_read_is_said_before_any_is_trained(tmp_path: Path) -> None:
+    pool = make_pool()
+    pool = changed(pool, {"t2": ["ab" * 40, *pool.texts("t2")[1:]]})
+    with pytest.raises(ValueError, match=r"got \d+ of 't2' for id 0 \(1 such among 24 answers\)"):
+        run(tmp_path, pool=pool)
+    assert not list(tmp_path.rglob("level-*"))
+
+
+def test_a_student_of_nan_is_no_finished_level(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"got NaN or infinity by the end of level 0\. Lower `learning_rate`"):
+        run(tmp_path, args={"learning_rate": 1e38})
+    assert not list(tmp_path.rglob("stage.json"))
 
 
 def test_a_pool_of_the_other_kind(tmp_path: Path, tiny_vit: str) -> None:
