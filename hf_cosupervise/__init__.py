@@ -21,10 +21,11 @@ _EXPORTS = {
     "teachers.labeling": ["build_pool"],
     "training.collator": ["DataCollatorForCoSupervision"],
     "training.config": ["CoSupervisedConfig"],
+    "students.answers": ["score_answers"],
     "students.loading": ["load_student"],
     "students.vectors": ["VectorClassifier", "VectorClassifierConfig"],
     "training.trainer": ["CoSupervisedTrainer"],
-    "training.answers": ["co_supervise_answers", "score_answers"],
+    "training.answers": ["co_supervise_answers"],
     "method.metrics": ["performance_gap_recovered"],
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
@@ -69,13 +70,14 @@ if TYPE_CHECKING:
     from .pool.answers import AnswerPool
     from .pool.derived import aggregated_pool, boosted_pool, calibrated_pool, smoothed_pool
     from .pool.pseudolabels import PseudolabelPool
+    from .students.answers import score_answers
     from .students.loading import load_student
     from .students.vectors import VectorClassifier, VectorClassifierConfig
     from .teachers.answers import build_answers
     from .teachers.hub import load_hierarchy, push_hierarchy
     from .teachers.kinds.prototypes import prototype_teacher
     from .teachers.labeling import build_pool
-    from .training.answers import co_supervise_answers, score_answers
+    from .training.answers import co_supervise_answers
     from .training.collator import DataCollatorForCoSupervision
     from .training.config import CoSupervisedConfig
     from .training.trainer import CoSupervisedTrainer

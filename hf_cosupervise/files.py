@@ -200,8 +200,8 @@ def check_free(folder: Path, advice: str) -> None:
         raise FileExistsError(f"'{folder}' must not exist or be empty, got files there. {advice}")
 
 
-def make_output_dir(path: Path) -> None:
-    """Make a folder that a run writes to."""
+def make_output_dir(path: Path, name: str = "output_dir") -> None:
+    """Make a folder that a run writes to; `name` is what the option is called."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         # Tried and not asked: what `os.access` tells is not what network disks and containers allow.
@@ -209,7 +209,7 @@ def make_output_dir(path: Path) -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"`output_dir` must be a folder that can be written, got '{path}': {error.strerror or error}. Choose "
+            f"`{name}` must be a folder that can be written, got '{path}': {error.strerror or error}. Choose "
             "another one."
         ) from error
 

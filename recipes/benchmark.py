@@ -35,7 +35,7 @@ from benchmarks.scale import measure_gather, measure_growth, measure_scale
 from benchmarks.task import RECIPES, Bench, BenchmarkArguments, Row, Target, column, quieten
 
 from hf_cosupervise.arguments import parse_recipe_args, recipe_arguments_to_dict
-from hf_cosupervise.files import write_text
+from hf_cosupervise.files import make_output_dir, write_text
 
 # ── section `imports` ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -189,6 +189,8 @@ def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the sections, print the table, write the file after each section."""
     (args,) = parse_recipe_args([BenchmarkArguments], argv)
+    if args.work_dir is not None:
+        make_output_dir(Path(args.work_dir), "work_dir")
     threads_before = torch.get_num_threads()
     quieten(args.threads)
     gpus = [torch.device("cuda")] if torch.cuda.is_available() else []

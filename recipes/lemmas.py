@@ -15,22 +15,29 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import prepare
 import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_from_disk
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers.utils import logging
 
 from hf_cosupervise import Teacher, TeacherHierarchy, build_answers, co_supervise_answers, performance_gap_recovered
 from hf_cosupervise.evaluation.plots import plot_pgr
 from hf_cosupervise.evaluation.report import format_methods, merge_reports, save_report
 from hf_cosupervise.pool.answers import AnswerPool
+from hf_cosupervise.training.answers import CoSupervisedWriter
 
 NUM_LABELS = 300  # of a teacher
+NUM_PROCESSES = 2  # side by side
 
 
 @dataclass(frozen=True)
@@ -125,18 +132,33 @@ def _batches(pairs: Callable, batch_size: int, steps: int, draw: random.Random) 
 
 def pretrain(
     size: tuple[int, int], words: list[str], tokenizer: PreTrainedTokenizerFast, steps: int, folder: Path
-) -> LlamaForCausalLM:
-    """A model that mends damaged words, kept in a folder with its tokenizer."""
-    if not (folder / "config.json").is_file():
-        letters = "".join(sorted({letter for word in words for letter in word}))
-        model = make_model(size, len(tokenizer))
+) -> None:
+    """Leave a model that mends damaged words in a folder, with its tokenizer."""
+    if (folder / "config.json").is_file():
+        return
+    letters = "".join(sorted({letter for word in words for letter in word}))
 
-        def pairs(draw: random.Random) -> list[tuple[str, str]]:
-            return [(damage(word, draw, letters), word) for word in draw.sample(words, min(6000, len(words)))]
+    def pairs(draw: random.Random) -> list[tuple[str, str]]:
+        return [(damage(word, draw, letters), word) for word in draw.sample(words, min(6000, len(words)))]
 
-        fit(model, tokenizer, pairs, steps, 3e-3, 0).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return LlamaForCausalLM.from_pretrained(folder)
+    fit(make_model(size, len(tokenizer)), tokenizer, pairs, steps, 3e-3, 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def teach(
+    folder: Path,
+    base: Path,
+    pairs: list[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    size: tuple[int, int],
+    seed: int,
+) -> None:
+    """Leave a teacher in a folder, which begins as `base` and learns labels; `size` is of steps and batches."""
+    if (folder / "config.json").is_file():
+        return
+    model = fit(LlamaForCausalLM.from_pretrained(base), tokenizer, lambda _: list(pairs), size[0], 2e-3, seed, size[1])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def words_of(data: Any, *parts: str, language: str | None = None) -> list[str]:
@@ -145,26 +167,36 @@ def words_of(data: Any, *parts: str, language: str | None = None) -> list[str]:
     return sorted({word for row in rows for word in (row["form"], row["lemma"])})
 
 
-def make_hierarchy(
-    data: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, plan: Plan
+def make_models(
+    data: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, plan: Plan, workers: Executor
 ) -> tuple[TeacherHierarchy, Teacher]:
-    """Train a generalist and the specialists, and one more teacher that has all of their labels."""
-    draw, teachers, labelled = random.Random(seed), [], {}
+    """Pre-train the student, and train a generalist, the specialists, and one more teacher that has all labels."""
+    draw, labelled = random.Random(seed), {}
     for language in plan.languages:
         rows = [(row["form"], row["lemma"]) for row in data["teachers"] if row["language"] == language]
         labelled[language] = draw.sample(rows, NUM_LABELS)
     share = NUM_LABELS // len(plan.languages)
     parts = {"root": [pair for own in labelled.values() for pair in own[:share]], **labelled}
-    for name, pairs in {**parts, "all_labels": [pair for own in labelled.values() for pair in own]}.items():
-        path, own_words = folder / f"{name}-{seed}", name in labelled and plan.specialist_steps is not None
-        if not (path / "config.json").is_file():
-            words = words_of(data, "teachers", *(["pool"] if own_words else []), language=name if own_words else None)
-            steps = plan.specialist_steps if own_words else plan.root_steps
-            base = pretrain(plan.teacher, words, tokenizer, steps, folder / (f"base-{name}" if own_words else "base"))
-            size = (500, 64) if name == "all_labels" else (250, 32)
-            fit(base, tokenizer, lambda _, own=pairs: list(own), size[0], 2e-3, seed, size[1]).save_pretrained(path)
-            tokenizer.save_pretrained(path)
+    parts["all_labels"] = [pair for own in labelled.values() for pair in own]
+    words = words_of(data, "teachers", "pool")
+    made = [workers.submit(pretrain, plan.student, words, tokenizer, plan.student_steps, folder / "student-base")]
+    bases = {"base": (words_of(data, "teachers"), plan.root_steps)}
+    if plan.specialist_steps is not None:
+        for name in plan.languages:
+            bases[f"base-{name}"] = words_of(data, "teachers", "pool", language=name), plan.specialist_steps
+    begun = [
+        workers.submit(pretrain, plan.teacher, words, tokenizer, steps, folder / "teachers" / name)
+        for name, (words, steps) in bases.items()
+    ]
+    wait(begun)
+    teachers = []
+    for name, pairs in parts.items():
+        path, base = folder / "teachers" / f"{name}-{seed}", f"base-{name}" if f"base-{name}" in bases else "base"
+        size = (500, 64) if name == "all_labels" else (250, 32)
+        made.append(workers.submit(teach, path, path.with_name(base), pairs, tokenizer, size, seed))
         teachers.append(Teacher(str(path), name=name, level=int(name in labelled), options=OPTIONS))
+    for job in (*begun, *made):
+        job.result()  # or what went wrong
     return TeacherHierarchy(teachers=teachers[:-1]), teachers[-1]
 
 
@@ -185,17 +217,29 @@ def right(answers: Sequence[str | None], truth: Sequence[str]) -> float:
     return sum(a == b for a, b in zip(answers, truth, strict=True)) / len(truth)
 
 
-def run_seed(data: Any, folder: Path, seed: int, plan: Plan) -> tuple[dict[str, Any], Any]:
-    """One seed: teachers, their answers, students of all methods, measured on the test once."""
+def open_student(student: Path, pool: AnswerPool, folder: Path, seed: int, num_epochs: int) -> CoSupervisedWriter:
+    """Train a student, or read one back that is trained."""
+    args = student_arguments(folder, seed, num_epochs)
+    return co_supervise_answers(str(student), pool, args, resume_from_checkpoint=True)
+
+
+def train_student(student: Path, pool: AnswerPool, folder: Path, seed: int, num_epochs: int) -> np.ndarray:
+    """Leave a student in a folder; gives whose answers it has learnt."""
+    trained = open_student(student, pool, folder, seed, num_epochs)
+    trained.save_model()
+    return trained.assigned[-1]
+
+
+def run_seed(
+    data: Any, folder: Path, seed: int, plan: Plan, workers: Executor
+) -> tuple[dict[str, Any], Callable[[], CoSupervisedWriter]]:
+    """One seed: teachers, their answers, students of all methods, measured on the test once; and what opens ours."""
     letters = sorted({letter for part in data.values() for row in part for letter in row["form"] + row["lemma"]})
     tokenizer = make_tokenizer(letters)
-    hierarchy, all_labels = make_hierarchy(data, tokenizer, folder / "teachers", seed, plan)
+    hierarchy, all_labels = make_models(data, tokenizer, folder, seed, plan, workers)
     pool_rows = draw_rows(data["pool"], plan.languages, plan.num_pool, seed)
     test = draw_rows(data["test"], plan.languages, plan.num_test, seed)
-    names = ["id", "prompt"]
-    pool = build_answers(pool_rows.select_columns(names), hierarchy, batch_size=128, disable_tqdm=True)
-    student = folder / "student-base"
-    pretrain(plan.student, words_of(data, "teachers", "pool"), tokenizer, plan.student_steps, student)
+    pool = build_answers(pool_rows.select_columns(["id", "prompt"]), hierarchy, batch_size=128, disable_tqdm=True)
     truth, by_row, draw = pool_rows["lemma"][:], pool.answer_rows(), random.Random(seed)
     own = [hierarchy.names.index(language) for language in pool_rows["language"]]
     answers = {
@@ -205,23 +249,19 @@ def run_seed(data: Any, folder: Path, seed: int, plan: Plan) -> tuple[dict[str, 
         "oracle_specialist": [row[at] for row, at in zip(by_row, own)],
         "ceiling": truth,
     }
-    labels, shares = {name: right(some, truth) for name, some in answers.items()}, {}
-    for name in ("csl", *answers):
-        used = pool if name == "csl" else AnswerPool.from_answers({name: answers[name]}, pool.prompts())
-        args = student_arguments(folder / f"seed-{seed}" / name, seed, plan.student_epochs)
-        trained = co_supervise_answers(str(student), used, args, resume_from_checkpoint=True)
-        trained.save_model()
-        if name == "csl":
-            result, chosen = trained, trained.assigned[-1]
-            labels[name] = right([row[at] for row, at in zip(by_row, chosen)], truth)
-            shares = {"own_specialist": float((chosen == own).mean())}
-    students = [Teacher(f"{folder}/seed-{seed}/{name}", name=name, options=OPTIONS) for name in labels]
-    asked = [
-        Teacher(teacher.model, name="weak", options=OPTIONS) for teacher in hierarchy.teachers if not teacher.level
-    ]
+    pools = {name: AnswerPool.from_answers({name: some}, pool.prompts()) for name, some in answers.items()}
+    students = {
+        name: (folder / "student-base", used, folder / f"seed-{seed}" / name, seed, plan.student_epochs)
+        for name, used in {**pools, "csl": pool}.items()
+    }
+    jobs = {name: workers.submit(train_student, *student) for name, student in students.items()}
+    chosen = {name: job.result() for name, job in jobs.items()}["csl"]
+    answers["csl"] = [row[at] for row, at in zip(by_row, chosen)]
+    asked = [("weak", hierarchy.teachers[0].model), ("all_labels", all_labels.model)]
+    asked += [(name, str(student[2])) for name, student in students.items()]
     said = build_answers(
         test.select_columns(["id", "prompt"]),
-        TeacherHierarchy(teachers=[*asked, replace(all_labels, level=0), *students]),
+        TeacherHierarchy(teachers=[Teacher(model, name=name, options=OPTIONS) for name, model in asked]),
         batch_size=128,
         disable_tqdm=True,
     )
@@ -230,9 +270,11 @@ def run_seed(data: Any, folder: Path, seed: int, plan: Plan) -> tuple[dict[str, 
     methods = {
         name: {"accuracy": own, "pgr": performance_gap_recovered(weak, own, ceiling)} for name, own in accuracy.items()
     }
-    for name, share in labels.items():
-        methods[name]["labels_right"] = share
-    return {"weak_accuracy": weak, "ceiling_accuracy": ceiling, "methods": methods, **shares}, result
+    for name, some in answers.items():
+        methods[name]["labels_right"] = right(some, truth)
+    numbers = {"weak_accuracy": weak, "ceiling_accuracy": ceiling, "methods": methods}
+    numbers["own_specialist"] = float((chosen == own).mean())
+    return numbers, partial(open_student, *students["csl"])
 
 
 def student_arguments(folder: Path, seed: int, num_epochs: int) -> TrainingArguments:
@@ -253,6 +295,13 @@ def student_arguments(folder: Path, seed: int, num_epochs: int) -> TrainingArgum
     )
 
 
+def begin_process() -> None:
+    """Compute in one thread, for another process has the next core, and the figures hang on no number of threads."""
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the seeds, and print, draw and publish what came of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -262,10 +311,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="the larger task")
     options = parser.parse_args(arguments)
     plan = FULL if options.full else Plan()
-    disable_progress_bars()
+    begin_process()
     data = load_from_disk(str(prepare.lemmas(options.data)))
     data = {part: rows.filter(lambda row: row["language"] in plan.languages) for part, rows in data.items()}
-    found = [run_seed(data, options.output_dir, seed, plan) for seed in options.seeds]
+    # What needs nothing of each other is done side by side; each piece has seeds of its own.
+    with ProcessPoolExecutor(NUM_PROCESSES, get_context("spawn"), begin_process) as workers:
+        found = [run_seed(data, options.output_dir, seed, plan, workers) for seed in options.seeds]
     report = merge_reports([numbers for numbers, _ in found], options.seeds)
     print(format_methods(report))
     for name, own in report["methods"].items():
@@ -275,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save_report(report, options.output_dir / "report.json")
     plot_pgr(report, options.output_dir / "pgr.png")
     student = options.output_dir / "student"
-    found[0][1].save_model(str(student), report=report, figure="pgr.png", language="multilingual")
+    found[0][1]().save_model(str(student), report=report, figure="pgr.png", language="multilingual")
     plot_pgr(report, student / "pgr.png")
 
 

@@ -130,6 +130,7 @@ def select_answers(
     if candidates.any() and not agreed.any():
         raise ValueError(
             f"`rejection` {rejection!r} keeps as many answers as the student gives itself, got none of "
-            f"{int(candidates.sum())}. Use 'none', another `normalize`, or a root that teaches the form of an answer."
+            f"{int(candidates.sum())}. Use 'none', another `normalize`, more `max_new_tokens`, or a root that "
+            "teaches the form of an answer."
         )
     return agreed if rejection == "same_answer" else select_by_loss_rank(losses, int(agreed.sum()), candidates)

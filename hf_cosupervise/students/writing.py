@@ -104,6 +104,12 @@ class Writer:
         tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
         return tokens
 
+    def _ends(self) -> set[int]:
+        """The tokens at which the model stops."""
+        known = getattr(self.model.generation_config, "eos_token_id", None)
+        known = known if isinstance(known, list) else [known]
+        return {self.tokenizer.eos_token_id, *(token for token in known if token is not None)}
+
     def _end_of_turn(self) -> list[int]:
         """What the chat template puts behind an answer, up to the token at which the model stops."""
         if self._chat_end is None:
@@ -112,8 +118,7 @@ class Writer:
             answer = {"role": "assistant", "content": "b"}
             whole = str(self.tokenizer.apply_chat_template([*asked, answer], tokenize=False))
             tail = self._tokenize([whole.removeprefix(before)])[0] if whole.startswith(before) else []
-            known = getattr(self.model.generation_config, "eos_token_id", None)
-            ends = {self.tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+            ends = self._ends()
             stop = next((place for place, token in enumerate(tail) if token in ends), None)
             self._chat_end = [self.tokenizer.eos_token_id] if stop is None else tail[: stop + 1]
         return self._chat_end
@@ -150,8 +155,8 @@ class Writer:
     @torch.inference_mode()
     def write(
         self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, processes: Processes
-    ) -> list[str]:
-        """The student's own, most probable answer to each prompt in tokens."""
+    ) -> tuple[list[str], np.ndarray]:
+        """The student's own, most probable answer to each prompt in tokens, and whether it has come to its end."""
         model, saved, pad = self.plain.eval(), self.plain.generation_config, self.tokenizer.pad_token_id
         found = np.zeros((len(prompts), max_new_tokens + 1), dtype=np.int64)
         order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]
@@ -171,7 +176,10 @@ class Writer:
             model.generation_config = saved
         found = processes.sum_array(found)  # each has filled in its share
         found[sorted(set(range(len(prompts))) - {*order})] = pad
-        return self.tokenizer.batch_decode(found, skip_special_tokens=True)
+        # A decoder's first column is where it begins; what is not written is padding.
+        body = found[:, 1:] if self.is_seq2seq else found[:, :-1]
+        is_whole = np.asarray(np.isin(body, [pad, *self._ends()]).any(axis=1))
+        return list(self.tokenizer.batch_decode(found, skip_special_tokens=True)), is_whole
 
     # --- what training changes ---------------------------------------------------------------------------------------
 

@@ -16,9 +16,10 @@ from datasets import Dataset, IterableDataset
 
 from ..data.loading import DataChoice
 from ..hierarchy import Teacher, TeacherHierarchy, is_writable_text
-from ..pool.answers import AnswerPool, answer_dataset
+from ..pool.answers import AnswerPool
 from ..pool.base import TeacherPool, check_kind
 from ..pool.files import write_arrow
+from ..pool.written import answer_dataset
 from .kinds.base import TeacherModel
 from .kinds.loading import load_teacher
 from .kinds.written import Written, WrittenTeacher, as_array

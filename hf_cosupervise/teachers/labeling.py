@@ -25,11 +25,11 @@ from ..data.loading import DataChoice, find_data
 from ..data.vectors import join_columns, name_columns, parts_of, unreadable_vectors
 from ..files import check_free, explain_full_disk, move_file
 from ..hierarchy import Teacher, TeacherHierarchy, is_writable_text
-from ..pool.answers import ORACLE_ANSWER, find_prompt_column
 from ..pool.base import TeacherPool
 from ..pool.ids import match_ids
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL, PseudolabelPool
 from ..pool.top_k import default_pool_k
+from ..pool.written import ORACLE_ANSWER, find_prompt_column
 from ..processes import Processes, join_processes
 from .forms import Form, PseudolabelForm
 from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder

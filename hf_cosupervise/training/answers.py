@@ -6,8 +6,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -15,241 +14,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..files import explain_full_disk, write_text
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
 from ..method.answers import Normalizer, find_normalizer
 from ..method.assignment import NOBODY, fall_back
 from ..method.routing import REJECTIONS, choose_teacher, rule_reads, select_answers
 from ..pool.answers import AnswerPool
-from ..processes import Processes, join_processes, row_chunks
-from ..students.publishing import export_student
-from ..students.writing import WRITER_TRAININGS, Scored, Writer
-from .checkpointing import GO_ON, find_checkpoint, read_back, seal_checkpoint
+from ..processes import Processes, row_chunks
+from ..students.answers import TOO_LONG, AnswerReader, AnswerScores, check_answer_pool
+from ..students.writing import WRITER_TRAININGS, Writer
+from .checkpointing import read_back, seal_checkpoint
 from .config import fields_without
 from .history import LevelHistory
 from .inherited import default_of
 from .plan import LevelPlan
-from .publishing import describe_run, made_of, push
-from .run import RUN_DIR
-from .run_folder import RunFolder, Stage, versions
+from .publishing import describe_run, export, made_of, push
+from .run import RUN_DIR, OneRound, TrainingRun, settings_of
 
 logger = logging.getLogger(__name__)
-TOO_LONG = ("raise", "skip", "cut")
-
-
-# ── how likely the student finds each answer ────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class AnswerScores:
-    """What a student thinks of teachers' answers.
-
-    Attributes:
-        names (`tuple[str, ...]`):
-            The teachers.
-        log_probs (`np.ndarray` of shape `(num_examples, num_teachers)`, float32):
-            Log-probability of each answer with its end, NaN where there is none that the student can read.
-        num_tokens (`np.ndarray` of the same shape, int32):
-            Tokens of each answer to the student, with its end; 0 where there is none.
-    """
-
-    names: tuple[str, ...]
-    log_probs: np.ndarray
-    num_tokens: np.ndarray
-
-    @property
-    def per_token(self) -> np.ndarray:
-        """`np.ndarray` of the same shape: Mean log-probability of the tokens."""
-        return self.log_probs / np.maximum(self.num_tokens, 1)
-
-
-def score_answers(
-    student: Any,
-    pool: AnswerPool,
-    *,
-    tokenizer: Any = None,
-    teachers: Sequence[str] | None = None,
-    window: int | None = None,
-    too_long: str = "raise",
-    batch_size: int = 16,
-    disable_tqdm: bool = True,
-) -> AnswerScores:
-    """Ask a language model how likely it finds every teacher's answer to every prompt.
-
-    Each prompt is read once, and its keys and values serve all answers to it; equal answers are read once. All
-    processes of a launch must call it; each does its share.
-
-    Args:
-        student (`PreTrainedModel`, `PeftModel` or `str`):
-            The model, causal or from sequence to sequence, its Hub id or its folder.
-        pool ([`AnswerPool`]):
-            Prompts, or messages for the student's own chat template, and answers.
-        tokenizer (*optional*):
-            That of a model object; of an id or a folder, its own.
-        teachers (`Sequence[str]`, *optional*):
-            Names of those whose answers are scored. Defaults to all.
-        window (`int`, *optional*):
-            Score that many tokens at a time, given as many before them alone (the first ones, given the prompt); of
-            causal models.
-        too_long (`str`, *optional*, defaults to `"raise"`):
-            What to do where prompt and answer are longer than the student can read: `"skip"` counts the answer as
-            none, and `"cut"` reads as much of it as fits. A prompt that is too long itself is skipped by both.
-        batch_size (`int`, *optional*, defaults to 16):
-            Prompts, and then answers, that are read at once. It changes the scores by no more than rounding.
-        disable_tqdm (`bool`, *optional*, defaults to `True`):
-            Whether to show no progress.
-
-    Returns:
-        [`AnswerScores`]: sums of log-probabilities and numbers of tokens.
-
-    Raises:
-        TypeError: If `pool` is no [`AnswerPool`], or the student no language model.
-        ValueError: If an answer is too long, messages find no chat template, or the tokenizer has no end.
-    """
-    _check_pool(pool, "score_answers")
-    writer = student if isinstance(student, Writer) else Writer(student, tokenizer)
-    if isinstance(student, str) and torch.cuda.is_available():
-        writer.model.to("cuda")
-    reader = _Reader(writer, pool, too_long, batch_size, join_processes(), disable_tqdm)
-    return reader.score(pool.hierarchy.names if teachers is None else tuple(teachers), window)
-
-
-class _Reader:
-    """Read a pool's prompts and answers as the student's tokens, and ask it about them."""
-
-    def __init__(
-        self, writer: Writer, pool: AnswerPool, too_long: str, batch_size: int, processes: Processes, quiet: bool
-    ) -> None:
-        if too_long not in TOO_LONG:
-            raise ValueError(f"`too_long` must be one of {list(TOO_LONG)}, got {too_long!r}. Choose one of them.")
-        self.writer, self.pool, self.too_long = writer, pool, too_long
-        self.batch_size, self.processes, self.quiet = batch_size, processes, quiet
-        self._told: set[str] = set()
-
-    def encode(self, names: Sequence[str]) -> Iterator[tuple[slice, list[list[int]], list[list[list[int] | None]]]]:
-        """Tokens of prompts and of each teacher's answers, of some rows at a time; `None` for what is not read."""
-        counts: dict[str, int] = {}
-        for part in row_chunks(len(self.pool)):
-            prompts = self.pool.prompts(part)
-            before = self.writer.encode(prompts)
-            counts["prompts"] = counts.get("prompts", 0) + sum(not ids for ids in before)
-            answers = []
-            for name in names:
-                rows: list[list[int] | None] = [None] * len(prompts)
-                texts = self.pool.texts(name, part)
-                there = [row for row, text in enumerate(texts) if text is not None and before[row]]
-                own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
-                for row, ids in zip(there, own, strict=True):
-                    rows[row] = fitting = self._fit(before[row], ids)
-                    if fitting is None or len(fitting) < len(ids):
-                        counts[name] = counts.get(name, 0) + 1
-                        if self.too_long == "raise":
-                            raise self._does_not_fit(name, part.start + row, len(before[row]) + len(ids))
-                answers.append(rows)
-            yield part, before, answers
-        self._tell(counts)
-
-    def _fit(self, prompt: list[int], answer: list[int]) -> list[int] | None:
-        most = self.writer.max_length
-        room = most - (0 if self.writer.is_seq2seq else len(prompt))
-        if len(answer) <= room and len(prompt) <= most:
-            return answer
-        return answer[:room] if self.too_long == "cut" and room > 0 and len(prompt) <= most else None
-
-    def _does_not_fit(self, name: str, row: int, length: int) -> ValueError:
-        return ValueError(
-            f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student reads, got "
-            f"{length} of '{name}' for id {self.pool.ids[row].item()!r}. Shorten it, or set `too_long` to 'skip' or "
-            "'cut'."
-        )
-
-    def _tell(self, counts: Mapping[str, int]) -> None:
-        """Say once what is not read, or not whole."""
-        for name, count in counts.items():
-            if count and name not in self._told:
-                self._told.add(name)
-                what = "left out" if self.too_long == "skip" or name == "prompts" else "cut, or left out"
-                why = "without a word" if name == "prompts" else f"of '{name}' too long for the student"
-                kind = "prompts" if name == "prompts" else "answers"
-                logger.warning(f"{count} of {len(self.pool)} {kind} {why}: {what}.")
-
-    def answered(self, names: Sequence[str]) -> np.ndarray:
-        """Tell which answers the student can read, `(num_examples, num_teachers)`."""
-        found = np.zeros((len(self.pool), len(names)), dtype=bool)
-        for part, _, answers in self.encode(names):
-            found[part] = [[ids is not None for ids in row] for row in zip(*answers, strict=True)]
-        return found
-
-    def score(self, names: Sequence[str], window: int | None = None) -> AnswerScores:
-        """Do what [`score_answers`] says."""
-        if window is not None and (self.writer.is_seq2seq or isinstance(window, bool) or window < 1):
-            raise ValueError(
-                f"`window` must be a number of tokens of at least 1, for a causal student, got {window!r} for "
-                f"{type(self.writer.plain).__name__}. Leave it out, or use another `rule` than 'local'."
-            )
-        shape = len(self.pool), len(names)
-        log_probs, num_tokens = np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, dtype=np.int32)
-        for part, prompts, answers in self.encode(names):
-            # What follows each prompt, every text once, and who wants to know of it.
-            following: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-            wanted = []
-            for column, rows in enumerate(answers):
-                for row, ids in enumerate(rows):
-                    if ids is None:
-                        continue
-                    log_probs[part.start + row, column], num_tokens[part.start + row, column] = 0, len(ids)
-                    for before, piece in self._pieces(prompts[row], ids, window):
-                        own = following.setdefault(before, {})
-                        own.setdefault(piece, len(own))
-                        wanted.append((part.start + row, column, before, piece))
-            items: list[Scored] = [(list(before), [*map(list, own)]) for before, own in following.items()]
-            sums = self.writer.score(items, self.batch_size, self.processes, self.quiet)
-            starts = dict(zip(following, np.cumsum([0, *map(len, following.values())])))
-            for row, column, before, piece in wanted:
-                log_probs[row, column] += sums[starts[before] + following[before][piece]]
-        return AnswerScores(tuple(names), log_probs, num_tokens)
-
-    def _pieces(
-        self, prompt: list[int], answer: list[int], window: int | None
-    ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """What is scored of an answer, and what is read before it."""
-        size = window or len(answer)
-        yield tuple(prompt), tuple(answer[:size])
-        for start in range(size, len(answer), size):
-            yield tuple(answer[start - size : start]), tuple(answer[start : start + size])
-
-    def own_answers(self, max_new_tokens: int) -> list[str]:
-        """What the student answers itself."""
-        found = []
-        for part in row_chunks(len(self.pool)):
-            prompts = [
-                ids if len(ids) < self.writer.max_length else [] for ids in self.writer.encode(self.pool.prompts(part))
-            ]
-            found += self.writer.write(prompts, max_new_tokens, self.batch_size, self.processes)
-        return found
-
-    def examples(self, assigned: np.ndarray, kept: np.ndarray) -> Dataset:
-        """The tokens that the student learns from: of what it reads, only those of the answer count."""
-        names, parts = self.pool.hierarchy.names, []
-        used = sorted(set(assigned[kept].tolist()))
-        for part, prompts, answers in self.encode([names[place] for place in used]):
-            columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-            for row in np.flatnonzero(kept[part]):
-                prompt, ids = prompts[row], answers[used.index(assigned[part][row])][row] or []
-                columns["input_ids"].append(prompt if self.writer.is_seq2seq else prompt + ids)
-                columns["labels"].append(ids if self.writer.is_seq2seq else [-100] * len(prompt) + ids)
-            parts.append(Dataset.from_dict(columns))
-        return concatenate_datasets([part for part in parts if len(part)])
-
-
-# ── the algorithm ───────────────────────────────────────────────────────────────────────────────────────────────────
-
 MakeTrainer = Callable[[Any, Dataset, TrainingArguments], Trainer]
 
 
@@ -302,8 +90,11 @@ class CoSupervisedWriter:
     kept: list[np.ndarray]
     history: LevelHistory
     output_dir: str
-    _facts: dict[str, Any] = field(repr=False, default_factory=dict)
-    _processes: Processes = field(repr=False, default_factory=lambda: Processes(0, 1))
+    _facts: dict[str, Any] = field(default_factory=dict)
+    _processes: Processes = field(default_factory=lambda: Processes(0, 1))
+
+    def __repr__(self) -> str:
+        return f"CoSupervisedWriter({type(self.model).__name__}, {len(self.assigned)} levels, in '{self.output_dir}')"
 
     def save_model(self, folder: str | None = None, **facts: Any) -> None:
         """Write an ordinary model, adapters merged, with its tokenizer and a card, to `output_dir` or elsewhere.
@@ -311,11 +102,11 @@ class CoSupervisedWriter:
         What else is known, such as a `report` or a `license`, goes to the card, see [`model_card`].
         """
         self._facts |= facts
-        self._processes.on_first(partial(self._save, folder or self.output_dir))
+        folder = folder or self.output_dir
+        export(self.model, folder, self.tokenizer, self._processes)
+        self._processes.on_first(partial(self._write_card, folder))
 
-    def _save(self, folder: str, name: str | None = None) -> None:
-        with explain_full_disk(Path(folder), "Free some space and save it again: the trained levels are kept."):
-            export_student(self.model, folder, self.tokenizer)
+    def _write_card(self, folder: str, name: str | None = None) -> None:
         own = {"name": (name or Path(folder).absolute().name).split("/")[-1], "hub_model_id": name}
         write_card(model_card(self._facts | own), folder)
 
@@ -325,7 +116,7 @@ class CoSupervisedWriter:
         """Write the model to `output_dir` and publish it with its card and history in one commit."""
         name = self._processes.on_first(partial(open_repo, repo_id, what="The student", private=private, token=token))
         self.save_model()
-        card = partial(self._save, self.output_dir, name)
+        card = partial(self._write_card, self.output_dir, name)
         options: dict[str, Any] = {"revision": revision, "token": token}
         return push(self.output_dir, name, self.history, card, self._processes, **options)  # type: ignore[return-value]
 
@@ -391,6 +182,7 @@ def co_supervise_answers(
 
     Raises:
         FileExistsError: If `output_dir` holds another run, or another process works there.
+        FloatingPointError: If the student's weights are no longer numbers.
         TypeError: If `pool` is no [`AnswerPool`], `args` no `TrainingArguments`, or the student no language model.
         ValueError: If an option does not exist, nobody answers anything, an answer is too long, or the run that is
             gone on with was begun otherwise.
@@ -398,9 +190,14 @@ def co_supervise_answers(
     Source:
         arXiv 2402.15505; answers in place of labels are ours.
     """
-    _check_pool(pool, "co_supervise_answers")
+    check_answer_pool(pool, "co_supervise_answers")
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"`args` must be `TrainingArguments`, got {type(args).__name__}. Make some first.")
+    if make_trainer is not None and (isinstance(make_trainer, type) or not callable(make_trainer)):
+        raise TypeError(
+            f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
+            "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
+        )
     options = _Options(rule, rejection, normalize, window, max_new_tokens, too_long, student_training)
     options.check()
     if own := [teacher.name for teacher in pool.hierarchy.teachers if str(student) == teacher.model]:
@@ -425,88 +222,46 @@ class _Levels:
         self.processes = Processes(args.process_index, args.world_size, args.device)
         quiet = bool(args.disable_tqdm) or args.process_index > 0
         size = args.per_device_eval_batch_size
-        self.reader = _Reader(writer, pool, options.too_long, size, self.processes, quiet)
-        self.folder = RunFolder(Path(args.output_dir) / RUN_DIR)
-        run = describe_run(writer.origin, pool, args.world_size)
-        self.history = LevelHistory(self.folder.path / "history.json", run)
+        self.reader = AnswerReader(writer, pool, options.too_long, size, self.processes, quiet)
+        path, facts = Path(args.output_dir) / RUN_DIR, describe_run(writer.origin, pool, args.world_size)
+        self.run = TrainingRun(path, OneRound(), pool.hierarchy.num_levels, facts, self.processes)
 
     def go(self, resume: bool) -> CoSupervisedWriter:
         """Train all levels that are not finished."""
-        plans: list[LevelPlan] = []
-        with self._only_one():
-            self._open(resume)
+        with self.run.open(self._settings, resume) as last:
             self.writer.model.to(self.args.device)
-            self.writer.put_back()
-            for level in range(self.pool.hierarchy.num_levels):
-                folder = self.folder.stage_dir(level, 0, is_last=True)
-                stage = self.folder.load_stage(folder) if resume and len(plans) == level else None
-                if stage is not None:
-                    self._forget_checkpoints(folder)
-                    self.writer.put_back(stage.student)
-                    self.history.records.append(stage.record)
-                    plans.append(stage.plan)
-                    continue
-                plan = self.plan(level, plans[-1].assigned_teacher if plans else None)
-                record = self.train(plan, folder, resume)
-                resume = False  # only one level can have been cut off, and what comes after it was made of another
-                plans.append(plan)
-                self.history.add(record, write=False)
-                self.processes.on_first(partial(self._keep, folder, plan, record))
-        assigned, kept = [plan.assigned_teacher for plan in plans], [plan.keep_mask for plan in plans]
-        facts = self._card_facts()
-        found = self.writer.model, self.writer.tokenizer, assigned, kept, self.history, str(self.args.output_dir)
-        return CoSupervisedWriter(*found, facts, self.processes)
+            self.writer.put_back(None if last is None else last.student)
+            self.processes.on_first(self._forget_checkpoints)
+            if self.options.too_long == "raise":  # now, and not when levels above have been trained
+                self.reader.answered(self.pool.hierarchy.names)
+            for level, _ in self.run.unfinished():
+                plan = self.plan(level)
+                self.train(plan)
+                self.run.save(plan, self.writer.tensors(), [])
+                self.processes.on_first(self._forget_checkpoints)
+        return CoSupervisedWriter(
+            self.writer.model,
+            self.writer.tokenizer,
+            [plan.assigned_teacher for plan in self.run.plans],
+            [plan.keep_mask for plan in self.run.plans],
+            self.run.history,
+            str(self.args.output_dir),
+            self._card_facts(),
+            self.processes,
+        )
 
-    # --- the run -----------------------------------------------------------------------------------------------------
+    def _forget_checkpoints(self) -> None:
+        for plan in self.run.plans:  # of a level that is kept, they only take room
+            self.run.folder.forget(self.run.stage_dir(plan.level, plan.round).glob("checkpoint-*"))
 
-    @contextmanager
-    def _only_one(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            self.processes.on_first(lambda: None if stack.enter_context(self.folder.lock()) else None)
-            yield
-
-    def _open(self, resume: bool) -> None:
-        facts = self._facts()
-
-        def open_folder() -> None:
-            is_there = self.history.path.is_file() or any(self.folder.path.glob("level-*"))
-            if is_there and not resume:
-                raise FileExistsError(
-                    f"`output_dir` must not hold another run, got one in '{self.folder.path}'. Choose another folder, "
-                    "delete that one, or go on with `resume_from_checkpoint=True`."
-                )
-            if resume:
-                self.folder.check(facts)
-            if not is_there:
-                with explain_full_disk(self.folder.path, GO_ON):
-                    self.folder.begin(facts)
-
-        self.processes.on_first(open_folder)
-
-    def _facts(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
-        args = self.args
-        return {
-            "arguments": {"seed": args.seed, **_changed(args, "resume"), **self.options.told()},
-            "functions": {} if self.make_trainer is None else {"make_trainer": "given"},
-            "pool": _pool_digest(self.pool),
-            "student": self.writer.digest(),
-            "num_processes": args.world_size,
-            "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "versions": versions(),
-        }
-
-    def _keep(self, folder: Path, plan: LevelPlan, record: dict[str, Any]) -> None:
-        with explain_full_disk(self.folder.path, GO_ON):
-            self.folder.save_stage(folder, Stage(plan, self.writer.tensors(), [], record, {}))
-            write_text(self.history.path, self.history.to_json())
-        self._forget_checkpoints(folder)
-
-    def _forget_checkpoints(self, folder: Path) -> None:
-        if self.processes.rank == 0:  # of a level that is kept, they only take room
-            self.folder.forget(folder.glob("checkpoint-*"))
+        arguments = _changed(self.args, "resume") | self.options.told()
+        functions = {} if self.make_trainer is None else {"make_trainer": "given"}
+        return settings_of(self.args, arguments, _pool_digest(self.pool), self.writer.digest(), functions)
 
     def _card_facts(self) -> dict[str, Any]:
+        history = self.run.history
         levels = [
             {
                 "level": record["level"],
@@ -515,9 +270,9 @@ class _Levels:
                 "num_kept": record["consistency/num_kept"],
                 "teachers": {name: record.get(f"assignment/{name}") for name in self.pool.hierarchy.names},
             }
-            for record in self.history.records
+            for record in history.records
         ]
-        return made_of(self.history.run, self.pool) | {
+        return made_of(history.run, self.pool) | {
             "labels": [],
             "modality": None if self.writer.is_seq2seq else "language",
             "is_language": True,
@@ -530,12 +285,12 @@ class _Levels:
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
-    def plan(self, level: int, previous: np.ndarray | None) -> LevelPlan:
+    def plan(self, level: int) -> LevelPlan:
         """Choose whose answer to take, and which to leave out."""
         hierarchy, options = self.pool.hierarchy, self.options
         places = [place for place, teacher in enumerate(hierarchy.teachers) if teacher.level == level]
         names, own = [hierarchy.names[place] for place in places], None
-        above = np.full(len(self.pool), NOBODY) if previous is None else previous
+        above = self.run.plans[-1].assigned_teacher if level else np.full(len(self.pool), NOBODY)
         rule, rejection = (options.rule, options.rejection) if level else (options.rule, "none")
         if level == 0 and len(names) == 1:
             rule = "the root"
@@ -603,14 +358,12 @@ class _Levels:
                 losses = -torch.from_numpy(scores.per_token[rows, column])
         return select_answers(rejection, losses, same, has_answer)
 
-    def train(self, plan: LevelPlan, folder: Path, resume: bool) -> dict[str, Any]:
+    def train(self, plan: LevelPlan) -> None:
         """Train a fresh student on what was chosen."""
-        checkpoint = find_checkpoint(folder, plan.level, self.processes) if resume else None
-        if checkpoint is None:
-            self.processes.on_first(lambda: self.folder.forget([folder]))
+        checkpoint = self.run.begin_stage(plan, can_resume=True)
         self.writer.put_back()
         args = copy.copy(self.args)
-        args.output_dir, args.push_to_hub = str(folder), False
+        args.output_dir, args.push_to_hub = str(self.run.stage_dir(plan.level, plan.round)), False
         args.num_train_epochs = args.num_train_epochs / plan.keep_rate
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
@@ -622,25 +375,54 @@ class _Levels:
         else:
             dataset = self.pool.to_sft(assigned=plan.assigned_teacher, kept=plan.keep_mask)
             trainer = self.make_trainer(self.writer.model, dataset, args)
+            self._check_trainer(trainer)
+        forward = vars(self.writer.model).get("forward")
         trainer.add_callback(_Checkpoints(self.writer, self.processes, checkpoint))
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        # Half precision leaves its mark on `forward`, and the next question is asked without it.
-        self.writer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        output = trainer.train(resume_from_checkpoint=checkpoint)
+        self.writer.model = trainer.accelerator.unwrap_model(trainer.model)
+        # Questions are asked without half precision; and the accelerator of the next level would take a model with
+        # this mark for its own, and leave half precision out.
+        for name in ("_is_accelerate_prepared", "_original_forward", "forward"):
+            vars(self.writer.model).pop(name, None)
+        if forward is not None:
+            self.writer.model.forward = forward
+        self._check_weights(plan.level)
         losses = self.processes.gather(torch.tensor(output.training_loss))  # each has seen examples of its own
-        numbers = {"num_steps": output.global_step, "train_loss": float(losses.mean())}
-        numbers["train_runtime"] = output.metrics.get("train_runtime")
-        return {"level": plan.level, "round": plan.round, **plan.metrics, **numbers}
+        self.run.record(plan, output._replace(training_loss=float(losses.mean())), trainer.state)
+
+    def _check_weights(self, level: int) -> None:
+        """Refuse a student of NaN, to which no answer is likely: a level of it must not count as finished."""
+        if not all(bool(value.isfinite().all()) for value in self.writer.tensors().values()):
+            raise FloatingPointError(
+                f"The student's weights must be numbers, got NaN or infinity by the end of level {level}. Lower "
+                "`learning_rate`, or set `max_grad_norm`, and begin in another folder; what was finished before stays "
+                f"in '{self.run.path}'."
+            )
+
+    def _check_trainer(self, trainer: Any) -> None:
+        """See that what `make_trainer` gives trains the student, as it is."""
+        if not isinstance(trainer, Trainer):
+            raise TypeError(
+                f"`make_trainer` must give a `transformers.Trainer`, got {type(trainer).__name__}. Return it, "
+                "not yet trained."
+            )
+        given, own = (set(dict(model.named_parameters())) for model in (self.writer.model, trainer.model))
+        if given - own:
+            raise ValueError(
+                f"`make_trainer` must train the student as it is, got one without {len(given - own)} of its weights, "
+                f"such as '{min(given - own)}'. For adapters, use `student_training='lora'` and `peft_config` here."
+            )
 
 
 class _Checkpoints(TrainerCallback):
     """Seal checkpoints when they are whole, and see that one is read back without losing a weight."""
 
-    def __init__(self, writer: Writer, processes: Processes, checkpoint: Path | None) -> None:
+    def __init__(self, writer: Writer, processes: Processes, checkpoint: str | None) -> None:
         self.writer, self.processes, self.checkpoint = writer, processes, checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load by `from_pretrained`: the Trainer passes over names that it does not find, with a line in the log."""
-        if self.checkpoint is not None and (self.checkpoint / "config.json").is_file():
+        if self.checkpoint is not None and Path(self.checkpoint, "config.json").is_file():
             read_back(self.writer.model, self.checkpoint, lambda: None, is_sharded=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -652,26 +434,19 @@ class _Checkpoints(TrainerCallback):
             seal_checkpoint(folder, {"num_processes": self.processes.count})
 
 
-# ── what is given ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _check_pool(pool: Any, function: str) -> None:
-    if not isinstance(pool, AnswerPool):
-        raise TypeError(
-            f"`{function}` needs an `AnswerPool` of answers in words, got {type(pool).__name__}. Ask the teachers by "
-            "`build_answers`, or give a pool of labels to `CoSupervisedTrainer`."
-        )
+# ── what makes a run what it is ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def _changed(args: TrainingArguments, purpose: str) -> dict[str, Any]:
     """Arguments that are not what they are by default, and count for a purpose."""
-    plain = (bool, int, float, str, list, dict, type(None))
-    values = {
-        item.name: getattr(args, item.name)
-        for item in fields(args)
-        if item.init and item.name not in fields_without(purpose) and getattr(args, item.name) != default_of(item)
-    }
-    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
+    found = {}
+    for item in fields(args):
+        value, default = getattr(args, item.name), default_of(item)
+        # Nothing may be written as `None`, `False` or an empty list, and settings that nobody gave as their defaults.
+        is_default = value == default or not (value or default) or value == AcceleratorConfig()
+        if item.init and item.name not in fields_without(purpose) and not is_default:
+            found[item.name] = value
+    return found
 
 
 def _pool_digest(pool: AnswerPool) -> str:

@@ -10,13 +10,13 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from ..files import explain_full_disk, without_nan, write_text
@@ -35,13 +35,22 @@ RUN_DIR = "_run"
 _STORY = ("global_step", "epoch", "total_flos", "log_history")
 
 
+@dataclass(frozen=True)
+class OneRound:
+    """What a run is told whose levels are trained once, and nothing beside them."""
+
+    rounds_per_level: int = 1
+    self_training_rounds: int = 0
+    cross_fit_folds: int = 0
+
+
 class TrainingRun:
     """Go through the stages of a run, keep what is finished, and know what is not."""
 
     def __init__(
         self,
         path: Path,
-        args: CoSupervisedConfig,
+        args: CoSupervisedConfig | OneRound,
         num_levels: int,
         facts: dict[str, Any],
         processes: Processes | None = None,
@@ -344,19 +353,23 @@ class TrainingRun:
 def describe_settings(
     args: CoSupervisedConfig, pool: PseudolabelPool, student: Callable[[], str], functions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Tell what must be the same for a run to be gone on with."""
+    """Tell what must be the same for a run of labels to be gone on with."""
+    changed = {name: value for name, value in args.changed_arguments().items() if name not in fields_without("resume")}
+    return settings_of(args, {"data_seed": args.data_seed, **changed}, pool_digest(pool), student(), functions)
+
+
+def settings_of(
+    args: TrainingArguments, changed: Mapping[str, Any], pool: str, student: str, functions: Mapping[str, str]
+) -> dict[str, Any]:
+    """Tell what must be the same for a run to be gone on with, of digests and of what was chosen."""
     # They are compared with what JSON gives back: an enum or a class is written as its text.
     plain = (bool, int, float, str, list, dict, type(None))
-    arguments = {
-        name: value if isinstance(value, plain) else str(value)
-        for name, value in args.changed_arguments().items()
-        if name not in fields_without("resume")
-    }
+    arguments = {name: value if isinstance(value, plain) else str(value) for name, value in changed.items()}
     return {
-        "arguments": {"seed": args.seed, "data_seed": args.data_seed, **arguments},
+        "arguments": {"seed": args.seed, **arguments},
         "functions": dict(functions),
-        "pool": pool_digest(pool),
-        "student": student(),
+        "pool": pool,
+        "student": student,
         "num_processes": args.world_size,
         "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "versions": versions(),

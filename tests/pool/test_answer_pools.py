@@ -66,6 +66,12 @@ def test_reading(tmp_path: Path) -> None:
     assert "AnswerPool.load" in card and "| `finish_reason` |" in card and "label_probs" not in card
 
 
+def test_columns_of_a_table() -> None:
+    table = Dataset.from_dict({"question": PROMPTS, **ANSWERS})
+    pool = AnswerPool.from_answers(table.select_columns([*ANSWERS]), inputs=table.select_columns(["question"]))
+    assert pool.hierarchy.names == (*ANSWERS,) and pool.texts("sums") == ANSWERS["sums"] and pool.prompts() == PROMPTS
+
+
 def test_teachers_in_another_order_are_joined_by_id() -> None:
     pool = make_pool()
     turned = pool.teachers["sums"].select([3, 1, 2, 0])
@@ -207,14 +213,18 @@ def test_an_export_tells_whose_answers_it_holds() -> None:
         (lambda pool: AnswerPool.from_answers({"a": ["x\0"]}, ["p"]), "without NUL .* got 'x.x00' of id 0"),
         (lambda pool: AnswerPool.from_answers({"a": ["\ud800"]}, ["p"]), "halves of characters"),
         (
+            lambda pool: AnswerPool.from_answers({"a": ["x", NAN, 4]}),
+            r"text or None, got nan of id 1 \(2 such",
+        ),
+        (
             lambda pool: AnswerPool.from_answers({"a": ["x"]}, ["p", "q"]),
             r"for each of the 1 ids, got {'the prompts': 2}",
         ),
-        (lambda pool: AnswerPool(pool.hierarchy, pool.teachers).prompts(), "must hold its prompts, got one without"),
+        (lambda pool: AnswerPool(pool.hierarchy, pool.teachers).prompts(), "must hold its prompts, got none"),
     ],
 )
 def test_bad_calls(call: Any, message: str) -> None:
-    with pytest.raises((ValueError, KeyError), match=message):
+    with pytest.raises((ValueError, KeyError, TypeError), match=message):
         call(make_pool())
 
 

@@ -181,3 +181,17 @@ def test_bad_arguments_are_one_clear_error(tmp_path, monkeypatch, arguments, mes
     with pytest.raises(ValueError, match=message):
         benchmark.main(arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_work_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen: list[Path] = []
+    measure = benchmark.Section(
+        lambda bench: seen.append(bench.folder) or [task_module.Row("x", [1.0], comparison="ours")]
+    )
+    monkeypatch.setitem(benchmark.SECTIONS, "gather", measure)
+    benchmark.main(["--sections", "gather", "--work_dir", "missing/folder", "--threads", "1"])
+    assert [folder.parent for folder in seen] == [Path("missing/folder")]
+    with pytest.raises(OSError, match="`work_dir` must be a folder that can be written, got 'benchmark.json'"):
+        benchmark.main(["--sections", "gather", "--work_dir", "benchmark.json", "--threads", "1"])
+    assert len(seen) == 1

@@ -198,7 +198,9 @@ def test_answers_beyond_the_context(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer, pool = make_model(), make_tokenizer(), make_pool(5, levels=(0,))
     pool = changed(pool, {"t0": [*pool.texts("t0")[:3], "ab" * 40, pool.texts("t0")[4]]})
 
-    with pytest.raises(ValueError, match=r"must fit into the 64 tokens .* got \d+ of 't0' for id 3\. .*`too_long`"):
+    with pytest.raises(
+        ValueError, match=r"into the 64 tokens .* got \d+ of 't0' for id 3 \(1 such among 5 .*`too_long`"
+    ):
         score_answers(model, pool, tokenizer=tokenizer)
     skipped = score_answers(model, pool, tokenizer=tokenizer, too_long="skip")
     cut = score_answers(model, pool, tokenizer=tokenizer, too_long="cut")
@@ -279,7 +281,9 @@ def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
     assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in card and "| `learning_rate` | `0.01` |" in card
+    assert "`accelerator_config`" not in card and "_checkpointing`" not in card  # what nobody has set
+    assert repr(result) == f"CoSupervisedWriter({type(result.model).__name__}, 2 levels, in '{tmp_path / 'out'}')"
 
 
 def test_a_sequence_to_sequence_student(tmp_path: Path) -> None:
@@ -290,18 +294,20 @@ def test_a_sequence_to_sequence_student(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rejection", ["loss_rank", "same_answer"])
-def test_rejection_keeps_as_many_as_agree(tmp_path: Path, rejection: str) -> None:
+def test_rejection_keeps_as_many_as_agree(tmp_path: Path, rejection: str, caplog: pytest.LogCaptureFixture) -> None:
     pool, made = make_pool(), []
 
     def normalize(text: str) -> str:
         made.append(text)
         return text[:1]
 
-    result = run(tmp_path / "out", pool=pool, rejection=rejection, normalize=normalize, args={"num_train_epochs": 8})
+    options = {"normalize": normalize, "max_new_tokens": 2, "args": {"num_train_epochs": 8}}
+    result = run(tmp_path / "out", pool=pool, rejection=rejection, **options)
 
     kept, num_steps = result.kept[1], [record["num_steps"] for record in result.history.records]
     assert 0 < kept.sum() < len(pool) and result.kept[0].all()
     assert num_steps[0] == 48 and abs(num_steps[1] - 48) <= 8  # about as many of fewer examples
+    assert any("of the student itself do not end within `max_new_tokens` 2, " in text for text in caplog.messages)
     if rejection == "loss_rank":
         student = run(tmp_path / "first", pool=root_of(pool), args={"num_train_epochs": 8}).model
         per_token = score_answers(student, pool, tokenizer=make_tokenizer()).per_token
@@ -361,6 +367,65 @@ def test_a_level_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: p
     result = run(tmp_path / "cut", resume_from_checkpoint=True, **copy.deepcopy(often))
 
     assert steps == [*range(1, 7), *range(1, 6), 5, 6] and same_weights(result, whole)
+
+
+def test_trl_trains_every_level_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl")
+    tokenizer, pool, steps = make_tokenizer(), make_pool(), []
+
+    def train(folder: Path, **options: Any) -> Any:
+        args = make_args(folder, save_strategy="steps", save_steps=2)
+        return co_supervise_answers(
+            make_model(),
+            pool,
+            args,
+            tokenizer=tokenizer,
+            make_trainer=lambda model, dataset, args: trl.SFTTrainer(
+                model, args=args, train_dataset=dataset, processing_class=tokenizer
+            ),
+            **options,
+        )
+
+    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        steps.append(state.global_step)
+        if len(steps) == 11:  # the fifth step of level 1
+            raise Killed
+
+    whole = train(tmp_path / "whole")
+    monkeypatch.setattr(module._Checkpoints, "on_step_end", stop)
+    with pytest.raises(Killed):
+        train(tmp_path / "cut")
+    result = train(tmp_path / "cut", resume_from_checkpoint=True)
+
+    assert steps == [*range(1, 7), *range(1, 6), 5, 6] and same_weights(result, whole)
+    # It learns the answers alone, with their end, as the plain trainer does.
+    plain = run(tmp_path / "plain", pool=pool)
+    assert [at.tolist() for at in result.assigned] == [at.tolist() for at in plain.assigned]
+    for name, value in weights(result).items():
+        torch.testing.assert_close(value, weights(plain)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_every_level_is_trained_in_half_precision_and_asked_without(tmp_path: Path) -> None:
+    model, seen = make_model(), []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda layer, inputs, output: seen.append((layer.training, output.dtype))
+    )
+    run(tmp_path, model=model, args={"bf16": True})
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
+    assert seen.count((True, torch.bfloat16)) == 12  # six steps of either level
+
+
+@pytest.mark.parametrize(
+    ("make_trainer", "message"),
+    [
+        (Trainer, r"`make_trainer` must be a function of a model, a data set and arguments, got <class "),
+        (lambda model, dataset, args: None, r"must give a `transformers\.Trainer`, got NoneType\. Return it"),
+        (lambda model, dataset, args: Trainer(torch.nn.Linear(2, 2), args), r"the student as it is, got .*lm_head"),
+    ],
+)
+def test_makers_of_trainers_that_give_none(tmp_path: Path, make_trainer: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        run(tmp_path, make_trainer=make_trainer)
 
 
 def test_of_several_roots_the_student_as_it_came_chooses(tmp_path: Path) -> None:
@@ -431,6 +496,20 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     for window, model in ((0, make_model()), (2, make_model("t5"))):
         with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):
             score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
+
+
+def test_what_a_level_cannot_read_is_said_before_any_is_trained(tmp_path: Path) -> None:
+    pool = make_pool()
+    pool = changed(pool, {"t2": ["ab" * 40, *pool.texts("t2")[1:]]})
+    with pytest.raises(ValueError, match=r"got \d+ of 't2' for id 0 \(1 such among 24 answers\)"):
+        run(tmp_path, pool=pool)
+    assert not list(tmp_path.rglob("level-*"))
+
+
+def test_a_student_of_nan_is_no_finished_level(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"got NaN or infinity by the end of level 0\. Lower `learning_rate`"):
+        run(tmp_path, args={"learning_rate": 1e38})
+    assert not list(tmp_path.rglob("stage.json"))
 
 
 def test_a_pool_of_the_other_kind(tmp_path: Path, tiny_vit: str) -> None:
