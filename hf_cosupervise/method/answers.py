@@ -120,10 +120,36 @@ def random_answered(groups: np.ndarray, seed: int) -> np.ndarray:
     return np.where((groups >= 0).any(axis=1), draws.argmax(axis=1), NOBODY).astype(np.int64)
 
 
+def joining_rates(groups: np.ndarray) -> np.ndarray:
+    """Measure how often each teacher joins an answer that at least two others give, float64 `(num_teachers,)`.
+
+    It tells whom to believe where nobody knows the truth: right answers are alike, and wrong ones mostly are not. Only
+    examples count that the teacher answered, one added on either side; 0.5 where there are none.
+
+    Args:
+        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
+            As [`group_answers`] gives them.
+
+    Examples:
+        >>> joining_rates(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])).tolist()
+        [0.75, 0.6, 0.75]
+    """
+    same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, :, None]
+    counts = same.sum(axis=2)  # of those who say what a teacher says, itself among them
+    rates = np.empty(groups.shape[1])
+    for teacher in range(len(rates)):
+        agreed = ((counts - same[:, :, teacher] >= 2) & (np.arange(len(rates)) != teacher)).any(axis=1)
+        agreed &= groups[:, teacher] >= 0
+        joined = counts[agreed, teacher] >= 3
+        rates[teacher] = (joined.sum() + 1) / (agreed.sum() + 2)
+    return rates
+
+
 def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Let the answer that most teachers gave be spoken by the most confident of them.
 
-    Of several that are as frequent, the one of the most confident teacher counts; without confidences, the first.
+    Of several that are as frequent, the one of the most confident teacher counts; where nobody knows how sure they
+    are, the one of the teacher that joins others most often, see [`joining_rates`].
 
     Args:
         groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
@@ -144,7 +170,8 @@ def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> 
     sure = np.zeros(groups.shape) if confidences is None else np.nan_to_num(confidences, nan=-np.inf)
     # A teacher of the majority speaks in any case, also where nobody knows how sure it is.
     speaks = counts == most[:, None]
-    speaks &= sure == sure.max(axis=1, initial=-np.inf, where=speaks, keepdims=True)
+    for better in (sure, np.broadcast_to(joining_rates(groups), groups.shape)):
+        speaks &= better == better.max(axis=1, initial=-np.inf, where=speaks, keepdims=True)
     speaker = np.where(most > 0, speaks.argmax(axis=1), NOBODY).astype(np.int64)
     return speaker, (most / np.maximum((groups >= 0).sum(axis=1), 1)).astype(np.float32)
 

@@ -267,7 +267,7 @@ class WrittenPool(TeacherPool):
         Args:
             method (`str`):
                 `"generalist"` (the first of the hierarchy with an answer), `"majority"` (ties go to the most confident
-                teacher), `"longest_agreement"` (for long answers), or `"random"`.
+                teacher, see [`majority_vote`]), `"longest_agreement"` (for long answers), or `"random"`.
             normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
                 Which answers are the same for `"majority"`: `"exact"`, `"number"`, `"boxed"`, or a function of one.
             seed (`int`, *optional*, defaults to 0):

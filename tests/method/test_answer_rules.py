@@ -9,6 +9,7 @@ from hf_cosupervise.method.answers import (
     find_normalizer,
     first_answered,
     group_answers,
+    joining_rates,
     longest_agreement,
     majority_vote,
     pair_assigned,
@@ -61,9 +62,25 @@ def test_majority_goes_to_its_most_confident_teacher_and_ties_to_the_more_confid
     groups = np.array([[0, 1, 1], [0, 1, -1], [0, 1, 2], [-1, -1, -1], [0, 1, 1]])
     sure = np.array([[9, 1, 2], [1, 3, 9], [NAN, NAN, NAN], [1, 1, 1], [9, NAN, 2]], dtype=float)
     speakers, shares = majority_vote(groups, sure)
-    assert speakers.tolist() == [2, 1, 0, -1, 2]
+    assert speakers.tolist() == [2, 1, 1, -1, 2]  # the third by the rates below
     np.testing.assert_allclose(shares, [2 / 3, 1 / 2, 1 / 3, 0, 2 / 3], rtol=1e-6)
-    assert majority_vote(groups)[0].tolist() == [1, 0, 0, -1, 1]
+    # The first never joins the two others where they agree (1 of 4); these never could (1 of 2).
+    assert joining_rates(groups).tolist() == [0.25, 0.5, 0.5]
+    assert majority_vote(groups)[0].tolist() == [1, 1, 1, -1, 1]
+
+
+def test_a_tie_of_unknown_confidences_goes_to_whom_others_mostly_say_the_same_as():
+    truth, draw = np.zeros(600, dtype=int), np.random.default_rng(0)
+    skills = (0.3, 0.5, 0.8, 0.4)
+    wrong = draw.integers(1, 500, (600, 4))
+    groups = np.where(draw.random((600, 4)) < skills, 0, wrong)
+    assert joining_rates(groups).argmax() == 2
+    ties = [row for row in range(600) if len(set(groups[row])) == 4]
+    assert len(ties) > 100 and set(majority_vote(groups)[0][ties].tolist()) == {2}
+    speakers, shares = majority_vote(groups)
+    said = groups[np.arange(600), speakers]
+    by_the_first = np.where(shares == 0.25, groups[:, 0], said)
+    assert (said == truth).mean() > (by_the_first == truth).mean() + 0.1
 
 
 def test_first_and_random():
