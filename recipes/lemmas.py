@@ -1,7 +1,10 @@
 """Lemmas of unrelated languages, the language hidden: whose answer does a student that writes trust?
 
-    python recipes/lemmas.py                                       # four languages, one seed: five minutes
-    python recipes/lemmas.py --full --seeds 0 1 2 3 4 --output_dir outputs/lemmas_full                   # half an hour
+    python recipes/lemmas.py                                            # four languages, one seed: minutes
+    python recipes/lemmas.py --full --seeds 0 1 2 3 4 --output_dir outputs/lemmas_full             # half an hour
+
+Two processes of one thread each share the work: of the first command six minutes on cores that others use too, added
+up. The figures are those of one process.
 
 Teachers are tiny Llamas of letters that were pre-trained on unlabelled words: a generalist that has seen a few labels
 of each language, and a specialist for each language that has seen as many of its own. The student is larger and
