@@ -1,7 +1,10 @@
 """Lemmas of unrelated languages, the language hidden: whose answer does a student that writes trust?
 
-    python recipes/lemmas.py                                       # four languages, one seed: five minutes
-    python recipes/lemmas.py --full --seeds 0 1 2 3 4 --output_dir outputs/lemmas_full                   # half an hour
+    python recipes/lemmas.py                                            # four languages, one seed: minutes
+    python recipes/lemmas.py --full --seeds 0 1 2 3 4 --output_dir outputs/lemmas_full             # half an hour
+
+Two processes of one thread each share the work: of the first command six minutes on cores that others use too, added
+up. The figures are those of one process.
 
 Teachers are tiny Llamas of letters that were pre-trained on unlabelled words: a generalist that has seen a few labels
 of each language, and a specialist for each language that has seen as many of its own. The student is larger and
@@ -167,10 +170,10 @@ def words_of(data: Any, *parts: str, language: str | None = None) -> list[str]:
     return sorted({word for row in rows for word in (row["form"], row["lemma"])})
 
 
-def make_models(
+def make_hierarchy(
     data: Any, tokenizer: PreTrainedTokenizerFast, folder: Path, seed: int, plan: Plan, workers: Executor
 ) -> tuple[TeacherHierarchy, Teacher]:
-    """Pre-train the student, and train a generalist, the specialists, and one more teacher that has all labels."""
+    """Train a generalist and the specialists, and one more teacher that has all of their labels."""
     draw, labelled = random.Random(seed), {}
     for language in plan.languages:
         rows = [(row["form"], row["lemma"]) for row in data["teachers"] if row["language"] == language]
@@ -178,20 +181,18 @@ def make_models(
     share = NUM_LABELS // len(plan.languages)
     parts = {"root": [pair for own in labelled.values() for pair in own[:share]], **labelled}
     parts["all_labels"] = [pair for own in labelled.values() for pair in own]
-    words = words_of(data, "teachers", "pool")
-    made = [workers.submit(pretrain, plan.student, words, tokenizer, plan.student_steps, folder / "student-base")]
     bases = {"base": (words_of(data, "teachers"), plan.root_steps)}
     if plan.specialist_steps is not None:
         for name in plan.languages:
             bases[f"base-{name}"] = words_of(data, "teachers", "pool", language=name), plan.specialist_steps
     begun = [
-        workers.submit(pretrain, plan.teacher, words, tokenizer, steps, folder / "teachers" / name)
+        workers.submit(pretrain, plan.teacher, words, tokenizer, steps, folder / name)
         for name, (words, steps) in bases.items()
     ]
     wait(begun)
-    teachers = []
+    teachers, made = [], []
     for name, pairs in parts.items():
-        path, base = folder / "teachers" / f"{name}-{seed}", f"base-{name}" if f"base-{name}" in bases else "base"
+        path, base = folder / f"{name}-{seed}", f"base-{name}" if f"base-{name}" in bases else "base"
         size = (500, 64) if name == "all_labels" else (250, 32)
         made.append(workers.submit(teach, path, path.with_name(base), pairs, tokenizer, size, seed))
         teachers.append(Teacher(str(path), name=name, level=int(name in labelled), options=OPTIONS))
@@ -236,7 +237,9 @@ def run_seed(
     """One seed: teachers, their answers, students of all methods, measured on the test once; and what opens ours."""
     letters = sorted({letter for part in data.values() for row in part for letter in row["form"] + row["lemma"]})
     tokenizer = make_tokenizer(letters)
-    hierarchy, all_labels = make_models(data, tokenizer, folder, seed, plan, workers)
+    base, words = folder / "student-base", words_of(data, "teachers", "pool")
+    pretrained = workers.submit(pretrain, plan.student, words, tokenizer, plan.student_steps, base)
+    hierarchy, all_labels = make_hierarchy(data, tokenizer, folder / "teachers", seed, plan, workers)
     pool_rows = draw_rows(data["pool"], plan.languages, plan.num_pool, seed)
     test = draw_rows(data["test"], plan.languages, plan.num_test, seed)
     pool = build_answers(pool_rows.select_columns(["id", "prompt"]), hierarchy, batch_size=128, disable_tqdm=True)
@@ -251,9 +254,10 @@ def run_seed(
     }
     pools = {name: AnswerPool.from_answers({name: some}, pool.prompts()) for name, some in answers.items()}
     students = {
-        name: (folder / "student-base", used, folder / f"seed-{seed}" / name, seed, plan.student_epochs)
+        name: (base, used, folder / f"seed-{seed}" / name, seed, plan.student_epochs)
         for name, used in {**pools, "csl": pool}.items()
     }
+    pretrained.result()
     jobs = {name: workers.submit(train_student, *student) for name, student in students.items()}
     chosen = {name: job.result() for name, job in jobs.items()}["csl"]
     answers["csl"] = [row[at] for row, at in zip(by_row, chosen)]
