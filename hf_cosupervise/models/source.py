@@ -142,7 +142,7 @@ class ModelSource:
         with whole_weights(self):
             for name in sorted(weights):
                 # Before any library opens it, by a reader that knows no other format.
-                check_safetensors(self.folder / name)
+                check_safetensors(self.folder / name, is_plain="quantization_config" not in self.config)
         check_processor_files(self.folder, self.what)
 
     @property
