@@ -191,7 +191,7 @@ class InputProcessor:
             if not (batch := self(cells, second)) or self.is_text and "input_ids" not in batch:
                 raise ValueError(f"none of what a model reads, but {self.input_names}")
             return batch
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             kind = "texts" if self.is_text else "images"
             raise ValueError(
                 f"{self.what} must be able to prepare {kind}, got {type(error).__name__}: {str(error).rstrip('.')}. "

@@ -22,6 +22,7 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "chat_temp
 
 # Lists are made of these numbers before there is any layer to count, and images of those. Nobody publishes as many.
 _COUNT = re.compile(r"\w*(layers?|blocks?|depths?|stages?|experts?|labels|classes)")
+_PIXELS = re.compile(r"(shortest|longest)_edge|(min|max)_pixels")
 _SIDE = re.compile(r"height|width|size|(crop|pad|input|img|image)_size")  # an edge may be a number of pixels
 # With fewer of these than one, a model is built all the same, and answers something else.
 _AT_LEAST_ONE = (
@@ -117,6 +118,8 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
             raise _other_file(what, where, value)
         elif _COUNT.fullmatch(key):
             _check_numbers(value, _MAX_LABELS if key.endswith(("labels", "classes")) else _MAX_COUNT, what, where)
+        elif _PIXELS.fullmatch(key):
+            _check_numbers(value, _MAX_SIDE**2, what, where)
         elif _SIDE.fullmatch(key) and name != "tokenizer_config.json":
             _check_numbers(value, _MAX_SIDE, what, where)
 

@@ -130,9 +130,9 @@ def load_pinned_student(
     _check_backbone(student, loading, source.repo, training)
     check_no_layer_left(source, student, loading["unexpected_keys"])
     check_finite(source, student)
-    if is_vector and not bool((student.backbone.scale > 0).all()):
+    if is_vector and not bool(((student.backbone.scale > 0) & student.backbone.scale.isfinite()).all()):
         raise ValueError(
-            f"{source.what} must divide by spreads above 0, got others as `backbone.scale` in '{source.place}'. Save "
+            f"{source.what} must divide by finite spreads above 0, got others as `backbone.scale` in '{source.place}'. Save "
             "the model again."
         )
     source.name_after(student)

@@ -30,10 +30,10 @@ from ..pool.answers import AnswerPool
 from ..processes import Processes, join_processes, row_chunks
 from ..students.publishing import export_student
 from ..students.writing import WRITER_TRAININGS, Scored, Writer
-from .checkpointing import GO_ON, find_checkpoint, read_back, seal_checkpoint
+from .checkpointing import GO_ON, explain_checkpoint, find_checkpoint, read_back, seal_checkpoint
 from .config import fields_without
 from .history import LevelHistory
-from .inherited import default_of
+from .inherited import check_amounts, default_of
 from .plan import LevelPlan
 from .publishing import describe_run, made_of, push
 from .run import RUN_DIR
@@ -401,6 +401,7 @@ def co_supervise_answers(
     _check_pool(pool, "co_supervise_answers")
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"`args` must be `TrainingArguments`, got {type(args).__name__}. Make some first.")
+    check_amounts(args)
     options = _Options(rule, rejection, normalize, window, max_new_tokens, too_long, student_training)
     options.check()
     if own := [teacher.name for teacher in pool.hierarchy.teachers if str(student) == teacher.model]:
@@ -623,7 +624,9 @@ class _Levels:
             dataset = self.pool.to_sft(assigned=plan.assigned_teacher, kept=plan.keep_mask)
             trainer = self.make_trainer(self.writer.model, dataset, args)
         trainer.add_callback(_Checkpoints(self.writer, self.processes, checkpoint))
-        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        path = None if checkpoint is None else str(checkpoint)
+        with explain_checkpoint(path):
+            output = trainer.train(resume_from_checkpoint=path)
         # Half precision leaves its mark on `forward`, and the next question is asked without it.
         self.writer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         losses = self.processes.gather(torch.tensor(output.training_loss))  # each has seen examples of its own
