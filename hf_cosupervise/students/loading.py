@@ -132,8 +132,8 @@ def load_pinned_student(
     check_finite(source, student)
     if is_vector and not bool(((student.backbone.scale > 0) & student.backbone.scale.isfinite()).all()):
         raise ValueError(
-            f"{source.what} must divide by finite spreads above 0, got others as `backbone.scale` in '{source.place}'. "
-            "Save the model again."
+            f"{source.what} must divide by finite spreads above 0, got others as `scale` in '{source.place}'. Save it "
+            "again."
         )
     source.name_after(student)
     student.float()
