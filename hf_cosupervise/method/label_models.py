@@ -84,8 +84,8 @@ def _check_numbers(facts: dict[str, Any]) -> None:
         most, found = facts.get(count), facts.get(places)
         if type(most) is not int or not 0 <= most <= _MOST:
             raise ValueError(f"{str(most)[:80]} as `{count}`, which must be an integer in 0..{_MOST}")
-        is_list = isinstance(found, list) and all(type(place) is int and 0 <= place < most for place in found)
-        if not is_list or found != sorted(set(found)):
+        numbers = found if isinstance(found, list) else [found]
+        if not all(type(place) is int and 0 <= place < most for place in numbers) or found != sorted(set(numbers)):
             raise ValueError(f"`{places}` that are not different integers below `{count}`, the least first")
     names = facts.get("voter_names")
     if names is not None and (not isinstance(names, list) or len(names) != facts["num_voters"]):

@@ -422,7 +422,8 @@ def compile_template(template: str, name: str) -> jinja2.Template:
     except (jinja2.TemplateSyntaxError, RecursionError) as error:
         raise ValueError(f"{what} must be a template of Jinja, got: {first_line(error)}. Correct it.") from error
     # Before it is compiled: Python's parser takes time that grows exponentially with nested brackets.
-    level, depth = [tree], 0
+    level: list[nodes.Node] = [tree]
+    depth = 0
     while level := [child for node in level for child in node.iter_child_nodes()]:
         if (depth := depth + 1) > _MOST_DEPTH:
             raise ValueError(f"{what} must be nested at most {_MOST_DEPTH} deep, got more. Write it in fewer steps.")
