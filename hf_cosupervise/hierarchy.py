@@ -346,7 +346,9 @@ def _freeze(value: Any, what: str) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_freeze(item, what) for item in value)
     is_text = isinstance(value, str) and is_writable_text(value)
-    is_number = isinstance(value, bool | int) or isinstance(value, float) and math.isfinite(value)
+    is_number = isinstance(value, float) and math.isfinite(value)
+    # As many digits as any JSON of ours may hold.
+    is_number = is_number or isinstance(value, bool | int) and abs(value) < 10**60
     if not is_text and not is_number and value is not None:
         raise TypeError(
             f"{what} must be plain values (texts, finite numbers, true, false, null, lists and mappings of them), got "

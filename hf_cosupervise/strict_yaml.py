@@ -13,6 +13,9 @@ _WORDS = ("true", "false")
 # What YAML 1.1 and 1.2 both take for that number; and what 1.1 takes for text and 1.2 for a number.
 _NUMBERS = {"int": re.compile(r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+"), "float": re.compile(r"[^:_]+")}
 _NUMBER_ELSEWHERE = re.compile(r"[-+]?0o?[0-9]+")
+# A value may be written once and named often, so that a kilobyte grows beyond all memory when it is copied or told.
+_MOST_VALUES = 1_000_000
+_MOST_CHARACTERS = 1 << 24  # read one by one
 
 
 class _OneMeaning:
@@ -34,6 +37,15 @@ class _OneMeaning:
 
 class _StrictLoader(_OneMeaning, yaml.SafeLoader):
     """Refuse a repeated key, of which YAML would silently take the last, and what holds itself."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        known: dict[int, int] = {}
+        if node is not None and _num_values(node, known) > _MOST_VALUES + len(known):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it stands for more than {_MOST_VALUES:,} values, for its parts name each other"
+            )
+        return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         return super().construct_object(node, deep=True)  # else lists and mappings are filled after their checks
@@ -63,6 +75,8 @@ _StrictLoader.add_constructor(_AMBIGUOUS, _StrictLoader.construct_ambiguous)
 
 def parse_yaml(text: str) -> Any:
     """Read YAML that people write: each key once, nothing that holds itself or has two meanings, no code."""
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"it has {len(text):,} characters, more than {_MOST_CHARACTERS:,}.")
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except RecursionError as error:
@@ -76,6 +90,16 @@ def parse_yaml(text: str) -> Any:
 def dump_yaml(values: Any) -> str:
     """Write YAML that [`parse_yaml`] reads as the same values, keys in their order."""
     return yaml.dump(values, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True)
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a part stands for where what it names is written out; what names itself is refused later."""
+    if id(node) not in known:
+        known[id(node)] = 0
+        children = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else []
+        children += node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = 1 + sum(_num_values(child, known) for child in children)
+    return known[id(node)]
 
 
 def _find_repeated(keys: list[Any]) -> list[Any]:

@@ -31,6 +31,7 @@ from test_features import Counter
 from test_hostile_data import change_header, choose
 from test_hostile_data import make_pool as make_small_pool
 from test_hostile_models import Payload, load_low, marker, save_adapter
+from test_prompted import save_language_model
 from test_run_folder import run
 from test_trainer import make_args, make_pool
 
@@ -44,6 +45,7 @@ from hf_cosupervise import (
     load_hierarchy,
     load_label_model,
     load_student,
+    make_label_model,
     push_hierarchy,
     read_wrench,
 )
@@ -51,8 +53,13 @@ from hf_cosupervise.arguments import parse_recipe_args, read_recipe_config
 from hf_cosupervise.data.loading import find_data
 from hf_cosupervise.files import file_digest
 from hf_cosupervise.hub.cards import model_card, write_card
+from hf_cosupervise.models import chat
+from hf_cosupervise.models.classifier import load_processor
+from hf_cosupervise.models.source import find_model
 from hf_cosupervise.processes import Processes
 from hf_cosupervise.students import features
+from hf_cosupervise.teachers.kinds.prompted import compile_template
+from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
 from hf_cosupervise.training.checkpointing import last_checkpoint
 from hf_cosupervise.training.run_folder import DIGESTS, _json_digest
 
@@ -458,6 +465,143 @@ for name, text, words in [
     ("twice", '{"model": "a", "model": "b"}', "the key 'model' twice"),
 ]:
     DOORS[f"label-model-{name}"] = partial(text_with, "model.json", text, load_label_model), words
+
+# What names itself over and over: a kilobyte that stands for more values than any memory holds.
+LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(12))
+MERGES = "a0: &a0 {k: 1}\n" + "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12))
+for name, text in {"laughs": LAUGHS, "merges": MERGES}.items():
+    words = "more than 1,000,000 values"
+    DOORS[f"hierarchy-{name}"] = partial(text_with, "x.yaml", text, TeacherHierarchy.load), words
+    DOORS[f"recipe-{name}"] = partial(text_with, "x.yaml", text, from_recipe), words
+DOORS["hierarchy-long"] = partial(text_with, "x.yaml", "a: " + "x" * (1 << 24), TeacherHierarchy.load), "characters"
+
+
+def label_model_with(change: dict[str, Any], place: Place) -> Callable[[], Any]:
+    place.folder.mkdir()
+    path = place.folder / "model.json"
+    make_label_model("dawid_skene").fit([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]]).save(path)
+    assert load_label_model(path).num_voters == 3
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return lambda: load_label_model(path)
+
+
+LABEL_MODEL_CHANGES: dict[str, dict[str, Any]] = {
+    "labels": {"num_labels": 10**12},
+    "labels-negative": {"num_labels": -1},
+    "labels-true": {"num_labels": True},
+    "labels-text": {"num_labels": "2"},
+    "voters": {"num_voters": 10**12},
+    "voters-fewer": {"num_voters": 2},
+    "names": {"voter_names": ["a"]},
+    "named-outside": {"named": [0, 7]},
+    "named-order": {"named": [1, 0]},
+    "named-twice": {"named": [0, 0]},
+    "speakers-outside": {"speakers": [0, 1, 9]},
+    "speakers-text": {"speakers": "012"},
+    "parameters-none": {"parameters": {}},
+    "parameters-list": {"parameters": [1]},
+    "parameters-text": {"parameters": {"prior": "x", "confusion": "y"}},
+    "parameters-shape": {"parameters": {"prior": [0.5, 0.5], "confusion": [[1.0]]}},
+    "parameters-zero": {"parameters": {"prior": [0.0, 0.0], "confusion": [[0.0, 0.0]] * 6}},
+    "silence": {"silence_is_answer": "no"},
+    "settings-unknown": {"settings": {"zz": 1}},
+    "settings-text": {"settings": {"max_iterations": "x"}},
+    "settings-list": {"settings": [1]},
+}
+for name, changes in LABEL_MODEL_CHANGES.items():
+    DOORS[f"label-model-{name}"] = partial(label_model_with, changes), "must be a label model as `save` wrote it, got:"
+
+
+# Classifiers of texts that would open files, and an archive that is larger than it looks.
+def sklearn_texts(change: Callable[[Any, Path], Any], place: Place) -> Callable[[], Any]:
+    text, linear = pytest.importorskip("sklearn.feature_extraction.text"), pytest.importorskip("sklearn.linear_model")
+    pipeline, rows = pytest.importorskip("sklearn.pipeline"), ["the ant", "a bee", "cats", "dogs"]
+    union = pipeline.make_union(text.CountVectorizer(), text.TfidfVectorizer())
+    model = pipeline.make_pipeline(union, linear.LogisticRegression()).fit(rows, list(TINY_LABELS))
+    change(model, place.folder)
+    save_sklearn_teacher(model, place.folder, {"kind": "text"})
+    return lambda: load_low(place.folder)
+
+
+def input_of(position: int, value: str) -> Callable[[Any, Path], Any]:
+    return lambda model, folder: setattr(model[0].transformer_list[position][1], "input", value)
+
+
+def sklearn_packed(place: Place) -> Callable[[], Any]:
+    enter = sklearn_texts(lambda model, folder: None, place)
+    with zipfile.ZipFile(place.folder / "model.skops", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("schema.json", b" " * ((1 << 26) + 1))
+    return enter
+
+
+for name, position, value in [("first", 0, "filename"), ("second", 1, "file"), ("other", 1, "of tomorrow")]:
+    DOORS[f"sklearn-opens-{name}"] = partial(sklearn_texts, input_of(position, value)), "opens them as names of files"
+DOORS["sklearn-content"] = partial(sklearn_texts, lambda model, folder: None), ""
+DOORS["sklearn-packed"] = sklearn_packed, "67,108,865 bytes packed into"
+
+# Templates of prompts, which come with a hierarchy.
+TEMPLATES = {
+    "join": ("{{ text|join(text)|join(text)|join(text) }}", "`join` of something else than `labels`"),
+    "join-labels": ("{{ text }}{{ labels|join(labels|join(text)) }}", "`join` of something else than `labels`"),
+    "join-text": ("{{ text }}{{ labels|join(text) }}", "`join` of something else than `labels`"),
+    "join-attribute": ("{{ text }}{{ labels|join(attribute='x') }}", "`join` of something else than `labels`"),
+    "deep-not": ("{% if " + "not " * 300 + "text %}a{% endif %}{{ text }}", "nested at most 50 deep"),
+    "deep-filter": ("{{ text" + "|lower" * 150 + " }}", "nested at most 50 deep"),
+    "deep-if": ("{% if text %}" * 150 + "{{ text }}" + "{% endif %}" * 150, "nested at most 50 deep"),
+    "deep-and": ("{% if " + "text and " * 3000 + "text %}a{% endif %}{{ text }}", "must be"),
+    "powers": ("{{ 10**10**10 }}{{ text }}", "got `Pow`"),
+    "products": ("{{ text * 10 }}", "got `Mul`"),
+    "loops": ("{% for a in text %}{{ text }}{% endfor %}", "got `For`"),
+}
+for name, (text, words) in TEMPLATES.items():
+    DOORS[f"template-{name}"] = partial(lambda text, place: lambda: compile_template(text, "low"), text), words
+DOORS["template-labels"] = lambda place: lambda: compile_template("{{ text }}{{ labels|join(', ') }}", "low"), ""
+
+
+# Chat templates, which come with a tokenizer.
+def chat_with(template: str, place: Place) -> Callable[[], Any]:
+    save_language_model(place.folder, "llama", "chat")
+    tokenizer = load_processor(find_model(str(place.folder), what="The model"), place.folder, is_text=True)
+    tokenizer.chat_template = template.replace("MARKER", str(marker(place.folder)))
+    monkeypatch = place.request.getfixturevalue("monkeypatch")
+    monkeypatch.setattr(chat, "_MOST_SECONDS", 0.3)
+    monkeypatch.setattr(chat, "_MOST_BYTES", 1 << 27)
+    return lambda: read_chat(tokenizer)
+
+
+def read_chat(tokenizer: Any) -> str:
+    try:
+        return chat.apply_chat_template(tokenizer, [{"role": "user", "content": "a text"}])
+    except chat.ChatTemplateError as error:
+        raise ValueError(f"{error}.") from error
+
+
+CALLS_ITSELF = "{% macro m(n) %}{% if n > 0 %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(80) }}"
+GROWS = "{% set n = namespace(x='aaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+CHATS = {
+    "loops": (LOOPS, "takes more than"),
+    "calls": (CALLS_ITSELF, "takes more than"),
+    "grows": (GROWS, "takes more than"),
+    "recursion": ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "calls itself, or takes too much memory"),
+    "powers": ("{{ 10**10**9 }}", "computes powers"),
+    "code": ("{{ cycler.__init__.__globals__.os.mkdir('MARKER') }}", "is unsafe"),
+    "file": ("{% include '/etc/passwd' %}", "no loader"),
+    "raises": ("{{ raise_exception('no user here') }}", "no user here"),
+    "broken": ("{% for %}", "Expected an expression"),
+    "usual": ("{% for m in messages %}**{{ m.role }}**: {{ m.content }}{% endfor %}", ""),
+}
+for name, (text, words) in CHATS.items():
+    DOORS[f"chat-{name}"] = partial(chat_with, text), words
+
+
+def test_a_chat_template_that_took_too_long_is_not_waited_for_again(tmp_path, request, monkeypatch):
+    enter = chat_with(LOOPS + "again", Place(tmp_path / "model", request))
+    for most in (0.3, 600.0):  # at the second time nobody waits
+        monkeypatch.setattr(chat, "_MOST_SECONDS", most)
+        with pytest.raises(ValueError, match="^it takes more than 10 seconds, or a gigabyte of memory.$"):
+            enter()
+
 
 ROW = '{"label": 0, "weak_labels": [0], "data": {}}'
 for name, text, words in [

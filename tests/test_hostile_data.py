@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
 import json
+import lzma
+import os
 import shutil
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,9 @@ from hub_server import HubServer
 from huggingface_hub import HfApi
 from PIL import Image as PILImage
 
+from hf_cosupervise import AnswerPool, labeling_function
 from hf_cosupervise.data.loading import DataChoice, find_data, load_splits
+from hf_cosupervise.data.local import load_images, load_table
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
 from hf_cosupervise.processes import Processes
@@ -400,3 +407,122 @@ class _Never:
         raise AssertionError("it was asked")
 
     __call__ = prepare
+
+
+# ── plain files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def packed(kind: str) -> bytes:
+    """A line of JSON as an archive."""
+    line, file = b'{"text": "x"}\n', io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("../../data.jsonl", line)
+    elif kind == "tar":
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            member = tarfile.TarInfo("{data}.jsonl")
+            member.size = len(line)
+            archive.addfile(member, io.BytesIO(line))
+    else:
+        file.write({"gzip": gzip, "bz2": bz2, "xz": lzma}[kind].compress(line))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "gzip", "bz2", "xz"])
+def test_an_archive_is_no_table(kind, suffix, tmp_path):
+    (tmp_path / f"a{suffix}").write_bytes(packed(kind))
+    with pytest.raises(ValueError, match=rf"^`dataset` must be a plain table, got an archive, .*\({kind}\)\. Unpack"):
+        load_table(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.csv", b"text,g\na,b,c\nd,e,f\n", "its lines have 3 cells for the 2 names"),
+        ("a.csv", b"text,g\na,b,c\nd\n", "its lines have 3 cells for the 2 names"),
+        ("a.jsonl", b"", "it is empty"),
+        ("a.json", b"\n", "it is empty"),
+        ("a.csv", b"text,g\n", "it is empty"),
+        ("a.jsonl", b'{"a":' + b"[" * 900 + b"]" * 900 + b"}\n", "."),
+        ("a.jsonl", b'{"a": 1, "a": 2}\n', "twice"),
+    ],
+)
+def test_a_table_that_would_be_read_as_another_one(name, content, reason, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^`dataset` must be a table that can be read, got '.*': .*({reason})"):
+        load_table(tmp_path / name)
+
+
+def images_in(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png(10))
+    return folder
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    folder = images_in(tmp_path / "images")
+    os.mkfifo(folder / "b.png")  # whoever opens it waits for ever
+    with pytest.raises(ValueError, match=r"got 1 files in '.*' that are none: \['b.png'\]"):
+        load_images(folder)
+    assert load_images(folder, on_error="missing")["id"] == ["a.png"]
+
+
+def test_linked_folders_of_images_are_listed_once_or_refused(tmp_path):
+    folder, other = images_in(tmp_path / "images"), images_in(tmp_path / "other")
+    (images_in(folder / "more") / "loop").symlink_to(folder)
+    assert load_images(folder)["id"] == ["a.png", "more/a.png"]
+    (folder / "more" / "out").symlink_to(other)
+    with pytest.raises(ValueError, match="a link 'out' that leads out of it"):
+        load_images(folder)
+
+
+def test_a_picture_that_is_a_program_is_not_run(tmp_path, monkeypatch):
+    ran: list[Any] = []
+    monkeypatch.setattr("subprocess.check_call", lambda *command, **options: ran.append(command))
+    file = io.BytesIO()
+    PILImage.new("RGB", (4, 4)).save(file, "EPS")
+    cells = [{"bytes": file.getvalue(), "path": None}, {"bytes": png(9), "path": None}]
+    data = Dataset.from_dict({"image": cells, "root": ["a", "b"]}).cast_column("image", Image())
+    function = labeling_function(lambda row: "a" if row["image"] else None, name="look", version="1")
+    pool = build_pool(data, TeacherHierarchy(["a", "b"], [Teacher(function)]), on_error="missing", disable_tqdm=True)
+    assert pool.answered("look").tolist() == [False, True] and not ran
+
+
+# ── pools of answers ────────────────────────────────────────────────────────────────────────────────────────────────
+
+MESSAGE_OF_PARTS = [{"role": "user", "content": [{"type": "text", "text": "x"}]}]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "sentence"),
+    [
+        ("samples", pa.array([["a\0"], ["b"]]), "must hold no NUL"),
+        ("samples", pa.array([[1], [2]]), "`samples` of 'a' must be lists of texts, got list<item: int64>"),
+        ("samples", pa.array(["a", "b"]), "`samples` of 'a' must be lists of texts, got string"),
+        ("num_tokens", pa.array([-5, 1], pa.int32()), "`num_tokens` of 'a' must be at least 0, got -5"),
+        ("num_tokens", pa.array([2**40, 1]), "not in range"),
+    ],
+)
+def test_answers_that_a_pool_does_not_hold(column, cells, sentence):
+    pool = AnswerPool.from_answers({"a": ["x", "y"]}, ["p", "q"], samples={"a": [["x"], ["y"]]})
+    table = pool.teachers["a"].data.table
+    spoilt = Dataset(pa.table({name: cells if name == column else table[name] for name in table.column_names}))
+    with pytest.raises(ValueError, match=sentence):
+        AnswerPool(pool.hierarchy, {"a": spoilt}, pool.inputs)
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [1, 2],
+        [[1.0], [2.0]],
+        [["x"], ["y"]],
+        [[{"content": "x"}]] * 2,
+        [[{"role": "user", "content": 1}]] * 2,
+        [MESSAGE_OF_PARTS] * 2,
+    ],
+)
+def test_prompts_that_would_be_written_as_python_shows_them(cells):
+    with pytest.raises(ValueError, match="^Prompts must be texts, or lists of messages with the texts `role` and"):
+        AnswerPool.from_answers({"a": ["x", "y"]}, cells)

@@ -102,12 +102,36 @@ def raw(name: str, text: str) -> Spoil:
     return lambda folder: (folder / name).write_text(f'{{"zzz": {text}, ' + (folder / name).read_text().strip()[1:])
 
 
+def with_dtype(dtype: torch.dtype) -> Spoil:
+    """The weights as numbers of another kind, of which libraries would make floats."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        save_file({name: value.to(dtype) for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+
+    return spoil
+
+
+def with_value(value: float) -> Spoil:
+    """A weight in the middle of the model that is no finite number."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / WEIGHTS)
+        name = min(name for name in tensors if tensors[name].ndim > 1 and "classifier" not in name)
+        tensors[name].view(-1)[-1] = value
+        save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+
+    return spoil
+
+
 def drop_weights(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     save_file({"fc.bias": tensors["fc.bias"]}, folder / WEIGHTS)
 
 
 DEEP = "[" * 5000 + "]" * 5000
+PROCESSOR = "preprocessor_config.json"
+DAMAGED_BY = "must have whole weights in '.*', got a damaged file: `.*` in 'model.safetensors' "
 DAMAGED = "must have whole weights in '.*', got a damaged file: '{}' is not of the format that its name says"
 
 
@@ -279,6 +303,49 @@ ROWS: list[tuple[str, str, Spoil, str]] = [
         "vit",
         with_json("processor_config.json", image_processor={"feature_extractor_type": "Trainer"}),
         "must be read by a class of its own kind, got `image_processor.feature_extractor_type`",
+    ),
+    *(
+        (
+            f"tokenizer-{file[:4]}-{key}",
+            "bert",
+            with_json(file, **{key: "{folder}/vocab.txt"}),
+            elsewhere(key, file),
+        )
+        for file, keys in {
+            "tokenizer_config.json": ("vocab_file", "merges_file", "spm_file", "monolingual_vocab_file"),
+            "special_tokens_map.json": ("vocab_file", "tokenizer_file", "merges_file"),
+        }.items()
+        for key in keys
+    ),
+    *(
+        (f"processor-{key}", "vit", with_json(PROCESSOR, **{key: "{folder}"}), elsewhere(key, PROCESSOR))
+        for key in ("repo_path", "class_info_file")
+    ),
+    *(
+        (f"processor-{key}", "vit", with_json(PROCESSOR, size={key: 10**10}), f"at most 67,108,864, got `size.{key}`")
+        for key in ("min_pixels", "max_pixels", "shortest_edge", "longest_edge")
+    ),
+    # ── weights that are none
+    *(
+        (
+            f"{base}-{str(dtype)[6:]}",
+            base,
+            with_dtype(dtype),
+            f"{DAMAGED_BY}holds no floating-point numbers but {name}",
+        )
+        for base, dtype, name in [
+            ("vit", torch.int8, "I8"),
+            ("bert", torch.int64, "I64"),
+            ("timm", torch.int32, "I32"),
+            ("bert", torch.bool, "BOOL"),
+            ("vit", torch.complex64, "C64"),
+            ("bert", torch.float8_e4m3fn, "F8_E4M3"),
+        ]
+    ),
+    *(
+        (f"{base}-{value}", base, with_value(value), "must have finite weights, got NaN or infinity in `")
+        for base in ("vit", "bert", "timm")
+        for value in (float("nan"), float("inf"))
     ),
     (
         "adapter-cache",
@@ -505,7 +572,7 @@ FIRST, SECOND = TINY_LABELS[:2]
 )
 def test_names_unlike_the_head_are_one_clear_error(changes, sentence, tmp_path, request) -> None:
     folder = make("vit", tmp_path, request, config(**changes))
-    refuses(lambda: load_low(folder), f"^Teacher 'low' must .*{sentence}", folder)
+    refuses(lambda: load_low(folder), f"^Teacher 'low' must (.* )?{sentence}", folder)
 
 
 def test_a_layer_that_the_configuration_leaves_out(tmp_path, tiny_vit) -> None:
@@ -641,6 +708,34 @@ def test_arguments_of_a_timm_model_are_kept(change, tmp_path) -> None:
 
     inputs = teacher.prepare([Image.new("RGB", (20, 20))])
     assert inputs.shape == (1, change["in_chans"], *size)
+
+
+@pytest.mark.parametrize(
+    ("base", "spoil", "sentence"),
+    [
+        ("bert", config(chunk_size_feed_forward=10**9), "a model that its library can build, .* chunk size"),
+        ("bert", config(layer_norm_eps=-1e3), "answer by finite probabilities, got .nan"),
+        ("vit", config(layer_norm_eps=-1e3), "answer by finite probabilities, got .nan"),
+        ("vit", with_json(PROCESSOR, image_std=[0, 0, 0]), "answer by finite probabilities, got .nan"),
+        ("vit", with_json(PROCESSOR, rescale_factor=0), "be able to prepare images, got ZeroDivisionError"),
+        ("vit", with_json(PROCESSOR, size={"height": 16, "width": 16}), "a model that its library can build, .*16"),
+        ("bert", with_json("tokenizer_config.json", model_input_names="x"), "able to prepare texts, got ValueError"),
+        ("bert", with_json("tokenizer_config.json", model_input_names=["token_type_ids"]), "able to prepare texts"),
+        ("bert", with_json("tokenizer_config.json", model_max_length=True), "got `model_max_length` True"),
+    ],
+)
+def test_a_fault_of_a_teacher_is_none_of_a_row(base, spoil, sentence, tmp_path, request) -> None:
+    folder = make(base, tmp_path, request, spoil)
+    refuses(lambda: load_low(folder), f"^Teacher 'low' must (.* )?{sentence}", folder)
+
+
+def test_answers_are_read_by_their_names_whatever_a_configuration_says(tmp_path, tiny_bert) -> None:
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "model"))
+    plain = load_low(tiny_bert)
+    config(return_dict=False, output_attentions=True, output_hidden_states=True)(folder)
+    texts = ["the animal barks", "six legs"]
+    changed = load_low(folder)
+    assert (plain(plain.prepare(texts)) == changed(changed.prepare(texts))).all()
 
 
 def test_a_model_in_parts_loads(tmp_path, tiny_vit, tiny_image_dataset) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Image
+from PIL import EpsImagePlugin
 from PIL import Image as PILImage
 
 from ..hierarchy import is_writable_text
@@ -20,6 +21,8 @@ from .vectors import VECTOR_INPUT, VECTOR_MODEL, check_vectors, stack_vectors
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1000
+# A picture in PostScript is a program, which PIL would have another program run; whoever wants that may set it back.
+EpsImagePlugin.gs_binary = False
 
 
 class RowError(TypeError, ValueError):
@@ -185,8 +188,10 @@ class InputProcessor:
         else:
             cells = [(text := self._find_text()), f"{text} {text}"]
         try:
-            return self(cells, second)
-        except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            if not (batch := self(cells, second)) or self.is_text and "input_ids" not in batch:
+                raise ValueError(f"none of what a model reads, but {self.input_names}")
+            return batch
+        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
             kind = "texts" if self.is_text else "images"
             raise ValueError(
                 f"{self.what} must be able to prepare {kind}, got {type(error).__name__}: {str(error).rstrip('.')}. "

@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Image
 from datasets.exceptions import DatasetsError
+from datasets.utils.extract import Extractor
 from PIL import Image as PILImage
 
 from ..files import is_inside
@@ -44,6 +45,9 @@ def load_table(path: str | os.PathLike[str]) -> Dataset:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`dataset` must be a file, a folder or an id on the Hub, got no file '{path}'.")
+    # By its bytes, as `datasets` does, which would unpack it: a megabyte may become a terabyte.
+    if (packed := Extractor.infer_extractor_format(str(path))) is not None:
+        raise ValueError(f"`dataset` must be a plain table, got an archive, '{path}' ({packed}). Unpack it first.")
     with _one_sentence(path):
         if path.suffix.lower() in (".csv", ".tsv"):
             data = _read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",")
@@ -65,7 +69,13 @@ def _read_csv(path: Path, separator: str) -> Dataset:
             "such a line"
         )
     # Nothing but an empty cell is missing: "NA" and "None" may be labels.
-    return Dataset.from_csv(str(path), sep=separator, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
+    data = Dataset.from_csv(str(path), sep=separator, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
+    if data.column_names != header:  # pandas takes a cell too many for the name of a row, and shifts the others
+        raise ValueError(
+            f"its lines have {len(data.column_names)} cells for the {len(header)} names {shorten(header, 6)} in the "
+            "first one. Put cells that hold the separator in quotes"
+        )
+    return data
 
 
 def _is_number(text: str) -> bool:
@@ -80,8 +90,10 @@ def _is_number(text: str) -> bool:
 def _one_sentence(path: Path) -> Iterator[None]:
     try:
         yield
-    except (DatasetsError, ValueError) as error:  # what pandas, pyarrow and json raise are such
+    # What pandas, pyarrow and json raise are such; `datasets` finds no first line, or lists without end.
+    except (DatasetsError, ValueError, StopIteration, RecursionError) as error:
         reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+        reason = "it is empty" if not reason or "corresponds to no data" in reason else reason
         raise ValueError(f"`dataset` must be a table that can be read, got '{path}': {reason}.") from error
 
 
@@ -110,7 +122,10 @@ def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on
                 f"`dataset` must be a folder that holds its images itself, got '{folder}' with a link '{path.name}' "
                 "that leads out of it. It was not opened; copy the image."
             )
-        is_image = path.suffix.lower() in known and _opens(path)
+        if path.is_dir():
+            continue  # a link to images that are listed where they are
+        # What is no plain file, such as a pipe, would be waited for.
+        is_image = path.suffix.lower() in known and path.is_file() and _opens(path)
         images.append(path) if is_image else others.append(path.relative_to(folder).as_posix())
     if others and on_error == "raise":
         raise ValueError(
@@ -133,6 +148,7 @@ def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on
 def _walk(folder: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (path for path in (Path(place, name) for name in folders) if path.is_symlink())
         yield from (Path(place, name) for name in sorted(files) if name[0] != "." and name not in _NOT_MEANT)
 
 

@@ -45,6 +45,7 @@ from .source import (
 
 _PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
 _LEAST_WORDS = 5
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ADAPTED = "base_model.model."  # how peft begins the name of every weight of an adapter
 
 
@@ -72,6 +73,7 @@ def read_config(source: ModelSource) -> Any:
         )
     with explained(source, "configuration"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        config.return_dict = True  # answers are read by their names
         if config.model_type == "timm_wrapper" and config.model_args:
             # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
             config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
@@ -156,7 +158,8 @@ def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
             f"{source.what} must come with the vocabulary of its tokenizer, got {num_words} words "
             f"besides its special tokens in '{source.place}'. Save the tokenizer there too by `save_pretrained`."
         )
-    if is_text and not (isinstance(most := processor.model_max_length, int | float) and most >= 1):
+    most = processor.model_max_length if is_text else 1
+    if isinstance(most, bool) or not isinstance(most, int | float) or most < 1:
         raise ValueError(
             f"{source.what} must cut texts to at least one token, got `model_max_length` {most!r} in its "
             "'tokenizer_config.json'. Set it to the number of tokens that the model reads."
@@ -179,6 +182,7 @@ def load_whole(source: ModelSource, auto_model: Any, config: Any, *, spare: str 
     check_no_layer_left(source, model, info["unexpected_keys"])
     check_shapes(source, info["mismatched_keys"])
     check_no_missing(source.what, [name for name in info["missing_keys"] if not spare or not name.startswith(spare)])
+    check_finite(source, model)
     source.name_after(model)
     return model
 
@@ -221,6 +225,7 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
     if not random_head:
         check_no_missing(base.what, lost - set(saved))
     merged = _merge(model, source, base, folder)
+    check_finite(source, merged)
     source.name_after(merged)
     has_processor = any((folder / name).is_file() for name in _PROCESSOR_FILES)
     return merged, folder if has_processor else base_folder
@@ -255,6 +260,21 @@ def check_shapes(source: ModelSource, mismatched: Iterable[tuple[str, Any, Any]]
             f"{tuple(found)} for {tuple(wanted)} in '{source.place}'. Correct the configuration (for a head, "
             "`id2label`), or save the model again."
         )
+
+
+def check_finite(source: ModelSource, model: torch.nn.Module) -> None:
+    """See that weights are numbers: a model would answer NaN to every row, and each row would be blamed for it."""
+    learned = {name for name, _ in model.named_parameters()}
+    for name, values in model.state_dict().items():
+        if values.dtype not in _FLOATS or not values.numel() or values.is_meta:
+            continue
+        # Without a copy; a mask that is kept beside weights may be infinite.
+        ends = torch.stack(values.aminmax())
+        if ends.isnan().any() or name in learned and ends.isinf().any():
+            raise ValueError(
+                f"{source.what} must have finite weights, got NaN or infinity in `{name}` in '{source.place}'. Train "
+                "it again with a lower learning rate, or load it again."
+            )
 
 
 def check_no_layer_left(source: ModelSource, model: Any, unexpected: Iterable[str]) -> None:

@@ -16,11 +16,13 @@ from ..files import MAX_JSON_BYTES, parse_json, read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _CONFIGS = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "special_tokens_map.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "chat_template.json")
 
 # Lists are made of these numbers before there is any layer to count, and images of those. Nobody publishes as many.
 _COUNT = re.compile(r"\w*(layers?|blocks?|depths?|stages?|experts?|labels|classes)")
+_PIXELS = re.compile(r"(shortest|longest)_edge|(min|max)_pixels")
 _SIDE = re.compile(r"height|width|size|(crop|pad|input|img|image)_size")  # an edge may be a number of pixels
 # With fewer of these than one, a model is built all the same, and answers something else.
 _AT_LEAST_ONE = (
@@ -47,11 +49,15 @@ _CLASSES = {
 _ARCHITECTURES = ("architecture", "backbone")
 _BARE_NAME = re.compile(r"[\w.\-]*")
 # A configuration to be read in place of this one, other weights, positional arguments of a tokenizer (paths), caches
-# that peft opens by `torch.load`, further models.
+# that peft opens by `torch.load`, further models, and a repository of which OneFormer reads names of classes.
 _OTHER_FILES = (
     *("configuration_files", "transformers_weights", "use_pretrained_backbone", "backbone_kwargs", "init_inputs"),
-    *("cache_file", "covariance_file", "shadow_model"),
+    *("cache_file", "covariance_file", "shadow_model", "repo_path", "class_info_file"),
 )
+# Arguments of tokenizers that are paths, of which an entry would take the place of the file that was found.
+_TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+_FILE_ARGUMENT = re.compile(r"\w*_file")
+_TOLD_FILES = ("special_tokens_map_file", "tokenizer_file")  # where older versions read them; these are not opened
 # What timm's models may be told: sizes and kinds of layers. `checkpoint_path`, `pretrained_strict`, `features_only`
 # and whatever timm adds tomorrow are not here.
 _TIMM_ARGS = (
@@ -108,12 +114,21 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
         elif key == "fast_tokenizer_files" and value:
             if not all(isinstance(file, str) and _BARE_NAME.fullmatch(file) for file in _leaves(value)):
                 raise _other_file(what, where, value)
-        elif key in _OTHER_FILES and value:
+        elif key in _OTHER_FILES and value or _is_path(key, value, name):
             raise _other_file(what, where, value)
         elif _COUNT.fullmatch(key):
             _check_numbers(value, _MAX_LABELS if key.endswith(("labels", "classes")) else _MAX_COUNT, what, where)
+        elif _PIXELS.fullmatch(key):
+            _check_numbers(value, _MAX_SIDE**2, what, where)
         elif _SIDE.fullmatch(key) and name != "tokenizer_config.json":
             _check_numbers(value, _MAX_SIDE, what, where)
+
+
+def _is_path(key: str, value: Any, name: str) -> bool:
+    """Tell whether an entry is a file that a tokenizer would open."""
+    if name not in _TOKENIZER_CONFIGS or not isinstance(value, str) or not _FILE_ARGUMENT.fullmatch(key):
+        return False
+    return key not in _TOLD_FILES or name != _TOKENIZER_CONFIGS[0]
 
 
 def _check_numbers(value: Any, largest: int, what: str, where: str) -> None:
@@ -243,8 +258,11 @@ def read_shards(index: Path, what: str) -> set[str]:
     return set(names)
 
 
-def check_safetensors(path: Path) -> int:
-    """See by its bytes that a file is what its name says, before any library opens it, and count its tensors."""
+def check_safetensors(path: Path, *, is_plain: bool = False) -> int:
+    """See by its bytes that a file is what its name says, before any library opens it, and count its tensors.
+
+    Of a model that is not quantised, weights are floating-point numbers: libraries make such of any others.
+    """
     if not path.is_file():
         raise SafetensorError(f"'{path.name}' is no file")
     with open(path, "rb") as file:
@@ -257,6 +275,10 @@ def check_safetensors(path: Path) -> int:
             raise _other_format(path, f": {error}") from error
     if not isinstance(header, dict):
         raise _other_format(path)
+    for name, entry in header.items() if is_plain else ():
+        dtype = entry.get("dtype") if isinstance(entry, dict) else None
+        if name.endswith((".weight", ".bias")) and dtype not in _FLOATS:
+            raise SafetensorError(f"`{name[:80]}` in '{path.name}' holds no floating-point numbers but {dtype}")
     return len(header)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ _MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.skops"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHT_PATTERNS = ("*.safetensors", "*.skops")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack")
+_MOST_LISTED = 1000
 TIMM_PREFIXES = ("hf-hub:", "local-dir:")
 
 
@@ -142,7 +144,7 @@ class ModelSource:
         with whole_weights(self):
             for name in sorted(weights):
                 # Before any library opens it, by a reader that knows no other format.
-                check_safetensors(self.folder / name)
+                check_safetensors(self.folder / name, is_plain="quantization_config" not in self.config)
         check_processor_files(self.folder, self.what)
 
     @property
@@ -284,7 +286,9 @@ def _list_files(what: str, repo: str, commit: str | None, subfolder: str | None)
     """Names of all files in a folder or repository, those of the Hub as it knows them."""
     if commit is None:
         folder = Path(repo, subfolder or "")
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        # Enough for a sentence: it may be the root of all folders.
+        files = islice((path for path in folder.rglob("*") if path.is_file()), _MOST_LISTED)
+        return sorted(path.relative_to(folder).as_posix() for path in files)
     with hub_errors(what, repo, revision=commit):
         names = HfApi().list_repo_files(repo, revision=commit)
     prefix = f"{subfolder}/" if subfolder else ""

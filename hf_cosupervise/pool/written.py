@@ -155,6 +155,21 @@ class WrittenPool(TeacherPool):
             inputs = inputs.add_column("id", ids)
         return cls(hierarchy, teachers, inputs, input_column="prompt" if prompts is not None else None)
 
+    def _read_inputs(self) -> None:
+        names = [] if self.inputs is None else self.inputs.column_names
+        # A pool may hold none; whoever asks for them is told so.
+        if not (found := [name for name in (self.input_column, *PROMPT_NAMES) if name in names]):
+            return
+        kind = self.inputs.features[found[0]]  # type: ignore[union-attr]
+        message = kind.feature if isinstance(kind, List) and isinstance(kind.feature, dict) else {}
+        texts = [kind, kind] if not isinstance(kind, List) else [message.get("role"), message.get("content")]
+        # Parts of a message, such as images, would be exported as the text by which Python shows them.
+        if not all(isinstance(text, Value) and text.dtype in ("string", "large_string") for text in texts):
+            raise ValueError(
+                "Prompts must be texts, or lists of messages with the texts `role` and `content`, got "
+                f"'{found[0]}' of {kind}. Make them so, or name another column with `input_column`."
+            )
+
     def _open(self, name: str, dataset: Dataset) -> None:
         # Beside the ids, numbers are kept as arrays; texts stay in the file until they are asked for.
         table = dataset.with_format("arrow")[:] if len(dataset) else dataset.data.table
@@ -165,8 +180,16 @@ class WrittenPool(TeacherPool):
                 f"Answers of '{name}' must be texts with numbers beside them, got {table.column(wrong[0]).type} as "
                 f"`{wrong[0]}`. Make them with `build_answers` or `AnswerPool.from_answers`."
             )
-        if pc.any(pc.match_substring(table.column("answer"), "\0")).as_py():
+        texts = [table.column("answer")]
+        if "samples" in table.column_names:
+            kind = table.column("samples").type
+            if not (pa.types.is_list(kind) and pa.types.is_string(kind.value_type)):
+                raise ValueError(f"`samples` of '{name}' must be lists of texts, got {kind}. Make the pool again.")
+            texts.append(pc.list_flatten(table.column("samples")))
+        if any(pc.any(pc.match_substring(column, "\0")).as_py() for column in texts):
             raise ValueError(f"Answers of '{name}' must hold no NUL, got one. Leave it out, or make it None.")
+        if (least := pc.min(table.column("num_tokens")).as_py() or 0) < 0:
+            raise ValueError(f"`num_tokens` of '{name}' must be at least 0, got {least}. Make the pool again.")
         super()._open(name, dataset)
         log_probs = table.column("log_prob").cast(pa.float32()).to_numpy(zero_copy_only=False)
         num_tokens = pc.fill_null(table.column("num_tokens").cast(pa.int32()), 0).to_numpy(zero_copy_only=False)

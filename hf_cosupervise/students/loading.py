@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ..data.inputs import InputProcessor
 from ..models.classifier import (
+    check_finite,
     check_no_layer_left,
     image_class,
     load_adapted,
@@ -128,6 +129,12 @@ def load_pinned_student(
             reader.probe()
     _check_backbone(student, loading, source.repo, training)
     check_no_layer_left(source, student, loading["unexpected_keys"])
+    check_finite(source, student)
+    if is_vector and not bool(((student.backbone.scale > 0) & student.backbone.scale.isfinite()).all()):
+        raise ValueError(
+            f"{source.what} must divide by finite spreads above 0, got others as `scale` in '{source.place}'. Save it "
+            "again."
+        )
     source.name_after(student)
     student.float()
     return student, processor, origin

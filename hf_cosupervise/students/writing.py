@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.inputs import InputProcessor
+from ..models.chat import ChatTemplateError, apply_chat_template
 from ..models.classifier import load_processor
 from ..models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_continuations
-from ..models.source import find_model
+from ..models.source import find_model, first_line
 from ..processes import Processes
 
 Prompt = str | list[dict[str, str]]
@@ -68,11 +69,16 @@ class Writer:
                 "The student must have a chat template to be given messages, got a tokenizer without one. Set its "
                 "`chat_template`, or build the pool of texts."
             )
-        settings = {"tokenize": False, "add_generation_prompt": True}
-        return [
-            prompt if isinstance(prompt, str) else str(self.tokenizer.apply_chat_template(prompt, **settings))
-            for prompt in prompts
-        ]
+        return [prompt if isinstance(prompt, str) else self._as_text(prompt) for prompt in prompts]
+
+    def _as_text(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = True) -> str:
+        try:
+            return apply_chat_template(self.tokenizer, messages, asks=asks)
+        except ChatTemplateError as error:
+            raise ValueError(
+                f"The student must have a chat template that takes messages such as {messages[:2]}, got: "
+                f"{first_line(error)}. Correct its `chat_template`, or build the pool of texts."
+            ) from error
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of each prompt, none of one without a word."""
@@ -116,7 +122,7 @@ class Writer:
             asked = [{"role": "user", "content": "a"}]
             before = self.render([asked])[0] + "b"
             answer = {"role": "assistant", "content": "b"}
-            whole = str(self.tokenizer.apply_chat_template([*asked, answer], tokenize=False))
+            whole = self._as_text([*asked, answer], asks=False)
             tail = self._tokenize([whole.removeprefix(before)])[0] if whole.startswith(before) else []
             ends = self._ends()
             stop = next((place for place, token in enumerate(tail) if token in ends), None)

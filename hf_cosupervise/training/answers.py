@@ -29,10 +29,10 @@ from ..pool.answers import AnswerPool
 from ..processes import Processes, row_chunks
 from ..students.answers import TOO_LONG, AnswerReader, AnswerScores, check_answer_pool
 from ..students.writing import WRITER_TRAININGS, Writer
-from .checkpointing import read_back, seal_checkpoint
+from .checkpointing import explain_checkpoint, read_back, seal_checkpoint
 from .config import fields_without
 from .history import LevelHistory
-from .inherited import default_of
+from .inherited import check_amounts, default_of
 from .plan import LevelPlan
 from .publishing import describe_run, export, made_of, push
 from .run import RUN_DIR, OneRound, TrainingRun, settings_of
@@ -193,6 +193,7 @@ def co_supervise_answers(
     check_answer_pool(pool, "co_supervise_answers")
     if not isinstance(args, TrainingArguments):
         raise TypeError(f"`args` must be `TrainingArguments`, got {type(args).__name__}. Make some first.")
+    check_amounts(args)
     if make_trainer is not None and (isinstance(make_trainer, type) or not callable(make_trainer)):
         raise TypeError(
             f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
@@ -378,7 +379,8 @@ class _Levels:
             self._check_trainer(trainer)
         forward = vars(self.writer.model).get("forward")
         trainer.add_callback(_Checkpoints(self.writer, self.processes, checkpoint))
-        output = trainer.train(resume_from_checkpoint=checkpoint)
+        with explain_checkpoint(checkpoint):
+            output = trainer.train(resume_from_checkpoint=checkpoint)
         self.writer.model = trainer.accelerator.unwrap_model(trainer.model)
         # Questions are asked without half precision; and the accelerator of the next level would take a model with
         # this mark for its own, and leave half precision out.

@@ -112,6 +112,17 @@ def check_inherited(args: TrainingArguments) -> None:
         # A text such as "False" would count as True.
         if isinstance(item.default, bool) and not isinstance(value, bool):
             raise ValueError(f"`{item.name}` must be True or False, got {value!r}. Write it without quotes.")
+    check_amounts(args)
+    for name, reason in _OFF.items():
+        if getattr(args, name, False):  # older releases lack some
+            raise ValueError(f"`{name}` must stay False: {reason}.")
+    for name, (wanted, fits) in _CHOICES.items():
+        if not fits(value := getattr(args, name)):
+            raise ValueError(f"`{name}` must be {wanted}, got {value!r}. Leave it out.")
+
+
+def check_amounts(args: TrainingArguments) -> None:
+    """Refuse numbers by which nothing, or nothing of use, would be trained."""
     check_numbers(args, _NUMBERS)
     epochs = args.num_train_epochs
     if args.max_steps < 1 and not (is_number(epochs) and 0 < epochs < math.inf):
@@ -119,12 +130,6 @@ def check_inherited(args: TrainingArguments) -> None:
             f"`num_train_epochs` must be a finite number above 0, or `max_steps` be given, got {epochs!r}: nothing "
             "would be trained."
         )
-    for name, reason in _OFF.items():
-        if getattr(args, name, False):  # older releases lack some
-            raise ValueError(f"`{name}` must stay False: {reason}.")
-    for name, (wanted, fits) in _CHOICES.items():
-        if not fits(value := getattr(args, name)):
-            raise ValueError(f"`{name}` must be {wanted}, got {value!r}. Leave it out.")
 
 
 def check_together(args: TrainingArguments, model: torch.nn.Module, has_own_metrics: bool) -> None:

@@ -16,7 +16,7 @@ import torch
 from ...data.columns import shorten
 from ...data.inputs import RowError
 from ...hierarchy import Teacher
-from ...models.source import ModelSource
+from ...models.source import ModelSource, explained
 
 # Instead of a column, for teachers that read whole rows but for the ground truth; no column can be called so.
 ROW = "\0row"
@@ -379,6 +379,17 @@ def _channels_last(value: Any) -> Any:
     """Put images into the order in which convolutions run faster, on the CPU too: once for all who share them."""
     is_image = isinstance(value, torch.Tensor) and value.ndim == 4
     return value.contiguous(memory_format=torch.channels_last) if is_image else value
+
+
+def try_out(source: TeacherSource, answer: Callable[[], np.ndarray]) -> None:
+    """See that a model answers an example that any of its kind can read: what fails later is a row's fault."""
+    with explained(source.model_source, "model"):
+        probs = answer()
+    if not np.isfinite(probs).all():
+        raise ValueError(
+            f"Teacher '{source.name}' must answer by finite probabilities, got {probs[0][:4].tolist()} for an example "
+            "that any model can read. Correct its 'config.json', or train it again."
+        )
 
 
 def for_inference(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:

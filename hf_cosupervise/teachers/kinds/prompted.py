@@ -18,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...data.columns import shorten
 from ...data.inputs import InputProcessor, RowError, check_text
+from ...models.chat import apply_chat_template
 from ...models.classifier import load_processor
 from ...models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_words
 from ...models.source import ModelSource, explained, first_line
@@ -68,7 +69,8 @@ _FILTERS = (
     "upper",
     "wordcount",
 )
-RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError)
+_MOST_DEPTH = 50
+RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
 _Encoded = tuple[list[int], list[list[int]]]
 
@@ -225,7 +227,7 @@ class Prompter:
         if not self.options["chat"]:
             return prompt
         messages = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return apply_chat_template(self.tokenizer, messages)
 
     def encode(self, cells: Sequence[str]) -> list[_Encoded]:
         """Tokens of each prompt, and of each word after it."""
@@ -419,9 +421,17 @@ def compile_template(template: str, name: str) -> jinja2.Template:
         tree = environment.parse(template)
     except (jinja2.TemplateSyntaxError, RecursionError) as error:
         raise ValueError(f"{what} must be a template of Jinja, got: {first_line(error)}. Correct it.") from error
+    # Before it is compiled: Python's parser takes time that grows exponentially with nested brackets.
+    level: list[nodes.Node] = [tree]
+    depth = 0
+    while level := [child for node in level for child in node.iter_child_nodes()]:
+        if (depth := depth + 1) > _MOST_DEPTH:
+            raise ValueError(f"{what} must be nested at most {_MOST_DEPTH} deep, got more. Write it in fewer steps.")
     for node in tree.find_all(nodes.Node):
-        if not isinstance(node, _NODES) or isinstance(node, nodes.Filter) and node.name not in _FILTERS:
+        if not isinstance(node, _NODES) or isinstance(node, nodes.Filter) and not _is_bounded(node):
             found = f"the filter '{node.name}'" if isinstance(node, nodes.Filter) else f"`{type(node).__name__}`"
+            if isinstance(node, nodes.Filter) and node.name == "join":
+                found = "`join` of something else than `labels` by a text"
             raise ValueError(
                 f"{what} must consist of text, slots, `if`, parts such as `text[:500]`, and the filters "
                 f"{list(_FILTERS)}, got {found} in line {node.lineno}. Leave it out, or prepare the column of texts."
@@ -433,6 +443,15 @@ def compile_template(template: str, name: str) -> jinja2.Template:
             f"{shorten(sorted(names))}. Correct it."
         )
     return environment.from_string(template)
+
+
+def _is_bounded(node: nodes.Filter) -> bool:
+    """Tell whether a filter can do no more than shorten or rewrite what it is given."""
+    if node.name != "join":
+        return node.name in _FILTERS
+    # Of a text it would put another text between all letters, and so on without bound.
+    is_plain = isinstance(node.node, nodes.Name) and node.node.name == "labels" and not node.kwargs
+    return is_plain and len(node.args) < 2 and all(isinstance(word, nodes.Const) for word in node.args)
 
 
 # ── the kind ────────────────────────────────────────────────────────────────────────────────────────────────────────

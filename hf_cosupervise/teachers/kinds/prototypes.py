@@ -28,6 +28,7 @@ from .base import (
     label_positions,
     label_texts,
     read_options,
+    try_out,
     whole_precision,
 )
 from .loading import find_source
@@ -109,12 +110,13 @@ class PrototypeTeacher:
         model = load_whole(model_source, AutoModel, config, spare=spare)
         processing_class = load_processor(model_source, folder, not is_image)
         processor = InputProcessor(processing_class, getattr(config, "vision_config", config), f"Teacher '{name}'")
-        processor.probe()
+        samples = processor.probe()
         self.prepare = Preparation(name, not is_image, processor)
         self.device, self.is_image = device, is_image
         self.model: Any = for_inference(model, device)
         self.positions, self.num_labels = label_positions(teacher, list(classes), labels), len(labels)
         self.prototypes = torch.stack([self._mean(label, cells, name) for label, cells in classes.items()])
+        try_out(source, lambda: self(samples))
         self.facts = source.facts("prototypes", type(model).__name__, processor.fingerprint)
         self.facts["examples"] = _digest(classes)
 

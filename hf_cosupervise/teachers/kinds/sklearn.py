@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from .base import Kind, Preparation, TeacherSource, add_up, fingerprint, label_p
 
 SKLEARN_FEATURE_KINDS = ("pixels", "values", "text")
 _SKLEARN_FILE = "model.skops"
+# Of an archive, how many times its size what is in it may have, and how many bytes in any case.
+_MOST_PACKED, _LEAST_BYTES = 100, 1 << 26
 
 
 def save_sklearn_teacher(
@@ -57,6 +59,7 @@ class SklearnTeacher:
         source.model_source.fetch()
         path = source.model_source.file(_SKLEARN_FILE)
         try:
+            _check_size(path)
             untrusted = set(skops_io.get_untrusted_types(file=path))
         except (BadZipFile, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
@@ -70,6 +73,11 @@ class SklearnTeacher:
             )
         self.model = skops_io.load(path, trusted=sorted(untrusted))
         _check_predict_proba(self.model, f"teacher '{name}'")
+        if _opens_files(self.model):
+            raise ValueError(
+                f"Teacher '{name}' must read the texts that it is given, got a vectoriser that opens them as names of "
+                "files. Save it with `input='content'`."
+            )
         # Of a student of vectors the classes are label names, among which "0" is no position.
         is_named = source.config.get("model_type") == VECTOR_MODEL
         id2label = {} if is_named else source.config.get("id2label") or {}
@@ -92,6 +100,36 @@ def _import_skops() -> Any:
             'Teachers of scikit-learn are kept by skops: `pip install "hf_cosupervise[sklearn]"`.'
         ) from error
     return skops.io
+
+
+def _check_size(path: Path) -> None:
+    with ZipFile(path) as archive:
+        num_bytes = sum(item.file_size for item in archive.infolist())
+    if num_bytes > max(_LEAST_BYTES, _MOST_PACKED * path.stat().st_size):
+        raise ValueError(f"{num_bytes:,} bytes packed into {path.stat().st_size:,}")
+
+
+def _opens_files(model: Any) -> bool:
+    """Tell whether some part of a classifier takes a text for the name of a file, which it opens."""
+    waiting, seen = [model], set[int]()
+    # Through lists, dictionaries and attributes: what was fitted is a parameter of nothing.
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, list | tuple):
+            waiting += part
+        elif isinstance(part, np.ndarray):
+            waiting += part.ravel().tolist() if part.dtype == object else []
+        elif isinstance(part, Mapping):
+            waiting += part.values()
+        elif hasattr(part, "__dict__") and not isinstance(part, type):
+            reads = vars(part).get("input")
+            if isinstance(reads, str) and reads != "content" and hasattr(part, "decode_error"):
+                return True
+            waiting += vars(part).values()
+    return False
 
 
 def _check_predict_proba(model: Any, name: str) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ...data.inputs import to_pil
+from ...models.classifier import check_finite
 from ...models.files import read_labels
 from ...models.source import (
     BUILDING_ERRORS,
@@ -32,6 +33,7 @@ from .base import (
     fingerprint,
     for_inference,
     label_positions,
+    try_out,
 )
 
 _SAFETENSORS_FILE = "model.safetensors"
@@ -68,15 +70,17 @@ class TimmTeacher:
                 f"'{_SAFETENSORS_FILE}' that does not fit its architecture: {first_line(error)}. Correct its "
                 "'config.json', or save it again."
             ) from error
+        check_finite(source.model_source, model)
         with explained(source.model_source, "preparation of images"):
             data_config = timm.data.resolve_data_config(model=model)
             transform = timm.data.create_transform(**data_config, is_training=False)
             mode = "L" if data_config["input_size"][0] == 1 else "RGB"
-            _transform_images([Image.new(mode, (64, 64))], transform, mode)  # what fails later is a row's fault
+            samples = _transform_images([Image.new(mode, (64, 64))], transform, mode)
         self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
         self.prepare = Preparation(name, False, partial(_transform_images, transform=transform, mode=mode))
         self.device = device
         self.model = for_inference(model, device)
+        try_out(source, lambda: self(samples))
         self.facts = source.facts("timm", type(model).__name__, fingerprint([repr(transform), mode]))
 
     def __call__(self, inputs: torch.Tensor) -> np.ndarray:

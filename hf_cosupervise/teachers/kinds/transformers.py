@@ -22,7 +22,17 @@ from ...models.classifier import (
 )
 from ...models.files import read_labels
 from ...models.source import TIMM_PREFIXES, ModelSource
-from .base import Kind, Preparation, TeacherSource, add_up, check_head, check_names, for_inference, label_positions
+from .base import (
+    Kind,
+    Preparation,
+    TeacherSource,
+    add_up,
+    check_head,
+    check_names,
+    for_inference,
+    label_positions,
+    try_out,
+)
 
 
 class TransformersTeacher:
@@ -47,10 +57,11 @@ class TransformersTeacher:
         processing_class = load_processor(source.model_source, processor_folder, is_text)
         self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
         processor = InputProcessor(processing_class, config, f"Teacher '{name}'")
-        processor.probe()  # what fails later is a row's fault
+        samples = processor.probe()
         self.prepare = Preparation(name, is_text, processor)
         self.device = device
         self.model = for_inference(model, device)
+        try_out(source, lambda: self(samples))
         self.facts = source.facts("transformers", type(model).__name__, processor.fingerprint)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:

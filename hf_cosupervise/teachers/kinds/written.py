@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from ...data.inputs import InputProcessor, RowError, check_text
 from ...hierarchy import Teacher, is_writable_text
+from ...models.chat import apply_chat_template
 from ...models.classifier import load_processor
 from ...models.language import load_language_model, make_greedy
 from ...models.source import explained, first_line
@@ -118,14 +119,16 @@ class WrittenTeacher:
             self.prepare.check()
         make_greedy(model, tokenizer, self.options["max_new_tokens"])
         ends = model.generation_config.eos_token_id
-        if ends is None:
+        ends, size = ends if isinstance(ends, list) else [ends], model.get_output_embeddings().weight.shape[0]
+        if not ends or not all(type(end) is int for end in ends) or not any(0 <= end < size for end in ends):
+            found = "none" if ends in ([], [None]) else f"{ends[:4]} as `eos_token_id` for {size} tokens"
             raise ValueError(
-                f"Teacher '{self.name}' must have a token that ends an answer, got none in '{model_source.place}'. "
+                f"Teacher '{self.name}' must have a token that ends an answer, got {found} in '{model_source.place}'. "
                 "Set the tokenizer's `eos_token`, and save it there again."
             )
         self.device = device
         self.model: Any = for_inference(model, device)
-        self.ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=device)
+        self.ends = torch.tensor(ends, device=device)
         seen = [processor.fingerprint, tokenizer.chat_template, self.prepare.max_length]
         self.facts = source.facts("written", type(model).__name__, fingerprint([*seen, self.options]))
         self.facts |= tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
@@ -306,10 +309,7 @@ class WrittenPrompter(Prompter):
     def _encode_chats(self, cells: Sequence[Any]) -> list[list[int]]:
         chats = [[{"role": one["role"], "content": one["content"]} for one in cell] for cell in cells]
         try:
-            texts = [
-                str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
-                for chat in chats
-            ]
+            texts = [apply_chat_template(self.tokenizer, chat) for chat in chats]
         except RENDER_ERRORS as error:
             raise RowError(
                 f"The chat template of teacher '{self.name}' cannot take these messages: {first_line(error)}"

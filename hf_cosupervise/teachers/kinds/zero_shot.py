@@ -29,6 +29,7 @@ from .base import (
     label_positions,
     label_texts,
     read_options,
+    try_out,
     whole_precision,
 )
 
@@ -104,11 +105,12 @@ class NliTeacher(_ZeroShotTeacher):
         pairs = _Pairs(InputProcessor(tokenizer, model.config, f"Teacher '{name}'"), sentences)
         # Half of the tokens are left to the text that is asked about.
         _check_lengths(source, tokenizer, sentences, (pairs.processor.max_length or 0) // 2)
-        pairs.probe()
+        samples = pairs.probe()
         self.prepare = Preparation(name, True, pairs)
         self.device, self.means = device, self.means.to(device)
         self.model = for_inference(model, device)
         self._correct("")
+        try_out(source, lambda: self(samples))
         self.facts = source.facts(
             "zero_shot", type(model).__name__, fingerprint([pairs.processor.fingerprint, sentences])
         )
@@ -146,10 +148,9 @@ class _Pairs:
     def __call__(self, cells: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
         return [self.processor(cells, sentence) for sentence in self.sentences]
 
-    def probe(self) -> None:
+    def probe(self) -> list[dict[str, torch.Tensor]]:
         """See that pairs of texts can be made: what fails here is no row's fault."""
-        for sentence in self.sentences:
-            self.processor.probe(sentence)
+        return [self.processor.probe(sentence) for sentence in self.sentences]
 
 
 def _find_entailment(source: TeacherSource, own_labels: Sequence[str], wanted: Any) -> int:
@@ -189,12 +190,13 @@ class DualTeacher(_ZeroShotTeacher):
         processing_class = load_processor(model_source, folder, False)
         vision_config = getattr(model.config, "vision_config", model.config)
         processor = InputProcessor(processing_class, vision_config, f"Teacher '{name}'")
-        processor.probe()
+        samples = processor.probe()
         self.prepare = Preparation(name, False, processor)
         self.device, self.means = device, self.means.to(device)
         self.model = for_inference(model, device)
         self.text_features = self._embed_texts(source, tokenizer)
         self._correct(Image.new(processor.mode, (224, 224), 127 if processor.mode == "L" else (127, 127, 127)))
+        try_out(source, lambda: self(samples))
         self.facts = source.facts("zero_shot", type(model).__name__, processor.fingerprint)
         self.facts["template"] = self.template
 
