@@ -547,6 +547,8 @@ def test_votes_are_checked(votes, message):
 def test_settings_and_files_are_checked(tmp_path):
     with pytest.raises(ValueError, match="Unknown label model 'best'. Choose one of shared_majority, dawid_skene, "):
         make_label_model("best")
+    with pytest.raises(ValueError, match=r"`mace` has the settings \['max_iterations', .*\], got \['restarts'\]. C"):
+        make_label_model("mace", restarts=3)
     with pytest.raises(ValueError, match="`abstention` must be one of auto, answer, missing, got 'ask'"):
         DawidSkene(abstention="ask")
     for key in ("num_kinds", "num_restarts", "max_iterations"):
