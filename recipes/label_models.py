@@ -172,10 +172,10 @@ def measure_times(data: VoteSet, others: set[str], repeats: int) -> dict[str, li
     return found
 
 
-def told(values: list[float]) -> str:
+def told(values: list[float], is_percent: bool = False) -> str:
     """The median, and the least and the greatest where these differ."""
     some = np.median(values), min(values), max(values)
-    texts = [f"{value:.0f}" if value >= 10 else f"{value:.1f}" for value in some]
+    texts = [f"{value:.0f}" if value >= 10 and not is_percent else f"{value:.1f}" for value in some]
     return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
@@ -220,7 +220,7 @@ def main() -> None:
         if on_valid:
             print(f"| {data.name}, validation | {' | '.join(on_valid)} |", flush=True)
         times[data.name] = measure_times(data, others, args.repeats)
-        done = ", ".join(f"{what} {told(values)}" for what, values in times[data.name].items())
+        done = ", ".join(f"{what} {told(values, '%' in what)}" for what, values in times[data.name].items())
         print(f"{data.name}: {done}", file=sys.stderr, flush=True)  # it may take minutes until the table
         means.append([float(cell.split()[0].rstrip(",")) for cell in cells])
     if not means:
@@ -228,7 +228,8 @@ def main() -> None:
     print(f"| mean | {' | '.join(f'{mean:.1f}' for mean in np.mean(means, axis=0))} |")
     print(f"\n| times ours | {' | '.join(times)} |\n| --- |{' --- |' * len(times)}")
     for what in dict.fromkeys(what for found in times.values() for what in found):
-        print(f"| {what} | {' | '.join(told(found[what]) if what in found else '–' for found in times.values())} |")
+        texts = [told(found[what], is_percent="%" in what) if what in found else "–" for found in times.values()]
+        print(f"| {what} | {' | '.join(texts)} |")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_the_measuring_recipe_reads_all_three_forms(tmp_path, monkeypatch, capsy
     assert min(first[0]) > 75 and len(first[0]) == 5 and len(cells["arrays, validation"]) == 5
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in times if line.startswith("| ")}
     assert [cell.strip() for cell in rows["times ours"]] == ["crowd", "arrays", "wrench"]
-    assert [cell.strip() for cell in rows["cleanlab, % equal labels"]] == ["100"] * 3
+    assert [cell.strip() for cell in rows["cleanlab, % equal labels"]] == ["100.0"] * 3
     assert {"crowd-kit, dawid_skene", "crowd-kit, glad", "crowd-kit, mace", "cleanlab"} < set(rows)
     told = "snorkel is not installed: left out." in table
     assert told == (find_spec("snorkel") is None) and len([what for what in rows if "epochs" in what]) == 10 * (
