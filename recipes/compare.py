@@ -7,8 +7,8 @@ A task is a configuration of `train.py` with changes, a method is one that `eval
 `one_teacher_all_labels`) with changes to `CoSupervisedConfig`. A cell is one method on one task with one seed, a JSON
 file: the same command goes on where it was cut off, a cell that failed is tried again, and other settings are refused.
 Teachers, pools and features of a task and seed are made once for all methods. Every method is measured against the
-ceiling of its own training settings, a cell too. `output_dir` gets `table.md`, `results.csv`, `results.json` and
-`figures/`, of what was asked for and is there.
+ceiling of its own training settings, a cell too; where those differ, against the task's own besides. `output_dir` gets
+`table.md`, `results.csv`, `results.json` and `figures/`, of what was asked for and is there.
 
 A task may have `seeds` of its own (`--seeds` wins) and the names of the `methods` that run on it. A method with
 `calibrated: true`, and the method `boosting`, use the task's `num_heldout_examples`. A text task with `features:

@@ -1,6 +1,6 @@
 """Train every classifier of transformers, and fifty of timm, and see that what is exported answers as it was trained.
 
-    python recipes/sweep.py                                  # all, about an hour on two cores
+    python recipes/sweep.py                                  # all, about twenty minutes on one core
     python recipes/sweep.py --kinds image timm --limit 10    # some
     python recipes/sweep.py --names bert clip levit_128s     # these
 

@@ -92,7 +92,7 @@ def find_label_column(dataset: Dataset) -> str:
 def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndarray:
     """Read a label column as label ids of the task, by name where the data has names."""
     _check_column(dataset, column)
-    feature, values = dataset.features[column], list(dataset[column])
+    feature, values = dataset.features[column], list(dataset[column][:])
     positions = {name: index for index, name in enumerate(labels)}
     if isinstance(feature, ClassLabel):
         # By name: ids of the data need not be those of the task; -1 is how data sets spell a label that is missing.

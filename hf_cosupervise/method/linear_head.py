@@ -113,7 +113,7 @@ def fit_linear_head(
                     parameter.grad = gradient
                     if average_gradients is not None:
                         average_gradients(gradient)
-                norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm)) if max_grad_norm > 0 else None
+                norm = _clip_norm(gradients[: len(parameters)], max_grad_norm) if max_grad_norm > 0 else None
             optimizer.step()
             scheduler.step()
             if on_step is not None:
@@ -124,6 +124,15 @@ def fit_linear_head(
             weight.mul_(scaling.scale)
             if bias is not None:
                 bias.sub_(weight @ scaling.mean)
+
+
+def _clip_norm(gradients: Sequence[torch.Tensor], max_norm: float) -> float:
+    """What `clip_grad_norm_` does, to the bit; that one first sorts by device and type, in the time of a product."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+    factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return float(norm)
 
 
 @contextmanager

@@ -358,7 +358,7 @@ class PseudolabelPool(TeacherPool):
         check_kind(predictions, Mapping, "predictions")
         inputs = vector_inputs(vectors, inputs)
         if ids is None and inputs is not None and "id" in inputs.column_names:
-            ids = list(inputs["id"])
+            ids = list(inputs["id"][:])
         elif ids is None:
             ids = range(len(next(iter(predictions.values()), ())))
         k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k

@@ -119,7 +119,7 @@ def pool_from_answers(
     if inputs is not None and "id" not in inputs.column_names:
         raise ValueError(f"`inputs` need an `id` column of the items, got {inputs.column_names}. Add it.")
     # In the order in which they first appear, and each once: a set would order them anew in each run.
-    ids = list(dict.fromkeys(items)) if inputs is None else list(inputs["id"])
+    ids = list(dict.fromkeys(items)) if inputs is None else list(inputs["id"][:])
     rows = {item: row for row, item in enumerate(ids)}
     if unknown := [item for item in dict.fromkeys(items) if item not in rows]:
         raise ValueError(

@@ -388,7 +388,7 @@ def _find_ids(dataset: Dataset, input_column: str | None) -> list[int] | list[st
     if "id" not in dataset.column_names:
         # From the content, so that the same rows have the same ids in any order.
         return row_keys(dataset, str(input_column))
-    ids = list(dataset["id"])
+    ids = list(dataset["id"][:])
     wanted = str if isinstance(ids[0], str) else int
     if wrong := [row for row, value in enumerate(ids) if not isinstance(value, wanted) or isinstance(value, bool)]:
         raise ValueError(

@@ -226,7 +226,7 @@ def match_inputs(
     column = find_input_column(dataset, name)
     if train_dataset is not None:
         # The data may be in another order than the pool: ids decide, or contents where it has none.
-        ids = np.asarray(list(dataset["id"]) if "id" in dataset.column_names else row_keys(dataset, column))
+        ids = np.asarray(list(dataset["id"][:]) if "id" in dataset.column_names else row_keys(dataset, column))
         if len(ids) != len(pool):
             raise ValueError(
                 f"`train_dataset` and `pool` must hold the same examples, got {len(ids)} and {len(pool)}. "

@@ -125,7 +125,7 @@ class LevelLoss:
             return
         mean = self._micro_losses[0] if len(self._micro_losses) == 1 else torch.stack(self._micro_losses).mean()
         dtype = torch.float32 if mean.device.type == "mps" else torch.float64  # which Apple's devices do not have
-        self.total = self.total.to(dtype).to(mean.device) + mean.to(dtype)
+        self.total = self.total.to(mean.device, dtype) + mean
         self.count, self._micro_losses = self.count + 1, []
 
     def mean(self) -> float:

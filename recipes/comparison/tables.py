@@ -19,7 +19,7 @@ from hf_cosupervise.evaluation.plots import (
     plot_teacher_shares,
 )
 from hf_cosupervise.evaluation.report import add_pgr, merge, metric_of, save_report, say_metric
-from hf_cosupervise.method.metrics import deception_score, mean_and_spread
+from hf_cosupervise.method.metrics import deception_score, mean_and_spread, performance_gap_recovered
 
 
 def collect(groups: Sequence[Group]) -> dict[str, Any]:
@@ -85,9 +85,11 @@ def format_table(report: Mapping[str, Any], task: str) -> str:
     """Write the table of one task in Markdown: percent, mean ± standard deviation over seeds."""
     seeds = ", ".join(str(seed) for seed in report["seeds"])
     has_domains = any("worst_domain_accuracy" in numbers for numbers in report["methods"].values())
-    metric = metric_of(report)
-    heads = ["method", metric, "PGR", f"PGR against {BASELINE}", "seeds won", "worst class"]
-    heads += ["worst domain"] * has_domains + ["calibration error", "deception", "time, s"]
+    metric, ceiling = metric_of(report), report["methods"].get(CEILING)
+    # Beside the ceiling of the same settings: what methods with other losses and heads reach of one and the same.
+    has_one = ceiling is not None and sum(own["method"] == CEILING for own in report["methods"].values()) > 1
+    heads = ["method", metric, "PGR", *["PGR, one ceiling"] * has_one, f"PGR against {BASELINE}", "seeds won"]
+    heads += ["worst class", *["worst domain"] * has_domains, "calibration error", "deception", "time, s"]
     weak = _percent(report[f"weak_{metric}"]) or "not measured"
     about = f"Seeds {seeds}; weak teacher {weak}. All in percent, but for the time of pool and training; "
     lines = [f"## {task}", "", f"{about}deception counts a model as sure from {100 * SURE:.0f} % on.", ""]
@@ -103,11 +105,19 @@ def format_table(report: Mapping[str, Any], task: str) -> str:
         pairs = [(own, other) for own, other in zip(numbers["pgr"], base) if _known(own) and _known(other)]
         against = [own - other for own, other in pairs if is_rival]
         won = f"{sum(value > 1e-9 for value in against)} of {len(against)}" if against else ""  # a tie is no win
-        cells = [_percent(numbers[metric]), _percent(numbers["pgr"]), _percent(against, "+"), won]
+        cells = [_percent(numbers[metric]), _percent(numbers["pgr"])]
+        if has_one:
+            cells.append(_percent(_pgr_of(report[f"weak_{metric}"], numbers[metric], ceiling[metric])))
+        cells += [_percent(against, "+"), won]
         keys = ["worst_class_accuracy", *["worst_domain_accuracy"] * has_domains, "ece", "deception_score"]
         cells += [_percent(numbers.get(key, [])) for key in keys]
         lines.append(f"| {name} | {' | '.join(cells)} | {mean_and_spread(numbers['runtime'])[0]:.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def _pgr_of(*values: Sequence[float | None]) -> list[float]:
+    """The gap recovered in each seed in which weak, own and ceiling's score are known."""
+    return [performance_gap_recovered(*scores) for scores in zip(*values) if all(map(_known, scores))]
 
 
 def _known(value: float | None) -> bool:

@@ -379,13 +379,14 @@ def test_table_by_hand(groups):
     assert lines[0] == "## t" and lines[2].startswith("Seeds 4, 5; weak teacher 50.0 ± 0.0. All in percent")
     assert lines[2].endswith("deception counts a model as sure from 75 % on.")
     assert lines[4] == (
-        "| method | accuracy | PGR | PGR against csl | seeds won | worst class "
+        "| method | accuracy | PGR | PGR, one ceiling | PGR against csl | seeds won | worst class "
         "| calibration error | deception | time, s |"
     )
-    # 85 ± 7.07; PGR 50 and 66.7: 58.3 ± 11.8; the other one lost nothing and won nothing on the one seed it has
-    assert lines[6] == "| ceiling | 85.0 ± 7.1 | 100.0 ± 0.0 |  |  | 12.5 ± 0.0 | 3.0 ± 0.0 |  | 2.5 |"
-    assert lines[8] == "| csl | 70.0 ± 0.0 | 58.3 ± 11.8 |  |  | 12.5 ± 0.0 | 3.0 ± 0.0 |  | 2.5 |"
-    assert lines[9] == "| other | 75.0 | 50.0 | +0.0 | 0 of 1 | 12.5 | 3.0 |  | 2.0 |"
+    # 85 ± 7.07; PGR 50 and 66.7: 58.3 ± 11.8; the other one lost nothing and won nothing on the one seed it
+    # has; against the other's ceiling that one is at 0.25 / 0.4
+    assert lines[6] == "| ceiling | 85.0 ± 7.1 | 100.0 ± 0.0 | 100.0 ± 0.0 |  |  | 12.5 ± 0.0 | 3.0 ± 0.0 |  | 2.5 |"
+    assert lines[8] == "| csl | 70.0 ± 0.0 | 58.3 ± 11.8 | 58.3 ± 11.8 |  |  | 12.5 ± 0.0 | 3.0 ± 0.0 |  | 2.5 |"
+    assert lines[9] == "| other | 75.0 | 50.0 | 62.5 | +0.0 | 0 of 1 | 12.5 | 3.0 |  | 2.0 |"
 
 
 def test_a_table_of_another_metric(groups, tmp_path):
