@@ -1,19 +1,21 @@
 """Measure the label models on data with ground truth, beside other packages where these are installed.
 
-    python recipes/label_models.py DATA_DIR [--seeds 0 1 2]
+    python recipes/label_models.py DATA_DIR [--seeds 0 1 2] [--repeats 3]
 
 Read are `NAME__label.csv` (item, worker, label) with `NAME__truth.csv` (item, truth), which is how the sets of
 "Truth Inference at Scale" come; `*.npz` with `train_votes` and `train_labels`, and `valid_…` where there is one; and
 folders of WRENCH. Printed: right labels in % of the covered rows with ground truth, a tie by its share, and the
 processor time of crowd-kit (the same model), cleanlab and snorkel's `LabelModel` (each of ours) as a multiple of
-ours, in one process. A package that is not installed is left out with a line: `pip install -e ".[rivals]"`. What this
-printed is in label_models.md.
+ours, in one process and one thread; with `--repeats`, all in turns so often, and the median with the least and the
+greatest. A package that is not installed is left out with a line: `pip install -e ".[rivals]"`. What this printed is
+in label_models.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -34,6 +36,8 @@ from hf_cosupervise.pool.votes import pool_votes
 _PACKAGES = ("crowdkit", "cleanlab", "snorkel")
 # Its default, and what its tutorials set.
 _SNORKEL_EPOCHS = (100, 500)
+# A tick of the clock is no speed.
+_LEAST_SECONDS = 1e-3
 _OTHERS = {"dawid_skene": "DawidSkene", "glad": "GLAD", "mace": "MACE"}
 
 
@@ -115,8 +119,8 @@ def time_crowd_kit(name: str, votes: np.ndarray) -> float:
     return timed(lambda: getattr(classification, _OTHERS[name])(**settings).fit_predict_proba(frame))[1]
 
 
-def compare_cleanlab(votes: np.ndarray, num_labels: int) -> str:
-    """Equal labels and the ratio of processor times, with vote shares and noise for a classifier."""
+def compare_cleanlab(votes: np.ndarray, num_labels: int) -> tuple[float, float]:
+    """Equal labels in % and the ratio of processor times, with vote shares and noise for a classifier."""
     from cleanlab.multiannotator import get_label_quality_multiannotator
 
     votes = votes[(votes >= 0).any(axis=1)]
@@ -127,24 +131,52 @@ def compare_cleanlab(votes: np.ndarray, num_labels: int) -> str:
     given = np.where(votes >= 0, votes, np.nan)
     other, theirs = timed(lambda: get_label_quality_multiannotator(given, student, verbose=False))
     same = (own.numpy() == other["label_quality"]["consensus_label"].to_numpy()).mean()
-    return f"{100 * same:.1f} % equal labels, {theirs / max(seconds, 1e-3):.0f} ×"
+    return 100 * float(same), theirs / max(seconds, _LEAST_SECONDS)
 
 
-def compare_snorkel(data: VoteSet, seconds: dict[str, float], num_epochs: int) -> str:
-    """How right snorkel's label model is, and its processor time as a multiple of each of ours."""
+def run_snorkel(data: VoteSet, num_epochs: int) -> tuple[float, float]:
+    """How right snorkel's label model is, in %, and its processor time."""
     from snorkel.labeling.model import LabelModel
 
-    def fit(num_epochs: int) -> np.ndarray:
+    def fit() -> np.ndarray:
         model = LabelModel(cardinality=data.num_labels, verbose=False)
         model.fit(data.votes, n_epochs=num_epochs, seed=0, progress_bar=False)
         return model.predict_proba(data.votes)
 
-    fit(1)  # what is loaded at the first call is nobody's speed
-    probs, theirs = timed(partial(fit, num_epochs))
-    ratios = ", ".join(
-        f"{name} {theirs / max(own, 1e-3):.{0 if theirs > 10 * own else 1}f} ×" for name, own in seconds.items()
-    )
-    return f"{right_percent(probs, data.votes, data.truth):.1f} % right, {theirs:.2f} s: {ratios}"
+    probs, seconds = timed(fit)
+    return right_percent(probs, data.votes, data.truth), seconds
+
+
+def measure_times(data: VoteSet, others: set[str], repeats: int) -> dict[str, list[float]]:
+    """Ratios of processor times by what is compared, and how right or equal others are, once per repeat."""
+    found: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        own = {
+            name: max(timed(partial(kind().fit_predict_proba, data.votes, data.num_labels))[1], _LEAST_SECONDS)
+            for name, kind in LABEL_MODELS.items()
+        }
+        if "crowdkit" in others:
+            for name in _OTHERS:
+                found.setdefault(f"crowd-kit, {name}", []).append(time_crowd_kit(name, data.votes) / own[name])
+        if "cleanlab" in others and ((data.votes >= 0).sum(axis=1) > 1).any():
+            equal, ratio = compare_cleanlab(data.votes, data.num_labels)
+            found.setdefault("cleanlab", []).append(ratio)
+            found.setdefault("cleanlab, % equal labels", []).append(equal)
+        for num_epochs in _SNORKEL_EPOCHS if "snorkel" in others else ():
+            right, seconds = run_snorkel(data, num_epochs)
+            title = f"snorkel, {num_epochs} epochs"
+            found.setdefault(f"{title}, % right", []).append(right)
+            for name, taken in own.items():
+                if name != "shared_majority":
+                    found.setdefault(f"{title}, to {name}", []).append(seconds / taken)
+    return found
+
+
+def told(values: list[float], is_percent: bool = False) -> str:
+    """The median, and the least and the greatest where these differ."""
+    some = np.median(values), min(values), max(values)
+    texts = [f"{value:.0f}" if value >= 10 and not is_percent else f"{value:.1f}" for value in some]
+    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
 
 
 def main() -> None:
@@ -152,21 +184,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="folder with the sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="for the models that draw random starts")
+    parser.add_argument("--repeats", type=int, default=1, help="how often all are timed, in turns")
     parser.add_argument("--only", nargs="+", help="names of sets; default: all")
     parser.add_argument("--skip", nargs="+", default=[], choices=_PACKAGES, help="packages to leave out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     means: list[list[float]] = []
-    times: list[tuple[str, str, float | str]] = []
+    times: dict[str, dict[str, list[float]]] = {}
     others = set()
     for package in _PACKAGES:
         if find_spec(package) is None:
             print(f"{package} is not installed: left out.")
         elif package not in args.skip:
             others.add(package)
-    for kind in LABEL_MODELS.values():  # what is loaded at the first call is nobody's speed
-        kind().fit([[0, 1, 1], [1, 1, 0], [0, 0, 0]])
+    few = np.array([[0, 1, 1], [1, 1, 0], [0, 0, 0], [1, 0, 1]])
+    measure_times(VoteSet("few", few, few[:, 0], 2), others, 1)  # what is loaded at the first call is nobody's speed
     print(f"| set | {' | '.join(LABEL_MODELS)} |\n| --- |{' --- |' * len(LABEL_MODELS)}")
     for data in read_sets(args.data_dir):
         if args.only and data.name not in args.only:
@@ -183,23 +216,20 @@ def main() -> None:
             if data.valid is not None:
                 probs = models[0].predict_proba(data.valid[0])
                 on_valid.append(f"{right_percent(probs, *data.valid):.1f}")
-            if name in _OTHERS and "crowdkit" in others:
-                times.append((data.name, name, time_crowd_kit(name, data.votes) / max(found[0][1], 1e-3)))
         print(f"| {data.name} | {' | '.join(cells)} |", flush=True)
         if on_valid:
             print(f"| {data.name}, validation | {' | '.join(on_valid)} |", flush=True)
-        if "cleanlab" in others and ((data.votes >= 0).sum(axis=1) > 1).any():
-            times.append((data.name, "crowdlab", compare_cleanlab(data.votes, data.num_labels)))
-        if "snorkel" in others:
-            for num_epochs in _SNORKEL_EPOCHS:
-                times.append((data.name, f"snorkel, {num_epochs} epochs", compare_snorkel(data, seconds, num_epochs)))
+        times[data.name] = measure_times(data, others, args.repeats)
+        done = ", ".join(f"{what} {told(values, '%' in what)}" for what, values in times[data.name].items())
+        print(f"{data.name}: {done}", file=sys.stderr, flush=True)  # it may take minutes until the table
         means.append([float(cell.split()[0].rstrip(",")) for cell in cells])
     if not means:
         parser.error(f"no set to measure in {args.data_dir}; give a folder with `NAME__label.csv` and its truth")
     print(f"| mean | {' | '.join(f'{mean:.1f}' for mean in np.mean(means, axis=0))} |")
-    print("\n| set | model | other package's processor time |\n| --- | --- | --- |")
-    for name, model, ratio in times:
-        print(f"| {name} | {model} | {ratio if isinstance(ratio, str) else f'{ratio:.0f} ×'} |")
+    print(f"\n| times ours | {' | '.join(times)} |\n| --- |{' --- |' * len(times)}")
+    for what in dict.fromkeys(what for found in times.values() for what in found):
+        texts = [told(found[what], is_percent="%" in what) if what in found else "–" for found in times.values()]
+        print(f"| {what} | {' | '.join(texts)} |")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def find_data(
     dataset: Dataset | IterableDataset | str, choice: DataChoice, processes: Processes
 ) -> tuple[Dataset, dict[str, Any] | None]:
     """Give the data, and where they came from as far as it is certain."""
-    is_hub_id = isinstance(dataset, str) and not is_folder(dataset)
+    is_hub_id = isinstance(dataset, str) and not (is_folder(dataset) or Path(dataset).is_file())
     # Refused, not ignored: who gives a revision believes that these data are pinned.
     given = [name for name in ("revision", "config_name", "streaming") if getattr(choice, name)]
     if given and not is_hub_id:

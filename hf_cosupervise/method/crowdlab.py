@@ -125,7 +125,7 @@ def _crowdlab_posteriors(labels: torch.Tensor, probs: torch.Tensor, consensus: t
     kept = consensus[several]
     # What one gets by naming the most frequent label: whoever does no better has next to no weight.
     base_error = (kept != torch.bincount(kept).argmax()).double().mean().clamp(min=_MIN_WEIGHT)
-    teacher_weights = (1 - _disagreement(labels) / base_error).clamp(min=_MIN_WEIGHT)
+    teacher_weights = (1 - _disagreement(labels, probs.shape[1]) / base_error).clamp(min=_MIN_WEIGHT)
     student_error = (first_argmax(probs[several]) != kept).double().mean()
     # As published: the more answers an example has on the mean, the more the one student must have to be heard.
     student_weight = (1 - student_error / base_error).clamp(min=_MIN_WEIGHT) * num_answers.double().mean().sqrt()
@@ -134,11 +134,13 @@ def _crowdlab_posteriors(labels: torch.Tensor, probs: torch.Tensor, consensus: t
     return (student_weight * probs + rest * total + (likelihood - rest) * votes) / (student_weight + total)
 
 
-def _disagreement(labels: torch.Tensor) -> torch.Tensor:
+def _disagreement(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     """Share of the other answers to its examples that each teacher disagrees with, `(num_teachers,)`."""
     answered = labels >= 0
     num_others = (answered.sum(dim=1, keepdim=True) - 1) * answered
-    same = torch.stack([(labels == labels[:, k : k + 1]).sum(dim=1) - 1 for k in range(labels.shape[1])], dim=1)
+    # By counts of each label of a row: to compare every two teachers takes long where there are hundreds.
+    counts = _vote_weights(labels, torch.ones(labels.shape[1], dtype=torch.float64, device=labels.device), num_labels)
+    same = counts.gather(1, labels.clamp(min=0)) - 1
     errors = 1 - (same * answered).sum(dim=0) / num_others.sum(dim=0).double()
     met = num_others.sum(dim=0) > 0
     # who never meets another counts as the mean of those who do

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def make_label_model(name: str, **settings: Any) -> LabelModel:
     """
     if name not in LABEL_MODELS:
         raise ValueError(f"Unknown label model {name!r}. Choose one of {', '.join(LABEL_MODELS)}.")
+    known = [field.name for field in fields(LABEL_MODELS[name])]
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"`{name}` has the settings {known}, got {unknown}. Correct their names.")
     return LABEL_MODELS[name](**settings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,24 @@ from .votes import Answers, best_labels, name_voters, one_sided_voters, silence_
 _TRUST_PRIOR, _SPAM_PRIOR = 0.5, 10.0
 
 
+class _Parameters(NamedTuple):
+    """`(num_voters, 2)` that a voter guesses or knows, `(num_voters, num_labels)` what it guesses, and of labels."""
+
+    trust: np.ndarray
+    spam: np.ndarray
+    prior: np.ndarray
+
+
 @dataclass
 class Mace(LabelModel):
     """Weigh votes by how often each voter knows the label, and by what it says when it does not.
 
     Voter k knows the label of a row with probability r_k and gives it, else it names label l with probability
     xi_k(l): p(vote_ik | c) = r_k [vote_ik = c] + (1 - r_k) xi_k(vote_ik). Variational EM with prior Beta(0.5, 0.5) on
-    r and Dirichlet(10) on xi, from random starts, of which the most likely stays.
+    r and Dirichlet(10) on xi, from random starts, of which the most likely stays. Labels are equally frequent
+    beforehand; from there EM goes on with frequencies pi_c = (1 + sum_i q_ic) / (C + n), at first those of the votes.
+    They stay where they make the votes of n rows more probable by more than (C - 1) / 2 ln n nats: without them, a
+    rare label would get most of what is disputed. Where silence is an answer, they are never asked for.
 
     Where voters name one label only, xi explains all votes and r falls to 0. The order of the labels of a row still
     weighs votes by r / xi, but their posteriors are nearly equal: how sure to be is not known. There q is the mean of
@@ -43,7 +54,8 @@ class Mace(LabelModel):
         ValueError: If a setting is not as said above.
 
     Source:
-        Hovy et al. 2013, with the priors of its authors; silence as an answer and the mean are ours.
+        Hovy et al. 2013, with the priors of its authors. Frequencies by the Bayesian information criterion (Schwarz
+        1978), silence as an answer and the mean are ours.
 
     Examples:
         >>> votes = [[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]]
@@ -68,24 +80,38 @@ class Mace(LabelModel):
 
     def _fit(self, answers: Answers) -> np.ndarray:
         random, shape = np.random.RandomState(self.seed), (answers.codes.shape[1], answers.num_codes)
-        most = -np.inf
+
+        def start() -> _Parameters:
+            trust, spam = (1 + 1.5 * random.uniform(size=size) for size in ((shape[0], 2), shape))  # guesses, knows
+            return _Parameters(_shares(trust), _shares(spam), np.full(shape[1], 1 / shape[1]))
+
         # The likelihood has several peaks, of which the first that is found is rarely the highest.
-        for _ in range(self.num_restarts):
-            trust = 1 + 1.5 * random.uniform(size=(shape[0], 2))  # guesses, knows
-            spam = 1 + 1.5 * random.uniform(size=shape)
-            trust, spam = trust / trust.sum(axis=1, keepdims=True), spam / spam.sum(axis=1, keepdims=True)
-            for _ in range(self.max_iterations):
-                trust, spam = _step(answers, trust, spam)
-            # Once more, of the parameters that are kept: the last step made its posteriors before it changed them.
-            found, evidence = _label_posteriors(answers, trust, spam)
-            if evidence > most:
-                most, probs = evidence, found
-                self.parameters = {"trust": trust, "spam": spam, "is_order": np.zeros(1)}
+        climbs = (self._climb(answers, start()) for _ in range(self.num_restarts))
+        evidence, probs, parameters = max(climbs, key=lambda climb: climb[0])
+        # Where silence is an answer, votes tell what voters look for, and little of how frequent a label is.
+        if not self.silence_is_answer:
+            voted = _shares(self._vote_shares(answers.codes).sum(axis=0) + 1)
+            freed = self._climb(answers, parameters._replace(prior=voted), is_prior_free=True)
+            if freed[0] - evidence > (shape[1] - 1) / 2 * np.log(len(probs)):
+                _, probs, parameters = freed
+        self.parameters = parameters._asdict() | {"is_order": np.zeros(1)}
         return self._given_a_label(probs)
 
+    def _climb(
+        self, answers: Answers, parameters: _Parameters, is_prior_free: bool = False
+    ) -> tuple[float, np.ndarray, _Parameters]:
+        """EM from some parameters: the log-likelihood of all votes, posteriors, and the parameters that gave them."""
+        for _ in range(self.max_iterations):
+            probs, _ = _label_posteriors(answers, parameters)
+            prior = _shares(probs.sum(axis=0) + 1) if is_prior_free else parameters.prior
+            parameters = _Parameters(*_step(answers, parameters, probs), prior)
+        # Once more, of the parameters that are kept: the last step made its posteriors before it changed them.
+        probs, evidence = _label_posteriors(answers, parameters)
+        return evidence, probs, parameters
+
     def _posteriors(self, answers: Answers) -> np.ndarray:
-        probs, _ = _label_posteriors(answers, self.parameters["trust"], self.parameters["spam"])
-        probs = self._given_a_label(probs)
+        known = _Parameters(*(self.parameters[key] for key in _Parameters._fields))
+        probs = self._given_a_label(_label_posteriors(answers, known)[0])
         return self._sure_as_votes(answers.codes, probs) if self.parameters["is_order"].any() else probs
 
     def _given_a_label(self, probs: np.ndarray) -> np.ndarray:
@@ -115,10 +141,10 @@ class Mace(LabelModel):
         return (best_labels(probs) + self._vote_shares(codes)) / 2
 
 
-def _step(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One step of variational EM: expected logarithms of the new parameters, as weights."""
+def _step(answers: Answers, parameters: _Parameters, probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One step of variational EM: expected logarithms of the new trust and spam, as weights."""
     rows, voters, codes = answers.cells
-    probs, _ = _label_posteriors(answers, trust, spam)
+    trust, spam, _ = parameters
     guess, known = trust[voters, 0] * spam[voters, codes], trust[voters, 1]
     # How probable it is that a voter knew: that its answer is the label, times its share of what could have made it.
     knows = probs[rows, codes] * known / (guess + known)
@@ -128,18 +154,23 @@ def _step(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> tuple[np.nda
     return _log_mean_weights(new_trust + _TRUST_PRIOR), _log_mean_weights(new_spam + _SPAM_PRIOR)
 
 
-def _label_posteriors(answers: Answers, trust: np.ndarray, spam: np.ndarray) -> tuple[np.ndarray, float]:
+def _label_posteriors(answers: Answers, parameters: _Parameters) -> tuple[np.ndarray, float]:
     """Posteriors `(num_rows, num_labels)`, and the log-likelihood of all votes."""
     (rows, voters, codes), num_rows, num_labels = answers.cells, len(answers.codes), answers.num_codes
+    trust, spam, prior = parameters
     guess, known = trust[voters, 0] * spam[voters, codes], trust[voters, 1]
     # log1p: what a voter hardly knows still tells which label is before another
     logs = np.bincount(rows * num_labels + codes, np.log1p(known / guess), num_rows * num_labels)
-    logits = logs.reshape(num_rows, num_labels) + np.bincount(rows, np.log(guess), num_rows)[:, None]
+    logits = logs.reshape(num_rows, num_labels) + np.bincount(rows, np.log(guess), num_rows)[:, None] + np.log(prior)
     top = logits.max(axis=1, keepdims=True)
     # Less the greatest, because hundreds of voters make sums of logarithms that exp cannot hold.
     probs = np.exp(logits - top)
     total = probs.sum(axis=1, keepdims=True)
-    return probs / total, float((top + np.log(total)).sum()) - num_rows * float(np.log(num_labels))
+    return probs / total, float((top + np.log(total)).sum())
+
+
+def _shares(values: np.ndarray) -> np.ndarray:
+    return values / values.sum(axis=-1, keepdims=True)
 
 
 def _log_mean_weights(counts: np.ndarray) -> np.ndarray:

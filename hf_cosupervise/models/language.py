@@ -22,7 +22,8 @@ from .source import ModelSource
 
 # How transformers calls what tells how likely the next token is; a "MaskedLM" reads what follows as well.
 _ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# Keys, values and scores of all words of a batch at once take memory: beyond this many bytes, some words at a time.
+# Keys, values and scores of all words of a batch at once take memory: beyond this many bytes, counted as if those of
+# all layers were held at a time, some words at a time.
 _MEMORY_BUDGET = 2**30
 
 
@@ -163,12 +164,28 @@ def _select(cache: Any, rows: torch.Tensor) -> Any:
     own = copy.copy(cache)
     if hasattr(cache, "self_attention_cache"):
         own.self_attention_cache = _select(cache.self_attention_cache, rows)
-        own.cross_attention_cache = _select(cache.cross_attention_cache, rows)
+        # Decoders read these where they lie, and never add to them.
+        own.cross_attention_cache = copy.copy(cache.cross_attention_cache)
+        own.cross_attention_cache.layers = [copy.copy(layer) for layer in cache.cross_attention_cache.layers]
+        own.cross_attention_cache.batch_select_indices(rows)
         return own
-    # Layers are given new tensors, and never write into those that they have.
-    own.layers = [copy.copy(layer) for layer in cache.layers]
-    own.batch_select_indices(rows)
+    own.layers = [_lend(layer, rows) if layer.is_initialized else layer for layer in cache.layers]
     return own
+
+
+def _lend(layer: Any, rows: torch.Tensor) -> Any:
+    """A layer that makes its rows when they are asked for, and keeps nothing: those of all layers are much memory."""
+    lent = copy.copy(layer)
+    lent.update = lambda keys, values, *_, **__: (_extend(layer.keys, rows, keys), _extend(layer.values, rows, values))
+    return lent
+
+
+def _extend(known: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Some rows of what is known, and what is new behind each, copied once."""
+    room = torch.nn.functional.pad(known, (0, 0, 0, new.shape[-2]))
+    whole = room.index_select(0, rows.to(known.device))
+    whole[..., known.shape[-2] :, :] = new
+    return whole
 
 
 def _num_at_once(model: Any, cache: Any, num_rows: int, num_tokens: int) -> int:

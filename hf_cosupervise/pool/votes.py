@@ -19,11 +19,11 @@ from datasets import ClassLabel, Dataset
 from ..data.columns import shorten
 from ..files import read_json
 from ..hierarchy import Teacher, TeacherHierarchy
-from ..method.aggregation import Aggregator
+from ..method.aggregation import AGGREGATORS, Aggregator
 from ..method.label_model import LabelModel
 from ..method.label_models import LABEL_MODELS, make_label_model
 from ..method.votes import VoterFacts, check_votes, voter_facts
-from .derived import aggregated_pool, single_teacher_pool
+from .derived import FEATURE_AGGREGATORS, aggregated_pool, single_teacher_pool
 from .pseudolabels import ORACLE_LABEL, PseudolabelPool
 
 _NO_VOTE = -1
@@ -53,8 +53,14 @@ def hierarchy_from_columns(
         `TeacherHierarchy`: for `build_pool` on the same data.
 
     Raises:
+        TypeError: If `dataset` is none.
         ValueError: If no column begins so, or the labels cannot be seen: fewer than two, or names and ids mixed.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`dataset` must be a `datasets.Dataset`, got {type(dataset).__name__}. Read a file by "
+            "`Dataset.from_csv(path)`, a data frame by `Dataset.from_pandas(frame)`, or choose one split."
+        )
     names = [name for name in dataset.column_names if name.startswith(prefix)]
     if not names:
         raise ValueError(
@@ -97,6 +103,13 @@ def pool_from_answers(
 ) -> PseudolabelPool:
     """Make a pool of a long table of a crowd's answers, one row for each; every worker is a teacher of level 0."""
     items, workers, answers = (_read_column(table, name) for name in (item_column, worker_column, label_column))
+    for name, values in ((item_column, items), (worker_column, workers)):
+        # Answers of nobody known would be those of one worker.
+        if (row := next((row for row, value in enumerate(values) if _is_empty(value)), None)) is not None:
+            raise ValueError(
+                f"Every answer needs an item and a worker, got {values[row]!r} as {name!r} in row {row}. Drop such "
+                "rows."
+            )
     if labels is None:
         labels = _seen_labels(answers, f"the column '{label_column}'")
     # As a matrix of one row, so that a long table and a matrix take the same spellings of a vote.
@@ -185,10 +198,14 @@ def _make_pool(
     return PseudolabelPool.from_predictions(hierarchy, *own, inputs=inputs, vectors=vectors, pool_k=1)
 
 
-def _is_missing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     is_nan = isinstance(value, Real) and math.isnan(value)
+    return value is None or type(value).__name__ == "NAType" or is_nan or isinstance(value, str) and not value
+
+
+def _is_missing(value: Any) -> bool:
     # All ways in which tables of labelling functions and pandas spell that nobody voted.
-    return value is None or is_nan or isinstance(value, str) and not value or value in (_NO_VOTE, _IGNORED)
+    return _is_empty(value) or value in (_NO_VOTE, _IGNORED)
 
 
 def _as_label_id(value: Any) -> int | None:
@@ -237,6 +254,12 @@ def _read_matrix(matrix: Any, labels: Sequence[str]) -> np.ndarray:
 
 
 def _read_column(table: Any, name: str) -> list[Any]:
+    if isinstance(table, os.PathLike | Sequence):
+        raise TypeError(
+            "A table of answers must be a data frame, a `Dataset` or a dictionary of columns, got "
+            f"{type(table).__name__}. Read a file by `pandas.read_csv(path)`, and make a table of rows by "
+            "`pandas.DataFrame(rows, columns=['item', 'worker', 'label'])`."
+        )
     columns = list(getattr(table, "column_names", table))  # a data frame and a mapping give their names themselves
     if name not in columns:
         raise ValueError(f"A table of answers needs the column {name!r}, got {columns}. Say which one it is.")
@@ -262,6 +285,9 @@ def with_aggregate(
     """Put a label model at the root of a pool, and move its teachers a level down, where they are its specialists."""
     if isinstance(method, str) and method in LABEL_MODELS:
         method = make_label_model(method)
+    elif isinstance(method, str) and method not in (others := [*AGGREGATORS, *FEATURE_AGGREGATORS]):
+        known = ", ".join(dict.fromkeys([*LABEL_MODELS, *others]))
+        raise ValueError(f"Unknown `method` '{method}'. Choose one of {known}, or give a label model or a function.")
     if isinstance(method, LabelModel):
         title, votes, num_labels = method.name.replace("_", "-"), pool_votes(pool), len(pool.labels)
         # Fitted already, perhaps on another split: then its parameters are kept and only the votes are new.
@@ -359,7 +385,12 @@ def read_wrench(folder: str | os.PathLike[str]) -> dict[str, PseudolabelPool]:
     if names_path.is_file():
         # By number, which need not be the order in which they stand in the file.
         by_number = {str(key): str(value) for key, value in read_json(names_path).items()}
-        labels = [by_number.get(str(index), str(index)) for index in range(len(by_number))]
+        if set(by_number) != {str(index) for index in range(len(by_number))}:
+            raise ValueError(
+                f"'{names_path}' must hold a name for each label by its number, counted from 0, got "
+                f"{shorten(by_number)}. Number them so."
+            )
+        labels = [by_number[str(index)] for index in range(len(by_number))]
     else:
         seen = {row.get("label") for table in tables.values() for row in table.values()}
         labels = _seen_labels(list(seen), f"the labels of '{folder}'")
@@ -369,7 +400,12 @@ def read_wrench(folder: str | os.PathLike[str]) -> dict[str, PseudolabelPool]:
 def _read_wrench_split(table: Mapping[str, Any], labels: Sequence[str], path: Path) -> PseudolabelPool:
     rows = list(table.values())
     fields = {"label", "weak_labels", "data"}
-    wrong = [key for key, row in table.items() if not isinstance(row, Mapping) or not fields <= set(row)]
+    wrong = [
+        key
+        for key, row in table.items()
+        if not (isinstance(row, Mapping) and fields <= set(row) and isinstance(row["data"], Mapping))
+        or not isinstance(row["weak_labels"], list)
+    ]
     if wrong or len({len(row["weak_labels"]) for row in rows}) != 1:
         found = f"no such row {wrong[0]!r}" if wrong else "rows of different length, or none"
         raise ValueError(
@@ -381,5 +417,5 @@ def _read_wrench_split(table: Mapping[str, Any], labels: Sequence[str], path: Pa
     # A split may come without truth for some rows: `read_labels` would refuse such a column as ground truth.
     if all(isinstance(label, int) and 0 <= label < len(labels) for label in truth):
         inputs = inputs.add_column(ORACLE_LABEL, truth, feature=ClassLabel(names=list(labels)))
-    matrix = np.array([row["weak_labels"] for row in rows])
-    return pool_from_votes(matrix, [f"lf_{index}" for index in range(matrix.shape[1])], labels, inputs)
+    votes = [row["weak_labels"] for row in rows]
+    return pool_from_votes(votes, [f"lf_{index}" for index in range(len(votes[0]))], labels, inputs)

@@ -491,6 +491,33 @@ def test_mace_of_labelling_functions_is_sharp_enough_to_train_on(abstention):
     np.testing.assert_allclose(model.predict_proba(votes), found, atol=1e-12)  # as sure on other rows
 
 
+def make_rare(num_rows: int = 1500, share: float = 0.03):
+    """Voters of two labels, one of which is rare, who are asked at random."""
+    rng = np.random.default_rng(0)
+    truth, right = (rng.random(num_rows) < share).astype(int), rng.uniform(0.75, 0.95, size=7)
+    votes = np.where(rng.random((num_rows, 7)) < right, truth[:, None], 1 - truth[:, None])
+    return truth, np.where(rng.random(votes.shape) < 0.5, -1, votes)
+
+
+def test_mace_finds_that_a_label_is_rare():
+    truth, votes = make_rare()
+    model = Mace()
+    found = model.fit_predict_proba(votes)
+    assert accuracy(found, truth) > 0.95 > accuracy(SharedMajority().fit_predict_proba(votes), truth)
+    assert model.parameters["prior"][1] < 0.25  # 0.5 before
+    np.testing.assert_allclose(
+        Mace.from_dict(json.loads(json.dumps(model.to_dict()))).predict_proba(votes), found, atol=1e-12
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`mace` finds")
+@pytest.mark.parametrize("make_some", [make_votes, make_functions, lambda: make_rare(60, 0.4)])
+def test_mace_takes_labels_as_equally_frequent_without_a_sign(make_some):
+    _, votes = make_some()  # rows of as many labels, functions whose silence is an answer, too few rows to know
+    model = Mace().fit(votes)
+    assert set(model.parameters["prior"].tolist()) == {1 / model.parameters["spam"].shape[1]}
+
+
 def test_a_model_that_learns_nothing_says_so():
     rng = np.random.default_rng(0)
     silent = np.where(rng.random((300, 6)) < 0.5, np.array([0, 0, 0, 1, 1, 1]), -1)
@@ -520,6 +547,8 @@ def test_votes_are_checked(votes, message):
 def test_settings_and_files_are_checked(tmp_path):
     with pytest.raises(ValueError, match="Unknown label model 'best'. Choose one of shared_majority, dawid_skene, "):
         make_label_model("best")
+    with pytest.raises(ValueError, match=r"`mace` has the settings \['max_iterations', .*\], got \['restarts'\]. C"):
+        make_label_model("mace", restarts=3)
     with pytest.raises(ValueError, match="`abstention` must be one of auto, answer, missing, got 'ask'"):
         DawidSkene(abstention="ask")
     for key in ("num_kinds", "num_restarts", "max_iterations"):

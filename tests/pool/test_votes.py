@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -29,7 +30,13 @@ NAMES, LABELS = ["x", "y", "z"], ["a", "b"]
 
 @pytest.mark.parametrize(
     "matrix",
-    [VOTES, IDS, np.array(IDS, dtype=np.int8), *(np.where(np.array(IDS) < 0, gap, IDS) for gap in (np.nan, -100))],
+    [
+        VOTES,
+        IDS,
+        np.array(IDS, dtype=np.int8),
+        pd.DataFrame(IDS, dtype="Int8").replace(-1, pd.NA),
+        *(np.where(np.array(IDS) < 0, gap, IDS) for gap in (np.nan, -100)),
+    ],
 )
 def test_a_matrix_of_names_or_ids_with_gaps(matrix):
     pool = PseudolabelPool.from_votes(matrix, NAMES, LABELS)
@@ -114,8 +121,7 @@ def test_a_table_of_answers_in_any_order():
     assert pool.ids.tolist() == [f"item {row}" for row in range(4)] and pool.labels == ("a", "b")
     assert pool_votes(pool)[:, [0, 2, 1]].tolist() == IDS[:4]
     inputs = Dataset.from_dict({"id": [f"item {row}" for row in (4, 1, 0, 3, 2)]})
-    pandas = pytest.importorskip("pandas")
-    for given in (Dataset.from_dict(table), pandas.DataFrame(table)):
+    for given in (Dataset.from_dict(table), pd.DataFrame(table)):
         with_inputs = PseudolabelPool.from_answers(given, ["b", "a"], inputs)
         assert with_inputs.labels == ("b", "a") and with_inputs.ids.tolist() == list(inputs["id"])
         expected = [[-1, -1, -1] if row == 4 else [v if v < 0 else 1 - v for v in IDS[row]] for row in (4, 1, 0, 3, 2)]
@@ -148,6 +154,31 @@ def test_tables_that_cannot_be_used_are_refused():
         PseudolabelPool.from_answers(table, inputs=Dataset.from_dict({"id": ["item 0"]}))
     with pytest.raises(ValueError, match="need an `id` column of the items"):
         PseudolabelPool.from_answers(table, inputs=Dataset.from_dict({"text": ["item 0"]}))
+    for rows in ("answers.csv", [("item 0", "worker 0", "a")]):
+        with pytest.raises(TypeError, match="must be a data frame, a `Dataset` or a dictionary of columns, got"):
+            PseudolabelPool.from_answers(rows)
+    for nobody in (None, float("nan"), ""):
+        table["worker"][2] = nobody
+        with pytest.raises(ValueError, match="needs an item and a worker, got .* as 'worker' in row 2. Drop such"):
+            PseudolabelPool.from_answers(table)
+
+
+def test_an_unknown_method_is_told_of_all_that_are_known():
+    with pytest.raises(ValueError, match="Unknown `method` 'majority'. Choose one of shared_majority, .*raven"):
+        PseudolabelPool.from_votes(IDS, NAMES, LABELS).with_aggregate("majority")
+
+
+def test_what_is_no_data_set_is_refused(tmp_path, monkeypatch):
+    data, path = make_columns([["a", "b", None]]), tmp_path / "votes.csv"
+    with pytest.raises(TypeError, match="must be a `datasets.Dataset`, got DataFrame. Read a file by"):
+        hierarchy_from_columns(data.to_pandas())
+    data.to_csv(path)
+    monkeypatch.chdir(tmp_path)
+    for name in (path.name, str(path)):  # without a slash it is no id either
+        with pytest.raises(
+            ValueError, match="got '.*votes.csv': .*Load the data by `datasets.load_dataset`, and give"
+        ):
+            build_pool(name, hierarchy_from_columns(data))
 
 
 # ── a label model at the root ───────────────────────────────────────────────────────────────────────────────────────
@@ -250,6 +281,10 @@ def test_a_wrench_folder(tmp_path):
     assert found["train"].hierarchy.names == ("lf_0", "lf_1", "lf_2")
     (tmp_path / "label.json").unlink()
     assert read_wrench(tmp_path)["test"].labels == ("0", "1")
+    for labels in ({"1": "ham", "2": "spam"}, {"ham": 0, "spam": 1}):
+        write_wrench(tmp_path, labels)
+        with pytest.raises(ValueError, match="a name for each label by its number, counted from 0, got"):
+            read_wrench(tmp_path)
 
 
 def test_folders_that_are_none_of_wrench(tmp_path):
@@ -263,6 +298,8 @@ def test_folders_that_are_none_of_wrench(tmp_path):
             '{"0": {"label": 1, "weak_labels": [1], "data": {}}, "1": {"label": 0, "weak_labels": [], "data": {}}}',
             "length",
         ),
+        ('{"0": {"label": 1, "weak_labels": null, "data": {}}}', "got no such row '0'"),
+        ('{"0": {"label": 1, "weak_labels": [1], "data": "text"}}', "got no such row '0'"),
     ):
         (tmp_path / "train.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=message):

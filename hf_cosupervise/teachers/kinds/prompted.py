@@ -335,12 +335,10 @@ class Prompter:
 
     def _shorten(self, text: str, length: int) -> _Encoded:
         """The prompt of as much of a text as the model can read."""
-        advice = (
-            "Shorten it" if self.options["too_long"] == "cut" else 'Shorten it, or set `options={"too_long": "cut"}`'
-        )
         fits, best, exceeds = 0, self.encode([""])[0], len(text)
         if self.options["too_long"] == "raise" or self._length(best) > self.max_length:
-            raise RowError(f"A prompt must have at most {self.max_length} tokens, got {length}. {advice}")
+            cut = "" if self.options["too_long"] == "cut" else ', or `options={"too_long": "cut"}`'
+            raise RowError(f"A prompt must have at most {self.max_length} tokens{cut}, got {length}")
         while exceeds - fits > 1:
             middle = (fits + exceeds) // 2
             row = self.encode([text[:middle]])[0]
