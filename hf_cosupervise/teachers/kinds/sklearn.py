@@ -23,7 +23,12 @@ _SKLEARN_FILE = "model.skops"
 def save_sklearn_teacher(
     model: Any, folder: str | os.PathLike[str], feature: Mapping[str, Any], labels: Sequence[str] | None = None
 ) -> None:
-    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`."""
+    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`.
+
+    `feature` says how a row becomes what the classifier reads: `{"kind": "text"}`, `{"kind": "values"}` of a vector,
+    or `{"kind": "pixels", "size": None, "mode": "L", "divide_by": 255.0}` of an image, where `size` is [height, width]
+    or the image's own and `mode` "L" or "RGB". `labels` names classes that are positions; else they are the names.
+    """
     skops_io = _import_skops()
     _check_predict_proba(model, f"'{folder}'")
     settings = _feature_settings(feature, f"`feature` of '{folder}'")
@@ -36,6 +41,8 @@ def save_sklearn_teacher(
                 "Leave `labels` out if the classes are label names."
             )
         config["id2label"] = {str(value): str(labels[value]) for value in classes}
+    elif all(isinstance(value, str) for value in classes):
+        config["label_names"] = classes  # whoever has only the folder need not name the task's labels
     folder = Path(folder)
     check_free(folder, "Load the teacher that is there, or choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -107,7 +114,7 @@ def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
     if not isinstance(feature, Mapping) or feature.get("kind") not in SKLEARN_FEATURE_KINDS:
         raise ValueError(
             f"{what} must be a mapping whose `kind` is one of {list(SKLEARN_FEATURE_KINDS)}, got {feature!r}. "
-            "Declare how an example becomes the classifier's feature vector."
+            "Declare how an example becomes the classifier's feature vector, an image by 'pixels'."
         )
     defaults: dict[str, Any] = {"kind": feature["kind"]}
     if feature["kind"] == "pixels":
