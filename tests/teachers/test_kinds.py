@@ -326,6 +326,8 @@ def test_save_sklearn_teacher_refuses_what_it_cannot_keep(tmp_path: Path) -> Non
         save_sklearn_teacher(model, tmp_path / "key", {"kind": "pixels", "sise": [8, 8]})
     with pytest.raises(ValueError, match=r"`size` of \[height, width\]"):
         save_sklearn_teacher(model, tmp_path / "size", {"kind": "pixels", "size": [8]})
+    with pytest.raises(ValueError, match=r"the 1 numbers .* got 3: `size` \[1, 1\] in `mode` 'RGB'. Name those"):
+        save_sklearn_teacher(model, tmp_path / "mode", {"kind": "pixels", "size": [1, 1], "mode": "RGB"})
     assert list(tmp_path.iterdir()) == []
     save_sklearn_teacher(model, tmp_path / "good", {"kind": "values"})
     with pytest.raises(FileExistsError, match="must not exist or be empty"):

@@ -32,6 +32,7 @@ def save_sklearn_teacher(
     skops_io = _import_skops()
     _check_predict_proba(model, f"'{folder}'")
     settings = _feature_settings(feature, f"`feature` of '{folder}'")
+    _check_num_pixels(model, settings, f"`feature` of '{folder}'")
     config: dict[str, Any] = {"library_name": "sklearn", "feature": settings}
     classes = np.asarray(model.classes_).tolist()
     if labels is not None:
@@ -77,6 +78,7 @@ class SklearnTeacher:
             )
         self.model = skops_io.load(path, trusted=sorted(untrusted))
         _check_predict_proba(self.model, f"teacher '{name}'")
+        _check_num_pixels(self.model, feature, f"`feature` in 'config.json' of teacher '{name}'")
         # Of a student of vectors the classes are label names, among which "0" is no position.
         is_named = source.config.get("model_type") == VECTOR_MODEL
         id2label = {} if is_named else source.config.get("id2label") or {}
@@ -136,6 +138,20 @@ def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
             f"{settings['divide_by']!r}."
         )
     return settings | {"size": None if size is None else list(size), "divide_by": float(settings["divide_by"])}
+
+
+def _check_num_pixels(model: Any, feature: Mapping[str, Any], what: str) -> None:
+    """Refuse a size or mode of images that the classifier cannot have been fitted on: no row would do."""
+    needed, _ = _needs(model)
+    if feature["kind"] != "pixels" or feature["size"] is None or needed is None:
+        return
+    height, width = feature["size"]
+    if (found := height * width * len(feature["mode"])) != needed:
+        raise ValueError(
+            f"{what} must give the {needed} numbers that the classifier was fitted on, got {found}: `size` "
+            f"{[height, width]} in `mode` '{feature['mode']}'. Name those that it was fitted with; 'RGB' is three "
+            "numbers a pixel."
+        )
 
 
 def _needs(model: Any) -> tuple[int | None, bool]:
