@@ -119,7 +119,7 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
     if not isinstance(names, list) or not names or all(str(name).startswith("LABEL_") for name in names):
         raise ValueError(
             f"Teacher '{teacher.name}' must tell the names of its labels, got {shorten(names or [], 8)} in its "
-            "'config.json'. Give the task's labels by `labels`, or name them there."
+            "'config.json'. Give the task's labels by `labels`, or name them there as `label_names`."
         )
     led_to = [(teacher.label_map or {}).get(str(name), str(name)) for name in names]
     return list(dict.fromkeys(label for to in led_to if to for label in ((to,) if isinstance(to, str) else to)))

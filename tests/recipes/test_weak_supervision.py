@@ -52,7 +52,7 @@ def test_five_lines_from_a_file_of_votes_to_a_student(tiny_bert, tmp_path):
     write_votes(tmp_path / "votes.csv", 400, seed=0)
     known = write_votes(tmp_path / "other.csv", 200, seed=1)
     Path(tmp_path / "student").symlink_to(tiny_bert, target_is_directory=True)
-    code, printed = block("tested by tests/test_weak_supervision.py"), block("printed")
+    code, printed = block("tested by tests/recipes/test_weak_supervision.py"), block("printed")
     assert len([line for line in code.splitlines() if line and not line.startswith("from")]) == 5
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

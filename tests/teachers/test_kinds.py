@@ -21,6 +21,7 @@ from hf_cosupervise.teachers.kinds import base
 from hf_cosupervise.teachers.kinds.base import TeacherModel
 from hf_cosupervise.teachers.kinds.loading import identify_teacher, load_teacher
 from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
+from hf_cosupervise.teachers.naming import hierarchy_from_names
 
 pytestmark = pytest.mark.core
 
@@ -153,6 +154,7 @@ def test_sklearn_teacher_on_texts_with_label_names_as_classes(tmp_path: Path, ti
     names = tiny_text_dataset.features["label"].int2str(list(tiny_text_dataset["label"]))
     model = make_pipeline(CountVectorizer(), MultinomialNB()).fit(texts, names)
     save_sklearn_teacher(model, tmp_path / "bayes", {"kind": "text"})
+    assert set(hierarchy_from_names([str(tmp_path / "bayes")], tiny_text_dataset).labels) == {*names}
 
     # The task knows one more label, and in another order.
     probs = label(load_teacher(Teacher(str(tmp_path / "bayes")), ("dog", "emu", "cat", "bee", "ant")), texts)
@@ -324,6 +326,8 @@ def test_save_sklearn_teacher_refuses_what_it_cannot_keep(tmp_path: Path) -> Non
         save_sklearn_teacher(model, tmp_path / "key", {"kind": "pixels", "sise": [8, 8]})
     with pytest.raises(ValueError, match=r"`size` of \[height, width\]"):
         save_sklearn_teacher(model, tmp_path / "size", {"kind": "pixels", "size": [8]})
+    with pytest.raises(ValueError, match=r"the 1 numbers .* got 3: `size` \[1, 1\] in `mode` 'RGB'. Name those"):
+        save_sklearn_teacher(model, tmp_path / "mode", {"kind": "pixels", "size": [1, 1], "mode": "RGB"})
     assert list(tmp_path.iterdir()) == []
     save_sklearn_teacher(model, tmp_path / "good", {"kind": "values"})
     with pytest.raises(FileExistsError, match="must not exist or be empty"):

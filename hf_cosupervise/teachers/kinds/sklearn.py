@@ -25,10 +25,16 @@ _MOST_PACKED, _LEAST_BYTES = 100, 1 << 26
 def save_sklearn_teacher(
     model: Any, folder: str | os.PathLike[str], feature: Mapping[str, Any], labels: Sequence[str] | None = None
 ) -> None:
-    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`."""
+    """Write a scikit-learn classifier as a teacher: `model.skops` without pickle, and `config.json`.
+
+    `feature` says how a row becomes what the classifier reads: `{"kind": "text"}`, `{"kind": "values"}` of a vector,
+    or `{"kind": "pixels", "size": None, "mode": "L", "divide_by": 255.0}` of an image, where `size` is [height, width]
+    or the image's own and `mode` "L" or "RGB". `labels` names classes that are positions; else they are the names.
+    """
     skops_io = _import_skops()
     _check_predict_proba(model, f"'{folder}'")
     settings = _feature_settings(feature, f"`feature` of '{folder}'")
+    _check_num_pixels(model, settings, f"`feature` of '{folder}'")
     config: dict[str, Any] = {"library_name": "sklearn", "feature": settings}
     classes = np.asarray(model.classes_).tolist()
     if labels is not None:
@@ -38,6 +44,8 @@ def save_sklearn_teacher(
                 "Leave `labels` out if the classes are label names."
             )
         config["id2label"] = {str(value): str(labels[value]) for value in classes}
+    elif all(isinstance(value, str) for value in classes):
+        config["label_names"] = classes  # whoever has only the folder need not name the task's labels
     folder = Path(folder)
     check_free(folder, "Load the teacher that is there, or choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +86,7 @@ class SklearnTeacher:
                 f"Teacher '{name}' must read the texts that it is given, got a vectoriser that opens them as names of "
                 "files. Save it with `input='content'`."
             )
+        _check_num_pixels(self.model, feature, f"`feature` in 'config.json' of teacher '{name}'")
         # Of a student of vectors the classes are label names, among which "0" is no position.
         is_named = source.config.get("model_type") == VECTOR_MODEL
         id2label = {} if is_named else source.config.get("id2label") or {}
@@ -145,7 +154,7 @@ def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
     if not isinstance(feature, Mapping) or feature.get("kind") not in SKLEARN_FEATURE_KINDS:
         raise ValueError(
             f"{what} must be a mapping whose `kind` is one of {list(SKLEARN_FEATURE_KINDS)}, got {feature!r}. "
-            "Declare how an example becomes the classifier's feature vector."
+            "Declare how an example becomes the classifier's feature vector, an image by 'pixels'."
         )
     defaults: dict[str, Any] = {"kind": feature["kind"]}
     if feature["kind"] == "pixels":
@@ -167,6 +176,20 @@ def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
             f"{settings['divide_by']!r}."
         )
     return settings | {"size": None if size is None else list(size), "divide_by": float(settings["divide_by"])}
+
+
+def _check_num_pixels(model: Any, feature: Mapping[str, Any], what: str) -> None:
+    """Refuse a size or mode of images that the classifier cannot have been fitted on: no row would do."""
+    needed, _ = _needs(model)
+    if feature["kind"] != "pixels" or feature["size"] is None or needed is None:
+        return
+    height, width = feature["size"]
+    if (found := height * width * len(feature["mode"])) != needed:
+        raise ValueError(
+            f"{what} must give the {needed} numbers that the classifier was fitted on, got {found}: `size` "
+            f"{[height, width]} in `mode` '{feature['mode']}'. Name those that it was fitted with; 'RGB' is three "
+            "numbers a pixel."
+        )
 
 
 def _needs(model: Any) -> tuple[int | None, bool]:
