@@ -277,7 +277,7 @@ def test_unusable_data_is_refused(
         quiet_pool(holes.add_column("id", [0, 1]), hierarchy)
 
 
-def test_broken_probabilities_name_teacher_and_row(
+def test_broken_weights_name_teacher_and_tensor(
     tiny_vit: str, tiny_labels: tuple[str, ...], tiny_image_dataset: Dataset, tmp_path: Path
 ) -> None:
     folder = copy_model(tiny_vit, tmp_path / "broken")
@@ -285,7 +285,7 @@ def test_broken_probabilities_name_teacher_and_row(
     tensors["classifier.bias"][1] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     hierarchy = TeacherHierarchy(tiny_labels, [Teacher(str(folder))])
-    with pytest.raises(ValueError, match=r"Probabilities of teacher 'broken' must be finite.* in row 0"):
+    with pytest.raises(ValueError, match=r"Teacher 'broken' must have finite weights, got NaN .* `classifier\.bias`"):
         quiet_pool(tiny_image_dataset, hierarchy, oracle_column="label")
 
 
