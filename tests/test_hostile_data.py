@@ -441,9 +441,9 @@ def test_an_archive_is_no_table(kind, suffix, tmp_path):
     [
         ("a.csv", b"text,g\na,b,c\nd,e,f\n", "its lines have 3 cells for the 2 names"),
         ("a.csv", b"text,g\na,b,c\nd\n", "its lines have 3 cells for the 2 names"),
-        ("a.jsonl", b"", "it is empty"),
-        ("a.json", b"\n", "it is empty"),
-        ("a.csv", b"text,g\n", "it is empty"),
+        ("a.jsonl", b"", "it holds no data"),
+        ("a.json", b"\n", "it holds no data"),
+        ("a.csv", b"text,g\n", "it holds no data"),
         ("a.jsonl", b'{"a":' + b"[" * 900 + b"]" * 900 + b"}\n", "."),
         ("a.jsonl", b'{"a": 1, "a": 2}\n', "twice"),
     ],

@@ -93,7 +93,7 @@ def _one_sentence(path: Path) -> Iterator[None]:
     # What pandas, pyarrow and json raise are such; `datasets` finds no first line, or lists without end.
     except (DatasetsError, ValueError, StopIteration, RecursionError) as error:
         reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
-        reason = "it is empty" if not reason or "corresponds to no data" in reason else reason
+        reason = "it holds no data" if not reason or "corresponds to no data" in reason else reason
         raise ValueError(f"`dataset` must be a table that can be read, got '{path}': {reason}.") from error
 
 
