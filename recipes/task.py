@@ -230,7 +230,9 @@ def _open_any(name: str, revision: str | None, args: DataArguments) -> tuple[Dat
         return DatasetDict({"train": load_table(name)}), None
     if is_folder(name):
         if not Path(name).is_dir():
-            raise FileNotFoundError(f"`dataset` must be a file, a folder or an id on the Hub, got no folder '{name}'.")
+            raise FileNotFoundError(
+                f"`dataset` must be a file, a folder or an id on the Hub, got no folder '{name}'. Check the path."
+            )
         if is_image_folder(name):
             images = load_images(name, with_labels=args.label_column is not None, on_error=args.on_error)
             return DatasetDict({"train": images}), None

@@ -133,7 +133,10 @@ def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on
             f"{shorten(others, 5)}. Take them out, or leave them out by `on_error` 'missing'."
         )
     if not images:
-        raise ValueError(f"`dataset` must be a folder of images or one of `save_to_disk`, got neither in '{folder}'.")
+        raise ValueError(
+            f"`dataset` must be a folder of images or one of `save_to_disk`, got neither in '{folder}'. "
+            "Check the path."
+        )
     columns: dict[str, list[Any]] = {
         "id": [path.relative_to(folder).as_posix() for path in images],
         "image": [str(path) for path in images],

@@ -252,5 +252,10 @@ def is_folder(source: str | os.PathLike[str]) -> bool:
     # An address has more slashes than an id and would else be looked for as a folder.
     if "://" in text:  # an address in place of an id: the client says so
         return False
-    is_path = not isinstance(source, str) or text.startswith((".", "/", "~")) or bool({"\\", ":"} & set(text))
+    is_path = (
+        not isinstance(source, str)
+        or text.startswith((".", "/", "~"))
+        or text.endswith("/")
+        or bool({"\\", ":"} & set(text))
+    )
     return is_path or text.count("/") > 1 or Path(text).is_dir()

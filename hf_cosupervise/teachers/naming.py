@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from ..data.columns import shorten
 from ..hierarchy import Teacher, TeacherHierarchy
-from ..hub.client import has_file, is_folder
+from ..hub.client import has_file, hub_errors, is_folder
 from .hub import HIERARCHY_FILES, load_hierarchy
 from .kinds.loading import find_source
 from .running import read_names
@@ -102,7 +102,11 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
                 f"'{teacher.model}'. Give the task's `labels`."
             )
         return sorted(seen)
-    source, kind = find_source(teacher)
+    # Most often it is the name of a column that was mistyped.
+    with hub_errors(
+        f"'{teacher.model}', which is none of the columns {shorten(dataset.column_names)},", teacher.model
+    ):
+        source, kind = find_source(teacher)
     if kind.reads_label_texts or source.files is None:
         if (told := teacher.label_texts or teacher.scope) is None:
             raise ValueError(

@@ -168,8 +168,8 @@ def test_of_several_downloads_the_first_to_fail_closes_the_others(hub, monkeypat
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [("a/b", False), ("a", False), ("./a", True), ("a/b/c", True), ("~/a", True), ("/a", True), ("C:/a", True),
-     ("a\\b", True), (Path("a/b"), True), ("https://huggingface.co/a/b", False), ("here", True)],
+    [("a/b", False), ("a", False), ("./a", True), ("a/b/c", True), ("a/", True), ("~/a", True), ("/a", True),
+     ("C:/a", True), ("a\\b", True), (Path("a/b"), True), ("https://huggingface.co/a/b", False), ("here", True)],
 )  # fmt: skip
 def test_a_folder_or_an_id(tmp_path, monkeypatch, source, expected):
     (tmp_path / "here").mkdir()

@@ -264,7 +264,7 @@ def test_a_folder_of_images_names_what_is_none(photos, labelled, tmp_path):
     with pytest.raises(ValueError, match="with a link 'link.png' that leads out of it"):
         load_images(photos)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="got neither in"):
+    with pytest.raises(ValueError, match="got neither in .*Check the path"):
         load_images(tmp_path / "empty")
 
 
@@ -280,6 +280,9 @@ def test_teachers_by_their_ids(hub, tiny_vit, tiny_image_dataset, tiny_labels):
     found = hierarchy_from_names(["1:someone/vit", tiny_vit], tiny_image_dataset)
     assert found.labels == tuple(tiny_labels) and [teacher.level for teacher in found.teachers] == [0, 1]
     assert found.names == ("vit-2", "vit")  # the same last word, not the same name
+    with pytest.raises(OSError) as mistyped:
+        hierarchy_from_names([tiny_vit, "rater_9"], tiny_image_dataset)
+    assert "'rater_9', which is none of the columns ['image', 'label'], needs" in mistyped.value.__notes__[-1]
     one = hierarchy_from_names(["someone/vit"], tiny_image_dataset)
     assert one.labels == tuple(tiny_labels) and one.teachers[0].model == "someone/vit"
 
