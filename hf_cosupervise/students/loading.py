@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -84,6 +85,11 @@ def load_pinned_student(
         raise ValueError(
             f"A student {model!r} is made for its data, got none. Use `VectorClassifier.for_data(dataset, column, "
             "labels)`, or give the name to `CoSupervisedTrainer`."
+        )
+    if not os.path.exists(model) and get_close_matches(str(model).lower(), VECTOR_STUDENTS, cutoff=0.65):
+        raise ValueError(
+            f"The student must be a Hub id, a folder or one of {list(VECTOR_STUDENTS)}, got {str(model)!r}. Correct "
+            "the name."
         )
     if pooling not in (None, *POOLINGS):
         raise ValueError(

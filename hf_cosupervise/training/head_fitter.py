@@ -5,6 +5,7 @@ The backbone is frozen, so that running it again in every step would give the sa
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from ..method.linear_head import (
     fit_linear_head,
     fit_ridge_head,
     gram_matrix,
+    linear_logits,
     measure_scaling,
 )
 from ..method.losses import LossAndGradient
@@ -36,6 +38,8 @@ from ..processes import Processes
 from .config import CoSupervisedConfig
 from .level_loss import LevelLoss
 
+logger = logging.getLogger(__name__)
+_ROWS_ASKED = 4096
 # Under this name the penalty of a level is logged, and kept in its record.
 RIDGE_ALPHA = "head/ridge_alpha"
 TargetLookup = Callable[[torch.Tensor], torch.Tensor | SparseTargets]
@@ -78,6 +82,7 @@ class HeadFitter:
         self._known = {} if known is None else known
         self.processes = processes or Processes(0, 1)
         self._readable = np.arange(len(features)) if readable is None else np.flatnonzero(readable)
+        self._has_told = False
 
     def fit(
         self,
@@ -101,7 +106,7 @@ class HeadFitter:
         state.compute_steps(self.args, state.max_steps)
         optimizer = _merge_equal_groups(make_optimizer())
         # Only now: a schedule holds on to the groups that it finds.
-        return self.fit_by_steps(
+        output = self.fit_by_steps(
             kept,
             targets,
             dataloader,
@@ -111,6 +116,22 @@ class HeadFitter:
             loss=loss.with_gradient,
             watch=loss.watch,
         )
+        self._tell_of_idleness(kept, targets)
+        return output
+
+    def _tell_of_idleness(self, kept: np.ndarray, targets: TargetLookup) -> None:
+        """Warn, once, of a head that says what a constant would: a rate too small for few steps shows nowhere else."""
+        rows = torch.from_numpy(kept[:: -(-len(kept) // _ROWS_ASKED)]).to(self.features.device)
+        wanted = dense_targets(targets(rows), self.head.out_features).argmax(dim=1)
+        agreed = float((linear_logits(self.head, self.features[rows]).argmax(dim=1) == wanted).float().mean())
+        most = int(wanted.bincount().max()) / len(rows)
+        if self.processes.rank == 0 and not self._has_told and agreed < most + 0.05 * (1 - most) < 1:
+            self._has_told = True
+            logger.warning(
+                f"The head agrees with {agreed:.0%} of the pseudolabels that it was trained on, one label for all "
+                f"examples with {most:.0%}: it has hardly learnt. Set a larger `learning_rate` (it is "
+                f"{self.args.learning_rate:g}), more `num_train_epochs`, or `head_solver='ridge'`, which has neither."
+            )
 
     # --- by steps ----------------------------------------------------------------------------------------------------
 

@@ -359,6 +359,7 @@ def test_rows_without_a_vector_are_left_out(tmp_path, caplog):
     ("student", "given", "kind", "sentence"),
     [
         ("mlp", {}, ValueError, "with hidden layers must be trained as a whole, got `student_training` 'probe'"),
+        ("lineer", {}, ValueError, "a Hub id, a folder or one of ['linear', 'mlp'], got 'lineer'. Correct the name."),
         ("linear", {"student_training": "lora"}, ValueError, "is trained itself, got `student_training` 'lora'."),
         ("mlp", {"student_training": "full", "method": "committee"}, ValueError, "averages linear heads"),
         (lambda: VectorClassifier(VectorClassifierConfig(3, num_labels=3)), {}, ValueError, "of 3 numbers, got 4 in"),
@@ -369,12 +370,24 @@ def test_rows_without_a_vector_are_left_out(tmp_path, caplog):
             "must have 3 labels like the pool, got 2",
         ),
     ],
-    ids=["mlp frozen", "lora", "committee", "features", "labels"],
+    ids=["mlp frozen", "misspelt", "lora", "committee", "features", "labels"],
 )
 def test_students_that_do_not_fit(student, given, kind, sentence, tmp_path):
     with pytest.raises(kind) as error:
         make_trainer(student() if callable(student) else student, tmp_path, **given)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_told"),
+    [({"learning_rate": 1e-6}, True), ({}, False), ({"learning_rate": 1e-6, "head_solver": "ridge"}, False)],
+    ids=["a rate of nothing", "a rate that moves it", "in closed form"],
+)
+def test_a_head_that_has_hardly_learnt_is_told_of_once(given, is_told, tmp_path, caplog):
+    trainer = make_trainer("linear", tmp_path, **given)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert caplog.text.count("it has hardly learnt. Set a larger `learning_rate`") == is_told
 
 
 def test_what_is_read_of_data_with_images_and_vectors(tiny_vit, tmp_path):
