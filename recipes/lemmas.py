@@ -1,10 +1,9 @@
 """Lemmas of unrelated languages, the language hidden: whose answer does a student that writes trust?
 
-    python recipes/lemmas.py                                            # four languages, one seed: minutes
+    python recipes/lemmas.py                                 # four languages, one seed: three minutes on two cores
     python recipes/lemmas.py --full --seeds 0 1 2 3 4 --output_dir outputs/lemmas_full             # half an hour
 
-Two processes of one thread each share the work: of the first command six minutes on cores that others use too, added
-up. The figures are those of one process.
+Two processes of one thread each share the work; the figures are those of one.
 
 Teachers are tiny Llamas of letters that were pre-trained on unlabelled words: a generalist that has seen a few labels
 of each language, and a specialist for each language that has seen as many of its own. The student is larger and
@@ -52,7 +51,7 @@ class Plan:
     num_test: int = 150
     student: tuple[int, int] = (96, 3)
     student_steps: int = 2000
-    student_epochs: int = 5
+    student_epochs: int = 4
     root_steps: int = 1000
     specialist_steps: int | None = None  # without any, specialists begin as the generalist does
     teacher: tuple[int, int] = (64, 2)
