@@ -263,7 +263,8 @@ class AnswerPool(WrittenPool):
                 f"`kept` must be booleans of shape ({len(self)},), got {mask.shape} of {mask.dtype}. Say of each "
                 "prompt whether to keep it."
             )
-        return mask
+        # No trainer can learn an answer to nothing.
+        return mask & [bool(prompt and (not isinstance(prompt, str) or prompt.strip())) for prompt in self.prompts()]
 
     def _read_weights(self, weights: Any) -> list[float]:
         values = np.ones(len(self)) if weights is None else np.asarray(weights)

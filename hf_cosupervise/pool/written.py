@@ -192,6 +192,10 @@ class WrittenPool(TeacherPool):
             raise ValueError(f"`num_tokens` of '{name}' must be at least 0, got {least}. Make the pool again.")
         super()._open(name, dataset)
         log_probs = table.column("log_prob").cast(pa.float32()).to_numpy(zero_copy_only=False)
+        if np.isposinf(log_probs).any():
+            raise ValueError(
+                f"`log_prob` of '{name}' must be a logarithm of a probability, got inf. Make the pool again."
+            )
         num_tokens = pc.fill_null(table.column("num_tokens").cast(pa.int32()), 0).to_numpy(zero_copy_only=False)
         answered = table.column("answer").is_valid().to_numpy()
         numbers = np.where(answered, log_probs, np.float32(np.nan)), np.where(answered, num_tokens, np.int32(0))

@@ -116,6 +116,9 @@ def test_sft() -> None:
     assert pool.to_sft("majority", kept)["id"][:] == [8, 9]
     own = pool.to_sft(answers=["a", None, " ", "b"])
     assert own["completion"][:] == ["a", "b"] and own["teacher_id"][:] == [None, None]
+    nothing = AnswerPool.from_answers({"a": ["1", "2", "3"], "b": ["4", "5", "6"]}, ["q", None, " "])
+    assert nothing.to_sft("generalist")["prompt"][:] == nothing.to_routed("generalist")["prompt"][:] == ["q"]
+    assert nothing.to_preferences()["prompt"][:] == ["q"]
 
 
 def test_chats() -> None:
