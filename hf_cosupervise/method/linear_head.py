@@ -127,7 +127,7 @@ def fit_linear_head(
 
 
 def _clip_norm(gradients: Sequence[torch.Tensor], max_norm: float) -> float:
-    """What `clip_grad_norm_` does, to the bit; that one first sorts by device and type, in the time of a product."""
+    """What `clip_grad_norm_` does, to the bit; that one first sorts tensors by device and type, in every step."""
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
     factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
     for gradient in gradients:

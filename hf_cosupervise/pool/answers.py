@@ -90,9 +90,9 @@ class AnswerPool(WrittenPool):
                 for who in (range(len(names)) if speakers is None else [int(speakers[row])])
                 if who >= 0
             ]
-        mask, scale = self._read_mask(kept), self._read_weights(weights)
-        rows = [(row, who, text) for row, who, text in rows if mask[row] and text is not None and text.strip()]
         prompts = self.prompts()
+        mask, scale = self._read_mask(kept, prompts), self._read_weights(weights)
+        rows = [(row, who, text) for row, who, text in rows if mask[row] and text is not None and text.strip()]
         columns: dict[str, Any] = {
             "weight": [scale[row] for row, _, _ in rows],
             "id": [self.ids[row].item() for row, _, _ in rows],
@@ -131,7 +131,8 @@ class AnswerPool(WrittenPool):
         else:
             who = self._read_assigned(assigned)
             speakers = [None if place < 0 else self.hierarchy.names[place] for place in who]
-        mask, prompts = self._read_mask(kept), self.prompts()
+        prompts = self.prompts()
+        mask = self._read_mask(kept, prompts)
         rows = [row for row, name in enumerate(speakers) if name is not None and mask[row]]
         columns_of = {"prompt": [prompts[row] for row in rows], "teacher_id": [speakers[row] for row in rows]}
         return self._export(
@@ -213,7 +214,8 @@ class AnswerPool(WrittenPool):
                 for row, (better, worse) in enumerate(zip(*both))
                 if better >= 0 and worse >= 0
             ]
-        mask, prompts, chat = self._read_mask(kept), self.prompts(), self.is_chat
+        prompts, chat = self.prompts(), self.is_chat
+        mask = self._read_mask(kept, prompts)
         found = [(row, better, worse) for row, better, worse in found if mask[row]]
         columns: dict[str, Any] = {
             "prompt": [prompts[row] for row, _, _ in found],
@@ -256,7 +258,7 @@ class AnswerPool(WrittenPool):
             )
         return places.astype(np.int64)
 
-    def _read_mask(self, kept: Any) -> np.ndarray:
+    def _read_mask(self, kept: Any, prompts: Sequence[Prompt]) -> np.ndarray:
         mask = np.ones(len(self), dtype=bool) if kept is None else np.asarray(kept)
         if mask.shape != (len(self),) or mask.dtype != bool:
             raise ValueError(
@@ -264,7 +266,7 @@ class AnswerPool(WrittenPool):
                 "prompt whether to keep it."
             )
         # No trainer can learn an answer to nothing.
-        return mask & [bool(prompt and (not isinstance(prompt, str) or prompt.strip())) for prompt in self.prompts()]
+        return mask & [bool(prompt and (not isinstance(prompt, str) or prompt.strip())) for prompt in prompts]
 
     def _read_weights(self, weights: Any) -> list[float]:
         values = np.ones(len(self)) if weights is None else np.asarray(weights)

@@ -81,20 +81,7 @@ def load_pinned_student(
     pooling: str | None = None,
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """Do what [`load_student`] does, and tell what was loaded."""
-    if model in VECTOR_STUDENTS:
-        raise ValueError(
-            f"A student {model!r} is made for its data, got none. Use `VectorClassifier.for_data(dataset, column, "
-            "labels)`, or give the name to `CoSupervisedTrainer`."
-        )
-    if not os.path.exists(model) and get_close_matches(str(model).lower(), VECTOR_STUDENTS, cutoff=0.65):
-        raise ValueError(
-            f"The student must be a Hub id, a folder or one of {list(VECTOR_STUDENTS)}, got {str(model)!r}. Correct "
-            "the name."
-        )
-    if pooling not in (None, *POOLINGS):
-        raise ValueError(
-            f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}. Leave it out for the model's own way."
-        )
+    _check_asked(model, pooling)
     source = find_model(str(model), what="The student", revision=revision)
     origin: dict[str, Any] = {}
     if not source.is_local:
@@ -144,6 +131,24 @@ def load_pinned_student(
     source.name_after(student)
     student.float()
     return student, processor, origin
+
+
+def _check_asked(model: str | os.PathLike[str], pooling: str | None) -> None:
+    """Refuse names that lead to nothing, before anything is looked for."""
+    if model in VECTOR_STUDENTS:
+        raise ValueError(
+            f"A student {model!r} is made for its data, got none. Use `VectorClassifier.for_data(dataset, column, "
+            "labels)`, or give the name to `CoSupervisedTrainer`."
+        )
+    if not os.path.exists(model) and get_close_matches(str(model).lower(), VECTOR_STUDENTS, cutoff=0.65):
+        raise ValueError(
+            f"The student must be a Hub id, a folder or one of {list(VECTOR_STUDENTS)}, got {str(model)!r}. Correct "
+            "the name."
+        )
+    if pooling not in (None, *POOLINGS):
+        raise ValueError(
+            f"`pooling` must be one of {list(POOLINGS)}, got {pooling!r}. Leave it out for the model's own way."
+        )
 
 
 def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:

@@ -121,11 +121,13 @@ class HeadFitter:
 
     def _tell_of_idleness(self, kept: np.ndarray, targets: TargetLookup) -> None:
         """Warn, once, of a head that says what a constant would: a rate too small for few steps shows nowhere else."""
+        if self._has_told or self.processes.rank:
+            return
         rows = torch.from_numpy(kept[:: -(-len(kept) // _ROWS_ASKED)]).to(self.features.device)
         wanted = dense_targets(targets(rows), self.head.out_features).argmax(dim=1)
         agreed = float((linear_logits(self.head, self.features[rows]).argmax(dim=1) == wanted).float().mean())
         most = int(wanted.bincount().max()) / len(rows)
-        if self.processes.rank == 0 and not self._has_told and agreed < most + 0.05 * (1 - most) < 1:
+        if agreed < most + 0.05 * (1 - most) < 1:
             self._has_told = True
             logger.warning(
                 f"The head agrees with {agreed:.0%} of the pseudolabels that it was trained on, one label for all "
