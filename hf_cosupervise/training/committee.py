@@ -89,21 +89,22 @@ def train_members(
     inputs = None if given is None else given.add_column("id", list(pool.ids))
     place = pool.hierarchy.num_levels, len(pool), run.path, student.features_dir
     members = []
-    for name in args.members:
-        student.start_anew()  # they share the model, and each begins with the same head
-        own_pool, own_args = member_pool(pool, name), member_arguments(args, name, *place)
-        own_args = without_idle_rounds(own_args, own_pool)
-        # Inputs are given as they came, for a pool of one teacher holds the same rows.
-        trainer = new_trainer(own_args, pool=own_pool, train_dataset=inputs, input_column=input_column)
-        trainer.callback_handler = callbacks.of_member()
-        trainer.student.share(student)
-        trainer.run.follow(run)
-        trainer.train(resume)
-        run.take_over(trainer.run, name)
-        student.share(trainer.student)
-        # Of another pool, or of self-training, it tells nothing of the teachers.
-        plan = trainer.plans[pool.hierarchy.num_levels - 1] if own_pool is pool else None
-        members.append(TrainedMember(name, trainer.student.copy_head(), plan))
+    with student.holding_still():
+        for name in args.members:
+            student.start_anew()  # they share the model, and each begins with the same head
+            own_pool, own_args = member_pool(pool, name), member_arguments(args, name, *place)
+            own_args = without_idle_rounds(own_args, own_pool)
+            # Inputs are given as they came, for a pool of one teacher holds the same rows.
+            trainer = new_trainer(own_args, pool=own_pool, train_dataset=inputs, input_column=input_column)
+            trainer.callback_handler = callbacks.of_member()
+            trainer.student.share(student)
+            trainer.run.follow(run)
+            trainer.train(resume)
+            run.take_over(trainer.run, name)
+            student.share(trainer.student)
+            # Of another pool, or of self-training, it tells nothing of the teachers.
+            plan = trainer.plans[pool.hierarchy.num_levels - 1] if own_pool is pool else None
+            members.append(TrainedMember(name, trainer.student.copy_head(), plan))
     committee = TrainedCommittee(members, student.example_features(), student.readable)
     committee.put_into(student.head)  # type: ignore[arg-type]  # there is one
     run.conclude({"committee": committee.facts()})
