@@ -69,9 +69,9 @@ class TrainedCommittee:
         # They are judged by a committee of which each kind is one half, or the larger half would find itself right.
         half = torch.where(averages, (int(speaks.sum()) - num_averages) / num_averages, 1.0)
         judge = committee_head(weights, biases, features, rows, half, statistics)
-        labels = np.where(readable, _labels(judge.weight, judge.bias, features), -1)
-        found = (torch.from_numpy(values) for values in (labels, routes.votes, routes.averaged))
-        self.routing_gain = gain = routing_gain(*found, routes.neighbors)
+        own = np.where(readable, _labels(judge.weight, judge.bias, features), -1)
+        labels, votes, averaged = (torch.from_numpy(array) for array in (own, routes.votes, routes.averaged))
+        self.routing_gain = gain = routing_gain(labels, votes, averaged, routes.neighbors)
         shares = torch.where(averages, average_share(gain), 1.0)
         self.committee = committee_head(weights, biases, features, rows, shares, statistics)
 

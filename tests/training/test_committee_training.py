@@ -107,14 +107,14 @@ def test_it_goes_on_with_the_member_that_was_cut_off(train, committee):
         def on_level_begin(self, *args, **kwargs):
             self.levels += 1
 
-    for step in (1, 3, 9, 20, 28):
+    for step in (1, 2, 9, 20, 28):
         count = Count()
         with pytest.raises(Stop):
             train(f"cut-{step}", method="committee", callbacks=[At(step)])
         own = train(f"cut-{step}", resume=True, method="committee", callbacks=[count])
         assert torch.equal(head(own), head(committee))
         whole = len(committee.history.records)
-        assert count.levels < whole if step > 3 else count.levels <= whole
+        assert count.levels < whole if step > 1 else count.levels == whole
         timeless = [{k: v for k, v in record.items() if k != "train_runtime"} for record in own.history.records]
         assert timeless == [
             {k: v for k, v in record.items() if k != "train_runtime"} for record in committee.history.records
