@@ -111,7 +111,7 @@ def train_student(
     """Train one student, and give its log-probabilities on the test file `(num_rows, num_labels)`."""
     own = copy.copy(config)
     own.self_training_rounds = self_training_rounds
-    own.output_dir, own.assignment = str(Path(config.output_dir, name)), ["agreement"]  # votes have no scope
+    own.output_dir = str(Path(config.output_dir, name))
     trainer = CoSupervisedTrainer(args.student, own, pool=pool)
     trainer.train()
     trainer.save_model()
@@ -129,6 +129,8 @@ def standardize(log_probs: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Print the tables, and leave the students in folders."""
     args, config = parse_recipe_args([VoteArguments, CoSupervisedConfig])
+    if (config.method, config.student_training, config.head_solver) == ("csl", "probe", "steps"):
+        config.standardize_features = not config.warm_start  # else some hundred rows move a head by steps too little
     pool = read_pool(args, args.votes)
     valid = None if args.validation is None else read_pool(args, args.validation, pool.hierarchy)
     test = None if args.test is None else read_pool(args, args.test, pool.hierarchy)
