@@ -237,8 +237,8 @@ def measure_kinds(bench: Bench, images: Dataset) -> list[Row]:
     """Measure `build_pool` with a teacher of each kind that runs a model against the loop by hand."""
     rng = np.random.default_rng(0)
     # Each contest takes a second or more, beside which the tenth of a second that saving a pool takes is little.
-    texts = [" ".join(rng.choice(WORDS, rng.integers(8, 40))) for _ in range(bench.scaled(2048, least=64))]
-    few = texts[: bench.scaled(512, least=64)]
+    texts = [" ".join(rng.choice(WORDS, rng.integers(8, 40))) for _ in range(bench.scaled(2048, least=16))]
+    few = texts[: bench.scaled(512, least=16)]
     nli = save_bert(bench.new_folder(), ("entailment", "neutral", "contradiction"))
     classifier, clip = save_bert(bench.new_folder(), LABELS), save_clip(bench.new_folder())
     pipe = pipeline("text-classification", classifier, device=bench.device)
