@@ -145,7 +145,9 @@ def joining_rates(groups: np.ndarray) -> np.ndarray:
     return rates
 
 
-def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def majority_vote(
+    groups: np.ndarray, confidences: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Let the answer that most teachers gave be spoken by the most confident of them.
 
     Of several that are as frequent, the one of the most confident teacher counts; where nobody knows how sure they
@@ -156,6 +158,8 @@ def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> 
             As [`group_answers`] gives them.
         confidences (`np.ndarray` of shape `(num_examples, num_teachers)`, *optional*):
             How sure each teacher is, NaN where nobody knows.
+        weights (`np.ndarray` of shape `(num_teachers,)`, *optional*):
+            How much each teacher's vote counts, above 0. Defaults to 1.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: the teacher who speaks, int64 `(num_examples,)`, -1 where nobody answered; and
@@ -165,24 +169,53 @@ def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> 
         >>> majority_vote(np.array([[0, 1, 1], [0, 1, -1]]), np.array([[0.9, 0.1, 0.2], [0.1, 0.3, 0.9]]))[0].tolist()
         [2, 1]
     """
-    counts = (groups[:, :, None] == groups[:, None, :]).sum(axis=2) * (groups >= 0)
-    most = counts.max(axis=1, initial=0)
+    weights, answered = np.ones(groups.shape[1]) if weights is None else weights, groups >= 0
+    votes = ((groups[:, :, None] == groups[:, None, :]) * weights).sum(axis=2) * answered
+    most = votes.max(axis=1, initial=0)
     sure = np.zeros(groups.shape) if confidences is None else np.nan_to_num(confidences, nan=-np.inf)
     # A teacher of the majority speaks in any case, also where nobody knows how sure it is.
-    speaks = counts == most[:, None]
+    speaks = votes == most[:, None]
     for better in (sure, np.broadcast_to(joining_rates(groups), groups.shape)):
         speaks &= better == better.max(axis=1, initial=-np.inf, where=speaks, keepdims=True)
     speaker = np.where(most > 0, speaks.argmax(axis=1), NOBODY).astype(np.int64)
-    return speaker, (most / np.maximum((groups >= 0).sum(axis=1), 1)).astype(np.float32)
+    all_votes = (answered * weights).sum(axis=1)
+    return speaker, np.divide(most, all_votes, out=np.zeros(len(most)), where=most > 0).astype(np.float32)
+
+
+def follow_student(groups: np.ndarray, own: np.ndarray, confidences: np.ndarray | None = None) -> np.ndarray:
+    """Let the teacher speak that says what the student itself says most often.
+
+    Among several, or among all where nobody says it, the vote decides, in which a teacher counts `-log(1 - r)` if it
+    says what the student says in a share `r` of the prompts that both answered: that answer wins which is likeliest to
+    have somebody behind it who is right, as if each erred by itself.
+
+    Args:
+        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
+            As [`group_answers`] gives them, numbered together with the student's.
+        own (`np.ndarray` of shape `(num_examples, num_samples)`):
+            The student's answers, -1 for none.
+        confidences (`np.ndarray` of shape `(num_examples, num_teachers)`, *optional*):
+            As in [`majority_vote`].
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, int64: -1 where no teacher answered.
+
+    Examples:
+        >>> follow_student(np.array([[0, 1], [0, 1], [0, 1]]), np.array([[1, 1, 0], [0, 0, 0], [2, -1, -1]])).tolist()
+        [1, 0, 0]
+    """
+    answered = groups >= 0
+    said = (groups[:, :, None] == own[:, None, :]).sum(axis=2) * answered
+    both = answered & (own >= 0).any(axis=1, keepdims=True)
+    rates = ((said > 0).sum(axis=0) + 1) / (both.sum(axis=0) + 2)  # one added on either side
+    left = np.where(said == said.max(axis=1, initial=0, keepdims=True), groups, NOBODY)
+    return majority_vote(left, confidences, -np.log1p(-rates))[0]
 
 
 def longest_agreement(answers: Sequence[Sequence[str | None]]) -> np.ndarray:
     """Let the teacher speak whose answer has the longest runs of words in common with those of the others, summed.
 
-    Of several with as much in common, the first. Meant for long answers, of which no two are equal.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples,)`, int64: -1 where nobody answered.
+    Of several with as much in common, the first; int64 `(num_examples,)`, -1 where nobody answered. For long answers.
 
     Examples:
         >>> longest_agreement([["no idea", "the cat sat there", "a cat sat there", None]]).tolist()
