@@ -25,28 +25,24 @@ def read(folder: Path, name: str) -> list[tuple[str, str]]:
     """Prompts and answers of a file."""
     path = folder / "data" / "llama_factory" / "gsm8k" / f"train_gsm8k_{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"`--folder` must be a clone of what published the answers, got no '{path}'. Clone it."
-        )
+        raise FileNotFoundError(f"`--folder` must be a clone of that repository, got no '{path}'. Clone it.")
     return [(row["content"], row["output"]) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the answers, route them, and print what is right."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("weak-to-strong-reasoning"), help="a clone of that name")
+    parser.add_argument("--folder", type=Path, required=True)
     folder = parser.parse_args(arguments).folder
     given = {model: read(folder, f"{model}_full_weak") for model in MODELS}
     prompts = [prompt for prompt, _ in given[MODELS[0]]]
     student: dict[str, list[str]] = {}
-    for model in MODELS:
-        for prompt, answer in read(folder, f"{model}_iter1_icl"):
-            student.setdefault(prompt, []).append(answer)
+    for prompt, answer in [pair for model in MODELS for pair in read(folder, f"{model}_iter1_icl")]:
+        student.setdefault(prompt, []).append(answer)
     own = [student.get(prompt, []) for prompt in prompts]
     pool = AnswerPool.from_answers({model: [said for _, said in rows] for model, rows in given.items()}, prompts)
     speakers = {"majority": pool.assign("majority", "number")}
     speakers["same_answer"] = pool.assign("same_answer", "number", student=own)
-
     with (folder / "data" / "test" / "gsm8k_train_2.jsonl").open(encoding="utf-8") as lines:
         truth = [normalize_number(json.loads(line)["answer"]) for line in lines]
     right = [[normalize_number(text or "") == gold for text in row] for row, gold in zip(pool.answer_rows(), truth)]

@@ -77,19 +77,10 @@ def find_normalizer(normalize: str | Normalizer) -> Normalizer:
 
 
 def group_answers(answers: Sequence[Sequence[str | None]], normalize: str | Normalizer = "exact") -> np.ndarray:
-    """Number the different answers to each prompt in the order in which they first appear.
+    """Number the different answers to each prompt in the order in which they first appear, -1 for none.
 
-    Args:
-        answers (`Sequence[Sequence[str | None]]`):
-            For each prompt, what each teacher answered, `None` for nothing.
-        normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
-            Answers that it makes equal are the same; one that it makes `None` counts as none.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples, num_teachers)`, int64: -1 without an answer.
-
-    Raises:
-        ValueError: If there is no normaliser of that name, or the rows are of different lengths.
+    Of what each teacher says, a list for each prompt, int64 `(num_examples, num_teachers)`. Answers that `normalize`
+    makes equal are the same; one that it makes `None` counts as none. A `ValueError` if rows are of several lengths.
 
     Examples:
         >>> group_answers([["4", "It is 4.0", None, "five"], ["1", "2", "1", "2"]], "number").tolist()
@@ -124,11 +115,7 @@ def joining_rates(groups: np.ndarray) -> np.ndarray:
     """Measure how often each teacher joins an answer that at least two others give, float64 `(num_teachers,)`.
 
     It tells whom to believe where nobody knows the truth: right answers are alike, and wrong ones mostly are not. Only
-    examples count that the teacher answered, one added on either side; 0.5 where there are none.
-
-    Args:
-        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
-            As [`group_answers`] gives them.
+    examples of [`group_answers`] count that the teacher answered, one added on either side; 0.5 where there are none.
 
     Examples:
         >>> joining_rates(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])).tolist()
@@ -154,10 +141,8 @@ def majority_vote(
     are, the one of the teacher that joins others most often, see [`joining_rates`].
 
     Args:
-        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
-            As [`group_answers`] gives them.
-        confidences (`np.ndarray` of shape `(num_examples, num_teachers)`, *optional*):
-            How sure each teacher is, NaN where nobody knows.
+        groups, confidences (`np.ndarray` of shape `(num_examples, num_teachers)`):
+            As [`group_answers`] gives them, and how sure each teacher is, NaN where nobody knows.
         weights (`np.ndarray` of shape `(num_teachers,)`, *optional*):
             How much each teacher's vote counts, above 0. Defaults to 1.
 
@@ -190,15 +175,16 @@ def follow_student(groups: np.ndarray, own: np.ndarray, confidences: np.ndarray 
     have somebody behind it who is right, as if each erred by itself.
 
     Args:
-        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
-            As [`group_answers`] gives them, numbered together with the student's.
-        own (`np.ndarray` of shape `(num_examples, num_samples)`):
-            The student's answers, -1 for none.
-        confidences (`np.ndarray` of shape `(num_examples, num_teachers)`, *optional*):
+        groups, confidences (`np.ndarray` of shape `(num_examples, num_teachers)`):
             As in [`majority_vote`].
+        own (`np.ndarray` of shape `(num_examples, num_samples)`):
+            The student's answers, numbered together with the teachers', -1 for none.
 
     Returns:
         `np.ndarray` of shape `(num_examples,)`, int64: -1 where no teacher answered.
+
+    Source:
+        Ours, after the first stage of Weak-to-Strong Reasoning, arXiv 2407.13647.
 
     Examples:
         >>> follow_student(np.array([[0, 1], [0, 1], [0, 1]]), np.array([[1, 1, 0], [0, 0, 0], [2, -1, -1]])).tolist()

@@ -192,14 +192,10 @@ class AnswerPool(TeacherPool):
         """Tell how each answer ended: `"stop"`, `"length"`, `"given"`, `"blank"` or `"missing"`."""
         return self._cells(name, "finish_reason", rows)
 
-    def has_samples(self, name: str) -> bool:
-        """Tell whether a teacher was asked several times."""
-        self.hierarchy.index(name)
-        return "samples" in self.teachers[name].column_names
-
     def samples(self, name: str, rows: Any = slice(None)) -> list[list[str]]:  # noqa: B008
         """Give all answers of a teacher to each prompt; where it was asked once, its only one."""
-        if self.has_samples(name):
+        self.hierarchy.index(name)
+        if "samples" in self.teachers[name].column_names:
             return [some or [] for some in self._cells(name, "samples", rows)]
         return [[] if answer is None else [answer] for answer in self.texts(name, rows)]
 

@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,33 +41,17 @@ logger = logging.getLogger(__name__)
 MakeTrainer = Callable[[Any, Dataset, TrainingArguments], Trainer]
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What decides whose answers a student learns from, and how."""
-
-    rule: str
-    rejection: str
-    normalize: str | Normalizer
-    window: int
-    max_new_tokens: int
-    too_long: str
-    student_training: str
-
-    def check(self) -> None:
-        """Refuse what there is not."""
-        rule_reads(self.rule)
-        find_normalizer(self.normalize)
-        known = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"`{name}` must be one of {list(values)}, got {getattr(self, name)!r}. Choose one.")
-        for name in ("window", "max_new_tokens"):
-            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Correct it.")
-
-    def told(self) -> dict[str, Any]:
-        """The same as JSON holds it; a function by its name."""
-        return {**asdict(self), "normalize": getattr(self.normalize, "__name__", self.normalize)}
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what there is not."""
+    rule_reads(options["rule"])
+    find_normalizer(options["normalize"])
+    known = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
+    for name, values in known.items():
+        if options[name] not in values:
+            raise ValueError(f"`{name}` must be one of {list(values)}, got {options[name]!r}. Choose one.")
+    for name in ("window", "max_new_tokens"):
+        if not isinstance(value := options[name], int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Correct it.")
 
 
 @dataclass
@@ -199,8 +183,9 @@ def co_supervise_answers(
             f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
             "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
         )
-    options = _Options(rule, rejection, normalize, window, max_new_tokens, too_long, student_training)
-    options.check()
+    options = {"rule": rule, "rejection": rejection, "normalize": normalize, "window": window, "too_long": too_long}
+    options |= {"max_new_tokens": max_new_tokens, "student_training": student_training}
+    _check_options(options)
     if own := [teacher.name for teacher in pool.hierarchy.teachers if str(student) == teacher.model]:
         logger.warning(f"The student is the teacher {own[0]!r} too, whose answers it will find likely.")
     writer = Writer(student, tokenizer, revision=student_revision)
@@ -216,14 +201,16 @@ class _Levels:
         writer: Writer,
         pool: AnswerPool,
         args: TrainingArguments,
-        options: _Options,
+        options: dict[str, Any],
         make_trainer: MakeTrainer | None,
     ) -> None:
         self.writer, self.pool, self.args, self.options, self.make_trainer = writer, pool, args, options, make_trainer
+        # As JSON holds them; a function by its name.
+        self._told = {**options, "normalize": getattr(options["normalize"], "__name__", options["normalize"])}
         self.processes = Processes(args.process_index, args.world_size, args.device)
         quiet = bool(args.disable_tqdm) or args.process_index > 0
         size = args.per_device_eval_batch_size
-        self.reader = AnswerReader(writer, pool, options.too_long, size, self.processes, quiet)
+        self.reader = AnswerReader(writer, pool, options["too_long"], size, self.processes, quiet)
         path, facts = Path(args.output_dir) / RUN_DIR, describe_run(writer.origin, pool, args.world_size)
         self.run = TrainingRun(path, OneRound(), pool.hierarchy.num_levels, facts, self.processes)
 
@@ -233,7 +220,7 @@ class _Levels:
             self.writer.model.to(self.args.device)
             self.writer.put_back(None if last is None else last.student)
             self.processes.on_first(self._forget_checkpoints)
-            if self.options.too_long == "raise":  # now, and not when levels above have been trained
+            if self.options["too_long"] == "raise":  # now, and not when levels above have been trained
                 self.reader.answered(self.pool.hierarchy.names)
             for level, _ in self.run.unfinished():
                 plan = self.plan(level)
@@ -257,7 +244,7 @@ class _Levels:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
-        arguments = _changed(self.args, "resume") | self.options.told()
+        arguments = _changed(self.args, "resume") | self._told
         functions = {} if self.make_trainer is None else {"make_trainer": "given"}
         return settings_of(self.args, arguments, _pool_digest(self.pool), self.writer.digest(), functions)
 
@@ -278,10 +265,10 @@ class _Levels:
             "modality": None if self.writer.is_seq2seq else "language",
             "is_language": True,
             "library_name": "transformers",
-            "has_adapter": self.options.student_training == "lora",
-            "student_training": self.options.student_training,
+            "has_adapter": self.options["student_training"] == "lora",
+            "student_training": self.options["student_training"],
             "levels": levels,
-            "hyperparameters": _changed(self.args, "publish") | self.options.told(),
+            "hyperparameters": _changed(self.args, "publish") | self._told,
         }
 
     # --- one level ---------------------------------------------------------------------------------------------------
@@ -292,13 +279,13 @@ class _Levels:
         places = [place for place, teacher in enumerate(hierarchy.teachers) if teacher.level == level]
         names = [hierarchy.names[place] for place in places]
         above = self.run.plans[-1].assigned_teacher if level else np.full(len(self.pool), NOBODY)
-        rule, rejection = (options.rule, options.rejection) if level else (options.rule, "none")
+        rule, rejection = (options["rule"], options["rejection"]) if level else (options["rule"], "none")
         if level == 0 and len(names) == 1:
             rule = "the root"
             chosen = torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
         else:
             reads = rule_reads(rule)
-            scores = self.reader.score(names, options.window if reads == ("local",) else None)
+            scores = self.reader.score(names, options["window"] if reads == ("local",) else None)
             per_token, answered = torch.from_numpy(scores.per_token), torch.from_numpy(~np.isnan(scores.log_probs))
             known = {"student": per_token, "local": per_token}
             known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
@@ -334,9 +321,9 @@ class _Levels:
 
     def _same(self) -> torch.Tensor:
         """Which teachers say what the student says itself, bool `(num_examples, num_teachers)`."""
-        own = self.reader.own_answers(self.options.max_new_tokens)
+        own = self.reader.own_answers(self.options["max_new_tokens"])
         rows = [[*said, mine] for said, mine in zip(self.pool.answer_rows(), own, strict=True)]
-        groups = torch.from_numpy(group_answers(rows, self.options.normalize))
+        groups = torch.from_numpy(group_answers(rows, self.options["normalize"]))
         return (groups[:, :-1] == groups[:, -1:]) & (groups[:, -1:] >= 0)
 
     def train(self, plan: LevelPlan) -> None:
