@@ -529,8 +529,10 @@ class AnswerPool(TeacherPool):
         """What a student answers to each prompt."""
         if isinstance(student, str):
             return self.samples(student)
-        if not isinstance(student, Sized) or len(student) != len(self):
-            found = "none" if student is None else len(student) if isinstance(student, Sized) else repr(student)
+        # Of a dictionary the keys would be taken for answers.
+        is_list = isinstance(student, Sized) and not isinstance(student, Mapping)
+        found = "none" if student is None else len(student) if is_list else type(student).__name__
+        if student is None or found != len(self):
             raise ValueError(
                 f"{what} needs as `student` its own answers: a text, a list of texts or None for each of {len(self)} "
                 f"prompts, or the name of a teacher of the pool, got {found}. Give one of them."

@@ -235,7 +235,8 @@ def test_an_export_tells_whose_answers_it_holds() -> None:
             lambda pool: pool.assign("same_answer", student=["4"]),
             r"prompts, or the name of a teacher .*, got 1\. Give",
         ),
-        (lambda pool: pool.assign("same_answer", student=len), "got <built-in function len>"),
+        (lambda pool: pool.assign("same_answer", student=dict.fromkeys(PROMPTS, "4")), "got dict"),
+        (lambda pool: pool.assign("same_answer", student=len), "got builtin_function_or_method"),
         (
             lambda pool: pool.assign("same_answer", student=["4", NAN, [1], None]),
             r"text, .*, got nan \(2 such\)\. Write",
