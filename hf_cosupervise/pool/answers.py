@@ -538,13 +538,11 @@ class AnswerPool(TeacherPool):
                 f"prompts, or the name of a teacher of the pool, got {found}. Give one of them."
             )
         rows = [[] if own is None else [own] if isinstance(own, str) else own for own in student]
-        if wrong := [own for own in rows if not isinstance(own, list | tuple) or not all(map(_is_text, own))]:
+        if wrong := [
+            own for own in rows if not isinstance(own, list | tuple) or not all(isinstance(text, str) for text in own)
+        ]:
             raise TypeError(
                 f"`student` must hold a text, a list of texts or None for each prompt, got {wrong[0]!r} ({len(wrong)} "
                 "such). Write answers as texts."
             )
         return [list(own) for own in rows]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
