@@ -51,7 +51,7 @@ class Plan:
     num_test: int = 150
     student: tuple[int, int] = (96, 3)
     student_steps: int = 2000
-    student_epochs: int = 4
+    student_epochs: int = 3
     root_steps: int = 1000
     specialist_steps: int | None = None  # without any, specialists begin as the generalist does
     teacher: tuple[int, int] = (64, 2)
@@ -109,7 +109,7 @@ def fit(
     optimizer = torch.optim.AdamW(model.train().parameters(), learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     for batch in _batches(pairs, batch_size, steps, draw):
-        rows = [tokenizer(f"{before}{END}{after}")["input_ids"] + [2] for before, after in batch]
+        rows = [ids + [2] for ids in tokenizer([f"{before}{END}{after}" for before, after in batch])["input_ids"]]
         width, starts = max(map(len, rows)), [len(before) + 2 for before, _ in batch]
         ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         asked = torch.tensor([[start <= at < len(row) for at in range(width)] for row, start in zip(rows, starts)])
@@ -165,8 +165,13 @@ def teach(
 
 def words_of(data: Any, *parts: str, language: str | None = None) -> list[str]:
     """All words of some splits, of one language or of all."""
-    rows = [row for part in parts for row in data[part] if language in (None, row["language"])]
-    return sorted({word for row in rows for word in (row["form"], row["lemma"])})
+    rows = [data[part] if language is None else of_language(data[part], language) for part in parts]
+    return sorted({word for part in rows for column in ("form", "lemma") for word in part[column][:]})
+
+
+def of_language(part: Dataset, language: str) -> Dataset:
+    """The words of one language."""
+    return part.select([place for place, own in enumerate(part["language"][:]) if own == language])
 
 
 def make_hierarchy(
@@ -175,8 +180,8 @@ def make_hierarchy(
     """Train a generalist and the specialists, and one more teacher that has all of their labels."""
     draw, labelled = random.Random(seed), {}
     for language in plan.languages:
-        rows = [(row["form"], row["lemma"]) for row in data["teachers"] if row["language"] == language]
-        labelled[language] = draw.sample(rows, NUM_LABELS)
+        own = of_language(data["teachers"], language)
+        labelled[language] = draw.sample(list(zip(own["form"][:], own["lemma"][:])), NUM_LABELS)
     share = NUM_LABELS // len(plan.languages)
     parts = {"root": [pair for own in labelled.values() for pair in own[:share]], **labelled}
     parts["all_labels"] = [pair for own in labelled.values() for pair in own]
@@ -204,11 +209,11 @@ def draw_rows(part: Dataset, languages: Sequence[str], count: int, seed: int) ->
     """So many words of each language, as prompts with the truth beside them."""
     parts = []
     for language in languages:
-        own = part.filter(lambda row, wanted=language: row["language"] == wanted)
-        parts.append(own.shuffle(seed).select(range(count)))
+        parts.append(of_language(part, language).shuffle(seed).select(range(count)))
     rows = concatenate_datasets(parts).shuffle(seed)
-    prompts = [f"{form}{END}" for form in rows["form"]]
-    columns = {"id": list(range(len(rows))), "prompt": prompts, "lemma": rows["lemma"], "language": rows["language"]}
+    known = rows.to_dict()
+    prompts = [f"{form}{END}" for form in known["form"]]
+    columns = {"id": list(range(len(rows))), "prompt": prompts, "lemma": known["lemma"], "language": known["language"]}
     return Dataset.from_dict(columns)
 
 
@@ -230,11 +235,17 @@ def train_student(student: Path, pool: AnswerPool, folder: Path, seed: int, num_
     return trained.assigned[-1]
 
 
+def ask(model: str, questions: Dataset) -> list[str | None]:
+    """What a model answers, of a teacher or of a student."""
+    hierarchy = TeacherHierarchy(teachers=[Teacher(model, name="one", options=OPTIONS)])
+    return build_answers(questions, hierarchy, batch_size=128, disable_tqdm=True).texts("one")
+
+
 def run_seed(
     data: Any, folder: Path, seed: int, plan: Plan, workers: Executor
 ) -> tuple[dict[str, Any], Callable[[], CoSupervisedWriter]]:
     """One seed: teachers, their answers, students of all methods, measured on the test once; and what opens ours."""
-    letters = sorted({letter for part in data.values() for row in part for letter in row["form"] + row["lemma"]})
+    letters = sorted({letter for word in words_of(data, *data) for letter in word})
     tokenizer = make_tokenizer(letters)
     base, words = folder / "student-base", words_of(data, "teachers", "pool")
     pretrained = workers.submit(pretrain, plan.student, words, tokenizer, plan.student_steps, base)
@@ -243,7 +254,7 @@ def run_seed(
     test = draw_rows(data["test"], plan.languages, plan.num_test, seed)
     pool = build_answers(pool_rows.select_columns(["id", "prompt"]), hierarchy, batch_size=128, disable_tqdm=True)
     truth, by_row, draw = pool_rows["lemma"][:], pool.answer_rows(), random.Random(seed)
-    own = [hierarchy.names.index(language) for language in pool_rows["language"]]
+    own = [hierarchy.names.index(language) for language in pool_rows["language"][:]]
     answers = {
         "generalist": pool.texts("root"),
         "majority_vote": [row[at] for row, at in zip(by_row, pool.assign("majority"))],
@@ -257,18 +268,16 @@ def run_seed(
         for name, used in {**pools, "csl": pool}.items()
     }
     pretrained.result()
-    jobs = {name: workers.submit(train_student, *student) for name, student in students.items()}
+    # The one of two levels first, for it takes longest.
+    names = sorted(students, key=lambda name: name != "csl")
+    jobs = {name: workers.submit(train_student, *students[name]) for name in names}
+    questions = test.select_columns(["id", "prompt"])
+    asked = {"weak": hierarchy.teachers[0].model, "all_labels": all_labels.model}
+    said = {name: workers.submit(ask, model, questions) for name, model in asked.items()}
     chosen = {name: job.result() for name, job in jobs.items()}["csl"]
     answers["csl"] = [row[at] for row, at in zip(by_row, chosen)]
-    asked = [("weak", hierarchy.teachers[0].model), ("all_labels", all_labels.model)]
-    asked += [(name, str(student[2])) for name, student in students.items()]
-    said = build_answers(
-        test.select_columns(["id", "prompt"]),
-        TeacherHierarchy(teachers=[Teacher(model, name=name, options=OPTIONS) for name, model in asked]),
-        batch_size=128,
-        disable_tqdm=True,
-    )
-    accuracy = {name: right(said.texts(name), test["lemma"][:]) for name in said.hierarchy.names}
+    said |= {name: workers.submit(ask, str(student[2]), questions) for name, student in students.items()}
+    accuracy = {name: right(job.result(), test["lemma"][:]) for name, job in said.items()}
     weak, ceiling = accuracy.pop("weak"), accuracy["ceiling"]
     methods = {
         name: {"accuracy": own, "pgr": performance_gap_recovered(weak, own, ceiling)} for name, own in accuracy.items()
@@ -316,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = FULL if options.full else Plan()
     begin_process()
     data = load_from_disk(str(prepare.lemmas(options.data)))
-    data = {part: rows.filter(lambda row: row["language"] in plan.languages) for part, rows in data.items()}
+    wanted = {part: [own in plan.languages for own in rows["language"][:]] for part, rows in data.items()}
+    data = {part: rows.select(np.flatnonzero(wanted[part])) for part, rows in data.items()}
     # What needs nothing of each other is done side by side; each piece has seeds of its own.
     with ProcessPoolExecutor(NUM_PROCESSES, get_context("spawn"), begin_process) as workers:
         found = [run_seed(data, options.output_dir, seed, plan, workers) for seed in options.seeds]

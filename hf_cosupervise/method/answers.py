@@ -77,19 +77,10 @@ def find_normalizer(normalize: str | Normalizer) -> Normalizer:
 
 
 def group_answers(answers: Sequence[Sequence[str | None]], normalize: str | Normalizer = "exact") -> np.ndarray:
-    """Number the different answers to each prompt in the order in which they first appear.
+    """Number the different answers to each prompt in the order in which they first appear, -1 for none.
 
-    Args:
-        answers (`Sequence[Sequence[str | None]]`):
-            For each prompt, what each teacher answered, `None` for nothing.
-        normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
-            Answers that it makes equal are the same; one that it makes `None` counts as none.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples, num_teachers)`, int64: -1 without an answer.
-
-    Raises:
-        ValueError: If there is no normaliser of that name, or the rows are of different lengths.
+    Of what each teacher says, a list for each prompt, int64 `(num_examples, num_teachers)`. Answers that `normalize`
+    makes equal are the same; one that it makes `None` counts as none. A `ValueError` if rows are of several lengths.
 
     Examples:
         >>> group_answers([["4", "It is 4.0", None, "five"], ["1", "2", "1", "2"]], "number").tolist()
@@ -124,11 +115,7 @@ def joining_rates(groups: np.ndarray) -> np.ndarray:
     """Measure how often each teacher joins an answer that at least two others give, float64 `(num_teachers,)`.
 
     It tells whom to believe where nobody knows the truth: right answers are alike, and wrong ones mostly are not. Only
-    examples count that the teacher answered, one added on either side; 0.5 where there are none.
-
-    Args:
-        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
-            As [`group_answers`] gives them.
+    examples of [`group_answers`] count that the teacher answered, one added on either side; 0.5 where there are none.
 
     Examples:
         >>> joining_rates(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])).tolist()
@@ -145,17 +132,19 @@ def joining_rates(groups: np.ndarray) -> np.ndarray:
     return rates
 
 
-def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def majority_vote(
+    groups: np.ndarray, confidences: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Let the answer that most teachers gave be spoken by the most confident of them.
 
     Of several that are as frequent, the one of the most confident teacher counts; where nobody knows how sure they
     are, the one of the teacher that joins others most often, see [`joining_rates`].
 
     Args:
-        groups (`np.ndarray` of shape `(num_examples, num_teachers)`):
-            As [`group_answers`] gives them.
-        confidences (`np.ndarray` of shape `(num_examples, num_teachers)`, *optional*):
-            How sure each teacher is, NaN where nobody knows.
+        groups, confidences (`np.ndarray` of shape `(num_examples, num_teachers)`):
+            As [`group_answers`] gives them, and how sure each teacher is, NaN where nobody knows.
+        weights (`np.ndarray` of shape `(num_teachers,)`, *optional*):
+            How much each teacher's vote counts, above 0. Defaults to 1.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: the teacher who speaks, int64 `(num_examples,)`, -1 where nobody answered; and
@@ -165,24 +154,54 @@ def majority_vote(groups: np.ndarray, confidences: np.ndarray | None = None) -> 
         >>> majority_vote(np.array([[0, 1, 1], [0, 1, -1]]), np.array([[0.9, 0.1, 0.2], [0.1, 0.3, 0.9]]))[0].tolist()
         [2, 1]
     """
-    counts = (groups[:, :, None] == groups[:, None, :]).sum(axis=2) * (groups >= 0)
-    most = counts.max(axis=1, initial=0)
+    weights, answered = np.ones(groups.shape[1]) if weights is None else weights, groups >= 0
+    votes = ((groups[:, :, None] == groups[:, None, :]) * weights).sum(axis=2) * answered
+    most = votes.max(axis=1, initial=0)
     sure = np.zeros(groups.shape) if confidences is None else np.nan_to_num(confidences, nan=-np.inf)
     # A teacher of the majority speaks in any case, also where nobody knows how sure it is.
-    speaks = counts == most[:, None]
+    speaks = votes == most[:, None]
     for better in (sure, np.broadcast_to(joining_rates(groups), groups.shape)):
         speaks &= better == better.max(axis=1, initial=-np.inf, where=speaks, keepdims=True)
     speaker = np.where(most > 0, speaks.argmax(axis=1), NOBODY).astype(np.int64)
-    return speaker, (most / np.maximum((groups >= 0).sum(axis=1), 1)).astype(np.float32)
+    all_votes = (answered * weights).sum(axis=1)
+    return speaker, np.divide(most, all_votes, out=np.zeros(len(most)), where=most > 0).astype(np.float32)
+
+
+def follow_student(groups: np.ndarray, own: np.ndarray, confidences: np.ndarray | None = None) -> np.ndarray:
+    """Let the teacher speak that says what the student itself says most often.
+
+    Among several, or among all where nobody says it, the vote decides, in which a teacher counts `-log(1 - r)` if it
+    says what the student says in a share `r` of the prompts that both answered: that answer wins which is likeliest to
+    have somebody behind it who is right, as if each erred by itself.
+
+    Args:
+        groups, confidences (`np.ndarray` of shape `(num_examples, num_teachers)`):
+            As in [`majority_vote`].
+        own (`np.ndarray` of shape `(num_examples, num_samples)`):
+            The student's answers, numbered together with the teachers', -1 for none.
+
+    Returns:
+        `np.ndarray` of shape `(num_examples,)`, int64: -1 where no teacher answered.
+
+    Source:
+        Ours, after the first stage of Weak-to-Strong Reasoning, arXiv 2407.13647.
+
+    Examples:
+        >>> follow_student(np.array([[0, 1], [0, 1], [0, 1]]), np.array([[1, 1, 0], [0, 0, 0], [2, -1, -1]])).tolist()
+        [1, 0, 0]
+    """
+    answered = groups >= 0
+    said = (groups[:, :, None] == own[:, None, :]).sum(axis=2) * answered
+    both = answered & (own >= 0).any(axis=1, keepdims=True)
+    rates = ((said > 0).sum(axis=0) + 1) / (both.sum(axis=0) + 2)  # one added on either side
+    left = np.where(said == said.max(axis=1, initial=0, keepdims=True), groups, NOBODY)
+    return majority_vote(left, confidences, -np.log1p(-rates))[0]
 
 
 def longest_agreement(answers: Sequence[Sequence[str | None]]) -> np.ndarray:
     """Let the teacher speak whose answer has the longest runs of words in common with those of the others, summed.
 
-    Of several with as much in common, the first. Meant for long answers, of which no two are equal.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples,)`, int64: -1 where nobody answered.
+    Of several with as much in common, the first; int64 `(num_examples,)`, -1 where nobody answered. For long answers.
 
     Examples:
         >>> longest_agreement([["no idea", "the cat sat there", "a cat sat there", None]]).tolist()

@@ -42,8 +42,7 @@ def log_likelihood_and_confidence(student: torch.Tensor, teacher: torch.Tensor) 
 def local_log_likelihood(local: torch.Tensor) -> torch.Tensor:
     """Score by the student's log-probability of few tokens at a time, for long answers.
 
-    Source:
-        After Local Naturalness, arXiv 2510.03988; in windows of tokens, not of steps of reasoning, which is ours.
+    Source: After Local Naturalness, arXiv 2510.03988; in windows of tokens, not of steps of reasoning, which is ours.
     """
     return -local
 
@@ -65,21 +64,10 @@ def rule_reads(rule: str) -> tuple[str, ...]:
 
 
 def choose_teacher(rule: str, known: Mapping[str, torch.Tensor], answered: torch.Tensor) -> torch.Tensor:
-    """Choose whose answer to take.
+    """Choose whose answer to take by a rule: positions `(num_examples,)`, ties to the first, -1 if nobody `answered`.
 
-    Args:
-        rule (`str`):
-            One of `RULES`.
-        known (`Mapping[str, torch.Tensor]`):
-            By name, at least what the rule reads, each of shape `(num_examples, num_teachers)`.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position of the teacher (ties to the first), or -1.
-
-    Raises:
-        ValueError: If there is no such rule, or an answer has no score.
+    `known` holds by name at least what the rule reads; it and `answered` are `(num_examples, num_teachers)`. A
+    `ValueError` where there is no such rule, or an answer has no score.
 
     Examples:
         >>> student = torch.tensor([[-1.0, -2.0], [-3.0, -2.0]])
@@ -94,21 +82,15 @@ def choose_teacher(rule: str, known: Mapping[str, torch.Tensor], answered: torch
 def select_answers(
     rejection: str, losses: torch.Tensor, same: torch.Tensor | None, candidates: torch.Tensor
 ) -> torch.Tensor:
-    """Select what to train on of the answers that were chosen.
+    """Select what to train on of the answers that were chosen, bool `(num_examples,)`.
 
     Args:
         rejection (`str`):
             `"none"`, `"same_answer"` (those that say what the student says) or `"loss_rank"` (as many, of the lowest
             losses, ties by row).
-        losses (`torch.Tensor` of shape `(num_examples,)`):
-            Minus the student's log-probability per token of the answer that was chosen.
-        same (`torch.BoolTensor` of shape `(num_examples,)`, *optional*):
-            Whether the student's own answer is the same; not needed for `"none"`.
-        candidates (`torch.BoolTensor` of shape `(num_examples,)`):
-            Examples with an answer.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`.
+        losses, same, candidates (`torch.Tensor` of shape `(num_examples,)`):
+            Of what was chosen, minus the student's log-probability per token; whether the student's own answer is the
+            same, which `"none"` need not know; and whether there is an answer.
 
     Raises:
         ValueError: If there is no such rejection, or nothing would be kept.

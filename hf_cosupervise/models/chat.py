@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.exceptions import SecurityError
 
 from .source import first_line
 
@@ -25,6 +26,10 @@ class ChatTemplateError(jinja2.TemplateError):
     """A chat template cannot be filled in, or not within bounds."""
 
 
+class BrokenChatTemplateError(ChatTemplateError):
+    """It is the template's fault, whatever messages it is given."""
+
+
 def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, asks: bool = True) -> str:
     """Write messages as one text, with what begins an answer if it `asks` for one."""
     known = getattr(tokenizer, "chat_template", None)
@@ -32,15 +37,17 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *
     for template in templates:
         _check_powers(template)
     if not _stopped.isdisjoint(templates):
-        raise ChatTemplateError(_TOO_LONG)
+        raise BrokenChatTemplateError(_TOO_LONG)
     settings = {"tokenize": False, "add_generation_prompt": asks}
     try:
         return _render(partial(tokenizer.apply_chat_template, list(messages), **settings))
     except TimeoutError as error:
         _stopped.update(templates)
-        raise ChatTemplateError(_TOO_LONG) from error
+        raise BrokenChatTemplateError(_TOO_LONG) from error
     except (MemoryError, RecursionError, SyntaxError) as error:
-        raise ChatTemplateError(f"it calls itself, or takes too much memory ({first_line(error)})") from error
+        raise BrokenChatTemplateError(f"it calls itself, or takes too much memory ({first_line(error)})") from error
+    except (jinja2.TemplateSyntaxError, jinja2.TemplateNotFound, SecurityError) as error:
+        raise BrokenChatTemplateError(first_line(error)) from error
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ChatTemplateError(first_line(error)) from error
 
@@ -53,7 +60,7 @@ def _check_powers(template: str) -> None:
     except jinja2.TemplateSyntaxError:
         return  # as whoever fills it in will say
     if found:
-        raise ChatTemplateError("it computes powers (`**`), which may take for ever")
+        raise BrokenChatTemplateError("it computes powers (`**`), which may take for ever")
 
 
 def _render(render: Callable[[], Any]) -> str:

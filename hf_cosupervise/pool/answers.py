@@ -1,31 +1,45 @@
-"""Pools of answers in words, and the data sets for other trainers that are made of them."""
+"""Pools of answers in words: read, chosen from without training, and exported for other trainers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 
+from ..data.columns import is_text_column
+from ..hierarchy import Teacher, TeacherHierarchy
 from ..method.answers import (
     NOBODY,
     Normalizer,
+    first_answered,
+    follow_student,
     group_answers,
+    longest_agreement,
+    majority_vote,
     pair_assigned,
     pair_consistent,
     pair_ranked,
     pair_scored,
     pair_unfamiliar,
+    random_answered,
 )
-from .written import BASELINES, Prompt, WrittenPool
+from .base import TeacherPool, check_kind
+from .ids import check_id_values
+from .written import PROMPT_NAMES, answer_dataset, check_answers, check_prompts, find_prompt_column
 
+METHODS = ("generalist", "majority", "longest_agreement", "random", "same_answer")
 PAIRS = ("assigned", "rank", "self_consistency", "score", "unfamiliar")
+Prompt = str | list[dict[str, str]]
+Samples = str | Sequence[str | Sequence[str] | None]  # a student's answers
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
-class AnswerPool(WrittenPool):
+class AnswerPool(TeacherPool):
     """Hold what every teacher writes, see [`TeacherPool`] for the arguments, and export it for other trainers.
 
     Each teacher has a dataset of `id`, `answer` (`None` for no answer), `log_prob` (the teacher's own, summed over the
@@ -41,6 +55,220 @@ class AnswerPool(WrittenPool):
         ValueError: As [`TeacherPool`], or if a column is of another type, or an answer holds NUL.
         TypeError: As [`TeacherPool`].
     """
+
+    columns = ("answer", "log_prob", "num_tokens", "finish_reason")
+    maker = "build_answers"
+    has_labels = False
+
+    _views: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+    @classmethod
+    def from_answers(
+        cls,
+        answers: Mapping[str, Sequence[str | None]] | Dataset,
+        prompts: Sequence[Any] | None = None,
+        ids: Sequence[Any] | None = None,
+        *,
+        hierarchy: TeacherHierarchy | None = None,
+        inputs: Dataset | None = None,
+        log_probs: Mapping[str, Sequence[float]] | None = None,
+        num_tokens: Mapping[str, Sequence[int]] | None = None,
+        samples: Mapping[str, Sequence[Sequence[str]]] | None = None,
+    ) -> Self:
+        """Make a pool of answers that are at hand.
+
+        Args:
+            answers (`Mapping[str, Sequence[str | None]]` or `datasets.Dataset`):
+                By teacher name, an answer or `None` for each prompt.
+            prompts (`Sequence`, *optional*):
+                Texts or lists of messages, unless `inputs` holds them.
+            ids (`Sequence[int]` or `Sequence[str]`, *optional*):
+                Defaults to those of the inputs, or else to 0, 1 and so on.
+            hierarchy (`TeacherHierarchy`, *optional*):
+                Defaults to the names as columns of level 0.
+            inputs (`datasets.Dataset`, *optional*):
+                Prompts and other columns.
+            log_probs, num_tokens, samples (`Mapping[str, Sequence]`, *optional*):
+                What is known besides, see [`AnswerPool`].
+
+        Raises:
+            ValueError: If lengths, ids or answers do not fit.
+            TypeError: If an answer is no text.
+        """
+        if isinstance(answers, Dataset):
+            answers = {name: answers[name][:] for name in answers.column_names}
+        check_kind(answers, Mapping, "answers")
+        check_kind(inputs, Dataset, "inputs", optional=True)
+        if hierarchy is None:
+            hierarchy = TeacherHierarchy(teachers=[Teacher(name, kind="column") for name in answers])
+        if prompts is not None:
+            given = Dataset.from_dict({"prompt": list(prompts)})
+            inputs = given if inputs is None else inputs.add_column("prompt", given["prompt"][:])
+        if ids is None:
+            has_ids = inputs is not None and "id" in inputs.column_names
+            ids = inputs["id"][:] if has_ids else range(len(next(iter(answers.values()), ())))  # type: ignore[index]
+        ids = list(ids)
+        check_id_values(ids)
+        lengths = {name: len(some) for name, some in answers.items()}
+        lengths |= {} if inputs is None else {"the prompts": len(inputs)}
+        if wrong := {name: length for name, length in lengths.items() if length != len(ids)}:
+            raise ValueError(
+                f"All must have one entry for each of the {len(ids)} ids, got {wrong}. Give None for none."
+            )
+        known: dict[str, Mapping[str, Any]] = {"log_probs": log_probs or {}, "num_tokens": num_tokens or {}}
+        known["samples"] = samples or {}
+        teachers = {
+            name: answer_dataset(ids, some, **{what: own.get(name) for what, own in known.items()})
+            for name, some in answers.items()
+        }
+        if inputs is not None and "id" not in inputs.column_names:
+            inputs = inputs.add_column("id", ids)
+        return cls(hierarchy, teachers, inputs, input_column="prompt" if prompts is not None else None)
+
+    def _read_inputs(self) -> None:
+        kinds = {} if self.inputs is None else self.inputs.features
+        # A pool may hold none; whoever asks for them is told so.
+        for name in [name for name in (self.input_column, *PROMPT_NAMES) if name in kinds][:1]:
+            check_prompts(str(name), kinds[name])
+
+    def _open(self, name: str, dataset: Dataset) -> None:
+        # Beside the ids, numbers are kept as arrays; texts stay in the file until they are asked for.
+        table = dataset.with_format("arrow")[:] if len(dataset) else dataset.data.table
+        check_answers(name, table)
+        super()._open(name, dataset)
+        answered, order = table.column("answer").is_valid().to_numpy(), self._orders.get(name, slice(None))
+        log_probs = table.column("log_prob").cast(pa.float32()).to_numpy(zero_copy_only=False)
+        num_tokens = pc.fill_null(table.column("num_tokens").cast(pa.int32()), 0).to_numpy(zero_copy_only=False)
+        numbers = np.where(answered, log_probs, np.float32(np.nan)), np.where(answered, num_tokens, np.int32(0))
+        self._views[name] = numbers[0][order], numbers[1][order], answered[order]
+
+    def _own_card_facts(self, name: str) -> dict[str, Any]:
+        return {"answered": float(self.answered(name).mean()) if len(self) else None}
+
+    def _card_facts(self, inputs: bool = True) -> dict[str, Any]:
+        return {**super()._card_facts(inputs), "writes": True}
+
+    def __repr__(self) -> str:
+        inputs = "none" if self.inputs is None else self.inputs.column_names
+        return f"{type(self).__name__}({len(self)} prompts, {self.hierarchy!r}, inputs: {inputs})"
+
+    # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def prompt_column(self) -> str:
+        """`str`: The column of the inputs that holds the prompts."""
+        if self.inputs is None:
+            raise ValueError(
+                "The pool must hold its prompts, got none. Give them to `from_answers`, or load it with inputs."
+            )
+        return find_prompt_column(self.inputs, self.input_column)
+
+    @property
+    def is_chat(self) -> bool:
+        """`bool`: Whether the prompts are lists of messages."""
+        return not is_text_column(self.inputs, self.prompt_column)
+
+    def prompts(self, rows: Any = slice(None)) -> list[Prompt]:  # noqa: B008  # a slice cannot change
+        """Give the prompts: texts, or lists of messages with `role` and `content`."""
+        column, rows = self.prompt_column, self._check_rows(rows)
+        cells = list(self.inputs.with_format(None).select_columns([column])[rows][column])  # type: ignore[union-attr]
+        if not self.is_chat:
+            return cells
+        return [[{"role": one["role"], "content": one["content"]} for one in cell or ()] for cell in cells]
+
+    def _cells(self, name: str, column: str, rows: Any) -> list[Any]:
+        """A column of a teacher's dataset, in the order of the pool's ids."""
+        self.hierarchy.index(name)  # says who is there
+        dataset, rows = self.teachers[name].with_format("arrow"), self._check_rows(rows)
+        if name in self._orders:
+            rows = self._orders[name][rows]
+        return dataset.select_columns([column])[rows].column(column).to_pylist() if len(self) else []
+
+    def texts(self, name: str, rows: Any = slice(None)) -> list[str | None]:  # noqa: B008
+        """Give a teacher's answers, `None` where it has none."""
+        return self._cells(name, "answer", rows)
+
+    def finish_reasons(self, name: str, rows: Any = slice(None)) -> list[str]:  # noqa: B008
+        """Tell how each answer ended: `"stop"`, `"length"`, `"given"`, `"blank"` or `"missing"`."""
+        return self._cells(name, "finish_reason", rows)
+
+    def samples(self, name: str, rows: Any = slice(None)) -> list[list[str]]:  # noqa: B008
+        """Give all answers of a teacher to each prompt; where it was asked once, its only one."""
+        self.hierarchy.index(name)
+        if "samples" in self.teachers[name].column_names:
+            return [some or [] for some in self._cells(name, "samples", rows)]
+        return [[] if answer is None else [answer] for answer in self.texts(name, rows)]
+
+    def _view(self, name: str, place: int, rows: Any) -> np.ndarray:
+        self.hierarchy.index(name)
+        return self._views[name][place][self._check_rows(rows)]
+
+    def log_probs(self, name: str, rows: Any = slice(None)) -> np.ndarray:  # noqa: B008
+        """Give the log-probability of each answer by its teacher, float32; NaN where there is none or nobody knows."""
+        return self._view(name, 0, rows)
+
+    def num_tokens(self, name: str, rows: Any = slice(None)) -> np.ndarray:  # noqa: B008
+        """Give the number of tokens of each answer, int32; 0 where there is none or nobody knows."""
+        return self._view(name, 1, rows)
+
+    def answered(self, name: str, rows: Any = slice(None)) -> np.ndarray:  # noqa: B008
+        """Tell which prompts a teacher answered, bool `(num_rows,)`."""
+        return self._view(name, 2, rows)
+
+    @property
+    def confidences(self) -> np.ndarray:
+        """`np.ndarray` of shape `(num_examples, num_teachers)`: Mean log-probability of a token, NaN if unknown."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means = [np.where(count > 0, total / count, np.nan) for total, count, _ in self._views.values()]
+        return np.stack(means, axis=1).astype(np.float32)
+
+    def answer_rows(self) -> list[list[str | None]]:
+        """Give what all teachers say, one list for each prompt in the order of `hierarchy.names`."""
+        return [list(row) for row in zip(*(self.texts(name) for name in self.hierarchy.names))]
+
+    def assign(
+        self, method: str, normalize: str | Normalizer = "exact", *, seed: int = 0, student: Samples | None = None
+    ) -> np.ndarray:
+        """Choose who speaks for each prompt without asking a student.
+
+        Args:
+            method (`str`):
+                `"generalist"` (the first of the hierarchy with an answer), `"majority"` (ties go to the most confident
+                teacher, see [`majority_vote`]), `"longest_agreement"` (for long answers), `"random"`, or
+                `"same_answer"`: who says what a student that was asked elsewhere says, see [`follow_student`].
+            normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
+                Which answers are the same: `"exact"`, `"number"`, `"boxed"`, or a function of one.
+            seed (`int`, *optional*, defaults to 0):
+                For `"random"`.
+            student (`str` or `Sequence[str | Sequence[str] | None]`, *optional*):
+                What the student answers itself, for `"same_answer"`: for each prompt a text, a list of texts, perhaps
+                empty, or `None`; or the teacher of the pool that it is, who does not speak then.
+
+        Returns:
+            `np.ndarray` of shape `(num_examples,)`, int64: positions in `hierarchy.names`, -1 where nobody answered.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}. Choose one.")
+        if student is not None and method != "same_answer":
+            raise ValueError(
+                f"`method` {method!r} asks no student, got `student`. Leave it out, or choose 'same_answer'."
+            )
+        if method == "longest_agreement":
+            return longest_agreement(self.answer_rows())
+        if method == "majority":
+            return majority_vote(group_answers(self.answer_rows(), normalize), self.confidences)[0]
+        if method == "same_answer":
+            said, own = self.answer_rows(), self._read_samples(student, '`assign("same_answer")`')
+            count, most = len(self.hierarchy.names), max(map(len, own), default=0)
+            rows = [[*row, *mine, *[None] * (most - len(mine))] for row, mine in zip(said, own)]
+            groups = group_answers(rows, normalize).reshape(len(self), count + most)
+            if isinstance(student, str):
+                groups[:, self.hierarchy.index(student)] = NOBODY
+            return follow_student(groups[:, :count], groups[:, count:], self.confidences)
+        answered = np.stack([self.answered(name) for name in self.hierarchy.names], axis=1).astype(np.int64) - 1
+        return first_answered(answered) if method == "generalist" else random_answered(answered, seed)
+
+    # ── exports ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def to_sft(
         self,
@@ -74,36 +302,29 @@ class AnswerPool(WrittenPool):
         """
         if messages and not self.is_chat:
             raise ValueError("`messages` need prompts that are messages, got texts. Export `prompt` and `completion`.")
-        names, chat = self.hierarchy.names, self.is_chat
         if answers is not None and len(answers) != len(self):
             raise ValueError(f"`answers` must have one entry for each of {len(self)} prompts, got {len(answers)}.")
-        speakers = None if assigned is None else self._read_assigned(assigned)
-        rows: list[tuple[int, int, str | None]]
+        names, all_of_them = self.hierarchy.names, range(len(self.hierarchy.names))
+        speakers = None if assigned is None else self._read_assigned(assigned).tolist()
+        said: list[tuple[int, int, str | None]]  # row, who says it, what
         if answers is not None:
-            rows = [
-                (row, NOBODY if speakers is None else int(speakers[row]), text) for row, text in enumerate(answers)
-            ]
+            said = list(zip(range(len(self)), speakers or [NOBODY] * len(self), answers))
         else:
-            rows = [
-                (row, who, texts[who])
-                for row, texts in enumerate(self.answer_rows())
-                for who in (range(len(names)) if speakers is None else [int(speakers[row])])
-                if who >= 0
-            ]
+            each = [all_of_them] * len(self) if speakers is None else [[who] * (who >= 0) for who in speakers]
+            said = [(row, who, texts[who]) for row, texts in enumerate(self.answer_rows()) for who in each[row]]
         prompts = self.prompts()
         mask, scale = self._read_mask(kept, prompts), self._read_weights(weights)
-        rows = [(row, who, text) for row, who, text in rows if mask[row] and text is not None and text.strip()]
+        said = [(row, who, text) for row, who, text in said if mask[row] and text is not None and text.strip()]
         columns: dict[str, Any] = {
-            "weight": [scale[row] for row, _, _ in rows],
-            "id": [self.ids[row].item() for row, _, _ in rows],
-            "teacher_id": [names[who] if who >= 0 else None for _, who, _ in rows],
+            "weight": [scale[row] for row, _, _ in said],
+            "id": [self.ids[row].item() for row, _, _ in said],
+            "teacher_id": [names[who] if who >= 0 else None for _, who, _ in said],
         }
-        given = [prompts[row] for row, _, _ in rows]
-        replies = [_as_reply(str(text), chat) for _, _, text in rows]
+        replies = self._as_replies([str(text) for _, _, text in said])
         if messages:
-            columns["messages"] = [[*prompt, *reply] for prompt, reply in zip(given, replies)]  # type: ignore[misc]
+            columns["messages"] = [[*prompts[row], *reply] for (row, _, _), reply in zip(said, replies)]
         else:
-            columns |= {"prompt": given, "completion": replies}
+            columns |= {"prompt": [prompts[row] for row, _, _ in said], "completion": replies}
         return self._export(columns, "answers for supervised fine-tuning")
 
     def to_routed(self, assigned: np.ndarray | str | None = None, kept: np.ndarray | None = None) -> Dataset:
@@ -123,21 +344,19 @@ class AnswerPool(WrittenPool):
         columns = [] if self.inputs is None else list(self.inputs.column_names)
         if isinstance(assigned, str) and assigned in columns:
             speakers = [None if name is None else str(name) for name in self.column(assigned)]
-        elif isinstance(assigned, str) and assigned not in BASELINES:
+        elif isinstance(assigned, str) and assigned not in METHODS:
             raise ValueError(
-                f"`assigned` must be positions of teachers, one of {list(BASELINES)}, or a column of the inputs "
+                f"`assigned` must be positions of teachers, one of {list(METHODS)}, or a column of the inputs "
                 f"{columns}, got {assigned!r}. Give one of them."
             )
         else:
-            who = self._read_assigned(assigned)
-            speakers = [None if place < 0 else self.hierarchy.names[place] for place in who]
+            speakers = [None if who < 0 else self.hierarchy.names[who] for who in self._read_assigned(assigned)]
         prompts = self.prompts()
         mask = self._read_mask(kept, prompts)
         rows = [row for row, name in enumerate(speakers) if name is not None and mask[row]]
         columns_of = {"prompt": [prompts[row] for row in rows], "teacher_id": [speakers[row] for row in rows]}
-        return self._export(
-            {**columns_of, "id": [self.ids[row].item() for row in rows]}, "prompts with their teachers"
-        )
+        columns_of["id"] = [self.ids[row].item() for row in rows]
+        return self._export(columns_of, "prompts with their teachers")
 
     def to_preferences(
         self,
@@ -148,7 +367,7 @@ class AnswerPool(WrittenPool):
         normalize: str | Normalizer = "exact",
         scores: np.ndarray | str | None = None,
         ranking: Sequence[str] | None = None,
-        student: str | Sequence[Sequence[str]] | None = None,
+        student: Samples | None = None,
         seed: int = 0,
         **options: Any,
     ) -> Dataset:
@@ -175,9 +394,8 @@ class AnswerPool(WrittenPool):
                 mean log-probabilities. NaN where nobody knows.
             ranking (`Sequence[str]`, *optional*):
                 All teachers, the best first. Defaults to the order of the hierarchy.
-            student (`str` or `Sequence[Sequence[str]]`, *optional*):
-                The student's samples for `"self_consistency"`: the teacher of the pool that it is, or a list for each
-                prompt.
+            student (`str` or `Sequence[str | Sequence[str] | None]`, *optional*):
+                The student's own answers for `"self_consistency"` and for `assigned="same_answer"`, see [`assign`].
             seed (`int`, *optional*, defaults to 0):
                 For what is drawn.
             options:
@@ -195,10 +413,13 @@ class AnswerPool(WrittenPool):
             raise ValueError(f"`pairs={pairs!r}` has no options, got {sorted(options)}. Leave them out.")
         if assigned is None:
             assigned = "generalist" if pairs == "self_consistency" else "majority"
-        speakers, said = self._read_assigned(assigned, normalize, seed), self.answer_rows()
+        is_asked = pairs != "self_consistency" or isinstance(assigned, str) and assigned == "same_answer"
+        speakers = self._read_assigned(assigned, normalize, seed, student if is_asked else None)
+        said = self.answer_rows()
         if pairs == "self_consistency":
             own = [None if who < 0 else row[who] for row, who in zip(said, speakers)]
-            found = pair_consistent(own, self._read_samples(student), normalize, seed=seed, **options)
+            samples = self._read_samples(student, '`pairs="self_consistency"`')
+            found = pair_consistent(own, samples, normalize, seed=seed, **options)
         else:
             groups = group_answers(said, normalize)
             if pairs == "assigned":
@@ -214,24 +435,24 @@ class AnswerPool(WrittenPool):
                 for row, (better, worse) in enumerate(zip(*both))
                 if better >= 0 and worse >= 0
             ]
-        prompts, chat = self.prompts(), self.is_chat
+        prompts = self.prompts()
         mask = self._read_mask(kept, prompts)
         found = [(row, better, worse) for row, better, worse in found if mask[row]]
         columns: dict[str, Any] = {
             "prompt": [prompts[row] for row, _, _ in found],
-            "chosen": [_as_reply(better, chat) for _, better, _ in found],
-            "rejected": [_as_reply(worse, chat) for _, _, worse in found],
+            "chosen": self._as_replies([better for _, better, _ in found]),
+            "rejected": self._as_replies([worse for _, _, worse in found]),
             "id": [self.ids[row].item() for row, _, _ in found],
         }
         return self._export(columns, f"pairs of answers by `{pairs}`")
 
+    def _as_replies(self, texts: list[str]) -> Sequence[Prompt]:
+        return [[{"role": "assistant", "content": text}] for text in texts] if self.is_chat else texts
+
     def _export(self, columns: Mapping[str, Any], what: str) -> Dataset:
         """A plain dataset that tells whose answers it holds."""
-        kinds: dict[str, Any] = dict.fromkeys(columns, Value("string")) | {
-            "id": Value("int64"),
-            "weight": Value("float32"),
-        }
-        kinds["id"] = Value("string" if self.ids.dtype.kind == "U" else "int64")
+        kinds: dict[str, Any] = {name: Value("string") for name in columns}
+        kinds |= {"id": Value("string" if self.ids.dtype.kind == "U" else "int64"), "weight": Value("float32")}
         if self.is_chat:
             kinds |= dict.fromkeys(("prompt", "completion", "chosen", "rejected", "messages"), _MESSAGES)
         dataset = Dataset.from_dict(dict(columns), features=Features({name: kinds[name] for name in columns}))
@@ -243,18 +464,20 @@ class AnswerPool(WrittenPool):
         )
         return dataset
 
-    # ── what the exports are given ──────────────────────────────────────────────────────────────────────────────────
+    # ── what is given ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _read_assigned(self, assigned: Any, normalize: str | Normalizer = "exact", seed: int = 0) -> np.ndarray:
+    def _read_assigned(
+        self, assigned: Any, normalize: str | Normalizer = "exact", seed: int = 0, student: Samples | None = None
+    ) -> np.ndarray:
         """Who speaks for each prompt, int64."""
         if isinstance(assigned, str):
-            return self.assign(assigned, normalize, seed=seed)
+            return self.assign(assigned, normalize, seed=seed, student=student)
         places, count = np.asarray(assigned), len(self.hierarchy.names)
         is_whole = places.shape == (len(self),) and (places.dtype.kind in "iu" or not places.size)
         if not is_whole or places.size and not NOBODY <= places.min() <= places.max() < count:
             raise ValueError(
                 f"`assigned` must be positions 0..{count - 1} of teachers or -1, integers of shape ({len(self)},), "
-                f"got {places.shape} of {places.dtype}. Give one for each prompt, or one of {list(BASELINES)}."
+                f"got {places.shape} of {places.dtype}. Give one for each prompt, or one of {list(METHODS)}."
             )
         return places.astype(np.int64)
 
@@ -278,16 +501,16 @@ class AnswerPool(WrittenPool):
         return [float(value) for value in values]
 
     def _read_scores(self, scores: Any, pairs: str) -> np.ndarray:
-        shape = (len(self), len(self.hierarchy.names))
+        names, shape = self.hierarchy.names, (len(self), len(self.hierarchy.names))
         if isinstance(scores, str):
-            if lacking := [name for name in self.hierarchy.names if scores not in self.teachers[name].column_names]:
+            if lacking := [name for name in names if scores not in self.teachers[name].column_names]:
                 raise ValueError(
                     f"`scores` must be a column of every teacher's dataset, got {scores!r}, which {lacking} lack. Add "
                     "it there, or give an array."
                 )
-            columns = [self._cells(name, scores, slice(None)) for name in self.hierarchy.names]
+            columns = [self._cells(name, scores, slice(None)) for name in names]
             scores = np.array(columns, dtype=np.float64).T.reshape(shape)
-        values = np.asarray(scores, dtype=np.float64) if scores is not None else np.zeros(0)
+        values = np.asarray(() if scores is None else scores, dtype=np.float64)
         if values.shape != shape:
             raise ValueError(
                 f"`pairs={pairs!r}` needs `scores`, numbers of shape {shape}, got "
@@ -302,18 +525,24 @@ class AnswerPool(WrittenPool):
             raise ValueError(f"`ranking` must name each teacher of {names} once, the best first, got {ranking}.")
         return np.array([ranking.index(name) for name in names])
 
-    def _read_samples(self, student: str | Sequence[Sequence[str]] | None) -> list[list[str]]:
+    def _read_samples(self, student: Samples | None, what: str) -> list[list[str]]:
+        """What a student answers to each prompt."""
         if isinstance(student, str):
             return self.samples(student)
-        if student is None or len(student) != len(self):
-            found = "none" if student is None else len(student)
+        # Of a dictionary the keys would be taken for answers.
+        is_list = isinstance(student, Sized) and not isinstance(student, Mapping)
+        found = "none" if student is None else len(student) if is_list else type(student).__name__
+        if student is None or found != len(self):
             raise ValueError(
-                f'`pairs="self_consistency"` needs as `student` a teacher of the pool that was asked several times, '
-                f"or a list of samples for each of {len(self)} prompts, got {found}. Give one of them."
+                f"{what} needs as `student` its own answers: a text, a list of texts or None for each of {len(self)} "
+                f"prompts, or the name of a teacher of the pool, got {found}. Give one of them."
             )
-        return [list(some) for some in student]
-
-
-def _as_reply(text: str, is_chat: bool) -> Prompt:
-    """An answer as the exports hold it: text, or the assistant's message."""
-    return [{"role": "assistant", "content": text}] if is_chat else text
+        rows = [[] if own is None else [own] if isinstance(own, str) else own for own in student]
+        if wrong := [
+            own for own in rows if not isinstance(own, list | tuple) or not all(isinstance(text, str) for text in own)
+        ]:
+            raise TypeError(
+                f"`student` must hold a text, a list of texts or None for each prompt, got {wrong[0]!r} ({len(wrong)} "
+                "such). Write answers as texts."
+            )
+        return [list(own) for own in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,17 +118,30 @@ class AnswerReader:
                 texts = self.pool.texts(name, part)
                 there = [row for row, text in enumerate(texts) if text is not None and before[row]]
                 own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
-                too_long = []
-                for row, ids in zip(there, own, strict=True):
-                    rows[row] = fitting = self._fit(before[row], ids)
-                    if fitting is None or len(fitting) < len(ids):
-                        too_long.append((part.start + row, len(before[row]) + len(ids)))
+                fits = [self._fit(before[row], ids) for row, ids in zip(there, own, strict=True)]
+                for row, fit in zip(there, fits):
+                    rows[row] = fit
+                whole = zip(there, own, fits)
+                too_long = [(row, ids) for row, ids, fit in whole if fit is None or len(fit) < len(ids)]
                 if too_long and self.too_long == "raise":
-                    raise self._does_not_fit(name, *too_long[0], f"{len(too_long)} such among {len(prompts)} answers")
+                    row, ids = too_long[0]
+                    raise ValueError(
+                        f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student "
+                        f"reads, got {len(before[row]) + len(ids)} of '{name}' for id "
+                        f"{self.pool.ids[part.start + row].item()!r} ({len(too_long)} such among {len(prompts)} "
+                        "answers). Shorten it, or set `too_long` to 'skip' or 'cut'."
+                    )
                 counts[name] += len(too_long)
                 answers.append(rows)
             yield part, before, answers
-        self._tell(counts)
+        for name, count in counts.items():  # say once what is not read, or not whole
+            if count and name not in self._told:
+                self._told.add(name)
+                what = "left out" if self.too_long == "skip" or name == "prompts" else "cut, or left out"
+                which = (
+                    "prompts without a word" if name == "prompts" else f"answers of '{name}' too long for the student"
+                )
+                logger.warning(f"{count} of {len(self.pool)} {which}: {what}.")
 
     def _fit(self, prompt: list[int], answer: list[int]) -> list[int] | None:
         most = self.writer.max_length
@@ -136,23 +149,6 @@ class AnswerReader:
         if len(answer) <= room and len(prompt) <= most:
             return answer
         return answer[:room] if self.too_long == "cut" and room > 0 and len(prompt) <= most else None
-
-    def _does_not_fit(self, name: str, row: int, length: int, more: str) -> ValueError:
-        return ValueError(
-            f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student reads, got "
-            f"{length} of '{name}' for id {self.pool.ids[row].item()!r} ({more}). Shorten it, or set `too_long` to "
-            "'skip' or 'cut'."
-        )
-
-    def _tell(self, counts: Mapping[str, int]) -> None:
-        """Say once what is not read, or not whole."""
-        for name, count in counts.items():
-            if count and name not in self._told:
-                self._told.add(name)
-                what = "left out" if self.too_long == "skip" or name == "prompts" else "cut, or left out"
-                why = "without a word" if name == "prompts" else f"of '{name}' too long for the student"
-                kind = "prompts" if name == "prompts" else "answers"
-                logger.warning(f"{count} of {len(self.pool)} {kind} {why}: {what}.")
 
     def answered(self, names: Sequence[str]) -> np.ndarray:
         """Tell which answers the student can read, `(num_examples, num_teachers)`."""

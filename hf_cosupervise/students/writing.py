@@ -191,8 +191,6 @@ class Writer:
 
     def prepare(self, training: str, lora: LoraConfig | None, seed: int) -> None:
         """Put adapters on the model where it is trained by them, and remember it as it is before any training."""
-        if training not in WRITER_TRAININGS:
-            raise ValueError(f"`student_training` must be one of {list(WRITER_TRAININGS)}, got {training!r}.")
         self.model.float()
         if training == "lora" and not isinstance(self.model, PeftModel):
             kind = "SEQ_2_SEQ_LM" if self.is_seq2seq else "CAUSAL_LM"

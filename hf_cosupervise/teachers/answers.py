@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
-from ..data.loading import DataChoice
 from ..hierarchy import Teacher, TeacherHierarchy, is_writable_text
 from ..pool.answers import AnswerPool
 from ..pool.base import TeacherPool, check_kind
@@ -60,14 +59,10 @@ def build_answers(
     prompts that are texts, and `too_long` (`"raise"`, or `"cut"` the end of a text). What is drawn hangs on the
     prompt, the teacher's name and the seed alone, whatever the batches and processes.
 
-    Everything else is as in [`build_pool`]: a run that was stopped goes on, several processes share the rows, and a
-    pool can be reused.
+    Everything else, and every argument that is not told of here, is as in [`build_pool`]: a run that was stopped goes
+    on, several processes share the rows, and a pool can be reused.
 
     Args:
-        dataset, split, revision, config_name, streaming, output_dir, device, disable_tqdm, precision, source:
-            As in [`build_pool`].
-        models (`Mapping[str, TeacherModel]`, *optional*):
-            As in [`build_pool`]; what they are called for is an array of objects `Written`.
         hierarchy (`TeacherHierarchy`):
             `TeacherHierarchy(teachers=[...])`, without labels.
         input_column (`str`, *optional*):
@@ -76,12 +71,10 @@ def build_answers(
         oracle_column (`str`, *optional*):
             Column of true answers, kept as `oracle_answer`. Columns called `answer`, `solution` and the like that are
             not declared here are refused.
-        oracle_domain_column (`str`, *optional*):
-            Column of the true domain, kept as `oracle_domain`.
         batch_size (`int`, *optional*, defaults to 16):
             Answers that are written side by side; eight batches are on disk at once.
-        num_workers (`int`, *optional*, defaults to 0):
-            Processes that prepare prompts; 0 for this process.
+        models (`Mapping[str, TeacherModel]`, *optional*):
+            As in [`build_pool`]; what they are called for is an array of objects `Written`.
         on_error (`str`, *optional*, defaults to `"raise"`):
             For empty prompts, prompts longer than the model reads, and answers that hold NUL: `"raise"`, or leave
             them `"missing"`, counted as `num_failed` in the teacher's facts.
@@ -95,30 +88,12 @@ def build_answers(
         ValueError: If the hierarchy has labels, an option is not usable, or as [`build_pool`].
         FileExistsError, MemoryError, OSError, RuntimeError, TypeError: As [`build_pool`].
     """
+    settings = dict(locals())  # all that is asked for, by its name
     check_arguments(dataset, hierarchy, batch_size, output_dir, "AnswerPool")
     hierarchy.check_labels("`build_answers`", wanted=False)
     check_kind(reuse, AnswerPool, "reuse", optional=True)
     check_kind(input_column, str, "input_column", optional=True)
-    pool: AnswerPool = ask_teachers(
-        dataset,
-        hierarchy,
-        AnswerForm(batch_size),
-        choice=DataChoice(split, revision, config_name, streaming),
-        input_column=input_column,
-        oracle_column=oracle_column,
-        oracle_domain_column=oracle_domain_column,
-        batch_size=batch_size,
-        output_dir=output_dir,
-        device=device,
-        keep_inputs=True,
-        disable_tqdm=disable_tqdm,
-        models=models,
-        precision=precision,
-        num_workers=num_workers,
-        on_error=on_error,
-        reuse=reuse,
-        source=source,
-    )
+    pool: AnswerPool = ask_teachers(AnswerForm(batch_size), keep_inputs=True, **settings)
     return pool
 
 

@@ -160,40 +160,25 @@ def build_pool(
             ground truth or unusable ids, a teacher's answer is not valid, or the work that was begun beside
             `output_dir` is that of another pool.
     """
+    settings = {name: value for name, value in locals().items() if name != "pool_k"}  # all others, by their names
     check_arguments(dataset, hierarchy, batch_size, output_dir)
     hierarchy.check_labels("`build_pool`", wanted=True)
     if pool_k is not None and not 1 <= pool_k <= hierarchy.num_labels:
         raise ValueError(f"`pool_k` must lie in 1..{hierarchy.num_labels} (the number of labels), got {pool_k}.")
     k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k
-    pool: PseudolabelPool = ask_teachers(
-        dataset,
-        hierarchy,
-        PseudolabelForm(hierarchy.labels, k, ROWS_AT_ONCE),
-        choice=DataChoice(split, revision, config_name, streaming),
-        input_column=input_column,
-        oracle_column=oracle_column,
-        oracle_domain_column=oracle_domain_column,
-        batch_size=batch_size,
-        output_dir=output_dir,
-        device=device,
-        keep_inputs=keep_inputs,
-        disable_tqdm=disable_tqdm,
-        models=models,
-        precision=precision,
-        num_workers=num_workers,
-        on_error=on_error,
-        reuse=reuse,
-        source=source,
-    )
+    pool: PseudolabelPool = ask_teachers(PseudolabelForm(hierarchy.labels, k, ROWS_AT_ONCE), **settings)
     return pool
 
 
 def ask_teachers(
-    dataset: Dataset | IterableDataset | str,
-    hierarchy: TeacherHierarchy,
     form: Form,
     *,
-    choice: DataChoice,
+    dataset: Dataset | IterableDataset | str,
+    hierarchy: TeacherHierarchy,
+    split: str,
+    revision: str | None,
+    config_name: str | None,
+    streaming: bool,
     input_column: str | Sequence[str] | None,
     oracle_column: str | None,
     oracle_domain_column: str | None,
@@ -224,6 +209,7 @@ def ask_teachers(
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
     reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
+    choice = DataChoice(split, revision, config_name, streaming)
     dataset, found = find_data(dataset, choice, processes)
     source = dict(source) if source else found
     dataset = dataset.with_format(None)

@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
-from ..method.answers import Normalizer, find_normalizer
+from ..method.answers import Normalizer, find_normalizer, group_answers
 from ..method.assignment import NOBODY, fall_back
 from ..method.routing import REJECTIONS, choose_teacher, rule_reads, select_answers
 from ..pool.answers import AnswerPool
 from ..processes import Processes, row_chunks
-from ..students.answers import TOO_LONG, AnswerReader, AnswerScores, check_answer_pool
+from ..students.answers import TOO_LONG, AnswerReader, check_answer_pool
 from ..students.writing import WRITER_TRAININGS, Writer
 from .checkpointing import explain_checkpoint, read_back, seal_checkpoint
 from .config import fields_without
@@ -41,33 +41,17 @@ logger = logging.getLogger(__name__)
 MakeTrainer = Callable[[Any, Dataset, TrainingArguments], Trainer]
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What decides whose answers a student learns from, and how."""
-
-    rule: str
-    rejection: str
-    normalize: str | Normalizer
-    window: int
-    max_new_tokens: int
-    too_long: str
-    student_training: str
-
-    def check(self) -> None:
-        """Refuse what there is not."""
-        rule_reads(self.rule)
-        find_normalizer(self.normalize)
-        known = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"`{name}` must be one of {list(values)}, got {getattr(self, name)!r}. Choose one.")
-        for name in ("window", "max_new_tokens"):
-            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Correct it.")
-
-    def told(self) -> dict[str, Any]:
-        """The same as JSON holds it; a function by its name."""
-        return {**asdict(self), "normalize": getattr(self.normalize, "__name__", self.normalize)}
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Refuse what there is not."""
+    rule_reads(options["rule"])
+    find_normalizer(options["normalize"])
+    known = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
+    for name, values in known.items():
+        if options[name] not in values:
+            raise ValueError(f"`{name}` must be one of {list(values)}, got {options[name]!r}. Choose one.")
+    for name in ("window", "max_new_tokens"):
+        if not isinstance(value := options[name], int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Correct it.")
 
 
 @dataclass
@@ -199,8 +183,9 @@ def co_supervise_answers(
             f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
             "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
         )
-    options = _Options(rule, rejection, normalize, window, max_new_tokens, too_long, student_training)
-    options.check()
+    options = {"rule": rule, "rejection": rejection, "normalize": normalize, "window": window, "too_long": too_long}
+    options |= {"max_new_tokens": max_new_tokens, "student_training": student_training}
+    _check_options(options)
     if own := [teacher.name for teacher in pool.hierarchy.teachers if str(student) == teacher.model]:
         logger.warning(f"The student is the teacher {own[0]!r} too, whose answers it will find likely.")
     writer = Writer(student, tokenizer, revision=student_revision)
@@ -216,14 +201,16 @@ class _Levels:
         writer: Writer,
         pool: AnswerPool,
         args: TrainingArguments,
-        options: _Options,
+        options: dict[str, Any],
         make_trainer: MakeTrainer | None,
     ) -> None:
         self.writer, self.pool, self.args, self.options, self.make_trainer = writer, pool, args, options, make_trainer
+        # As JSON holds them; a function by its name.
+        self._told = {**options, "normalize": getattr(options["normalize"], "__name__", options["normalize"])}
         self.processes = Processes(args.process_index, args.world_size, args.device)
         quiet = bool(args.disable_tqdm) or args.process_index > 0
         size = args.per_device_eval_batch_size
-        self.reader = AnswerReader(writer, pool, options.too_long, size, self.processes, quiet)
+        self.reader = AnswerReader(writer, pool, options["too_long"], size, self.processes, quiet)
         path, facts = Path(args.output_dir) / RUN_DIR, describe_run(writer.origin, pool, args.world_size)
         self.run = TrainingRun(path, OneRound(), pool.hierarchy.num_levels, facts, self.processes)
 
@@ -233,7 +220,7 @@ class _Levels:
             self.writer.model.to(self.args.device)
             self.writer.put_back(None if last is None else last.student)
             self.processes.on_first(self._forget_checkpoints)
-            if self.options.too_long == "raise":  # now, and not when levels above have been trained
+            if self.options["too_long"] == "raise":  # now, and not when levels above have been trained
                 self.reader.answered(self.pool.hierarchy.names)
             for level, _ in self.run.unfinished():
                 plan = self.plan(level)
@@ -257,7 +244,7 @@ class _Levels:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
-        arguments = _changed(self.args, "resume") | self.options.told()
+        arguments = _changed(self.args, "resume") | self._told
         functions = {} if self.make_trainer is None else {"make_trainer": "given"}
         return settings_of(self.args, arguments, _pool_digest(self.pool), self.writer.digest(), functions)
 
@@ -278,32 +265,40 @@ class _Levels:
             "modality": None if self.writer.is_seq2seq else "language",
             "is_language": True,
             "library_name": "transformers",
-            "has_adapter": self.options.student_training == "lora",
-            "student_training": self.options.student_training,
+            "has_adapter": self.options["student_training"] == "lora",
+            "student_training": self.options["student_training"],
             "levels": levels,
-            "hyperparameters": _changed(self.args, "publish") | self.options.told(),
+            "hyperparameters": _changed(self.args, "publish") | self._told,
         }
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
     def plan(self, level: int) -> LevelPlan:
         """Choose whose answer to take, and which to leave out."""
-        hierarchy, options = self.pool.hierarchy, self.options
+        hierarchy, options, same = self.pool.hierarchy, self.options, None
         places = [place for place, teacher in enumerate(hierarchy.teachers) if teacher.level == level]
-        names, own = [hierarchy.names[place] for place in places], None
+        names = [hierarchy.names[place] for place in places]
         above = self.run.plans[-1].assigned_teacher if level else np.full(len(self.pool), NOBODY)
-        rule, rejection = (options.rule, options.rejection) if level else (options.rule, "none")
+        rule, rejection = (options["rule"], options["rejection"]) if level else (options["rule"], "none")
         if level == 0 and len(names) == 1:
             rule = "the root"
-            answered = torch.from_numpy(self.reader.answered(names))
-            chosen = torch.where(answered[:, 0], 0, NOBODY)
+            chosen = torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
         else:
             reads = rule_reads(rule)
+            scores = self.reader.score(names, options["window"] if reads == ("local",) else None)
+            per_token, answered = torch.from_numpy(scores.per_token), torch.from_numpy(~np.isnan(scores.log_probs))
+            known = {"student": per_token, "local": per_token}
+            known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
             if "same" in reads or rejection != "none":
-                own = self.reader.own_answers(options.max_new_tokens)
-            scores = self.reader.score(names, options.window if reads == ("local",) else None)
-            answered = torch.from_numpy(~np.isnan(scores.log_probs))
-            chosen = choose_teacher(rule, self._known(names, scores, own, answered), answered)
+                same = self._same()
+                known["same"] = same[:, places]
+            unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum()) if "teacher" in reads else 0
+            if unknown:
+                logger.warning(
+                    f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
+                    "teacher finds it: they are routed by the student's log-likelihood alone."
+                )
+            chosen = choose_teacher(rule, known, answered)
         position = torch.where(chosen == NOBODY, NOBODY, torch.tensor(places)[chosen.clamp(min=0)])
         assigned = fall_back(position, torch.from_numpy(above.astype(np.int64)))
         if not (has_answer := assigned >= 0).any():
@@ -311,7 +306,12 @@ class _Levels:
                 f"No teacher up to level {level} has an answer that the student can read to any of the "
                 f"{len(self.pool)} prompts. Check their answers."
             )
-        kept = self._select(rejection, assigned, has_answer, own)
+        rows, at, losses = np.arange(len(self.pool)), assigned.clamp(min=0).numpy(), torch.zeros(len(self.pool))
+        if rejection == "loss_rank":
+            used = np.unique(at)
+            scores = self.reader.score([hierarchy.names[place] for place in used])
+            losses = -torch.from_numpy(scores.per_token[rows, np.searchsorted(used, at)])
+        kept = select_answers(rejection, losses, None if same is None else same[rows, at], has_answer)
         plan = LevelPlan(level, 0, assigned.numpy().astype(np.int32), has_answer.int().numpy() - 1, kept.numpy(), {})
         shares = {f"assignment/{name}": float((assigned == at).sum()) for at, name in enumerate(hierarchy.names)}
         shares = {name: count / int(has_answer.sum()) for name, count in shares.items() if count}
@@ -319,45 +319,12 @@ class _Levels:
         plan.metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
         return plan
 
-    def _known(
-        self, names: Sequence[str], scores: AnswerScores, own: Sequence[str] | None, answered: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """What a rule may want to know of answers."""
-        per_token = torch.from_numpy(scores.per_token)
-        known = {"student": per_token, "local": per_token}
-        places = [self.pool.hierarchy.index(name) for name in names]
-        known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
-        if "teacher" in rule_reads(self.options.rule):
-            unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum())
-            if unknown:
-                logger.warning(
-                    f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
-                    "teacher finds it: they are routed by the student's log-likelihood alone."
-                )
-        if own is not None:
-            known["same"] = torch.from_numpy(np.stack([self._same(self.pool.texts(name), own) for name in names], 1))
-        return known
-
-    def _same(self, texts: Sequence[str | None], own: Sequence[str]) -> np.ndarray:
-        normalize = find_normalizer(self.options.normalize)
-        mine = [normalize(answer) for answer in own]
-        theirs = [None if text is None else normalize(text) for text in texts]
-        return np.array([a is not None and a == b for a, b in zip(theirs, mine, strict=True)], dtype=bool)
-
-    def _select(
-        self, rejection: str, assigned: torch.Tensor, has_answer: torch.Tensor, own: Sequence[str] | None
-    ) -> torch.Tensor:
-        losses, same = torch.zeros(len(self.pool)), None
-        if own is not None and rejection != "none":
-            names, at = self.pool.hierarchy.names, assigned.clamp(min=0).numpy()
-            used = sorted(set(at.tolist()))
-            rows, column = np.arange(len(self.pool)), np.searchsorted(used, at)
-            found = np.stack([self._same(self.pool.texts(names[place]), own) for place in used], axis=1)
-            same = torch.from_numpy(found[rows, column])
-            if rejection == "loss_rank":
-                scores = self.reader.score([names[place] for place in used])
-                losses = -torch.from_numpy(scores.per_token[rows, column])
-        return select_answers(rejection, losses, same, has_answer)
+    def _same(self) -> torch.Tensor:
+        """Which teachers say what the student says itself, bool `(num_examples, num_teachers)`."""
+        own = self.reader.own_answers(self.options["max_new_tokens"])
+        rows = [[*said, mine] for said, mine in zip(self.pool.answer_rows(), own, strict=True)]
+        groups = torch.from_numpy(group_answers(rows, self.options["normalize"]))
+        return (groups[:, :-1] == groups[:, -1:]) & (groups[:, -1:] >= 0)
 
     def train(self, plan: LevelPlan) -> None:
         """Train a fresh student on what was chosen."""

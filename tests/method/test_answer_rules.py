@@ -8,6 +8,7 @@ import pytest
 from hf_cosupervise.method.answers import (
     find_normalizer,
     first_answered,
+    follow_student,
     group_answers,
     joining_rates,
     longest_agreement,
@@ -81,6 +82,25 @@ def test_a_tie_of_unknown_confidences_goes_to_whom_others_mostly_say_the_same_as
     said = groups[np.arange(600), speakers]
     by_the_first = np.where(shares == 0.25, groups[:, 0], said)
     assert (said == truth).mean() > (by_the_first == truth).mean() + 0.1
+
+
+def test_a_teacher_may_count_for_more():
+    assert majority_vote(np.array([[0, 0, 1]]), weights=np.array([1, 1, 1.9]))[0].tolist() == [0]
+    speakers, shares = majority_vote(np.array([[0, 0, 1], [-1, -1, -1]]), weights=np.array([1, 1, 3]))
+    assert speakers.tolist() == [2, -1] and shares.tolist() == pytest.approx([0.6, 0])
+
+
+def test_who_says_what_the_student_says():
+    groups = np.array([[0, 1, 1], [0, 1, 2], [0, 0, 1], [0, 0, 1], [0, 0, 1], [-1, -1, -1], [0, -1, -1]])
+    own = np.array([[0, 0, 0], [1, 2, 1], [1, -1, -1], [1, -1, -1], [-1, -1, -1], [-1, -1, -1], [-1, -1, -1]])
+    # Alone against two; said twice, not once; alone again. The first two say it in 1 of 4 (2 of 6, one on either side
+    # added), the third in 3: where the student is silent, -2 log(1 - 1/3) = 0.81 is less than -log(1 - 2/3) = 1.10.
+    assert follow_student(groups, own).tolist() == [0, 1, 2, 2, 2, -1, 0]
+    # Of two who say it, the more confident one.
+    assert follow_student(np.array([[0, 0, 1]]), np.array([[0]]), np.array([[1.0, 2.0, 3.0]])).tolist() == [1]
+    # A student that never answers leaves the vote.
+    silent = follow_student(groups, np.full((7, 0), -1))
+    assert silent.tolist() == majority_vote(groups)[0].tolist() == [1, 1, 1, 1, 1, -1, 0]
 
 
 def test_first_and_random():

@@ -97,6 +97,19 @@ def test_baselines() -> None:
     assert pool.assign("majority").tolist() == [0, 1, 1, -1]
     assert pool.assign("majority", lambda answer: "even" if int(answer) % 2 == 0 else "odd").tolist() == [0, 1, 1, -1]
     assert pool.assign("longest_agreement").tolist() == [0, 1, 1, -1]
+    # 5; 6, which is said twice; nobody: the last one has said what the student says in 2 of 2, the others in 1 of 2
+    student = ["5", ["5", "6", "6 "], None, "1"]
+    assert pool.assign("same_answer", student=student).tolist() == [2, 1, 2, -1]
+    assert pool.assign("same_answer", "number", student=["so 5", "it is 6", [], []]).tolist() == [2, 1, 2, -1]
+    assert pool.assign("same_answer", student="sums").tolist() == [0, 2, 2, -1]  # it does not speak for itself
+    sampled = make_pool(samples={"sums": [["4", "5", "5"], ["5"], [], []]})
+    assert sampled.assign("same_answer", student="sums").tolist() == [2, 0, 2, -1]
+    pairs = pool.to_preferences(assigned="same_answer", student=student)
+    assert [tuple(pair.values()) for pair in pairs] == [
+        ("2+2", "5", "4", 7),
+        ("3+3", "6", "5 ", 8),
+        ("3+4", "8", "7", 9),
+    ]
     drawn = pool.assign("random", seed=3)
     assert drawn[3] == -1 and drawn[2] in (1, 2) and np.array_equal(drawn, pool.assign("random", seed=3))
 
@@ -210,7 +223,31 @@ def test_an_export_tells_whose_answers_it_holds() -> None:
         (lambda pool: pool.to_preferences("score"), r"needs `scores`, numbers of shape \(4, 3\), got none"),
         (lambda pool: pool.to_preferences("score", scores="exam"), "`scores` must be a column of every teacher's"),
         (lambda pool: pool.to_preferences("rank", ranking=["all"]), "`ranking` must name each teacher"),
-        (lambda pool: pool.to_preferences("self_consistency"), "needs as `student` a teacher of the pool .* got none"),
+        (
+            lambda pool: pool.to_preferences("self_consistency"),
+            r'pairs="self_.* needs as `student` .*for each.* got none',
+        ),
+        (
+            lambda pool: pool.assign("same_answer"),
+            "needs as `student` its own answers: a text, .* for each of 4 .*got none",
+        ),
+        (
+            lambda pool: pool.assign("same_answer", student=["4"]),
+            r"prompts, or the name of a teacher .*, got 1\. Give",
+        ),
+        (lambda pool: pool.assign("same_answer", student=dict.fromkeys(PROMPTS, "4")), "got dict"),
+        (lambda pool: pool.assign("same_answer", student=len), "got builtin_function_or_method"),
+        (
+            lambda pool: pool.assign("same_answer", student=["4", NAN, [1], None]),
+            r"text, .*, got nan \(2 such\)\. Write",
+        ),
+        (lambda pool: pool.assign("same_answer", student="none"), "No teacher is called 'none'"),
+        (
+            lambda pool: pool.assign("majority", student=["4"] * 4),
+            "`method` 'majority' asks no student, got `student`",
+        ),
+        (lambda pool: pool.to_sft("same_answer"), r"`assign\(\"same_answer\"\)` needs as `student` .* got none"),
+        (lambda pool: pool.to_preferences(student=["4"] * 4), "`method` 'majority' asks no student"),
         (lambda pool: pool.to_preferences("rank", min_share=1), r"has no options, got \['min_share'\]"),
         (lambda pool: pool.texts("none"), "No teacher is called 'none'"),
         (lambda pool: AnswerPool.from_answers({"a": ["x\0"]}, ["p"]), "without NUL .* got 'x.x00' of id 0"),

@@ -301,7 +301,7 @@ def test_two_processes_give_the_pool_of_one(folder_of: Callable[[str], str], tmp
             "Teacher 'w' must have a chat template to answer messages, got none",
         ),
         (["a"], {"chat": True}, "Teacher 'w' must have a chat template"),
-        (["a"], {"temperature": 0.5}, "Option `temperature` of teacher 'w' needs a `seed`, got none"),
+        (["a"], {"temperature": 0.5}, "Option `seed` of teacher 'w' is needed with a `temperature`, got none"),
         (["a"], {"num_answers": 2}, "Option `num_answers` of teacher 'w' must be 1 without a `temperature`, got 2"),
         (["a"], {"temperature": -1}, "Option `temperature` of teacher 'w' must be a number from 0 .* got -1"),
         (["a"], {"max_new_tokens": 64}, "must leave room for a prompt in the 64 tokens that it reads, got 64"),
@@ -333,6 +333,30 @@ def test_bad_messages(folder_of: Callable[[str], str], messages: list[Any]) -> N
         build(writer(folder_of("llama-chat")), [MESSAGES[0], messages])
     with pytest.raises(ValueError, match="`template` and `chat` of teacher 'w' are for prompts that are texts"):
         build(writer(folder_of("llama-chat"), chat=True), MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "it takes more than 10 sec",
+        ),
+        ("{% for %}", "Expected an expression"),
+        ("{{ 10**10**9 }}", "it computes powers"),
+    ],
+)
+def test_a_broken_chat_template_is_no_fault_of_a_row(
+    folder_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, fault: str
+) -> None:
+    from hf_cosupervise.models import chat
+
+    monkeypatch.setattr(chat, "_MOST_SECONDS", 0.2)
+    folder = shutil.copytree(folder_of("llama-chat"), tmp_path / "broken")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"^Teacher 'w' must have a chat template .* this: {fault}") as caught:
+        build(writer(str(folder)), MESSAGES, on_error="missing")
+    assert any("no row is blamed" in note for note in caught.value.__notes__)
 
 
 def test_rows_without_answer_are_counted_or_cut(folder_of: Callable[[str], str]) -> None:

@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from ...data.inputs import InputProcessor, RowError, check_text
 from ...hierarchy import Teacher, is_writable_text
-from ...models.chat import apply_chat_template
+from ...models.chat import BrokenChatTemplateError, apply_chat_template
 from ...models.classifier import load_processor
 from ...models.language import load_language_model, make_greedy
 from ...models.source import explained, first_line
@@ -310,6 +310,11 @@ class WrittenPrompter(Prompter):
         chats = [[{"role": one["role"], "content": one["content"]} for one in cell] for cell in cells]
         try:
             texts = [apply_chat_template(self.tokenizer, chat) for chat in chats]
+        except BrokenChatTemplateError as error:
+            raise ValueError(
+                f"Teacher '{self.name}' must have a chat template that can be filled in, got one whose fault is this: "
+                f"{first_line(error)}. Correct its `chat_template`."
+            ) from error
         except RENDER_ERRORS as error:
             raise RowError(
                 f"The chat template of teacher '{self.name}' cannot take these messages: {first_line(error)}"
@@ -319,42 +324,32 @@ class WrittenPrompter(Prompter):
 
 def _check_options(teacher: Teacher) -> dict[str, Any]:
     """The options of a teacher, each of a value that it may have."""
-    options, what = read_options(teacher, "written", OPTIONS), f"of teacher '{teacher.name}'"
+    options = read_options(teacher, "written", OPTIONS)
+    stop = options["stop"]
+    options["stop"] = stop = (stop,) if isinstance(stop, str) else stop
+
+    def check(key: str, is_right: bool, rule: str, advice: str = "Correct it.") -> None:
+        if not is_right:
+            found = "none" if options[key] is None else repr(options[key])
+            raise ValueError(f"Option `{key}` of teacher '{teacher.name}' {rule}, got {found}. {advice}")
+
     for key, (least, most) in _RANGES.items():
-        value = options[key]
-        is_whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-        if not is_whole and not (key == "seed" and value is None):
-            raise ValueError(
-                f"Option `{key}` {what} must be an integer in {least}..{most}, got {value!r}. Correct it."
-            )
-    temperature = options["temperature"]
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= 100:
-        raise ValueError(
-            f"Option `temperature` {what} must be a number from 0 (the likeliest token) to 100, got {temperature!r}. "
-            "Correct it."
-        )
-    if temperature and options["seed"] is None:
-        raise ValueError(
-            f"Option `temperature` {what} needs a `seed`, got none. Give one, or nobody can draw it again."
-        )
-    if options["num_answers"] > 1 and not temperature:
-        raise ValueError(
-            f"Option `num_answers` {what} must be 1 without a `temperature`, got {options['num_answers']}: all would "
-            "be equal. Give a temperature and a seed."
-        )
-    stop = (options["stop"],) if isinstance(options["stop"], str) else options["stop"]
-    if not isinstance(stop, tuple | list) or not all(isinstance(text, str) and text for text in stop):
-        raise ValueError(f"Option `stop` {what} must be texts that end an answer, got {stop!r}. Write ['\\n'].")
-    if type(options["chat"]) is not bool or options["too_long"] not in ("raise", "cut"):
-        raise ValueError(
-            f"Options `chat` and `too_long` {what} must be true or false, and 'raise' or 'cut', got "
-            f"{options['chat']!r} and {options['too_long']!r}. Correct them."
-        )
-    if options["template"] is not None:
-        if not isinstance(options["template"], str):
-            raise ValueError(f"Option `template` {what} must be a text with a slot `{{{{ text }}}}`. Write one.")
-        compile_template(options["template"], teacher.name)
-    return {**options, "stop": tuple(stop), "temperature": float(temperature)}
+        is_whole = type(options[key]) is int and least <= options[key] <= most
+        check(key, is_whole or key == "seed" and options[key] is None, f"must be an integer in {least}..{most}")
+    hot, template = options["temperature"], options["template"]
+    is_number = isinstance(hot, int | float) and not isinstance(hot, bool) and 0 <= hot <= 100
+    check("temperature", is_number, "must be a number from 0 (the likeliest token) to 100")
+    check("seed", not hot or options["seed"] is not None, "is needed with a `temperature`", "Give one.")
+    is_drawn = bool(hot) or options["num_answers"] == 1
+    check("num_answers", is_drawn, "must be 1 without a `temperature`", "All would be equal.")
+    are_texts = isinstance(stop, tuple | list) and all(isinstance(text, str) and text for text in stop)
+    check("stop", are_texts, "must be texts that end an answer", "Write ['\\n'].")
+    check("chat", type(options["chat"]) is bool, "must be true or false")
+    check("too_long", options["too_long"] in ("raise", "cut"), "must be 'raise' or 'cut'")
+    check("template", isinstance(template, str | None), "must be a text with a slot `{{ text }}`")
+    if template is not None:
+        compile_template(template, teacher.name)
+    return {**options, "stop": tuple(stop), "temperature": float(hot)}
 
 
 def _load(source: TeacherSource, labels: Sequence[str], device: torch.device) -> Any:
