@@ -157,7 +157,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _opens(path: Path) -> bool:
     try:
-        with PILImage.open(path):  # reads the header alone
-            return True
+        with PILImage.open(path) as image:  # reads the header alone
+            return image.format != "EPS"  # which is a program
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
         return False

@@ -20,7 +20,7 @@ import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
 
 from ..data.columns import as_label_id, check_column_name, find_input_column, is_vector_column, row_keys, shorten
-from ..data.inputs import check_depth, to_pil
+from ..data.inputs import check_depth, decode_image, to_pil
 from ..data.loading import DataChoice, find_data
 from ..data.vectors import join_columns, name_columns, parts_of, unreadable_vectors
 from ..files import check_free, explain_full_disk, move_file
@@ -674,7 +674,7 @@ def _find_unreadable(job: Job, pool: Any) -> np.ndarray:
 
 def _is_readable(cell: Any, decoder: Image) -> bool:
     try:
-        return cell is None or to_pil(decoder.decode_example(cell)) is not None
+        return cell is None or to_pil(decode_image(cell, decoder)) is not None
     except DECODE_ERRORS:
         return False
 
