@@ -34,6 +34,7 @@ from ..processes import Processes, join_processes
 from .forms import Form, PseudolabelForm
 from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder
 from .kinds.loading import column_of, identify_teacher
+from .naming import check_meant
 from .progress import Progress, Segment
 from .running import (
     DECODE_ERRORS,
@@ -220,6 +221,8 @@ def ask_teachers(
         raise TypeError(f"`models` must be teacher objects by their names, got {type(models).__name__}. Make a dict.")
     hierarchy, models = _give_functions(hierarchy, models or {})
     _check_options(hierarchy, models, precision, num_workers, on_error)
+    if isinstance(dataset, Dataset | IterableDataset):
+        check_meant(hierarchy, dataset.column_names or ())
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
     reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
