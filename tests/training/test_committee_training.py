@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,33 @@ def test_it_goes_on_with_the_member_that_was_cut_off(train, committee):
         assert timeless == [
             {k: v for k, v in record.items() if k != "train_runtime"} for record in committee.history.records
         ]
+
+
+@pytest.mark.parametrize("change", ["swapped", "of-another-level", "of-another-run", "linked", "cut-off", "no-plan"])
+def test_a_member_that_is_not_its_own_is_trained_again(train, committee, tmp_path, caplog, change):
+    shutil.copytree(tmp_path / "committee", tmp_path / change)
+    first, second = (
+        tmp_path / change / "_run" / "members" / name / "_run" for name in ("csl_ridge", "neighbors_ridge")
+    )
+    if change == "swapped":
+        shutil.copytree(second / "level-1", first / "level-1", dirs_exist_ok=True)
+    elif change == "of-another-level":
+        shutil.copytree(first / "level-0", first / "level-1", dirs_exist_ok=True)
+    elif change == "of-another-run":
+        other = train("other", method="committee", members=["csl_ridge"], ridge_alpha=7.0)
+        place = other.run.path / "members" / "csl_ridge" / "_run" / "level-1"
+        shutil.copytree(place, first / "level-1", dirs_exist_ok=True)
+    elif change == "linked":
+        shutil.rmtree(first / "level-1")
+        (first / "level-1").symlink_to(second / "level-1")
+    elif change == "cut-off":
+        path = first / "level-1" / "student.safetensors"
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        (first / "level-1" / "plan.npz").unlink()
+    caplog.clear()
+    again = train(change, resume=True, method="committee")
+    assert "this round is trained again" in caplog.text and torch.equal(head(again), head(committee))
 
 
 def test_a_finished_one_is_read_back_and_another_list_of_members_is_refused(train, committee):
