@@ -26,6 +26,7 @@ _VANISHED = 0.1
 # Of a label that teachers hardly ever give, nothing is missed.
 _RARE = 0.2
 NUM_TO_LABEL = 100
+_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four are wide ones of these
 
 
 @dataclass
@@ -184,8 +185,8 @@ class Overview:
         columns |= {f"member {name}": self._names(labels[rows]) for name, labels in self.members.items()}
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values()))
+        for row in (columns, *zip(*columns.values())):
+            writer.writerow(map(_as_text, row))
         write_text(path, text.getvalue())
 
     def _columns(self, rows: np.ndarray) -> dict[str, Any]:
@@ -204,6 +205,11 @@ class Overview:
     def _names(self, labels: np.ndarray) -> list[str | None]:
         names = [*self.pool.labels, None]  # of -1
         return [names[number] for number in labels.tolist()]
+
+
+def _as_text(value: Any) -> Any:
+    """A cell that a spreadsheet takes for what it is: a text of others may begin as a formula does."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULAS) else value
 
 
 def overview(trainer: CoSupervisedTrainer) -> Overview:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 from test_trainer import LABELS, make_args, make_pool
 from transformers import AutoModelForImageClassification, TrainerCallback
 
-from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, Teacher, TeacherHierarchy
-from hf_cosupervise.evaluation.overview import format_overview, label_agreement, overview
+from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, Teacher, TeacherHierarchy, build_pool
+from hf_cosupervise.evaluation.overview import Overview, format_overview, label_agreement, overview
 from hf_cosupervise.training.members import DEFAULT_MEMBERS, MEMBERS
 
 pytestmark = pytest.mark.core
@@ -293,6 +294,36 @@ def test_an_account_without_labels(train, committee, tmp_path, tiny_image_datase
     seen.save_to_label(tmp_path / "to_label.csv", 12)
     lines = Path(tmp_path / "to_label.csv").read_text().splitlines()
     assert len(lines) == 13 and lines[0].startswith("id,label,probability,trusted_teacher,kept,teacher generalist")
+
+
+FORMULAS = [
+    "=1+1",
+    "+1",
+    "-1+1",
+    "@SUM(A1)",
+    "\t=1",
+    " =1",
+    "\n=1",
+    "\uff1d1",
+    '=HYPERLINK("http://x")',
+    "=cmd|' /C calc'!A0",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_no_cell_of_a_table_for_people_is_a_formula(tmp_path, text):
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"id": [text, "b"], "text": [text, "plain"], "says": [text, "="]})
+    hierarchy = TeacherHierarchy([text, "=" if text != "=" else "-"], [Teacher("says", kind="column")])
+    pool = build_pool(data, hierarchy, input_column="text", disable_tqdm=True)
+    seen = Overview(pool, pool.hard_labels("says"), np.array([0.5, 0.25]), {}, {text: np.array([0, 1])})
+    seen.save_to_label(tmp_path / "to_label.csv")
+    with open(tmp_path / "to_label.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    cells = [cell for row in rows for cell in row]
+    assert f"'{text}" in cells and "plain" in cells and "0.5" in cells
+    assert not [cell for cell in cells if cell.lstrip()[:1] in ("=", "+", "-", "@", "\uff1d")]
 
 
 def test_a_label_that_vanished_is_a_warning(committee):
