@@ -39,7 +39,7 @@ def decode_image(cell: Mapping[str, Any], feature: Image) -> PILImage.Image:
     content, path = cell["bytes"], cell["path"]
     if content is None and (path is None or "://" in path):
         return feature.decode_example(cell)  # which says what is wrong, or fetches the user's own
-    image = PILImage.open(path if content is None else io.BytesIO(content))
+    image: PILImage.Image = PILImage.open(path if content is None else io.BytesIO(content))
     try:
         _check_pixels(image, os.stat(path).st_size if content is None else len(content))
     except ValueError:
