@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data.columns import is_text_column
+from ..data.columns import is_text_column, shorten
 from ..files import whole_file, write_text
 from ..method.committee import member_agreement
 from ..pool.pseudolabels import PseudolabelPool
@@ -120,15 +120,22 @@ class Overview:
 
     def _find_vanished(self, own: Mapping[str, float | None], teachers: Mapping[str, Any]) -> list[str]:
         """Labels that teachers give and the student does not: the likeliest sign that its training collapsed."""
-        said = []
+        said, unknown = list[str](), list[str]()
         for name in self.pool.labels:
             given = [teacher["class_shares"][name] for teacher in teachers.values()]
+            if not any(given):
+                unknown.append(name)
             usual = _mean(np.array([share for share in given if share])) or 0.0
             if usual >= _RARE / len(self.pool.labels) and (own[name] or 0.0) < _VANISHED * usual:
                 said.append(
                     f"The student gives '{name}' to {own[name] or 0.0:.1%} of the examples, teachers that know it to "
                     f"{usual:.1%}: it may have lost that label. Look at its rows in to_label.csv."
                 )
+        if unknown:
+            said.append(
+                f"No teacher gives {shorten(unknown, 5)} to any of {len(self.pool)} examples, so that the student "
+                "cannot know it. Add a teacher that does, or leave it out of the task."
+            )
         return said
 
     def disagreement(self) -> np.ndarray:

@@ -23,6 +23,7 @@ from filelock import Timeout
 from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..data.columns import cell_digests, has_input, is_text_column, is_vector_column
 from ..data.inputs import InputProcessor
@@ -577,7 +578,7 @@ def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, p
     pooling = f" {model.pooling}" if hasattr(model, "pooling") else ""
     digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}{pooling}".encode())
     # The same weights compute something else with another activation, or with more heads of attention.
-    config = model.config.to_dict() if hasattr(model, "config") else {}
+    config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
     told = {name: value for name, value in config.items() if name not in _NOT_COMPUTED_WITH}
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):

@@ -296,6 +296,16 @@ def test_an_account_without_labels(train, committee, tmp_path, tiny_image_datase
     assert len(lines) == 13 and lines[0].startswith("id,label,probability,trusted_teacher,kept,teacher generalist")
 
 
+def test_a_label_that_no_teacher_gives_is_a_warning(train, tiny_image_dataset):
+    data = tiny_image_dataset.remove_columns("label").add_column("says", ["ant"] * len(tiny_image_dataset))
+    teachers = [Teacher("says", kind="column", name=name, level=level) for level, name in enumerate(("one", "two"))]
+    pool = build_pool(data, TeacherHierarchy(LABELS, teachers), input_column="image", disable_tqdm=True)
+    seen = overview(train("collapsed", method="committee", pool=pool))
+    (warning,) = seen.report()["warnings"]
+    others = [label for label in LABELS if label != "ant"]
+    assert warning.startswith(f"No teacher gives {others} to any of 48 examples, so that the student cannot know it.")
+
+
 FORMULAS = [
     "=1+1",
     "+1",
