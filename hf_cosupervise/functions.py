@@ -92,9 +92,12 @@ def labeling_function(
     return LabelingFunction(function, name, _find_version(function, name, version), batched)
 
 
-def name_function(function: Callable[..., Any]) -> LabelingFunction:
-    """Give a function with its name and version."""
-    found: LabelingFunction = function if isinstance(function, LabelingFunction) else labeling_function(function)
+def name_function(function: Callable[..., Any], name: str | None = None) -> LabelingFunction:
+    """Give a function with its name, or that of its teacher where it has none, and version."""
+    if isinstance(function, LabelingFunction):
+        return function
+    own = getattr(function, "__name__", "") != "<lambda>"
+    found: LabelingFunction = labeling_function(function, name=None if own else name)
     return found
 
 

@@ -238,7 +238,7 @@ class Teacher:
             path = str(getattr(getattr(function, "model", None), "name_or_path", "") or function.task)
             known = {"function": function, "model": Path(path).name, "kind": "pipeline", "revision": None}
         else:
-            named = name_function(function)
+            named = name_function(function, self.name or None)
             known = {"function": named, "model": named.name, "kind": "function", "revision": named.version}
         if self.kind not in ("auto", known["kind"]):
             raise ValueError(

@@ -9,7 +9,7 @@ several columns (`--input_column age,income`), or in a Parquet file a column of 
 (`--validation`), the label model with most right labels on its covered rows is at the root of the co-supervised
 student; without, `--label_model`. Accuracy on `--test` is printed where it is given, and read for nothing else. With
 `--self_training_rounds 5` a further co-supervised student labels itself, after its last level, the rows that no
-function labelled, and those rejected.
+function labelled, and those rejected. Each student is left in a folder of its name, as `pipeline` loads it.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ def right_share(probs: np.ndarray, pool: PseudolabelPool) -> float:
     return float(best_labels(probs)[covered, pool.oracle_labels[covered]].mean())
 
 
+def tell_share(share: float) -> str:
+    """Write a share in percent, a dash where nobody knows it."""
+    return "–" if np.isnan(share) else f"{100 * share:.1f}"
+
+
 def fit_label_models(pool: PseudolabelPool, valid: PseudolabelPool | None) -> dict[str, tuple[LabelModel, float]]:
     """Fit every label model and print what it makes of the votes; those that cannot use them say so."""
     votes, found = pool_votes(pool), {}
@@ -93,7 +98,7 @@ def fit_label_models(pool: PseudolabelPool, valid: PseudolabelPool | None) -> di
                 continue
         on_valid = float("nan") if valid is None else right_share(model.predict_proba(pool_votes(valid)), valid)
         told, right = information(probs[probs.any(axis=1)]), right_share(probs, pool)
-        print(f"| {name} | {told:.3f} | {100 * right:.1f} | {100 * on_valid:.1f} |")
+        print(f"| {name} | {told:.3f} | {tell_share(right)} | {tell_share(on_valid)} |")
         found[name] = model, on_valid
         for warning in caught:
             print(f"({warning.message})")
@@ -106,9 +111,10 @@ def train_student(
     """Train one student, and give its log-probabilities on the test file `(num_rows, num_labels)`."""
     own = copy.copy(config)
     own.self_training_rounds = self_training_rounds
-    own.output_dir, own.assignment = str(Path(config.output_dir, name)), ["agreement"]  # votes have no scope
+    own.output_dir = str(Path(config.output_dir, name))
     trainer = CoSupervisedTrainer(args.student, own, pool=pool)
     trainer.train()
+    trainer.save_model()
     if args.test is None:
         return torch.zeros(0, len(pool.labels))
     return torch.cat([log_probs.cpu() for _, log_probs in trainer.predict_log_probs(read_table(args.test))])
@@ -123,6 +129,8 @@ def standardize(log_probs: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     """Print the tables, and leave the students in folders."""
     args, config = parse_recipe_args([VoteArguments, CoSupervisedConfig])
+    if (config.method, config.student_training, config.head_solver) == ("csl", "probe", "steps"):
+        config.standardize_features = not config.warm_start  # else some hundred rows move a head by steps too little
     pool = read_pool(args, args.votes)
     valid = None if args.validation is None else read_pool(args, args.validation, pool.hierarchy)
     test = None if args.test is None else read_pool(args, args.test, pool.hierarchy)
@@ -139,9 +147,10 @@ def main() -> None:
     if rounds := config.self_training_rounds:
         name = f"co-supervised from {chosen}, self-trained"
         predictions[name] = train_student(args, config, co_supervised, "self-trained", rounds)
-    predictions["committee of all"] = torch.stack([standardize(each) for each in predictions.values()]).mean(dim=0)
+    print(f"\nStudents: the folders in {config.output_dir}; `co-supervised` learns from all voters.")
     if test is None or test.oracle_labels is None:
         return
+    predictions["committee of all"] = torch.stack([standardize(each) for each in predictions.values()]).mean(dim=0)
     print("\n| | right % on the test file |\n| --- | --- |")
     for name, log_probs in predictions.items():
         right = (log_probs.argmax(dim=1).numpy() == test.oracle_labels).mean()

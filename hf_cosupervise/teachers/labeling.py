@@ -50,6 +50,7 @@ from .running import (
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("raise", "missing")
+_MANY = 32  # rows of which a model that tells labels apart would not give the same to each
 # Column names that usually hold ground truth. Any `ClassLabel` column is taken for ground truth as well.
 _GOLD_NAMES = frozenset(
     ("label", "labels", "target", "targets", "gold", "gold_label", "ground_truth", "class", "y", "coarse_label")
@@ -573,8 +574,11 @@ def _finish(job: Job, progress: Progress) -> TeacherPool:
     facts = job.processes.on_first(partial(_write_teachers, job, progress))
     if job.output_dir is not None:
         job.processes.on_first(partial(_save, job, progress, facts))
-        return job.form.pool.load(job.output_dir)
+        pool = job.form.pool.load(job.output_dir)
+        job.processes.on_first(partial(_tell_constant, job, pool))
+        return pool
     pool = _open_pool(job, progress, facts)
+    job.processes.on_first(partial(_tell_constant, job, pool))
     job.processes.wait()  # everybody has mapped the files before the first process may delete them
     if job.processes.rank == 0:
         progress.drop(*facts)
@@ -638,6 +642,23 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
             f"ids {first}. Of id {ids[0]!r}: {reason}.{tell_unmatched(job, name)}"
         )
     return num_failed
+
+
+def _tell_constant(job: Job, pool: Any) -> None:
+    """Tell of a model that should know several labels and gives each row the same."""
+    for teacher in job.hierarchy.teachers if job.hierarchy.labels else ():
+        if not teacher.has_files or teacher.name in job.reused or len(teacher.scope or job.hierarchy.labels) < 2:
+            continue
+        labels = pool.hard_labels(teacher.name)
+        said = labels[labels >= 0]
+        if len(said) < _MANY or (said != said[0]).any():
+            continue
+        option = " With option `correct_prior` it is asked what it says of nothing, which is divided out."
+        logger.warning(
+            f"Teacher '{teacher.name}' gives {job.hierarchy.labels[said[0]]!r} to each of {len(said)} rows, and tells "
+            "nothing apart. Correct what it is asked, or its `label_map`, or leave it out."
+            f"{option if teacher.kind in ('prompted', 'zero_shot') else ''}"
+        )
 
 
 def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> TeacherPool:

@@ -71,7 +71,7 @@ def label_plainly(encoded: Sequence[bytes], model: nn.Module, processor: Any, de
 def measure_labelling(bench: Bench) -> list[Row]:
     """Measure `build_pool` against bare loops over the same images and teachers."""
     labels = [str(label) for label in range(10)]
-    images = make_images(bench.scaled(1024, least=64))
+    images = make_images(bench.scaled(1024, least=16))
     encoded = [cell["bytes"] for cell in images.cast_column("image", Image(decode=False))["image"]]
     folders = [save_resnet18(bench.new_folder(), labels, seed) for seed in range(5)]
     loops = []

@@ -17,7 +17,7 @@ import sweep
 _SOME = {
     "image": ("clip", "siglip2", "dinov2", "mobilenet_v1", "pp_lcnet"),
     "text": ("distilbert", "gpt2", "t5", "modernbert", "qwen2"),
-    "timm": ("test_vit", "test_efficientnet", "coat_tiny"),
+    "timm": ("test_vit", "test_efficientnet", "edgenext_xx_small"),
 }
 
 

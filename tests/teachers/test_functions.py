@@ -410,3 +410,9 @@ def test_workers_read_rows_and_are_sent_no_function(method, tmp_path):
         multiprocessing.set_start_method(before, force=True)
     _label_in_process(tmp_path / "one", 12)
     assert _files(tmp_path / "workers") == _files(tmp_path / "one")
+
+
+def test_a_function_without_a_name_takes_its_teachers():
+    teacher = Teacher(lambda row: "spam" if "free" in row["text"] else None, name="free")
+    assert (teacher.name, teacher.model) == ("free", "free")
+    assert label_with(teacher).hard_labels("free").tolist() == label_with(says_free).hard_labels("says_free").tolist()

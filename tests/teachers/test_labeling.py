@@ -874,3 +874,19 @@ def test_a_teacher_that_is_another_now_is_run_again(
     new = quiet_pool(images, hierarchy, reuse=old)
     assert new.facts["vit"]["weights"] != old.facts["vit"]["weights"]
     assert (new.label_probs("vit") != old.label_probs("vit")).any()
+
+
+def test_a_model_that_says_one_thing_of_everything_is_told_of(tmp_path: Path, caplog: Any) -> None:
+    from sklearn.dummy import DummyClassifier
+
+    data = Dataset.from_dict({"values": np.random.default_rng(0).random((32, 2)).tolist()})
+    model = DummyClassifier(strategy="prior").fit(np.zeros((3, 2)), ["a", "b", "a"])
+    save_sklearn_teacher(model, tmp_path / "same", {"kind": "values"})
+    same = Teacher(str(tmp_path / "same"), trusted_types=["sklearn.dummy.DummyClassifier"])
+    pool = quiet_pool(data, TeacherHierarchy(["a", "b"], [same]))
+    assert "Teacher 'same' gives 'a' to each of 32 rows, and tells nothing apart. Correct what" in caplog.text
+    caplog.clear()
+    # With few rows it may be right, and what another pool holds was told of when it was labelled.
+    quiet_pool(data.select(range(31)), TeacherHierarchy(["a", "b"], [same]), output_dir=tmp_path / "pool")
+    quiet_pool(data, TeacherHierarchy(["a", "b"], [same]), reuse=pool)
+    assert not caplog.text
