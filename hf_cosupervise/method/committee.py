@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from .assignment import first_argmax
+from .assignment import NOBODY, first_argmax
 
+# By so much at most averages of all teachers count more, or less, than members that choose among them; and from this
+# difference of two shares of the pool on.
+_MOST, _CLEAR = 3.0, 0.02
 # A label predicted on less than this share of its fair share of the pool, 1 / num_labels, has vanished.
 VANISHED = 0.1
 _CHUNK_ROWS = 1024
@@ -31,6 +34,7 @@ class Committee(NamedTuple):
     weight: torch.Tensor  # (num_labels, feature_size)
     bias: torch.Tensor | None  # (num_labels,)
     speaks: torch.Tensor  # which members are in it: (num_members,)
+    shares: torch.Tensor  # how much each counts, of those that speak: (num_members,)
     statistics: MemberStatistics  # of all members
 
 
@@ -71,7 +75,7 @@ def measure_members(chunks: Iterable[torch.Tensor]) -> MemberStatistics:
 
 @torch.no_grad()
 def average_heads(
-    weights: torch.Tensor, biases: torch.Tensor | None, spreads: torch.Tensor
+    weights: torch.Tensor, biases: torch.Tensor | None, spreads: torch.Tensor, shares: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Average members as one linear head: its logits are the mean of theirs, standardised.
 
@@ -86,6 +90,8 @@ def average_heads(
             Their biases, where heads have them.
         spreads (`torch.Tensor` of shape `(num_members,)`):
             What [`measure_members`] gives, above 0.
+        shares (`torch.Tensor` of shape `(num_members,)`, *optional*):
+            How much each counts, above 0; all alike by default.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor | None]`: weight `(num_labels, feature_size)` and bias `(num_labels,)`.
@@ -114,7 +120,13 @@ def average_heads(
             f"`spreads` must be finite and above 0, got {spreads.tolist()}. Leave out members that say the same of "
             "all labels, or whose training diverged."
         )
-    scales = 1 / (len(spreads) * spreads.double())
+    shares = torch.ones_like(spreads) if shares is None else shares
+    if shares.shape != spreads.shape or not bool(((shares > 0) & shares.isfinite()).all()):
+        raise ValueError(
+            f"`shares` must be {len(spreads)} finite numbers above 0, got {shares.tolist()}. Leave out members that "
+            "are not to count."
+        )
+    scales = shares / (shares.sum() * spreads.double())
     weight = torch.einsum("mcf,m->cf", weights.double(), scales)
     weight = (weight - weight.mean(dim=0)).to(weights.dtype)
     if biases is None:
@@ -155,8 +167,78 @@ def collapsed_members(label_counts: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def routing_gain(labels: torch.Tensor, votes: torch.Tensor, averaged: torch.Tensor, neighbors: torch.Tensor) -> float:
+    """Measure, without ground truth, whether it pays to choose among teachers or to average them.
+
+    On each example the teacher is chosen that agreed with a committee most often on the *neighbours* of the example,
+    not on itself. How often that teacher's vote is the committee's label, less how often the average's is, is above 0
+    where teachers are good at different regions, and below it where each is as good anywhere and errs by itself.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(num_examples,)`):
+            The committee's most probable labels.
+        votes (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
+            Those of the teachers that are chosen among, -1 without an answer; ties go to the first teacher.
+        averaged (`torch.LongTensor` of shape `(num_examples,)`):
+            Those of the average of all teachers, -1 where nobody answered.
+        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
+            What [`nearest_neighbors`] gives.
+
+    Returns:
+        `float`: -1 to 1, over the examples that one of the teachers answered; 0 where there are none.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    Source:
+        Ours, measured in `recipes/which_method.md`.
+
+    Examples:
+        >>> labels, neighbors = torch.tensor([0, 0, 1, 1]), torch.tensor([[1], [0], [3], [2]])
+        >>> votes = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1]])  # the first is right on the first two
+        >>> routing_gain(labels, votes, torch.zeros(4, dtype=torch.long), neighbors)
+        0.5
+    """
+    found = [tuple(values.shape) for values in (labels, votes, averaged, neighbors)]
+    if votes.ndim != 2 or neighbors.ndim != 2 or {len(votes), len(neighbors)} != {*labels.shape, *averaged.shape}:
+        raise ValueError(
+            "`labels` (num_examples,), `votes` (num_examples, num_teachers), `averaged` (num_examples,) and "
+            f"`neighbors` (num_examples, k) are needed, got {found}. Give all for the same examples."
+        )
+    answered = votes != NOBODY
+    agrees, total = (votes == labels.unsqueeze(1)) & answered, torch.zeros(votes.shape, dtype=torch.int32)
+    count = total.clone()
+    for column in neighbors.T:  # one neighbour of all examples at a time: no array of all of them
+        total += agrees[column]
+        count += answered[column]
+    nearby = torch.where(answered, total / count.clamp(min=1), -1.0)
+    routed = agrees.gather(1, first_argmax(nearby).unsqueeze(1)).squeeze(1)
+    counted = answered.any(dim=1)
+    difference = routed[counted].double() - (averaged == labels)[counted].double()
+    return float(difference.mean()) if len(difference) else 0.0
+
+
+def average_share(gain: float) -> float:
+    """Give how much a member that averages all teachers counts beside one that chooses: 1/3 to 3, 1 at no gain.
+
+    3^(-[`routing_gain`] / 0.02), and no more than that beyond a gain of 0.02 either way.
+    Source: ours; chosen on the development tasks of `recipes/README.md`, where all that matters is the side of 0.
+
+    Examples:
+        >>> [round(average_share(gain), 2) for gain in (-0.5, -0.01, 0.0, 0.5)]
+        [3.0, 1.73, 1.0, 0.33]
+    """
+    return _MOST ** max(-1.0, min(1.0, -gain / _CLEAR))
+
+
+@torch.no_grad()
 def committee_head(
-    weights: torch.Tensor, biases: torch.Tensor | None, features: torch.Tensor, rows: torch.Tensor | None = None
+    weights: torch.Tensor,
+    biases: torch.Tensor | None,
+    features: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    shares: torch.Tensor | None = None,
+    statistics: MemberStatistics | None = None,
 ) -> Committee:
     """Make one linear head of several members that were trained on the same features.
 
@@ -171,6 +253,10 @@ def committee_head(
             Inputs of the heads on the pool; may be mapped from disk.
         rows (`torch.LongTensor` of shape `(num_rows,)`, *optional*):
             Those that count; all by default.
+        shares (`torch.Tensor` of shape `(num_members,)`, *optional*):
+            See [`average_heads`].
+        statistics ([`MemberStatistics`], *optional*):
+            Of the same members, where they are measured already.
 
     Raises:
         ValueError: If the shapes do not fit, a logit is not finite, or a member says the same of all labels.
@@ -192,17 +278,19 @@ def committee_head(
         found = found if heads[1] is None else found + heads[1]
         return found.view(len(part), *weights.shape[:2]).transpose(0, 1)
 
-    rows = torch.arange(len(features)) if rows is None else rows
-    parts = (features[part] for part in rows.to(features.device).split(_CHUNK_ROWS))
-    statistics = measure_members(map(logits, parts))
+    if statistics is None:
+        rows = torch.arange(len(features)) if rows is None else rows
+        parts = (features[part] for part in rows.to(features.device).split(_CHUNK_ROWS))
+        statistics = measure_members(map(logits, parts))
     speaks = ~collapsed_members(statistics.label_counts)
+    shares = torch.ones_like(statistics.spreads) if shares is None else shares.to(statistics.spreads)
     own, own_biases = weights[speaks], None if biases is None else biases[speaks]
     if len(own) == 1:
-        return Committee(own[0], None if own_biases is None else own_biases[0], speaks, statistics)
+        return Committee(own[0], None if own_biases is None else own_biases[0], speaks, shares, statistics)
     spreads = statistics.spreads[speaks]
-    weight, bias = average_heads(own, own_biases, spreads)
+    weight, bias = average_heads(own, own_biases, spreads, shares[speaks])
     scale = float(spreads.log().mean().exp())  # spreads differ by factors, and one loud member must not set it
-    return Committee(scale * weight, None if bias is None else scale * bias, speaks, statistics)
+    return Committee(scale * weight, None if bias is None else scale * bias, speaks, shares, statistics)
 
 
 def member_agreement(labels: torch.Tensor) -> torch.Tensor:

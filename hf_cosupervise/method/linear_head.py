@@ -56,7 +56,7 @@ def measure_scaling(features: torch.Tensor, rows: torch.Tensor) -> FeatureScalin
     total, square = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device), 0.0
     for part in rows.to(features.device).split(_GRAM_ROWS):
         # Once through the features, about an origin, or those far from zero would drown in rounding.
-        inputs = features[part].float() - origin
+        inputs = _take(features, part).float() - origin
         total += inputs.sum(dim=0)
         square += float(inputs.square().sum())
     shift = total / num_rows
@@ -163,7 +163,7 @@ def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     origin = feature_origin(features)
     for part in rows.to(features.device).split(_GRAM_ROWS):
         # Far from zero the products would drown what varies in float32's rounding.
-        inputs = features[part].float() - origin
+        inputs = _take(features, part).float() - origin
         gram[:size, :size] += inputs.T @ inputs
         gram[size, :size] += inputs.sum(dim=0)
         gram[size, size] += len(inputs)
@@ -182,9 +182,16 @@ def cross_products(
     cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)
     for part in rows.to(features.device).split(_GRAM_ROWS):
         wanted = dense_targets(targets(part), num_labels)
-        cross[:size] += (features[part].float() - origin).T @ wanted
+        cross[:size] += (_take(features, part).float() - origin).T @ wanted
         cross[size] += wanted.sum(dim=0)
     return cross
+
+
+def _take(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of features; where they lie one after another, without copying them."""
+    if len(rows) and bool((rows.diff() == 1).all()):
+        return features[int(rows[0]) : int(rows[-1]) + 1]
+    return features.index_select(0, rows)
 
 
 def feature_origin(features: torch.Tensor) -> torch.Tensor:
@@ -255,7 +262,7 @@ def fit_ridge_head(
         # Of the head as it was written, in its own precision: this is what the student will say.
         loss = torch.zeros(1, dtype=torch.float64, device=features.device)
         for part in parts:
-            log_probs = torch.log_softmax(linear_logits(head, features[part]), dim=1).T.contiguous()
+            log_probs = torch.log_softmax(linear_logits(head, _take(features, part)), dim=1).T.contiguous()
             loss -= _likelihood_and_gradient(log_probs, targets(part))[0]
     return sum_over_processes(loss)[0] / num_rows
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -213,6 +214,9 @@ class Student:
         self._features: torch.Tensor | None = None
         self._neighbors: torch.Tensor | None = None
         self.known: dict[str, Any] = {}  # what was found out about the features
+        # Both hash all weights: who trains members of a committee knows that none of them changes the backbone.
+        self._digest: str | None = None
+        self._store: FeatureStore | None = None
 
     def _find_head(self) -> nn.Linear | None:
         """Find the head if the rest of the student can be replaced by its features."""
@@ -281,6 +285,8 @@ class Student:
 
     def digest(self) -> str:
         """Hash all weights, as they were before any training."""
+        if self._digest is not None:
+            return self._digest
         digest = hashlib.blake2b(digest_size=8)
         for name, value in sorted(self.model.state_dict().items()):
             tensor = self._first.get(name, value)  # the same at any time: a run that is gone on with compares it
@@ -401,6 +407,8 @@ class Student:
         """[`FeatureStore`]: Where the head's inputs are kept; features computed elsewhere can be put there."""
         head = self._linear_head()
         self.model.eval()
+        if self._store is not None:
+            return self._store
         # Part of the key: features of another precision are other numbers.
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
         return FeatureStore(
@@ -443,6 +451,16 @@ class Student:
         # Before anybody asks for it: a cached property that is set is never computed.
         self.readable = other.readable
         self._features, self._neighbors, self.known = other._features, other._neighbors, other.known
+        self._digest, self._store = other._digest, other._store
+
+    @contextmanager
+    def holding_still(self) -> Iterator[None]:
+        """Hash the weights once, while nobody changes those of the backbone."""
+        self._digest, self._store = self.digest(), self.store
+        try:
+            yield
+        finally:
+            self._digest = self._store = None
 
     def nearest(self, k: int) -> torch.Tensor:
         """Give each example's neighbours in the features: the backbone is frozen, so they are found once."""

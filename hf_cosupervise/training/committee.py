@@ -13,8 +13,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ..method.committee import Committee, committee_head
-from ..method.linear_head import linear_logits
+from ..method.committee import Committee, average_share, committee_head, routing_gain
 from ..pool.derived import aggregated_pool
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import row_chunks
@@ -37,15 +36,44 @@ class TrainedMember:
     plan: LevelPlan | None
 
 
+@dataclass(frozen=True)
+class KnownRoutes:
+    """What tells whether to choose among teachers or to average them, see [`routing_gain`]."""
+
+    votes: np.ndarray
+    averaged: np.ndarray
+    neighbors: torch.Tensor
+
+
 class TrainedCommittee:
     """Members that were trained on the same features, and the one head that they make."""
 
-    def __init__(self, members: list[TrainedMember], features: torch.Tensor, readable: np.ndarray) -> None:
+    def __init__(
+        self,
+        members: list[TrainedMember],
+        features: torch.Tensor,
+        readable: np.ndarray,
+        routes: KnownRoutes | None = None,
+    ) -> None:
         self.members = members
+        self.routing_gain: float | None = None  # where there is nothing to compare
         heads, rows = [member.head for member in members], torch.from_numpy(np.flatnonzero(readable))
         weights = torch.stack([head.weight.detach() for head in heads])
         biases = None if heads[0].bias is None else torch.stack([head.bias.detach() for head in heads])
         self.committee: Committee = committee_head(weights, biases, features, rows)
+        averages = torch.tensor([MEMBERS[member.name].aggregator is not None for member in members])
+        statistics, speaks = self.committee.statistics, self.committee.speaks.cpu()
+        num_averages = int((averages & speaks).sum())
+        if routes is None or num_averages in (0, int(speaks.sum())):
+            return
+        # They are judged by a committee of which each kind is one half, or the larger half would find itself right.
+        half = torch.where(averages, (int(speaks.sum()) - num_averages) / num_averages, 1.0)
+        judge = committee_head(weights, biases, features, rows, half, statistics)
+        own = np.where(readable, _labels(judge.weight, judge.bias, features), -1)
+        labels, votes, averaged = (torch.from_numpy(array) for array in (own, routes.votes, routes.averaged))
+        self.routing_gain = gain = routing_gain(labels, votes, averaged, routes.neighbors)
+        shares = torch.where(averages, average_share(gain), 1.0)
+        self.committee = committee_head(weights, biases, features, rows, shares, statistics)
 
     @torch.no_grad()
     def put_into(self, head: nn.Linear) -> None:
@@ -58,19 +86,28 @@ class TrainedCommittee:
         """Give the most probable label of each example by each member, `(num_examples,)`, -1 where it is not read."""
         found = {}
         for member in self.members:
-            labels = np.full(len(features), -1, dtype=np.int64)
-            for rows in row_chunks(len(features)):
-                labels[rows] = linear_logits(member.head, features[rows]).cpu().numpy().argmax(axis=1)
+            labels = _labels(member.head.weight, member.head.bias, features)
             found[member.name] = np.where(readable, labels, -1)
         return found
 
     def facts(self) -> dict[str, dict[str, Any]]:
-        """Tell of each member whether it speaks, and how loud it was before all were made alike."""
-        spreads, speaks = self.committee.statistics.spreads.tolist(), self.committee.speaks.tolist()
+        """Tell of each member whether it speaks, how loud it was before all were made alike, and what it counts."""
+        committee = self.committee
+        numbers = committee.speaks.tolist(), committee.statistics.spreads.tolist(), committee.shares.tolist()
         return {
-            member.name: {"speaks": is_heard, "spread": spread}
-            for member, is_heard, spread in zip(self.members, speaks, spreads)
+            member.name: {"speaks": is_heard, "spread": spread, "share": share}
+            for member, is_heard, spread, share in zip(self.members, *numbers)
         }
+
+
+@torch.no_grad()
+def _labels(weight: torch.Tensor, bias: torch.Tensor | None, features: torch.Tensor) -> np.ndarray:
+    """Give the most probable label of each example by a head, a chunk of rows at a time."""
+    labels = np.full(len(features), -1, dtype=np.int64)
+    for rows in row_chunks(len(features)):
+        logits = nn.functional.linear(features[rows].float(), weight.float(), None if bias is None else bias.float())
+        labels[rows] = logits.cpu().numpy().argmax(axis=1)
+    return labels
 
 
 def train_members(
@@ -88,25 +125,37 @@ def train_members(
     """Train every member by a trainer and in a folder of its own, and make the student all of them."""
     inputs = None if given is None else given.add_column("id", list(pool.ids))
     place = pool.hierarchy.num_levels, len(pool), run.path, student.features_dir
-    members = []
-    for name in args.members:
-        student.start_anew()  # they share the model, and each begins with the same head
-        own_pool, own_args = member_pool(pool, name), member_arguments(args, name, *place)
-        own_args = without_idle_rounds(own_args, own_pool)
-        # Inputs are given as they came, for a pool of one teacher holds the same rows.
-        trainer = new_trainer(own_args, pool=own_pool, train_dataset=inputs, input_column=input_column)
-        trainer.callback_handler = callbacks.of_member()
-        trainer.student.share(student)
-        trainer.run.follow(run)
-        trainer.train(resume)
-        run.take_over(trainer.run, name)
-        student.share(trainer.student)
-        # Of another pool, or of self-training, it tells nothing of the teachers.
-        plan = trainer.plans[pool.hierarchy.num_levels - 1] if own_pool is pool else None
-        members.append(TrainedMember(name, trainer.student.copy_head(), plan))
-    committee = TrainedCommittee(members, student.example_features(), student.readable)
+    members: list[TrainedMember] = []
+    averaged, neighbors = None, None
+    with student.holding_still():
+        for name in args.members:
+            student.start_anew()  # they share the model, and each begins with the same head
+            own_pool, own_args = member_pool(pool, name), member_arguments(args, name, *place)
+            own_args = without_idle_rounds(own_args, own_pool)
+            # Inputs are given as they came, for a pool of one teacher holds the same rows.
+            trainer = new_trainer(own_args, pool=own_pool, train_dataset=inputs, input_column=input_column)
+            trainer.callback_handler = callbacks.of_member()
+            trainer.student.share(student)
+            trainer.run.follow(run)
+            trainer.train(resume)
+            run.take_over(trainer.run, name)
+            student.share(trainer.student)
+            if own_pool is not pool:
+                averaged = own_pool.hard_labels(own_pool.hierarchy.names[0]) if averaged is None else averaged
+            elif own_args.agreement_neighbors:
+                neighbors = trainer.student.nearest(own_args.agreement_neighbors)
+            # Of another pool, or of self-training, it tells nothing of the teachers.
+            plan = trainer.plans[pool.hierarchy.num_levels - 1] if own_pool is pool else None
+            members.append(TrainedMember(name, trainer.student.copy_head(), plan))
+    routes = None
+    if averaged is not None and neighbors is not None:
+        names, last = pool.hierarchy.names, pool.hierarchy.level_indices(pool.hierarchy.num_levels - 1)
+        votes = np.stack([pool.hard_labels(names[index]) for index in last], axis=1)
+        routes = KnownRoutes(votes, averaged, neighbors)
+    committee = TrainedCommittee(members, student.example_features(), student.readable, routes)
     committee.put_into(student.head)  # type: ignore[arg-type]  # there is one
-    run.conclude({"committee": committee.facts()})
+    gain = {} if committee.routing_gain is None else {"routing_gain": committee.routing_gain}
+    run.conclude({"committee": committee.facts(), **gain})
     return committee
 
 

@@ -277,9 +277,13 @@ class HeadFitter:
         """Give the penalty: a number as it is, or what predicts the pseudolabels best that a fit has not seen."""
         if not isinstance(self.args.ridge_alpha, str | None):
             return float(self.args.ridge_alpha)
+        # Members that go down the hierarchy begin with the same root, which has the same products.
+        of_root = self._known.get("root_alpha")
+        if of_root is not None and np.array_equal(kept, of_root[0]) and torch.equal(cross, of_root[1]):
+            return of_root[2]
         # Always of the same seed: whatever the run's own is, a ridge gives the same student.
         left_out = self._own_share(draw_left_out(torch.from_numpy(kept), seed=0).numpy())
-        return choose_ridge_alpha(
+        alpha = choose_ridge_alpha(
             self.features,
             lambda rows: dense_targets(targets(rows), self.head.out_features),
             left_out.to(self.features.device),
@@ -290,6 +294,8 @@ class HeadFitter:
             eigh=self._eigh if len(kept) == len(self._readable) else torch.linalg.eigh,
             sum_over_processes=self.processes.sum,
         )
+        self._known.setdefault("root_alpha", (kept, cross, alpha))
+        return alpha
 
     def _eigh(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decompose the matrix of all rows, once: roots and averages are all fitted to them."""

@@ -26,7 +26,7 @@ from .checkpointing import GO_ON, find_checkpoint, read_story
 from .config import CoSupervisedConfig, fields_without
 from .history import LevelHistory
 from .plan import LevelPlan
-from .run_folder import RunFolder, Stage, pool_digest, versions
+from .run_folder import MEMBERS_DIR, RunFolder, Stage, pool_digest, versions
 
 logger = get_logger(__name__)
 
@@ -148,7 +148,11 @@ class TrainingRun:
 
     def _find(self, resume: bool) -> bool:
         """Tell whether a run is in this folder; one that is not gone on with must be this object's own."""
-        found = self.processes.on_first(lambda: self.history.path.is_file() or any(self.path.glob("level-*")))
+        # A committee has a history of its own from its first finished member on, whose stages may be finished before.
+        stages = "level-*", f"{MEMBERS_DIR}/*/{RUN_DIR}/level-*"
+        found = self.processes.on_first(
+            lambda: self.history.path.is_file() or any(any(self.path.glob(stage)) for stage in stages)
+        )
         if found and not resume and not self._is_own:
             raise FileExistsError(
                 f"`output_dir` must not hold another run, got one in '{self.path}'. Choose another folder, delete "

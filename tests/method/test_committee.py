@@ -8,10 +8,12 @@ import torch
 
 from hf_cosupervise.method.committee import (
     average_heads,
+    average_share,
     collapsed_members,
     committee_head,
     measure_members,
     member_agreement,
+    routing_gain,
 )
 
 NUM_ROWS, SIZE, NUM_LABELS, NUM_MEMBERS = 50, 6, 4, 3
@@ -164,3 +166,63 @@ def test_wrong_input_is_refused(features, heads):
         collapsed_members(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="with a member, got .5, 0."):
         member_agreement(torch.zeros(5, 0, dtype=torch.long))
+
+
+def test_members_count_by_their_shares(features, heads):
+    """Against a committee in which one member stands three times."""
+    spreads, _ = measure_members([logits_of(features, *heads)])
+    shares = torch.tensor([1.0, 3.0, 1.0])
+    weight, bias = average_heads(*heads, spreads, shares)
+    often = torch.tensor([0, 1, 1, 1, 2])
+    own, own_bias = average_heads(heads[0][often], heads[1][often], spreads[often])
+    torch.testing.assert_close(weight, own)
+    torch.testing.assert_close(bias, own_bias)
+    with pytest.raises(ValueError, match=r"`shares` must be 3 finite numbers above 0, got \[1.0, 0.0, 1.0\]"):
+        average_heads(*heads, spreads, torch.tensor([1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize("num_teachers", [1, 3])
+def test_what_is_gained_by_choosing_slowly(num_teachers):
+    generator = torch.Generator().manual_seed(num_teachers)
+
+    def draw(*shape: int, lowest: int = -1) -> torch.Tensor:
+        return torch.randint(lowest, 3, shape, generator=generator)
+
+    labels, votes, averaged = draw(40, lowest=0), draw(40, num_teachers), draw(40)
+    neighbors = torch.stack([torch.randperm(40, generator=generator)[:4] for _ in range(40)])
+    found = []
+    for row in range(40):
+        scores = []
+        for teacher in range(num_teachers):
+            told = [int(near) for near in neighbors[row] if votes[near, teacher] >= 0]
+            right = sum(int(votes[near, teacher]) == int(labels[near]) for near in told)
+            scores.append(right / max(len(told), 1) if votes[row, teacher] >= 0 else -1.0)
+        if max(scores) < 0:
+            continue
+        chosen = scores.index(max(scores))
+        found.append(int(votes[row, chosen] == labels[row]) - int(averaged[row] == labels[row]))
+    assert routing_gain(labels, votes, averaged, neighbors) == pytest.approx(sum(found) / len(found))
+    assert routing_gain(labels, torch.full_like(votes, -1), averaged, neighbors) == 0
+
+
+@pytest.mark.parametrize("is_regional", [True, False])
+def test_choosing_pays_where_teachers_are_good_at_regions(is_regional):
+    """Teachers that are right in a third of the examples, and by chance elsewhere; or everywhere alike."""
+    generator, num_rows = torch.Generator().manual_seed(0), 600
+    labels, region = torch.randint(0, 3, (num_rows,), generator=generator), torch.arange(num_rows) * 3 // num_rows
+    skill = (
+        torch.where(region[:, None] == torch.arange(3), 0.9, 0.1) if is_regional else torch.full((num_rows, 3), 0.6)
+    )
+    knows = torch.rand(num_rows, 3, generator=generator) < skill
+    votes = torch.where(knows, labels[:, None], torch.randint(0, 3, (num_rows, 3), generator=generator))
+    averaged = torch.nn.functional.one_hot(votes, 3).sum(dim=1).argmax(dim=1)
+    neighbors = (torch.arange(num_rows)[:, None] + torch.arange(1, 11)) % num_rows
+    gain = routing_gain(labels, votes, averaged, neighbors)
+    assert gain > 0.1 if is_regional else gain < -0.05
+    assert average_share(gain) == pytest.approx(1 / 3 if is_regional else 3)
+
+
+def test_a_gain_is_of_the_same_examples():
+    labels = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="Give all for the same examples"):
+        routing_gain(labels, torch.zeros(4, 2, dtype=torch.long), labels[:3], torch.zeros(4, 1, dtype=torch.long))
