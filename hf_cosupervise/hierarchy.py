@@ -36,6 +36,7 @@ TEACHER_KINDS = {
 }
 _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # names become folders
 _TUPLE_FIELDS = ("scope", "domains", "trusted_types")
+_LONGEST = 255  # bytes of a name in a folder, on all systems
 # Half of a character, which no file can hold, and the end of a text for numpy and for file systems.
 _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 
@@ -302,7 +303,7 @@ def is_inner_folder(path: Any) -> bool:
     # everywhere.
     if not isinstance(path, str) or "\\" in path or ":" in path or path.startswith("~"):
         return False
-    return all(part not in ("", ".", "..") for part in path.split("/"))
+    return all(part not in ("", ".", "..") and len(part.encode()) <= _LONGEST for part in path.split("/"))
 
 
 def _as_names(values: Any, what: str) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class Plan:
     num_test: int = 150
     student: tuple[int, int] = (96, 3)
     student_steps: int = 2000
-    student_epochs: int = 3
+    student_epochs: int = 4
     root_steps: int = 1000
     specialist_steps: int | None = None  # without any, specialists begin as the generalist does
     teacher: tuple[int, int] = (64, 2)

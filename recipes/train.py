@@ -24,6 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -38,6 +39,7 @@ from task import check_run, is_image_folder, label_own, open_own_data, say
 from task_arguments import DEFAULT_CONFIG, RECIPE_TYPES, DataArguments, TeacherArguments
 from transformers.utils import logging as transformers_logging
 
+import hf_cosupervise
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, TeacherHierarchy
 from hf_cosupervise.arguments import parse_recipe_args, read_recipe_config, recipe_arguments_to_dict
 from hf_cosupervise.evaluation.comparison import Comparison, Contestant
@@ -282,6 +284,24 @@ def finish(
     write_card(model_card(known), folder)
 
 
+def check_models(task: OwnTask, run: tuple[Any, ...]) -> None:
+    """See that teachers and student have weights that are read, before anything is begun."""
+    student, revision = run[2].student, run[4].student_revision
+    models = {
+        f"Teacher '{teacher.name}'": {
+            "model": teacher.model,
+            "revision": teacher.revision,
+            "subfolder": teacher.subfolder,
+        }
+        for teacher in task.hierarchy.teachers
+        if teacher.has_files
+    }
+    if student not in VECTOR_STUDENTS:
+        models["The student"] = {"model": student, "revision": revision}
+    for what, place in models.items():
+        find_model(what=what, **place).check_weights()
+
+
 def train_on_own(run: tuple[Any, ...]) -> None:
     """Do all of it for data of one's own."""
     data_args, teacher_args, student_args, recipe_args, config = run
@@ -295,6 +315,7 @@ def train_on_own(run: tuple[Any, ...]) -> None:
         config.pooling = default_pooling(source.config.get("model_type"))
     if any(teacher.model == student_args.student for teacher in task.hierarchy.teachers):
         say(f"The student '{student_args.student}' is one of the teachers: it begins with a fresh head all the same.")
+    check_models(task, run)
     if recipe_args.dry_run:
         tell_plan(task, run)
         return
@@ -343,5 +364,24 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
+def tell_error(error: Exception) -> str | None:
+    """The sentence of an error that was raised on purpose; a bug has none, and keeps its traceback."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    own = (Path(__file__).resolve().parent, Path(hf_cosupervise.__file__).resolve().parent)
+    # A bug raises where it is: at no `raise`, or in a library.
+    is_ours = any(Path(place.filename).resolve().is_relative_to(folder) for folder in own)
+    if is_ours and str(place.line).startswith("raise "):
+        return str(error)
+    # Errors of the Hub's client keep their own sentence, with a note of ours.
+    notes = getattr(error, "__notes__", [])
+    return "\n".join([str(error), *notes]) if notes else None
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception as error:
+        # A launcher adds a traceback of its own, but with `--quiet`.
+        if (sentence := tell_error(error)) is None:
+            raise
+        raise SystemExit(sentence) from None

@@ -6,7 +6,9 @@ Only safetensors is read, no code is run, no pickle is read or published, no tok
 from __future__ import annotations
 
 import ast
+import importlib.util
 import io
+import itertools
 import json
 import logging
 import pickle
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -34,6 +37,7 @@ from test_hostile_models import Payload, load_low, marker, save_adapter
 from test_prompted import save_language_model
 from test_run_folder import run
 from test_trainer import make_args, make_pool
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from hf_cosupervise import (
     CoSupervisedConfig,
@@ -545,9 +549,10 @@ TEMPLATES = {
     "join-labels": ("{{ text }}{{ labels|join(labels|join(text)) }}", "`join` of something else than `labels`"),
     "join-text": ("{{ text }}{{ labels|join(text) }}", "`join` of something else than `labels`"),
     "join-attribute": ("{{ text }}{{ labels|join(attribute='x') }}", "`join` of something else than `labels`"),
-    "deep-not": ("{% if " + "not " * 300 + "text %}a{% endif %}{{ text }}", "nested at most 50 deep"),
-    "deep-filter": ("{{ text" + "|lower" * 150 + " }}", "nested at most 50 deep"),
-    "deep-if": ("{% if text %}" * 150 + "{{ text }}" + "{% endif %}" * 150, "nested at most 50 deep"),
+    "deep-not": ("{% if " + "not " * 300 + "text %}a{% endif %}{{ text }}", "nested more than 50 deep"),
+    "deep-filter": ("{{ text" + "|lower" * 150 + " }}", "nested more than 50 deep"),
+    "long": ("{{ text }}" * 100_000, "got: 1,000,000 letters, more than 65,536. Correct it."),
+    "deep-if": ("{% if text %}" * 150 + "{{ text }}" + "{% endif %}" * 150, "nested more than 50 deep"),
     "deep-and": ("{% if " + "text and " * 3000 + "text %}a{% endif %}{{ text }}", "must be"),
     "powers": ("{{ 10**10**10 }}{{ text }}", "got `Pow`"),
     "products": ("{{ text * 10 }}", "got `Mul`"),
@@ -582,9 +587,9 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 CHATS = {
     "loops": (LOOPS, "takes more than"),
     "calls": (CALLS_ITSELF, "takes more than"),
-    "grows": (GROWS, "takes more than"),
+    "grows": (GROWS, "one operation makes"),
     "recursion": ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "calls itself, or takes too much memory"),
-    "powers": ("{{ 10**10**9 }}", "computes powers"),
+    "powers": ("{{ 10**10000 }}", "one operation makes"),
     "code": ("{{ cycler.__init__.__globals__.os.mkdir('MARKER') }}", "is unsafe"),
     "file": ("{% include '/etc/passwd' %}", "no loader"),
     "raises": ("{{ raise_exception('no user here') }}", "no user here"),
@@ -601,6 +606,138 @@ def test_a_chat_template_that_took_too_long_is_not_waited_for_again(tmp_path, re
         monkeypatch.setattr(chat, "_MOST_SECONDS", most)
         with pytest.raises(ValueError, match="^it takes more than 10 seconds, or a gigabyte of memory.$"):
             enter()
+
+
+@dataclass
+class Talker:
+    """What a chat template needs of a tokenizer."""
+
+    chat_template: str
+    special_tokens_map = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def get_chat_template(self) -> str:
+        return self.chat_template
+
+
+# Each grows by one operation in C, which nobody can stop: within a time, or by what the process has, is too late.
+MANY = "10000000000"
+TWICE = "{% set n = namespace(a=[1], b=[1], t='ab') %}{% for i in range(60) %}"
+GROWTHS = {
+    "text": f"{{{{ 'a' * {MANY} }}}}",
+    "text-left": f"{{{{ {MANY} * 'a' }}}}",
+    "bytes": f"{{{{ 'a'.encode() * {MANY} }}}}",
+    "list": f"{{{{ [0] * {MANY} }}}}",
+    "tuple": f"{{{{ (1,) * {MANY} }}}}",
+    "steps": "{% set many = 100000 %}{{ 'a' * many * many }}",
+    "number": "{% set n = namespace(a=3) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}{{ n.a % 7 }}",
+    "hexadecimal": "{{ (('f' * 9000000)|int(base=16)) // (('f' * 5000000)|int(base=16)) }}",
+    "percent": f"{{{{ '%{MANY}d' % 1 }}}}",
+    "percent-star": f"{{{{ '%*d' % ({MANY}, 1) }}}}",
+    "percent-often": "{{ ('%99999d' * 1000) % ((1,) * 1000) }}",
+    "percent-filter": f"{{{{ '%{MANY}d'|format(1) }}}}",
+    "format": f"{{{{ '{{:{MANY}}}'.format(1) }}}}",
+    "format-width": f"{{{{ '{{:>{{w}}}}'.format(1, w={MANY}) }}}}",
+    "format-map": f"{{{{ '{{a:{MANY}}}'.format_map({{'a': 1}}) }}}}",
+    "center": f"{{{{ 'a'.center({MANY}) }}}}",
+    "center-filter": f"{{{{ 'a'|center({MANY}) }}}}",
+    "center-mapped": f"{{{{ ['a']|map('center', {MANY})|list }}}}",
+    "center-attribute": f"{{{{ ('a'|attr('center'))({MANY}) }}}}",
+    "center-item": f"{{{{ 'a'['center']({MANY}) }}}}",
+    "ljust": f"{{{{ 'a'.ljust({MANY}) }}}}",
+    "zfill": f"{{{{ 'a'.zfill({MANY}) }}}}",
+    "expandtabs": f"{{{{ '\\t'.expandtabs({MANY}) }}}}",
+    "to_bytes": f"{{{{ (1).to_bytes({MANY}, 'big') }}}}",
+    "translate": "{{ ('a' * 100000).translate({97: 'b' * 100000}) }}",
+    "replace": "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
+    "replace-filter": "{{ ('a' * 100000)|replace('a', 'b' * 100000) }}",
+    "join": "{{ ('a' * 100000).join([''] * 100000) }}",
+    "join-filter": "{{ (['a' * 100000] * 100000)|join }}",
+    "indent": f"{{{{ 'a\\nb'|indent({MANY}) }}}}",
+    "batch": f"{{{{ [1]|batch({MANY}, 0)|list }}}}",
+    "slice": f"{{{{ [1]|slice({MANY})|list }}}}",
+    "round": f"{{{{ 1.5|round({MANY}, 'ceil') }}}}",
+    "sum": "{{ ([[1]] * 10000)|sum(start=[])|length }}",
+    "json": f"{{{{ [[1]]|tojson(indent={MANY}) }}}}",
+    "keys": "{{ dict.fromkeys(range(99999), 'a' * 100000) }}",
+    "out": "{% set t = 'a' * 9000000 %}" + "{{ t }}" * 1000,
+    "set": TWICE + "{% set t %}" + "{{ n.t }}" * 100 + "{% endset %}{% set n.t = t %}{% endfor %}",
+    "tilde": TWICE + "{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "lists": TWICE + "{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
+    "lists-compared": TWICE + "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+    "objects": TWICE + "{% set n.a = {'x': n.a, 'y': n.a} %}{% endfor %}{{ n.a|tojson }}",
+    "calls": TWICE + "{% set n.a = dict(x=n.a, y=n.a) %}{% endfor %}{{ n.a }}",
+    "macros": "{% macro m(k) %}{{ m(k - 1, varargs, varargs) if k else varargs }}{% endmacro %}{{ m(60, 1) }}",
+}
+
+
+@pytest.mark.parametrize("name", GROWTHS)
+def test_one_operation_of_a_chat_template_makes_little(name):
+    with pytest.raises(chat.ChatTemplateError, match="one operation makes [0-9,]+ letters, items or bits, more than"):
+        chat.apply_chat_template(Talker(GROWTHS[name]), [{"role": "user", "content": "a text"}])
+
+
+SLOW = {
+    "striptags": ("{{ ('<!--' * 99999)|striptags }}", "No filter named 'striptags'"),
+    "striptags-method": ("{{ (('<!--' * 99999)|safe).striptags() }}", "`striptags` is not for chats"),
+    "wordwrap": ("{{ messages|wordwrap(1) }}", "No filter named 'wordwrap'"),
+    "lipsum": ("{{ lipsum(n=1000000000) }}", "'lipsum' is undefined"),
+    "range": ("{{ range(1000000000000)|list }}", "Range too big"),
+    "long": ("a" * 300_000, "300,000 letters, more than 262,144"),
+    "deep": ("{{ " + "not " * 200 + "1 }}", "nested more than 100 deep"),
+    "brackets": ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "calls itself, or takes too much"),
+    "underscore": ("{% set n = namespace() %}{% set n._x = 1 %}", "no attribute '_x'"),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_a_chat_template_may_not_ask_for(name):
+    with pytest.raises(chat.ChatTemplateError, match=SLOW[name][1]):
+        chat.apply_chat_template(Talker(SLOW[name][0]), [{"role": "user", "content": "a text"}])
+
+
+TALKS = [[{"role": "user", "content": "a {text}\n with 100% 'x'"}]]
+TALKS += [
+    [
+        {"role": "system", "content": "be <b>"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nyo"},
+        {"role": "user", "content": " again "},
+    ]
+]
+TALKED = {
+    "operators": "{% for m in messages %}{{ m.role[:1] * 3 + '%05d|' % loop.index ~ loop.index ** 2 }}{% endfor %}",
+    "methods": "{{ messages[0].content.replace('t', 'T').center(40).split(' ')|join('_') }}{{ '{:>9}'.format(1) }}",
+    "filters": "{{ messages|map(attribute='role')|list|tojson(indent=2) }}{{ 'a\nb'|indent(3) }}{{ 2.567|round(1) }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content|trim }}{% endgeneration %}{% endfor %}",
+    "loops": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}\n  {{ m['role'] }}\n{% endfor %}",
+    "names": "{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}{{ n.x, tools }}",
+    "macros": "{% macro m(a, b='-') %}{{ a ~ b ~ varargs }}{% endmacro %}{{ m(bos_token, eos_token, dict(a=1)) }}",
+    "tests": "{{ 'yes' if messages[-1]['role'] in ['user', 'tool'] and tools is none and x is not defined }}",
+    "raises": "{{ raise_exception('no ' + messages[0].role) }}",
+    "prompt": "{{ messages[0].content }}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}
+
+
+def real_templates() -> dict[str, str]:
+    """Those of many published models, where a package that brings them is there."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.origin).parent if spec and spec.origin else Path("nowhere")
+    return {path.stem: path.read_text() for path in sorted(folder.glob("chat_templates/*.jinja"))[::6]}
+
+
+def test_a_chat_is_written_as_transformers_writes_it():
+    def outcome(write: Callable[[], str]) -> str:
+        try:
+            return write()
+        except (jinja2.TemplateError, TypeError) as error:
+            return f"{error}"
+
+    for name, template in {**TALKED, **real_templates()}.items():
+        for talk, asks in itertools.product(TALKS, (True, False)):
+            told = {"add_generation_prompt": asks, **Talker.special_tokens_map}
+            theirs = outcome(lambda: render_jinja_template([talk], chat_template=template, **told)[0][0])  # noqa: B023
+            ours = outcome(lambda: chat.apply_chat_template(Talker(template), talk, asks=asks))  # noqa: B023
+            assert ours == theirs, name
 
 
 ROW = '{"label": 0, "weak_labels": [0], "data": {}}'

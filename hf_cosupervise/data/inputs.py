@@ -6,13 +6,15 @@ import hashlib
 import io
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, Image
-from PIL import EpsImagePlugin
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
 from ..hierarchy import is_writable_text
@@ -21,17 +23,52 @@ from .vectors import VECTOR_INPUT, VECTOR_MODEL, check_vectors, stack_vectors
 
 logger = logging.getLogger(__name__)
 _CHUNK = 1000
-# A picture in PostScript is a program, which PIL would have another program run; whoever wants that may set it back.
-EpsImagePlugin.gs_binary = False
+# How a picture in PostScript begins, which is a program, and which PIL would have another program run.
+_PROGRAMS = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+# Of pictures larger than PIL's own limit, those that are nearly nothing but pixels of one colour: photographs of that
+# size have a byte for some ten pixels.
+_MOST_PIXELS_PER_BYTE = 100
 
 
 class RowError(TypeError, ValueError):
     """A row's input cannot be made into what a model reads; a teacher's `prepare` may raise it to say so."""
 
 
+def decode_image(cell: Mapping[str, Any], feature: Image) -> PILImage.Image:
+    """Decode a stored image as `datasets` does, unless it is a program, or small but for its pixels."""
+    content, path = cell["bytes"], cell["path"]
+    if content is None and (path is None or "://" in path):
+        return feature.decode_example(cell)  # which says what is wrong, or fetches the user's own
+    image: PILImage.Image = PILImage.open(path if content is None else io.BytesIO(content))
+    try:
+        _check_pixels(image, os.stat(path).st_size if content is None else len(content))
+    except ValueError:
+        image.close()
+        raise
+    image.load()  # which closes the file
+    if image.getexif().get(ExifTags.Base.Orientation) is not None:
+        image = ImageOps.exif_transpose(image)
+    return image.convert(feature.mode) if feature.mode and feature.mode != image.mode else image
+
+
+def _check_pixels(image: PILImage.Image, num_bytes: int) -> None:
+    """Refuse what only looks like an image, by what its header tells."""
+    if image.format == "EPS":
+        raise ValueError("PostScript, which is a program (save it as PNG)")
+    num_pixels, limit = image.width * image.height, PILImage.MAX_IMAGE_PIXELS
+    if limit is not None and num_pixels > max(limit, num_bytes * _MOST_PIXELS_PER_BYTE):
+        raise ValueError(
+            f"{image.width:,} × {image.height:,} pixels in {num_bytes:,} bytes, which may fill the memory (if it is "
+            "meant so, raise `PIL.Image.MAX_IMAGE_PIXELS`)"
+        )
+
+
 def to_pil(cell: Any, mode: str | None = None) -> PILImage.Image:
     """Give an image cell as a PIL image of the wanted mode."""
     if isinstance(cell, PILImage.Image):
+        # Not read yet if it was only opened; what has been read is pixels.
+        if cell.format == "EPS" and getattr(cell, "tile", None):
+            raise RowError("An image must consist of pixels, got PostScript, which is a program. Save it as PNG.")
         if cell.mode in ("I", "F"):
             raise RowError(
                 f"An image must have pixels of 8 or 16 bits, got one of mode {cell.mode!r}, the range of which nobody "
@@ -91,6 +128,31 @@ def check_depth(dataset: Dataset, column: str) -> None:
                 f"`dataset.cast_column({column!r}, Image())`: 16 bits are then scaled, and what a model reads is "
                 "converted for it."
             )
+
+
+def _check_programs(dataset: Dataset, column: str) -> None:
+    """Refuse a column with pictures in PostScript before `datasets` decodes any: PIL would have a program run them."""
+    first = 0
+    for chunk in dataset.data.column(column).chunks:
+        content, paths = (pc.struct_field(chunk, name) for name in ("bytes", "path"))
+        found = [pc.starts_with(content, mark).fill_null(False) for mark in _PROGRAMS]
+        is_program = np.any([mark.to_numpy(zero_copy_only=False) for mark in found], axis=0)
+        for place in np.flatnonzero(pc.and_(content.is_null(), paths.is_valid())).tolist():
+            is_program[place] = _begins_as_program(paths[place].as_py())
+        if is_program.any():
+            raise ValueError(
+                f"Column '{column}' must hold images of pixels, got PostScript, which is a program, in the cell "
+                f"{first + int(is_program.argmax())} of its table. It was not run; save it as PNG."
+            )
+        first += len(chunk)
+
+
+def _begins_as_program(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in _PROGRAMS
+    except OSError:  # which whoever decodes it says
+        return False
 
 
 def _stored_mode(cell: Mapping[str, Any] | None) -> str:
@@ -166,6 +228,8 @@ class InputProcessor:
         if self.num_features is not None:
             check_vectors(dataset, column, self.num_features)
         is_readable = has_input(dataset, column)
+        if isinstance(dataset.features[column], Image):
+            _check_programs(dataset, column)
         # Most tokenizers add tokens of their own, so that no text is without.
         if not (needs_tokens and self.is_text and is_text_column(dataset, column)) or self._num_tokens([""])[0]:
             return is_readable

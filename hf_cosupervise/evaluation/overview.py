@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from ..data.columns import is_text_column
+from ..data.columns import is_text_column, shorten
 from ..files import whole_file, write_text
 from ..method.committee import member_agreement
 from ..pool.pseudolabels import PseudolabelPool
@@ -26,6 +26,7 @@ _VANISHED = 0.1
 # Of a label that teachers hardly ever give, nothing is missed.
 _RARE = 0.2
 NUM_TO_LABEL = 100
+_FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four are wide ones of these
 
 
 @dataclass
@@ -119,15 +120,22 @@ class Overview:
 
     def _find_vanished(self, own: Mapping[str, float | None], teachers: Mapping[str, Any]) -> list[str]:
         """Labels that teachers give and the student does not: the likeliest sign that its training collapsed."""
-        said = []
+        said, unknown = list[str](), list[str]()
         for name in self.pool.labels:
             given = [teacher["class_shares"][name] for teacher in teachers.values()]
+            if not any(given):
+                unknown.append(name)
             usual = _mean(np.array([share for share in given if share])) or 0.0
             if usual >= _RARE / len(self.pool.labels) and (own[name] or 0.0) < _VANISHED * usual:
                 said.append(
                     f"The student gives '{name}' to {own[name] or 0.0:.1%} of the examples, teachers that know it to "
                     f"{usual:.1%}: it may have lost that label. Look at its rows in to_label.csv."
                 )
+        if unknown:
+            said.append(
+                f"No teacher gives {shorten(unknown, 5)} to any of {len(self.pool)} examples, so that the student "
+                "cannot know it. Add a teacher that does, or leave it out of the task."
+            )
         return said
 
     def disagreement(self) -> np.ndarray:
@@ -184,8 +192,8 @@ class Overview:
         columns |= {f"member {name}": self._names(labels[rows]) for name, labels in self.members.items()}
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values()))
+        for row in (columns, *zip(*columns.values())):
+            writer.writerow(map(_as_text, row))
         write_text(path, text.getvalue())
 
     def _columns(self, rows: np.ndarray) -> dict[str, Any]:
@@ -204,6 +212,11 @@ class Overview:
     def _names(self, labels: np.ndarray) -> list[str | None]:
         names = [*self.pool.labels, None]  # of -1
         return [names[number] for number in labels.tolist()]
+
+
+def _as_text(value: Any) -> Any:
+    """A cell that a spreadsheet takes for what it is: a text of others may begin as a formula does."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULAS) else value
 
 
 def overview(trainer: CoSupervisedTrainer) -> Overview:

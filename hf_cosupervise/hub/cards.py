@@ -33,6 +33,7 @@ _AUTO_CLASSES = {
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile("[0-9a-f]{40}")
+_ADDRESS = re.compile(r"://|www\.|mailto:|xmpp:|\w@\w", re.IGNORECASE)
 _UNSEEN = ("Cc", "Cf", "Cs")
 # Metrics by our name: the Hub's, and as people call them.
 _METRICS = {
@@ -597,8 +598,10 @@ def _visible(text: str) -> str:
 
 
 def _escape(value: Any) -> str:
-    """Text that starts no link, comment or tag, and does not leave its table cell."""
-    text = re.sub(r"([\\|\[\]])", r"\\\1", _one_line(value))
+    """Text that starts no link, comment or tag, is not set off, and does not leave its table cell."""
+    if _ADDRESS.search(str(value)):  # links by itself wherever it stands, but for code
+        return _code(value)
+    text = re.sub(r"([\\|\[\]*~]|(?<!\w)_|_(?!\w))", r"\\\1", _one_line(value))
     return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace("`", "'")
 
 

@@ -258,4 +258,4 @@ def is_folder(source: str | os.PathLike[str]) -> bool:
         or text.endswith("/")
         or bool({"\\", ":"} & set(text))
     )
-    return is_path or text.count("/") > 1 or Path(text).is_dir()
+    return is_path or text.count("/") > 1 or os.path.isdir(text)  # a name that no folder can have is none

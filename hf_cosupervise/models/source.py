@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..files import read_json
-from ..hub.client import fetch_files, hub_errors, is_folder, resolve_commit
+from ..hub.client import UNREACHABLE, fetch_files, hub_errors, is_folder, is_unreachable, resolve_commit
 from .files import INDEX_FILE, check_config, check_processor_files, check_safetensors, read_shards
 
 # Everything that the loaders read, and nothing that could hold a pickle or code.
@@ -120,6 +120,21 @@ class ModelSource:
         self._check_files(names)
         return self.folder
 
+    def check_weights(self) -> None:
+        """See that there are weights to load, before any work and without fetching them."""
+        try:
+            names = [name for name in self._list_files() if "/" not in name]
+        except UNREACHABLE as error:
+            if not is_unreachable(error):
+                raise
+            return  # what is in the cache may do
+        wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
+        if not any(fnmatch.filter(names, pattern) for pattern in wanted):
+            raise self._without_weights()
+
+    def _list_files(self) -> list[str]:
+        return _list_files(self.what, self.repo, self.commit, self.subfolder)
+
     def _check_files(self, names: set[str]) -> None:
         """See that what the libraries will open is what they take it for."""
         if spread := fnmatch.filter(names, "shard-*-model-*-of-*.safetensors"):
@@ -177,7 +192,7 @@ class ModelSource:
     def _without_weights(self) -> Exception:
         """The error of a place without weights that are read, by what is there instead."""
         # Asked anew, for files that are not loaded are not downloaded either, and the sentence is about those.
-        names = _list_files(self.what, self.repo, self.commit, self.subfolder)
+        names = self._list_files()
         here = [name for name in names if "/" not in name]
         wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
         if not self.is_local and any(fnmatch.filter(here, pattern) for pattern in wanted):
@@ -186,10 +201,15 @@ class ModelSource:
                 "online and try again; what has arrived is kept."
             )
         if pickled := [name for name in here if name.endswith(_PICKLED) and name != "training_args.bin"]:
+            advice = "load them and `save_pretrained`, or convert them at"
+            if "architecture" in self.config and "model_type" not in self.config:
+                advice = (
+                    "load them by timm and `timm.models.save_for_hf(…, safe_serialization=True)`, or convert them at"
+                )
             return ValueError(
                 f"{self.what} must have its weights in safetensors (scikit-learn: skops), got only {pickled[:5]} in "
-                f"'{self.place}', which may hold pickles and are not read. If you trust them, load them and "
-                "`save_pretrained`, or convert them at https://huggingface.co/spaces/safetensors/convert."
+                f"'{self.place}', which may hold pickles and are not read. If you trust them, {advice} "
+                "https://huggingface.co/spaces/safetensors/convert."
             )
         return FileNotFoundError(
             f"{self.what} must have weights in safetensors (scikit-learn: 'model.skops'), got {first(here)} in "
@@ -313,7 +333,7 @@ def _without_config(what: str, repo: str, commit: str | None, subfolder: str | N
         )
     return FileNotFoundError(
         f"{what} must have a 'config.json', got {first(names)} in '{place}'. Save it with `save_pretrained`, "
-        "`timm.models.save_for_hf` or `save_sklearn_teacher`."
+        "`timm.models.save_for_hf(…, safe_serialization=True)` or `save_sklearn_teacher`."
     )
 
 

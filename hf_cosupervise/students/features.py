@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import os
 import secrets
@@ -22,6 +23,7 @@ from filelock import Timeout
 from numpy.lib.format import open_memmap
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..data.columns import cell_digests, has_input, is_text_column, is_vector_column
 from ..data.inputs import InputProcessor
@@ -558,6 +560,14 @@ def _channels_last(value: torch.Tensor) -> torch.Tensor:
     return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
+# Of a configuration: labels, which are the head's, names, and what else changes no number.
+_NOT_COMPUTED_WITH = (
+    *("id2label", "label2id", "num_labels", "num_classes", "label_names", "problem_type", "finetuning_task"),
+    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "pretrained_cfg"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+)
+
+
 def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, precision: str) -> str:
     """Hash everything that decides the head's inputs: weights outside the head, preprocessing and precision."""
     # By the weights themselves, not by a name: a fine-tuned backbone under its old id is another one.
@@ -567,6 +577,10 @@ def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, p
     # Of one set of weights the mean over tokens is another input of the head than the first token.
     pooling = f" {model.pooling}" if hasattr(model, "pooling") else ""
     digest.update(f"{type(model).__name__} {processor.fingerprint} {precision}{pooling}".encode())
+    # The same weights compute something else with another activation, or with more heads of attention.
+    config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
+    told = {name: value for name, value in config.items() if name not in _NOT_COMPUTED_WITH}
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if id(tensor) not in own:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

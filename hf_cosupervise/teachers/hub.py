@@ -113,7 +113,13 @@ def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
     if not is_inner_folder(other) or other.count("/") > 1:
         raise ValueError(
             f"Teacher '{teacher.name}' in the hierarchy '{repo_id}' must be a folder of that repository or a Hub id, "
-            f"got `model` {teacher.model!r}. Correct it there."
+            f"got `model` {teacher.model[:200]!r}. Correct it there."
+        )
+    # A folder of that name in the working directory would be taken for it later.
+    if is_folder(other):
+        raise ValueError(
+            f"Teacher '{teacher.name}' in the hierarchy '{repo_id}' must be a Hub id, got `model` {teacher.model!r}, "
+            "and there is a folder of that name here, which was not opened. Work in another folder, or rename it."
         )
     return teacher
 

@@ -20,7 +20,7 @@ import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
 
 from ..data.columns import as_label_id, check_column_name, find_input_column, is_vector_column, row_keys, shorten
-from ..data.inputs import check_depth, to_pil
+from ..data.inputs import check_depth, decode_image, to_pil
 from ..data.loading import DataChoice, find_data
 from ..data.vectors import join_columns, name_columns, parts_of, unreadable_vectors
 from ..files import check_free, explain_full_disk, move_file
@@ -34,6 +34,7 @@ from ..processes import Processes, join_processes
 from .forms import Form, PseudolabelForm
 from .kinds.base import ROW, TeacherModel, check_teacher_model, default_device, label_finder
 from .kinds.loading import column_of, identify_teacher
+from .naming import check_meant
 from .progress import Progress, Segment
 from .running import (
     DECODE_ERRORS,
@@ -206,6 +207,8 @@ def ask_teachers(
         raise TypeError(f"`models` must be teacher objects by their names, got {type(models).__name__}. Make a dict.")
     hierarchy, models = _give_functions(hierarchy, models or {})
     _check_options(hierarchy, models, precision, num_workers, on_error)
+    if isinstance(dataset, Dataset | IterableDataset):
+        check_meant(hierarchy, dataset.column_names or ())
     processes = _join_processes(output_dir)
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
     reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
@@ -681,7 +684,7 @@ def _find_unreadable(job: Job, pool: Any) -> np.ndarray:
 
 def _is_readable(cell: Any, decoder: Image) -> bool:
     try:
-        return cell is None or to_pil(decoder.decode_example(cell)) is not None
+        return cell is None or to_pil(decode_image(cell, decoder)) is not None
     except DECODE_ERRORS:
         return False
 

@@ -59,6 +59,17 @@ def hierarchy_from_names(
     return TeacherHierarchy(labels or _find_labels(teachers, dataset), teachers)
 
 
+def check_meant(hierarchy: TeacherHierarchy, columns: Sequence[str]) -> None:
+    """Refuse a teacher that may be a model or a column: it would be looked for on the Hub."""
+    for teacher in hierarchy.teachers:
+        if teacher.kind == "auto" and teacher.model in columns and not is_folder(teacher.model):
+            raise ValueError(
+                f"Teacher '{teacher.name}' must say whether its `model` is a column or a model, got "
+                f"{teacher.model!r}, which is a column of the data, with `kind='auto'`. Give it `kind='column'`, or "
+                "rename the column."
+            )
+
+
 def _is_hierarchy(name: str, dataset: Dataset) -> bool:
     if name in dataset.column_names or _LEVEL.fullmatch(name):
         return False
@@ -87,7 +98,8 @@ def _find_labels(teachers: Sequence[Teacher], dataset: Dataset) -> list[str]:
         if known and known.keys().isdisjoint(own):
             raise ValueError(
                 f"Teachers must share labels, got {shorten(own, 8)} of '{teacher.name}' and {shorten(known, 8)} of "
-                "those before it. Give the task's labels by `labels`, and a `label_map` in a hierarchy."
+                "those before it. Give the task's labels by `labels`, and a `label_map` in a hierarchy; see too that "
+                "the first line of a table names its columns."
             )
         known |= dict.fromkeys(own)
     return list(known)
@@ -100,6 +112,13 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
             raise ValueError(
                 f"The labels of a column are found where it holds names, got {shorten(sorted(map(str, seen)), 8)} in "
                 f"'{teacher.model}'. Give the task's `labels`."
+            )
+        # Of answers without a line of names above them, the first ones become the names.
+        if teacher.model in seen and len(seen) > 1:
+            raise ValueError(
+                f"The first line of data must name the columns, got {teacher.model!r}, which is one of the labels "
+                f"{shorten(sorted(seen), 8)} of that column too. Write a line of names above, or give `labels` if it "
+                "is one."
             )
         return sorted(seen)
     # Most often it is the name of a column that was mistyped.

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..data.columns import cell_digest, shorten
-from ..data.inputs import RowError
+from ..data.inputs import RowError, decode_image
 from ..data.loading import tell_error
 from ..hierarchy import Teacher, TeacherHierarchy
 from ..pool.base import TeacherPool
@@ -334,7 +334,7 @@ class _Reader(TorchDataset):
                 cells[place] = cell
             else:
                 try:
-                    cells[place] = decoder.decode_example(cell)
+                    cells[place] = decode_image(cell, decoder)
                 except DECODE_ERRORS as error:
                     failed[place] = (
                         f"Column '{name}' must hold images that can be read, got {tell_error(error)}",

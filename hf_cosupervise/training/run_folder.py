@@ -147,6 +147,11 @@ class RunFolder:
             f"goes on with {now[1]} in {now[0]}. Finished levels are kept."
         )
 
+    def _mark(self) -> str | None:
+        """What tells this run from others; nothing where stages alone are left of it."""
+        path = self.path / _RUN
+        return file_digest(path) if path.is_file() else None
+
     # --- what is finished --------------------------------------------------------------------------------------------
 
     def stage_dir(self, level: int, round: int, is_last: bool) -> Path:
@@ -168,6 +173,7 @@ class RunFolder:
                 save_file(tensors, path)
             names.append(_FOLDS)
         facts = {
+            "run": self._mark(),
             "level": stage.plan.level,
             "round": stage.plan.round,
             "record": stage.record,
@@ -187,6 +193,11 @@ class RunFolder:
             facts = read_json(folder / _STAGE)
             if facts.pop("digest") != _json_digest(facts):
                 logger.warning(f"'{folder / _STAGE}' is not as it was written: this round is trained again.")
+                return None
+            # Whole, and yet of another run, of another member, or of another level.
+            own = facts.get("run") in (None, self._mark() or facts["run"])
+            if not own or folder.name.split("-round-")[0] != f"level-{facts['level']}":
+                logger.warning(f"'{folder / _STAGE}' is of another run or level: this round is trained again.")
                 return None
             # By digests, because a file that was cut off or exchanged may still be read.
             for name, digest in facts["files"].items():

@@ -327,7 +327,29 @@ def test_names_cannot_break_out_of_their_cell():
     teacher = {"name": "a|b\n# c", "model": "x`y", "kind": "column", "scope": ["p|q"]}
     card = model_card({"teachers": [teacher], "name": "two\nlines {{ 7 * 7 }}"})
     assert "| `a\\|b # c` | column `x'y` | p\\|q |" in card
-    assert "# two lines {{ 7 * 7 }}\n" in card
+    assert "# two lines {{ 7 \\* 7 }}\n" in card
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["https://x.example/y", "see http://x.example", "www.x.example", "WWW.x.example", "mailto:a", "a@x.example"]
+    + ["<https://x.example>", "ftp://x.example", "**x**", "*x*", "_x_", "__x__", "~~x~~", "x *y* z", "x **y**"],
+)
+def test_names_are_no_links_and_are_not_set_off(name):
+    shares = {"overview": {"student": {"class_shares": {name: 1.0}}, "warnings": [name]}}
+    teacher = {"name": "t", "kind": "column", "model": "c", "scope": [name], "domains": [name]}
+    facts = {"name": name, "labels": [name], "teachers": [teacher], "report": shares, "dataset_name": name}
+    for write in (model_card, pool_card, hierarchy_card):
+        body = write(facts | {"input_columns": ["text"]}).split("\n---\n", 1)[1]
+        assert name in body or name.replace("<", "&lt;") in body or "\\" in body
+        words = re.sub(r"```.*?```|`[^`\n]*`|<!--.*?-->", "", body, flags=re.DOTALL)
+        assert "x.example" not in words and "mailto" not in words
+        assert not re.search(r"(?<![\w\\*_~])[*_~]+(x|y)[*_~]", words)
+
+
+@pytest.mark.parametrize("name", ["snake_case_name", "a-b", "C#", "50%", "a.b", "R&D"])
+def test_usual_names_stay_as_they_are(name):
+    assert name in hierarchy_card({"teachers": [{"name": "t", "scope": [name]}]})
 
 
 def test_facts_are_left_as_they_are():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -266,6 +267,69 @@ def test_a_folder_of_images_names_what_is_none(photos, labelled, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="got neither in .*Check the path"):
         load_images(tmp_path / "empty")
+
+
+def test_a_first_line_that_is_no_line_of_names(tmp_path):
+    from hf_cosupervise.teachers.naming import hierarchy_from_names
+
+    (tmp_path / "a.csv").write_text("I like it,pos,neg\nbad,neg,neg\ngood,pos,pos\nfine,pos,neg\n")
+    data = load_table(tmp_path / "a.csv")
+    with pytest.raises(
+        ValueError, match=r"must name the columns, got 'pos', which is one of the labels \['neg', 'pos'\]"
+    ):
+        hierarchy_from_names(["pos", "neg"], data)
+    assert hierarchy_from_names(["pos", "neg"], data, ["neg", "pos"]).names == ("pos", "neg")
+    # A rule may be called by the one label that it gives.
+    rules = Dataset.from_dict({"text": ["a", "b"], "pos": ["pos", ""], "neg": ["", "neg"], "both": ["pos", "neg"]})
+    assert hierarchy_from_names(["both", "pos", "neg"], rules).labels == ("neg", "pos")
+
+
+def test_a_column_that_may_be_a_model(hub):
+    from hf_cosupervise import Teacher, TeacherHierarchy, build_pool
+
+    data = Dataset.from_dict({"id": [0, 1], "text": ["a", "b"], "rater_1": ["x", "y"]})
+    sentence = "Teacher 'rater_1' must say whether its `model` is a column or a model, got 'rater_1'.*`kind='column'`"
+    with pytest.raises(ValueError, match=sentence):
+        build_pool(data, TeacherHierarchy(["x", "y"], [Teacher("rater_1")]), disable_tqdm=True)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("which", ["teacher", "student", "both"])
+def test_weights_that_are_not_read_are_refused_before_a_run_begins(run, votes, tiny_bert, tiny_timm, tmp_path, which):
+    def without(folder: str, name: str) -> Path:
+        copy = Path(shutil.copytree(folder, tmp_path / name))
+        (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+        return copy
+
+    teacher, student = "rater_2", tiny_bert
+    sentence = "The student must have its weights in safetensors .*`save_pretrained`"
+    if which != "student":
+        teacher = without(tiny_timm, "timm")
+        sentence = (
+            r"Teacher 'timm' must have its weights in .* by timm and `timm.models.save_for_hf\(…, safe_serialization=T"
+        )
+    if which != "teacher":
+        student = without(tiny_bert, "bert")
+    with pytest.raises(ValueError, match=sentence):
+        run("--dataset", votes, "--teachers", "rater 1", teacher, "--student", student, "--output_dir", "out")
+    assert not Path("out").exists()
+
+
+def test_only_errors_on_purpose_are_a_sentence(run):
+    import train
+
+    def caught(call) -> Exception:
+        with pytest.raises(Exception) as error:
+            call()
+        return error.value
+
+    wrong = caught(lambda: run("--dataset", "nothing.csv", "--teachers", "a", "--student", "x", "--output_dir", "out"))
+    assert train.tell_error(wrong) == str(wrong) and "got no file 'nothing.csv'" in str(wrong)
+    noted = caught(lambda: int("x"))
+    assert train.tell_error(noted) is None  # a bug
+    noted.add_note("What to do.")
+    assert train.tell_error(noted).endswith("'x'\nWhat to do.")
+    assert train.tell_error(caught(lambda: train.Path(None))) is None
 
 
 def test_teachers_by_their_ids(hub, tiny_vit, tiny_image_dataset, tiny_labels):

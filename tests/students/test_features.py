@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import shutil
@@ -436,6 +437,21 @@ def test_a_shard_that_another_run_adds_meanwhile_moves_no_row(vit, tiny_image_da
         monkeypatch.setattr(FeatureStore, "_clean", add)
         found = store.features(tiny_image_dataset.select(own[::-1]), "image", disable_tqdm=True)
         assert np.array_equal(found, given[list(own)[::-1]])
+
+
+def test_a_configuration_that_computes_otherwise_has_another_key(vit, tmp_path, tiny_vit):
+    def key_with(**changes: Any) -> str:
+        folder = tmp_path / "-".join(["vit", *changes])
+        shutil.copytree(tiny_vit, folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return Counter(str(folder), tmp_path).store().folder.name
+
+    own = vit.store().folder.name
+    changes = [{"hidden_act": "relu"}, {"layer_norm_eps": 0.5}, {"num_attention_heads": 1}]
+    keys = {key_with(**change) for change in changes}
+    assert len(keys) == len(changes) and own not in keys
+    assert key_with() == key_with(problem_type=None, id2label=dict(enumerate("wxyz")), label2id={}) == own
 
 
 def test_half_written_folder_is_not_read(vit, tiny_image_dataset):

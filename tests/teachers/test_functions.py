@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_functions_beside_models_label_as_alone(tiny_bert, tiny_text_dataset, ti
 
 @pytest.mark.parametrize(
     "value",
-    ["eggs", 2, -2, True, 1.0, float("nan"), [1.0], [0.2, 0.3, 0.5], [0.5, float("nan")], [1.5, -0.5], [0.5, 0.1]]
+    ["eggs", 2, -2, True, 1.5, float("inf"), [1.0], [0.2, 0.3, 0.5], [0.5, float("nan")], [1.5, -0.5], [0.5, 0.1]]
     + [{"eggs": 1.0}, {"spam": 0.5}, {"spam": float("nan")}, {0: 1.0}, {"spam": "much"}, object, b"spam"],
 )
 def test_what_is_no_answer_names_the_row(value):
@@ -172,7 +173,7 @@ def test_what_is_no_answer_names_the_row(value):
 
     function = labeling_function(odd, version="1")
     message = (
-        r"Function 'odd' must give a label of the task \(\['ham', 'spam'\]; .* or None for no answer; got "
+        r"Function 'odd' must give a label of the task \(\['ham', 'spam'\]; .* NaN, -1 or -100 for no answer; got "
         + re.escape(repr(value))
         + r" in row 2 \(id 4\) for teacher 'odd'\. Fix or drop"
     )
@@ -180,6 +181,21 @@ def test_what_is_no_answer_names_the_row(value):
         label_with(function)
     pool = label_with(function, on_error="missing")
     assert pool.answered("odd").tolist() == [True, True, False, True, True] and pool.facts["odd"]["num_failed"] == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1.0, 0.0, np.float32(1), np.float64(0), Decimal(1), np.int8(1), np.array(1.0), float("nan"), np.float32("nan")]
+    + [None, -1, -100, -1.0, np.float64(-100)],
+)
+def test_a_function_reads_numbers_as_a_column_does(value):
+    function = labeling_function(lambda row: value, name="says", version="1")
+    cell = value.item() if isinstance(value, np.ndarray | np.generic) else None if value is None else float(value)
+    data = Dataset.from_dict({"id": [0], "text": ["a"], "said": [cell]})
+    column = Teacher("said", kind="column")
+    pool = build_pool(data, TeacherHierarchy(["ham", "spam"], [Teacher(function), column]), disable_tqdm=True)
+    np.testing.assert_array_equal(pool.decode("says"), pool.decode("said"))
+    assert pool.answered("says")[0] == (value in (0, 1))
 
 
 @pytest.mark.parametrize("batched", [False, True])

@@ -1028,3 +1028,36 @@ def test_which_teachers_dir_is_an_id(place: str, revision: str | None, expected:
         train_teachers.is_on_hub(task_arguments.TeacherArguments(teachers_dir=place, teachers_revision=revision))
         is expected
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        *[
+            (model, "must be a folder of that repository or a Hub id, got `model`")
+            for model in ("../mine", "./mine", "/etc", "~/mine", "file:///etc", "http://x.example/y", "hf://org/x")
+            + (
+                "C:\\x",
+                "\\\\x\\y",
+                "local-dir:mine",
+                "hf-hub:/etc",
+                "datasets/org/x",
+                ".",
+                "a" * 5000,
+                "a/" + "é" * 200,
+            )
+        ],
+        *[
+            (model, "must be a Hub id, .* and there is a folder of that name here, which was not opened")
+            for model in ("mine", "org/mine", "hf-hub:mine")
+        ],
+    ],
+)
+def test_a_stranger_s_hierarchy_opens_nothing_here(hub, tmp_path, monkeypatch, tiny_vit, tiny_labels, model, sentence):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("mine", "org/mine"):
+        shutil.copytree(tiny_vit, tmp_path / folder)
+    facts = {"labels": list(tiny_labels), "teachers": [{"model": model, "name": "t"}]}
+    hub.create("someone/weak", {"hierarchy.json": json.dumps(facts).encode()})
+    with pytest.raises(ValueError, match=sentence):
+        load_hierarchy("someone/weak")

@@ -686,8 +686,8 @@ def test_each_image_is_decoded_and_prepared_once_for_all_teachers(
 ) -> None:
     names = [f"t{number}" for number in range(5)]
     decoded, prepared = [], []
-    real = Image.decode_example
-    monkeypatch.setattr(Image, "decode_example", lambda self, cell: decoded.append(1) or real(self, cell))
+    real = running.decode_image
+    monkeypatch.setattr(running, "decode_image", lambda *given: decoded.append(1) or real(*given))
     models = {name: MeanColour(30) for name in names}
     models["t4"].facts["preprocessing"] = "another"
     for model in models.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import torch
 from test_trainer import LABELS, make_args, make_pool
 from transformers import AutoModelForImageClassification, TrainerCallback
 
-from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, Teacher, TeacherHierarchy
-from hf_cosupervise.evaluation.overview import format_overview, label_agreement, overview
+from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, Teacher, TeacherHierarchy, build_pool
+from hf_cosupervise.evaluation.overview import Overview, format_overview, label_agreement, overview
 from hf_cosupervise.method.committee import average_share
 from hf_cosupervise.training.members import DEFAULT_MEMBERS, MEMBERS
 
@@ -119,6 +121,33 @@ def test_it_goes_on_with_the_member_that_was_cut_off(train, committee):
         assert timeless == [
             {k: v for k, v in record.items() if k != "train_runtime"} for record in committee.history.records
         ]
+
+
+@pytest.mark.parametrize("change", ["swapped", "of-another-level", "of-another-run", "linked", "cut-off", "no-plan"])
+def test_a_member_that_is_not_its_own_is_trained_again(train, committee, tmp_path, caplog, change):
+    shutil.copytree(tmp_path / "committee", tmp_path / change)
+    first, second = (
+        tmp_path / change / "_run" / "members" / name / "_run" for name in ("csl_ridge", "neighbors_ridge")
+    )
+    if change == "swapped":
+        shutil.copytree(second / "level-1", first / "level-1", dirs_exist_ok=True)
+    elif change == "of-another-level":
+        shutil.copytree(first / "level-0", first / "level-1", dirs_exist_ok=True)
+    elif change == "of-another-run":
+        other = train("other", method="committee", members=["csl_ridge"], ridge_alpha=7.0)
+        place = other.run.path / "members" / "csl_ridge" / "_run" / "level-1"
+        shutil.copytree(place, first / "level-1", dirs_exist_ok=True)
+    elif change == "linked":
+        shutil.rmtree(first / "level-1")
+        (first / "level-1").symlink_to(second / "level-1")
+    elif change == "cut-off":
+        path = first / "level-1" / "student.safetensors"
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        (first / "level-1" / "plan.npz").unlink()
+    caplog.clear()
+    again = train(change, resume=True, method="committee")
+    assert "this round is trained again" in caplog.text and torch.equal(head(again), head(committee))
 
 
 def test_a_finished_one_is_read_back_and_another_list_of_members_is_refused(train, committee):
@@ -280,6 +309,46 @@ def test_an_account_without_labels(train, committee, tmp_path, tiny_image_datase
     seen.save_to_label(tmp_path / "to_label.csv", 12)
     lines = Path(tmp_path / "to_label.csv").read_text().splitlines()
     assert len(lines) == 13 and lines[0].startswith("id,label,probability,trusted_teacher,kept,teacher generalist")
+
+
+def test_a_label_that_no_teacher_gives_is_a_warning(train, tiny_image_dataset):
+    data = tiny_image_dataset.remove_columns("label").add_column("says", ["ant"] * len(tiny_image_dataset))
+    teachers = [Teacher("says", kind="column", name=name, level=level) for level, name in enumerate(("one", "two"))]
+    pool = build_pool(data, TeacherHierarchy(LABELS, teachers), input_column="image", disable_tqdm=True)
+    seen = overview(train("collapsed", method="committee", pool=pool))
+    (warning,) = seen.report()["warnings"]
+    others = [label for label in LABELS if label != "ant"]
+    assert warning.startswith(f"No teacher gives {others} to any of 48 examples, so that the student cannot know it.")
+
+
+FORMULAS = [
+    "=1+1",
+    "+1",
+    "-1+1",
+    "@SUM(A1)",
+    "\t=1",
+    " =1",
+    "\n=1",
+    "\uff1d1",
+    '=HYPERLINK("http://x")',
+    "=cmd|' /C calc'!A0",
+]
+
+
+@pytest.mark.parametrize("text", FORMULAS)
+def test_no_cell_of_a_table_for_people_is_a_formula(tmp_path, text):
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"id": [text, "b"], "text": [text, "plain"], "says": [text, "="]})
+    hierarchy = TeacherHierarchy([text, "=" if text != "=" else "-"], [Teacher("says", kind="column")])
+    pool = build_pool(data, hierarchy, input_column="text", disable_tqdm=True)
+    seen = Overview(pool, pool.hard_labels("says"), np.array([0.5, 0.25]), {}, {text: np.array([0, 1])})
+    seen.save_to_label(tmp_path / "to_label.csv")
+    with open(tmp_path / "to_label.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    cells = [cell for row in rows for cell in row]
+    assert f"'{text}" in cells and "plain" in cells and "0.5" in cells
+    assert not [cell for cell in cells if cell.lstrip()[:1] in ("=", "+", "-", "@", "\uff1d")]
 
 
 def test_a_label_that_vanished_is_a_warning(committee):

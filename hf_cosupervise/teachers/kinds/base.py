@@ -20,6 +20,7 @@ from ...models.source import ModelSource, explained
 
 # Instead of a column, for teachers that read whole rows but for the ground truth; no column can be called so.
 ROW = "\0row"
+NO_LABEL = (-1, -100)  # of labelling functions, and of what a loss of torch ignores
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from ...data.columns import as_label_id, shorten
 from ...data.inputs import RowError
 from ...hierarchy import Teacher
 from ...method.metrics import SUM_TOLERANCE
-from .base import Kind, find_targets, fold_answer, leave_out
+from .base import NO_LABEL, Kind, find_targets, fold_answer, leave_out
 
 _NUMBER = re.compile(r"([+-]?\d{1,18})(\.0*)?")
-_NO_LABEL = (-1, -100)  # of labelling functions, and of what a loss of torch ignores
 _NUM_TOLD, _NUM_LETTERS = 10, 60
 
 
@@ -84,7 +83,7 @@ class ColumnTeacher:
                 return () if self.teacher.max_outside_mass is not None else None
             value = int(number[1])
         if isinstance(value, int) and not isinstance(value, bool):
-            if value in _NO_LABEL:
+            if value in NO_LABEL:
                 return ()
             if 0 <= value < len(self.labels):
                 return (value,)

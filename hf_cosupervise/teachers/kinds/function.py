@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ...data.columns import shorten
+from ...data.columns import as_label_id, shorten
 from ...data.inputs import RowError
 from ...functions import LabelingFunction
 from ...method.metrics import SUM_TOLERANCE
-from .base import ROW, Answers, Kind, TeacherSource, find_targets, leave_out
+from .base import NO_LABEL, ROW, Answers, Kind, TeacherSource, find_targets, leave_out
 
 
 class FunctionTeacher:
@@ -79,14 +79,16 @@ class FunctionTeacher:
     def _read(self, value: Any) -> np.ndarray:
         """Probabilities of one answer, `(num_labels,)`."""
         probs = np.zeros(len(self.labels), dtype=np.float32)
-        if isinstance(value, np.ndarray) and value.ndim == 0 or isinstance(value, np.generic):
-            value = value.item()
+        value = value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value
+        value = as_label_id(value)  # as in a column: 1.0 is the label 1, and NaN no answer
+        if value is None:
+            return probs
         if isinstance(value, str):
             self._add(probs, value, 1.0, value)
         elif isinstance(value, int) and not isinstance(value, bool):
-            if not -1 <= value < len(self.labels):
-                raise self._bad(value)
-            if value >= 0:
+            if value not in NO_LABEL:
+                if not 0 <= value < len(self.labels):
+                    raise self._bad(value)
                 probs[value] = 1.0
         elif isinstance(value, Mapping):
             outside = sum(
@@ -132,7 +134,7 @@ class FunctionTeacher:
         return RowError(
             f"{self.what} must give a label of the task ({shorten(self.labels)}; other names can be mapped with "
             f"`label_map`), a label id 0..{len(self.labels) - 1}, {len(self.labels)} probabilities that sum to 1, a "
-            f"mapping of labels to them, or None for no answer; got {value!r}"
+            f"mapping of labels to them, or None, NaN, -1 or -100 for no answer; got {value!r}"
         )
 
 

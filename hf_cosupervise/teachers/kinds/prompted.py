@@ -18,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...data.columns import shorten
 from ...data.inputs import InputProcessor, RowError, check_text
-from ...models.chat import apply_chat_template
+from ...models.chat import apply_chat_template, parse_template
 from ...models.classifier import load_processor
 from ...models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_words
 from ...models.source import ModelSource, explained, first_line
@@ -69,7 +69,7 @@ _FILTERS = (
     "upper",
     "wordcount",
 )
-_MOST_DEPTH = 50
+_MOST_LETTERS, _MOST_DEPTH = 1 << 16, 50
 RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
 _Encoded = tuple[list[int], list[list[int]]]
@@ -416,15 +416,9 @@ def compile_template(template: str, name: str) -> jinja2.Template:
     what = f"Option `template` of teacher '{name}'"
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
-        tree = environment.parse(template)
-    except (jinja2.TemplateSyntaxError, RecursionError) as error:
+        tree = parse_template(environment, template, _MOST_LETTERS, _MOST_DEPTH)
+    except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:
         raise ValueError(f"{what} must be a template of Jinja, got: {first_line(error)}. Correct it.") from error
-    # Before it is compiled: Python's parser takes time that grows exponentially with nested brackets.
-    level: list[nodes.Node] = [tree]
-    depth = 0
-    while level := [child for node in level for child in node.iter_child_nodes()]:
-        if (depth := depth + 1) > _MOST_DEPTH:
-            raise ValueError(f"{what} must be nested at most {_MOST_DEPTH} deep, got more. Write it in fewer steps.")
     for node in tree.find_all(nodes.Node):
         if not isinstance(node, _NODES) or isinstance(node, nodes.Filter) and not _is_bounded(node):
             found = f"the filter '{node.name}'" if isinstance(node, nodes.Filter) else f"`{type(node).__name__}`"

@@ -139,8 +139,8 @@ def _timm_labels(source: TeacherSource) -> list[str]:
         raise ValueError(
             f"'config.json' of teacher '{source.name}' must tell the names of its {num_classes} labels as "
             f"`label_names`, got {len(names or [])}. Save it with "
-            "`save_for_hf(..., model_config={'label_names': ...})`; a model of ImageNet's 1,000 "
-            "classes can be loaded with `kind='transformers'`."
+            "`save_for_hf(..., model_config={'label_names': ...}, safe_serialization=True)`; a model of ImageNet's "
+            "1,000 classes can be loaded with `kind='transformers'`."
         )
     return names
 
