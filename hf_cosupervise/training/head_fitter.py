@@ -132,7 +132,8 @@ class HeadFitter:
             logger.warning(
                 f"The head agrees with {agreed:.0%} of the pseudolabels that it was trained on, one label for all "
                 f"examples with {most:.0%}: it has hardly learnt. Set a larger `learning_rate` (it is "
-                f"{self.args.learning_rate:g}), more `num_train_epochs`, or `head_solver='ridge'`, which has neither."
+                f"{self.args.learning_rate:g}), more `num_train_epochs`, `standardize_features`, or "
+                "`head_solver='ridge'`, which has no rate."
             )
 
     # --- by steps ----------------------------------------------------------------------------------------------------
