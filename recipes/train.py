@@ -86,7 +86,8 @@ def parse() -> tuple[tuple[Any, ...], bool]:
     argv = sys.argv[1:]
     given = {text.split("=")[0].removeprefix("--").replace("-", "_") for text in argv if text.startswith("--")}
     # Whoever says what weak teachers are made of, or where an experiment keeps them, means an experiment.
-    of_experiments = {item.name for item in fields(TeacherArguments)} - {"teachers"} | {"num_teacher_examples"}
+    of_experiments = {item.name for item in fields(TeacherArguments)} - {"teachers", "teacher_trusted_types"}
+    of_experiments |= {"num_teacher_examples"}
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="?")
     if (config := finder.parse_known_args(argv)[0].config) is not None:
@@ -114,7 +115,7 @@ def open_task(data_args: DataArguments, teacher_args: TeacherArguments, methods:
     answers = [str(name).split(":", 1)[-1] for name in names if isinstance(name, str)]
     answers += [str(name.get("model")) for name in names if isinstance(name, dict)]
     data, test, commit = open_own_data(data_args, answers)
-    hierarchy = hierarchy_from_names(names, data, data_args.labels)
+    hierarchy = hierarchy_from_names(names, data, data_args.labels, teacher_args.teacher_trusted_types)
     folders = data.features["label"].names if is_image_folder(data_args.dataset) and "label" in data.features else []
     if folders and not {*folders} & {*hierarchy.labels}:  # images lie in folders for another reason than their labels
         data = data.remove_columns("label")

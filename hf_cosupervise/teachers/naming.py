@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ _LEVEL = re.compile(r"(\d+):(.+)")
 
 
 def hierarchy_from_names(
-    names: Sequence[str | Mapping[str, Any]], dataset: Dataset, labels: Sequence[str] | None = None
+    names: Sequence[str | Mapping[str, Any]],
+    dataset: Dataset,
+    labels: Sequence[str] | None = None,
+    trusted_types: Sequence[str] = (),
 ) -> TeacherHierarchy:
     """Make a hierarchy of teachers that are only named, as on a command line.
 
@@ -34,6 +37,8 @@ def hierarchy_from_names(
             The data to be labelled.
         labels (`Sequence[str]`, *optional*):
             The task's labels. Defaults to the hierarchy's, or to those of the teachers, those of the root first.
+        trusted_types (`Sequence[str]`, *optional*):
+            Types that each of them may hold beyond those that skops trusts.
 
     Returns:
         `TeacherHierarchy`
@@ -48,7 +53,7 @@ def hierarchy_from_names(
                 f"`labels` must be those of the hierarchy '{names[0]}', {shorten(hierarchy.labels)}, got "
                 f"{shorten(labels)}. Leave them out."
             )
-        return hierarchy
+        return TeacherHierarchy(hierarchy.labels, _trusting(hierarchy.teachers, trusted_types))
     teachers: list[Teacher] = []
     for name in names:
         teacher = _read_teacher(name, dataset)
@@ -56,7 +61,18 @@ def hierarchy_from_names(
         # Two ids may end alike; whoever names the fields of a teacher names it too.
         is_free = isinstance(name, Mapping) or teacher.name not in {other.name for other in teachers}
         teachers.append(teacher if is_free else replace(teacher, name=f"{teacher.name}-{same + 1}"))
+    teachers = _trusting(teachers, trusted_types)
     return TeacherHierarchy(labels or _find_labels(teachers, dataset), teachers)
+
+
+def _trusting(teachers: Iterable[Teacher], types: Sequence[str]) -> list[Teacher]:
+    """The same teachers, of which files may hold these types too."""
+    return [
+        replace(teacher, trusted_types=tuple(dict.fromkeys((*teacher.trusted_types, *types))))
+        if types and teacher.has_files
+        else teacher
+        for teacher in teachers
+    ]
 
 
 def check_meant(hierarchy: TeacherHierarchy, columns: Sequence[str]) -> None:

@@ -315,6 +315,22 @@ def test_weights_that_are_not_read_are_refused_before_a_run_begins(run, votes, t
     assert not Path("out").exists()
 
 
+def test_types_that_a_person_trusts_are_named_on_the_command_line(run, photos, tiny_vit, tiny_image_dataset, tmp_path):
+    from sklearn.tree import DecisionTreeClassifier
+
+    from hf_cosupervise.teachers.kinds.sklearn import save_sklearn_teacher
+
+    pixels = np.stack([np.asarray(image).ravel() / 255 for image in tiny_image_dataset["image"]])
+    names = tiny_image_dataset.features["label"].int2str(list(tiny_image_dataset["label"]))
+    tree = DecisionTreeClassifier(random_state=0).fit(pixels, names)
+    save_sklearn_teacher(tree, tmp_path / "tree", {"kind": "pixels", "size": [8, 8], "mode": "RGB"})
+    call = ["--dataset", photos, "--teachers", tiny_vit, f"1:{tmp_path / 'tree'}", "--student", tiny_vit]
+    call += ["--output_dir", "out", "--dry_run", "True"]
+    with pytest.raises(ValueError, match=r"got \['sklearn.tree._tree.Tree'\]. .* `--teacher_trusted_types`"):
+        run(*call)
+    assert "1-1 teachers" in run(*call, "--teacher_trusted_types", "sklearn.tree._tree.Tree")
+
+
 def test_only_errors_on_purpose_are_a_sentence(run):
     import train
 

@@ -77,7 +77,7 @@ class SklearnTeacher:
         if refused := sorted(untrusted - set(source.teacher.trusted_types)):
             raise ValueError(
                 f"Teacher '{name}' must hold types that skops or you trust, got {refused}. If you trust its origin, "
-                "name them in `trusted_types`."
+                "name them in `trusted_types` (on a command line `--teacher_trusted_types`)."
             )
         self.model = skops_io.load(path, trusted=sorted(untrusted))
         _check_predict_proba(self.model, f"teacher '{name}'")
