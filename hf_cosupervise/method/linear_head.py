@@ -148,8 +148,8 @@ def _threads_for(weight: torch.Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def linear_logits(head: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    """Run a linear head `(num_rows, feature_size)` to `(num_rows, num_labels)` in float32, without a gradient."""
+def linear_logits(head: Any, inputs: torch.Tensor) -> torch.Tensor:
+    """Run what has `weight` and `bias` in float32: from `(num_rows, feature_size)` to `(num_rows, num_labels)`."""
     logits = inputs.float() @ head.weight.float().T
     return logits if head.bias is None else logits + head.bias
 

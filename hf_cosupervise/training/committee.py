@@ -14,6 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from ..method.committee import Committee, average_share, committee_head, routing_gain
+from ..method.linear_head import linear_logits
 from ..pool.derived import aggregated_pool
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import row_chunks
@@ -69,7 +70,7 @@ class TrainedCommittee:
         # They are judged by a committee of which each kind is one half, or the larger half would find itself right.
         half = torch.where(averages, (int(speaks.sum()) - num_averages) / num_averages, 1.0)
         judge = committee_head(weights, biases, features, rows, half, statistics)
-        own = np.where(readable, _labels(judge.weight, judge.bias, features), -1)
+        own = np.where(readable, _labels(judge, features), -1)
         labels, votes, averaged = (torch.from_numpy(array) for array in (own, routes.votes, routes.averaged))
         self.routing_gain = gain = routing_gain(labels, votes, averaged, routes.neighbors)
         shares = torch.where(averages, average_share(gain), 1.0)
@@ -86,7 +87,7 @@ class TrainedCommittee:
         """Give the most probable label of each example by each member, `(num_examples,)`, -1 where it is not read."""
         found = {}
         for member in self.members:
-            labels = _labels(member.head.weight, member.head.bias, features)
+            labels = _labels(member.head, features)
             found[member.name] = np.where(readable, labels, -1)
         return found
 
@@ -101,12 +102,11 @@ class TrainedCommittee:
 
 
 @torch.no_grad()
-def _labels(weight: torch.Tensor, bias: torch.Tensor | None, features: torch.Tensor) -> np.ndarray:
+def _labels(head: nn.Linear | Committee, features: torch.Tensor) -> np.ndarray:
     """Give the most probable label of each example by a head, a chunk of rows at a time."""
     labels = np.full(len(features), -1, dtype=np.int64)
     for rows in row_chunks(len(features)):
-        logits = nn.functional.linear(features[rows].float(), weight.float(), None if bias is None else bias.float())
-        labels[rows] = logits.cpu().numpy().argmax(axis=1)
+        labels[rows] = linear_logits(head, features[rows]).cpu().numpy().argmax(axis=1)
     return labels
 
 

@@ -236,7 +236,7 @@ def look_plainly(images: Dataset, folder: str, device: torch.device) -> Callable
 def measure_kinds(bench: Bench, images: Dataset) -> list[Row]:
     """Measure `build_pool` with a teacher of each kind that runs a model against the loop by hand."""
     rng = np.random.default_rng(0)
-    # Each contest takes a second or more, beside which the tenth of a second that saving a pool takes is little.
+    # So many that a contest takes seconds, beside which saving a pool is little.
     texts = [" ".join(rng.choice(WORDS, rng.integers(8, 40))) for _ in range(bench.scaled(2048, least=16))]
     few = texts[: bench.scaled(512, least=16)]
     nli = save_bert(bench.new_folder(), ("entailment", "neutral", "contradiction"))
