@@ -87,6 +87,7 @@ def score_answers(
     """
     check_answer_pool(pool, "score_answers")
     writer = student if isinstance(student, Writer) else Writer(student, tokenizer)
+    # What the user has loaded stays where it is.
     if isinstance(student, str) and torch.cuda.is_available():
         writer.model.to("cuda")
     reader = AnswerReader(writer, pool, too_long, batch_size, join_processes(), disable_tqdm)
@@ -108,21 +109,21 @@ class AnswerReader:
     def encode(self, names: Sequence[str]) -> Iterator[tuple[slice, list[list[int]], list[list[list[int] | None]]]]:
         """Tokens of prompts and of each teacher's answers, of some rows at a time; `None` for what is not read."""
         counts = dict.fromkeys(("prompts", *names), 0)
+        # Some rows at a time, because tokens of a whole pool would not fit into memory.
         for part in row_chunks(len(self.pool)):
             prompts = self.pool.prompts(part)
             before = self.writer.encode(prompts)
             counts["prompts"] += sum(not ids for ids in before)
             answers = []
             for name in names:
-                rows: list[list[int] | None] = [None] * len(prompts)
-                texts = self.pool.texts(name, part)
+                texts, rows = self.pool.texts(name, part), list[list[int] | None]([None] * len(prompts))
                 there = [row for row, text in enumerate(texts) if text is not None and before[row]]
                 own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
-                fits = [self._fit(before[row], ids) for row, ids in zip(there, own, strict=True)]
-                for row, fit in zip(there, fits):
-                    rows[row] = fit
-                whole = zip(there, own, fits)
-                too_long = [(row, ids) for row, ids, fit in whole if fit is None or len(fit) < len(ids)]
+                too_long = []
+                for row, ids in zip(there, own, strict=True):
+                    rows[row] = fit = self._fit(before[row], ids)
+                    if fit is None or len(fit) < len(ids):
+                        too_long.append((row, ids))
                 if too_long and self.too_long == "raise":
                     row, ids = too_long[0]
                     raise ValueError(
@@ -137,18 +138,18 @@ class AnswerReader:
         for name, count in counts.items():  # say once what is not read, or not whole
             if count and name not in self._told:
                 self._told.add(name)
-                what = "left out" if self.too_long == "skip" or name == "prompts" else "cut, or left out"
-                which = (
-                    "prompts without a word" if name == "prompts" else f"answers of '{name}' too long for the student"
-                )
+                which, what = f"answers of '{name}' too long for the student", "left out"
+                if name == "prompts":
+                    which = "prompts without a word"
+                elif self.too_long == "cut":
+                    what = "cut, or left out"
                 logger.warning(f"{count} of {len(self.pool)} {which}: {what}.")
 
     def _fit(self, prompt: list[int], answer: list[int]) -> list[int] | None:
-        most = self.writer.max_length
-        room = most - (0 if self.writer.is_seq2seq else len(prompt))
-        if len(answer) <= room and len(prompt) <= most:
-            return answer
-        return answer[:room] if self.too_long == "cut" and room > 0 and len(prompt) <= most else None
+        room = self.writer.max_length - (0 if self.writer.is_seq2seq else len(prompt))
+        if len(prompt) > self.writer.max_length or len(answer) > room and (self.too_long != "cut" or room < 1):
+            return None
+        return answer[:room]
 
     def answered(self, names: Sequence[str]) -> np.ndarray:
         """Tell which answers the student can read, `(num_examples, num_teachers)`."""
@@ -181,6 +182,7 @@ class AnswerReader:
                         wanted.append((part.start + row, column, before, piece))
             items: list[Scored] = [(list(before), [*map(list, own)]) for before, own in following.items()]
             sums = self.writer.score(items, self.batch_size, self.processes, self.quiet)
+            # Sums come in the order of the texts: where those after each prompt begin.
             starts = dict(zip(following, np.cumsum([0, *map(len, following.values())])))
             for row, column, before, piece in wanted:
                 log_probs[row, column] += sums[starts[before] + following[before][piece]]
@@ -199,9 +201,9 @@ class AnswerReader:
         """What the student answers itself."""
         found, num_cut = list[str](), 0
         for part in row_chunks(len(self.pool)):
-            prompts = [
-                ids if len(ids) < self.writer.max_length else [] for ids in self.writer.encode(self.pool.prompts(part))
-            ]
+            # Where no token is left to say, there is no answer either.
+            encoded = self.writer.encode(self.pool.prompts(part))
+            prompts = [ids if len(ids) < self.writer.max_length else [] for ids in encoded]
             texts, is_whole = self.writer.write(prompts, max_new_tokens, self.batch_size, self.processes)
             found, num_cut = found + texts, num_cut + int((~is_whole).sum())
         if num_cut:
@@ -216,6 +218,7 @@ class AnswerReader:
         names, parts = self.pool.hierarchy.names, []
         used = sorted(set(assigned[kept].tolist()))
         for part, prompts, answers in self.encode([names[place] for place in used]):
+            # A causal model reads the answer behind the prompt; what it says of the prompt's own tokens is no matter.
             columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
             for row in np.flatnonzero(kept[part]):
                 prompt, ids = prompts[row], answers[used.index(assigned[part][row])][row] or []

@@ -41,17 +41,19 @@ logger = logging.getLogger(__name__)
 MakeTrainer = Callable[[Any, Dataset, TrainingArguments], Trainer]
 
 
+_CHOICES = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Refuse what there is not."""
     rule_reads(options["rule"])
     find_normalizer(options["normalize"])
-    known = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
-    for name, values in known.items():
+    for name, values in _CHOICES.items():
         if options[name] not in values:
             raise ValueError(f"`{name}` must be one of {list(values)}, got {options[name]!r}. Choose one.")
     for name in ("window", "max_new_tokens"):
-        if not isinstance(value := options[name], int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Correct it.")
+        if type(options[name]) is not int or options[name] < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {options[name]!r}. Correct it.")
 
 
 @dataclass
@@ -130,27 +132,21 @@ def co_supervise_answers(
     the student as it was pre-trained chooses.
 
     Args:
-        student (`PreTrainedModel`, `PeftModel` or `str`):
-            The model, causal or from sequence to sequence, its Hub id or its folder. It is trained in place.
-        pool ([`AnswerPool`]):
-            Prompts, or messages for the student's own chat template, and teachers' answers.
+        student, pool, tokenizer:
+            As in [`score_answers`]. A model object is trained in place.
         args (`TrainingArguments`):
             Of each level. `num_train_epochs` is divided by a level's keep rate, so that the number of steps stays
             about the same. Finished levels are kept below `output_dir`, and the checkpoints of one that is not.
-        tokenizer (*optional*):
-            That of a model object; of an id or a folder, its own.
         rule (`str`, *optional*, defaults to `"log_likelihood+confidence"`):
             One of `hf_cosupervise.method.routing.RULES`.
         rejection (`str`, *optional*, defaults to `"none"`):
             Below the root, `"loss_rank"` or `"same_answer"`, see [`select_answers`].
         normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
-            When two answers are the same: `"exact"`, `"number"`, `"boxed"`, or a function.
-        window (`int`, *optional*, defaults to 32):
-            Of rule `"local"`, the tokens that are scored at a time.
+            When two answers are the same, see [`AnswerPool.assign`].
+        window (`int`, *optional*, defaults to 32), too_long (`str`, *optional*, defaults to `"raise"`):
+            See [`score_answers`]; the window is that of rule `"local"`.
         max_new_tokens (`int`, *optional*, defaults to 64):
             Of the student's own answers, where a rule or a rejection compares with them.
-        too_long (`str`, *optional*, defaults to `"raise"`):
-            See [`score_answers`].
         student_training (`str`, *optional*, defaults to `"full"`):
             `"full"` or `"lora"`, by `peft_config` or adapters on all linear layers.
         make_trainer (`Callable`, *optional*):
@@ -219,7 +215,7 @@ class _Levels:
         with self.run.open(self._settings, resume) as last:
             self.writer.model.to(self.args.device)
             self.writer.put_back(None if last is None else last.student)
-            self.processes.on_first(self._forget_checkpoints)
+            self.processes.on_first(self._forget_checkpoints)  # a kill may have come between a level and this
             if self.options["too_long"] == "raise":  # now, and not when levels above have been trained
                 self.reader.answered(self.pool.hierarchy.names)
             for level, _ in self.run.unfinished():
@@ -245,6 +241,7 @@ class _Levels:
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
         arguments = _changed(self.args, "resume") | self._told
+        # A lambda has no name that would tell it from another one.
         functions = {} if self.make_trainer is None else {"make_trainer": "given"}
         return settings_of(self.args, arguments, _pool_digest(self.pool), self.writer.digest(), functions)
 
@@ -276,10 +273,12 @@ class _Levels:
     def plan(self, level: int) -> LevelPlan:
         """Choose whose answer to take, and which to leave out."""
         hierarchy, options, same = self.pool.hierarchy, self.options, None
+        # Columns of scores are the teachers of this level; `places` are their positions among all.
         places = [place for place, teacher in enumerate(hierarchy.teachers) if teacher.level == level]
         names = [hierarchy.names[place] for place in places]
         above = self.run.plans[-1].assigned_teacher if level else np.full(len(self.pool), NOBODY)
-        rule, rejection = (options["rule"], options["rejection"]) if level else (options["rule"], "none")
+        # Before any training the student knows nothing of the task that could tell a wrong answer.
+        rule, rejection = options["rule"], options["rejection"] if level else "none"
         if level == 0 and len(names) == 1:
             rule = "the root"
             chosen = torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
@@ -312,16 +311,18 @@ class _Levels:
             scores = self.reader.score([hierarchy.names[place] for place in used])
             losses = -torch.from_numpy(scores.per_token[rows, np.searchsorted(used, at)])
         kept = select_answers(rejection, losses, None if same is None else same[rows, at], has_answer)
+        # -1 as the label of what nobody answered, as a plan of labels has it.
         plan = LevelPlan(level, 0, assigned.numpy().astype(np.int32), has_answer.int().numpy() - 1, kept.numpy(), {})
-        shares = {f"assignment/{name}": float((assigned == at).sum()) for at, name in enumerate(hierarchy.names)}
-        shares = {name: count / int(has_answer.sum()) for name, count in shares.items() if count}
-        plan.metrics |= {"rule": rule, **shares, "consistency/keep_rate": plan.keep_rate}  # type: ignore[dict-item]
-        plan.metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
+        plan.metrics["rule"] = rule  # type: ignore[assignment]
+        for at in torch.unique(assigned[has_answer]).tolist():
+            plan.metrics[f"assignment/{hierarchy.names[at]}"] = float((assigned[has_answer] == at).double().mean())
+        plan.metrics |= {"consistency/keep_rate": plan.keep_rate, "consistency/num_kept": float(kept.sum())}
         return plan
 
     def _same(self) -> torch.Tensor:
         """Which teachers say what the student says itself, bool `(num_examples, num_teachers)`."""
         own = self.reader.own_answers(self.options["max_new_tokens"])
+        # The student stands as one more teacher, so that equal answers have its number.
         rows = [[*said, mine] for said, mine in zip(self.pool.answer_rows(), own, strict=True)]
         groups = torch.from_numpy(group_answers(rows, self.options["normalize"]))
         return (groups[:, :-1] == groups[:, -1:]) & (groups[:, -1:] >= 0)
@@ -331,8 +332,9 @@ class _Levels:
         checkpoint = self.run.begin_stage(plan, can_resume=True)
         self.writer.put_back()
         args = copy.copy(self.args)
+        # A level is published by nobody: the whole is, in the end.
         args.output_dir, args.push_to_hub = str(self.run.stage_dir(plan.level, plan.round)), False
-        args.num_train_epochs = args.num_train_epochs / plan.keep_rate
+        args.num_train_epochs = args.num_train_epochs / plan.keep_rate  # as many steps on fewer examples
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         if self.make_trainer is None:
@@ -375,6 +377,7 @@ class _Levels:
                 f"`make_trainer` must give a `transformers.Trainer`, got {type(trainer).__name__}. Return it, "
                 "not yet trained."
             )
+        # One that puts adapters on, or wraps it, would train weights that no level is kept or exported of.
         given, own = (set(dict(model.named_parameters())) for model in (self.writer.model, trainer.model))
         if given - own:
             raise ValueError(
@@ -422,6 +425,7 @@ def _pool_digest(pool: AnswerPool) -> str:
     """Hash what is learnt from: ids, prompts, teachers and all that they wrote."""
     teachers = [(teacher.name, teacher.level) for teacher in pool.hierarchy.teachers]
     digest = hashlib.blake2b(json.dumps(teachers).encode(), digest_size=8)
+    # In parts, because a pool may be larger than memory.
     for part in row_chunks(len(pool)):
         rows = [pool.ids[part].tolist(), pool.prompts(part)]
         for name in pool.hierarchy.names:
