@@ -87,8 +87,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
         """Do `left * right` or `left ** right` if what it makes is small."""
         size, most = 0, _MOST_MADE
         if isinstance(left, int) and isinstance(right, int):
-            times = abs(right) if operator == "**" else 1
-            size, most = left.bit_length() * times + right.bit_length(), _MOST_BITS
+            bits, most = (left.bit_length(), right.bit_length()), _MOST_BITS
+            size = bits[0] * abs(right) if operator == "**" else sum(bits)
         elif isinstance(left, Sized) or isinstance(right, Sized):  # a text or a list, and how often
             size = math.prod(len(value) if isinstance(value, Sized) else value for value in (left, right))
         if size > most:

@@ -165,6 +165,8 @@ class AnswerReader:
                 f"`window` must be a number of tokens of at least 1, for a causal student, got {window!r} for "
                 f"{type(self.writer.plain).__name__}. Leave it out, or use another `rule` than 'local'."
             )
+        if not (self.writer.is_seq2seq or self.pool.is_chat):
+            self._tell_blanks(names)
         shape = len(self.pool), len(names)
         log_probs, num_tokens = np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, dtype=np.int32)
         for part, prompts, answers in self.encode(names):
@@ -187,6 +189,21 @@ class AnswerReader:
             for row, column, before, piece in wanted:
                 log_probs[row, column] += sums[starts[before] + following[before][piece]]
         return AnswerScores(tuple(names), log_probs, num_tokens)
+
+    def _tell_blanks(self, names: Sequence[str]) -> None:
+        """Tell where the blank before an answer, and not what it says, would decide who is believed."""
+        shares = dict[str, float]()
+        for name in names:
+            if begin := [text[0].isspace() for text in self.pool.texts(name) if text is not None]:
+                shares[name] = sum(begin) / len(begin)
+        # A model goes on from "Answer:" by " yes"; a column mostly holds "yes", which hardly any text goes on by.
+        with_blank, without = ([name for name in shares if shares[name] > 0.9], [n for n in shares if shares[n] < 0.1])
+        if with_blank and without and not self._told & {*without}:
+            self._told |= {*without}
+            logger.warning(
+                f"Answers of {with_blank} begin with a blank, those of {without} do not: the student finds one of "
+                "them likelier for that alone. Put a blank before those, or at the end of every prompt."
+            )
 
     def _pieces(
         self, prompt: list[int], answer: list[int], window: int | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -18,7 +19,6 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
@@ -32,7 +32,7 @@ from ..students.writing import WRITER_TRAININGS, Writer
 from .checkpointing import explain_checkpoint, read_back, seal_checkpoint
 from .config import fields_without
 from .history import LevelHistory
-from .inherited import check_amounts, default_of
+from .inherited import check_amounts
 from .plan import LevelPlan
 from .publishing import describe_run, export, made_of, push
 from .run import RUN_DIR, OneRound, TrainingRun, settings_of
@@ -246,7 +246,7 @@ class _Levels:
         return settings_of(self.args, arguments, _pool_digest(self.pool), self.writer.digest(), functions)
 
     def _card_facts(self) -> dict[str, Any]:
-        history = self.run.history
+        history, defaults = self.run.history, inspect.signature(co_supervise_answers).parameters
         levels = [
             {
                 "level": record["level"],
@@ -265,7 +265,8 @@ class _Levels:
             "has_adapter": self.options["student_training"] == "lora",
             "student_training": self.options["student_training"],
             "levels": levels,
-            "hyperparameters": _changed(self.args, "publish") | self._told,
+            "hyperparameters": _changed(self.args, "publish")
+            | {name: value for name, value in self._told.items() if value != defaults[name].default},
         }
 
     # --- one level ---------------------------------------------------------------------------------------------------
@@ -411,14 +412,10 @@ class _Checkpoints(TrainerCallback):
 
 def _changed(args: TrainingArguments, purpose: str) -> dict[str, Any]:
     """Arguments that are not what they are by default, and count for a purpose."""
-    found = {}
-    for item in fields(args):
-        value, default = getattr(args, item.name), default_of(item)
-        # Nothing may be written as `None`, `False` or an empty list, and settings that nobody gave as their defaults.
-        is_default = value == default or not (value or default) or value == AcceleratorConfig()
-        if item.init and item.name not in fields_without(purpose) and not is_default:
-            found[item.name] = value
-    return found
+    # Not the defaults of the fields: what nobody gave becomes a list, or settings, when arguments are made.
+    default, values = vars(type(args)(args.output_dir, use_cpu=args.use_cpu)), vars(args)
+    names = {item.name for item in fields(args) if item.init} - fields_without(purpose)
+    return {name: values[name] for name in sorted(names) if values[name] != default[name]}
 
 
 def _pool_digest(pool: AnswerPool) -> str:

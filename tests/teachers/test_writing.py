@@ -375,9 +375,9 @@ def test_answers_that_no_file_holds() -> None:
         with pytest.raises(ValueError, match="must hold no NUL and no halves of characters, got .* in row 0"):
             build(writers(Teacher("a")), ["x"], models={"a": model})
     data = Dataset.from_dict({"prompt": ["a"], "said": ["x\0"]})
-    with pytest.raises(ValueError, match="Answers in column 'said' must hold no NUL .* in row 0"):
+    with pytest.raises(ValueError, match="Answers in column 'said' must be texts.* without NUL .* in row 0"):
         build(writers(Teacher("said", kind="column")), data)
-    with pytest.raises(ValueError, match="Answers in column 'n' must be texts, lists of texts or None, got 3"):
+    with pytest.raises(ValueError, match="Answers in column 'n' must be texts, lists of texts or None, .* got 3"):
         build(writers(Teacher("n", kind="column")), Dataset.from_dict({"prompt": ["a"], "n": [3]}))
 
 

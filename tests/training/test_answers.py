@@ -194,6 +194,16 @@ def test_windows_read_few_tokens_before_each_few() -> None:
         assert scores.log_probs[row, 0] == pytest.approx(total, rel=1e-5, abs=1e-5)
 
 
+def test_blanks_that_would_decide_who_is_believed_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    prompts, plain = ["a", "b", "c", "d"], ["ab", "ba", "ca", "da"]
+    marked = [f" {text}" for text in plain]
+    told = r"Answers of ['x'] begin with a blank, those of ['y'] do not: the student finds one of them likelier"
+    for x, y, is_told in ((marked, plain, True), (marked, marked, False), (plain, [" ab", *plain[1:]], False)):
+        caplog.clear()
+        score_answers(make_model(), AnswerPool.from_answers({"x": x, "y": y}, prompts), tokenizer=make_tokenizer())
+        assert any(text.startswith(told) for text in caplog.messages) is is_told
+
+
 def test_answers_beyond_the_context(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer, pool = make_model(), make_tokenizer(), make_pool(5, levels=(0,))
     pool = changed(pool, {"t0": [*pool.texts("t0")[:3], "ab" * 40, pool.texts("t0")[4]]})
@@ -282,7 +292,11 @@ def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
     assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
     assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
     assert str(tmp_path) not in card and "| `learning_rate` | `0.01` |" in card
-    assert "`accelerator_config`" not in card and "_checkpointing`" not in card  # what nobody has set
+    table = card.split("## Training arguments")[1].split("\n## ")[0]
+    rows = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
+    given = {"learning_rate", "seed", "save_strategy", "per_device_train_batch_size", "per_device_eval_batch_size"}
+    lora = {"student_training"} if training == "lora" else set()
+    assert rows - {"disable_tqdm"} == given | lora  # what somebody has set, and nothing else
     assert repr(result) == f"CoSupervisedWriter({type(result.model).__name__}, 2 levels, in '{tmp_path / 'out'}')"
 
 

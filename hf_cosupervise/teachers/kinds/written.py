@@ -109,7 +109,7 @@ class WrittenTeacher:
         if self.prepare.max_length < 1:
             raise ValueError(
                 f"Option `max_new_tokens` of teacher '{self.name}' must leave room for a prompt in the "
-                f"{processor.max_length} tokens that it reads, got {room}. Lower it."
+                f"{processor.max_length} tokens that it reads, got {room}. Give a lower one in its `options`."
             )
         if self.options["chat"]:
             self.prepare.check_chat()
