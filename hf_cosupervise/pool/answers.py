@@ -500,13 +500,14 @@ class AnswerPool(TeacherPool):
                 )
             columns = [self._cells(name, scores, slice(None)) for name in names]
             scores = np.array(columns, dtype=np.float64).T.reshape(shape)
-        values = np.asarray(() if scores is None else scores, dtype=np.float64)
-        if values.shape != shape:
+        values = np.asarray(() if scores is None else scores)
+        if values.shape != shape or values.dtype.kind not in "fiub":
+            found = "none" if scores is None else values.shape or type(scores).__name__
             raise ValueError(
-                f"`pairs={pairs!r}` needs `scores`, numbers of shape {shape}, got "
-                f"{'none' if scores is None else values.shape}. Give one for each prompt and teacher, NaN for unknown."
+                f"`pairs={pairs!r}` needs `scores`, numbers of shape {shape}, got {found}. Give one for each prompt "
+                "and teacher, NaN for unknown, such as `score_answers(…).per_token`."
             )
-        return values
+        return values.astype(np.float64)
 
     def _read_ranks(self, ranking: Sequence[str] | None) -> np.ndarray:
         names = list(self.hierarchy.names)
