@@ -116,23 +116,8 @@ class AnswerReader:
             counts["prompts"] += sum(not ids for ids in before)
             answers = []
             for name in names:
-                texts, rows = self.pool.texts(name, part), list[list[int] | None]([None] * len(prompts))
-                there = [row for row, text in enumerate(texts) if text is not None and before[row]]
-                own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
-                too_long = []
-                for row, ids in zip(there, own, strict=True):
-                    rows[row] = fit = self._fit(before[row], ids)
-                    if fit is None or len(fit) < len(ids):
-                        too_long.append((row, ids))
-                if too_long and self.too_long == "raise":
-                    row, ids = too_long[0]
-                    raise ValueError(
-                        f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student "
-                        f"reads, got {len(before[row]) + len(ids)} of '{name}' for id "
-                        f"{self.pool.ids[part.start + row].item()!r} ({len(too_long)} such among {len(prompts)} "
-                        "answers). Shorten it, or set `too_long` to 'skip' or 'cut'."
-                    )
-                counts[name] += len(too_long)
+                rows, num_long = self._encode_answers(name, part, prompts, before)
+                counts[name] += num_long
                 answers.append(rows)
             yield part, before, answers
         for name, count in counts.items():  # say once what is not read, or not whole
@@ -144,6 +129,27 @@ class AnswerReader:
                 elif self.too_long == "cut":
                     what = "cut, or left out"
                 logger.warning(f"{count} of {len(self.pool)} {which}: {what}.")
+
+    def _encode_answers(
+        self, name: str, part: slice, prompts: Sequence[Any], before: Sequence[list[int]]
+    ) -> tuple[list[list[int] | None], int]:
+        """A teacher's answers to some prompts, and how many of them are too long."""
+        texts, rows = self.pool.texts(name, part), list[list[int] | None]([None] * len(prompts))
+        there = [row for row, text in enumerate(texts) if text is not None and before[row]]
+        own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
+        too_long = []
+        for row, ids in zip(there, own, strict=True):
+            rows[row] = fit = self._fit(before[row], ids)
+            if fit is None or len(fit) < len(ids):
+                too_long.append((row, len(before[row]) + len(ids)))
+        if too_long and self.too_long == "raise":
+            row, length = too_long[0]
+            raise ValueError(
+                f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student reads, "
+                f"got {length} of '{name}' for id {self.pool.ids[part.start + row].item()!r} ({len(too_long)} such "
+                f"among {len(prompts)} answers). Shorten it, or set `too_long` to 'skip' or 'cut'."
+            )
+        return rows, len(too_long)
 
     def _fit(self, prompt: list[int], answer: list[int]) -> list[int] | None:
         room = self.writer.max_length - (0 if self.writer.is_seq2seq else len(prompt))

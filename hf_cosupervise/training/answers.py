@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
 from ..method.answers import Normalizer, find_normalizer, group_answers
 from ..method.assignment import NOBODY, fall_back
-from ..method.routing import REJECTIONS, choose_teacher, rule_reads, select_answers
+from ..method.routing import REJECTIONS, RULES, choose_teacher, rule_reads, select_answers
 from ..pool.answers import AnswerPool
 from ..processes import Processes, row_chunks
 from ..students.answers import TOO_LONG, AnswerReader, check_answer_pool
@@ -32,7 +33,7 @@ from ..students.writing import WRITER_TRAININGS, Writer
 from .checkpointing import explain_checkpoint, read_back, seal_checkpoint
 from .config import fields_without
 from .history import LevelHistory
-from .inherited import check_amounts
+from .inherited import check_amounts, default_of
 from .plan import LevelPlan
 from .publishing import describe_run, export, made_of, push
 from .run import RUN_DIR, OneRound, TrainingRun, settings_of
@@ -273,32 +274,15 @@ class _Levels:
 
     def plan(self, level: int) -> LevelPlan:
         """Choose whose answer to take, and which to leave out."""
-        hierarchy, options, same = self.pool.hierarchy, self.options, None
-        # Columns of scores are the teachers of this level; `places` are their positions among all.
+        hierarchy = self.pool.hierarchy
         places = [place for place, teacher in enumerate(hierarchy.teachers) if teacher.level == level]
-        names = [hierarchy.names[place] for place in places]
         above = self.run.plans[-1].assigned_teacher if level else np.full(len(self.pool), NOBODY)
         # Before any training the student knows nothing of the task that could tell a wrong answer.
-        rule, rejection = options["rule"], options["rejection"] if level else "none"
-        if level == 0 and len(names) == 1:
-            rule = "the root"
-            chosen = torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
-        else:
-            reads = rule_reads(rule)
-            scores = self.reader.score(names, options["window"] if reads == ("local",) else None)
-            per_token, answered = torch.from_numpy(scores.per_token), torch.from_numpy(~np.isnan(scores.log_probs))
-            known = {"student": per_token, "local": per_token}
-            known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
-            if "same" in reads or rejection != "none":
-                same = self._same()
-                known["same"] = same[:, places]
-            unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum()) if "teacher" in reads else 0
-            if unknown:
-                logger.warning(
-                    f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
-                    "teacher finds it: they are routed by the student's log-likelihood alone."
-                )
-            chosen = choose_teacher(rule, known, answered)
+        rejection = self.options["rejection"] if level else "none"
+        rule = "the root" if level == 0 and len(places) == 1 else self.options["rule"]
+        asks = rejection != "none" or rule in RULES and "same" in rule_reads(rule)
+        same = self._same() if asks else None
+        chosen = self._choose(rule, places, same)
         position = torch.where(chosen == NOBODY, NOBODY, torch.tensor(places)[chosen.clamp(min=0)])
         assigned = fall_back(position, torch.from_numpy(above.astype(np.int64)))
         if not (has_answer := assigned >= 0).any():
@@ -315,10 +299,30 @@ class _Levels:
         # -1 as the label of what nobody answered, as a plan of labels has it.
         plan = LevelPlan(level, 0, assigned.numpy().astype(np.int32), has_answer.int().numpy() - 1, kept.numpy(), {})
         plan.metrics["rule"] = rule  # type: ignore[assignment]
-        for at in torch.unique(assigned[has_answer]).tolist():
-            plan.metrics[f"assignment/{hierarchy.names[at]}"] = float((assigned[has_answer] == at).double().mean())
+        for place in torch.unique(assigned[has_answer]).tolist():
+            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float((assigned[has_answer] == place).double().mean())
         plan.metrics |= {"consistency/keep_rate": plan.keep_rate, "consistency/num_kept": float(kept.sum())}
         return plan
+
+    def _choose(self, rule: str, places: list[int], same: torch.Tensor | None) -> torch.Tensor:
+        """Which teacher of a level speaks for each prompt, as a position in `places`, -1 for none."""
+        names = [self.pool.hierarchy.names[place] for place in places]
+        if rule not in RULES:
+            return torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
+        reads = rule_reads(rule)
+        scores = self.reader.score(names, self.options["window"] if reads == ("local",) else None)
+        per_token, answered = torch.from_numpy(scores.per_token), torch.from_numpy(~np.isnan(scores.log_probs))
+        known = {"student": per_token, "local": per_token}  # which of them was asked for, the window says
+        known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
+        if same is not None:
+            known["same"] = same[:, places]
+        unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum()) if "teacher" in reads else 0
+        if unknown:
+            logger.warning(
+                f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
+                "teacher finds it: they are routed by the student's log-likelihood alone."
+            )
+        return choose_teacher(rule, known, answered)
 
     def _same(self) -> torch.Tensor:
         """Which teachers say what the student says itself, bool `(num_examples, num_teachers)`."""
@@ -412,10 +416,12 @@ class _Checkpoints(TrainerCallback):
 
 def _changed(args: TrainingArguments, purpose: str) -> dict[str, Any]:
     """Arguments that are not what they are by default, and count for a purpose."""
-    # Not the defaults of the fields: what nobody gave becomes a list, or settings, when arguments are made.
-    default, values = vars(type(args)(args.output_dir, use_cpu=args.use_cpu)), vars(args)
+    known = {item.name: default_of(item) for item in fields(args) if item.init}
+    # What nobody gave becomes a list, or settings, when arguments are made; some classes of TRL need more for that.
+    with suppress(TypeError, ValueError):
+        known |= vars(type(args)(args.output_dir, use_cpu=args.use_cpu))
     names = {item.name for item in fields(args) if item.init} - fields_without(purpose)
-    return {name: values[name] for name in sorted(names) if values[name] != default[name]}
+    return {name: getattr(args, name) for name in sorted(names) if getattr(args, name) != known[name]}
 
 
 def _pool_digest(pool: AnswerPool) -> str:
