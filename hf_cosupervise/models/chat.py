@@ -81,6 +81,7 @@ def _num_bytes() -> int:
 class _Bounded(ImmutableSandboxedEnvironment):
     """Jinja's sandbox with bounds on the operators that grow most: nobody can stop one while it runs."""
 
+    # These are done here only, and not while Jinja compiles either, where it would compute constants.
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

@@ -59,7 +59,7 @@ class AnswerPool(TeacherPool):
 
     columns = ("answer", "log_prob", "num_tokens", "finish_reason")
     maker = "build_answers"
-    has_labels = False
+    has_labels = False  # nothing is matched by name here: a hierarchy with labels is meant for the other pool
 
     _views: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -197,6 +197,7 @@ class AnswerPool(TeacherPool):
     def samples(self, name: str, rows: Any = slice(None)) -> list[list[str]]:  # noqa: B008
         """Give all answers of a teacher to each prompt; where it was asked once, its only one."""
         self.hierarchy.index(name)
+        # Only who was asked several times has them, and perhaps one teacher of the pool.
         if "samples" in self.teachers[name].column_names:
             return [some or [] for some in self._cells(name, "samples", rows)]
         return [[] if answer is None else [answer] for answer in self.texts(name, rows)]
@@ -220,6 +221,7 @@ class AnswerPool(TeacherPool):
     @property
     def confidences(self) -> np.ndarray:
         """`np.ndarray` of shape `(num_examples, num_teachers)`: Mean log-probability of a token, NaN if unknown."""
+        # A sum of which the tokens are not counted says nothing.
         with np.errstate(invalid="ignore", divide="ignore"):
             means = [np.where(count > 0, total / count, np.nan) for total, count, _ in self._views.values()]
         return np.stack(means, axis=1).astype(np.float32)
@@ -318,6 +320,7 @@ class AnswerPool(TeacherPool):
             said = [(row, who, texts[who]) for row, texts in enumerate(self.answer_rows()) for who in each[row]]
         scale = self._one_each("weights", weights, "fiub", "numbers from 0")
         prompts, mask = self._asked(kept)
+        # Blank ones are among `answers` of the user's alone: a pool holds none.
         said = [(row, who, text) for row, who, text in said if mask[row] and text is not None and text.strip()]
         rows, replies = [row for row, _, _ in said], self._as_replies([str(text) for _, _, text in said])
         columns: dict[str, Any] = {"completion": replies}
@@ -425,6 +428,7 @@ class AnswerPool(TeacherPool):
                 both = pair_scored(groups, self._read_scores(scores, pairs))
             else:
                 both = pair_unfamiliar(groups, speakers, self._read_scores(scores, pairs))
+            # As they were written: what `normalize` makes of them only tells them apart.
             found = [
                 (row, str(said[row][better]), str(said[row][worse]))
                 for row, (better, worse) in enumerate(zip(*both))
@@ -472,6 +476,7 @@ class AnswerPool(TeacherPool):
     ) -> np.ndarray:
         """A number for each prompt, by default 1."""
         values, (least, most) = np.ones(len(self), bool) if values is None else np.asarray(values), within
+        # NaN fails both comparisons, and a list of nothing is of floats.
         is_right = values.shape == (len(self),) and (values.dtype.kind in kinds or not values.size)
         if not is_right or not ((least <= values) & (values <= most)).all():
             raise ValueError(
@@ -498,6 +503,7 @@ class AnswerPool(TeacherPool):
                     f"`scores` must be a column of every teacher's dataset, got {scores!r}, which {lacking} lack. Add "
                     "it there, or give an array."
                 )
+            # None of a teacher without a score becomes NaN.
             columns = [self._cells(name, scores, slice(None)) for name in names]
             scores = np.array(columns, dtype=np.float64).T.reshape(shape)
         values = np.asarray(() if scores is None else scores)
@@ -514,6 +520,7 @@ class AnswerPool(TeacherPool):
         ranking = names if ranking is None else list(ranking)
         if sorted(ranking) != sorted(names):
             raise ValueError(f"`ranking` must name each teacher of {names} once, the best first, got {ranking}.")
+        # By teacher, not by rank.
         return np.array([ranking.index(name) for name in names])
 
     def _read_samples(self, student: Samples | None, what: str) -> list[list[str]]:

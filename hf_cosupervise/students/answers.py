@@ -104,6 +104,7 @@ class AnswerReader:
             raise ValueError(f"`too_long` must be one of {list(TOO_LONG)}, got {too_long!r}. Choose one of them.")
         self.writer, self.pool, self.too_long = writer, pool, too_long
         self.batch_size, self.processes, self.quiet = batch_size, processes, quiet
+        # Said once each: a pool is encoded anew for every question.
         self._told: set[str] = set()
 
     def encode(self, names: Sequence[str]) -> Iterator[tuple[slice, list[list[int]], list[list[list[int] | None]]]]:
@@ -135,6 +136,7 @@ class AnswerReader:
     ) -> tuple[list[list[int] | None], int]:
         """A teacher's answers to some prompts, and how many of them are too long."""
         texts, rows = self.pool.texts(name, part), list[list[int] | None]([None] * len(prompts))
+        # After a prompt without a word nothing is read, whoever answered it.
         there = [row for row, text in enumerate(texts) if text is not None and before[row]]
         own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
         too_long = []
@@ -152,6 +154,7 @@ class AnswerReader:
         return rows, len(too_long)
 
     def _fit(self, prompt: list[int], answer: list[int]) -> list[int] | None:
+        # A decoder has positions of its own.
         room = self.writer.max_length - (0 if self.writer.is_seq2seq else len(prompt))
         if len(prompt) > self.writer.max_length or len(answer) > room and (self.too_long != "cut" or room < 1):
             return None
@@ -179,6 +182,7 @@ class AnswerReader:
             # What follows each prompt, every text once, and who wants to know of it.
             following: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
             wanted = []
+            # Sums begin at 0 where something is read, and stay NaN elsewhere.
             for column, rows in enumerate(answers):
                 for row, ids in enumerate(rows):
                     if ids is None:
@@ -248,6 +252,7 @@ class AnswerReader:
                 columns["input_ids"].append(prompt if self.writer.is_seq2seq else prompt + ids)
                 columns["labels"].append(ids if self.writer.is_seq2seq else [-100] * len(prompt) + ids)
             parts.append(Dataset.from_dict(columns))
+        # A part of which nothing is kept has no types of columns to be joined by.
         return concatenate_datasets([part for part in parts if len(part)])
 
 

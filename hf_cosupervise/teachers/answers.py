@@ -114,7 +114,7 @@ class AnswerForm:
     def load(self, teacher: Teacher, device: torch.device, commit: str | None) -> TeacherModel:
         """Load a teacher."""
         model: Any = load_teacher(teacher, (), device, commit=commit)
-        if isinstance(model, WrittenTeacher):
+        if isinstance(model, WrittenTeacher):  # a column has nothing to write
             model.batch_size = self.batch_size
         return model
 
@@ -170,7 +170,7 @@ class _AnswerProgress(Progress):
 
     def fits(self, size: int, count: int) -> bool:
         """Tell whether so many bytes can be those of so many rows."""
-        return size > 0
+        return size > 0  # texts are of any length; JSON itself says whether they are whole
 
     def decode(self, data: bytes, count: int, rows: slice) -> list[Written]:
         """Read some rows of a batch."""

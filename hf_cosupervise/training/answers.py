@@ -215,6 +215,7 @@ class _Levels:
         """Train all levels that are not finished."""
         with self.run.open(self._settings, resume) as last:
             self.writer.model.to(self.args.device)
+            # The last student that is finished chooses for the level that is next.
             self.writer.put_back(None if last is None else last.student)
             self.processes.on_first(self._forget_checkpoints)  # a kill may have come between a level and this
             if self.options["too_long"] == "raise":  # now, and not when levels above have been trained
@@ -300,7 +301,9 @@ class _Levels:
         plan = LevelPlan(level, 0, assigned.numpy().astype(np.int32), has_answer.int().numpy() - 1, kept.numpy(), {})
         plan.metrics["rule"] = rule  # type: ignore[assignment]
         for place in torch.unique(assigned[has_answer]).tolist():
-            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float((assigned[has_answer] == place).double().mean())
+            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float(
+                (assigned[has_answer] == place).double().mean()
+            )
         plan.metrics |= {"consistency/keep_rate": plan.keep_rate, "consistency/num_kept": float(kept.sum())}
         return plan
 
@@ -344,6 +347,7 @@ class _Levels:
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         if self.make_trainer is None:
             dataset = self.reader.examples(plan.assigned_teacher, plan.keep_mask)
+            # The one that pads labels too, for causal models as well.
             collator = DataCollatorForSeq2Seq(self.writer.tokenizer)
             settings = {"processing_class": self.writer.tokenizer, "data_collator": collator}
             trainer = Trainer(self.writer.model, args, train_dataset=dataset, **settings)

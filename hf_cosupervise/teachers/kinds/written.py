@@ -35,6 +35,7 @@ _RANGES = {"num_answers": (1, 1000), "max_new_tokens": (1, 100_000), "seed": (0,
 _PLAIN = "{{ text }}"
 
 
+# A tuple, which JSON writes as it stands.
 class Written(NamedTuple):
     """An answer, the sum of its tokens' log-probabilities and their number, how it ended, and all that was sampled."""
 
@@ -84,7 +85,7 @@ class WrittenTeacher:
     """A language model, causal or from sequence to sequence, that writes an answer to each prompt."""
 
     column: str | None = None
-    batch_size: int = 16
+    batch_size: int = 16  # whoever asks may set another: no answer hangs on it
 
     def __init__(self, source: TeacherSource, device: torch.device) -> None:
         self.name, model_source = source.name, source.model_source
@@ -195,6 +196,7 @@ class WrittenTeacher:
 
     def _seed(self, row: _Encoded, number: int) -> int:
         """Of the prompt and which of its answers it is, so that no batch and no process changes what is drawn."""
+        # 63 bits, which is what torch takes.
         key = repr([self.options["seed"], self.name, row.tokens, number]).encode("utf-8")
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
@@ -234,6 +236,7 @@ class _Chooser(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if temperature else []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # As the model has it, before any temperature: how sure it is does not hang on how it is asked.
         self.recorder.all_log_probs = torch.log_softmax(scores.float(), dim=-1)
         if not self.temperature:
             return scores
@@ -258,6 +261,7 @@ class WrittenPrompter(Prompter):
     """Turn texts or chat messages into tokens of prompts; kept apart from the weights."""
 
     def __call__(self, cells: Sequence[Any]) -> list[_Encoded]:  # type: ignore[override]
+        # A column is of one type: what the first one is, all are, or are refused.
         is_chat = bool(cells) and not isinstance(cells[0], str)
         for cell in cells:
             (_check_messages if is_chat else _check_prompt)(cell)
