@@ -181,6 +181,18 @@ def test_another_metric_than_accuracy(run, votes, tiny_bert):
     assert "balanced_accuracy" in said and "balanced accuracy %" in Path("out/README.md").read_text()
 
 
+def test_rules_of_one_label_each_need_no_list(run, tiny_bert, tmp_path):
+    words = ["free", "win", "song", "love"] * 20
+    rules = {
+        word: [label if word == said else None for said in words]
+        for word, label in zip(words[:4], ("spam", "spam", "ham", "ham"))
+    }
+    Dataset.from_dict({"text": [f"{word} {row}" for row, word in enumerate(words)]} | rules).to_csv("rules.csv")
+    call = ["--dataset", "rules.csv", "--student", tiny_bert, "--method", "csl", "--output_dir", "out", "--teachers"]
+    run(*call, *words[:4])
+    assert json.loads(Path("out/config.json").read_text())["id2label"] == {"0": "spam", "1": "ham"}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
