@@ -144,10 +144,12 @@ def co_supervise_answers(
             Below the root, `"loss_rank"` or `"same_answer"`, see [`select_answers`].
         normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
             When two answers are the same, see [`AnswerPool.assign`].
-        window (`int`, *optional*, defaults to 32), too_long (`str`, *optional*, defaults to `"raise"`):
-            See [`score_answers`]; the window is that of rule `"local"`.
+        window (`int`, *optional*, defaults to 32):
+            Of rule `"local"`, see [`score_answers`].
         max_new_tokens (`int`, *optional*, defaults to 64):
             Of the student's own answers, where a rule or a rejection compares with them.
+        too_long (`str`, *optional*, defaults to `"raise"`):
+            See [`score_answers`].
         student_training (`str`, *optional*, defaults to `"full"`):
             `"full"` or `"lora"`, by `peft_config` or adapters on all linear layers.
         make_trainer (`Callable`, *optional*):
@@ -300,10 +302,9 @@ class _Levels:
         # -1 as the label of what nobody answered, as a plan of labels has it.
         plan = LevelPlan(level, 0, assigned.numpy().astype(np.int32), has_answer.int().numpy() - 1, kept.numpy(), {})
         plan.metrics["rule"] = rule  # type: ignore[assignment]
-        for place in torch.unique(assigned[has_answer]).tolist():
-            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float(
-                (assigned[has_answer] == place).double().mean()
-            )
+        spoken = assigned[has_answer]
+        for place in torch.unique(spoken).tolist():
+            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float((spoken == place).double().mean())
         plan.metrics |= {"consistency/keep_rate": plan.keep_rate, "consistency/num_kept": float(kept.sum())}
         return plan
 
