@@ -604,8 +604,9 @@ def test_a_chat_template_that_took_too_long_is_not_waited_for_again(tmp_path, re
     enter = chat_with(LOOPS + "again", Place(tmp_path / "model", request))
     for most in (0.3, 600.0):  # at the second time nobody waits
         monkeypatch.setattr(chat, "_MOST_SECONDS", most)
-        with pytest.raises(ValueError, match="^it takes more than 10 seconds, or a gigabyte of memory.$"):
+        with pytest.raises(ValueError, match="^it takes more than 10 seconds, or a gigabyte of memory.$") as caught:
             enter()
+        assert isinstance(caught.value.__cause__, chat.BrokenChatTemplateError)
 
 
 @dataclass

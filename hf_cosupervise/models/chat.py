@@ -40,7 +40,7 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *
     try:
         template = tokenizer.get_chat_template()
         if template in _stopped:
-            raise BrokenChatTemplateError(_TOO_LONG)
+            raise TimeoutError
         told = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
         told |= {"add_generation_prompt": asks} | tokenizer.special_tokens_map
         return _render(lambda: _compile(template).render(told))
