@@ -31,7 +31,7 @@ from ..processes import Processes, row_chunks
 from ..students.answers import TOO_LONG, AnswerReader, check_answer_pool
 from ..students.writing import WRITER_TRAININGS, Writer
 from .checkpointing import explain_checkpoint, read_back, seal_checkpoint
-from .config import fields_without
+from .config import CoSupervisedConfig, fields_without
 from .history import LevelHistory
 from .inherited import check_amounts, default_of
 from .plan import LevelPlan
@@ -55,6 +55,31 @@ def _check_options(options: Mapping[str, Any]) -> None:
     for name in ("window", "max_new_tokens"):
         if type(options[name]) is not int or options[name] < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {options[name]!r}. Correct it.")
+
+
+def _check_arguments(args: Any, make_trainer: Any) -> None:
+    """Refuse arguments that would be passed over, or stop the first level."""
+    # A configuration for labels has a method, an assignment and more of its own, of which nobody would hear here.
+    if not isinstance(args, TrainingArguments) or isinstance(args, CoSupervisedConfig):
+        raise TypeError(
+            f"`args` must be `TrainingArguments`, or those of a trainer of TRL, got {type(args).__name__}. Make some "
+            "first."
+        )
+    check_amounts(args)
+    if make_trainer is not None and (isinstance(make_trainer, type) or not callable(make_trainer)):
+        raise TypeError(
+            f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
+            "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
+        )
+    if args.eval_strategy != "no" and make_trainer is None:
+        raise ValueError(
+            f"`eval_strategy` must be 'no', got '{args.eval_strategy.value}': there are no data to evaluate a level "
+            "on. Leave it out, or give them to a trainer of your own by `make_trainer`."
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` must be False, got True: no level is published. Call `push_to_hub` of what is returned."
+        )
 
 
 @dataclass
@@ -174,13 +199,10 @@ def co_supervise_answers(
         arXiv 2402.15505; answers in place of labels are ours.
     """
     check_answer_pool(pool, "co_supervise_answers")
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"`args` must be `TrainingArguments`, got {type(args).__name__}. Make some first.")
-    check_amounts(args)
-    if make_trainer is not None and (isinstance(make_trainer, type) or not callable(make_trainer)):
-        raise TypeError(
-            f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
-            "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
+    _check_arguments(args, make_trainer)
+    if peft_config is not None and student_training != "lora":
+        raise ValueError(
+            f"`peft_config` is for `student_training='lora'`, got {student_training!r}. Give both, or neither."
         )
     options = {"rule": rule, "rejection": rejection, "normalize": normalize, "window": window, "too_long": too_long}
     options |= {"max_new_tokens": max_new_tokens, "student_training": student_training}

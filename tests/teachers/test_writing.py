@@ -420,8 +420,9 @@ def test_labels_and_words_are_kept_apart(folder_of: Callable[[str], str], tmp_pa
         AnswerPool.load(tmp_path / "labels")
     with pytest.raises(TypeError, match="`reuse` must be a `AnswerPool`, got PseudolabelPool"):
         build_answers(data, writers(teacher), reuse=labels)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
-        build_answers(data, writers(teacher), batch_size=0)
+    for size in (0, "8"):
+        with pytest.raises(ValueError, match=f"`batch_size` must be a whole number of at least 1, got {size!r}"):
+            build_answers(data, writers(teacher), batch_size=size)
     with pytest.raises(FileExistsError, match="Load the pool with `AnswerPool.load`"):
         build_answers(data, writers(teacher), output_dir=tmp_path / "answers")
     writers(teacher).save(tmp_path / "writers.yaml")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_cosupervise import Teacher, TeacherHierarchy, co_supervise_answers, score_answers
+from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, co_supervise_answers, score_answers
 from hf_cosupervise.pool.answers import AnswerPool
 from hf_cosupervise.training import answers as module
 
@@ -488,6 +489,9 @@ def test_two_processes_choose_the_same(tmp_path: Path) -> None:
         ({"max_new_tokens": 0}, r"`max_new_tokens` must be an integer of at least 1, got 0\."),
         ({"window": True}, r"`window` must be an integer of at least 1, got True\."),
         ({"normalize": "upper"}, r"`normalize` must be one of .*, got 'upper'\."),
+        ({"peft_config": LoraConfig()}, r"`peft_config` is for `student_training='lora'`, got 'full'\. Give both"),
+        ({"args": {"eval_strategy": "epoch"}}, r"`eval_strategy` must be 'no', got 'epoch': there are no data"),
+        ({"args": {"push_to_hub": True}}, r"`push_to_hub` must be False, got True: no level is published\. Call"),
     ],
 )
 def test_options_that_do_not_exist(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -505,8 +509,11 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
         co_supervise_answers(torch.nn.Linear(2, 2), pool, args, tokenizer=make_tokenizer())
     with pytest.raises(ValueError, match=r"`tokenizer` is needed beside a model object"):
         score_answers(make_model(), pool)
-    with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, got dict"):
-        co_supervise_answers(make_model(), pool, {}, tokenizer=make_tokenizer())  # type: ignore[arg-type]
+    for wrong in ({}, CoSupervisedConfig(str(tmp_path))):
+        with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, or .*, got (dict|CoSup.*)\. Make"):
+            co_supervise_answers(make_model(), pool, wrong, tokenizer=make_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`tokenizer` must be one of transformers, got str\. Load it by"):
+        score_answers(make_model(), pool, tokenizer="folder")
     for window, model in ((0, make_model()), (2, make_model("t5"))):
         with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):
             score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
@@ -527,7 +534,7 @@ def test_a_student_of_nan_is_no_finished_level(tmp_path: Path) -> None:
 
 
 def test_a_pool_of_the_other_kind(tmp_path: Path, tiny_vit: str) -> None:
-    from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer
+    from hf_cosupervise import CoSupervisedTrainer
 
     with pytest.raises(TypeError, match=r"`score_answers` needs an `AnswerPool` .*, got list\."):
         score_answers(make_model(), [], tokenizer=make_tokenizer())  # type: ignore[arg-type]
