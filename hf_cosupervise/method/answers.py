@@ -246,8 +246,7 @@ def pair_ranked(groups: np.ndarray, ranks: np.ndarray) -> Pairs:
 
     Source: Delta Learning (arXiv 2507.06187), of two teachers; ranks `(num_teachers,)` are 0 for the best.
     """
-    chosen = _pick(np.broadcast_to(-ranks.astype(np.float64), groups.shape), groups >= 0)
-    return chosen, _pick(np.broadcast_to(ranks.astype(np.float64), groups.shape), _others(groups, chosen))
+    return pair_scored(groups, np.broadcast_to(-ranks.astype(np.float64), groups.shape))
 
 
 def pair_scored(groups: np.ndarray, scores: np.ndarray) -> Pairs:

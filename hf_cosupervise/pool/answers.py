@@ -312,12 +312,14 @@ class AnswerPool(TeacherPool):
             raise ValueError(f"`answers` must have one entry for each of {len(self)} prompts, got {len(answers)}.")
         names = self.hierarchy.names
         speakers = None if assigned is None else self._read_assigned(assigned).tolist()
-        said: list[tuple[int, int, str | None]]  # row, who says it, what; of a row perhaps several
+        said: list[tuple[int, int, str | None]]  # row, who says it, what
         if answers is not None:
             said = list(zip(range(len(self)), speakers or [NOBODY] * len(self), answers))
+        elif speakers is None:
+            said = [(row, who, text) for row, texts in enumerate(self.answer_rows()) for who, text in enumerate(texts)]
         else:
-            each = [range(len(names))] * len(self) if speakers is None else [[who] * (who >= 0) for who in speakers]
-            said = [(row, who, texts[who]) for row, texts in enumerate(self.answer_rows()) for who in each[row]]
+            each = zip(speakers, self.answer_rows())
+            said = [(row, who, texts[who]) for row, (who, texts) in enumerate(each) if who >= 0]
         scale = self._one_each("weights", weights, "fiub", "numbers from 0")
         prompts, mask = self._asked(kept)
         # Blank ones are among `answers` of the user's alone: a pool holds none.
