@@ -282,10 +282,10 @@ class HeadFitter:
         cross = self.processes.sum(cross_products(self.features, rows, targets, self.head.out_features))
         # Members that go down the hierarchy begin with the same root, which has the same products.
         root = self._known.get("root")
-        if root is not None and asked == root.asked and np.array_equal(kept, root.kept):
-            if torch.equal(cross, root.cross):
-                self.head.load_state_dict(root.head)
-                return root.alpha, root.loss
+        is_known = root is not None and asked == root.asked and np.array_equal(kept, root.kept)
+        if is_known and torch.equal(cross, root.cross):
+            self.head.load_state_dict(root.head)
+            return root.alpha, root.loss
         gram = self._gram_of(kept)
         alpha = self._find_alpha(kept, targets, gram, cross)
         loss = fit_ridge_head(
