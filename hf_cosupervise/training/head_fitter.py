@@ -281,9 +281,9 @@ class HeadFitter:
         rows, asked = self._own_share(kept), (self.args.ridge_alpha, self.args.ridge_logit_scale)
         cross = self.processes.sum(cross_products(self.features, rows, targets, self.head.out_features))
         # Members that go down the hierarchy begin with the same root, which has the same products.
-        root = self._known.get("root")
-        is_known = root is not None and asked == root.asked and np.array_equal(kept, root.kept)
-        if is_known and torch.equal(cross, root.cross):
+        root: _Solved | None = self._known.get("root")
+        is_same = root is not None and asked == root.asked and np.array_equal(kept, root.kept)
+        if root is not None and is_same and torch.equal(cross, root.cross):
             self.head.load_state_dict(root.head)
             return root.alpha, root.loss
         gram = self._gram_of(kept)
