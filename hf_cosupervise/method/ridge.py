@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,16 @@ def draw_left_out(rows: torch.Tensor, seed: int, max_rows: int = MAX_LEFT_OUT) -
     return rows[drawn.sort().values.to(rows.device)]
 
 
+class LeftOutRows(NamedTuple):
+    """What of a search hangs on the rows alone, and not on their pseudolabels."""
+
+    values: torch.Tensor  # eigenvalues of X^T W X of all centred inputs: (feature_size,)
+    vectors: torch.Tensor  # its eigenvectors: (feature_size, feature_size)
+    turned: (
+        torch.Tensor
+    )  # the centred rows that are left out in turn, in their directions: (num_left_out, feature_size)
+
+
 @torch.no_grad()
 def left_out_predictions(
     inputs: torch.Tensor,
@@ -33,7 +44,7 @@ def left_out_predictions(
     *,
     bias: bool = True,
     weights: torch.Tensor | None = None,
-    eigh: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = torch.linalg.eigh,
+    once: Callable[[Callable[[], LeftOutRows]], LeftOutRows] = lambda make: make(),
 ) -> torch.Tensor:
     """Predict rows by the ridge regressions of all other rows, without fitting any of them.
 
@@ -45,7 +56,8 @@ def left_out_predictions(
     the residual of the fit without row i is r_i / (1 - h_i), exactly. One eigendecomposition of A gives (A + lambda
     I)^-1 for every lambda. `gram` and `cross` are sums of w z z^T and w z y^T over *all* rows of the training set,
     with z an input and a 1 appended; all is computed in the type of the inputs: in float64 to 1e-8, in float32
-    fast. Gives `(num_alphas, num_left_out, num_labels)`, not scaled to logits.
+    fast. Who asks of the same rows with other pseudolabels gives by `once` what was made of them. Gives
+    `(num_alphas, num_left_out, num_labels)`, not scaled to logits.
     Source: Allen's PRESS, 1974; which rows are left out of how large a fit is ours.
 
     Examples:
@@ -67,9 +79,13 @@ def left_out_predictions(
         second = second - torch.outer(gram[:size, size], gram[:size, size]) / total
         products = products - torch.outer(gram[:size, size], cross[size]) / total
     strength = second.diagonal().mean()
-    # Negative by rounding only, and a leverage must not be.
-    values, vectors = eigh(second.to(dtype))
-    values, turned = values.clamp(min=0), (inputs - mean) @ vectors
+
+    def turn() -> LeftOutRows:
+        values, vectors = torch.linalg.eigh(second.to(dtype))
+        # Negative by rounding only, and a leverage must not be.
+        return LeftOutRows(values.clamp(min=0), vectors, (inputs - mean) @ vectors)
+
+    values, vectors, turned = once(turn)
     projected, squared = vectors.T @ products.to(dtype), turned.square()
     found = targets.new_empty(len(alphas), *targets.shape)
     for number, alpha in enumerate(alphas):
@@ -93,7 +109,7 @@ def choose_ridge_alpha(
     *,
     bias: bool = True,
     weights: torch.Tensor | None = None,
-    eigh: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = torch.linalg.eigh,
+    once: Callable[[Callable[[], LeftOutRows]], LeftOutRows] = lambda make: make(),
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> float:
     """Choose the penalty of [`fit_ridge_head`] whose regression predicts pseudolabels best that it has not seen.
@@ -101,7 +117,7 @@ def choose_ridge_alpha(
     The score of a penalty is the mean squared distance of [`left_out_predictions`] from the label that each
     pseudolabel names, whatever probability it gives it; ties go to the strongest penalty. `left_out` is what this
     process leaves out in turn of what [`draw_left_out`] gave, `gram` and `cross` are of all processes and of features
-    less `origin`; who has the eigendecomposition of the same rows already gives it by `eigh`.
+    less `origin`; for `once` see there.
     Source: ours. On development tasks the squared distance from soft pseudolabels chose penalties that are too strong
     where teachers are unsure and rows few, the cross-entropy of the scaled logits everywhere, and the share of labels
     that agree ones that are too weak.
@@ -121,7 +137,7 @@ def choose_ridge_alpha(
         inputs, wanted = features[left_out].float() - origin, targets(left_out).float()
         if not bias:
             inputs, gram, cross = inputs + origin, *_move_back(gram, cross, origin)
-        found = left_out_predictions(inputs, wanted, gram, cross, alphas, bias=bias, weights=weights, eigh=eigh)
+        found = left_out_predictions(inputs, wanted, gram, cross, alphas, bias=bias, weights=weights, once=once)
         own = torch.ones_like(inputs[:, 0]) if weights is None else weights.to(inputs)
         named = torch.nn.functional.one_hot(first_argmax(wanted), wanted.shape[1])
         errors[:-1] = (found - named).square().sum(dim=2).double() @ own.double()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ from .pooling import has_pooling
 from .vectors import VECTOR_STUDENTS, VectorClassifier
 
 logger = logging.getLogger(__name__)
+# Students whose backbone nobody changes for now, by their model: another student of it need not ask it again.
+_STILL: WeakKeyDictionary[nn.Module, Student] = WeakKeyDictionary()
 
 
 def open_student(
@@ -124,6 +127,8 @@ def _check_weights(model: Any) -> None:
 
 def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> None:
     """See that a model object answers with a logit for each label, whatever its class."""
+    if model in _STILL:
+        return
     # It is the user's own object: it is asked, and left in the mode in which it came.
     was_training = model.training
     inputs = {name: value.to(model.device) for name, value in processor.probe().items()}
@@ -220,6 +225,8 @@ class Student:
 
     def _find_head(self) -> nn.Linear | None:
         """Find the head if the rest of the student can be replaced by its features."""
+        if (other := _STILL.get(self.model)) is not None:
+            return other.head
         head = linear_head(self.model.eval())
         if head is None or not len(self.examples):
             return None
@@ -455,12 +462,14 @@ class Student:
 
     @contextmanager
     def holding_still(self) -> Iterator[None]:
-        """Hash the weights once, while nobody changes those of the backbone."""
+        """Ask the model and hash its weights once, while nobody changes those of the backbone."""
         self._digest, self._store = self.digest(), self.store
+        _STILL[self.model] = self
         try:
             yield
         finally:
             self._digest = self._store = None
+            del _STILL[self.model]
 
     def nearest(self, k: int) -> torch.Tensor:
         """Give each example's neighbours in the features: the backbone is frozen, so they are found once."""

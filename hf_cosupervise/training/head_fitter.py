@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +43,17 @@ _ROWS_ASKED = 4096
 # Under this name the penalty of a level is logged, and kept in its record.
 RIDGE_ALPHA = "head/ridge_alpha"
 TargetLookup = Callable[[torch.Tensor], torch.Tensor | SparseTargets]
+
+
+class _Solved(NamedTuple):
+    """A ridge regression that was made, and what it was made of."""
+
+    asked: tuple[Any, float]
+    kept: np.ndarray
+    cross: torch.Tensor
+    alpha: float
+    loss: float
+    head: dict[str, torch.Tensor]
 
 
 @dataclass
@@ -191,10 +202,14 @@ class HeadFitter:
         num_steps = events.state.global_step
         return TrainOutput(num_steps, mean, speed_metrics("train", started, num_steps=num_steps))
 
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Give what hangs on the features and the rows that were read alone, made once for all levels and members."""
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
     def _scaling(self) -> FeatureScaling:
-        if "scaling" not in self._known:
-            self._known["scaling"] = measure_scaling(self.features, torch.from_numpy(self._readable))
-        return self._known["scaling"]
+        return self._once("scaling", lambda: measure_scaling(self.features, torch.from_numpy(self._readable)))
 
     def _steps(
         self,
@@ -250,9 +265,28 @@ class HeadFitter:
         started = time.time()
         events.tell("on_train_begin")
         events.tell("on_epoch_begin")
+        alpha, loss = self._solve(kept, targets)
+        events.state.global_step, events.state.epoch = 1, 1.0
+        events.tell("on_step_end")
+        if self.args.logging_strategy != "no":
+            events.tell_numbers({"loss": loss, RIDGE_ALPHA: alpha})
+        events.tell("on_epoch_end")
+        events.tell("on_train_end")
+        metrics = speed_metrics("train", started, num_steps=1)
+        return TrainOutput(1, loss, {**metrics, RIDGE_ALPHA: alpha})
+
+    def _solve(self, kept: np.ndarray, targets: TargetLookup) -> tuple[float, float]:
+        """Put the solution into the head; gives the penalty and the loss."""
         # Each process sums its share; the products are added up, and all solve the same system.
-        rows, gram = self._own_share(kept), self._gram_of(kept)
+        rows, asked = self._own_share(kept), (self.args.ridge_alpha, self.args.ridge_logit_scale)
         cross = self.processes.sum(cross_products(self.features, rows, targets, self.head.out_features))
+        # Members that go down the hierarchy begin with the same root, which has the same products.
+        root: _Solved | None = self._known.get("root")
+        is_same = root is not None and asked == root.asked and np.array_equal(kept, root.kept)
+        if root is not None and is_same and torch.equal(cross, root.cross):
+            self.head.load_state_dict(root.head)
+            return root.alpha, root.loss
+        gram = self._gram_of(kept)
         alpha = self._find_alpha(kept, targets, gram, cross)
         loss = fit_ridge_head(
             self.head,
@@ -265,26 +299,19 @@ class HeadFitter:
             cross=cross,
             sum_over_processes=self.processes.sum,
         )
-        events.state.global_step, events.state.epoch = 1, 1.0
-        events.tell("on_step_end")
-        if self.args.logging_strategy != "no":
-            events.tell_numbers({"loss": float(loss), RIDGE_ALPHA: alpha})
-        events.tell("on_epoch_end")
-        events.tell("on_train_end")
-        metrics = speed_metrics("train", started, num_steps=1)
-        return TrainOutput(1, float(loss), {**metrics, RIDGE_ALPHA: alpha})
+        head = {name: value.clone() for name, value in self.head.state_dict().items()}
+        self._known.setdefault("root", _Solved(asked, kept, cross, alpha, float(loss), head))
+        return alpha, float(loss)
 
     def _find_alpha(self, kept: np.ndarray, targets: TargetLookup, gram: torch.Tensor, cross: torch.Tensor) -> float:
         """Give the penalty: a number as it is, or what predicts the pseudolabels best that a fit has not seen."""
         if not isinstance(self.args.ridge_alpha, str | None):
             return float(self.args.ridge_alpha)
-        # Members that go down the hierarchy begin with the same root, which has the same products.
-        of_root = self._known.get("root_alpha")
-        if of_root is not None and np.array_equal(kept, of_root[0]) and torch.equal(cross, of_root[1]):
-            return of_root[2]
         # Always of the same seed: whatever the run's own is, a ridge gives the same student.
         left_out = self._own_share(draw_left_out(torch.from_numpy(kept), seed=0).numpy())
-        alpha = choose_ridge_alpha(
+        # Roots and averages are all fitted to all that was read.
+        is_whole = len(kept) == len(self._readable)
+        return choose_ridge_alpha(
             self.features,
             lambda rows: dense_targets(targets(rows), self.head.out_features),
             left_out.to(self.features.device),
@@ -292,25 +319,16 @@ class HeadFitter:
             cross,
             feature_origin(self.features),
             bias=self.head.bias is not None,
-            eigh=self._eigh if len(kept) == len(self._readable) else torch.linalg.eigh,
+            once=lambda turn: self._once("left_out", turn) if is_whole else turn(),
             sum_over_processes=self.processes.sum,
         )
-        self._known.setdefault("root_alpha", (kept, cross, alpha))
-        return alpha
-
-    def _eigh(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decompose the matrix of all rows, once: roots and averages are all fitted to them."""
-        if "eigh" not in self._known:
-            self._known["eigh"] = torch.linalg.eigh(matrix)
-        return self._known["eigh"]
 
     def _gram_of(self, kept: np.ndarray) -> torch.Tensor:
         """Give the Gram matrix of the kept rows: that of all that were read, made once, less that of the others."""
-        if "gram" not in self._known:
-            self._known["gram"] = self._sum_gram(self._readable)
+        whole = self._once("gram", lambda: self._sum_gram(self._readable))
         others = np.setdiff1d(self._readable, kept, assume_unique=True)
         # Whatever is less work: Gram matrices add up.
-        return self._known["gram"] - self._sum_gram(others) if len(others) < len(kept) else self._sum_gram(kept)
+        return whole - self._sum_gram(others) if len(others) < len(kept) else self._sum_gram(kept)
 
     def _sum_gram(self, rows: np.ndarray) -> torch.Tensor:
         return self.processes.sum(gram_matrix(self.features, self._own_share(rows)))

@@ -89,6 +89,30 @@ def test_a_committee_of_one_is_that_method_alone(train, name):
     assert torch.equal(head(alone), head(train("plain", pool=pool, **arguments)))
 
 
+def test_members_share_what_is_the_same_for_all(train, monkeypatch):
+    from hf_cosupervise.students import student
+    from hf_cosupervise.training import head_fitter
+
+    calls = {"head_gives_logits": 0, "fit_ridge_head": 0}
+
+    def counted(module: Any, name: str) -> Any:
+        found = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return found(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(student, "head_gives_logits")
+    counted(head_fitter, "fit_ridge_head")
+    train("ridges", method="committee", members=["csl_ridge", "neighbors_ridge"])
+    # The model is asked once; and of two members with two levels the roots are one.
+    assert calls == {"head_gives_logits": 1, "fit_ridge_head": 3}
+    train("alone", head_solver="ridge")  # later students ask again: the model may have changed since
+    assert calls == {"head_gives_logits": 2, "fit_ridge_head": 5}
+
+
 def test_it_goes_on_with_the_member_that_was_cut_off(train, committee):
     class Stop(Exception):
         pass
