@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import optimizer as torch_optimizer
-from torch.optim.adamw import adamw
 
 from .losses import LossAndGradient
 
@@ -85,7 +83,6 @@ def fit_linear_head(
     parameters = [weight] if bias is None else [weight, bias]
     # A view of the bias, which the optimizer changes in place: it need not be made again in each step.
     offset = weight.new_zeros(weight.shape[0], 1) if bias is None else bias.detach().unsqueeze(1)
-    optimizer_step = _quick_step(optimizer)
     with _threads_for(weight):
         buffer = features[:0]
         for micro_batches in steps:
@@ -117,7 +114,7 @@ def fit_linear_head(
                     if average_gradients is not None:
                         average_gradients(gradient)
                 norm = _clip_norm(gradients[: len(parameters)], max_grad_norm) if max_grad_norm > 0 else None
-            optimizer_step()
+            optimizer.step()
             scheduler.step()
             if on_step is not None:
                 on_step(mean_loss, norm)
@@ -127,43 +124,6 @@ def fit_linear_head(
             weight.mul_(scaling.scale)
             if bias is not None:
                 bias.sub_(weight @ scaling.mean)
-
-
-def _quick_step(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
-    """Give the optimizer's step; of the fused AdamW the public function that it comes to, the same to the bit.
-
-    What a step does around it, for profilers, hooks and graphs, takes a quarter of the time of a small head.
-    """
-    own = vars(optimizer).get("step")  # a schedule's, which sees that the optimizer goes first, or anybody's
-    is_own = own is not None and getattr(own, "__wrapped__", None) is not type(optimizer).step
-    if type(optimizer) is not torch.optim.AdamW or is_own:
-        return optimizer.step
-
-    @torch.no_grad()
-    def step() -> None:
-        # The first step makes the state.
-        if not optimizer.state or _has_hooks(optimizer) or not all(map(_is_fused, optimizer.param_groups)):
-            optimizer.step()
-            return
-        for group in optimizer.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            gradients, states = [p.grad for p in parameters], [optimizer.state[p] for p in parameters]
-            first, second, steps = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-            (beta1, beta2), options = group["betas"], {name: group[name] for name in ("lr", "weight_decay", "eps")}
-            options |= {"beta1": beta1, "beta2": beta2, "fused": True, "amsgrad": False, "maximize": False}
-            adamw(parameters, gradients, first, second, [], steps, **options)
-
-    return step
-
-
-def _is_fused(group: dict[str, Any]) -> bool:
-    return bool(group["fused"]) and not any(group[n] for n in ("amsgrad", "maximize", "capturable", "differentiable"))
-
-
-def _has_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    # Where torch no longer keeps them here, there may be some.
-    kinds = (optimizer, "_optimizer_step_{}_hooks"), (torch_optimizer, "_global_optimizer_{}_hooks")
-    return any(getattr(place, name.format(when), True) for place, name in kinds for when in ("pre", "post"))
 
 
 def _clip_norm(gradients: Sequence[torch.Tensor], max_norm: float) -> float:

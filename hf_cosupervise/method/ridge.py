@@ -29,9 +29,8 @@ class LeftOutRows(NamedTuple):
 
     values: torch.Tensor  # eigenvalues of X^T W X of all centred inputs: (feature_size,)
     vectors: torch.Tensor  # its eigenvectors: (feature_size, feature_size)
-    turned: (
-        torch.Tensor
-    )  # the centred rows that are left out in turn, in their directions: (num_left_out, feature_size)
+    # The centred rows that are left out in turn, in their directions: (num_left_out, feature_size).
+    turned: torch.Tensor
 
 
 @torch.no_grad()

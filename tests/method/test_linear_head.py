@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-import types
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_cosupervise.method import linear_head
 from hf_cosupervise.method.linear_head import (
@@ -597,36 +595,6 @@ def test_fused_adam_takes_the_same_steps(bias, weight_decay, kind, data):
             )
 
 
-class OwnAdamW(torch.optim.AdamW):
-    """Of a class of its own, whose step is never passed by."""
-
-
-@pytest.mark.parametrize("changes", [{}, {"amsgrad": True}, {"maximize": True}, {"betas": (0.5, 0.9), "eps": 1e-3}])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_quick_step_is_the_optimizers_to_the_bit(data, bias, changes):
-    found = []
-    for kind in (torch.optim.AdamW, OwnAdamW):
-        head = new_head(bias)
-        groups = [{"params": [p], "weight_decay": 0.1 * (p.ndim - 1)} for p in head.parameters()]
-        optimizer = kind(groups, lr=1e-2, fused=True, **changes)
-        steps, scheduler = draw_steps(20, (8,)), make_scheduler(optimizer, 20)
-        fit_linear_head(head, data[0], lambda rows: data[1][rows], steps, optimizer, scheduler)
-        found.append(
-            [*head.parameters(), *(value for p in head.parameters() for value in optimizer.state[p].values())]
-        )
-    assert len(found[0]) > 4 - 2 * (not bias) and all(map(torch.equal, *found))
-
-
-def test_a_step_of_ones_own_is_taken(data):
-    head, calls = new_head(), []
-    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, fused=True)
-    step = optimizer.step
-    optimizer.step = types.MethodType(lambda self: calls.append(step()), optimizer)
-    scheduler = make_scheduler(optimizer, 3)
-    fit_linear_head(head, data[0], lambda rows: data[1][rows], draw_steps(3, (4,)), optimizer, scheduler)
-    assert len(calls) == 3
-
-
 def test_hooks_of_an_optimizer_are_called(data):
     for fused in (False, True):
         head = new_head()
@@ -634,12 +602,10 @@ def test_hooks_of_an_optimizer_are_called(data):
         calls: list[str] = []
         optimizer.register_step_pre_hook(lambda *_: calls.append("before"))  # noqa: B023
         optimizer.register_step_post_hook(lambda *_: calls.append("after"))  # noqa: B023
-        everywhere = register_optimizer_step_post_hook(lambda *_: calls.append("last"))  # noqa: B023
         fit_linear_head(
             head, data[0], lambda rows: data[1][rows], draw_steps(3, (4,)), optimizer, make_scheduler(optimizer, 3)
         )
-        everywhere.remove()
-        assert calls == ["before", "after", "last"] * 3
+        assert calls == ["before", "after"] * 3
 
 
 def test_groups_of_their_own_keep_their_rates(data):
