@@ -25,8 +25,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.columns import cell_digests, has_input, is_text_column, is_vector_column
+from ..data.columns import has_input, is_text_column, is_vector_column
 from ..data.inputs import InputProcessor
+from ..data.keys import cell_digests
 from ..data.vectors import vector_digests
 from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, concatenate_datasets
 
-from ..data.columns import as_label_id, check_column_name, find_input_column, is_vector_column, row_keys, shorten
+from ..data.columns import as_label_id, check_column_name, find_input_column, is_vector_column, shorten
 from ..data.inputs import check_depth, decode_image, to_pil
+from ..data.keys import row_keys
 from ..data.loading import DataChoice, find_data
 from ..data.vectors import join_columns, name_columns, parts_of, unreadable_vectors
 from ..files import check_free, explain_full_disk, move_file

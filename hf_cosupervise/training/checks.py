@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Image, Value
 
-from ..data.columns import find_input_column, is_text_column, is_vector_column, row_keys
+from ..data.columns import find_input_column, is_text_column, is_vector_column
 from ..data.inputs import InputProcessor, check_depth
+from ..data.keys import row_keys
 from ..data.vectors import check_vectors, join_columns, name_columns, parts_of
 from ..files import make_output_dir
 from ..method.metrics import check_metric

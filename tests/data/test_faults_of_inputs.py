@@ -20,8 +20,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from hf_cosupervise.data import inputs as inputs_module
-from hf_cosupervise.data.columns import cell_digest, cell_digests, has_input, read_labels, row_keys
+from hf_cosupervise.data.columns import has_input, read_labels
 from hf_cosupervise.data.inputs import InputProcessor, RowError, to_pil
+from hf_cosupervise.data.keys import cell_digest, cell_digests, row_keys
 from hf_cosupervise.files import parse_json
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.pool import pseudolabels as pool_module

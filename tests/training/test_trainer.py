@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, Teacher, TeacherHierarchy
-from hf_cosupervise.data.columns import row_keys
+from hf_cosupervise.data.keys import row_keys
 from hf_cosupervise.training import level_loss
 
 pytestmark = pytest.mark.core
