@@ -308,7 +308,7 @@ class TrainingRun:
         }
         self._outputs.append(output)
         # All processes hold the record, one of them writes.
-        self.history.add(record, write=False)
+        self.history.records.append(record)
         self.processes.on_first(self._write_history)
         return record
 
