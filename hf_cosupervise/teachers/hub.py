@@ -244,6 +244,7 @@ def _check_shareable(source: ModelSource) -> None:
     if not source.is_local:
         return
     source.fetch()
+    # Its path would mean another model, or none, to everybody else.
     if source.base is not None and source.base.is_local:
         raise ValueError(
             f"{source.what} must be an adapter whose base is on the Hub, got one on the folder "
@@ -350,6 +351,7 @@ def _card_facts(
         if source is not None and teacher.name not in inner:
             record |= {"model": source.repo, "revision": source.revision, "commit": source.commit}
         teachers.append(record)
+    # Named where all are alike: a card has one task.
     modalities = {_modality(source) for source in found.values()} if hierarchy.labels else set()
     return {
         "modality": modalities.pop() if len(modalities) == 1 else None,

@@ -211,14 +211,17 @@ def ask_teachers(
     if isinstance(dataset, Dataset | IterableDataset):
         check_meant(hierarchy, dataset.column_names or ())
     processes = _join_processes(output_dir)
+    # By one process for all: it asks the Hub, and reads gigabytes to hash them.
     identities, sizes = processes.on_first(partial(_identify, hierarchy, models))
     reused = frozenset[str]() if reuse is None else _find_reused(reuse, hierarchy, identities)
     choice = DataChoice(split, revision, config_name, streaming)
     dataset, found = find_data(dataset, choice, processes)
     source = dict(source) if source else found
+    # A format such as "torch" would hand out tensors in place of cells.
     dataset = dataset.with_format(None)
     if len(dataset) == 0:
         raise ValueError("`dataset` must hold at least one example, got none. Check its split or its filter.")
+    # Before columns are joined: in one vector nobody would see the ground truth any more.
     truth = {oracle_column, oracle_domain_column, *undeclared_truth(dataset, ())}
     if truth := truth.intersection(parts_of(dataset, named)):
         raise ValueError(
@@ -365,6 +368,7 @@ def _check_columns(
             f"analysis with `oracle_column={undeclared[0]!r}`, or drop them with "
             f"`dataset.remove_columns({undeclared})`."
         )
+    # Where all answers are in columns nothing is read, unless ids are to be made of it.
     is_needed = input_column is not None or None in read.values()
     if is_needed or "id" not in dataset.column_names:
         # Answers may be lists of numbers too, and are nobody's input unless it is said.
@@ -380,6 +384,7 @@ def _find_ids(dataset: Dataset, input_column: str | None) -> list[int] | list[st
         # From the content, so that the same rows have the same ids in any order.
         return row_keys(dataset, str(input_column))
     ids = list(dataset["id"][:])
+    # Of one kind, by which Arrow stores them; True is an integer to Python.
     wanted = str if isinstance(ids[0], str) else int
     if wrong := [row for row, value in enumerate(ids) if not isinstance(value, wanted) or isinstance(value, bool)]:
         raise ValueError(
@@ -447,6 +452,7 @@ def _oracle_label_ids(dataset: Dataset, column: str, labels: Sequence[str]) -> l
 
 def _join_processes(output_dir: str | os.PathLike[str] | None) -> Processes:
     """Find the processes that label together."""
+    # By the environment: one process alone needs no group, and must not wait for one.
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return Processes(0, 1)
@@ -489,6 +495,7 @@ def _find_reused(
     names = set()
     for teacher in hierarchy.teachers:
         identity, facts = identities[teacher.name], reuse.facts.get(teacher.name, {})
+        # What an older pool does not tell is taken for the same.
         differs = [key for key, value in identity.items() if facts.get(key, value) != value]
         if teacher.name in held and not differs and _is_same(teacher, held[teacher.name], identity, facts):
             names.add(teacher.name)
@@ -526,6 +533,7 @@ def _run(job: Job, identities: Mapping[str, Mapping[str, Any]], sizes: Mapping[s
         processes.wait()
         pool = _finish(job, progress)
         progress.close()
+        # From here on the pool owns the folder, so that nothing is taken away on leaving.
         stack.pop_all()
     return pool
 
@@ -611,6 +619,7 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
     ids = [job.ids[row] for segment in segments for row in segment.failed_rows]
     reason = next((segment.reason for segment in segments if segment.num_failed), "")
     if num_failed == len(job.ids):
+        # Or the same call with a corrected teacher would find all of its rows done.
         progress.drop(name)
         raise ValueError(
             f"Teacher '{name}' must be able to label at least one row, got {num_failed} of {len(job.ids)} rows that "
@@ -633,6 +642,7 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
 
 def _tell_constant(job: Job, pool: Any) -> None:
     """Tell of a model that should know several labels and gives each row the same."""
+    # Columns and functions may be of one label on purpose, as labelling functions are.
     for teacher in job.hierarchy.teachers if job.hierarchy.labels else ():
         if not teacher.has_files or teacher.name in job.reused or len(teacher.scope or job.hierarchy.labels) < 2:
             continue
@@ -673,6 +683,7 @@ def _find_unreadable(job: Job, pool: Any) -> np.ndarray:
     # Decoding every image again would cost as much as labelling did.
     failed = [name for name in readers if pool.facts[name].get("num_failed")]
     feature = pool.inputs.features.get(column) if pool.inputs is not None else None
+    # Vectors are checked by their numbers, which is quick whoever failed.
     if job.on_error == "missing" and feature is not None and is_vector_column(pool.inputs, str(column)):
         return unreadable_vectors(pool.inputs, str(column))
     if not failed or pool.inputs is None or column is None or not isinstance(feature, Image):
@@ -694,6 +705,7 @@ def _empty_cells(inputs: Dataset, column: str, rows: np.ndarray) -> Dataset:
     """The same inputs without what is in some rows of a column; nothing but those rows is copied."""
     few = inputs.select_columns([name for name in inputs.column_names if name != column]).select(rows)
     few = few.add_column(column, [None] * len(rows), feature=inputs.features[column])
+    # Those rows are taken from behind the end, where their empty twins are.
     order = np.arange(len(inputs))
     order[rows] = len(inputs) + np.arange(len(rows))
     return concatenate_datasets([inputs, few.select_columns(inputs.column_names)]).select(order)

@@ -87,6 +87,7 @@ def check_meant(hierarchy: TeacherHierarchy, columns: Sequence[str]) -> None:
 
 
 def _is_hierarchy(name: str, dataset: Dataset) -> bool:
+    # A level stands before a single teacher only.
     if name in dataset.column_names or _LEVEL.fullmatch(name):
         return False
     if Path(name).suffix in (".json", ".yaml", ".yml"):
@@ -101,6 +102,7 @@ def _read_teacher(name: str | Mapping[str, Any], dataset: Dataset) -> Teacher:
         return Teacher(**name)
     found = _LEVEL.fullmatch(name)
     level, model = (int(found[1]), found[2]) if found else (0, name)
+    # Its answers are here already, and a name for the Hub may look alike.
     if model in dataset.column_names:
         return Teacher(model, level=level, kind="column", name=re.sub(r"[^A-Za-z0-9._-]", "-", model).strip("-._"))
     return Teacher(model, level=level)
@@ -109,6 +111,7 @@ def _read_teacher(name: str | Mapping[str, Any], dataset: Dataset) -> Teacher:
 def _find_labels(teachers: Sequence[Teacher], dataset: Dataset) -> list[str]:
     """The labels of all teachers, those of the first levels first."""
     known: dict[str, None] = {}
+    # The root first: a generalist knows all labels, and gives them their order.
     for teacher in sorted(teachers, key=lambda teacher: teacher.level):
         own = _labels_of(teacher, dataset)
         if known and known.keys().isdisjoint(own):
@@ -154,6 +157,7 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
     names = config.get("id2label") or config.get("label_names")
     names = names or (described.get("label_names") if isinstance(described, Mapping) else None)
     if isinstance(names, Mapping):
+        # By number: as texts, 10 would come before 2.
         names = [names[key] for key in sorted(names, key=lambda key: (len(str(key)), str(key)))]
     if not isinstance(names, list) or not names or all(str(name).startswith("LABEL_") for name in names):
         raise ValueError(

@@ -28,11 +28,13 @@ def feature_settings(feature: Any, what: str) -> dict[str, Any]:
             "Drop them."
         )
     settings = defaults | dict(feature)
+    # Texts and vectors are read as they are.
     if settings["kind"] != "pixels":
         return settings
     size = settings["size"]
     if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
         raise ValueError(f"{what} must have a `size` of [height, width] in pixels or None, got {size!r}.")
+    # Written so that NaN is refused too.
     if settings["mode"] not in ("L", "RGB") or not settings["divide_by"] > 0:
         raise ValueError(
             f"{what} must have a `mode` of 'L' or 'RGB' and a positive `divide_by`, got {settings['mode']!r} and "

@@ -52,6 +52,7 @@ def check_teacher_model(model: Any, name: str) -> None:
     lacking += [] if callable(getattr(model, "prepare", None)) else ["`prepare(cells)`"]
     lacking += [] if isinstance(getattr(model, "column", 0), str | None) else ["`column` (a name or None)"]
     try:
+        # They are written into the pool, hours later.
         is_json = json.dumps(facts := getattr(model, "facts", None)) and isinstance(facts, Mapping)
     except (TypeError, ValueError):
         is_json = False
@@ -263,6 +264,7 @@ def find_targets(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[s
 
 
 def _refuse_unmapped(teacher: Teacher, unmapped: Sequence[str], labels: Sequence[str]) -> NoReturn:
+    # What transformers calls labels that nobody has named.
     if all(name.startswith("LABEL_") for name in unmapped):
         raise ValueError(
             f"Teacher '{teacher.name}' must tell the names of its labels, got the placeholders {shorten(unmapped)}. "
@@ -290,6 +292,7 @@ def check_names(teacher: Teacher, own_labels: Sequence[str], label2id: Any = Non
         )
     for label, position in label2id.items() if isinstance(label2id, Mapping) else ():
         named = [number for number, own_label in enumerate(own_labels) if own_label == label]
+        # As texts, since JSON may hold numbers as such.
         if named and str(position) not in map(str, named):
             raise ValueError(
                 f"{what} must number its labels in one way, got {label!r} as {named[0]} in `id2label` and as "
@@ -302,6 +305,7 @@ def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
     exact = {label: position for position, label in enumerate(labels)}
     alike: dict[str, int | None] = {}
     for position, label in enumerate(labels):
+        # Of two labels that differ in case alone, a name in other letters means neither.
         alike[label.casefold()] = None if label.casefold() in alike else position
     return lambda name: exact[name] if name in exact else alike.get(name.casefold())
 
@@ -314,6 +318,7 @@ def add_up(own_probs: np.ndarray, positions: LabelPositions, num_labels: int) ->
             f"(num_rows, {positions.num_own}), got {own_probs.shape}. Check its configuration."
         )
     probs = np.zeros((len(own_probs), num_labels), dtype=np.float32)
+    # Almost always: then it is one copy, and no sum over labels.
     if len(np.unique(positions.to)) == len(positions.to) and (positions.shares == 1).all():
         probs[:, positions.to] = own_probs[:, positions.own]
     else:
@@ -358,6 +363,7 @@ class Preparation:
     make: Callable[[Sequence[Any]], Any]
 
     def __call__(self, cells: Sequence[Any]) -> Any:
+        # Of the first alone: all cells of a column are of one kind.
         if cells and isinstance(cells[0], str) != self.is_text:
             wanted = "texts" if self.is_text else "images or vectors"
             pairs = ", and make pairs of texts one text each" if self.is_text and isinstance(cells[0], list) else ""
@@ -367,6 +373,7 @@ class Preparation:
             )
         try:
             inputs = self.make(cells)
+        # A full memory is a RuntimeError to torch, and the fault of no row.
         except (RowError, torch.OutOfMemoryError):
             raise
         except _PREPARE_ERRORS as error:

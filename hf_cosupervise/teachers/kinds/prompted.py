@@ -121,6 +121,7 @@ class PromptedTeacher:
         self.facts = source.facts("prompted", type(model).__name__, fingerprint([*seen, *prompt]))
         self.facts |= tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
         self.facts |= {
+            # A card shows it, and a template may be pages long.
             "template": fingerprint(self.options["template"]),
             "words": {label: list(words) for label, words in texts.items()},
         }
@@ -148,6 +149,7 @@ class PromptedTeacher:
             return self._generate(inputs)
         scores = self._score(inputs) - self.prior
         probs = np.zeros((len(scores), len(self.own_labels)), dtype=np.float32)
+        # Taken away first, or the exponentials of long words would all be 0.
         largest = scores.max(axis=1, keepdims=True)
         # Several words of a label: the probability that it is any of them.
         np.add.at(probs.T, self.owners, np.exp(scores - largest).T)
@@ -168,6 +170,7 @@ class PromptedTeacher:
         with torch.inference_mode():
             tokens = self.model.generate(**inputs)
         if not self.prompter.is_seq2seq:
+            # A causal model gives its prompt back before what it adds.
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
         probs = np.zeros((len(tokens), len(self.own_labels)), dtype=np.float32)
         answers = self.prompter.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -236,8 +239,10 @@ class Prompter:
         except RENDER_ERRORS as error:
             raise RowError(f"The template of the prompt cannot be filled in: {first_line(error)}") from error
         if self.is_seq2seq:
+            # A decoder reads words alone, so that no token reaches over from the prompt.
             words = self._tokenize(self.words, add_special_tokens=False)
             return [(prompt, words) for prompt in self._tokenize(prompts, add_special_tokens=True)]
+        # A chat template writes the first token itself.
         before = [] if self.options["chat"] else leading_tokens(self.tokenizer)
         pairs = [self._border(prompt) for prompt in prompts]
         if not self.words:
@@ -302,6 +307,7 @@ class Prompter:
         words = self.encode(_SAMPLES[:1])[0][1]
         known: dict[tuple[int, ...], str] = {}
         for word, tokens in zip(self.words, words, strict=True):
+            # Tokenizers of bytes have no token for what is unknown, and know everything.
             if not tokens or self.tokenizer.unk_token_id in self._tokenize([word], add_special_tokens=False)[0]:
                 raise ValueError(
                     f"{what} must have words for labels that its tokenizer knows, got {word!r}, which it does not. "
@@ -316,6 +322,7 @@ class Prompter:
     def _tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
+        # Not verbose: the tokenizer would warn of long texts, which are counted afterwards.
         settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
         tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
         return tokens
@@ -339,6 +346,7 @@ class Prompter:
         if self.options["too_long"] == "raise" or self._length(best) > self.max_length:
             cut = "" if self.options["too_long"] == "cut" else ', or `options={"too_long": "cut"}`'
             raise RowError(f"A prompt must have at most {self.max_length} tokens{cut}, got {length}")
+        # By halves: how many tokens a text has shows only when it is cut there.
         while exceeds - fits > 1:
             middle = (fits + exceeds) // 2
             row = self.encode([text[:middle]])[0]
@@ -395,6 +403,7 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
             f"{template!r}. Write one, such as 'Review: {{{{ text }}}}\\nSentiment:'."
         )
     for key, allowed in _CHOICES.items():
+        # By type too, since 1 is True, and 0 False, to Python.
         if options[key] not in allowed or type(options[key]) not in map(type, allowed):
             raise ValueError(
                 f"Option `{key}` of teacher '{source.name}' must be one of {list(allowed)}, got {options[key]!r}. "
@@ -414,6 +423,8 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
 def compile_template(template: str, name: str) -> jinja2.Template:
     """A template of which nothing is to be feared, with a slot for the text."""
     what = f"Option `template` of teacher '{name}'"
+    # A slot that is not there must fail, and a line break at the end, which Jinja drops by default, may be a part of
+    # the prompt.
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         tree = parse_template(environment, template, _MOST_LETTERS, _MOST_DEPTH)

@@ -68,6 +68,7 @@ class SklearnTeacher:
         try:
             _check_size(path)
             untrusted = set(skops_io.get_untrusted_types(file=path))
+        # What skops raises for a file that it has not written.
         except (BadZipFile, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Teacher '{name}' must have a '{_SKLEARN_FILE}' that skops wrote, got another or a damaged file: "
@@ -78,6 +79,7 @@ class SklearnTeacher:
                 f"Teacher '{name}' must hold types that skops or you trust, got {refused}. If you trust its origin, "
                 "name them in `trusted_types` (on a command line `--teacher_trusted_types`)."
             )
+        # All of them were looked at above.
         self.model = skops_io.load(path, trusted=sorted(untrusted))
         _check_predict_proba(self.model, f"teacher '{name}'")
         if _opens_files(self.model):
