@@ -71,6 +71,7 @@ def method_pool(
     hierarchy = pool.hierarchy
     if method == "generalist":
         return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.levels[0]))
+    # Both ask all teachers about every example, so that levels mean nothing.
     if method in ("ensemble", "aekd"):
         return pool.with_hierarchy(
             TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers])
@@ -132,9 +133,11 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
         if method == "generalist_rejection":
             args.assignment = ["scope"]
         elif method != "csl":
+            # At a root there is nothing to choose by, and of several teachers only the ensemble speaks.
             root = args.assignment[0] if args.assignment[0] in ("auto", "ensemble") else method
             args.assignment = [root, *[method] * (num_levels - 1)]
         if method != "csl":
+            # They belong to an assignment that these have not.
             args.agreement_neighbors = 0
         args.output_dir = args.output_dir if method == "csl" else _method_dir(args, method)
         return args
@@ -147,6 +150,7 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
     if method == "ceiling":
         args.teacher_neighbors = args.self_training_rounds = 0  # ground truth is no teacher, and of all examples
     if args.warm_start:
+        # A student that goes on from level to level sees so many times the steps.
         scale = 1 + (num_levels - 1) * args.rounds_per_level
         args.max_steps = args.max_steps * scale if args.max_steps > 0 else args.max_steps
         args.num_train_epochs = args.num_train_epochs * scale

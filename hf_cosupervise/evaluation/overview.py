@@ -87,6 +87,7 @@ class Overview:
         pool, votes, found = self.pool, self._votes, {}
         for index, (name, teacher) in enumerate(zip(pool.hierarchy.names, pool.hierarchy.teachers)):
             trusted = self._trust(index)
+            # Where two have answered no row in common, nothing is known of them.
             others = [_agreement(votes[name], labels) for other, labels in votes.items() if other != name]
             found[name] = {
                 "level": teacher.level,
@@ -125,6 +126,7 @@ class Overview:
             given = [teacher["class_shares"][name] for teacher in teachers.values()]
             if not any(given):
                 unknown.append(name)
+            # Of those that know the label: specialists of others give it to nothing.
             usual = _mean(np.array([share for share in given if share])) or 0.0
             if usual >= _RARE / len(self.pool.labels) and (own[name] or 0.0) < _VANISHED * usual:
                 said.append(
@@ -145,6 +147,7 @@ class Overview:
             `np.ndarray` of shape `(num_examples,)`: 0 (nobody contradicts, and the student is sure) to 3.
         """
         contradicted = self._contradicted(self._votes.values()) + self._contradicted(self.members.values())
+        # What it cannot read comes last, for there is nothing to look at.
         return np.where(self.labels >= 0, contradicted + 1 - self.probs, -1.0)
 
     def _contradicted(self, opinions: Iterable[np.ndarray]) -> np.ndarray:
@@ -171,6 +174,7 @@ class Overview:
         for number in range(len(self.pool.labels)):
             own = order[self.labels[order] == number]
             turn[own] = np.arange(len(own))
+        # By turns, and within a turn by scores: numpy sorts by its last key first.
         return order[np.lexsort((-scores[order], turn[order]))][:num_rows]
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -185,18 +189,21 @@ class Overview:
         rows = self.to_label(num_rows)
         columns = self._columns(rows)
         inputs, column = self.pool.inputs, str(self.pool.input_column)
+        # A cell cannot show an image or a vector, and its id leads there.
         if inputs is not None and column in inputs.column_names and is_text_column(inputs, column):
             columns[column] = list(inputs.select(rows)[column])
         for name in self.pool.hierarchy.names:
             columns[f"teacher {name}"] = self._names(self._votes[name][rows])
         columns |= {f"member {name}": self._names(labels[rows]) for name, labels in self.members.items()}
         text = io.StringIO()
+        # Else it ends lines as Windows does, on all systems.
         writer = csv.writer(text, lineterminator="\n")
         for row in (columns, *zip(*columns.values())):
             writer.writerow(map(_as_text, row))
         write_text(path, text.getvalue())
 
     def _columns(self, rows: np.ndarray) -> dict[str, Any]:
+        # One of a committee stands for all: a row has one cell for its teacher.
         lead = next(iter(self.plans.values()), None)
         speakers = np.full(len(self.pool), -1) if lead is None else lead.assigned_teacher
         kept = np.zeros(len(self.pool)) if lead is None else lead.keep_mask
@@ -230,6 +237,7 @@ def overview(trainer: CoSupervisedTrainer) -> Overview:
         `Overview`
     """
     labels, probs = np.full(len(trainer.pool), -1), np.zeros(len(trainer.pool), dtype=np.float32)
+    # Some rows at a time: of a million, over a thousand labels, all would be 4 GB.
     for rows, log_probs in trainer.predict_log_probs(trainer.student.examples):
         best = log_probs.max(dim=1)
         readable = trainer.student.readable[rows]

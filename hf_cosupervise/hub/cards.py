@@ -34,6 +34,7 @@ _TEMPLATES = Path(__file__).parents[1] / "templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _ADDRESS = re.compile(r"://|www\.|mailto:|xmpp:|\w@\w", re.IGNORECASE)
+# Controls, signs that turn text round, and halves of characters.
 _UNSEEN = ("Cc", "Cf", "Cs")
 # Metrics by our name: the Hub's, and as people call them.
 _METRICS = {
@@ -54,6 +55,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     facts = _known(facts)
     report = facts.get("report", {})
     name = _title(facts, "hub_model_id", "Co-supervised student")
+    # The commit where it is known: a branch has moved on by the time that somebody reads this.
     base_model_at = facts.get("base_model_commit") or facts.get("base_model_revision", facts.get("student_revision"))
     body = {
         "name": _escape(name),
@@ -90,6 +92,7 @@ def pool_card(facts: Mapping[str, Any]) -> str:
     facts = _known(facts)
     teachers, columns = facts.get("teachers", []), facts.get("input_columns", [])
     names = [teacher["name"] for teacher in teachers]
+    # The configuration with what the models read has that name.
     if not names or "inputs" in names:
         raise ValueError(f"A pool needs teachers, none of them named 'inputs', got {names}. Rename the teacher.")
     oracle = [_code(column) for column in columns if column.startswith("oracle_")]
@@ -173,8 +176,9 @@ def _read_card(path: Path) -> str:
 
 
 def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:
-    # The client reads a template by the encoding of the machine, so it gets the text.
+    # But for results, which are objects, of texts that were cleaned where they were made.
     metadata.__dict__.update(_yaml({key: value for key, value in metadata.__dict__.items() if key != "eval_results"}))
+    # The client reads a template by the encoding of the machine, so it gets the text.
     card = kind.from_template(metadata, template_str=(_TEMPLATES / template).read_text(encoding="utf-8"), **body)
     return sign_card(str(card))
 
@@ -193,6 +197,7 @@ def _model_metadata(facts: Mapping[str, Any], name: str) -> ModelCardData:
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
         datasets=_dataset_ids([*facts.get("datasets", []), facts.get("source_dataset"), facts.get("pool")]),
         pipeline_tag=_pipeline_tag(facts),
+        # The Hub's client refuses results without a name, and shows no name without results.
         model_name=name if results else None,
         eval_results=results or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
@@ -218,6 +223,7 @@ def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
         found.append(
             EvalResult(
                 task_type=task,
+                # The Hub's client wants both; its type is the id of the data set where there is one.
                 dataset_type=kind or dataset,
                 dataset_name=dataset,
                 dataset_split=split,
@@ -230,6 +236,7 @@ def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _pool_metadata(facts: Mapping[str, Any], names: Sequence[str]) -> DatasetCardData:
+    # What the Hub's viewer shows first.
     inputs = {"config_name": "inputs", "data_files": "inputs/data.arrow", "default": True}
     teachers = [{"config_name": name, "data_files": f"teachers/{name}/data.arrow"} for name in names]
     task, num_examples = _pipeline_tag(facts), facts.get("num_examples")
@@ -285,6 +292,7 @@ def _usage(facts: Mapping[str, Any]) -> str:
     lines = ["from PIL import Image", "from transformers import pipeline", "", load]
     lines.append('image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")')
     lines.append("print(classifier(image))")
+    # timm reads a branch behind an `@`, and has no argument for it.
     if facts.get("library_name") == "timm":
         branch = f"@{facts['hub_branch']}" if "hub_branch" in facts else ""
         place = f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:."
@@ -300,6 +308,7 @@ def _vector_usage(facts: Mapping[str, Any], repo_id: str | None) -> str:
     known, num_labels = facts["vectors"], len(facts.get("labels", []))
     sizes = [known["num_features"], *known["hidden_sizes"]]
     hidden = ", ".join(f"nn.Linear({size}, {next_size}), nn.ReLU()" for size, next_size in zip(sizes, sizes[1:]))
+    # Under the names of our class, so that its weights load as they are.
     layers = f"backbone=nn.Sequential({hidden}), " if hidden else ""
     names = f"  # {_literal(', '.join(known['feature_names']))}" if known.get("feature_names") else ""
 
@@ -379,6 +388,7 @@ def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, 
     """How the first transformers teacher is loaded without this package."""
     for teacher in teachers:
         model, at = teacher.get("model"), teacher.get("commit") or teacher.get("revision")
+        # A folder of somebody cannot be loaded by others, and other kinds need this package.
         if modality is None or teacher.get("kind") != "transformers" or (model and not _is_hub_id(model)):
             continue
         arguments = _literal(model or place)
@@ -520,6 +530,7 @@ def _asked_with(teacher: Mapping[str, Any]) -> str:
 def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The levels of this student, the last round of each with what the report knows beside."""
     by_level = {level.get("level"): _known(level) for level in measured}
+    # From the end, so that the last round of a level takes what is known of the level.
     rows = [by_level.pop(level.get("level"), {}) | _known(level) for level in reversed(own)]
     return [*reversed(rows), *by_level.values()]
 
@@ -568,6 +579,7 @@ def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(value: Any) -> np.ndarray:
     """What is known of one number or a list of them."""
+    # Of one seed a number, of several a list with a gap where a run failed.
     values = value if isinstance(value, list | tuple) else [value]
     numbers = np.array([np.nan if item is None else float(item) for item in values])
     return numbers[~np.isnan(numbers)]
@@ -577,6 +589,7 @@ def _percent(value: Any, *, spread: bool = True) -> str:
     numbers = 100 * _numbers(value)
     if not len(numbers):
         return ""
+    # Of a sample: a few seeds stand for all.
     return f"{numbers.mean():.1f}" + (f" ± {numbers.std(ddof=1):.1f}" if spread and len(numbers) > 1 else "")
 
 
@@ -602,6 +615,7 @@ def _escape(value: Any) -> str:
     if _ADDRESS.search(str(value)):  # links by itself wherever it stands, but for code
         return _code(value)
     text = re.sub(r"([\\|\[\]*~]|(?<!\w)_|_(?!\w))", r"\\\1", _one_line(value))
+    # What looks like the name of a character would be shown as that character.
     return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace("`", "'")
 
 
@@ -613,6 +627,7 @@ def _code(value: Any) -> str:
 
 def _literal(text: str) -> str:
     """Python that gives exactly this text, on one line and in characters that can be seen."""
+    # Quotes as the formatter of this code would write them; else as Python's own, in ASCII.
     is_plain = text.isprintable() and not {'"', "\\"} & set(text)
     return f'"{text}"' if is_plain else ascii(text)
 
@@ -660,6 +675,7 @@ def _names_folder(value: Any) -> bool:
     if not isinstance(value, str | PurePath):
         return False
     text = str(value)
+    # Of either system, since a run may have been written on another one.
     return text.startswith(("~", "file:")) or any(
         kind(text).is_absolute() for kind in (PurePosixPath, PureWindowsPath)
     )
@@ -693,6 +709,7 @@ def _repo_link(repo: str | None, at: str | None = None, subfolder: str | None = 
     if not _is_hub_id(repo):
         return _code(PureWindowsPath(repo).name)  # knows both kinds of slashes
     url, text = f"https://huggingface.co/{prefix}{repo}", repo
+    # Only a commit will still be there: of a branch the text names it, and the link goes to the repository.
     if subfolder or (at and _COMMIT.fullmatch(at)):
         url += f"/tree/{_quote(at or 'main').replace('/', '%2F')}"
     if subfolder:
