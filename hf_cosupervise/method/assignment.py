@@ -208,6 +208,7 @@ def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torc
         `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
     """
     _check_answered(answered, tuple(answered.shape[:2]))
+    # On the CPU, where a seed gives the same numbers on any machine.
     return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
 
 

@@ -200,6 +200,7 @@ class ModelSource:
                 f"{self.what} needs all of its files, got a part of '{self.place}' only: the download was cut off. Go "
                 "online and try again; what has arrived is kept."
             )
+        # A Trainer puts its `training_args.bin` beside any weights.
         if pickled := [name for name in here if name.endswith(_PICKLED) and name != "training_args.bin"]:
             advice = "load them and `save_pretrained`, or convert them at"
             if "architecture" in self.config and "model_type" not in self.config:
@@ -290,6 +291,7 @@ def _read_config(path: Path, what: str) -> dict[str, Any] | None:
 def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> ModelSource:
     """The model that an adapter names as its base."""
     name, what = adapter.get("base_model_name_or_path"), f"The base model of the adapter '{repo}'"
+    # A drive or an address, or a folder that happens to be here, is not what a stranger's adapter was made on.
     if not isinstance(name, str) or not name or (not is_local and (":" in name or is_folder(name))):
         raise ValueError(
             f"{what} must be named by its Hub id as `base_model_name_or_path`, got {name!r}. Correct its "
@@ -404,6 +406,7 @@ def explained(source: ModelSource, part: str) -> Iterator[None]:
     try:
         yield
     except BUILDING_ERRORS as error:
+        # Of a context within this one.
         if isinstance(error, ValueError) and str(error).startswith(source.what):
             raise  # it says so already
         raise ValueError(

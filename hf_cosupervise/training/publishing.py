@@ -102,6 +102,7 @@ def student_facts(
         "modality": modality,
         "vectors": model.card_facts() if isinstance(model, VectorClassifier) else None,
         "library_name": _LIBRARIES.get(model.config.model_type, "transformers"),
+        # That of a student with a pooling is not published, see `export_student`.
         "has_adapter": isinstance(model, PeftModel) and not hasattr(model, "pooling"),
         "student_training": args.student_training,
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
@@ -114,6 +115,7 @@ def student_facts(
 
 def _own_records(args: CoSupervisedConfig, history: LevelHistory) -> list[dict[str, Any]]:
     """The levels that a card shows: of a committee, those of the first member that went down the hierarchy."""
+    # Members of one pseudolabel have a single level, at which nobody is chosen.
     lead = next((name for name in args.members if MEMBERS[name].aggregator is None), None)
     return [record for record in history.records if record.get("member", lead) == lead]
 
@@ -137,6 +139,7 @@ def _level_facts(
     args: CoSupervisedConfig, pool: PseudolabelPool, record: Mapping[str, Any], functions: Mapping[str, str]
 ) -> dict[str, Any]:
     level, keys = record["level"], {name: f"assignment/{name}" for name in pool.source_names}
+    # Rounds of self-training count as one level more.
     if level == pool.hierarchy.num_levels:  # no share of the pseudolabels: it is trained on more than those
         told = f"self-training, {record[NUM_ADDED]:.0f} examples added"
         return {"level": level, "assignment": told, "num_kept": record["consistency/num_kept"]}
@@ -153,6 +156,7 @@ def _level_facts(
 def make_card(
     folder: str,
     facts: dict[str, Any],
+    # From here on as `Trainer.create_model_card` has them, so that whoever calls that needs to know no other names.
     language: str | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
@@ -179,6 +183,7 @@ def make_card(
         "dataset_split": next(iter(_as_list(dataset_args)), None),
     }
     facts = facts | given | exported_pooling(folder)
+    # Each once: the source of a pool may be named again by whoever pushes.
     facts["datasets"] = list(dict.fromkeys([*facts["datasets"], *_as_list(dataset_tags)]))
     facts["name"] = model_name or facts["name"]
     facts["base_model"] = finetuned_from or facts["base_model"]
@@ -189,6 +194,7 @@ def open_student_repo(
     args: CoSupervisedConfig, processes: Processes, *, token: str | None = None, private: bool | None = None
 ) -> str:
     """Make the model repository where there is none, and see that the token may write, before any work."""
+    # As the parent names it.
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     private = args.hub_private_repo if private is None else private
     token = token or args.hub_token
@@ -223,6 +229,7 @@ def push(
         story[figure] = Path(folder, figure)
     title = message or "Co-supervised student"
     commit = partial(push_student, folder, repo_id, message=title, story=story, revision=revision, token=token)
+    # A list, since what a function gives back is sent to all processes, and a future cannot be.
     pushed: list[CommitInfo | Future[CommitInfo]] = []
 
     def publish() -> None:
