@@ -11,6 +11,7 @@ from typing import Any
 from unicodedata import category
 from urllib.parse import quote
 
+import jinja2
 import numpy as np
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
@@ -179,8 +180,12 @@ def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mappi
     # But for results, which are objects, of texts that were cleaned where they were made.
     metadata.__dict__.update(_yaml({key: value for key, value in metadata.__dict__.items() if key != "eval_results"}))
     # The client reads a template by the encoding of the machine, so it gets the text.
-    card = kind.from_template(metadata, template_str=(_TEMPLATES / template).read_text(encoding="utf-8"), **body)
+    card = kind.from_template(metadata, template_str=_read_template(template), **body)
     return sign_card(str(card))
+
+
+def _read_template(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 # ── headers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -272,111 +277,40 @@ def _size_category(num_examples: int) -> str:
 def _usage(facts: Mapping[str, Any]) -> str:
     """A snippet that runs as printed: by the Hub id, or in the model's folder."""
     task, repo_id = _pipeline_tag(facts), _own_id(facts, "hub_model_id")
-    if task is None:
+    if task is None or facts["modality"] == "vector" and "vectors" not in facts:
         return ""
-    where = "" if repo_id else "  # this folder, or its id on the Hub"
-    if facts["modality"] == "vector":
-        return _vector_usage(facts, repo_id) if "vectors" in facts else ""
-    load = f"classifier = pipeline({_literal(task)}, model={_literal(repo_id or '.')}{_at_branch(facts)}){where}"
-    if facts.get("token_pooling"):
-        return _pooled_usage(facts, repo_id or ".")
-    if facts.get("needs_range"):
-        load = f"# In float32 or bfloat16: a mean over tokens is computed with numbers that float16 has not.\n{load}"
-    if facts["modality"] == "language":
-        load = load.replace("classifier", "writer", 1)
-        return f'from transformers import pipeline\n\n{load}\nprint(writer("A prompt.", return_full_text=False))'
-    if facts["modality"] == "text":
-        return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
-    if "logits_name" in facts:
-        return _unlike_usage(facts, repo_id or ".")
-    lines = ["from PIL import Image", "from transformers import pipeline", "", load]
-    lines.append('image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")')
-    lines.append("print(classifier(image))")
-    # timm reads a branch behind an `@`, and has no argument for it.
-    if facts.get("library_name") == "timm":
+    known = {
+        "modality": facts["modality"],
+        "task": _literal(task),
+        "place": _literal(repo_id or "."),
+        "at_branch": _at_branch(facts),
+        "is_local": repo_id is None,
+        **{key: facts.get(key) for key in ("token_pooling", "needs_range")},
+        "logits_name": facts.get("logits_name") if facts["modality"] == "image" else None,
+    }
+    if facts["modality"] == "image" and facts.get("library_name") == "timm":
+        # timm reads a branch behind an `@`, and has no argument for it.
         branch = f"@{facts['hub_branch']}" if "hub_branch" in facts else ""
-        place = f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:."
-        lines = ["import timm", *lines, "", "# The same model by timm alone."]
-        lines.append(f"model = timm.create_model({_literal(place)}, pretrained=True).eval()")
-        lines.append("transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
-        lines.append("print(model(transform(image).unsqueeze(0)).softmax(-1))")
-    return "\n".join(lines)
+        known["timm_place"] = _literal(f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:.")
+    if facts["modality"] == "vector":
+        known |= _describe_layers(facts["vectors"], len(facts.get("labels", [])))
+    template = jinja2.Template(_read_template("student_usage.jinja"), trim_blocks=True, lstrip_blocks=True)
+    return template.render(known).strip()
 
 
-def _vector_usage(facts: Mapping[str, Any], repo_id: str | None) -> str:
-    """The same weights by torch alone, and by scikit-learn."""
-    known, num_labels = facts["vectors"], len(facts.get("labels", []))
-    sizes = [known["num_features"], *known["hidden_sizes"]]
+def _describe_layers(vectors: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
+    """What the snippet for a student of vectors builds it of."""
+    sizes = [vectors["num_features"], *vectors["hidden_sizes"]]
     hidden = ", ".join(f"nn.Linear({size}, {next_size}), nn.ReLU()" for size, next_size in zip(sizes, sizes[1:]))
     # Under the names of our class, so that its weights load as they are.
-    layers = f"backbone=nn.Sequential({hidden}), " if hidden else ""
-    names = f"  # {_literal(', '.join(known['feature_names']))}" if known.get("feature_names") else ""
-
-    def place(file: str) -> str:
-        return (
-            f"hf_hub_download({_literal(repo_id)}, {_literal(file)}{_at_branch(facts)})" if repo_id else _literal(file)
-        )
-
-    by_sklearn = [
-        "",
-        "# The same by scikit-learn: pip install skops scikit-learn",
-        "import skops.io",
-        "",
-        f"print(skops.io.load({place('model.skops')}).predict_proba(vectors.numpy()))",
-    ]
-    return "\n".join(
-        [
-            "from collections import OrderedDict",
-            "",
-            "import torch",
-            *(["from huggingface_hub import hf_hub_download"] if repo_id else []),
-            "from safetensors.torch import load_file",
-            "from torch import nn",
-            "",
-            f"weights = load_file({place('model.safetensors')})",
-            'mean, scale = weights.pop("backbone.mean"), weights.pop("backbone.scale")',
-            f"model = nn.Sequential(OrderedDict({layers}classifier=nn.Linear({sizes[-1]}, {num_labels})))",
-            "model.load_state_dict(weights)",
-            f"vectors = torch.zeros(1, {sizes[0]}){names}",
-            "print(model((vectors - mean) / scale).softmax(-1))",
-            *(by_sklearn if known.get("has_sklearn") else []),
-        ]
-    )
-
-
-def _pooled_usage(facts: Mapping[str, Any], place: str) -> str:
-    """A snippet for a text student the architecture of which has no classifier that pools as it was trained to."""
-    # Linear, so that the pooled logits are the logits of what is pooled.
-    how = {"mean": "(logits * mask).sum(1) / mask.sum(1)", "cls": "logits[:, 0]", "last": "logits[:, -1]"}
-    pooled = how[facts["token_pooling"]]
-    at = f"{_literal(place)}{_at_branch(facts)}"
-    lines = [
-        "from transformers import AutoModelForTokenClassification, AutoTokenizer",
-        "",
-        f"# Its head reads {facts['token_pooling']!r} of the tokens, as no classifier of texts of its kind does.",
-        f"tokenizer = AutoTokenizer.from_pretrained({at})",
-        f"model = AutoModelForTokenClassification.from_pretrained({at}).eval()",
-        'inputs = tokenizer(["A text to classify."], padding=True, truncation=True, return_tensors="pt")',
-        'logits, mask = model(**inputs).logits, inputs["attention_mask"][..., None]',
-        f"print(({pooled}).softmax(-1))",
-    ]
-    return "\n".join(lines)
-
-
-def _unlike_usage(facts: Mapping[str, Any], place: str) -> str:
-    """A snippet for an image student whose logits have another name in transformers, so that pipelines fail."""
-    at = f"{_literal(place)}{_at_branch(facts)}"
-    lines = [
-        "from PIL import Image",
-        "from transformers import AutoImageProcessor, AutoModelForImageClassification",
-        "",
-        f"processor = AutoImageProcessor.from_pretrained({at})",
-        f"model = AutoModelForImageClassification.from_pretrained({at}).eval()",
-        'image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")',
-        'inputs = processor(image, return_tensors="pt")',
-        f"print(model(**inputs).{facts['logits_name']}.softmax(-1))  # as transformers calls the logits of its kind",
-    ]
-    return "\n".join(lines)
+    layers = [f"backbone=nn.Sequential({hidden})"] if hidden else []
+    names = vectors.get("feature_names")
+    return {
+        "num_features": sizes[0],
+        "layers": ", ".join([*layers, f"classifier=nn.Linear({sizes[-1]}, {num_labels})"]),
+        "feature_names": _literal(", ".join(names)) if names else None,
+        "has_sklearn": vectors.get("has_sklearn"),
+    }
 
 
 def _at_branch(facts: Mapping[str, Any]) -> str:
