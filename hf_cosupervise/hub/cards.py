@@ -429,7 +429,8 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
     headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
-        model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
+        model, subfolder = teacher.get("model"), teacher.get("subfolder")
+        at = teacher.get("commit") or teacher.get("revision")
         # What is no model on the Hub is named by its kind: a column, a function.
         is_named = teacher.get("kind") in ("column", "function", "pipeline") and model is not None
         rows.append(
@@ -626,10 +627,6 @@ def _title(facts: Mapping[str, Any], own_id: str, default: str) -> str:
 def _own_id(facts: Mapping[str, Any], key: str) -> str | None:
     """The Hub id of the card's own repository; what cannot be one is not printed into code."""
     return facts[key] if _HUB_ID.fullmatch(facts.get(key, "")) else None
-
-
-def _pinned_at(teacher: Mapping[str, Any]) -> str | None:
-    return teacher.get("commit") or teacher.get("revision")
 
 
 def _short(revision: str) -> str:
