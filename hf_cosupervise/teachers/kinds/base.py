@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...data.columns import shorten
-from ...data.inputs import RowError
+from ...data.inputs import RowError, channels_last
 from ...hierarchy import Teacher
 from ...models.source import ModelSource, explained
 
@@ -217,7 +217,7 @@ class LabelPositions:
     shares: np.ndarray
     outside: np.ndarray
     num_own: int
-    max_outside_mass: float
+    max_outside_mass: float | None
 
 
 def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> LabelPositions:
@@ -237,15 +237,13 @@ def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequenc
             f"Teacher '{teacher.name}' must have a label of the task {shorten(labels)}, got a `label_map` that leaves "
             "out all of them. Map one, or leave the teacher out."
         )
-    # What is left out by name is meant to be ignored, however probable it is: with nothing else there is no answer.
-    limit = 1.0 if teacher.max_outside_mass is None else teacher.max_outside_mass
     return LabelPositions(
         own=np.array([own for own, _, _ in pairs]),
         to=np.array([to for _, to, _ in pairs]),
         shares=np.array([share for _, _, share in pairs], dtype=np.float32),
         outside=np.array([own for own, found in enumerate(targets) if not found], dtype=np.int64),
         num_own=len(own_labels),
-        max_outside_mass=limit,
+        max_outside_mass=teacher.max_outside_mass,
     )
 
 
@@ -329,12 +327,13 @@ def add_up(own_probs: np.ndarray, positions: LabelPositions, num_labels: int) ->
     return leave_out(probs, own_probs[:, positions.outside].sum(axis=1), positions.max_outside_mass)
 
 
-def leave_out(probs: np.ndarray, outside: np.ndarray, max_outside_mass: float) -> np.ndarray:
+def leave_out(probs: np.ndarray, outside: np.ndarray, max_outside_mass: float | None) -> np.ndarray:
     """Scale what labels of the task have to the sum of all, or give no answer where more than the limit is outside."""
     inside = probs.sum(axis=1)
     # To the sum of all and not to 1: what was no distribution before must not look like one now.
     factor = np.where(inside > 0, (inside + outside) / np.where(inside > 0, inside, 1), 0)
-    is_out = (outside > max_outside_mass) & (inside + outside > 0)
+    # What is left out by name is meant to be ignored, however probable it is: with nothing else there is no answer.
+    is_out = (outside > (1.0 if max_outside_mass is None else max_outside_mass)) & (inside + outside > 0)
     return np.where(is_out[:, None], 0, probs * factor[:, None]).astype(np.float32)
 
 
@@ -379,14 +378,8 @@ class Preparation:
         except _PREPARE_ERRORS as error:
             raise RowError(f"{type(error).__name__}: {error}") from error
         if isinstance(inputs, Mapping):
-            return {key: _channels_last(value) for key, value in inputs.items()}
-        return _channels_last(inputs)
-
-
-def _channels_last(value: Any) -> Any:
-    """Put images into the order in which convolutions run faster, on the CPU too: once for all who share them."""
-    is_image = isinstance(value, torch.Tensor) and value.ndim == 4
-    return value.contiguous(memory_format=torch.channels_last) if is_image else value
+            return {key: channels_last(value) for key, value in inputs.items()}
+        return channels_last(inputs)
 
 
 def try_out(source: TeacherSource, answer: Callable[[], np.ndarray]) -> None:

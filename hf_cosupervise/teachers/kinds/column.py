@@ -117,8 +117,7 @@ class ColumnTeacher:
             else:
                 outside += float(number)
         probs = self._as_probs(np.append(inside, outside), value)
-        limit = 1.0 if self.teacher.max_outside_mass is None else self.teacher.max_outside_mass
-        return leave_out(probs[None, :-1], probs[-1:], limit)[0]
+        return leave_out(probs[None, :-1], probs[-1:], self.teacher.max_outside_mass)[0]
 
     def _as_probs(self, vector: np.ndarray, value: Any) -> np.ndarray:
         """Probabilities as they are, and vote counts as shares."""

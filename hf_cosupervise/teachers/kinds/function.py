@@ -97,8 +97,7 @@ class FunctionTeacher:
                 self._add(probs, label, self._numbers(share, value, ()), value) for label, share in value.items()
             )
             self._check_sum(float(probs.sum()) + outside, value)
-            limit = 1.0 if self.teacher.max_outside_mass is None else self.teacher.max_outside_mass
-            probs = leave_out(probs[None], np.array([outside]), limit)[0]
+            probs = leave_out(probs[None], np.array([outside]), self.teacher.max_outside_mass)[0]
         else:
             probs = self._numbers(value, value, (len(self.labels),))
             self._check_sum(float(probs.sum()), value)
