@@ -30,19 +30,7 @@ def is_table(name: str | os.PathLike[str]) -> bool:
 
 
 def load_table(path: str | os.PathLike[str]) -> Dataset:
-    """Read a CSV, TSV, JSON-lines or Parquet file.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file; of a CSV file the first line names the columns, and an empty cell is a missing one.
-
-    Returns:
-        `datasets.Dataset`
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it cannot be read, has no header, or a cell names a file in place of its content.
-    """
+    """Read a CSV, TSV, JSON-lines or Parquet file; the first line of a CSV names its columns."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`dataset` must be a file, a folder or an id on the Hub, got no file '{path}'.")
@@ -100,22 +88,7 @@ def _one_sentence(path: Path) -> Iterator[None]:
 
 
 def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on_error: str = "raise") -> Dataset:
-    """List the images below a folder.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The folder; those that lie in it count too, but for hidden ones.
-        with_labels (`bool`, *optional*, defaults to `False`):
-            Whether the name of an image's own folder is its `label`, where all lie in folders of their own.
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do with files that are no images: `"raise"`, or leave them out as `"missing"`.
-
-    Returns:
-        `datasets.Dataset`: `id`, the path within the folder, `image`, and `label` where it is asked for.
-
-    Raises:
-        ValueError: If there are no images, other files than images, or links that lead out of the folder.
-    """
+    """List the images below a folder: `id` (the path in it), `image`, and as `label` the name of their own folders."""
     folder = Path(folder)
     known, images, others = PILImage.registered_extensions(), list[Path](), list[str]()
     for path in _walk(folder):

@@ -31,26 +31,13 @@ _FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the 
 
 @dataclass
 class Overview:
-    """A student beside its teachers, row by row.
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            The student's label ids, -1 where there is nothing that it can read.
-        probs (`np.ndarray` of shape `(num_examples,)`):
-            Their probabilities.
-        plans (`Mapping[str, LevelPlan]`):
-            The last plan of each member that chose among the pool's teachers, or of the student alone.
-        members (`Mapping[str, np.ndarray]`):
-            Labels of each member of a committee, by name.
-    """
+    """A student beside its teachers, row by row."""
 
     pool: PseudolabelPool
-    labels: np.ndarray
-    probs: np.ndarray
-    plans: Mapping[str, LevelPlan]
-    members: Mapping[str, np.ndarray]
+    labels: np.ndarray  # the student's `(num_examples,)`, -1 where there is nothing that it can read
+    probs: np.ndarray  # of these
+    plans: Mapping[str, LevelPlan]  # the last of each member that chose among teachers, or of the student alone
+    members: Mapping[str, np.ndarray]  # labels of each member of a committee
 
     @cached_property
     def _votes(self) -> dict[str, np.ndarray]:
@@ -58,12 +45,7 @@ class Overview:
         return {name: self.pool.hard_labels(name) for name in self.pool.hierarchy.names}
 
     def report(self) -> dict[str, Any]:
-        """Sum up what can be known without labels.
-
-        Returns:
-            `dict[str, Any]`: JSON values. Shares are of 0 to 1; those of labels are by name, None where there is
-            nothing to count.
-        """
+        """Sum up what can be known without labels as JSON values; shares are None where there is nothing to count."""
         teachers = self._describe_teachers()
         own = self._class_shares(self.labels)
         return {
@@ -141,11 +123,7 @@ class Overview:
         return said
 
     def disagreement(self) -> np.ndarray:
-        """Score each example by how far teachers and members contradict the student, and how unsure it is.
-
-        Returns:
-            `np.ndarray` of shape `(num_examples,)`: 0 (nobody contradicts, and the student is sure) to 3.
-        """
+        """Score each example, 0 to 3, by how far others contradict the student and how unsure it is; -1 if unread."""
         contradicted = self._contradicted(self._votes.values()) + self._contradicted(self.members.values())
         # What it cannot read comes last, for there is nothing to look at.
         return np.where(self.labels >= 0, contradicted + 1 - self.probs, -1.0)
@@ -158,15 +136,7 @@ class Overview:
         return against / np.maximum(given, 1)
 
     def to_label(self, num_rows: int = NUM_TO_LABEL) -> np.ndarray:
-        """Choose the examples that a person should look at first: the most disputed, in turn of each label.
-
-        Args:
-            num_rows (`int`, *optional*, defaults to 100):
-                How many.
-
-        Returns:
-            `np.ndarray`: row positions, the most disputed of each label before the next of any.
-        """
+        """Choose the examples that a person should look at first: the most disputed, in turn of each label."""
         scores = self.disagreement()
         order = np.argsort(-scores, kind="stable")
         order = order[self.labels[order] >= 0]
@@ -227,15 +197,7 @@ def _as_text(value: Any) -> Any:
 
 
 def overview(trainer: CoSupervisedTrainer) -> Overview:
-    """Look at a trained student beside its teachers, without any label.
-
-    Args:
-        trainer (`CoSupervisedTrainer`):
-            After `train()`.
-
-    Returns:
-        `Overview`
-    """
+    """Look at a trained student beside its teachers, without any label."""
     labels, probs = np.full(len(trainer.pool), -1), np.zeros(len(trainer.pool), dtype=np.float32)
     # Some rows at a time: of a million, over a thousand labels, all would be 4 GB.
     for rows, log_probs in trainer.predict_log_probs(trainer.student.examples):
@@ -294,12 +256,7 @@ def _agreement(first: np.ndarray, second: np.ndarray) -> float | None:
 
 
 def label_agreement(opinions: Sequence[np.ndarray]) -> float | None:
-    """Measure on how many examples two sets of labels agree, on average over all pairs; None for fewer than two.
-
-    Args:
-        opinions (`Sequence[np.ndarray]`):
-            Label ids `(num_examples,)` of each, -1 for none; examples that all have labelled count.
-    """
+    """Measure on how many examples two sets of labels agree, on average over all pairs; None for fewer than two."""
     if len(opinions) < 2:
         return None
     labels = np.stack(opinions, axis=1)

@@ -26,26 +26,9 @@ def hierarchy_from_names(
     labels: Sequence[str] | None = None,
     trusted_types: Sequence[str] = (),
 ) -> TeacherHierarchy:
-    """Make a hierarchy of teachers that are only named, as on a command line.
-
-    Args:
-        names (`Sequence[str]`):
-            One name of a hierarchy (file, folder or Hub id, see [`load_hierarchy`]), or of each teacher its Hub id,
-            its folder, or the column of `dataset` with its answers, with its level in front where it has one
-            (`"1:org/cats"`; 0 by default). The fields of a [`Teacher`] as a mapping do as well.
-        dataset (`datasets.Dataset`):
-            The data to be labelled.
-        labels (`Sequence[str]`, *optional*):
-            The task's labels. Defaults to the hierarchy's, or to those of the teachers, those of the root first.
-        trusted_types (`Sequence[str]`, *optional*):
-            Types that each of them may hold beyond those that skops trusts.
-
-    Returns:
-        `TeacherHierarchy`
-
-    Raises:
-        ValueError: If labels cannot be found, or teachers share none.
-    """
+    """Make a hierarchy of teachers that are only named, as on a command line."""
+    # One name of a hierarchy (see `load_hierarchy`), or for each teacher its Hub id, its folder or the column of its
+    # answers, behind its level where it has one ("1:org/cats"); or the fields of a `Teacher`.
     if len(names) == 1 and isinstance(names[0], str) and _is_hierarchy(names[0], dataset):
         hierarchy = load_hierarchy(names[0])
         if labels is not None and tuple(labels) != hierarchy.labels:
