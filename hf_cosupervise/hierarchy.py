@@ -472,22 +472,17 @@ class TeacherHierarchy:
     def _check_labels(self) -> None:
         known = set(self.labels)
         for teacher in self.teachers:
-            if unknown := sorted(set(teacher.scope or ()) - known):
-                raise ValueError(
-                    f"`scope` of teacher '{teacher.name}' must hold labels of the task, got unknown {unknown}. "
-                    f"The task has {list(self.labels)}."
-                )
             led_to = [(to,) if isinstance(to, str) else to or () for to in (teacher.label_map or {}).values()]
-            if unknown := sorted({label for labels in led_to for label in labels} - known):
-                raise ValueError(
-                    f"`label_map` of teacher '{teacher.name}' must lead to labels of the task, got unknown {unknown}. "
-                    f"The task has {list(self.labels)}."
-                )
-            if unknown := sorted(set(teacher.label_texts or ()) - known):
-                raise ValueError(
-                    f"`label_texts` of teacher '{teacher.name}' must be of labels of the task, got unknown {unknown}. "
-                    f"The task has {list(self.labels)}."
-                )
+            for what, names in (
+                ("`scope` of teacher '{}' must hold", teacher.scope or ()),
+                ("`label_map` of teacher '{}' must lead to", (label for labels in led_to for label in labels)),
+                ("`label_texts` of teacher '{}' must be of", teacher.label_texts or ()),
+            ):
+                if unknown := sorted(set(names) - known):
+                    raise ValueError(
+                        f"{what.format(teacher.name)} labels of the task, got unknown {unknown}. The task has "
+                        f"{list(self.labels)}."
+                    )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TeacherHierarchy):

@@ -163,14 +163,8 @@ def push_hierarchy(
             What to push.
         repo_id (`str`):
             `name` or `user/name`; made where it does not exist.
-        private (`bool`, *optional*):
-            Whether a new repository is private. Defaults to the user's or organisation's setting.
-        token (`str`, *optional*):
-            Instead of the token of the environment, for the push; teachers of the Hub are read with the latter.
-        revision (`str`, *optional*):
-            Branch, made where it does not exist. Defaults to the main branch.
-        commit_message (`str`, *optional*, defaults to `"Hierarchy of teachers"`):
-            Title of the commit.
+        private (`bool`, *optional*), token (`str`, *optional*), revision (`str`, *optional*), commit_message (`str`):
+            As in [`PseudolabelPool.push_to_hub`]; teachers of the Hub are read with the token of the environment.
         replace (`bool`, *optional*, defaults to `False`):
             Delete the teachers of the repository that are not in this hierarchy, with their folders.
         facts (`Mapping[str, Any]`, *optional*):
