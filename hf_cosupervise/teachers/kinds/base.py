@@ -52,7 +52,7 @@ def check_teacher_model(model: Any, name: str) -> None:
     lacking += [] if callable(getattr(model, "prepare", None)) else ["`prepare(cells)`"]
     lacking += [] if isinstance(getattr(model, "column", 0), str | None) else ["`column` (a name or None)"]
     try:
-        # They are written into the pool, hours later.
+        # Facts are written into the pool, hours later.
         is_json = json.dumps(facts := getattr(model, "facts", None)) and isinstance(facts, Mapping)
     except (TypeError, ValueError):
         is_json = False
@@ -290,7 +290,7 @@ def check_names(teacher: Teacher, own_labels: Sequence[str], label2id: Any = Non
         )
     for label, position in label2id.items() if isinstance(label2id, Mapping) else ():
         named = [number for number, own_label in enumerate(own_labels) if own_label == label]
-        # As texts, since JSON may hold numbers as such.
+        # As texts, since some configurations write these numbers as texts.
         if named and str(position) not in map(str, named):
             raise ValueError(
                 f"{what} must number its labels in one way, got {label!r} as {named[0]} in `id2label` and as "

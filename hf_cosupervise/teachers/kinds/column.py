@@ -19,7 +19,7 @@ from .base import NO_LABEL, Kind, find_targets, fold_answer, leave_out
 
 _NUMBER = re.compile(r"([+-]?\d{1,18})(\.0*)?")
 _NUM_TOLD, _NUM_LETTERS = 10, 60
-# But for signs: `+` may be a part of a word.
+# The words of an answer, of which a sign such as `+` may be a part.
 _words = partial(fold_answer, blanks="PZC")
 
 
