@@ -418,6 +418,7 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
     members = {name: _percent(member["agrees_with_student"]) for name, member in overview.get("members", {}).items()}
     if members:
         listed = _join([f"{_code(name)} ({share} % as the whole)" for name, share in members.items()])
+        # None of a single member, which agrees with itself.
         agreement = _percent(overview.get("member_agreement"))
         said.append(f"It is a committee of {listed}; two members agree on {agreement or 100} % of the examples.")
     return " ".join([*said, *map(_escape, overview.get("warnings", []))])
@@ -445,6 +446,7 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
                 _short_list(teacher.get("domains")),
                 _asked_with(teacher),
                 _escape(teacher.get("pool_k", "")),
+                # Where nothing was left out there is nothing to tell.
                 _percent(teacher.get("dropped_mass") or None),
                 *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
                 _percent(teacher.get("answered")),
@@ -473,6 +475,7 @@ def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[st
 def _levels_table(levels: Sequence[Mapping[str, Any]], metric: str) -> str:
     rows = []
     for level in map(_known, levels):
+        # Without spreads: one cell lists the shares of all teachers.
         shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
         rows.append(
             [
@@ -536,6 +539,7 @@ def _count(value: Any) -> str:
 # Each place in a card has one function through which all values go: text and table cells, inline code, Python, YAML.
 def _one_line(value: Any) -> str:
     """Text on one line."""
+    # A line break would end a row of a table, or begin a heading.
     return _visible(" ".join(str(value).split()))
 
 
@@ -557,6 +561,7 @@ def _escape(value: Any) -> str:
 def _code(value: Any) -> str:
     """Inline code; a pipe is escaped, by an odd number of backslashes, to stay in its table cell."""
     text = re.sub(r"(\\*)\|", r"\1\1\\|", _one_line(value)).replace("`", "'")
+    # Two backticks with nothing between them are none to Markdown.
     return f"`{text or ' '}`"
 
 

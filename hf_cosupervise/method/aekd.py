@@ -104,10 +104,12 @@ class AdaptiveEnsembleDistillation:
 
     def __call__(self, logits: torch.Tensor, target_probs: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
         """Give the loss of each example of a batch."""
+        # Answers stay where they are; those of a batch alone go to the student's device.
         rows = rows.to(self.answered.device)
         probs, answered = self.teacher_probs[rows].to(logits.device), self.answered[rows].to(logits.device)
         options = {"temperature": self.temperature, "cap": self.cap, "min_prob": _MIN_PROB}
         weights = aekd_weights(logits, probs, answered, **options) * answered
+        # What is one-hot has no logarithm of its zeros.
         teacher = (probs.float().clamp(min=_MIN_PROB).log() / self.temperature).log_softmax(dim=-1)
         student = (logits.float() / self.temperature).log_softmax(dim=-1)
         divergences = (teacher.exp() * (teacher - student.unsqueeze(1))).sum(dim=-1)

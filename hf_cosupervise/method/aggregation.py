@@ -122,6 +122,7 @@ def mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Ten
     """
     weights = answered.to(teacher_probs.dtype)
     total = (teacher_probs * weights.unsqueeze(-1)).sum(dim=1)
+    # Where nobody answered it stays zero, instead of 0 / 0.
     return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -328,6 +329,7 @@ def _label_model_posteriors(model: LabelModel, labels: torch.Tensor, num_labels:
 
 
 def _harden_first(method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggregator:
+    # Under its name, which errors and pools show.
     @wraps(method)
     def hardened(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
         return method(harden(teacher_probs, answered), teacher_probs.shape[2])

@@ -320,6 +320,7 @@ def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool, writes:
         kind = find_kind(source, teacher.model) if teacher.kind == "auto" and not writes else teacher.kind
         # The kind as found: who loads it need not have the files to find it by.
         return dataclasses.replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
+    # Kept, for a kind may be told by it.
     prefix = "hf-hub:" if teacher.model.startswith("hf-hub:") else ""
     return dataclasses.replace(teacher, model=prefix + source.repo, revision=source.commit)
 

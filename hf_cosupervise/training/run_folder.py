@@ -204,9 +204,11 @@ class RunFolder:
                 if not is_as_written(folder, name, digest):
                     logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")
                     return None
+            # Without pickles, which arrays of objects would be: a folder may have been handed on.
             with np.load(folder / _PLAN, allow_pickle=False) as saved:
                 arrays = {name: saved[name] for name in _ARRAYS if name in saved}
             saved_folds = load_file(folder / _FOLDS) if _FOLDS in facts["files"] else {}
+            # Names begin with the number of their fold.
             folds: list[dict[str, torch.Tensor]] = [{} for _ in {key.split(".")[0] for key in saved_folds}]
             for key, value in saved_folds.items():
                 fold, _, name = key.partition(".")
