@@ -55,6 +55,7 @@ from hf_cosupervise.students.publishing import STORY_FILES, push_student
 from hf_cosupervise.students.vectors import VECTOR_STUDENTS
 from hf_cosupervise.teachers.kinds.loading import identify_teacher
 from hf_cosupervise.teachers.naming import hierarchy_from_names
+from hf_cosupervise.teachers.running import BLAMED
 from hf_cosupervise.training.members import DECIDED_BY_MEMBERS
 
 FIGURE = "overview.png"
@@ -373,9 +374,10 @@ def tell_error(error: Exception) -> str | None:
     is_ours = any(Path(place.filename).resolve().is_relative_to(folder) for folder in own)
     if is_ours and str(place.line).startswith("raise "):
         return str(error)
-    # Errors of the Hub's client keep their own sentence, with a note of ours.
+    # Errors of the Hub's client keep their own sentence, with a note that says what to do; whose model raised a bug is
+    # noted too, and is no advice.
     notes = getattr(error, "__notes__", [])
-    return "\n".join([str(error), *notes]) if notes else None
+    return "\n".join([str(error), *notes]) if any(not note.startswith(BLAMED) for note in notes) else None
 
 
 if __name__ == "__main__":

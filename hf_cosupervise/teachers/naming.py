@@ -94,10 +94,12 @@ def _read_teacher(name: str | Mapping[str, Any], dataset: Dataset) -> Teacher:
 def _find_labels(teachers: Sequence[Teacher], dataset: Dataset) -> list[str]:
     """The labels of all teachers, those of the first levels first."""
     known: dict[str, None] = {}
+    are_rules = True  # of which each gives one label or none, so that they share no label where they are right
     # The root first: a generalist knows all labels, and gives them their order.
     for teacher in sorted(teachers, key=lambda teacher: teacher.level):
         own = _labels_of(teacher, dataset)
-        if known and known.keys().isdisjoint(own):
+        are_rules &= len(own) == 1
+        if known and known.keys().isdisjoint(own) and not are_rules:
             raise ValueError(
                 f"Teachers must share labels, got {shorten(own, 8)} of '{teacher.name}' and {shorten(known, 8)} of "
                 "those before it. Give the task's labels by `labels`, and a `label_map` in a hierarchy; see too that "

@@ -44,6 +44,8 @@ DECODE_ERRORS = (
     *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
     *(ValueError, DecompressionBombError, struct.error, zlib.error),
 )
+# How the note on a bug begins that tells whose it is.
+BLAMED = "Raised by teacher"
 T = TypeVar("T")
 
 
@@ -444,7 +446,7 @@ class _told(AbstractContextManager[None]):  # noqa: N801
                 f"A batch of {self.num_rows} rows for teacher '{self.name}' must fit into memory, got: {error} Choose "
                 "a smaller `batch_size`."
             ) from error
-        error.add_note(f"Raised by teacher '{self.name}' on a batch of {self.num_rows} rows; no row is blamed for it.")
+        error.add_note(f"{BLAMED} '{self.name}' on a batch of {self.num_rows} rows; no row is blamed for it.")
 
 
 def tell_unmatched(job: Job, name: str) -> str:

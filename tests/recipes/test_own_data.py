@@ -181,6 +181,18 @@ def test_another_metric_than_accuracy(run, votes, tiny_bert):
     assert "balanced_accuracy" in said and "balanced accuracy %" in Path("out/README.md").read_text()
 
 
+def test_rules_of_one_label_each_need_no_list(run, tiny_bert, tmp_path):
+    words = ["free", "win", "song", "love"] * 20
+    rules = {
+        word: [label if word == said else None for said in words]
+        for word, label in zip(words[:4], ("spam", "spam", "ham", "ham"))
+    }
+    Dataset.from_dict({"text": [f"{word} {row}" for row, word in enumerate(words)]} | rules).to_csv("rules.csv")
+    call = ["--dataset", "rules.csv", "--student", tiny_bert, "--method", "csl", "--output_dir", "out", "--teachers"]
+    run(*call, *words[:4])
+    assert json.loads(Path("out/config.json").read_text())["id2label"] == {"0": "spam", "1": "ham"}
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -342,9 +354,10 @@ def test_only_errors_on_purpose_are_a_sentence(run):
     wrong = caught(lambda: run("--dataset", "nothing.csv", "--teachers", "a", "--student", "x", "--output_dir", "out"))
     assert train.tell_error(wrong) == str(wrong) and "got no file 'nothing.csv'" in str(wrong)
     noted = caught(lambda: int("x"))
-    assert train.tell_error(noted) is None  # a bug
+    noted.add_note("Raised by teacher 'a' on a batch of 2 rows; no row is blamed for it.")
+    assert train.tell_error(noted) is None  # a bug, wherever it is
     noted.add_note("What to do.")
-    assert train.tell_error(noted).endswith("'x'\nWhat to do.")
+    assert "'x'\n" in train.tell_error(noted) and train.tell_error(noted).endswith("\nWhat to do.")
     assert train.tell_error(caught(lambda: train.Path(None))) is None
 
 
