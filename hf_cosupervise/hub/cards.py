@@ -72,9 +72,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "has_adapter": facts.get("has_adapter"),
         "files_text": _files_text(facts.get("files", [])),
         "labels_text": _label_list(facts.get("labels", [])),
-        "evaluation_intro": _evaluation_intro(facts, report),
+        "metric": _METRICS[_metric(report)][1],
+        "dataset": _escape(facts["dataset_name"]) if "dataset_name" in facts else None,
+        "split": _escape(facts["dataset_split"]) if "dataset_split" in facts else None,
+        "seeds": [_escape(seed) for seed in report.get("seeds", [])],
+        "own_seed": _escape(facts["seed"]) if "seed" in facts else None,
         "evaluation_table": _evaluation_table(report),
-        "pgr_text": _pgr_text(report),
+        "gap": _gap(report),
         "overview_table": _overview_table(report.get("overview", {})),
         "overview_text": _overview_text(report.get("overview", {})),
         "figure": _quote(_in_repo(facts.get("figure", ""))),
@@ -338,23 +342,6 @@ def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, 
     return ""
 
 
-def _evaluation_intro(facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    where = "the test set"
-    if "dataset_name" in facts:
-        split = f" ({_escape(facts['dataset_split'])})" if "dataset_split" in facts else ""
-        where = f"{_escape(facts['dataset_name'])}{split}"
-    seeds = report.get("seeds", [])
-    over = f", mean ± standard deviation over seeds {_join(seeds)}" if len(seeds) > 1 else ""
-    one = f", seed {_escape(seeds[0])}" if len(seeds) == 1 else ""
-    this = (
-        f" This repository holds the student of seed {_escape(facts['seed'])}."
-        if len(seeds) > 1 and "seed" in facts
-        else ""
-    )
-    measured = f"{_METRICS[_metric(report)][1]} on {where}{over}{one}."
-    return f"{measured} Every method trains the same student by the same recipe.{this}"
-
-
 def _evaluation_table(report: Mapping[str, Any]) -> str:
     metric = _metric(report)
     rows: list[dict[str, Any]] = [{"method": "weak teacher", metric: report.get(f"weak_{metric}")}]
@@ -367,19 +354,14 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
     return _table(["method", _percent_of(metric), "PGR %"], [row for row in cells if any(row[1:])])
 
 
-def _pgr_text(report: Mapping[str, Any]) -> str:
-    """PGR with the three numbers that it is made of."""
-    methods = report.get("methods", {})
-    metric = _metric(report)
-    weak, ceiling = _percent(report.get(f"weak_{metric}")), _percent(methods.get("ceiling", {}).get(metric))
-    student, pgr = (_percent(methods.get(_own_method(report), {}).get(name)) for name in (metric, "pgr"))
-    if not all((weak, ceiling, student, pgr)):
-        return ""
-    return (
-        f"Performance gap recovered (PGR) = (student - weak) / (ceiling - weak) = **{pgr} %**, with student "
-        f"{student} %, weak teacher {weak} % and ceiling {ceiling} %; the ceiling is the same student trained with "
-        "ground truth."
-    )
+def _gap(report: Mapping[str, Any]) -> dict[str, str]:
+    """PGR with the three numbers that it is made of, where all are known."""
+    methods, metric = report.get("methods", {}), _metric(report)
+    own, ceiling = methods.get(_own_method(report), {}), methods.get("ceiling", {})
+    found = {"weak": report.get(f"weak_{metric}"), "ceiling": ceiling.get(metric)}
+    found |= {"student": own.get(metric), "pgr": own.get("pgr")}
+    shown = {name: _percent(value) for name, value in found.items()}
+    return shown if all(shown.values()) else {}
 
 
 def _metric(report: Mapping[str, Any]) -> str:
