@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 from unicodedata import category
@@ -48,6 +49,7 @@ _METRICS = {
     "worst_class_accuracy": ("accuracy", "Accuracy of the worst class"),
 }
 _MAX_NAMES = 6
+_quote = partial(quote, errors="replace")  # a path in an address
 _MAX_LABELS = 100
 
 
@@ -561,11 +563,6 @@ def _yaml(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_yaml(item) for item in value]
     return _visible(value) if isinstance(value, str) else value
-
-
-def _quote(path: str) -> str:
-    """A path in an address."""
-    return quote(path, errors="replace")
 
 
 def _join(values: Sequence[Any]) -> str:

@@ -243,10 +243,8 @@ def dawid_skene(
     a plain vote.
 
     Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            At least 1; labels that nobody names get 0.
+        labels, num_labels:
+            See [`majority_vote`]; labels that nobody names get 0.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.

@@ -349,8 +349,7 @@ def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
     """Hash of files given as path, size and time of change: gigabytes of weights are read once a run."""
     digest = hashlib.blake2b(digest_size=8)
     for path, size, _ in files:
-        # Name and size, so that two files do not hash as one that holds both; no folder, for the same weights may lie
-        # anywhere.
+        # Name and size, or two files would hash as one that holds both; no folder, for weights may lie anywhere.
         digest.update(f"{Path(path).name} {size} ".encode())
         with open(path, "rb") as file:
             # A megabyte at a time: weights may be larger than the memory.

@@ -132,8 +132,7 @@ def _raven_probs(pool: PseudolabelPool, features: torch.Tensor) -> torch.Tensor:
     else:  # specialists that each know labels of their own never agree
         warnings.warn("There is no example on which all teachers agree: 'raven' does without its easy start.")
         fit = fit_raven(features, teacher_probs, answered, easy_epochs=0)
-    # Of `fit` only the weights are kept: the pool is to hold what the teachers say, not what RAVEN's own student
-    # predicts.
+    # Only the weights are kept: the pool is to hold what teachers say, not what RAVEN's own student predicts.
     return weighted_mean_probs(teacher_probs, answered, fit.teacher_weights)
 
 
@@ -161,8 +160,7 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
         # By position, not at random: the same pool gives the same labels, and no random number is used up.
         inside = rows % _FOLDS == fold
         others = rows[has_vote & ~inside]
-        # Fewer examples than folds leave some empty, and without any vote there is nothing to fit: even probabilities
-        # stay.
+        # Some folds of a few examples are empty, and without a vote there is nothing to fit: all stays even.
         if not bool(inside.any()) or not bool(has_vote.any()):
             continue
         if not len(others):
@@ -175,8 +173,7 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
             features,
             others,
             votes.__getitem__,
-            # What all examples give less what the fold gives: the large product over features is done once, not per
-            # fold.
+            # What all give less what the fold gives: the large product over features is done once, not per fold.
             gram - gram_matrix(features, rows[has_vote & inside]),
             alpha=_RIDGE_ALPHA,
             logit_scale=_LOGIT_SCALE,

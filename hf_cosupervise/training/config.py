@@ -76,8 +76,7 @@ _LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules", "members")
 # "ceiling": it means nothing to ground truth, which is one level of one-hot labels.
 _PURPOSES = ("resume", "compare", "publish", "ceiling")
 _NEUTRAL, _LOCAL, _NOT_FOR_CEILING = ("resume",), ("resume", "compare"), ("ceiling",)
-# The same of the parent's fields, whose declarations are not ours: by how their names begin, for another release of
-# transformers has others.
+# The same of the parent's fields, by how their names begin, for another release of transformers has others.
 _INHERITED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("hub_", "push_to_hub", "use_cpu"): ("resume", "compare", "publish"),
     ("output_dir", "disable_tqdm", "dataloader_pin_memory"): _LOCAL,

@@ -154,10 +154,6 @@ class RunFolder:
 
     # --- what is finished --------------------------------------------------------------------------------------------
 
-    def stage_dir(self, level: int, round: int, is_last: bool) -> Path:
-        """Give the folder of a round of a level."""
-        return self.path / (f"level-{level}" if is_last else f"level-{level}-round-{round}")
-
     def save_stage(self, folder: Path, stage: Stage) -> None:
         """Write a finished round; it counts from the moment when all of it is there."""
         folder.mkdir(parents=True, exist_ok=True)

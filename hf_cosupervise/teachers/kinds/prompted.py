@@ -423,8 +423,7 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
 def compile_template(template: str, name: str) -> jinja2.Template:
     """A template of which nothing is to be feared, with a slot for the text."""
     what = f"Option `template` of teacher '{name}'"
-    # A slot that is not there must fail, and a line break at the end, which Jinja drops by default, may be a part of
-    # the prompt.
+    # A slot that is not there must fail, and a last line break, which Jinja drops by default, may be meant.
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         tree = parse_template(environment, template, _MOST_LETTERS, _MOST_DEPTH)
