@@ -405,7 +405,7 @@ def whole_precision(device: torch.device) -> torch.autocast:
 
 def directions(output: Any) -> torch.Tensor:
     """Features of length 1, `(num_rows, size)` float32."""
-    # transformers 5 gives them as the pooled output, earlier versions as they are.
+    # `get_image_features` and its kin give them as the pooled output of a model.
     features = (output if isinstance(output, torch.Tensor) else output.pooler_output).flatten(1).float()
     return features / features.norm(dim=-1, keepdim=True)
 
