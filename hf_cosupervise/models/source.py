@@ -123,17 +123,15 @@ class ModelSource:
     def check_weights(self) -> None:
         """See that there are weights to load, before any work and without fetching them."""
         try:
-            names = [name for name in self._list_files() if "/" not in name]
+            listed = _list_files(self.what, self.repo, self.commit, self.subfolder)
         except UNREACHABLE as error:
             if not is_unreachable(error):
                 raise
             return  # what is in the cache may do
         wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
+        names = [name for name in listed if "/" not in name]
         if not any(fnmatch.filter(names, pattern) for pattern in wanted):
             raise self._without_weights()
-
-    def _list_files(self) -> list[str]:
-        return _list_files(self.what, self.repo, self.commit, self.subfolder)
 
     def _check_files(self, names: set[str]) -> None:
         """See that what the libraries will open is what they take it for."""
@@ -192,7 +190,7 @@ class ModelSource:
     def _without_weights(self) -> Exception:
         """The error of a place without weights that are read, by what is there instead."""
         # Asked anew, for files that are not loaded are not downloaded either, and the sentence is about those.
-        names = self._list_files()
+        names = _list_files(self.what, self.repo, self.commit, self.subfolder)
         here = [name for name in names if "/" not in name]
         wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
         if not self.is_local and any(fnmatch.filter(here, pattern) for pattern in wanted):

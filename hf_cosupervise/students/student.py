@@ -167,8 +167,7 @@ def check_student(model: Any, labels: tuple[str, ...]) -> None:
     generic = [f"LABEL_{index}" for index in range(num_labels)]
     if names not in (generic, list(labels)):
         raise ValueError(
-            f"The student's labels must be those of the pool in the same order, {list(labels)[:8]}, "
-            f"got {names[:8]}. "
+            f"The student's labels must be those of the pool in the same order, {list(labels)[:8]}, got {names[:8]}. "
             "Load it with `load_student(model, pool.labels)`."
         )
     model.config.id2label = dict(enumerate(labels))

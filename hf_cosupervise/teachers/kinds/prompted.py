@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from os.path import commonprefix
 from typing import Any
 
@@ -72,6 +72,8 @@ _FILTERS = (
 _MOST_LETTERS, _MOST_DEPTH = 1 << 16, 50
 RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
+# The words of an answer, without the signs by which a model may set them off.
+_fold = partial(fold_answer, blanks="PS")
 _Encoded = tuple[list[int], list[list[int]]]
 
 
@@ -96,6 +98,9 @@ class PromptedTeacher:
                 "Leave the option out, and write the whole prompt as `template`."
             )
         processor = InputProcessor(tokenizer, model.config, f"Teacher '{name}'")
+        # A causal model needs room for its answer beside the prompt.
+        is_apart = self.by_words or model.config.is_encoder_decoder
+        num_answer_tokens = 0 if is_apart else int(self.options["max_new_tokens"])
         self.prompter = Prompter(
             name=name,
             tokenizer=tokenizer,
@@ -103,7 +108,7 @@ class PromptedTeacher:
             labels=tuple(labels),
             words=tuple(word.strip() for words in texts.values() for word in words) if self.by_words else (),
             is_seq2seq=model.config.is_encoder_decoder,
-            max_length=int(processor.max_length or 0) - self._num_answer_tokens(model),
+            max_length=int(processor.max_length or 0) - num_answer_tokens,
             options=self.options,
         )
         self.prompter.check()
@@ -140,10 +145,6 @@ class PromptedTeacher:
                 self.prior = self._score(nothing)
         self.has_warned = False
 
-    def _num_answer_tokens(self, model: Any) -> int:
-        """How many tokens beside those of the prompt a model has to have room for."""
-        return 0 if self.by_words or model.config.is_encoder_decoder else int(self.options["max_new_tokens"])
-
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
         if not self.by_words:
             return self._generate(inputs)
@@ -177,7 +178,7 @@ class PromptedTeacher:
         for row, answer in enumerate(answers):
             # What a model adds below its answer, such as a next example, belongs to no label.
             line = next((line for line in answer.splitlines() if line.strip()), "")
-            if (label := self.answers.get(fold(line))) is not None:
+            if (label := self.answers.get(_fold(line))) is not None:
                 probs[row, self.own_labels.index(label)] = 1
         if not probs.any() and not self.has_warned:
             self.has_warned = True
@@ -367,17 +368,12 @@ def _last_space(text: str) -> int:
     return 0
 
 
-def fold(answer: str) -> str:
-    """Leave the words of an answer, without the signs by which a model may set them off."""
-    return fold_answer(answer, "PS")
-
-
 def _fold_all(texts: Mapping[str, Sequence[str]], name: str) -> dict[str, str]:
     """The label of each word, as answers are compared; words must be some, and each of one label."""
     answers: dict[str, str] = {}
     for label, words in texts.items():
         for word in words:
-            if not (folded := fold(word)):
+            if not (folded := _fold(word)):
                 raise ValueError(
                     f"Teacher '{name}' must have a word for each label, got {word!r} for '{label}'. Give one by "
                     "`label_texts`."
