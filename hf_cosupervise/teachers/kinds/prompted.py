@@ -73,7 +73,7 @@ _MOST_LETTERS, _MOST_DEPTH = 1 << 16, 50
 RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
 # The words of an answer, without the signs by which a model may set them off.
-_fold = partial(fold_answer, blanks="PS")
+fold = partial(fold_answer, blanks="PS")
 _Encoded = tuple[list[int], list[list[int]]]
 
 
@@ -178,7 +178,7 @@ class PromptedTeacher:
         for row, answer in enumerate(answers):
             # What a model adds below its answer, such as a next example, belongs to no label.
             line = next((line for line in answer.splitlines() if line.strip()), "")
-            if (label := self.answers.get(_fold(line))) is not None:
+            if (label := self.answers.get(fold(line))) is not None:
                 probs[row, self.own_labels.index(label)] = 1
         if not probs.any() and not self.has_warned:
             self.has_warned = True
@@ -373,7 +373,7 @@ def _fold_all(texts: Mapping[str, Sequence[str]], name: str) -> dict[str, str]:
     answers: dict[str, str] = {}
     for label, words in texts.items():
         for word in words:
-            if not (folded := _fold(word)):
+            if not (folded := fold(word)):
                 raise ValueError(
                     f"Teacher '{name}' must have a word for each label, got {word!r} for '{label}'. Give one by "
                     "`label_texts`."
