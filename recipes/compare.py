@@ -27,15 +27,16 @@ from comparison.cells import Group, check_cells, prepare, run_side_by_side
 from comparison.plan import methods_of, parse_plan
 from comparison.tables import collect, write_results
 from task import say
+from task_arguments import read_seeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, and write tables and figures; 1 where a cell failed."""
     plan, started = parse_plan(argv, __doc__), time.time()
     groups = [
-        Group(task, methods_of(task, plan.methods), int(seed), plan.output_dir)
+        Group(task, methods_of(task, plan.methods), seed, plan.output_dir)
         for task in plan.tasks
-        for seed in task.seeds.split(",")
+        for seed in read_seeds(task.seeds)
     ]
     check_cells(groups)
     num_missing = count_unfinished(groups)

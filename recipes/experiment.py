@@ -18,7 +18,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import disable_progress_bars
 from task import check_run, find_student, label_data, load_split, modality_of, say
-from task_arguments import DataArguments, RecipeArguments, StudentArguments, TeacherArguments
+from task_arguments import DataArguments, RecipeArguments, StudentArguments, TeacherArguments, read_seeds
 from train_teachers import CONTROL, control_hierarchy, is_on_hub, train_teachers
 from transformers.utils import logging as transformers_logging
 
@@ -156,7 +156,7 @@ def run_experiment(run: tuple[Any, ...]) -> None:
     """Run all seeds, or what is left of them, and put the student of the first one in its place."""
     recipe_args, config = run[3:]
     facts = recipe_arguments_to_dict(run)
-    seeds = [int(seed) for seed in recipe_args.seeds.split(",")]
+    seeds = read_seeds(recipe_args.seeds)
     if recipe_args.calibrate_teachers and not run[0].num_heldout_examples:
         raise ValueError("`calibrate_teachers` needs labelled examples, got `num_heldout_examples` 0. Give it some.")
     folder = Path(config.output_dir)

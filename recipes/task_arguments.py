@@ -116,6 +116,9 @@ class RecipeArguments:
         default=False, metadata={"help": "Fit a temperature per teacher to the `num_heldout_examples`."}
     )
 
+    def __post_init__(self) -> None:
+        read_seeds(self.seeds)
+
 
 @dataclass
 class TeacherArguments:
@@ -191,3 +194,14 @@ class TeacherArguments:
 
 
 RECIPE_TYPES = [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig]
+
+
+def read_seeds(text: str) -> list[int]:
+    """Read seeds that are separated by commas."""
+    seeds = [int(part) if part.strip().isdecimal() else -1 for part in str(text).split(",")]
+    if len({*seeds}) < len(seeds) or not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(
+            "`seeds` must be different whole numbers from 0 to 2**32 - 1 with commas between them, got "
+            f"{text!r}. Write 0,1,2 or leave it out for 0."
+        )
+    return seeds

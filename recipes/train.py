@@ -36,7 +36,7 @@ from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from experiment import open_target, run_experiment
 from task import check_run, is_image_folder, label_own, open_own_data, say
-from task_arguments import DEFAULT_CONFIG, RECIPE_TYPES, DataArguments, TeacherArguments
+from task_arguments import DEFAULT_CONFIG, RECIPE_TYPES, DataArguments, TeacherArguments, read_seeds
 from transformers.utils import logging as transformers_logging
 
 import hf_cosupervise
@@ -97,6 +97,11 @@ def parse() -> tuple[tuple[Any, ...], bool]:
     else:
         is_own = bool(given & {"dataset", "teachers"}) and not given & of_experiments
     run = parse_recipe_args(RECIPE_TYPES, default_config=None if is_own else DEFAULT_CONFIG)
+    if run[4].eval_strategy != "no":
+        raise ValueError(
+            f"`eval_strategy` must be 'no', got '{run[4].eval_strategy.value}': levels are not chosen by labels. The "
+            "student is measured at the end, by `--test_split` or `--test_dataset`."
+        )
     if is_own and run[2].student == "mlp" and "student_training" not in given:
         run[4].student_training = "full"  # there is nothing in it yet to be frozen
     # One student for everybody: several ways to train it, of which none has to be chosen. Whoever chooses one has it.
@@ -157,7 +162,7 @@ def tell_plan(task: OwnTask, run: tuple[Any, ...]) -> None:
     weights = sum(identify_teacher(teacher)[1] for teacher in models)
     k = min(16, task.hierarchy.num_labels)
     on_disk = num_rows * (4 * size + 4 * k * len(task.hierarchy.teachers))
-    seeds = len(recipe_args.seeds.split(","))
+    seeds = len(read_seeds(recipe_args.seeds))
     say(
         f"{num_rows} rows, {task.hierarchy!r}: {len(models)} models ({weights / 1e6:.0f} MB) and "
         f"{len(task.hierarchy.teachers) - len(models)} columns; labels {list(task.hierarchy.labels)[:10]}\n"
@@ -321,7 +326,7 @@ def train_on_own(run: tuple[Any, ...]) -> None:
     if recipe_args.dry_run:
         tell_plan(task, run)
         return
-    folder, seeds = Path(config.output_dir), [int(seed) for seed in recipe_args.seeds.split(",")]
+    folder, seeds = Path(config.output_dir), read_seeds(recipe_args.seeds)
     facts = recipe_arguments_to_dict(run)
     facts["hub_model_id"] = open_target(config)
     with PartialState().main_process_first():

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = parser.parse_args(arguments).folder
     given = {model: read(folder, f"{model}_full_weak") for model in MODELS}
     prompts = [prompt for prompt, _ in given[MODELS[0]]]
+    # Of each problem up to three, for it was asked once with examples by each model.
     student: dict[str, list[str]] = {}
     for prompt, answer in [pair for model in MODELS for pair in read(folder, f"{model}_iter1_icl")]:
         student.setdefault(prompt, []).append(answer)
@@ -43,11 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pool = AnswerPool.from_answers({model: [said for _, said in rows] for model, rows in given.items()}, prompts)
     speakers = {"majority": pool.assign("majority", "number")}
     speakers["same_answer"] = pool.assign("same_answer", "number", student=own)
+    # Only now, when everybody has spoken, the truth is read.
     with (folder / "data" / "test" / "gsm8k_train_2.jsonl").open(encoding="utf-8") as lines:
         truth = [normalize_number(json.loads(line)["answer"]) for line in lines]
     right = [[normalize_number(text or "") == gold for text in row] for row, gold in zip(pool.answer_rows(), truth)]
     table = {model: [row[place] for row in right] for place, model in enumerate(MODELS)}
     table |= {name: [row[place] for row, place in zip(right, chosen)] for name, chosen in speakers.items()}
+    # Whoever is right, if anybody is: what no choice among these answers can be better than.
     table["oracle"] = [any(row) for row in right]
     print(f"{len(prompts)} problems, {sum(map(bool, own))} of them with an answer of the student")
     for name, flags in table.items():

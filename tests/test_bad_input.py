@@ -851,7 +851,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("a pool_k above the number of labels", ValueError, lambda tmp: label(tmp, pool_k=4),
      "`pool_k` must lie in 1..3 (the number of labels), got 4."),
     ("batches of nothing", ValueError, lambda tmp: label(tmp, batch_size=0),
-     "`batch_size` must be at least 1, got 0."),
+     "`batch_size` must be a whole number of at least 1, got 0. Give one."),
     ("an unknown precision", ValueError, lambda tmp: label(tmp, precision="int8"),
      "`precision` must be one of ['float32', 'bfloat16', 'float16'], got 'int8'. Choose one of them."),
     ("an unknown way to fail", ValueError, lambda tmp: label(tmp, on_error="ignore"),

@@ -587,7 +587,7 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 CHATS = {
     "loops": (LOOPS, "takes more than"),
     "calls": (CALLS_ITSELF, "takes more than"),
-    "grows": (GROWS, "one operation makes"),
+    "grows": (GROWS, "takes more than"),
     "recursion": ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "calls itself, or takes too much memory"),
     "powers": ("{{ 10**10000 }}", "one operation makes"),
     "code": ("{{ cycler.__init__.__globals__.os.mkdir('MARKER') }}", "is unsafe"),
@@ -604,8 +604,9 @@ def test_a_chat_template_that_took_too_long_is_not_waited_for_again(tmp_path, re
     enter = chat_with(LOOPS + "again", Place(tmp_path / "model", request))
     for most in (0.3, 600.0):  # at the second time nobody waits
         monkeypatch.setattr(chat, "_MOST_SECONDS", most)
-        with pytest.raises(ValueError, match="^it takes more than 10 seconds, or a gigabyte of memory.$"):
+        with pytest.raises(ValueError, match="^it takes more than 10 seconds, or a gigabyte of memory.$") as caught:
             enter()
+        assert isinstance(caught.value.__cause__, chat.BrokenChatTemplateError)
 
 
 @dataclass
@@ -621,7 +622,6 @@ class Talker:
 
 # Each grows by one operation in C, which nobody can stop: within a time, or by what the process has, is too late.
 MANY = "10000000000"
-TWICE = "{% set n = namespace(a=[1], b=[1], t='ab') %}{% for i in range(60) %}"
 GROWTHS = {
     "text": f"{{{{ 'a' * {MANY} }}}}",
     "text-left": f"{{{{ {MANY} * 'a' }}}}",
@@ -629,44 +629,8 @@ GROWTHS = {
     "list": f"{{{{ [0] * {MANY} }}}}",
     "tuple": f"{{{{ (1,) * {MANY} }}}}",
     "steps": "{% set many = 100000 %}{{ 'a' * many * many }}",
+    "power": "{% set n = 9999 %}{{ n ** n }}",
     "number": "{% set n = namespace(a=3) %}{% for i in range(60) %}{% set n.a = n.a * n.a %}{% endfor %}{{ n.a % 7 }}",
-    "hexadecimal": "{{ (('f' * 9000000)|int(base=16)) // (('f' * 5000000)|int(base=16)) }}",
-    "percent": f"{{{{ '%{MANY}d' % 1 }}}}",
-    "percent-star": f"{{{{ '%*d' % ({MANY}, 1) }}}}",
-    "percent-often": "{{ ('%99999d' * 1000) % ((1,) * 1000) }}",
-    "percent-filter": f"{{{{ '%{MANY}d'|format(1) }}}}",
-    "format": f"{{{{ '{{:{MANY}}}'.format(1) }}}}",
-    "format-width": f"{{{{ '{{:>{{w}}}}'.format(1, w={MANY}) }}}}",
-    "format-map": f"{{{{ '{{a:{MANY}}}'.format_map({{'a': 1}}) }}}}",
-    "center": f"{{{{ 'a'.center({MANY}) }}}}",
-    "center-filter": f"{{{{ 'a'|center({MANY}) }}}}",
-    "center-mapped": f"{{{{ ['a']|map('center', {MANY})|list }}}}",
-    "center-attribute": f"{{{{ ('a'|attr('center'))({MANY}) }}}}",
-    "center-item": f"{{{{ 'a'['center']({MANY}) }}}}",
-    "ljust": f"{{{{ 'a'.ljust({MANY}) }}}}",
-    "zfill": f"{{{{ 'a'.zfill({MANY}) }}}}",
-    "expandtabs": f"{{{{ '\\t'.expandtabs({MANY}) }}}}",
-    "to_bytes": f"{{{{ (1).to_bytes({MANY}, 'big') }}}}",
-    "translate": "{{ ('a' * 100000).translate({97: 'b' * 100000}) }}",
-    "replace": "{{ ('a' * 100000).replace('a', 'b' * 100000) }}",
-    "replace-filter": "{{ ('a' * 100000)|replace('a', 'b' * 100000) }}",
-    "join": "{{ ('a' * 100000).join([''] * 100000) }}",
-    "join-filter": "{{ (['a' * 100000] * 100000)|join }}",
-    "indent": f"{{{{ 'a\\nb'|indent({MANY}) }}}}",
-    "batch": f"{{{{ [1]|batch({MANY}, 0)|list }}}}",
-    "slice": f"{{{{ [1]|slice({MANY})|list }}}}",
-    "round": f"{{{{ 1.5|round({MANY}, 'ceil') }}}}",
-    "sum": "{{ ([[1]] * 10000)|sum(start=[])|length }}",
-    "json": f"{{{{ [[1]]|tojson(indent={MANY}) }}}}",
-    "keys": "{{ dict.fromkeys(range(99999), 'a' * 100000) }}",
-    "out": "{% set t = 'a' * 9000000 %}" + "{{ t }}" * 1000,
-    "set": TWICE + "{% set t %}" + "{{ n.t }}" * 100 + "{% endset %}{% set n.t = t %}{% endfor %}",
-    "tilde": TWICE + "{% set n.t = n.t ~ n.t %}{% endfor %}",
-    "lists": TWICE + "{% set n.a = [n.a, n.a] %}{% endfor %}{{ n.a }}",
-    "lists-compared": TWICE + "{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
-    "objects": TWICE + "{% set n.a = {'x': n.a, 'y': n.a} %}{% endfor %}{{ n.a|tojson }}",
-    "calls": TWICE + "{% set n.a = dict(x=n.a, y=n.a) %}{% endfor %}{{ n.a }}",
-    "macros": "{% macro m(k) %}{{ m(k - 1, varargs, varargs) if k else varargs }}{% endmacro %}{{ m(60, 1) }}",
 }
 
 
@@ -677,15 +641,9 @@ def test_one_operation_of_a_chat_template_makes_little(name):
 
 
 SLOW = {
-    "striptags": ("{{ ('<!--' * 99999)|striptags }}", "No filter named 'striptags'"),
-    "striptags-method": ("{{ (('<!--' * 99999)|safe).striptags() }}", "`striptags` is not for chats"),
-    "wordwrap": ("{{ messages|wordwrap(1) }}", "No filter named 'wordwrap'"),
-    "lipsum": ("{{ lipsum(n=1000000000) }}", "'lipsum' is undefined"),
     "range": ("{{ range(1000000000000)|list }}", "Range too big"),
-    "long": ("a" * 300_000, "300,000 letters, more than 262,144"),
     "deep": ("{{ " + "not " * 200 + "1 }}", "nested more than 100 deep"),
     "brackets": ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "calls itself, or takes too much"),
-    "underscore": ("{% set n = namespace() %}{% set n._x = 1 %}", "no attribute '_x'"),
 }
 
 

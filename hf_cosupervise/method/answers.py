@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from difflib import SequenceMatcher
+from itertools import combinations
 
 import numpy as np
 
 from .assignment import NOBODY
 
 Normalizer = Callable[[str], str | None]
+# A comma between three digits stands for thousands; elsewhere it ends a number.
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _BOX = "\\boxed{"
 
@@ -33,10 +36,9 @@ def normalize_number(answer: str) -> str | None:
     found = _NUMBER.findall(answer)
     if not found:
         return None
-    whole, _, part = found[-1].replace(",", "").partition(".")
-    sign, whole, part = whole[:1] if whole[0] == "-" else "", whole.lstrip("-").lstrip("0") or "0", part.rstrip("0")
-    number = f"{whole}.{part}" if part else whole
-    return number if number == "0" else sign + number
+    number = format(Decimal(found[-1].replace(",", "")), "f")  # never rounded, as a float of many digits would be
+    number = number.rstrip("0").rstrip(".") if "." in number else number
+    return "0" if number == "-0" else number
 
 
 def normalize_boxed(answer: str) -> str | None:
@@ -57,11 +59,7 @@ def normalize_boxed(answer: str) -> str | None:
     return None
 
 
-NORMALIZERS: dict[str, Normalizer] = {
-    "exact": normalize_exact,
-    "number": normalize_number,
-    "boxed": normalize_boxed,
-}
+NORMALIZERS: dict[str, Normalizer] = {"exact": normalize_exact, "number": normalize_number, "boxed": normalize_boxed}
 
 
 def find_normalizer(normalize: str | Normalizer) -> Normalizer:
@@ -99,16 +97,22 @@ def group_answers(answers: Sequence[Sequence[str | None]], normalize: str | Norm
 # ── who speaks for all ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def _pick(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The allowed teacher of the highest score, the first of several; -1 where none is allowed or known."""
+    allowed = allowed & ~np.isnan(scores)
+    best = np.where(allowed, scores, -np.inf).argmax(axis=1)
+    return np.where(allowed.any(axis=1), best, NOBODY).astype(np.int64)
+
+
 def first_answered(groups: np.ndarray) -> np.ndarray:
     """Give the first teacher with an answer, int64 `(num_examples,)`; -1 where nobody has one."""
-    answered = groups >= 0
-    return np.where(answered.any(axis=1), answered.argmax(axis=1), NOBODY).astype(np.int64)
+    return _pick(np.zeros(groups.shape), groups >= 0)
 
 
 def random_answered(groups: np.ndarray, seed: int) -> np.ndarray:
     """Give one of the teachers with an answer, each as likely, int64 `(num_examples,)`; -1 where nobody has one."""
-    draws = np.where(groups >= 0, np.random.default_rng(seed).random(groups.shape), -1.0)
-    return np.where((groups >= 0).any(axis=1), draws.argmax(axis=1), NOBODY).astype(np.int64)
+    # One draw for each teacher, answered or not: who is drawn for a prompt hangs on no other prompt's answers.
+    return _pick(np.random.default_rng(seed).random(groups.shape), groups >= 0)
 
 
 def joining_rates(groups: np.ndarray) -> np.ndarray:
@@ -154,6 +158,7 @@ def majority_vote(
         >>> majority_vote(np.array([[0, 1, 1], [0, 1, -1]]), np.array([[0.9, 0.1, 0.2], [0.1, 0.3, 0.9]]))[0].tolist()
         [2, 1]
     """
+    # `votes` of an answer stand at everybody who gave it.
     weights, answered = np.ones(groups.shape[1]) if weights is None else weights, groups >= 0
     votes = ((groups[:, :, None] == groups[:, None, :]) * weights).sum(axis=2) * answered
     most = votes.max(axis=1, initial=0)
@@ -209,29 +214,19 @@ def longest_agreement(answers: Sequence[Sequence[str | None]]) -> np.ndarray:
     """
     chosen = np.full(len(answers), NOBODY, dtype=np.int64)
     for row, said in enumerate(answers):
-        words = [None if answer is None else answer.split() for answer in said]
-        shared = [0 if own is not None else NOBODY for own in words]
-        for one, own in enumerate(words):
-            for other in range(one + 1, len(words)):
-                if own is not None and (theirs := words[other]) is not None:
-                    size = SequenceMatcher(None, own, theirs, autojunk=False).find_longest_match().size
-                    shared[one] += size
-                    shared[other] += size
-        if shared and max(shared) >= 0:
-            chosen[row] = int(np.argmax(shared))
+        words = {teacher: answer.split() for teacher, answer in enumerate(said) if answer is not None}
+        shared = dict.fromkeys(words, 0)
+        for one, other in combinations(words, 2):
+            # Without junk: words that are frequent in long answers count like others.
+            size = SequenceMatcher(None, words[one], words[other], autojunk=False).find_longest_match().size
+            shared[one], shared[other] = shared[one] + size, shared[other] + size
+        chosen[row] = max(shared, key=shared.__getitem__, default=NOBODY)
     return chosen
 
 
 # ── which two make a preference ─────────────────────────────────────────────────────────────────────────────────────
 
 Pairs = tuple[np.ndarray, np.ndarray]  # positions of the chosen and of the rejected teacher, (num_examples,), -1: none
-
-
-def _pick(scores: np.ndarray, allowed: np.ndarray) -> np.ndarray:
-    """The allowed teacher of the highest score, the first of several; -1 where none is allowed or known."""
-    allowed = allowed & ~np.isnan(scores)
-    best = np.where(allowed, scores, -np.inf).argmax(axis=1)
-    return np.where(allowed.any(axis=1), best, NOBODY).astype(np.int64)
 
 
 def _others(groups: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -251,8 +246,7 @@ def pair_ranked(groups: np.ndarray, ranks: np.ndarray) -> Pairs:
 
     Source: Delta Learning (arXiv 2507.06187), of two teachers; ranks `(num_teachers,)` are 0 for the best.
     """
-    chosen = _pick(np.broadcast_to(-ranks.astype(np.float64), groups.shape), groups >= 0)
-    return chosen, _pick(np.broadcast_to(ranks.astype(np.float64), groups.shape), _others(groups, chosen))
+    return pair_scored(groups, np.broadcast_to(-ranks.astype(np.float64), groups.shape))
 
 
 def pair_scored(groups: np.ndarray, scores: np.ndarray) -> Pairs:
@@ -310,13 +304,11 @@ def pair_consistent(
         if answer is None or key is None or not known:
             continue
         majority = max(dict.fromkeys(known), key=known.count)  # the first of several
-        share = known.count(majority) / len(said)
-        agree, differ = (
-            [sample for sample, one in zip(said, keys) if (one == majority) is same] for same in (True, False)
-        )
-        if share < min_share or key != majority and share < min_share_against:
+        share, is_right = known.count(majority) / len(said), key == majority
+        if share < (min_share if is_right else max(min_share, min_share_against)):
             continue
-        others = list(dict.fromkeys(differ if key == majority else agree))
+        # Samples that say something else than the teacher, or what the teacher should have said.
+        others = list(dict.fromkeys(sample for sample, one in zip(said, keys) if (one == majority) != is_right))
         for place in generator.permutation(len(others))[:max_pairs]:
-            pairs.append((row, answer, others[place]) if key == majority else (row, others[place], answer))
+            pairs.append((row, answer, others[place]) if is_right else (row, others[place], answer))
     return pairs

@@ -122,6 +122,7 @@ def score_continuations(
     name = "cache" if "cache" in accepted.parameters else "past_key_values"
     cache = getattr(read, name)
     scores = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+    # The prompts themselves tell of the first token, so that words of one token need no second forward.
     scores[:, 0] = torch.log_softmax(read.logits[:, -1].float(), dim=-1)[owners, tokens[:, 0]]
     longer = tokens_mask[:, 1:].any(dim=1).nonzero().flatten()
     if len(longer):
@@ -198,6 +199,7 @@ def _num_at_once(model: Any, cache: Any, num_rows: int, num_tokens: int) -> int:
             f"{type(model).__name__} with {type(cache).__name__}. Choose words of one token by `label_texts`, or "
             '`options={"answer": "generate"}`.'
         )
+    # Of each row its keys and values, and of each further token scores of 4 bytes, twice.
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     return max(1, _MEMORY_BUDGET // (kept // num_rows + 8 * (num_tokens - 1) * vocabulary))

@@ -36,6 +36,7 @@ METHODS = ("generalist", "majority", "longest_agreement", "random", "same_answer
 PAIRS = ("assigned", "rank", "self_consistency", "score", "unfamiliar")
 Prompt = str | list[dict[str, str]]
 Samples = str | Sequence[str | Sequence[str] | None]  # a student's answers
+# Said of exports, because a dataset of no rows cannot tell what its columns would hold.
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 
 
@@ -58,7 +59,7 @@ class AnswerPool(TeacherPool):
 
     columns = ("answer", "log_prob", "num_tokens", "finish_reason")
     maker = "build_answers"
-    has_labels = False
+    has_labels = False  # nothing is matched by name here: a hierarchy with labels is meant for the other pool
 
     _views: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -102,10 +103,10 @@ class AnswerPool(TeacherPool):
         if hierarchy is None:
             hierarchy = TeacherHierarchy(teachers=[Teacher(name, kind="column") for name in answers])
         if prompts is not None:
-            given = Dataset.from_dict({"prompt": list(prompts)})
+            given = Dataset.from_dict({"prompt": list(prompts)})  # tells by its type whether they are chats
             inputs = given if inputs is None else inputs.add_column("prompt", given["prompt"][:])
+        has_ids = inputs is not None and "id" in inputs.column_names
         if ids is None:
-            has_ids = inputs is not None and "id" in inputs.column_names
             ids = inputs["id"][:] if has_ids else range(len(next(iter(answers.values()), ())))  # type: ignore[index]
         ids = list(ids)
         check_id_values(ids)
@@ -115,13 +116,12 @@ class AnswerPool(TeacherPool):
             raise ValueError(
                 f"All must have one entry for each of the {len(ids)} ids, got {wrong}. Give None for none."
             )
-        known: dict[str, Mapping[str, Any]] = {"log_probs": log_probs or {}, "num_tokens": num_tokens or {}}
-        known["samples"] = samples or {}
+        known: dict[str, Any] = {"log_probs": log_probs, "num_tokens": num_tokens, "samples": samples}
         teachers = {
-            name: answer_dataset(ids, some, **{what: own.get(name) for what, own in known.items()})
+            name: answer_dataset(ids, some, **{what: (own or {}).get(name) for what, own in known.items()})
             for name, some in answers.items()
         }
-        if inputs is not None and "id" not in inputs.column_names:
+        if inputs is not None and not has_ids:
             inputs = inputs.add_column("id", ids)
         return cls(hierarchy, teachers, inputs, input_column="prompt" if prompts is not None else None)
 
@@ -171,6 +171,7 @@ class AnswerPool(TeacherPool):
     def prompts(self, rows: Any = slice(None)) -> list[Prompt]:  # noqa: B008  # a slice cannot change
         """Give the prompts: texts, or lists of messages with `role` and `content`."""
         column, rows = self.prompt_column, self._check_rows(rows)
+        # Texts and lists, whatever format a dataset was given for training; and no other column is read.
         cells = list(self.inputs.with_format(None).select_columns([column])[rows][column])  # type: ignore[union-attr]
         if not self.is_chat:
             return cells
@@ -179,6 +180,7 @@ class AnswerPool(TeacherPool):
     def _cells(self, name: str, column: str, rows: Any) -> list[Any]:
         """A column of a teacher's dataset, in the order of the pool's ids."""
         self.hierarchy.index(name)  # says who is there
+        # As Arrow has it: a dataset of Python objects would decode every other column too.
         dataset, rows = self.teachers[name].with_format("arrow"), self._check_rows(rows)
         if name in self._orders:
             rows = self._orders[name][rows]
@@ -195,6 +197,7 @@ class AnswerPool(TeacherPool):
     def samples(self, name: str, rows: Any = slice(None)) -> list[list[str]]:  # noqa: B008
         """Give all answers of a teacher to each prompt; where it was asked once, its only one."""
         self.hierarchy.index(name)
+        # Only who was asked several times has them, and perhaps one teacher of the pool.
         if "samples" in self.teachers[name].column_names:
             return [some or [] for some in self._cells(name, "samples", rows)]
         return [[] if answer is None else [answer] for answer in self.texts(name, rows)]
@@ -218,6 +221,7 @@ class AnswerPool(TeacherPool):
     @property
     def confidences(self) -> np.ndarray:
         """`np.ndarray` of shape `(num_examples, num_teachers)`: Mean log-probability of a token, NaN if unknown."""
+        # A sum of which the tokens are not counted says nothing.
         with np.errstate(invalid="ignore", divide="ignore"):
             means = [np.where(count > 0, total / count, np.nan) for total, count, _ in self._views.values()]
         return np.stack(means, axis=1).astype(np.float32)
@@ -258,13 +262,15 @@ class AnswerPool(TeacherPool):
         if method == "majority":
             return majority_vote(group_answers(self.answer_rows(), normalize), self.confidences)[0]
         if method == "same_answer":
-            said, own = self.answer_rows(), self._read_samples(student, '`assign("same_answer")`')
-            count, most = len(self.hierarchy.names), max(map(len, own), default=0)
-            rows = [[*row, *mine, *[None] * (most - len(mine))] for row, mine in zip(said, own)]
+            own, count = self._read_samples(student, '`assign("same_answer")`'), len(self.hierarchy.names)
+            most = max(map(len, own), default=0)
+            # Side by side, so that equal answers of teachers and of the student have the same number.
+            rows = [[*said, *mine, *[None] * (most - len(mine))] for said, mine in zip(self.answer_rows(), own)]
             groups = group_answers(rows, normalize).reshape(len(self), count + most)
             if isinstance(student, str):
                 groups[:, self.hierarchy.index(student)] = NOBODY
             return follow_student(groups[:, :count], groups[:, count:], self.confidences)
+        # As if all had said the same: who has an answer is all that counts here.
         answered = np.stack([self.answered(name) for name in self.hierarchy.names], axis=1).astype(np.int64) - 1
         return first_answered(answered) if method == "generalist" else random_answered(answered, seed)
 
@@ -295,7 +301,7 @@ class AnswerPool(TeacherPool):
 
         Returns:
             `datasets.Dataset`: `prompt` and `completion`, texts or lists of messages, or else `messages`; `weight`,
-            `id`, and `teacher_id`, the teacher's name.
+            `teacher_id`, the teacher's name, and `id`.
 
         Raises:
             ValueError: If an array is of another shape, or `messages` are wanted of prompts that are texts.
@@ -304,36 +310,34 @@ class AnswerPool(TeacherPool):
             raise ValueError("`messages` need prompts that are messages, got texts. Export `prompt` and `completion`.")
         if answers is not None and len(answers) != len(self):
             raise ValueError(f"`answers` must have one entry for each of {len(self)} prompts, got {len(answers)}.")
-        names, all_of_them = self.hierarchy.names, range(len(self.hierarchy.names))
+        names = self.hierarchy.names
         speakers = None if assigned is None else self._read_assigned(assigned).tolist()
         said: list[tuple[int, int, str | None]]  # row, who says it, what
         if answers is not None:
             said = list(zip(range(len(self)), speakers or [NOBODY] * len(self), answers))
+        elif speakers is None:
+            said = [(row, who, text) for row, texts in enumerate(self.answer_rows()) for who, text in enumerate(texts)]
         else:
-            each = [all_of_them] * len(self) if speakers is None else [[who] * (who >= 0) for who in speakers]
-            said = [(row, who, texts[who]) for row, texts in enumerate(self.answer_rows()) for who in each[row]]
-        prompts = self.prompts()
-        mask, scale = self._read_mask(kept, prompts), self._read_weights(weights)
+            each = zip(speakers, self.answer_rows())
+            said = [(row, who, texts[who]) for row, (who, texts) in enumerate(each) if who >= 0]
+        scale = self._one_each("weights", weights, "fiub", "numbers from 0")
+        prompts, mask = self._asked(kept)
+        # Blank ones are among `answers` of the user's alone: a pool holds none.
         said = [(row, who, text) for row, who, text in said if mask[row] and text is not None and text.strip()]
-        columns: dict[str, Any] = {
-            "weight": [scale[row] for row, _, _ in said],
-            "id": [self.ids[row].item() for row, _, _ in said],
-            "teacher_id": [names[who] if who >= 0 else None for _, who, _ in said],
-        }
-        replies = self._as_replies([str(text) for _, _, text in said])
+        rows, replies = [row for row, _, _ in said], self._as_replies([str(text) for _, _, text in said])
+        columns: dict[str, Any] = {"completion": replies}
         if messages:
-            columns["messages"] = [[*prompts[row], *reply] for (row, _, _), reply in zip(said, replies)]
-        else:
-            columns |= {"prompt": [prompts[row] for row, _, _ in said], "completion": replies}
-        return self._export(columns, "answers for supervised fine-tuning")
+            columns = {"messages": [[*prompts[row], *reply] for row, reply in zip(rows, replies)]}
+        columns["weight"] = [float(scale[row]) for row in rows]
+        columns["teacher_id"] = [names[who] if who >= 0 else None for _, who, _ in said]
+        return self._export("answers for supervised fine-tuning", prompts, rows, columns)
 
     def to_routed(self, assigned: np.ndarray | str | None = None, kept: np.ndarray | None = None) -> Dataset:
         """Export which teacher each prompt goes to, as trainers that distil from several teachers ask for.
 
         Args:
             assigned (`np.ndarray` of shape `(num_examples,)` or `str`, *optional*):
-                Who speaks for each prompt; or a method of [`assign`], or a column of the inputs that says it in any
-                words. Defaults to the column `teacher_id`.
+                As in [`to_sft`]; or a column of the inputs that says it in any words, by default `teacher_id`.
             kept (`np.ndarray` of shape `(num_examples,)`, *optional*):
                 Bool, which prompts to keep.
 
@@ -341,6 +345,7 @@ class AnswerPool(TeacherPool):
             `datasets.Dataset`: `prompt`, `teacher_id` (text) and `id`; without the prompts that nobody speaks for.
         """
         assigned = "teacher_id" if assigned is None else assigned
+        # A column of the user's own wins over a method of the same name.
         columns = [] if self.inputs is None else list(self.inputs.column_names)
         if isinstance(assigned, str) and assigned in columns:
             speakers = [None if name is None else str(name) for name in self.column(assigned)]
@@ -351,12 +356,11 @@ class AnswerPool(TeacherPool):
             )
         else:
             speakers = [None if who < 0 else self.hierarchy.names[who] for who in self._read_assigned(assigned)]
-        prompts = self.prompts()
-        mask = self._read_mask(kept, prompts)
+        prompts, mask = self._asked(kept)
         rows = [row for row, name in enumerate(speakers) if name is not None and mask[row]]
-        columns_of = {"prompt": [prompts[row] for row in rows], "teacher_id": [speakers[row] for row in rows]}
-        columns_of["id"] = [self.ids[row].item() for row in rows]
-        return self._export(columns_of, "prompts with their teachers")
+        return self._export(
+            "prompts with their teachers", prompts, rows, {"teacher_id": [speakers[row] for row in rows]}
+        )
 
     def to_preferences(
         self,
@@ -382,13 +386,10 @@ class AnswerPool(TeacherPool):
                 the lowest of `scores`. `"unfamiliar"`: of those who agree with the assigned teacher, the answer that
                 the student finds least likely (`scores`), and the likeliest of the others. `"self_consistency"`: the
                 assigned teacher's answer and the student's samples, by how many of these agree.
-            assigned (`np.ndarray` of shape `(num_examples,)` or `str`, *optional*):
-                Who speaks for each prompt, or a method of [`assign`]. Defaults to `"majority"`; `"generalist"` for
-                `"self_consistency"`.
-            kept (`np.ndarray` of shape `(num_examples,)`, *optional*):
-                Bool, which prompts to keep.
-            normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
-                Which answers are the same, see [`assign`].
+            assigned, kept (*optional*):
+                As in [`to_sft`], but `assigned` defaults to `"majority"`; to `"generalist"` for `"self_consistency"`.
+            normalize, seed (*optional*):
+                As in [`assign`]; the seed is that of all that is drawn.
             scores (`np.ndarray` of shape `(num_examples, num_teachers)` or `str`, *optional*):
                 For `"score"` any numbers, or their column in each teacher's dataset; for `"unfamiliar"` the student's
                 mean log-probabilities. NaN where nobody knows.
@@ -396,8 +397,6 @@ class AnswerPool(TeacherPool):
                 All teachers, the best first. Defaults to the order of the hierarchy.
             student (`str` or `Sequence[str | Sequence[str] | None]`, *optional*):
                 The student's own answers for `"self_consistency"` and for `assigned="same_answer"`, see [`assign`].
-            seed (`int`, *optional*, defaults to 0):
-                For what is drawn.
             options:
                 Of `"self_consistency"`: `min_share` (0.6), `min_share_against` (0.8), `max_pairs` (1) of a prompt.
 
@@ -413,6 +412,7 @@ class AnswerPool(TeacherPool):
             raise ValueError(f"`pairs={pairs!r}` has no options, got {sorted(options)}. Leave them out.")
         if assigned is None:
             assigned = "generalist" if pairs == "self_consistency" else "majority"
+        # Samples that the pairs are made of are no business of a method that asks no student.
         is_asked = pairs != "self_consistency" or isinstance(assigned, str) and assigned == "same_answer"
         speakers = self._read_assigned(assigned, normalize, seed, student if is_asked else None)
         said = self.answer_rows()
@@ -430,32 +430,39 @@ class AnswerPool(TeacherPool):
                 both = pair_scored(groups, self._read_scores(scores, pairs))
             else:
                 both = pair_unfamiliar(groups, speakers, self._read_scores(scores, pairs))
+            # As they were written: what `normalize` makes of them only tells them apart.
             found = [
                 (row, str(said[row][better]), str(said[row][worse]))
                 for row, (better, worse) in enumerate(zip(*both))
                 if better >= 0 and worse >= 0
             ]
-        prompts = self.prompts()
-        mask = self._read_mask(kept, prompts)
-        found = [(row, better, worse) for row, better, worse in found if mask[row]]
-        columns: dict[str, Any] = {
-            "prompt": [prompts[row] for row, _, _ in found],
+        prompts, mask = self._asked(kept)
+        found = [pair for pair in found if mask[pair[0]]]
+        columns = {
             "chosen": self._as_replies([better for _, better, _ in found]),
             "rejected": self._as_replies([worse for _, _, worse in found]),
-            "id": [self.ids[row].item() for row, _, _ in found],
         }
-        return self._export(columns, f"pairs of answers by `{pairs}`")
+        return self._export(f"pairs of answers by `{pairs}`", prompts, [row for row, _, _ in found], columns)
+
+    def _asked(self, kept: Any) -> tuple[list[Prompt], np.ndarray]:
+        """All prompts, and which of them are exported."""
+        prompts, mask = self.prompts(), self._one_each("kept", kept, "b", "booleans")
+        # No trainer can learn an answer to nothing.
+        return prompts, mask & [bool(text and (not isinstance(text, str) or text.strip())) for text in prompts]
 
     def _as_replies(self, texts: list[str]) -> Sequence[Prompt]:
         return [[{"role": "assistant", "content": text}] for text in texts] if self.is_chat else texts
 
-    def _export(self, columns: Mapping[str, Any], what: str) -> Dataset:
-        """A plain dataset that tells whose answers it holds."""
-        kinds: dict[str, Any] = {name: Value("string") for name in columns}
-        kinds |= {"id": Value("string" if self.ids.dtype.kind == "U" else "int64"), "weight": Value("float32")}
-        if self.is_chat:
-            kinds |= dict.fromkeys(("prompt", "completion", "chosen", "rejected", "messages"), _MESSAGES)
-        dataset = Dataset.from_dict(dict(columns), features=Features({name: kinds[name] for name in columns}))
+    def _export(
+        self, what: str, prompts: Sequence[Prompt], rows: Sequence[int], columns: Mapping[str, Any]
+    ) -> Dataset:
+        """A plain dataset of some prompts that tells whose answers it holds."""
+        asked = {} if "messages" in columns else {"prompt": [prompts[row] for row in rows]}
+        whole = {**asked, **columns, "id": [self.ids[row].item() for row in rows]}
+        kinds: dict[str, Any] = dict.fromkeys(whole, _MESSAGES if self.is_chat else Value("string"))
+        kinds |= {"id": Value("string" if self.ids.dtype.kind == "U" else "int64")}
+        kinds |= {"teacher_id": Value("string"), "weight": Value("float32")}
+        dataset = Dataset.from_dict(whole, features=Features({name: kinds[name] for name in whole}))
         # As on the card, where nothing of this machine stands.
         known = json.dumps({**self._card_facts(), "pool": self.repo_id, "commit": self.commit}, sort_keys=True)
         dataset.info.description = (
@@ -466,39 +473,29 @@ class AnswerPool(TeacherPool):
 
     # ── what is given ───────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _one_each(
+        self, name: str, values: Any, kinds: str, what: str, within: tuple[float, float] = (0, np.inf)
+    ) -> np.ndarray:
+        """A number for each prompt, by default 1."""
+        values, (least, most) = np.ones(len(self), bool) if values is None else np.asarray(values), within
+        # NaN fails both comparisons, and a list of nothing is of floats.
+        is_right = values.shape == (len(self),) and (values.dtype.kind in kinds or not values.size)
+        if not is_right or not ((least <= values) & (values <= most)).all():
+            raise ValueError(
+                f"`{name}` must be {what} of shape ({len(self)},), got {values.shape} of {values.dtype}. Give one for "
+                "each prompt."
+            )
+        return values
+
     def _read_assigned(
         self, assigned: Any, normalize: str | Normalizer = "exact", seed: int = 0, student: Samples | None = None
     ) -> np.ndarray:
         """Who speaks for each prompt, int64."""
         if isinstance(assigned, str):
             return self.assign(assigned, normalize, seed=seed, student=student)
-        places, count = np.asarray(assigned), len(self.hierarchy.names)
-        is_whole = places.shape == (len(self),) and (places.dtype.kind in "iu" or not places.size)
-        if not is_whole or places.size and not NOBODY <= places.min() <= places.max() < count:
-            raise ValueError(
-                f"`assigned` must be positions 0..{count - 1} of teachers or -1, integers of shape ({len(self)},), "
-                f"got {places.shape} of {places.dtype}. Give one for each prompt, or one of {list(METHODS)}."
-            )
-        return places.astype(np.int64)
-
-    def _read_mask(self, kept: Any, prompts: Sequence[Prompt]) -> np.ndarray:
-        mask = np.ones(len(self), dtype=bool) if kept is None else np.asarray(kept)
-        if mask.shape != (len(self),) or mask.dtype != bool:
-            raise ValueError(
-                f"`kept` must be booleans of shape ({len(self)},), got {mask.shape} of {mask.dtype}. Say of each "
-                "prompt whether to keep it."
-            )
-        # No trainer can learn an answer to nothing.
-        return mask & [bool(prompt and (not isinstance(prompt, str) or prompt.strip())) for prompt in prompts]
-
-    def _read_weights(self, weights: Any) -> list[float]:
-        values = np.ones(len(self)) if weights is None else np.asarray(weights)
-        if values.shape != (len(self),) or values.dtype.kind not in "fiub" or not (values >= 0).all():
-            raise ValueError(
-                f"`weights` must be numbers from 0 of shape ({len(self)},), got {values.shape} of {values.dtype}. "
-                "Give one for each prompt."
-            )
-        return [float(value) for value in values]
+        last = len(self.hierarchy.names) - 1
+        what = f"positions 0..{last} of teachers or -1, integers"
+        return self._one_each("assigned", assigned, "iu", what, (NOBODY, last)).astype(np.int64)
 
     def _read_scores(self, scores: Any, pairs: str) -> np.ndarray:
         names, shape = self.hierarchy.names, (len(self), len(self.hierarchy.names))
@@ -508,21 +505,24 @@ class AnswerPool(TeacherPool):
                     f"`scores` must be a column of every teacher's dataset, got {scores!r}, which {lacking} lack. Add "
                     "it there, or give an array."
                 )
+            # None of a teacher without a score becomes NaN.
             columns = [self._cells(name, scores, slice(None)) for name in names]
             scores = np.array(columns, dtype=np.float64).T.reshape(shape)
-        values = np.asarray(() if scores is None else scores, dtype=np.float64)
-        if values.shape != shape:
+        values = np.asarray(() if scores is None else scores)
+        if values.shape != shape or values.dtype.kind not in "fiub":
+            found = "none" if scores is None else values.shape or type(scores).__name__
             raise ValueError(
-                f"`pairs={pairs!r}` needs `scores`, numbers of shape {shape}, got "
-                f"{'none' if scores is None else values.shape}. Give one for each prompt and teacher, NaN for unknown."
+                f"`pairs={pairs!r}` needs `scores`, numbers of shape {shape}, got {found}. Give one for each prompt "
+                "and teacher, NaN for unknown, such as `score_answers(…).per_token`."
             )
-        return values
+        return values.astype(np.float64)
 
     def _read_ranks(self, ranking: Sequence[str] | None) -> np.ndarray:
         names = list(self.hierarchy.names)
         ranking = names if ranking is None else list(ranking)
         if sorted(ranking) != sorted(names):
             raise ValueError(f"`ranking` must name each teacher of {names} once, the best first, got {ranking}.")
+        # By teacher, not by rank.
         return np.array([ranking.index(name) for name in names])
 
     def _read_samples(self, student: Samples | None, what: str) -> list[list[str]]:

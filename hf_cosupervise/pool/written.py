@@ -22,7 +22,7 @@ def find_prompt_column(dataset: Dataset, column: str | None = None) -> str:
     if not set(found) & set(dataset.column_names):
         raise ValueError(
             f"Prompts must stand in a column {list(PROMPT_NAMES)}, or one that is named, got "
-            f"{column or 'none of them'!r} among {dataset.column_names}. Name it with `input_column`."
+            f"{'none' if column is None else repr(column)} among {dataset.column_names}. Name it with `input_column`."
         )
     return found[0]
 

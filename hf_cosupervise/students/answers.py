@@ -87,6 +87,7 @@ def score_answers(
     """
     check_answer_pool(pool, "score_answers")
     writer = student if isinstance(student, Writer) else Writer(student, tokenizer)
+    # What the user has loaded stays where it is.
     if isinstance(student, str) and torch.cuda.is_available():
         writer.model.to("cuda")
     reader = AnswerReader(writer, pool, too_long, batch_size, join_processes(), disable_tqdm)
@@ -103,52 +104,61 @@ class AnswerReader:
             raise ValueError(f"`too_long` must be one of {list(TOO_LONG)}, got {too_long!r}. Choose one of them.")
         self.writer, self.pool, self.too_long = writer, pool, too_long
         self.batch_size, self.processes, self.quiet = batch_size, processes, quiet
+        # Said once each: a pool is encoded anew for every question.
         self._told: set[str] = set()
 
     def encode(self, names: Sequence[str]) -> Iterator[tuple[slice, list[list[int]], list[list[list[int] | None]]]]:
         """Tokens of prompts and of each teacher's answers, of some rows at a time; `None` for what is not read."""
         counts = dict.fromkeys(("prompts", *names), 0)
+        # Some rows at a time, because tokens of a whole pool would not fit into memory.
         for part in row_chunks(len(self.pool)):
             prompts = self.pool.prompts(part)
             before = self.writer.encode(prompts)
             counts["prompts"] += sum(not ids for ids in before)
             answers = []
             for name in names:
-                rows: list[list[int] | None] = [None] * len(prompts)
-                texts = self.pool.texts(name, part)
-                there = [row for row, text in enumerate(texts) if text is not None and before[row]]
-                own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
-                fits = [self._fit(before[row], ids) for row, ids in zip(there, own, strict=True)]
-                for row, fit in zip(there, fits):
-                    rows[row] = fit
-                whole = zip(there, own, fits)
-                too_long = [(row, ids) for row, ids, fit in whole if fit is None or len(fit) < len(ids)]
-                if too_long and self.too_long == "raise":
-                    row, ids = too_long[0]
-                    raise ValueError(
-                        f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student "
-                        f"reads, got {len(before[row]) + len(ids)} of '{name}' for id "
-                        f"{self.pool.ids[part.start + row].item()!r} ({len(too_long)} such among {len(prompts)} "
-                        "answers). Shorten it, or set `too_long` to 'skip' or 'cut'."
-                    )
-                counts[name] += len(too_long)
+                rows, num_long = self._encode_answers(name, part, prompts, before)
+                counts[name] += num_long
                 answers.append(rows)
             yield part, before, answers
         for name, count in counts.items():  # say once what is not read, or not whole
             if count and name not in self._told:
                 self._told.add(name)
-                what = "left out" if self.too_long == "skip" or name == "prompts" else "cut, or left out"
-                which = (
-                    "prompts without a word" if name == "prompts" else f"answers of '{name}' too long for the student"
-                )
+                which, what = f"answers of '{name}' too long for the student", "left out"
+                if name == "prompts":
+                    which = "prompts without a word"
+                elif self.too_long == "cut":
+                    what = "cut, or left out"
                 logger.warning(f"{count} of {len(self.pool)} {which}: {what}.")
 
+    def _encode_answers(
+        self, name: str, part: slice, prompts: Sequence[Any], before: Sequence[list[int]]
+    ) -> tuple[list[list[int] | None], int]:
+        """A teacher's answers to some prompts, and how many of them are too long."""
+        texts, rows = self.pool.texts(name, part), list[list[int] | None]([None] * len(prompts))
+        # After a prompt without a word nothing is read, whoever answered it.
+        there = [row for row, text in enumerate(texts) if text is not None and before[row]]
+        own = self.writer.encode_answers([prompts[row] for row in there], [texts[row] or "" for row in there])
+        too_long = []
+        for row, ids in zip(there, own, strict=True):
+            rows[row] = fit = self._fit(before[row], ids)
+            if fit is None or len(fit) < len(ids):
+                too_long.append((row, len(before[row]) + len(ids)))
+        if too_long and self.too_long == "raise":
+            row, length = too_long[0]
+            raise ValueError(
+                f"A prompt and its answer must fit into the {self.writer.max_length} tokens that the student reads, "
+                f"got {length} of '{name}' for id {self.pool.ids[part.start + row].item()!r} ({len(too_long)} such "
+                f"among {len(prompts)} answers). Shorten it, or set `too_long` to 'skip' or 'cut'."
+            )
+        return rows, len(too_long)
+
     def _fit(self, prompt: list[int], answer: list[int]) -> list[int] | None:
-        most = self.writer.max_length
-        room = most - (0 if self.writer.is_seq2seq else len(prompt))
-        if len(answer) <= room and len(prompt) <= most:
-            return answer
-        return answer[:room] if self.too_long == "cut" and room > 0 and len(prompt) <= most else None
+        # A decoder has positions of its own.
+        room = self.writer.max_length - (0 if self.writer.is_seq2seq else len(prompt))
+        if len(prompt) > self.writer.max_length or len(answer) > room and (self.too_long != "cut" or room < 1):
+            return None
+        return answer[:room]
 
     def answered(self, names: Sequence[str]) -> np.ndarray:
         """Tell which answers the student can read, `(num_examples, num_teachers)`."""
@@ -164,12 +174,15 @@ class AnswerReader:
                 f"`window` must be a number of tokens of at least 1, for a causal student, got {window!r} for "
                 f"{type(self.writer.plain).__name__}. Leave it out, or use another `rule` than 'local'."
             )
+        if not (self.writer.is_seq2seq or self.pool.is_chat):
+            self._tell_blanks(names)
         shape = len(self.pool), len(names)
         log_probs, num_tokens = np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, dtype=np.int32)
         for part, prompts, answers in self.encode(names):
             # What follows each prompt, every text once, and who wants to know of it.
             following: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
             wanted = []
+            # Sums begin at 0 where something is read, and stay NaN elsewhere.
             for column, rows in enumerate(answers):
                 for row, ids in enumerate(rows):
                     if ids is None:
@@ -181,10 +194,26 @@ class AnswerReader:
                         wanted.append((part.start + row, column, before, piece))
             items: list[Scored] = [(list(before), [*map(list, own)]) for before, own in following.items()]
             sums = self.writer.score(items, self.batch_size, self.processes, self.quiet)
+            # Sums come in the order of the texts: where those after each prompt begin.
             starts = dict(zip(following, np.cumsum([0, *map(len, following.values())])))
             for row, column, before, piece in wanted:
                 log_probs[row, column] += sums[starts[before] + following[before][piece]]
         return AnswerScores(tuple(names), log_probs, num_tokens)
+
+    def _tell_blanks(self, names: Sequence[str]) -> None:
+        """Tell where the blank before an answer, and not what it says, would decide who is believed."""
+        shares = dict[str, float]()
+        for name in names:
+            if begin := [text[0].isspace() for text in self.pool.texts(name) if text is not None]:
+                shares[name] = sum(begin) / len(begin)
+        # A model goes on from "Answer:" by " yes"; a column mostly holds "yes", which hardly any text goes on by.
+        with_blank, without = ([name for name in shares if shares[name] > 0.9], [n for n in shares if shares[n] < 0.1])
+        if with_blank and without and not self._told & {*without}:
+            self._told |= {*without}
+            logger.warning(
+                f"Answers of {with_blank} begin with a blank, those of {without} do not: the student finds one of "
+                "them likelier for that alone. Put a blank before those, or at the end of every prompt."
+            )
 
     def _pieces(
         self, prompt: list[int], answer: list[int], window: int | None
@@ -199,9 +228,9 @@ class AnswerReader:
         """What the student answers itself."""
         found, num_cut = list[str](), 0
         for part in row_chunks(len(self.pool)):
-            prompts = [
-                ids if len(ids) < self.writer.max_length else [] for ids in self.writer.encode(self.pool.prompts(part))
-            ]
+            # Where no token is left to say, there is no answer either.
+            encoded = self.writer.encode(self.pool.prompts(part))
+            prompts = [ids if len(ids) < self.writer.max_length else [] for ids in encoded]
             texts, is_whole = self.writer.write(prompts, max_new_tokens, self.batch_size, self.processes)
             found, num_cut = found + texts, num_cut + int((~is_whole).sum())
         if num_cut:
@@ -216,12 +245,14 @@ class AnswerReader:
         names, parts = self.pool.hierarchy.names, []
         used = sorted(set(assigned[kept].tolist()))
         for part, prompts, answers in self.encode([names[place] for place in used]):
+            # A causal model reads the answer behind the prompt; what it says of the prompt's own tokens is no matter.
             columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
             for row in np.flatnonzero(kept[part]):
                 prompt, ids = prompts[row], answers[used.index(assigned[part][row])][row] or []
                 columns["input_ids"].append(prompt if self.writer.is_seq2seq else prompt + ids)
                 columns["labels"].append(ids if self.writer.is_seq2seq else [-100] * len(prompt) + ids)
             parts.append(Dataset.from_dict(columns))
+        # A part of which nothing is kept has no types of columns to be joined by.
         return concatenate_datasets([part for part in parts if len(part)])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.inputs import InputProcessor
 from ..models.chat import ChatTemplateError, apply_chat_template
@@ -44,6 +44,10 @@ class Writer:
             )
         if tokenizer is None:
             raise ValueError("`tokenizer` is needed beside a model object. Load it by `AutoTokenizer`.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"`tokenizer` must be one of transformers, got {type(tokenizer).__name__}. Load it by `AutoTokenizer`."
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "The student must have a token that ends an answer, got a tokenizer without `eos_token`. Set it to "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ class AnswerForm:
     def load(self, teacher: Teacher, device: torch.device, commit: str | None) -> TeacherModel:
         """Load a teacher."""
         model: Any = load_teacher(teacher, (), device, commit=commit)
-        if isinstance(model, WrittenTeacher):
+        if isinstance(model, WrittenTeacher):  # a column has nothing to write
             model.batch_size = self.batch_size
         return model
 
@@ -131,17 +130,15 @@ class AnswerForm:
         """Answers that no file can hold, or that are none."""
         wrong = {}
         for place, answer in enumerate(answers):
-            if not isinstance(answer, Written):
-                wrong[place] = f"An answer of teacher '{name}' must be a `Written`, got {type(answer).__name__}"
+            if not isinstance(answer, Written):  # of somebody's own model, which `models` brought
+                wrong[place] = f"be a `Written`, got {type(answer).__name__}"
             elif any(not is_writable_text(text) for text in (answer.text or "", *(answer.samples or ()))):
-                wrong[place] = (
-                    f"An answer of teacher '{name}' must hold no NUL and no halves of characters, got {answer.text!r}"
-                )
-        return wrong
+                wrong[place] = f"hold no NUL and no halves of characters, got {answer.text!r}"
+        return {place: f"An answer of teacher '{name}' must {rule}" for place, rule in wrong.items()}
 
     def append(self, part: Part, start: int, answers: np.ndarray, failed_rows: Sequence[int], reason: str) -> None:
         """Put a batch on disk."""
-        data = json.dumps(answers.tolist()).encode("utf-8")
+        data = json.dumps(answers.tolist()).encode("utf-8")  # of any length, so that no array can hold them
         num_answered = sum(answer.text is not None for answer in answers)
         part.write((start, start + len(answers)), data, num_answered, failed_rows, 0.0, reason)
 
@@ -151,20 +148,17 @@ class AnswerForm:
 
     def write(self, path: Path, ids: Sequence[Any], pieces: Iterable[Sequence[Written]]) -> None:
         """Write a teacher's file of the pool."""
-        answers = [answer for piece in pieces for answer in piece]
-        texts, log_probs, num_tokens, reasons, samples = zip(*answers)
-        known = [math.nan if value is None else value for value in log_probs]
+        texts, log_probs, num_tokens, reasons, samples = zip(*(answer for piece in pieces for answer in piece))
+        # Of a teacher that was asked once there is no such column, and no row where it was not asked at all.
         sampled = [some or [] for some in samples] if any(some is not None for some in samples) else None
-        write_arrow(answer_dataset(ids, texts, known, num_tokens, reasons, sampled), path)
+        write_arrow(answer_dataset(ids, texts, log_probs, num_tokens, reasons, sampled), path)
 
     def stored(self, pool: Any, name: str, rows: np.ndarray) -> Iterator[list[Written]]:
         """Read answers from another pool."""
-        log_probs, num_tokens = pool.log_probs(name, rows).tolist(), pool.num_tokens(name, rows).tolist()
         has_samples = "samples" in pool.teachers[name].column_names
-        samples = pool.samples(name, rows) if has_samples else [None] * len(rows)
-        yield list(
-            map(Written, pool.texts(name, rows), log_probs, num_tokens, pool.finish_reasons(name, rows), samples)
-        )
+        columns = [pool.texts(name, rows), pool.log_probs(name, rows).tolist(), pool.num_tokens(name, rows).tolist()]
+        columns += [pool.finish_reasons(name, rows), pool.samples(name, rows) if has_samples else [None] * len(rows)]
+        yield list(map(Written, *columns))
 
 
 class _AnswerProgress(Progress):
@@ -176,7 +170,7 @@ class _AnswerProgress(Progress):
 
     def fits(self, size: int, count: int) -> bool:
         """Tell whether so many bytes can be those of so many rows."""
-        return size > 0
+        return size > 0  # texts are of any length; JSON itself says whether they are whole
 
     def decode(self, data: bytes, count: int, rows: slice) -> list[Written]:
         """Read some rows of a batch."""

@@ -259,8 +259,8 @@ def check_arguments(
         )
     if not isinstance(hierarchy, TeacherHierarchy):
         raise TypeError(f"`hierarchy` must be a `TeacherHierarchy`, got {type(hierarchy).__name__}.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}. Give one.")
     if output_dir is not None:
         check_free(Path(output_dir), f"Load the pool with `{maker}.load`, or choose another folder.")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -18,19 +20,18 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import LoraConfig
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
 from ..method.answers import Normalizer, find_normalizer, group_answers
 from ..method.assignment import NOBODY, fall_back
-from ..method.routing import REJECTIONS, choose_teacher, rule_reads, select_answers
+from ..method.routing import REJECTIONS, RULES, choose_teacher, rule_reads, select_answers
 from ..pool.answers import AnswerPool
 from ..processes import Processes, row_chunks
 from ..students.answers import TOO_LONG, AnswerReader, check_answer_pool
 from ..students.writing import WRITER_TRAININGS, Writer
 from .checkpointing import explain_checkpoint, read_back, seal_checkpoint
-from .config import fields_without
+from .config import CoSupervisedConfig, fields_without
 from .history import LevelHistory
 from .inherited import check_amounts, default_of
 from .plan import LevelPlan
@@ -41,17 +42,44 @@ logger = logging.getLogger(__name__)
 MakeTrainer = Callable[[Any, Dataset, TrainingArguments], Trainer]
 
 
+_CHOICES = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
+
+
 def _check_options(options: Mapping[str, Any]) -> None:
     """Refuse what there is not."""
     rule_reads(options["rule"])
     find_normalizer(options["normalize"])
-    known = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
-    for name, values in known.items():
+    for name, values in _CHOICES.items():
         if options[name] not in values:
             raise ValueError(f"`{name}` must be one of {list(values)}, got {options[name]!r}. Choose one.")
     for name in ("window", "max_new_tokens"):
-        if not isinstance(value := options[name], int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}. Correct it.")
+        if type(options[name]) is not int or options[name] < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {options[name]!r}. Correct it.")
+
+
+def _check_arguments(args: Any, make_trainer: Any) -> None:
+    """Refuse arguments that would be passed over, or stop the first level."""
+    # A configuration for labels has a method, an assignment and more of its own, of which nobody would hear here.
+    if not isinstance(args, TrainingArguments) or isinstance(args, CoSupervisedConfig):
+        raise TypeError(
+            f"`args` must be `TrainingArguments`, or those of a trainer of TRL, got {type(args).__name__}. Make some "
+            "first."
+        )
+    check_amounts(args)
+    if make_trainer is not None and (isinstance(make_trainer, type) or not callable(make_trainer)):
+        raise TypeError(
+            f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
+            "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
+        )
+    if args.eval_strategy != "no" and make_trainer is None:
+        raise ValueError(
+            f"`eval_strategy` must be 'no', got '{args.eval_strategy.value}': there are no data to evaluate a level "
+            "on. Leave it out, or give them to a trainer of your own by `make_trainer`."
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub` must be False, got True: no level is published. Call `push_to_hub` of what is returned."
+        )
 
 
 @dataclass
@@ -130,23 +158,19 @@ def co_supervise_answers(
     the student as it was pre-trained chooses.
 
     Args:
-        student (`PreTrainedModel`, `PeftModel` or `str`):
-            The model, causal or from sequence to sequence, its Hub id or its folder. It is trained in place.
-        pool ([`AnswerPool`]):
-            Prompts, or messages for the student's own chat template, and teachers' answers.
+        student, pool, tokenizer:
+            As in [`score_answers`]. A model object is trained in place.
         args (`TrainingArguments`):
             Of each level. `num_train_epochs` is divided by a level's keep rate, so that the number of steps stays
             about the same. Finished levels are kept below `output_dir`, and the checkpoints of one that is not.
-        tokenizer (*optional*):
-            That of a model object; of an id or a folder, its own.
         rule (`str`, *optional*, defaults to `"log_likelihood+confidence"`):
             One of `hf_cosupervise.method.routing.RULES`.
         rejection (`str`, *optional*, defaults to `"none"`):
             Below the root, `"loss_rank"` or `"same_answer"`, see [`select_answers`].
         normalize (`str` or `Callable`, *optional*, defaults to `"exact"`):
-            When two answers are the same: `"exact"`, `"number"`, `"boxed"`, or a function.
+            When two answers are the same, see [`AnswerPool.assign`].
         window (`int`, *optional*, defaults to 32):
-            Of rule `"local"`, the tokens that are scored at a time.
+            Of rule `"local"`, see [`score_answers`].
         max_new_tokens (`int`, *optional*, defaults to 64):
             Of the student's own answers, where a rule or a rejection compares with them.
         too_long (`str`, *optional*, defaults to `"raise"`):
@@ -175,13 +199,10 @@ def co_supervise_answers(
         arXiv 2402.15505; answers in place of labels are ours.
     """
     check_answer_pool(pool, "co_supervise_answers")
-    if not isinstance(args, TrainingArguments):
-        raise TypeError(f"`args` must be `TrainingArguments`, got {type(args).__name__}. Make some first.")
-    check_amounts(args)
-    if make_trainer is not None and (isinstance(make_trainer, type) or not callable(make_trainer)):
-        raise TypeError(
-            f"`make_trainer` must be a function of a model, a data set and arguments, got {make_trainer!r}. Write "
-            "`lambda model, dataset, args: SFTTrainer(model, args=args, train_dataset=dataset)`."
+    _check_arguments(args, make_trainer)
+    if peft_config is not None and student_training != "lora":
+        raise ValueError(
+            f"`peft_config` is for `student_training='lora'`, got {student_training!r}. Give both, or neither."
         )
     options = {"rule": rule, "rejection": rejection, "normalize": normalize, "window": window, "too_long": too_long}
     options |= {"max_new_tokens": max_new_tokens, "student_training": student_training}
@@ -218,8 +239,9 @@ class _Levels:
         """Train all levels that are not finished."""
         with self.run.open(self._settings, resume) as last:
             self.writer.model.to(self.args.device)
+            # The last student that is finished chooses for the level that is next.
             self.writer.put_back(None if last is None else last.student)
-            self.processes.on_first(self._forget_checkpoints)
+            self.processes.on_first(self._forget_checkpoints)  # a kill may have come between a level and this
             if self.options["too_long"] == "raise":  # now, and not when levels above have been trained
                 self.reader.answered(self.pool.hierarchy.names)
             for level, _ in self.run.unfinished():
@@ -245,11 +267,12 @@ class _Levels:
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
         arguments = _changed(self.args, "resume") | self._told
+        # A lambda has no name that would tell it from another one.
         functions = {} if self.make_trainer is None else {"make_trainer": "given"}
         return settings_of(self.args, arguments, _pool_digest(self.pool), self.writer.digest(), functions)
 
     def _card_facts(self) -> dict[str, Any]:
-        history = self.run.history
+        history, defaults = self.run.history, inspect.signature(co_supervise_answers).parameters
         levels = [
             {
                 "level": record["level"],
@@ -268,37 +291,23 @@ class _Levels:
             "has_adapter": self.options["student_training"] == "lora",
             "student_training": self.options["student_training"],
             "levels": levels,
-            "hyperparameters": _changed(self.args, "publish") | self._told,
+            "hyperparameters": _changed(self.args, "publish")
+            | {name: value for name, value in self._told.items() if value != defaults[name].default},
         }
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
     def plan(self, level: int) -> LevelPlan:
         """Choose whose answer to take, and which to leave out."""
-        hierarchy, options, same = self.pool.hierarchy, self.options, None
+        hierarchy = self.pool.hierarchy
         places = [place for place, teacher in enumerate(hierarchy.teachers) if teacher.level == level]
-        names = [hierarchy.names[place] for place in places]
         above = self.run.plans[-1].assigned_teacher if level else np.full(len(self.pool), NOBODY)
-        rule, rejection = (options["rule"], options["rejection"]) if level else (options["rule"], "none")
-        if level == 0 and len(names) == 1:
-            rule = "the root"
-            chosen = torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
-        else:
-            reads = rule_reads(rule)
-            scores = self.reader.score(names, options["window"] if reads == ("local",) else None)
-            per_token, answered = torch.from_numpy(scores.per_token), torch.from_numpy(~np.isnan(scores.log_probs))
-            known = {"student": per_token, "local": per_token}
-            known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
-            if "same" in reads or rejection != "none":
-                same = self._same()
-                known["same"] = same[:, places]
-            unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum()) if "teacher" in reads else 0
-            if unknown:
-                logger.warning(
-                    f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
-                    "teacher finds it: they are routed by the student's log-likelihood alone."
-                )
-            chosen = choose_teacher(rule, known, answered)
+        # Before any training the student knows nothing of the task that could tell a wrong answer.
+        rejection = self.options["rejection"] if level else "none"
+        rule = "the root" if level == 0 and len(places) == 1 else self.options["rule"]
+        asks = rejection != "none" or rule in RULES and "same" in rule_reads(rule)
+        same = self._same() if asks else None
+        chosen = self._choose(rule, places, same)
         position = torch.where(chosen == NOBODY, NOBODY, torch.tensor(places)[chosen.clamp(min=0)])
         assigned = fall_back(position, torch.from_numpy(above.astype(np.int64)))
         if not (has_answer := assigned >= 0).any():
@@ -312,16 +321,39 @@ class _Levels:
             scores = self.reader.score([hierarchy.names[place] for place in used])
             losses = -torch.from_numpy(scores.per_token[rows, np.searchsorted(used, at)])
         kept = select_answers(rejection, losses, None if same is None else same[rows, at], has_answer)
+        # -1 as the label of what nobody answered, as a plan of labels has it.
         plan = LevelPlan(level, 0, assigned.numpy().astype(np.int32), has_answer.int().numpy() - 1, kept.numpy(), {})
-        shares = {f"assignment/{name}": float((assigned == at).sum()) for at, name in enumerate(hierarchy.names)}
-        shares = {name: count / int(has_answer.sum()) for name, count in shares.items() if count}
-        plan.metrics |= {"rule": rule, **shares, "consistency/keep_rate": plan.keep_rate}  # type: ignore[dict-item]
-        plan.metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
+        plan.metrics["rule"] = rule  # type: ignore[assignment]
+        spoken = assigned[has_answer]
+        for place in torch.unique(spoken).tolist():
+            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float((spoken == place).double().mean())
+        plan.metrics |= {"consistency/keep_rate": plan.keep_rate, "consistency/num_kept": float(kept.sum())}
         return plan
+
+    def _choose(self, rule: str, places: list[int], same: torch.Tensor | None) -> torch.Tensor:
+        """Which teacher of a level speaks for each prompt, as a position in `places`, -1 for none."""
+        names = [self.pool.hierarchy.names[place] for place in places]
+        if rule not in RULES:
+            return torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
+        reads = rule_reads(rule)
+        scores = self.reader.score(names, self.options["window"] if reads == ("local",) else None)
+        per_token, answered = torch.from_numpy(scores.per_token), torch.from_numpy(~np.isnan(scores.log_probs))
+        known = {"student": per_token, "local": per_token}  # which of them was asked for, the window says
+        known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
+        if same is not None:
+            known["same"] = same[:, places]
+        unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum()) if "teacher" in reads else 0
+        if unknown:
+            logger.warning(
+                f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
+                "teacher finds it: they are routed by the student's log-likelihood alone."
+            )
+        return choose_teacher(rule, known, answered)
 
     def _same(self) -> torch.Tensor:
         """Which teachers say what the student says itself, bool `(num_examples, num_teachers)`."""
         own = self.reader.own_answers(self.options["max_new_tokens"])
+        # The student stands as one more teacher, so that equal answers have its number.
         rows = [[*said, mine] for said, mine in zip(self.pool.answer_rows(), own, strict=True)]
         groups = torch.from_numpy(group_answers(rows, self.options["normalize"]))
         return (groups[:, :-1] == groups[:, -1:]) & (groups[:, -1:] >= 0)
@@ -331,12 +363,14 @@ class _Levels:
         checkpoint = self.run.begin_stage(plan, can_resume=True)
         self.writer.put_back()
         args = copy.copy(self.args)
+        # A level is published by nobody: the whole is, in the end.
         args.output_dir, args.push_to_hub = str(self.run.stage_dir(plan.level, plan.round)), False
-        args.num_train_epochs = args.num_train_epochs / plan.keep_rate
+        args.num_train_epochs = args.num_train_epochs / plan.keep_rate  # as many steps on fewer examples
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         if self.make_trainer is None:
             dataset = self.reader.examples(plan.assigned_teacher, plan.keep_mask)
+            # The one that pads labels too, for causal models as well.
             collator = DataCollatorForSeq2Seq(self.writer.tokenizer)
             settings = {"processing_class": self.writer.tokenizer, "data_collator": collator}
             trainer = Trainer(self.writer.model, args, train_dataset=dataset, **settings)
@@ -375,6 +409,7 @@ class _Levels:
                 f"`make_trainer` must give a `transformers.Trainer`, got {type(trainer).__name__}. Return it, "
                 "not yet trained."
             )
+        # One that puts adapters on, or wraps it, would train weights that no level is kept or exported of.
         given, own = (set(dict(model.named_parameters())) for model in (self.writer.model, trainer.model))
         if given - own:
             raise ValueError(
@@ -408,20 +443,19 @@ class _Checkpoints(TrainerCallback):
 
 def _changed(args: TrainingArguments, purpose: str) -> dict[str, Any]:
     """Arguments that are not what they are by default, and count for a purpose."""
-    found = {}
-    for item in fields(args):
-        value, default = getattr(args, item.name), default_of(item)
-        # Nothing may be written as `None`, `False` or an empty list, and settings that nobody gave as their defaults.
-        is_default = value == default or not (value or default) or value == AcceleratorConfig()
-        if item.init and item.name not in fields_without(purpose) and not is_default:
-            found[item.name] = value
-    return found
+    known = {item.name: default_of(item) for item in fields(args) if item.init}
+    # What nobody gave becomes a list, or settings, when arguments are made; some classes of TRL need more for that.
+    with suppress(TypeError, ValueError):
+        known |= vars(type(args)(args.output_dir, use_cpu=args.use_cpu))
+    names = {item.name for item in fields(args) if item.init} - fields_without(purpose)
+    return {name: getattr(args, name) for name in sorted(names) if getattr(args, name) != known[name]}
 
 
 def _pool_digest(pool: AnswerPool) -> str:
     """Hash what is learnt from: ids, prompts, teachers and all that they wrote."""
     teachers = [(teacher.name, teacher.level) for teacher in pool.hierarchy.teachers]
     digest = hashlib.blake2b(json.dumps(teachers).encode(), digest_size=8)
+    # In parts, because a pool may be larger than memory.
     for part in row_chunks(len(pool)):
         rows = [pool.ids[part].tolist(), pool.prompts(part)]
         for name in pool.hierarchy.names:

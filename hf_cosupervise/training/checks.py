@@ -106,6 +106,11 @@ def check_arguments(
         raise ValueError(f"`head_solver` 'ridge' needs a linear head on features, but {reason}. Use 'steps'.")
     if args.cross_fit_folds and reason:
         raise ValueError(f"`cross_fit_folds` needs a linear head on features, but {reason}. Leave it out.")
+    if args.cross_fit_folds > len(pool):
+        raise ValueError(
+            f"`cross_fit_folds` must be at most the {len(pool)} examples of the pool, got {args.cross_fit_folds}. Use "
+            "fewer."
+        )
     for name in ("agreement_neighbors", "teacher_neighbors"):
         if getattr(args, name) and head is None:
             raise ValueError(

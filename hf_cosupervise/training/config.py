@@ -7,13 +7,14 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import HubStrategy
 
 from ..method.assignment import AGREEMENT_RULES
@@ -21,7 +22,7 @@ from ..method.metrics import METRICS
 from ..method.published_losses import choose_loss
 from ..method.rejection import SELECTION_RULES
 from ..students.pooling import POOLINGS
-from .inherited import Numbers, check_inherited, check_numbers, default_of, is_number
+from .inherited import Numbers, check_inherited, check_numbers, check_read, default_of, is_number
 from .members import DECIDED_BY_MEMBERS, DEFAULT_MEMBERS, MEMBERS
 
 ASSIGNMENTS = (
@@ -54,14 +55,12 @@ _NUMBERS: Numbers = (
         "a whole number of at least 0",
         Integral,
         lambda value: value >= 0,
-        ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds", "self_training_rounds"),
+        ("agreement_neighbors", "teacher_neighbors", "cross_fit_folds"),
     ),
-    (
-        "a whole number of at least 1",
-        Integral,
-        lambda value: value >= 1,
-        ("lora_r", "lora_alpha", "rounds_per_level", "rejection_k"),
-    ),
+    ("a whole number of at least 1", Integral, lambda value: value >= 1, ("lora_r", "lora_alpha", "rejection_k")),
+    # Each round is a training, with a folder of its own.
+    ("a whole number from 1 to 1000", Integral, lambda value: 1 <= value <= 1000, ("rounds_per_level",)),
+    ("a whole number from 0 to 1000", Integral, lambda value: 0 <= value <= 1000, ("self_training_rounds",)),
     ("a number above 0 and below 1", Real, lambda value: 0 < value < 1, ("agreement_min_prob",)),
     ("a number above 0 and at most 1", Real, lambda value: 0 < value <= 1, ("rejection_share",)),
     ("a number of at least 0 and at most 1", Real, lambda value: 0 <= value <= 1, ("lora_dropout", "relabel_above")),
@@ -319,7 +318,12 @@ class CoSupervisedConfig(TrainingArguments):
             self.use_cpu = self.use_cpu or self.bf16 or is_one_of_several  # type: ignore[has-type]
             self.dataloader_pin_memory = False
         check_inherited(self)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ImportError, OSError, ValueError) as error:
+            error.add_note("Training arguments must be what transformers takes. Correct that one, or leave it out.")
+            raise
+        check_read(self)
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
         if self.data_seed is None:  # type: ignore[has-type]
             self.data_seed = self.seed
@@ -343,7 +347,7 @@ class CoSupervisedConfig(TrainingArguments):
         """Give by name what was chosen about the training; not where it runs or is published."""
         values = {name: getattr(self, name) for name in self._settled}
         return {
-            name: value
+            name: asdict(value) if isinstance(value, AcceleratorConfig) else value
             for name, value in values.items()
             if (name in self._given or value != self._settled[name]) and name not in fields_without("publish")
         }

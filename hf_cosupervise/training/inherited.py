@@ -9,7 +9,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
 # What a number must be, in words and as a test, and the fields that hold one.
@@ -77,7 +79,15 @@ _CHOICES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "a dictionary",
         lambda value: value is None or isinstance(value, dict) or isinstance(value, str) and value.startswith("{"),
     ),
+    "optim_args": (
+        "`name=value` pairs with commas between them",
+        lambda value: not value or isinstance(value, str) and all("=" in pair for pair in value.split(",")),
+    ),
     "parallelism_config": ("a `ParallelismConfig`", lambda value: value is None or hasattr(value, "total_size")),
+    "torch_compile_backend": (
+        "a backend that accelerate knows, such as 'inductor'",
+        lambda value: value is None or str(value).upper() in DynamoBackend.list(),
+    ),
     # Lengths are not known before a batch is read.
     "train_sampling_strategy": ("'random' or 'sequential'", lambda value: value in ("random", "sequential")),
 }
@@ -119,13 +129,24 @@ def check_inherited(args: TrainingArguments) -> None:
     for name, (wanted, fits) in _CHOICES.items():
         if not fits(value := getattr(args, name)):
             raise ValueError(f"`{name}` must be {wanted}, got {value!r}. Leave it out.")
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if (value := getattr(args, name)) and not args.dataloader_num_workers:
+            raise ValueError(f"`{name}` is for `dataloader_num_workers` above 0, got {value!r} with 0. Leave it out.")
+
+
+def check_read(args: TrainingArguments) -> None:
+    """Refuse what the parent reads and only the `Trainer` would refuse; called after the parent looked."""
+    known = INTEGRATION_TO_CALLBACK
+    if unknown := [name for name in args.report_to if name not in known]:
+        raise ValueError(f"`report_to` must name trackers, {sorted(known)}, got {unknown[0]!r}. Correct the name.")
+    _check_schedule(args)
 
 
 def check_amounts(args: TrainingArguments) -> None:
     """Refuse numbers by which nothing, or nothing of use, would be trained."""
     check_numbers(args, _NUMBERS)
     epochs = args.num_train_epochs
-    if args.max_steps < 1 and not (is_number(epochs) and 0 < epochs < math.inf):
+    if not (is_number(epochs) and math.isfinite(epochs) and (epochs > 0 or args.max_steps >= 1)):
         raise ValueError(
             f"`num_train_epochs` must be a finite number above 0, or `max_steps` be given, got {epochs!r}: nothing "
             "would be trained."
@@ -143,12 +164,15 @@ def check_together(args: TrainingArguments, model: torch.nn.Module, has_own_metr
     # Our own measure wants all logits of a set, in one piece.
     if not has_own_metrics and (wrong := next((what for what, applies in asked.items() if applies), None)):
         raise ValueError(f"{wrong} needs `compute_metrics` of your own, got none. Give it, or leave that out.")
-    _check_optimizer_and_schedule(args, model)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:  # names the package that is missing, or the argument
+        error.add_note(f"`optim` '{args.optim}' cannot be had. Install what it needs, or choose another.")
+        raise
 
 
-def _check_optimizer_and_schedule(args: TrainingArguments, model: torch.nn.Module) -> None:
-    """Make optimizer and schedule once for nothing: what they lack or do not take shows before any work."""
-    Trainer.get_optimizer_cls_and_kwargs(args, model)  # names the package that is missing
+def _check_schedule(args: TrainingArguments) -> None:
+    """Make the schedule once for nothing: what it lacks or does not take shows before any work."""
     if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         return  # wait for evaluations, which the parent asks for
     # Any optimizer will do: only the schedule's own arguments are tried.

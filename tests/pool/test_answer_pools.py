@@ -221,6 +221,10 @@ def test_an_export_tells_whose_answers_it_holds() -> None:
         (lambda pool: pool.to_sft(messages=True), "`messages` need prompts that are messages, got texts"),
         (lambda pool: pool.to_preferences("best"), r"`pairs` must be one of \['assigned', .*got 'best'"),
         (lambda pool: pool.to_preferences("score"), r"needs `scores`, numbers of shape \(4, 3\), got none"),
+        (
+            lambda pool: pool.to_preferences("score", scores=object()),
+            r"got object\. .*\(…\)\.per_token`",
+        ),
         (lambda pool: pool.to_preferences("score", scores="exam"), "`scores` must be a column of every teacher's"),
         (lambda pool: pool.to_preferences("rank", ranking=["all"]), "`ranking` must name each teacher"),
         (

@@ -147,14 +147,30 @@ def test_one_teacher_at_a_time_beside_the_student(chat: bool, tmp_path: Path) ->
     assert moved(trl.DistillationTrainer(student, teacher, args, own, processing_class=tokenizer))
 
 
-def test_answers_of_a_teacher_and_of_the_student_itself(tmp_path: Path) -> None:
-    gkd = pytest.importorskip("trl.experimental.gkd")
+@pytest.mark.parametrize("name", ["gkd.GKD", "gold.GOLD", "iw_opd.IWOPD"])
+def test_answers_of_a_teacher_and_of_the_student_itself(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    room, kind = name.split(".")
+    package = pytest.importorskip(f"trl.experimental.{room}")
     folder = save_language_model(tmp_path / "model", "llama", "chat")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     teacher.lm_head.weight.data += 1
     data = make_pool(chat=True).to_sft("majority", messages=True)
-    args = gkd.GKDConfig(str(tmp_path / "out"), max_new_tokens=4, max_length=60, **COMMON)
-    assert moved(gkd.GKDTrainer(student, teacher, args, train_dataset=data, processing_class=tokenizer))
+    lengths = {"max_new_tokens" if room == "gkd" else "max_completion_length": 4, "max_length": 60}
+    args = getattr(package, f"{kind}Config")(str(tmp_path / "out"), **lengths, **COMMON)
+    maker = getattr(package, f"{kind}Trainer")
+    assert moved(maker(student, teacher, args=args, train_dataset=data, processing_class=tokenizer))
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_student_that_is_its_own_teacher_is_told_the_chosen_answer(chat: bool, tmp_path: Path) -> None:
+    package = pytest.importorskip("trl.experimental.sdft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = save_language_model(tmp_path / "model", "llama", "chat" if chat else "")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    data = make_pool(chat).to_sft("majority").rename_column("completion", "privileged_context")
+    args = package.SDFTConfig(str(tmp_path / "out"), max_completion_length=4, num_generations=2, **COMMON)
+    assert moved(package.SDFTTrainer(model, args=args, train_dataset=data, processing_class=tokenizer))

@@ -211,6 +211,10 @@ def test_rules_of_one_label_each_need_no_list(run, tiny_bert, tmp_path):
         (["--teachers", "rater_2", "--student", "S", "--method", "committee", "--loss", "product"], "`loss` is"),
         (["--teachers", "rater_2", "--student", "S", "--members", "nobody"], "`members` must be one of"),
         (["--teachers", "rater_2", "--student", "S", "--input_column", "words"], "`input_column` must be one of"),
+        (["--teachers", "rater_2", "--student", "S", "--seeds", "0,x"], "`seeds` must be different whole numbers"),
+        (["--teachers", "rater_2", "--student", "S", "--seeds", "-1"], "`seeds` must be different whole numbers"),
+        (["--teachers", "rater_2", "--student", "S", "--seeds", "1,1"], "`seeds` must be different whole numbers"),
+        (["--teachers", "rater_2", "--student", "S", "--eval_strategy", "epoch"], "`eval_strategy` must be 'no', got"),
     ],
 )  # fmt: skip
 def test_wrong_calls(run, votes, tiny_bert, tmp_path, words, sentence):
@@ -359,6 +363,9 @@ def test_only_errors_on_purpose_are_a_sentence(run):
     noted.add_note("What to do.")
     assert "'x'\n" in train.tell_error(noted) and train.tell_error(noted).endswith("\nWhat to do.")
     assert train.tell_error(caught(lambda: train.Path(None))) is None
+    call = ["--dataset", "nothing.csv", "--teachers", "a", "--student", "x", "--output_dir", "out"]
+    for words in (["--lr_scheduler_type", "x"], ["--save_strategy", "x"], ["--accelerator_config", "no.json"]):
+        assert train.tell_error(caught(lambda words=words: run(*call, *words))).endswith("or leave it out.")
 
 
 def test_teachers_by_their_ids(hub, tiny_vit, tiny_image_dataset, tiny_labels):

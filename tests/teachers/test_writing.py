@@ -375,9 +375,9 @@ def test_answers_that_no_file_holds() -> None:
         with pytest.raises(ValueError, match="must hold no NUL and no halves of characters, got .* in row 0"):
             build(writers(Teacher("a")), ["x"], models={"a": model})
     data = Dataset.from_dict({"prompt": ["a"], "said": ["x\0"]})
-    with pytest.raises(ValueError, match="Answers in column 'said' must hold no NUL .* in row 0"):
+    with pytest.raises(ValueError, match="Answers in column 'said' must be texts.* without NUL .* in row 0"):
         build(writers(Teacher("said", kind="column")), data)
-    with pytest.raises(ValueError, match="Answers in column 'n' must be texts, lists of texts or None, got 3"):
+    with pytest.raises(ValueError, match="Answers in column 'n' must be texts, lists of texts or None, .* got 3"):
         build(writers(Teacher("n", kind="column")), Dataset.from_dict({"prompt": ["a"], "n": [3]}))
 
 
@@ -420,8 +420,9 @@ def test_labels_and_words_are_kept_apart(folder_of: Callable[[str], str], tmp_pa
         AnswerPool.load(tmp_path / "labels")
     with pytest.raises(TypeError, match="`reuse` must be a `AnswerPool`, got PseudolabelPool"):
         build_answers(data, writers(teacher), reuse=labels)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
-        build_answers(data, writers(teacher), batch_size=0)
+    for size in (0, "8"):
+        with pytest.raises(ValueError, match=f"`batch_size` must be a whole number of at least 1, got {size!r}"):
+            build_answers(data, writers(teacher), batch_size=size)
     with pytest.raises(FileExistsError, match="Load the pool with `AnswerPool.load`"):
         build_answers(data, writers(teacher), output_dir=tmp_path / "answers")
     writers(teacher).save(tmp_path / "writers.yaml")

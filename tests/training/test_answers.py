@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
     pipeline,
 )
 
-from hf_cosupervise import Teacher, TeacherHierarchy, co_supervise_answers, score_answers
+from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, co_supervise_answers, score_answers
 from hf_cosupervise.pool.answers import AnswerPool
 from hf_cosupervise.training import answers as module
 
@@ -194,6 +195,16 @@ def test_windows_read_few_tokens_before_each_few() -> None:
         assert scores.log_probs[row, 0] == pytest.approx(total, rel=1e-5, abs=1e-5)
 
 
+def test_blanks_that_would_decide_who_is_believed_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    prompts, plain = ["a", "b", "c", "d"], ["ab", "ba", "ca", "da"]
+    marked = [f" {text}" for text in plain]
+    told = r"Answers of ['x'] begin with a blank, those of ['y'] do not: the student finds one of them likelier"
+    for x, y, is_told in ((marked, plain, True), (marked, marked, False), (plain, [" ab", *plain[1:]], False)):
+        caplog.clear()
+        score_answers(make_model(), AnswerPool.from_answers({"x": x, "y": y}, prompts), tokenizer=make_tokenizer())
+        assert any(text.startswith(told) for text in caplog.messages) is is_told
+
+
 def test_answers_beyond_the_context(caplog: pytest.LogCaptureFixture) -> None:
     model, tokenizer, pool = make_model(), make_tokenizer(), make_pool(5, levels=(0,))
     pool = changed(pool, {"t0": [*pool.texts("t0")[:3], "ab" * 40, pool.texts("t0")[4]]})
@@ -282,7 +293,11 @@ def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
     assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
     assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
     assert str(tmp_path) not in card and "| `learning_rate` | `0.01` |" in card
-    assert "`accelerator_config`" not in card and "_checkpointing`" not in card  # what nobody has set
+    table = card.split("## Training arguments")[1].split("\n## ")[0]
+    rows = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
+    given = {"learning_rate", "seed", "save_strategy", "per_device_train_batch_size", "per_device_eval_batch_size"}
+    lora = {"student_training"} if training == "lora" else set()
+    assert rows - {"disable_tqdm"} == given | lora  # what somebody has set, and nothing else
     assert repr(result) == f"CoSupervisedWriter({type(result.model).__name__}, 2 levels, in '{tmp_path / 'out'}')"
 
 
@@ -474,6 +489,9 @@ def test_two_processes_choose_the_same(tmp_path: Path) -> None:
         ({"max_new_tokens": 0}, r"`max_new_tokens` must be an integer of at least 1, got 0\."),
         ({"window": True}, r"`window` must be an integer of at least 1, got True\."),
         ({"normalize": "upper"}, r"`normalize` must be one of .*, got 'upper'\."),
+        ({"peft_config": LoraConfig()}, r"`peft_config` is for `student_training='lora'`, got 'full'\. Give both"),
+        ({"args": {"eval_strategy": "epoch"}}, r"`eval_strategy` must be 'no', got 'epoch': there are no data"),
+        ({"args": {"push_to_hub": True}}, r"`push_to_hub` must be False, got True: no level is published\. Call"),
     ],
 )
 def test_options_that_do_not_exist(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -491,8 +509,11 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
         co_supervise_answers(torch.nn.Linear(2, 2), pool, args, tokenizer=make_tokenizer())
     with pytest.raises(ValueError, match=r"`tokenizer` is needed beside a model object"):
         score_answers(make_model(), pool)
-    with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, got dict"):
-        co_supervise_answers(make_model(), pool, {}, tokenizer=make_tokenizer())  # type: ignore[arg-type]
+    for wrong in ({}, CoSupervisedConfig(str(tmp_path))):
+        with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, or .*, got (dict|CoSup.*)\. Make"):
+            co_supervise_answers(make_model(), pool, wrong, tokenizer=make_tokenizer())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"`tokenizer` must be one of transformers, got str\. Load it by"):
+        score_answers(make_model(), pool, tokenizer="folder")
     for window, model in ((0, make_model()), (2, make_model("t5"))):
         with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):
             score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
@@ -508,12 +529,12 @@ def test_what_a_level_cannot_read_is_said_before_any_is_trained(tmp_path: Path) 
 
 def test_a_student_of_nan_is_no_finished_level(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"got NaN or infinity by the end of level 0\. Lower `learning_rate`"):
-        run(tmp_path, args={"learning_rate": 1e38})
+        run(tmp_path, args={"learning_rate": 1e37})
     assert not list(tmp_path.rglob("stage.json"))
 
 
 def test_a_pool_of_the_other_kind(tmp_path: Path, tiny_vit: str) -> None:
-    from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer
+    from hf_cosupervise import CoSupervisedTrainer
 
     with pytest.raises(TypeError, match=r"`score_answers` needs an `AnswerPool` .*, got list\."):
         score_answers(make_model(), [], tokenizer=make_tokenizer())  # type: ignore[arg-type]

@@ -178,7 +178,7 @@ def test_one_unknown_name_among_several(tmp_path):
         ({"rejection": ["none", "top_k"]}, "`rejection` 'none' stands alone, got ['none', 'top_k']."),
         (
             {"rounds_per_level": 0},
-            "`rounds_per_level` must be a whole number of at least 1, got 0. Leave it out for 1.",
+            "`rounds_per_level` must be a whole number from 1 to 1000, got 0. Leave it out for 1.",
         ),
         (
             {"agreement_min_prob": 1.0},

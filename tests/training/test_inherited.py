@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields
 
@@ -117,16 +118,19 @@ REFUSED = {
     "max_steps": (1.5, "`max_steps` must be -1 (no limit), or a whole number of at least 1, got 1.5."),
     "neftune_noise_alpha": (-1, "`neftune_noise_alpha` must be a finite number above 0, got -1. Leave it out."),
     "num_train_epochs": (0, "`num_train_epochs` must be a finite number above 0, or `max_steps` be given, got 0"),
+    "optim_args": ("nonsense", "`optim_args` must be `name=value` pairs with commas between them, got 'nonsense'."),
     "parallelism_config": ({"x": 1}, "`parallelism_config` must be a `ParallelismConfig`, got {'x': 1}."),
     "per_device_eval_batch_size": (0, "`per_device_eval_batch_size` must be a whole number of at least 1, got 0."),
     "per_device_train_batch_size": (0, "`per_device_train_batch_size` must be a whole number of at least 1, got 0."),
     "remove_unused_columns": (True, "`remove_unused_columns` must stay False: the collator reads the raw columns."),
+    "report_to": ("tensorbord", "`report_to` must name trackers, ['azure_ml', "),
     "restore_callback_states_from_checkpoint": (True, "must stay False: a run goes on with the callbacks that it is"),
     "save_only_model": (True, "`save_only_model` must stay False: a checkpoint is there to go on from, which needs"),
     "save_steps": (-1, "`save_steps` must be a finite number above 0, got -1. Leave it out for 500."),
     "save_total_limit": (0, "`save_total_limit` must be a whole number of at least 1, got 0. Leave it out."),
     "seed": (1.5, "`seed` must be a whole number from 0 to 2**32 - 1, got 1.5. Leave it out for 42."),
     "torch_empty_cache_steps": (0, "`torch_empty_cache_steps` must be a whole number of at least 1, got 0."),
+    "torch_compile_backend": ("nonsense", "`torch_compile_backend` must be a backend that accelerate knows, such"),
     "train_sampling_strategy": ("group_by_length", "`train_sampling_strategy` must be 'random' or 'sequential', got"),
     "use_cpu": (1, "`use_cpu` must be True or False, got 1."),
     "warmup_steps": (-1, "`warmup_steps` must be a finite number of at least 0, got -1. Leave it out for 0."),
@@ -154,6 +158,8 @@ ALSO_REFUSED = {
     "do_train": ("yes",),
     "push_to_hub": ("false",),
     "load_best_model_at_end": (None,),
+    "optim_args": ("a=1,b", "{}", "3"),
+    "report_to": ("", ["tensorboard", "nobody"]),
 }
 # Passed on as they are: names, places, and what concerns machines, trackers and the Hub; the parent checks them.
 PASSED_ON = {
@@ -162,9 +168,9 @@ PASSED_ON = {
     *("greater_is_better", "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_static_graph"),
     *("ddp_find_unused_parameters", "deepspeed", "disable_tqdm", "do_eval", "do_predict", "do_train", "fp16"),
     *("fsdp", "fsdp_config", "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy"),
-    *("hub_token", "length_column_name", "liger_kernel_config", "local_rank", "log_on_each_node", "optim_args"),
-    *("optim_target_modules", "output_dir", "project", "push_to_hub", "report_to", "resume_from_checkpoint"),
-    *("run_name", "save_on_each_node", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("hub_token", "length_column_name", "liger_kernel_config", "local_rank", "log_on_each_node"),
+    *("optim_target_modules", "output_dir", "project", "push_to_hub", "resume_from_checkpoint"),
+    *("run_name", "save_on_each_node", "tf32", "torch_compile", "torch_compile_mode"),
     *("trackio_bucket_id", "trackio_space_id", "trackio_static_space_id", "use_cache", "use_liger_kernel"),
     "dataloader_pin_memory",
 }
@@ -234,6 +240,13 @@ def test_other_values_of_the_kind_are_refused_too(name, value, tmp_path):
             {"load_best_model_at_end": True, "metric_for_best_model": "f1"} | EACH_EPOCH,
             "`metric_for_best_model` 'f1' needs `compute_metrics` of your own",
         ),
+        ({"max_steps": 3, "num_train_epochs": NAN}, "`num_train_epochs` must be a finite number above 0"),
+        ({"max_steps": 3, "num_train_epochs": INF}, "`num_train_epochs` must be a finite number above 0"),
+        ({"dataloader_persistent_workers": True}, "is for `dataloader_num_workers` above 0, got True with 0"),
+        ({"dataloader_multiprocessing_context": "spawn"}, "is for `dataloader_num_workers` above 0, got 'spawn'"),
+        ({"cross_fit_folds": 10**11}, "`cross_fit_folds` must be at most the "),
+        ({"rounds_per_level": 10**11}, "`rounds_per_level` must be a whole number from 1 to 1000"),
+        ({"self_training_rounds": 10**11}, "`self_training_rounds` must be a whole number from 0 to 1000"),
         ({"neftune_noise_alpha": 5.0}, "is for a backbone that learns, got `student_training` 'probe'"),
     ],
 )
@@ -249,6 +262,28 @@ def test_what_does_not_fit_together_is_refused_before_work(
 def test_a_dictionary_may_come_from_the_command_line(tmp_path):
     args = config(tmp_path, lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs='{"min_lr": 1e-5}')
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("lr_scheduler_type", "nonsense", "nonsense is not a valid SchedulerType"),
+        ("save_strategy", "sometimes", "sometimes is not a valid SaveStrategy"),
+        ("hub_strategy", "never", "never is not a valid HubStrategy"),
+        ("fsdp", "nonsense", "nonsense"),
+        ("accelerator_config", "no/such.json", "no/such.json"),
+    ],
+)
+def test_what_transformers_refuses_by_its_own_sentence_gets_advice(name, value, sentence, tmp_path):
+    with pytest.raises((ValueError, OSError)) as error:
+        config(tmp_path, **{name: value})
+    assert sentence in str(error.value) and "Correct that one, or leave it out." in error.value.__notes__[-1]
+
+
+def test_what_was_chosen_can_be_written_down(tmp_path):
+    args = config(tmp_path, accelerator_config={"use_seedable_sampler": False})
+    written = json.loads(json.dumps(args.changed_arguments()))
+    assert written["accelerator_config"]["use_seedable_sampler"] is False
 
 
 def test_a_trainer_of_our_kind_makes_its_students_itself(pool, tiny_vit, tmp_path):

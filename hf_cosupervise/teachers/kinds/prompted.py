@@ -422,7 +422,9 @@ def compile_template(template: str, name: str) -> jinja2.Template:
     # A slot that is not there must fail, and a last line break, which Jinja drops by default, may be meant.
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
-        tree = parse_template(environment, template, _MOST_LETTERS, _MOST_DEPTH)
+        if len(template) > _MOST_LETTERS:
+            raise ValueError(f"{len(template):,} letters, more than {_MOST_LETTERS:,}")
+        tree = parse_template(environment, template, _MOST_DEPTH)
     except (jinja2.TemplateSyntaxError, RecursionError, ValueError) as error:
         raise ValueError(f"{what} must be a template of Jinja, got: {first_line(error)}. Correct it.") from error
     for node in tree.find_all(nodes.Node):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ _RANGES = {"num_answers": (1, 1000), "max_new_tokens": (1, 100_000), "seed": (0,
 _PLAIN = "{{ text }}"
 
 
+# A tuple, which JSON writes as it stands.
 class Written(NamedTuple):
     """An answer, the sum of its tokens' log-probabilities and their number, how it ended, and all that was sampled."""
 
@@ -58,8 +60,7 @@ class WrittenColumn:
 
     def __init__(self, teacher: Teacher) -> None:
         self.column: str | None = teacher.model
-        self.facts: dict[str, Any] = {"kind": "column", "revision": None, "commit": None, "class": "column"}
-        self.facts["preprocessing"] = None
+        self.facts = {"kind": "column", "class": "column"} | dict.fromkeys(("revision", "commit", "preprocessing"))
 
     def prepare(self, cells: Sequence[Any]) -> list[Written]:
         """Read each cell: a text, several texts of which the first one counts, or nothing."""
@@ -69,16 +70,13 @@ class WrittenColumn:
         return as_array(inputs)
 
     def _read(self, cell: Any) -> Written:
-        texts = cell if isinstance(cell, list) else [cell]
-        if wrong := [text for text in texts if text is not None and not isinstance(text, str)]:
+        given = [text for text in (cell if isinstance(cell, list) else [cell]) if text is not None]
+        if wrong := [text for text in given if not isinstance(text, str) or not is_writable_text(text)]:
             raise RowError(
-                f"Answers in column '{self.column}' must be texts, lists of texts or None, got {wrong[0]!r}"
+                f"Answers in column '{self.column}' must be texts, lists of texts or None, without NUL and without "
+                f"halves of characters, got {wrong[0]!r}"
             )
-        texts = [text for text in texts if text is not None and text.strip()]
-        if wrong := [text for text in texts if not is_writable_text(text)]:
-            raise RowError(
-                f"Answers in column '{self.column}' must hold no NUL and no halves of characters, got {wrong[0]!r}"
-            )
+        texts = [text for text in given if text.strip()]
         samples = texts if isinstance(cell, list) else None
         return Written(texts[0], reason="given", samples=samples) if texts else Written(None, samples=samples)
 
@@ -87,7 +85,7 @@ class WrittenTeacher:
     """A language model, causal or from sequence to sequence, that writes an answer to each prompt."""
 
     column: str | None = None
-    batch_size: int = 16
+    batch_size: int = 16  # whoever asks may set another: no answer hangs on it
 
     def __init__(self, source: TeacherSource, device: torch.device) -> None:
         self.name, model_source = source.name, source.model_source
@@ -97,6 +95,7 @@ class WrittenTeacher:
         tokenizer = load_processor(model_source, folder, is_text=True)
         processor = InputProcessor(tokenizer, model.config, f"Teacher '{self.name}'")
         self.tokenizer, self.is_seq2seq = tokenizer, bool(model.config.is_encoder_decoder)
+        # Prompt and answer share the positions of a causal model; a decoder has its own.
         room = 0 if self.is_seq2seq else self.options["max_new_tokens"]
         self.prepare = WrittenPrompter(
             name=self.name,
@@ -111,7 +110,7 @@ class WrittenTeacher:
         if self.prepare.max_length < 1:
             raise ValueError(
                 f"Option `max_new_tokens` of teacher '{self.name}' must leave room for a prompt in the "
-                f"{processor.max_length} tokens that it reads, got {room}. Lower it."
+                f"{processor.max_length} tokens that it reads, got {room}. Give a lower one in its `options`."
             )
         if self.options["chat"]:
             self.prepare.check_chat()
@@ -120,7 +119,8 @@ class WrittenTeacher:
         make_greedy(model, tokenizer, self.options["max_new_tokens"])
         ends = model.generation_config.eos_token_id
         ends, size = ends if isinstance(ends, list) else [ends], model.get_output_embeddings().weight.shape[0]
-        if not ends or not all(type(end) is int for end in ends) or not any(0 <= end < size for end in ends):
+        # Without an end that it can say, every answer would go on to `max_new_tokens`.
+        if not all(type(end) is int for end in ends) or not any(0 <= end < size for end in ends):
             found = "none" if ends in ([], [None]) else f"{ends[:4]} as `eos_token_id` for {size} tokens"
             raise ValueError(
                 f"Teacher '{self.name}' must have a token that ends an answer, got {found} in '{model_source.place}'. "
@@ -145,9 +145,9 @@ class WrittenTeacher:
         for start in range(0, len(order), step):
             some = order[start : start + step]
             repeated = [inputs[place] for place in some for _ in range(count)]
-            found = self._write(repeated, list(range(count)) * len(some), self.options["max_new_tokens"])
-            for number, place in enumerate(some):
-                own = found[number * count : (number + 1) * count]
+            found = iter(self._write(repeated, list(range(count)) * len(some), self.options["max_new_tokens"]))
+            for place in some:
+                own = list(islice(found, count))
                 samples = [one.text for one in own if one.text is not None] if count > 1 else None
                 # The first that says something, so that `answer` is missing only where all are.
                 first = next((one for one in own if one.text is not None), own[0])
@@ -155,6 +155,7 @@ class WrittenTeacher:
         return as_array(answers)
 
     def _write(self, rows: Sequence[_Encoded], numbers: Sequence[int], max_new_tokens: int) -> list[Written]:
+        # On the left, so that all answers begin in the same column.
         tokens, mask = pad_tokens([row.tokens for row in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
         start = 1 if self.is_seq2seq else tokens.shape[1]
         recorder = _Recorder(self.tokenizer, len(rows), start, self.ends, self.options["stop"])
@@ -183,7 +184,7 @@ class WrittenTeacher:
             before, both = self._decode(row.tokens), self._decode([*row.tokens, *tokens.tolist()])
             text = both[len(before) :] if both.startswith(before) else text
         text = text.removeprefix(row.tail) if row.tail else text
-        for stop in self.options["stop"]:
+        for stop in self.options["stop"]:  # and what its last token has behind it
             text = text.split(stop, 1)[0]
         # What no file holds is no answer to keep; whoever checks the batch says so of its row.
         if not text.strip():
@@ -195,6 +196,7 @@ class WrittenTeacher:
 
     def _seed(self, row: _Encoded, number: int) -> int:
         """Of the prompt and which of its answers it is, so that no batch and no process changes what is drawn."""
+        # 63 bits, which is what torch takes.
         key = repr([self.options["seed"], self.name, row.tokens, number]).encode("utf-8")
         return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
@@ -213,10 +215,11 @@ class _Recorder(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         token = input_ids[:, -1:]
+        # Rows that have ended go on with padding until the last one has, which is none of their answer.
         self.log_probs += torch.where(self.ended, 0, self.all_log_probs.gather(1, token)[:, 0])
         self.lengths += ~self.ended
         now = torch.isin(token[:, 0], self.ends)
-        if self.stop:
+        if self.stop:  # a text may end within a token, so that no token stands for it
             last = input_ids[:, max(self.start, input_ids.shape[1] - self.num_last) :]
             texts = self.tokenizer.batch_decode(last, clean_up_tokenization_spaces=False)
             now |= torch.tensor([any(stop in text for stop in self.stop) for text in texts], device=now.device)
@@ -233,6 +236,7 @@ class _Chooser(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if temperature else []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # As the model has it, before any temperature: how sure it is does not hang on how it is asked.
         self.recorder.all_log_probs = torch.log_softmax(scores.float(), dim=-1)
         if not self.temperature:
             return scores
@@ -257,9 +261,15 @@ class WrittenPrompter(Prompter):
     """Turn texts or chat messages into tokens of prompts; kept apart from the weights."""
 
     def __call__(self, cells: Sequence[Any]) -> list[_Encoded]:  # type: ignore[override]
+        # A column is of one type: what the first one is, all are, or are refused.
         is_chat = bool(cells) and not isinstance(cells[0], str)
         for cell in cells:
-            (self._check_messages if is_chat else self._check_prompt)(cell)
+            (_check_messages if is_chat else _check_prompt)(cell)
+        if is_chat and (self.options["chat"] or self.template != _PLAIN):
+            raise ValueError(
+                f"Options `template` and `chat` of teacher '{self.name}' are for prompts that are texts, got "
+                "messages. Leave them out."
+            )
         if is_chat:
             self.check_chat()
         encoded = self._encode_chats(cells) if is_chat else [tokens for tokens, _ in self.encode(cells)]
@@ -274,6 +284,7 @@ class WrittenPrompter(Prompter):
                 tokens = self._shorten(cell, len(tokens))[0]
             if not tokens:
                 raise RowError(f"A prompt must have at least one token, got none for {cell!r}")
+            # Tokens begin with the blank before a word: the prompt's last one must be the answer's first.
             has_tail = not (is_chat or self.is_seq2seq or self.options["chat"])
             text = self.render(cell) if has_tail else ""
             rows.append(_Encoded(tokens, text[len(text.rstrip(" ")) :]))
@@ -285,25 +296,6 @@ class WrittenPrompter(Prompter):
             raise ValueError(
                 f"Teacher '{self.name}' must have a chat template to answer messages, got none. Give prompts that are "
                 "texts, and write the whole prompt as option `template`."
-            )
-
-    def _check_prompt(self, cell: Any) -> None:
-        check_text(cell)
-        if not cell.strip():
-            raise RowError(f"A prompt must say something, got {cell!r}")
-
-    def _check_messages(self, cell: Any) -> None:
-        is_list = isinstance(cell, list) and all(isinstance(one, Mapping) for one in cell)
-        if not is_list or not all(isinstance(one.get(key), str) for one in cell for key in ("role", "content")):
-            raise RowError(f"A prompt must be a text, or messages with the texts `role` and `content`, got {cell!r}")
-        if not cell or cell[-1]["role"] == "assistant" or not cell[-1]["content"].strip():
-            raise RowError(f"Messages must end with one that asks for an answer, got {cell[-1:]!r}")
-        for message in cell:
-            check_text(message["content"])
-        if self.options["chat"] or self.template != _PLAIN:
-            raise ValueError(
-                f"Options `template` and `chat` of teacher '{self.name}' are for prompts that are texts, got "
-                "messages. Leave them out."
             )
 
     def _encode_chats(self, cells: Sequence[Any]) -> list[list[int]]:
@@ -322,6 +314,25 @@ class WrittenPrompter(Prompter):
         return self._tokenize(texts, add_special_tokens=False)
 
 
+def _check_prompt(cell: Any) -> None:
+    check_text(cell)
+    if not cell.strip():
+        raise RowError(f"A prompt must say something, got {cell!r}")
+
+
+def _check_messages(cell: Any) -> None:
+    is_list = isinstance(cell, list) and all(isinstance(one, Mapping) for one in cell)
+    if not is_list or not all(isinstance(one.get(key), str) for one in cell for key in ("role", "content")):
+        raise RowError(f"A prompt must be a text, or messages with the texts `role` and `content`, got {cell!r}")
+    if not cell or cell[-1]["role"] == "assistant" or not cell[-1]["content"].strip():
+        raise RowError(f"Messages must end with one that asks for an answer, got {cell[-1:]!r}")
+    for message in cell:
+        check_text(message["content"])
+
+
+# ── what is asked for ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def _check_options(teacher: Teacher) -> dict[str, Any]:
     """The options of a teacher, each of a value that it may have."""
     options = read_options(teacher, "written", OPTIONS)
@@ -337,6 +348,7 @@ def _check_options(teacher: Teacher) -> dict[str, Any]:
         is_whole = type(options[key]) is int and least <= options[key] <= most
         check(key, is_whole or key == "seed" and options[key] is None, f"must be an integer in {least}..{most}")
     hot, template = options["temperature"], options["template"]
+    # 100 makes all tokens about as likely; more would only lose digits.
     is_number = isinstance(hot, int | float) and not isinstance(hot, bool) and 0 <= hot <= 100
     check("temperature", is_number, "must be a number from 0 (the likeliest token) to 100")
     check("seed", not hot or options["seed"] is not None, "is needed with a `temperature`", "Give one.")
