@@ -27,7 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 METHOD = sorted(path.stem for path in (ROOT / "hf_cosupervise" / "method").glob("*.py") if path.stem != "__init__")
 MODULES = ("hierarchy", "pool.top_k", *(f"method.{name}" for name in METHOD))
 # whose tests are those of another module
-TESTED_WITH = {"crowds": "aggregation", "published_losses": "losses", "aekd": "weighting", "raven": "weighting"}
+TESTED_WITH = {
+    **dict.fromkeys(("aekd", "min_norm", "raven"), "weighting"),
+    "published_losses": "losses",
+}
 LIMIT = 300  # seconds until a change counts as noticed
 # What is asked too where a module's own tests noticed nothing.
 MORE_TESTS = ["tests/test_bad_input.py", "tests/test_slow_method.py", "tests/test_properties.py"]

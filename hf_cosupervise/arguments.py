@@ -32,14 +32,18 @@ def parse_recipe_args(
     default_config: str | os.PathLike[str] | None = None,
 ) -> tuple[Any, ...]:
     """Fill dataclasses from a YAML file and the command line."""
+    # No abbreviations: one would mean something else as soon as another option begins like it.
     parser = _RecipeParser(dataclass_types, allow_abbrev=False)
     parser.read_dicts_as_json()
+    # A `%` in a help text is a place for argparse to fill.
     text = f"YAML file with one `name: value` per line (default: {default_config})".replace("%", "%%")
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help=text)
+    # Read first, by a parser of its own: what the file says becomes the defaults of the other one.
     finder = _RecipeParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", default=default_config)
     if (config := finder.parse_known_args(argv)[0].config) is not None:
         parser.use_defaults(read_recipe_config(config, dataclass_types))
+    # Transformers would read a file `SCRIPT.args` beside the script as well.
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         raise ValueError(_describe_unknown_options(rest, parser))
@@ -57,6 +61,7 @@ def read_recipe_config(path: str | os.PathLike[str], dataclass_types: Sequence[t
         raise ValueError(
             f"'{path}' must be valid YAML, got an error. {str(error).rstrip('.')}. Correct it there."
         ) from error
+    # An empty file is `None` to YAML, and sets nothing.
     if not isinstance(values, dict | None):
         raise ValueError(f"'{path}' must hold one `name: value` per line, got a {type(values).__name__}.")
     hints = _field_types(dataclass_types)
@@ -70,6 +75,7 @@ def recipe_arguments_to_dict(arguments: Sequence[Any]) -> dict[str, Any]:
     """Give all values of some dataclasses as one flat dictionary, for the record."""
     values: dict[str, Any] = {}
     for instance in arguments:
+        # What `TrainingArguments` finds out itself is of the machine, such as the number of GPUs.
         fields = (field.name for field in dataclasses.fields(instance) if field.init)
         values.update(_to_json({name: getattr(instance, name) for name in fields}))
     return values
@@ -133,6 +139,7 @@ def _describe_unknown_options(rest: Sequence[str], parser: argparse.ArgumentPars
     if not options:
         return f"Every value must follow its `--name`, got {' '.join(rest)!r} alone. `--config` names a YAML file."
     known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    # The parser knows each option with dashes too, and one way to write it is enough.
     suggestion = _suggest(options[0].removeprefix("--"), [option for option in known if "-" not in option])
     return f"The command line must hold known options only, got `{options[0]}`.{suggestion}"
 
@@ -170,6 +177,7 @@ def _fit(value: Any, hint: Any) -> Any:
 
 
 def _fit_union(value: Any, kinds: Sequence[Any]) -> Any:
+    # The first that fits, as they are written: a whole number stays one where `int | float` is wanted.
     for kind in kinds:
         try:
             return _fit(value, kind)
@@ -190,7 +198,7 @@ def _fits_plainly(value: Any, kind: Any, items: Sequence[Any]) -> bool:
     if inspect.isclass(kind) and issubclass(kind, Enum):
         return value in [member.value for member in kind]
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool)  # True is an integer to Python
     return kind not in (list, dict, float) and isinstance(value, kind)
 
 
@@ -224,6 +232,7 @@ def _to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
+        # By how a name ends: of `hub_token` and `push_to_hub_token` too.
         return {str(name): _to_json(item) for name, item in value.items() if not str(name).endswith(_SECRETS)}
     if isinstance(value, list | tuple | set | frozenset):
         items = sorted(value, key=str) if isinstance(value, set | frozenset) else value

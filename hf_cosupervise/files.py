@@ -83,8 +83,7 @@ def write_all(file: int, data: bytes) -> None:
     """Write bytes to a file descriptor."""
     rest = memoryview(data)
     while rest:
-        # `os.write` may write less than it is given, on a disk that is nearly full for one, and says so by its number
-        # alone.
+        # `os.write` may write less than it is given, as on a disk that is nearly full, and only its number says so.
         rest = rest[os.write(file, rest) :]
 
 
@@ -112,8 +111,7 @@ def read_json(path: Path, what: str = "", advice: str = "Copy or write it again.
     """Read a JSON object, with a sentence that names the file where it is none."""
     subject = f"{what} must have a '{path.name}' that is" if what else f"'{path}' must be"
     try:
-        # A `UnicodeDecodeError` is a `ValueError` too; what the disk says of itself (no file, no rights) stays what it
-        # is.
+        # A `UnicodeDecodeError` is a `ValueError` too; what the disk says (no file, no rights) stays what it is.
         content = load_json(path)
     except ValueError as error:
         raise ValueError(f"{subject} JSON, got: {error}. {advice}") from error
@@ -164,8 +162,7 @@ def _too_deep() -> ValueError:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
-    # Which of two equal keys counts, readers do not agree about: what is checked could be another value than what is
-    # used.
+    # Readers do not agree which of two equal keys counts: what is checked could be another value than what is used.
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]

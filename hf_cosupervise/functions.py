@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
+# What no code can change behind our back.
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 
 
@@ -96,6 +97,7 @@ def name_function(function: Callable[..., Any], name: str | None = None) -> Labe
     """Give a function with its name, or that of its teacher where it has none, and version."""
     if isinstance(function, LabelingFunction):
         return function
+    # All lambdas have one name, which tells none from another.
     own = getattr(function, "__name__", "") != "<lambda>"
     found: LabelingFunction = labeling_function(function, name=None if own else name)
     return found
@@ -141,6 +143,7 @@ class _Reading:
     def _read_function(self, function: FunctionType, what: str) -> None:
         if id(function) in self.seen:
             return
+        # Or functions that call each other would be read for ever.
         self.seen.add(id(function))
         try:
             source = textwrap.dedent(inspect.getsource(function))

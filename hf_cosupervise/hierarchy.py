@@ -160,8 +160,7 @@ class Teacher:
     def _settle_name(self) -> None:
         """See that the files and the name can be meant, and name a teacher that has no name."""
         if isinstance(self.model, os.PathLike):
-            # A frozen dataclass can be completed in no other way. With slashes, since this is written to files that
-            # others read.
+            # A frozen dataclass can be completed in no other way. With slashes, for whoever reads the file.
             object.__setattr__(self, "model", Path(self.model).as_posix())
         if not isinstance(self.model, str) or not self.model or not is_writable_text(self.model):
             raise ValueError(
@@ -180,8 +179,7 @@ class Teacher:
                 f"A teacher's `name` must be letters, digits, '.', '_' or '-', got {self.name!r}. Give it a `name` "
                 "of at most 200."
             )
-        # A pool keeps its inputs in a folder of that name, and the schema of each file says whose it is by such a
-        # name.
+        # A pool keeps its inputs in a folder of that name, by which each of its files says whose it is.
         if self.name.lower() == "inputs":
             raise ValueError(
                 "A teacher's `name` must not be 'inputs', which is the pool's own. Give it another `name`."
@@ -201,8 +199,7 @@ class Teacher:
                 "it."
             )
         object.__setattr__(self, "level", int(self.level))  # one of numpy is none to JSON
-        # A commit of digits alone is a number to YAML, and loses its leading zeros: it must not be turned back into
-        # text.
+        # A commit of digits alone is a number to YAML, and loses its leading zeros: no text is made of it.
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):
             raise TypeError(
                 f"`revision` of teacher '{self.name}' must be a branch, tag or commit, got {self.revision!r}. Put it "
@@ -299,8 +296,7 @@ class Teacher:
 
 def is_inner_folder(path: Any) -> bool:
     """Tell whether a path leads to a folder below another one, and nowhere else."""
-    # Backslashes, drives and `~` mean something on some systems only: refused on all, so that a hierarchy is good
-    # everywhere.
+    # Backslashes, drives and `~` mean something on some systems only: refused on all, since files travel.
     if not isinstance(path, str) or "\\" in path or ":" in path or path.startswith("~"):
         return False
     return all(part not in ("", ".", "..") and len(part.encode()) <= _LONGEST for part in path.split("/"))
@@ -436,8 +432,7 @@ class TeacherHierarchy:
         ):
             raise TypeError(f"`teachers` of a hierarchy must be a list of `Teacher`, got {teachers!r}. Make them so.")
         made = [teacher if isinstance(teacher, Teacher) else Teacher(teacher) for teacher in teachers]  # type: ignore[arg-type]
-        # Python sorts stably: the order within a level, by which assignments and pools number teachers, stays as
-        # given.
+        # Python sorts stably: the order within a level, by which pools number teachers, stays as it was given.
         self.teachers = tuple(sorted(made, key=lambda teacher: teacher.level))
         # Names first, since the sentences of the other two speak of teachers by name.
         self._check_names()
@@ -472,22 +467,17 @@ class TeacherHierarchy:
     def _check_labels(self) -> None:
         known = set(self.labels)
         for teacher in self.teachers:
-            if unknown := sorted(set(teacher.scope or ()) - known):
-                raise ValueError(
-                    f"`scope` of teacher '{teacher.name}' must hold labels of the task, got unknown {unknown}. "
-                    f"The task has {list(self.labels)}."
-                )
             led_to = [(to,) if isinstance(to, str) else to or () for to in (teacher.label_map or {}).values()]
-            if unknown := sorted({label for labels in led_to for label in labels} - known):
-                raise ValueError(
-                    f"`label_map` of teacher '{teacher.name}' must lead to labels of the task, got unknown {unknown}. "
-                    f"The task has {list(self.labels)}."
-                )
-            if unknown := sorted(set(teacher.label_texts or ()) - known):
-                raise ValueError(
-                    f"`label_texts` of teacher '{teacher.name}' must be of labels of the task, got unknown {unknown}. "
-                    f"The task has {list(self.labels)}."
-                )
+            for what, names in (
+                ("`scope` of teacher '{}' must hold", teacher.scope or ()),
+                ("`label_map` of teacher '{}' must lead to", (label for labels in led_to for label in labels)),
+                ("`label_texts` of teacher '{}' must be of", teacher.label_texts or ()),
+            ):
+                if unknown := sorted(set(names) - known):
+                    raise ValueError(
+                        f"{what.format(teacher.name)} labels of the task, got unknown {unknown}. The task has "
+                        f"{list(self.labels)}."
+                    )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TeacherHierarchy):
@@ -539,8 +529,7 @@ class TeacherHierarchy:
         if level not in range(self.num_levels):
             raise IndexError(f"`level` must lie in 0..{self.num_levels - 1}, got {level!r}. Count from the root.")
         positions = [i for i, teacher in enumerate(self.teachers) if teacher.level == level]
-        # Teachers are sorted by level, so that those of one stand in a row: a range can slice what a list could only
-        # pick.
+        # Teachers are sorted by level, so that those of one stand in a row: a range can slice as well as pick.
         return range(positions[0], positions[-1] + 1)
 
     def index(self, name: str) -> int:

@@ -48,6 +48,7 @@ class Processes:
         """Put the tensors of all processes side by side."""
         if self.count == 1:
             return values.unsqueeze(0)
+        # On the device by which the processes talk: NCCL takes nothing of the CPU.
         values = values.to(self.device).contiguous()
         found = [torch.empty_like(values) for _ in range(self.count)]
         torch.distributed.all_gather(found, values)
@@ -67,6 +68,7 @@ class Processes:
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Give this process's share of what any of them can do, every `count`-th."""
+        # Every so manieth, since batches may come in the order of their length.
         return items[self.rank :: self.count]
 
 

@@ -21,7 +21,7 @@ from hf_cosupervise.data.columns import find_input_column, find_label_column, is
 from hf_cosupervise.data.loading import load_folder, load_splits
 from hf_cosupervise.data.local import is_table, load_images, load_table
 from hf_cosupervise.hub.client import is_folder, resolve_commit
-from hf_cosupervise.teachers.labeling import undeclared_truth
+from hf_cosupervise.teachers.rows import undeclared_truth
 from hf_cosupervise.training.config import fields_without
 
 

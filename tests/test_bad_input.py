@@ -39,7 +39,7 @@ from hf_cosupervise.evaluation.plots import plot_pgr, plot_reliability
 from hf_cosupervise.files import check_free
 from hf_cosupervise.method import losses as losses_module
 from hf_cosupervise.method import published_losses
-from hf_cosupervise.method.aekd import aekd_weights, min_norm_weights
+from hf_cosupervise.method.aekd import aekd_weights
 from hf_cosupervise.method.aggregation import AGGREGATORS, aggregate, dawid_skene, majority_vote, mean_logits
 from hf_cosupervise.method.assignment import (
     agreement_scores,
@@ -61,6 +61,7 @@ from hf_cosupervise.method.metrics import (
     mean_and_spread,
     oracle_selection,
 )
+from hf_cosupervise.method.min_norm import min_norm_weights
 from hf_cosupervise.method.neighbors import mean_over_neighbors, nearest_neighbors
 from hf_cosupervise.method.raven import fit_raven
 from hf_cosupervise.method.rejection import (

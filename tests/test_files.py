@@ -25,7 +25,7 @@ from hf_cosupervise.hub.cards import model_card, write_card
 from hf_cosupervise.pool.pseudolabels import PseudolabelPool
 from hf_cosupervise.teachers.progress import Progress
 from hf_cosupervise.training.checkpointing import last_checkpoint, seal_checkpoint
-from hf_cosupervise.training.history import LevelHistory
+from hf_cosupervise.training.run import OneRound, TrainingRun
 from hf_cosupervise.training.run_folder import RunFolder
 
 HIERARCHY = TeacherHierarchy(["a", "b"], [Teacher("t/root")])
@@ -38,7 +38,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "card": (lambda folder: write_card(model_card({"name": "x"}), folder), "README.md", ".README.md.tmp"),
     "hierarchy": (lambda folder: HIERARCHY.save(folder / "h.yaml"), "h.yaml", ".h.yaml.tmp"),
     "report": (lambda folder: save_report({}, folder / "r.json"), "r.json", ".r.json.tmp"),
-    "history": (lambda folder: LevelHistory(folder / "l.json").add({"level": 0, "round": 0}), "l.json", "l.tmp"),
+    "history": (lambda folder: TrainingRun(folder, OneRound(), 1, {}).conclude({}), "history.json", "history.tmp"),
     "run": (lambda folder: RunFolder(folder).begin({}), "run.json", ".run.json.tmp"),
     "checkpoint": (lambda folder: seal_checkpoint(folder, {}), "digests.json", ".digests.json.tmp"),
     "journal": (

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +14,6 @@ from datasets import Array2D, Array3D, Array4D, Array5D, ClassLabel, Dataset, Im
 
 LABEL_NAMES = ("label", "labels", "oracle_label")
 INPUT_NAMES = ("image", "img", "pixel_values", "text", "sentence")
-_CHUNK = 1000
 _NO_NUMBERS = ("string", "binary", "date", "time", "duration", "decimal", "null")
 
 
@@ -49,21 +45,22 @@ def check_column_name(column: Any, what: str) -> None:
         raise TypeError(f"`{what}` must be the name of one column, got {column!r}. Give its name.")
 
 
-def _check_column(dataset: Dataset, column: str) -> None:
+def check_column(dataset: Dataset, column: str) -> None:
+    """Refuse a column that the data do not have."""
     if column not in dataset.column_names:
         raise ValueError(f"The column must be one of {dataset.column_names}, got {column!r}. Correct the name.")
 
 
 def is_text_column(dataset: Dataset, column: str) -> bool:
     """Tell whether a column holds text."""
-    _check_column(dataset, column)
+    check_column(dataset, column)
     feature = dataset.features[column]
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
 def is_vector_column(dataset: Dataset, column: str) -> bool:
     """Tell whether a column holds lists of numbers."""
-    _check_column(dataset, column)
+    check_column(dataset, column)
     return holds_vectors(dataset.features[column])
 
 
@@ -91,7 +88,7 @@ def find_label_column(dataset: Dataset) -> str:
 
 def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndarray:
     """Read a label column as label ids of the task, by name where the data has names."""
-    _check_column(dataset, column)
+    check_column(dataset, column)
     feature, values = dataset.features[column], list(dataset[column][:])
     positions = {name: index for index, name in enumerate(labels)}
     if isinstance(feature, ClassLabel):
@@ -121,7 +118,7 @@ def as_label_id(value: Any) -> Any:
 
 def has_input(dataset: Dataset, column: str) -> np.ndarray:
     """Tell which rows hold anything: a pool stores what could not be read as missing."""
-    _check_column(dataset, column)
+    check_column(dataset, column)
     cells = dataset.data.column(column)
     is_there = cells.is_valid().to_numpy()
     if pa.types.is_struct(cells.type) and {"bytes", "path"} <= {field.name for field in cells.type}:
@@ -130,50 +127,6 @@ def has_input(dataset: Dataset, column: str) -> np.ndarray:
         is_there = is_there & np.any(list(held), axis=0)
     # A selection keeps the whole table and the positions wanted of it.
     return is_there if dataset._indices is None else is_there[dataset._indices.column(0).to_numpy()]
-
-
-def row_keys(dataset: Dataset, column: str) -> list[str]:
-    """Give each row a key that depends on its content only, so that it survives shuffling and selection."""
-    seen: dict[str, int] = {}
-    keys = []
-    for digest in cell_digests(dataset, column):
-        # Equal cells are told apart by how many came before: the first one keeps its key whatever follows.
-        count = seen[digest] = seen.get(digest, -1) + 1
-        keys.append(f"{digest}-{count}" if count else digest)
-    return keys
-
-
-def cell_digests(dataset: Dataset, column: str) -> list[str]:
-    """Hash the raw content of each cell; equal cells have equal digests."""
-    _check_column(dataset, column)
-    # As Arrow, so that images are hashed as stored and not decoded first.
-    table_view = dataset.select_columns([column]).with_format("arrow")
-    digests = []
-    for start in range(0, len(dataset), _CHUNK):
-        for cell in table_view[start : start + _CHUNK].column(column).to_pylist():
-            digests.append(cell_digest(cell))
-    return digests
-
-
-def cell_digest(cell: Any) -> str:
-    """Hash the raw content of one cell, as [`cell_digests`] does."""
-    return hashlib.blake2b(_cell_bytes(cell), digest_size=16).hexdigest()
-
-
-def _cell_bytes(cell: Any) -> bytes:
-    if isinstance(cell, Mapping) and set(cell) == {"bytes", "path"}:  # an image, encoded or still a file
-        if cell["bytes"] is not None:
-            return cell["bytes"]
-        try:
-            return Path(cell["path"] or "").read_bytes()
-        except (OSError, ValueError):  # whoever reads the image says so, and names the row
-            return f"no file: {cell['path']}".encode()
-    if isinstance(cell, str):
-        return cell.encode("utf-8")
-    if isinstance(cell, bytes):
-        return cell
-    # Sorted, since the order of keys in an object is no content.
-    return json.dumps(cell, sort_keys=True, default=str).encode("utf-8")
 
 
 def shorten(names: Iterable[Any], limit: int = 20) -> str:

@@ -9,9 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Image
 from datasets.exceptions import DatasetsError
 from datasets.utils.extract import Extractor
@@ -20,11 +17,9 @@ from PIL import Image as PILImage
 from ..files import is_inside
 from .cells import check_cells
 from .columns import shorten
+from .packed import check_unpacked
 
 TABLE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-# A Parquet file may stand for so many times as much as it holds, and for any file that fits beside a model.
-_MOST_RATIO, _MOST_UNPACKED, _CHUNK = 1_000, 4 << 30, 4096
-_NUM_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8}
 # What systems leave in folders by themselves.
 _NOT_MEANT = ("Thumbs.db", "desktop.ini")
 
@@ -35,19 +30,7 @@ def is_table(name: str | os.PathLike[str]) -> bool:
 
 
 def load_table(path: str | os.PathLike[str]) -> Dataset:
-    """Read a CSV, TSV, JSON-lines or Parquet file.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            The file; of a CSV file the first line names the columns, and an empty cell is a missing one.
-
-    Returns:
-        `datasets.Dataset`
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it cannot be read, has no header, or a cell names a file in place of its content.
-    """
+    """Read a CSV, TSV, JSON-lines or Parquet file; the first line of a CSV names its columns."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`dataset` must be a file, a folder or an id on the Hub, got no file '{path}'.")
@@ -58,7 +41,7 @@ def load_table(path: str | os.PathLike[str]) -> Dataset:
         if path.suffix.lower() in (".csv", ".tsv"):
             data = _read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",")
         elif path.suffix.lower() == ".parquet":
-            _check_unpacked(path)
+            check_unpacked(path)
             data = Dataset.from_parquet(str(path))
         else:
             data = Dataset.from_json(str(path))
@@ -85,49 +68,6 @@ def _read_csv(path: Path, separator: str) -> Dataset:
     return data
 
 
-def _check_unpacked(path: Path) -> None:
-    """Refuse a Parquet file of few bytes that stands for more than a disk: a billion equal values need a kilobyte."""
-    most = max(_MOST_UNPACKED, _MOST_RATIO * path.stat().st_size)
-    file = pq.ParquetFile(path)
-    # An id is made for each row, whatever is in it.
-    num_bytes, texts = 8 * file.metadata.num_rows, set()
-    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            num_bytes += _NUM_BYTES.get(column.physical_type, 0) * column.num_values
-            # A text may be long, kept once, and in every row.
-            if column.physical_type not in _NUM_BYTES and column.num_values * column.total_uncompressed_size > most:
-                texts.add(column.path_in_schema)
-    if num_bytes <= most and texts:
-        num_bytes += _num_letters(path, sorted(texts), most)
-    if num_bytes > most:
-        raise ValueError(
-            f"{path.stat().st_size:,} bytes that stand for {file.metadata.num_rows:,} rows of more than "
-            f"{most / 1e9:,.0f} GB. If it is yours, give the data themselves, read by `datasets.Dataset.from_parquet`"
-        )
-
-
-def _num_letters(path: Path, columns: list[str], most: int) -> int:
-    """How many bytes the texts of some columns have, or more than `most`; none of them is written out for that."""
-    found = 0
-    for column in columns:
-        for batch in pq.ParquetFile(path, read_dictionary=[column]).iter_batches(_CHUNK, columns=[column]):
-            for array in map(_innermost, batch.columns):
-                if pa.types.is_dictionary(array.type):
-                    lengths = pc.binary_length(array.dictionary).take(array.indices)
-                    found += pc.sum(lengths).as_py() or 0
-                else:
-                    found += array.nbytes
-            if found > most:
-                return found
-    return found
-
-
-def _innermost(array: pa.Array) -> pa.Array:
-    while pa.types.is_nested(array.type):
-        array = array.field(0) if pa.types.is_struct(array.type) else array.flatten()
-    return array
-
-
 def _is_number(text: str) -> bool:
     try:
         float(text)
@@ -148,22 +88,7 @@ def _one_sentence(path: Path) -> Iterator[None]:
 
 
 def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on_error: str = "raise") -> Dataset:
-    """List the images below a folder.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            The folder; those that lie in it count too, but for hidden ones.
-        with_labels (`bool`, *optional*, defaults to `False`):
-            Whether the name of an image's own folder is its `label`, where all lie in folders of their own.
-        on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do with files that are no images: `"raise"`, or leave them out as `"missing"`.
-
-    Returns:
-        `datasets.Dataset`: `id`, the path within the folder, `image`, and `label` where it is asked for.
-
-    Raises:
-        ValueError: If there are no images, other files than images, or links that lead out of the folder.
-    """
+    """List the images below a folder: `id` (the path in it), `image`, and as `label` the name of their own folders."""
     folder = Path(folder)
     known, images, others = PILImage.registered_extensions(), list[Path](), list[str]()
     for path in _walk(folder):

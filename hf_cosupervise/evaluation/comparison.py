@@ -75,6 +75,7 @@ class Comparison:
         """Give the numbers of a contestant, with the seconds that its pool and training took."""
         if self.results is not None and (kept := self.results.read(contestant.name)) is not None:
             return kept
+        # With what the pool takes: some methods fit a model on features for it.
         started = time.time()
         trainer = self.make_trainer(contestant)
         trainer.train(resume_from_checkpoint=resume)

@@ -71,6 +71,7 @@ def method_pool(
     hierarchy = pool.hierarchy
     if method == "generalist":
         return pool.with_hierarchy(TeacherHierarchy(hierarchy.labels, hierarchy.levels[0]))
+    # Both ask all teachers about every example, so that levels mean nothing.
     if method in ("ensemble", "aekd"):
         return pool.with_hierarchy(
             TeacherHierarchy(hierarchy.labels, [replace(t, level=0) for t in hierarchy.teachers])
@@ -121,24 +122,23 @@ def _repeat_root(pool: PseudolabelPool) -> PseudolabelPool:
 def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> CoSupervisedConfig:
     """Give the configuration with which a method trains: the same recipe, with its own assignment."""
     args = copy.copy(args)
+    args.method = "committee" if method == "committee" else "csl"
+    if method == "csl":
+        return args
+    args.output_dir = os.path.join(args.output_dir, RUN_DIR, "methods", method)
     if method == "committee":
         defaults = {item.name: default_of(item) for item in fields(args)}
         for name in DECIDED_BY_MEMBERS:
             setattr(args, name, defaults[name])
-        args.method, args.output_dir = "committee", _method_dir(args, method)
         return args
-    args.method = "csl"
-    if method in ("csl", "generalist_rejection", *ASSIGNED_METHODS):
-        if method == "generalist_rejection":
-            args.assignment = ["scope"]
-        elif method != "csl":
-            root = args.assignment[0] if args.assignment[0] in ("auto", "ensemble") else method
-            args.assignment = [root, *[method] * (num_levels - 1)]
-        if method != "csl":
-            args.agreement_neighbors = 0
-        args.output_dir = args.output_dir if method == "csl" else _method_dir(args, method)
+    if method in ("generalist_rejection", *ASSIGNED_METHODS):
+        # They belong to an assignment that these have not.
+        args.agreement_neighbors = 0
+        # At a root there is nothing to choose by, and of several teachers only the ensemble speaks.
+        root = args.assignment[0] if args.assignment[0] in ("auto", "ensemble") else method
+        rejects = method == "generalist_rejection"
+        args.assignment = ["scope"] if rejects else [root, *[method] * (num_levels - 1)]
         return args
-    args.output_dir = _method_dir(args, method)
     args.assignment = ["ensemble"]
     if method == "aekd":
         if args.head_solver == "ridge":
@@ -147,11 +147,8 @@ def method_arguments(args: CoSupervisedConfig, method: str, num_levels: int) -> 
     if method == "ceiling":
         args.teacher_neighbors = args.self_training_rounds = 0  # ground truth is no teacher, and of all examples
     if args.warm_start:
+        # A student that goes on from level to level sees so many times the steps.
         scale = 1 + (num_levels - 1) * args.rounds_per_level
         args.max_steps = args.max_steps * scale if args.max_steps > 0 else args.max_steps
         args.num_train_epochs = args.num_train_epochs * scale
     return args
-
-
-def _method_dir(args: CoSupervisedConfig, method: str) -> str:
-    return os.path.join(args.output_dir, RUN_DIR, "methods", method)

@@ -31,26 +31,13 @@ _FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the 
 
 @dataclass
 class Overview:
-    """A student beside its teachers, row by row.
-
-    Args:
-        pool (`PseudolabelPool`):
-            What the teachers say.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            The student's label ids, -1 where there is nothing that it can read.
-        probs (`np.ndarray` of shape `(num_examples,)`):
-            Their probabilities.
-        plans (`Mapping[str, LevelPlan]`):
-            The last plan of each member that chose among the pool's teachers, or of the student alone.
-        members (`Mapping[str, np.ndarray]`):
-            Labels of each member of a committee, by name.
-    """
+    """A student beside its teachers, row by row."""
 
     pool: PseudolabelPool
-    labels: np.ndarray
-    probs: np.ndarray
-    plans: Mapping[str, LevelPlan]
-    members: Mapping[str, np.ndarray]
+    labels: np.ndarray  # the student's `(num_examples,)`, -1 where there is nothing that it can read
+    probs: np.ndarray  # of these
+    plans: Mapping[str, LevelPlan]  # the last of each member that chose among teachers, or of the student alone
+    members: Mapping[str, np.ndarray]  # labels of each member of a committee
 
     @cached_property
     def _votes(self) -> dict[str, np.ndarray]:
@@ -58,12 +45,7 @@ class Overview:
         return {name: self.pool.hard_labels(name) for name in self.pool.hierarchy.names}
 
     def report(self) -> dict[str, Any]:
-        """Sum up what can be known without labels.
-
-        Returns:
-            `dict[str, Any]`: JSON values. Shares are of 0 to 1; those of labels are by name, None where there is
-            nothing to count.
-        """
+        """Sum up what can be known without labels as JSON values; shares are None where there is nothing to count."""
         teachers = self._describe_teachers()
         own = self._class_shares(self.labels)
         return {
@@ -87,6 +69,7 @@ class Overview:
         pool, votes, found = self.pool, self._votes, {}
         for index, (name, teacher) in enumerate(zip(pool.hierarchy.names, pool.hierarchy.teachers)):
             trusted = self._trust(index)
+            # Where two have answered no row in common, nothing is known of them.
             others = [_agreement(votes[name], labels) for other, labels in votes.items() if other != name]
             found[name] = {
                 "level": teacher.level,
@@ -125,6 +108,7 @@ class Overview:
             given = [teacher["class_shares"][name] for teacher in teachers.values()]
             if not any(given):
                 unknown.append(name)
+            # Of those that know the label: specialists of others give it to nothing.
             usual = _mean(np.array([share for share in given if share])) or 0.0
             if usual >= _RARE / len(self.pool.labels) and (own[name] or 0.0) < _VANISHED * usual:
                 said.append(
@@ -139,12 +123,9 @@ class Overview:
         return said
 
     def disagreement(self) -> np.ndarray:
-        """Score each example by how far teachers and members contradict the student, and how unsure it is.
-
-        Returns:
-            `np.ndarray` of shape `(num_examples,)`: 0 (nobody contradicts, and the student is sure) to 3.
-        """
+        """Score each example, 0 to 3, by how far others contradict the student and how unsure it is; -1 if unread."""
         contradicted = self._contradicted(self._votes.values()) + self._contradicted(self.members.values())
+        # What it cannot read comes last, for there is nothing to look at.
         return np.where(self.labels >= 0, contradicted + 1 - self.probs, -1.0)
 
     def _contradicted(self, opinions: Iterable[np.ndarray]) -> np.ndarray:
@@ -155,15 +136,7 @@ class Overview:
         return against / np.maximum(given, 1)
 
     def to_label(self, num_rows: int = NUM_TO_LABEL) -> np.ndarray:
-        """Choose the examples that a person should look at first: the most disputed, in turn of each label.
-
-        Args:
-            num_rows (`int`, *optional*, defaults to 100):
-                How many.
-
-        Returns:
-            `np.ndarray`: row positions, the most disputed of each label before the next of any.
-        """
+        """Choose the examples that a person should look at first: the most disputed, in turn of each label."""
         scores = self.disagreement()
         order = np.argsort(-scores, kind="stable")
         order = order[self.labels[order] >= 0]
@@ -171,6 +144,7 @@ class Overview:
         for number in range(len(self.pool.labels)):
             own = order[self.labels[order] == number]
             turn[own] = np.arange(len(own))
+        # By turns, and within a turn by scores: numpy sorts by its last key first.
         return order[np.lexsort((-scores[order], turn[order]))][:num_rows]
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -185,18 +159,21 @@ class Overview:
         rows = self.to_label(num_rows)
         columns = self._columns(rows)
         inputs, column = self.pool.inputs, str(self.pool.input_column)
+        # A cell cannot show an image or a vector, and its id leads there.
         if inputs is not None and column in inputs.column_names and is_text_column(inputs, column):
             columns[column] = list(inputs.select(rows)[column])
         for name in self.pool.hierarchy.names:
             columns[f"teacher {name}"] = self._names(self._votes[name][rows])
         columns |= {f"member {name}": self._names(labels[rows]) for name, labels in self.members.items()}
         text = io.StringIO()
+        # Else it ends lines as Windows does, on all systems.
         writer = csv.writer(text, lineterminator="\n")
         for row in (columns, *zip(*columns.values())):
             writer.writerow(map(_as_text, row))
         write_text(path, text.getvalue())
 
     def _columns(self, rows: np.ndarray) -> dict[str, Any]:
+        # One of a committee stands for all: a row has one cell for its teacher.
         lead = next(iter(self.plans.values()), None)
         speakers = np.full(len(self.pool), -1) if lead is None else lead.assigned_teacher
         kept = np.zeros(len(self.pool)) if lead is None else lead.keep_mask
@@ -220,16 +197,9 @@ def _as_text(value: Any) -> Any:
 
 
 def overview(trainer: CoSupervisedTrainer) -> Overview:
-    """Look at a trained student beside its teachers, without any label.
-
-    Args:
-        trainer (`CoSupervisedTrainer`):
-            After `train()`.
-
-    Returns:
-        `Overview`
-    """
+    """Look at a trained student beside its teachers, without any label."""
     labels, probs = np.full(len(trainer.pool), -1), np.zeros(len(trainer.pool), dtype=np.float32)
+    # Some rows at a time: of a million, over a thousand labels, all would be 4 GB.
     for rows, log_probs in trainer.predict_log_probs(trainer.student.examples):
         best = log_probs.max(dim=1)
         readable = trainer.student.readable[rows]
@@ -286,12 +256,7 @@ def _agreement(first: np.ndarray, second: np.ndarray) -> float | None:
 
 
 def label_agreement(opinions: Sequence[np.ndarray]) -> float | None:
-    """Measure on how many examples two sets of labels agree, on average over all pairs; None for fewer than two.
-
-    Args:
-        opinions (`Sequence[np.ndarray]`):
-            Label ids `(num_examples,)` of each, -1 for none; examples that all have labelled count.
-    """
+    """Measure on how many examples two sets of labels agree, on average over all pairs; None for fewer than two."""
     if len(opinions) < 2:
         return None
     labels = np.stack(opinions, axis=1)

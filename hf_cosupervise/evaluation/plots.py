@@ -137,6 +137,7 @@ def plot_levels(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
         axes.set_ylabel("%")
         axes.set_title(title, loc="left", fontsize=11)
         axes.grid(axis="y", alpha=0.3)
+    # One legend for all panels: that of the one that shows most methods.
     lines = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
     panels[-1].legend(*lines, loc="upper left", bbox_to_anchor=(1.01, 1.02), frameon=False, fontsize=8)
     return _save(figure, path)
@@ -290,7 +291,9 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
+        # Or the grid is drawn over the bars.
         axes.set_axisbelow(True)
     with whole_file(path) as temporary:
+        # By the suffix of the file that is meant, for this one is to be renamed.
         figure.savefig(temporary, bbox_inches="tight", format=path.suffix[1:] or "png")
     return path

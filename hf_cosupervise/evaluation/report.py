@@ -56,6 +56,7 @@ def add_pgr(
 ) -> None:
     """Compare what a metric gives with that of weak teacher and ceiling; None where one of the two is not known."""
     for own in numbers:
+        # Without labels neither is known, and there is no gap.
         if weak is None or ceiling is None:
             own["pgr"] = None
         else:

@@ -6,11 +6,13 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 from unicodedata import category
 from urllib.parse import quote
 
+import jinja2
 import numpy as np
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
@@ -34,6 +36,7 @@ _TEMPLATES = Path(__file__).parents[1] / "templates"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile("[0-9a-f]{40}")
 _ADDRESS = re.compile(r"://|www\.|mailto:|xmpp:|\w@\w", re.IGNORECASE)
+# Controls, signs that turn text round, and halves of characters.
 _UNSEEN = ("Cc", "Cf", "Cs")
 # Metrics by our name: the Hub's, and as people call them.
 _METRICS = {
@@ -46,6 +49,7 @@ _METRICS = {
     "worst_class_accuracy": ("accuracy", "Accuracy of the worst class"),
 }
 _MAX_NAMES = 6
+_quote = partial(quote, errors="replace")  # a path in an address
 _MAX_LABELS = 100
 
 
@@ -54,6 +58,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     facts = _known(facts)
     report = facts.get("report", {})
     name = _title(facts, "hub_model_id", "Co-supervised student")
+    # The commit where it is known: a branch has moved on by the time that somebody reads this.
     base_model_at = facts.get("base_model_commit") or facts.get("base_model_revision", facts.get("student_revision"))
     body = {
         "name": _escape(name),
@@ -69,9 +74,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "has_adapter": facts.get("has_adapter"),
         "files_text": _files_text(facts.get("files", [])),
         "labels_text": _label_list(facts.get("labels", [])),
-        "evaluation_intro": _evaluation_intro(facts, report),
+        "metric": _METRICS[_metric(report)][1],
+        "dataset": _escape(facts["dataset_name"]) if "dataset_name" in facts else None,
+        "split": _escape(facts["dataset_split"]) if "dataset_split" in facts else None,
+        "seeds": [_escape(seed) for seed in report.get("seeds", [])],
+        "own_seed": _escape(facts["seed"]) if "seed" in facts else None,
         "evaluation_table": _evaluation_table(report),
-        "pgr_text": _pgr_text(report),
+        "gap": _gap(report),
         "overview_table": _overview_table(report.get("overview", {})),
         "overview_text": _overview_text(report.get("overview", {})),
         "figure": _quote(_in_repo(facts.get("figure", ""))),
@@ -90,6 +99,7 @@ def pool_card(facts: Mapping[str, Any]) -> str:
     facts = _known(facts)
     teachers, columns = facts.get("teachers", []), facts.get("input_columns", [])
     names = [teacher["name"] for teacher in teachers]
+    # The configuration with what the models read has that name.
     if not names or "inputs" in names:
         raise ValueError(f"A pool needs teachers, none of them named 'inputs', got {names}. Rename the teacher.")
     oracle = [_code(column) for column in columns if column.startswith("oracle_")]
@@ -173,10 +183,15 @@ def _read_card(path: Path) -> str:
 
 
 def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:
-    # The client reads a template by the encoding of the machine, so it gets the text.
+    # But for results, which are objects, of texts that were cleaned where they were made.
     metadata.__dict__.update(_yaml({key: value for key, value in metadata.__dict__.items() if key != "eval_results"}))
-    card = kind.from_template(metadata, template_str=(_TEMPLATES / template).read_text(encoding="utf-8"), **body)
+    # The client reads a template by the encoding of the machine, so it gets the text.
+    card = kind.from_template(metadata, template_str=_read_template(template), **body)
     return sign_card(str(card))
+
+
+def _read_template(name: str) -> str:
+    return (_TEMPLATES / name).read_text(encoding="utf-8")
 
 
 # ── headers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -193,6 +208,7 @@ def _model_metadata(facts: Mapping[str, Any], name: str) -> ModelCardData:
         base_model=base_model if base_model and _is_hub_id(base_model) else None,
         datasets=_dataset_ids([*facts.get("datasets", []), facts.get("source_dataset"), facts.get("pool")]),
         pipeline_tag=_pipeline_tag(facts),
+        # The Hub's client refuses results without a name, and shows no name without results.
         model_name=name if results else None,
         eval_results=results or None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
@@ -218,6 +234,7 @@ def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
         found.append(
             EvalResult(
                 task_type=task,
+                # The Hub's client wants both; its type is the id of the data set where there is one.
                 dataset_type=kind or dataset,
                 dataset_name=dataset,
                 dataset_split=split,
@@ -230,6 +247,7 @@ def _eval_results(facts: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _pool_metadata(facts: Mapping[str, Any], names: Sequence[str]) -> DatasetCardData:
+    # What the Hub's viewer shows first.
     inputs = {"config_name": "inputs", "data_files": "inputs/data.arrow", "default": True}
     teachers = [{"config_name": name, "data_files": f"teachers/{name}/data.arrow"} for name in names]
     task, num_examples = _pipeline_tag(facts), facts.get("num_examples")
@@ -265,109 +283,40 @@ def _size_category(num_examples: int) -> str:
 def _usage(facts: Mapping[str, Any]) -> str:
     """A snippet that runs as printed: by the Hub id, or in the model's folder."""
     task, repo_id = _pipeline_tag(facts), _own_id(facts, "hub_model_id")
-    if task is None:
+    if task is None or facts["modality"] == "vector" and "vectors" not in facts:
         return ""
-    where = "" if repo_id else "  # this folder, or its id on the Hub"
-    if facts["modality"] == "vector":
-        return _vector_usage(facts, repo_id) if "vectors" in facts else ""
-    load = f"classifier = pipeline({_literal(task)}, model={_literal(repo_id or '.')}{_at_branch(facts)}){where}"
-    if facts.get("token_pooling"):
-        return _pooled_usage(facts, repo_id or ".")
-    if facts.get("needs_range"):
-        load = f"# In float32 or bfloat16: a mean over tokens is computed with numbers that float16 has not.\n{load}"
-    if facts["modality"] == "language":
-        load = load.replace("classifier", "writer", 1)
-        return f'from transformers import pipeline\n\n{load}\nprint(writer("A prompt.", return_full_text=False))'
-    if facts["modality"] == "text":
-        return f'from transformers import pipeline\n\n{load}\nprint(classifier("A text to classify."))'
-    if "logits_name" in facts:
-        return _unlike_usage(facts, repo_id or ".")
-    lines = ["from PIL import Image", "from transformers import pipeline", "", load]
-    lines.append('image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")')
-    lines.append("print(classifier(image))")
-    if facts.get("library_name") == "timm":
+    known = {
+        "modality": facts["modality"],
+        "task": _literal(task),
+        "place": _literal(repo_id or "."),
+        "at_branch": _at_branch(facts),
+        "is_local": repo_id is None,
+        **{key: facts.get(key) for key in ("token_pooling", "needs_range")},
+        "logits_name": facts.get("logits_name") if facts["modality"] == "image" else None,
+    }
+    if facts["modality"] == "image" and facts.get("library_name") == "timm":
+        # timm reads a branch behind an `@`, and has no argument for it.
         branch = f"@{facts['hub_branch']}" if "hub_branch" in facts else ""
-        place = f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:."
-        lines = ["import timm", *lines, "", "# The same model by timm alone."]
-        lines.append(f"model = timm.create_model({_literal(place)}, pretrained=True).eval()")
-        lines.append("transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
-        lines.append("print(model(transform(image).unsqueeze(0)).softmax(-1))")
-    return "\n".join(lines)
+        known["timm_place"] = _literal(f"hf-hub:{repo_id}{branch}" if repo_id else "local-dir:.")
+    if facts["modality"] == "vector":
+        known |= _describe_layers(facts["vectors"], len(facts.get("labels", [])))
+    template = jinja2.Template(_read_template("student_usage.jinja"), trim_blocks=True, lstrip_blocks=True)
+    return template.render(known).strip()
 
 
-def _vector_usage(facts: Mapping[str, Any], repo_id: str | None) -> str:
-    """The same weights by torch alone, and by scikit-learn."""
-    known, num_labels = facts["vectors"], len(facts.get("labels", []))
-    sizes = [known["num_features"], *known["hidden_sizes"]]
+def _describe_layers(vectors: Mapping[str, Any], num_labels: int) -> dict[str, Any]:
+    """What the snippet for a student of vectors builds it of."""
+    sizes = [vectors["num_features"], *vectors["hidden_sizes"]]
     hidden = ", ".join(f"nn.Linear({size}, {next_size}), nn.ReLU()" for size, next_size in zip(sizes, sizes[1:]))
-    layers = f"backbone=nn.Sequential({hidden}), " if hidden else ""
-    names = f"  # {_literal(', '.join(known['feature_names']))}" if known.get("feature_names") else ""
-
-    def place(file: str) -> str:
-        return (
-            f"hf_hub_download({_literal(repo_id)}, {_literal(file)}{_at_branch(facts)})" if repo_id else _literal(file)
-        )
-
-    by_sklearn = [
-        "",
-        "# The same by scikit-learn: pip install skops scikit-learn",
-        "import skops.io",
-        "",
-        f"print(skops.io.load({place('model.skops')}).predict_proba(vectors.numpy()))",
-    ]
-    return "\n".join(
-        [
-            "from collections import OrderedDict",
-            "",
-            "import torch",
-            *(["from huggingface_hub import hf_hub_download"] if repo_id else []),
-            "from safetensors.torch import load_file",
-            "from torch import nn",
-            "",
-            f"weights = load_file({place('model.safetensors')})",
-            'mean, scale = weights.pop("backbone.mean"), weights.pop("backbone.scale")',
-            f"model = nn.Sequential(OrderedDict({layers}classifier=nn.Linear({sizes[-1]}, {num_labels})))",
-            "model.load_state_dict(weights)",
-            f"vectors = torch.zeros(1, {sizes[0]}){names}",
-            "print(model((vectors - mean) / scale).softmax(-1))",
-            *(by_sklearn if known.get("has_sklearn") else []),
-        ]
-    )
-
-
-def _pooled_usage(facts: Mapping[str, Any], place: str) -> str:
-    """A snippet for a text student the architecture of which has no classifier that pools as it was trained to."""
-    # Linear, so that the pooled logits are the logits of what is pooled.
-    how = {"mean": "(logits * mask).sum(1) / mask.sum(1)", "cls": "logits[:, 0]", "last": "logits[:, -1]"}
-    pooled = how[facts["token_pooling"]]
-    at = f"{_literal(place)}{_at_branch(facts)}"
-    lines = [
-        "from transformers import AutoModelForTokenClassification, AutoTokenizer",
-        "",
-        f"# Its head reads {facts['token_pooling']!r} of the tokens, as no classifier of texts of its kind does.",
-        f"tokenizer = AutoTokenizer.from_pretrained({at})",
-        f"model = AutoModelForTokenClassification.from_pretrained({at}).eval()",
-        'inputs = tokenizer(["A text to classify."], padding=True, truncation=True, return_tensors="pt")',
-        'logits, mask = model(**inputs).logits, inputs["attention_mask"][..., None]',
-        f"print(({pooled}).softmax(-1))",
-    ]
-    return "\n".join(lines)
-
-
-def _unlike_usage(facts: Mapping[str, Any], place: str) -> str:
-    """A snippet for an image student whose logits have another name in transformers, so that pipelines fail."""
-    at = f"{_literal(place)}{_at_branch(facts)}"
-    lines = [
-        "from PIL import Image",
-        "from transformers import AutoImageProcessor, AutoModelForImageClassification",
-        "",
-        f"processor = AutoImageProcessor.from_pretrained({at})",
-        f"model = AutoModelForImageClassification.from_pretrained({at}).eval()",
-        'image = Image.new("RGB", (224, 224))  # or Image.open("photo.jpg")',
-        'inputs = processor(image, return_tensors="pt")',
-        f"print(model(**inputs).{facts['logits_name']}.softmax(-1))  # as transformers calls the logits of its kind",
-    ]
-    return "\n".join(lines)
+    # Under the names of our class, so that its weights load as they are.
+    layers = [f"backbone=nn.Sequential({hidden})"] if hidden else []
+    names = vectors.get("feature_names")
+    return {
+        "num_features": sizes[0],
+        "layers": ", ".join([*layers, f"classifier=nn.Linear({sizes[-1]}, {num_labels})"]),
+        "feature_names": _literal(", ".join(names)) if names else None,
+        "has_sklearn": vectors.get("has_sklearn"),
+    }
 
 
 def _at_branch(facts: Mapping[str, Any]) -> str:
@@ -379,6 +328,7 @@ def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, 
     """How the first transformers teacher is loaded without this package."""
     for teacher in teachers:
         model, at = teacher.get("model"), teacher.get("commit") or teacher.get("revision")
+        # A folder of somebody cannot be loaded by others, and other kinds need this package.
         if modality is None or teacher.get("kind") != "transformers" or (model and not _is_hub_id(model)):
             continue
         arguments = _literal(model or place)
@@ -394,23 +344,6 @@ def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, 
     return ""
 
 
-def _evaluation_intro(facts: Mapping[str, Any], report: Mapping[str, Any]) -> str:
-    where = "the test set"
-    if "dataset_name" in facts:
-        split = f" ({_escape(facts['dataset_split'])})" if "dataset_split" in facts else ""
-        where = f"{_escape(facts['dataset_name'])}{split}"
-    seeds = report.get("seeds", [])
-    over = f", mean ± standard deviation over seeds {_join(seeds)}" if len(seeds) > 1 else ""
-    one = f", seed {_escape(seeds[0])}" if len(seeds) == 1 else ""
-    this = (
-        f" This repository holds the student of seed {_escape(facts['seed'])}."
-        if len(seeds) > 1 and "seed" in facts
-        else ""
-    )
-    measured = f"{_METRICS[_metric(report)][1]} on {where}{over}{one}."
-    return f"{measured} Every method trains the same student by the same recipe.{this}"
-
-
 def _evaluation_table(report: Mapping[str, Any]) -> str:
     metric = _metric(report)
     rows: list[dict[str, Any]] = [{"method": "weak teacher", metric: report.get(f"weak_{metric}")}]
@@ -423,19 +356,14 @@ def _evaluation_table(report: Mapping[str, Any]) -> str:
     return _table(["method", _percent_of(metric), "PGR %"], [row for row in cells if any(row[1:])])
 
 
-def _pgr_text(report: Mapping[str, Any]) -> str:
-    """PGR with the three numbers that it is made of."""
-    methods = report.get("methods", {})
-    metric = _metric(report)
-    weak, ceiling = _percent(report.get(f"weak_{metric}")), _percent(methods.get("ceiling", {}).get(metric))
-    student, pgr = (_percent(methods.get(_own_method(report), {}).get(name)) for name in (metric, "pgr"))
-    if not all((weak, ceiling, student, pgr)):
-        return ""
-    return (
-        f"Performance gap recovered (PGR) = (student - weak) / (ceiling - weak) = **{pgr} %**, with student "
-        f"{student} %, weak teacher {weak} % and ceiling {ceiling} %; the ceiling is the same student trained with "
-        "ground truth."
-    )
+def _gap(report: Mapping[str, Any]) -> dict[str, str]:
+    """PGR with the three numbers that it is made of, where all are known."""
+    methods, metric = report.get("methods", {}), _metric(report)
+    own, ceiling = methods.get(_own_method(report), {}), methods.get("ceiling", {})
+    found = {"weak": report.get(f"weak_{metric}"), "ceiling": ceiling.get(metric)}
+    found |= {"student": own.get(metric), "pgr": own.get("pgr")}
+    shown = {name: _percent(value) for name, value in found.items()}
+    return shown if all(shown.values()) else {}
 
 
 def _metric(report: Mapping[str, Any]) -> str:
@@ -474,6 +402,7 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
     members = {name: _percent(member["agrees_with_student"]) for name, member in overview.get("members", {}).items()}
     if members:
         listed = _join([f"{_code(name)} ({share} % as the whole)" for name, share in members.items()])
+        # None of a single member, which agrees with itself.
         agreement = _percent(overview.get("member_agreement"))
         said.append(f"It is a committee of {listed}; two members agree on {agreement or 100} % of the examples.")
     return " ".join([*said, *map(_escape, overview.get("warnings", []))])
@@ -485,7 +414,8 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
     headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
-        model, at, subfolder = teacher.get("model"), _pinned_at(teacher), teacher.get("subfolder")
+        model, subfolder = teacher.get("model"), teacher.get("subfolder")
+        at = teacher.get("commit") or teacher.get("revision")
         # What is no model on the Hub is named by its kind: a column, a function.
         is_named = teacher.get("kind") in ("column", "function", "pipeline") and model is not None
         rows.append(
@@ -500,6 +430,7 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
                 _short_list(teacher.get("domains")),
                 _asked_with(teacher),
                 _escape(teacher.get("pool_k", "")),
+                # Where nothing was left out there is nothing to tell.
                 _percent(teacher.get("dropped_mass") or None),
                 *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
                 _percent(teacher.get("answered")),
@@ -520,6 +451,7 @@ def _asked_with(teacher: Mapping[str, Any]) -> str:
 def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The levels of this student, the last round of each with what the report knows beside."""
     by_level = {level.get("level"): _known(level) for level in measured}
+    # From the end, so that the last round of a level takes what is known of the level.
     rows = [by_level.pop(level.get("level"), {}) | _known(level) for level in reversed(own)]
     return [*reversed(rows), *by_level.values()]
 
@@ -527,6 +459,7 @@ def _join_levels(own: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[st
 def _levels_table(levels: Sequence[Mapping[str, Any]], metric: str) -> str:
     rows = []
     for level in map(_known, levels):
+        # Without spreads: one cell lists the shares of all teachers.
         shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
         rows.append(
             [
@@ -568,6 +501,7 @@ def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(value: Any) -> np.ndarray:
     """What is known of one number or a list of them."""
+    # Of one seed a number, of several a list with a gap where a run failed.
     values = value if isinstance(value, list | tuple) else [value]
     numbers = np.array([np.nan if item is None else float(item) for item in values])
     return numbers[~np.isnan(numbers)]
@@ -577,6 +511,7 @@ def _percent(value: Any, *, spread: bool = True) -> str:
     numbers = 100 * _numbers(value)
     if not len(numbers):
         return ""
+    # Of a sample: a few seeds stand for all.
     return f"{numbers.mean():.1f}" + (f" ± {numbers.std(ddof=1):.1f}" if spread and len(numbers) > 1 else "")
 
 
@@ -588,6 +523,7 @@ def _count(value: Any) -> str:
 # Each place in a card has one function through which all values go: text and table cells, inline code, Python, YAML.
 def _one_line(value: Any) -> str:
     """Text on one line."""
+    # A line break would end a row of a table, or begin a heading.
     return _visible(" ".join(str(value).split()))
 
 
@@ -602,17 +538,20 @@ def _escape(value: Any) -> str:
     if _ADDRESS.search(str(value)):  # links by itself wherever it stands, but for code
         return _code(value)
     text = re.sub(r"([\\|\[\]*~]|(?<!\w)_|_(?!\w))", r"\\\1", _one_line(value))
+    # What looks like the name of a character would be shown as that character.
     return re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;").replace("`", "'")
 
 
 def _code(value: Any) -> str:
     """Inline code; a pipe is escaped, by an odd number of backslashes, to stay in its table cell."""
     text = re.sub(r"(\\*)\|", r"\1\1\\|", _one_line(value)).replace("`", "'")
+    # Two backticks with nothing between them are none to Markdown.
     return f"`{text or ' '}`"
 
 
 def _literal(text: str) -> str:
     """Python that gives exactly this text, on one line and in characters that can be seen."""
+    # Quotes as the formatter of this code would write them; else as Python's own, in ASCII.
     is_plain = text.isprintable() and not {'"', "\\"} & set(text)
     return f'"{text}"' if is_plain else ascii(text)
 
@@ -624,11 +563,6 @@ def _yaml(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_yaml(item) for item in value]
     return _visible(value) if isinstance(value, str) else value
-
-
-def _quote(path: str) -> str:
-    """A path in an address."""
-    return quote(path, errors="replace")
 
 
 def _join(values: Sequence[Any]) -> str:
@@ -660,6 +594,7 @@ def _names_folder(value: Any) -> bool:
     if not isinstance(value, str | PurePath):
         return False
     text = str(value)
+    # Of either system, since a run may have been written on another one.
     return text.startswith(("~", "file:")) or any(
         kind(text).is_absolute() for kind in (PurePosixPath, PureWindowsPath)
     )
@@ -678,10 +613,6 @@ def _own_id(facts: Mapping[str, Any], key: str) -> str | None:
     return facts[key] if _HUB_ID.fullmatch(facts.get(key, "")) else None
 
 
-def _pinned_at(teacher: Mapping[str, Any]) -> str | None:
-    return teacher.get("commit") or teacher.get("revision")
-
-
 def _short(revision: str) -> str:
     return revision[:12] if _COMMIT.fullmatch(revision) else revision
 
@@ -693,6 +624,7 @@ def _repo_link(repo: str | None, at: str | None = None, subfolder: str | None = 
     if not _is_hub_id(repo):
         return _code(PureWindowsPath(repo).name)  # knows both kinds of slashes
     url, text = f"https://huggingface.co/{prefix}{repo}", repo
+    # Only a commit will still be there: of a branch the text names it, and the link goes to the repository.
     if subfolder or (at and _COMMIT.fullmatch(at)):
         url += f"/tree/{_quote(at or 'main').replace('/', '%2F')}"
     if subfolder:

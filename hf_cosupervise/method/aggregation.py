@@ -122,6 +122,7 @@ def mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Ten
     """
     weights = answered.to(teacher_probs.dtype)
     total = (teacher_probs * weights.unsqueeze(-1)).sum(dim=1)
+    # Where nobody answered it stays zero, instead of 0 / 0.
     return total / weights.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -242,10 +243,8 @@ def dawid_skene(
     a plain vote.
 
     Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            At least 1; labels that nobody names get 0.
+        labels, num_labels:
+            See [`majority_vote`]; labels that nobody names get 0.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
@@ -328,6 +327,7 @@ def _label_model_posteriors(model: LabelModel, labels: torch.Tensor, num_labels:
 
 
 def _harden_first(method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggregator:
+    # Under its name, which errors and pools show.
     @wraps(method)
     def hardened(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
         return method(harden(teacher_probs, answered), teacher_probs.shape[2])

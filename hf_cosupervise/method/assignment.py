@@ -208,6 +208,7 @@ def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torc
         `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
     """
     _check_answered(answered, tuple(answered.shape[:2]))
+    # On the CPU, where a seed gives the same numbers on any machine.
     return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
 
 
@@ -230,19 +231,8 @@ def oracle_assign_by_loss(
 ) -> torch.Tensor:
     """Choose the teacher with the lowest loss on the true label: an upper bound, for analysis only.
 
-    Args:
-        oracle_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Ground truth.
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Soft outputs of the level's teachers.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a label does not exist.
+    Takes and gives what [`assign_by_agreement`] does, with ground truth `(num_examples,)` in place of the student; a
+    `ValueError` if the shapes do not fit, or a label does not exist.
     """
     _check_labels(oracle_labels, len(teacher_probs), teacher_probs.shape[-1])
     # The loss falls with the probability of the true label, so that no logarithm is needed to compare.

@@ -26,7 +26,7 @@ from .votes import (
 )
 
 # Posteriors that tell less than this share of what the plain vote shares tell are called flat.
-FLAT = 0.1
+_FLAT = 0.1
 ABSTENTIONS = ("auto", "answer", "missing")
 
 
@@ -162,20 +162,23 @@ class LabelModel:
 
     def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
         """Say so where nothing was learned."""
-        found, possible = self._compare(codes, posteriors)
-        if found < FLAT * possible:
-            only = name_voters(one_sided_voters(votes), self.voter_names)
-            warnings.warn(
-                f"`{self.name}` learns next to nothing from these votes: its posteriors tell {found:.2g} nats about "
-                f"the label, the shares of the votes {possible:.2g}. "
-                + (f"Voters that name one label only: {only}. " if only else "")
-                + "Use `shared_majority`, or another model."
-            )
+        advice = "Use `shared_majority`, or another model."
+        self._is_flat(codes, posteriors, votes, "learns next to nothing from these votes", advice)
         return posteriors
 
-    def _compare(self, codes: np.ndarray, posteriors: np.ndarray) -> tuple[float, float]:
-        """What posteriors tell about the label, and what the vote shares do."""
-        return information(posteriors), information(self._vote_shares(codes))
+    def _is_flat(
+        self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray, finding: str, advice: str
+    ) -> bool:
+        """Whether posteriors tell next to nothing about the label, which a warning says."""
+        found, possible = information(posteriors), information(self._vote_shares(codes))
+        if found >= _FLAT * possible:
+            return False
+        only = name_voters(one_sided_voters(votes), self.voter_names)
+        warnings.warn(
+            f"`{self.name}` {finding}: its posteriors tell {found:.2g} nats about the label, the shares of the votes "
+            f"{possible:.2g}. {f'Voters that name one label only: {only}. ' if only else ''}{advice}"
+        )
+        return True
 
     def _vote_shares(self, codes: np.ndarray) -> np.ndarray:
         return share_out(count_votes(np.where(codes < len(self.named), codes, -1), len(self.named)))

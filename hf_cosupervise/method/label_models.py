@@ -86,6 +86,7 @@ def _check_numbers(facts: dict[str, Any]) -> None:
     """See that a model's labels and voters are numbered as a fit numbers them."""
     for count, places in (("num_labels", "named"), ("num_voters", "speakers")):
         most, found = facts.get(count), facts.get(places)
+        # By type: `true` of JSON would pass for an integer in Python.
         if type(most) is not int or not 0 <= most <= _MOST:
             raise ValueError(f"{str(most)[:80]} as `{count}`, which must be an integer in 0..{_MOST}")
         numbers = found if isinstance(found, list) else [found]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from .label_model import FLAT, LabelModel, check_abstention, check_count
-from .votes import Answers, best_labels, name_voters, one_sided_voters, silence_speaks
+from .label_model import LabelModel, check_abstention, check_count
+from .votes import Answers, best_labels, silence_speaks
 
 _TRUST_PRIOR, _SPAM_PRIOR = 0.5, 10.0
 
@@ -120,20 +119,11 @@ class Mace(LabelModel):
         return probs / probs.sum(axis=1, keepdims=True)
 
     def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
-        found, possible = self._compare(codes, posteriors)
-        is_flat = found < FLAT * possible
-        if not is_flat and not silence_speaks(votes):
+        finding = "finds no voter that knows more than what it always says"
+        advice = "Compare with `shared_majority`: the shares and the best label are averaged."
+        if not self._is_flat(codes, posteriors, votes, finding, advice) and not silence_speaks(votes):
             return posteriors
         self.parameters["is_order"] = np.ones(1)
-        if is_flat:
-            only = name_voters(one_sided_voters(votes), self.voter_names)
-            warnings.warn(
-                f"`mace` finds no voter that knows more than what it always says: its posteriors tell {found:.2g} "
-                f"nats about the label, the shares of the votes {possible:.2g}. Their best label and these shares are "
-                "averaged. "
-                + (f"Voters that name one label only: {only}. " if only else "")
-                + "Compare with `shared_majority`."
-            )
         return self._sure_as_votes(codes, posteriors)
 
     def _sure_as_votes(self, codes: np.ndarray, probs: np.ndarray) -> np.ndarray:

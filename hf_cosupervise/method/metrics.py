@@ -120,6 +120,7 @@ def _class_counts(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     named = predictions[predictions >= 0]
     counts = [np.bincount(values, minlength=size) for values in (labels[predictions == labels], labels, named)]
     right, there, given = np.stack(counts)
+    # A class that is not there and that nobody named is none to average over.
     return np.stack([right, there, given])[:, (there > 0) | (given > 0)]
 
 
@@ -242,6 +243,7 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15)
         >>> curve["confidence"].tolist(), curve["accuracy"].tolist(), curve["count"].tolist()
         ([nan, 0.75], [nan, 0.5], [0, 2])
     """
+    # Sums of many small probabilities would miss the tolerance in half precision.
     probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels)
     is_whole = isinstance(num_bins, numbers.Integral) and num_bins >= 1
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or probs.size == 0 or not is_whole:

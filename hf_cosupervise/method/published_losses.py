@@ -1,6 +1,7 @@
 """Published losses for noisy and soft labels, one value per example, each with its gradient.
 
-All raise `ValueError` if shapes differ or a parameter is out of range.
+All take student logits and pseudolabels, `(num_examples, num_labels)` both, and give `(num_examples,)`, where they say
+nothing else, and raise `ValueError` if shapes differ or a parameter is out of range.
 """
 
 from __future__ import annotations
@@ -50,8 +51,6 @@ def kl_divergence(logits: torch.Tensor, target_probs: torch.Tensor, temperature:
     Source: arXiv 1503.02531 (Hinton et al.); tau^2 keeps the size of the gradient.
 
     Args:
-        logits, target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits and pseudolabels.
         temperature (`float`, *optional*, defaults to 1.0):
             tau, above 0.
 
@@ -73,13 +72,6 @@ def reverse_kl(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor
     loss_i = KL(p || y) = sum_c p_c (log p_c - log y_c), with y at least 1e-6 in the logarithm, as in the E-step, and
     not scaled again: a loss may fall below 0 by 1e-6 per label.
     Source: arXiv 2502.11107; the bound is ours, because a one-hot y is infinitely far from every student.
-
-    Args:
-        logits, target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits and pseudolabels.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
 
     Examples:
         >>> [round(loss, 4) for loss in reverse_kl(torch.zeros(1, 2), torch.tensor([[0.2, 0.8]])).tolist()]
@@ -122,8 +114,6 @@ def confidence_targets(logits: torch.Tensor, target_probs: torch.Tensor, weight:
     Source: arXiv 2312.09390.
 
     Args:
-        logits, target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits and pseudolabels.
         weight (`float`):
             c, from 0 (the pseudolabel) to 1 (the student), see [`linear_warmup`].
 
@@ -160,15 +150,10 @@ def product_loss(
     Source: arXiv 2312.09390.
 
     Args:
-        logits, target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits and pseudolabels.
         alpha (`float`, *optional*, defaults to 1.0):
             Power of the pseudolabel, at least 0.
         beta (`float`, *optional*, defaults to 1.0):
             Power of the student, at least 0 (0 with `alpha=1` is plain cross-entropy).
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
 
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # the target is ∝ 0.2 · 0.8, 0.8 · 0.2: both alike
@@ -200,9 +185,6 @@ def adapt_conf(logits: torch.Tensor, target_probs: torch.Tensor, temperature: fl
         temperature (`float`, *optional*, defaults to 0.5):
             T, above 0.
 
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
-
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # a = 0.2² / (0.2² + 0.8²) = 1 / 17
         >>> [round(loss, 4) for loss in adapt_conf(logits, torch.tensor([0])).tolist()]
@@ -228,13 +210,8 @@ def generalized_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor, 
     Source: arXiv 1805.07836; the mean over soft pseudolabels is ours.
 
     Args:
-        logits, target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits and pseudolabels.
         q (`float`, *optional*, defaults to 0.7):
             Above 0, up to 1.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
 
     Examples:
         >>> generalized_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]]), q=1.0).tolist()
@@ -366,9 +343,6 @@ def evidential_loss(
         teacher_weights (`torch.Tensor` of shape `(num_teachers,)`, *optional*):
             w_m, at least 0; 1 each by default.
 
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
-
     Examples:
         >>> teachers, answered = torch.tensor([[[0.3, 0.7]]]), torch.tensor([[True]])
         >>> evidential_loss(torch.zeros(1, 2), teachers, answered, fraction_done=0.0).tolist()
@@ -449,11 +423,9 @@ def choose_loss(
     def function(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return named(logits, targets)
 
-    if loss == "reverse_kl":  # both of one softmax
-        return function, lambda logits, targets, rows: _reverse_kl_with_gradient(logits, targets)
-    if (gradient := LOGIT_GRADIENTS.get(loss)) is None:
+    if (with_gradient := WITH_GRADIENT.get(loss)) is None:
         return _with_autograd(function)
-    return function, lambda logits, targets, rows: (named(logits, targets), gradient(logits, targets))
+    return function, lambda logits, targets, rows: with_gradient(logits, targets)
 
 
 def weigh_loss(
@@ -559,9 +531,12 @@ def _reverse_kl_with_gradient(logits: torch.Tensor, target_probs: torch.Tensor) 
     return losses, (probs * (log_ratio - losses)).T
 
 
-# By the loss's name: its gradient `(num_examples, num_labels)` with respect to the logits, where a closed form saves a
-# third of the loss's time for few labels; the others go by autograd.
-LOGIT_GRADIENTS: dict[str, _Loss] = {
-    "cross_entropy": cross_entropy_gradient,
-    "reverse_kl": lambda logits, targets: _reverse_kl_with_gradient(logits, targets)[1],
+# By the loss's name: the losses and their gradient `(num_examples, num_labels)` with respect to the logits, where a
+# closed form saves a third of the loss's time for few labels; the others go by autograd.
+WITH_GRADIENT: dict[str, Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "cross_entropy": lambda logits, targets: (
+        soft_cross_entropy(logits, targets),
+        cross_entropy_gradient(logits, targets),
+    ),
+    "reverse_kl": _reverse_kl_with_gradient,
 }

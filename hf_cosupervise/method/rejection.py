@@ -64,17 +64,10 @@ def in_top_k(probs: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
 def pseudolabel_loss(student_log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Compute e_i = -log s(x_i)[label_i], always against the hard pseudolabel.
 
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Log-probabilities of the student.
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Hard pseudolabels.
+    Takes and raises what [`in_top_k`] does, of the student's log-probabilities and hard pseudolabels.
 
     Returns:
         `torch.Tensor` of shape `(num_examples,)`, not negative.
-
-    Raises:
-        ValueError: As [`in_top_k`].
 
     Source:
         arXiv 2402.15505, released code.

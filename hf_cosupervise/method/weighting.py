@@ -59,12 +59,10 @@ def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) 
     """Let every teacher that answered cast a vote of its weight.
 
     Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
+        labels, num_labels:
+            See [`majority_vote`].
         weights (`torch.Tensor` of shape `(num_teachers,)`):
             At least 0, as from [`boosting_weights`].
-        num_labels (`int`):
-            At least 1.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: shares of the vote, rows sum to 1, all zero where nobody

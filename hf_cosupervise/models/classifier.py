@@ -311,8 +311,7 @@ def _check_mergeable(source: ModelSource) -> None:
 def _saved_labels(config: Any, auto_model: Any, saved: Mapping[str, torch.Tensor]) -> int | None:
     """For how many labels an adapter has saved a head: the size of what depends on their number."""
     shapes = []
-    # Two numbers that are unlike each other and unlikely as a width: what changes with them is the head, in any
-    # architecture.
+    # Two numbers, both unlikely as a width: what changes with them is the head, in any architecture.
     for num_labels in (3, 5):
         probe = type(config).from_dict(config.to_dict() | {"label_names": None})
         _set_labels(probe, num_labels, None)

@@ -102,8 +102,7 @@ def check_config(config: Mapping[str, Any], what: str, name: str) -> None:
                 )
         elif key == "model_args" and value is not None:
             _check_timm_args(value, what, where)
-        # Some methods bring kernels that are downloaded when the model is built; bitsandbytes is a package that is
-        # installed.
+        # Some methods download kernels when the model is built; bitsandbytes is a package that is installed.
         elif key == "quantization_config" and value:
             method = value.get("quant_method") if isinstance(value, Mapping) else value
             if method != "bitsandbytes":

@@ -123,17 +123,15 @@ class ModelSource:
     def check_weights(self) -> None:
         """See that there are weights to load, before any work and without fetching them."""
         try:
-            names = [name for name in self._list_files() if "/" not in name]
+            listed = _list_files(self.what, self.repo, self.commit, self.subfolder)
         except UNREACHABLE as error:
             if not is_unreachable(error):
                 raise
             return  # what is in the cache may do
         wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
+        names = [name for name in listed if "/" not in name]
         if not any(fnmatch.filter(names, pattern) for pattern in wanted):
             raise self._without_weights()
-
-    def _list_files(self) -> list[str]:
-        return _list_files(self.what, self.repo, self.commit, self.subfolder)
 
     def _check_files(self, names: set[str]) -> None:
         """See that what the libraries will open is what they take it for."""
@@ -192,7 +190,7 @@ class ModelSource:
     def _without_weights(self) -> Exception:
         """The error of a place without weights that are read, by what is there instead."""
         # Asked anew, for files that are not loaded are not downloaded either, and the sentence is about those.
-        names = self._list_files()
+        names = _list_files(self.what, self.repo, self.commit, self.subfolder)
         here = [name for name in names if "/" not in name]
         wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
         if not self.is_local and any(fnmatch.filter(here, pattern) for pattern in wanted):
@@ -200,6 +198,7 @@ class ModelSource:
                 f"{self.what} needs all of its files, got a part of '{self.place}' only: the download was cut off. Go "
                 "online and try again; what has arrived is kept."
             )
+        # A Trainer puts its `training_args.bin` beside any weights.
         if pickled := [name for name in here if name.endswith(_PICKLED) and name != "training_args.bin"]:
             advice = "load them and `save_pretrained`, or convert them at"
             if "architecture" in self.config and "model_type" not in self.config:
@@ -290,6 +289,7 @@ def _read_config(path: Path, what: str) -> dict[str, Any] | None:
 def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> ModelSource:
     """The model that an adapter names as its base."""
     name, what = adapter.get("base_model_name_or_path"), f"The base model of the adapter '{repo}'"
+    # A drive or an address, or a folder that happens to be here, is not what a stranger's adapter was made on.
     if not isinstance(name, str) or not name or (not is_local and (":" in name or is_folder(name))):
         raise ValueError(
             f"{what} must be named by its Hub id as `base_model_name_or_path`, got {name!r}. Correct its "
@@ -347,8 +347,7 @@ def _hash_files(files: tuple[tuple[str, int, int], ...]) -> str:
     """Hash of files given as path, size and time of change: gigabytes of weights are read once a run."""
     digest = hashlib.blake2b(digest_size=8)
     for path, size, _ in files:
-        # Name and size, so that two files do not hash as one that holds both; no folder, for the same weights may lie
-        # anywhere.
+        # Name and size, or two files would hash as one that holds both; no folder, for weights may lie anywhere.
         digest.update(f"{Path(path).name} {size} ".encode())
         with open(path, "rb") as file:
             # A megabyte at a time: weights may be larger than the memory.
@@ -404,6 +403,7 @@ def explained(source: ModelSource, part: str) -> Iterator[None]:
     try:
         yield
     except BUILDING_ERRORS as error:
+        # Of a context within this one.
         if isinstance(error, ValueError) and str(error).startswith(source.what):
             raise  # it says so already
         raise ValueError(

@@ -234,8 +234,7 @@ class TeacherPool:
         if self._inputs_file is None:
             return None
         dataset, path = self._inputs_file
-        # Somebody may have put another file in its place since: the same name is not enough, the signature must be one
-        # that was mapped.
+        # Another file may have taken its place since: not the name, but the signature must be one that was mapped.
         return path if dataset is self.inputs and path.is_file() and file_signature(path) in self._digests else None
 
     def _header(self, inputs: bool = True) -> dict[str, Any]:

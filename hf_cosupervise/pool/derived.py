@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,12 +26,11 @@ from ..method.crowdlab import crowdlab, crowdlab_labels
 from ..method.linear_head import fit_ridge_head, gram_matrix, linear_logits
 from ..method.raven import fit_raven, unanimous
 from ..method.weighting import boosting_weights, weighted_mean_probs, weighted_vote
+from ..processes import row_chunks
 from .files import teacher_dataset
 from .pseudolabels import PseudolabelPool
 from .top_k import default_pool_k, dropped_mass, encode_top_k, scale_top_k
 
-# Examples that are decoded at a time.
-_CHUNK = 1024
 _FOLDS = 5
 _RIDGE_ALPHA, _LOGIT_SCALE = 0.01, 10.0
 
@@ -133,8 +132,7 @@ def _raven_probs(pool: PseudolabelPool, features: torch.Tensor) -> torch.Tensor:
     else:  # specialists that each know labels of their own never agree
         warnings.warn("There is no example on which all teachers agree: 'raven' does without its easy start.")
         fit = fit_raven(features, teacher_probs, answered, easy_epochs=0)
-    # Of `fit` only the weights are kept: the pool is to hold what the teachers say, not what RAVEN's own student
-    # predicts.
+    # Only the weights are kept: the pool is to hold what teachers say, not what RAVEN's own student predicts.
     return weighted_mean_probs(teacher_probs, answered, fit.teacher_weights)
 
 
@@ -162,8 +160,7 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
         # By position, not at random: the same pool gives the same labels, and no random number is used up.
         inside = rows % _FOLDS == fold
         others = rows[has_vote & ~inside]
-        # Fewer examples than folds leave some empty, and without any vote there is nothing to fit: even probabilities
-        # stay.
+        # Some folds of a few examples are empty, and without a vote there is nothing to fit: all stays even.
         if not bool(inside.any()) or not bool(has_vote.any()):
             continue
         if not len(others):
@@ -176,8 +173,7 @@ def _cross_fitted_probs(features: torch.Tensor, votes: torch.Tensor) -> torch.Te
             features,
             others,
             votes.__getitem__,
-            # What all examples give less what the fold gives: the large product over features is done once, not per
-            # fold.
+            # What all give less what the fold gives: the large product over features is done once, not per fold.
             gram - gram_matrix(features, rows[has_vote & inside]),
             alpha=_RIDGE_ALPHA,
             logit_scale=_LOGIT_SCALE,
@@ -371,17 +367,11 @@ def _encode(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Keep the most probable labels of all rows of a pool, never all of the probabilities; and what an answer lost."""
     k, dropped, pieces = k or default_pool_k(pool.hierarchy.num_labels), 0.0, []
-    for rows in _chunks(len(pool)):
+    # At least one piece, if an empty one, so that a pool of no rows keeps its types and its k.
+    for rows in row_chunks(len(pool)) or [slice(0, 0)]:
         probs = make(rows)
-        # `_CHUNK` rows dense, then k of each: at 1,000 labels and 16 kept a sixtieth stays.
+        # A chunk dense, then k of each row: at 1,000 labels and 16 kept a sixtieth stays.
         pieces.append(encode_top_k(probs, k, f"'{name}'"))
         dropped += dropped_mass(probs, pieces[-1][0])
-    # At least one piece, if an empty one, so that a pool of no rows keeps its types and its k.
     label_ids, label_probs = (np.concatenate(parts) for parts in zip(*pieces))
     return label_ids, label_probs, dropped / max(int((label_probs[:, 0] > 0).sum()), 1)
-
-
-def _chunks(num_examples: int) -> Iterator[slice]:
-    """Consecutive rows; one empty chunk of none."""
-    for start in range(0, max(num_examples, 1), _CHUNK):
-        yield slice(start, min(start + _CHUNK, num_examples))

@@ -53,8 +53,7 @@ def push_pool(pool: PushedPool, target: Target, message: str, card: Mapping[str,
         header = pool.header | {"files": digests}
         # Writing may have taken long, and others may push too.
         there, parent = _check_repo(pool, target, repo_id)
-        # Only who loaded it from there can have overlooked a push; from another origin, what would be lost was
-        # checked.
+        # Only who loaded it from there can have overlooked a push; for others it was checked what would be lost.
         if (repo_id, parent) != pool.origin and repo_id == pool.origin[0] and not target.replace:
             check_not_overtaken(there, header, repo_id)
         known = there.get("card", {})

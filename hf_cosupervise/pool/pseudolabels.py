@@ -64,8 +64,7 @@ class PseudolabelPool(TeacherPool):
             check_top_k(label_ids[chunk], label_probs[chunk], self.hierarchy.num_labels, name)
         super()._open(name, dataset)
         if (rows := self._orders.get(name)) is not None:
-            # The only copy of a teacher's labels, and only where its dataset stands in another order than the pool's
-            # ids.
+            # The only copy of a teacher's labels, and only where its dataset stands in another order than the pool.
             label_ids, label_probs = label_ids[rows], label_probs[rows]
         self._views[name] = label_ids, label_probs
 

@@ -11,46 +11,24 @@ from ..method.metrics import SUM_TOLERANCE
 
 
 def label_dtype(num_labels: int) -> np.dtype:
-    """Give the smallest integer type that holds every label id.
-
-    Returns:
-        `np.dtype`: `uint8`, `uint16` or `int32`.
-
-    Examples:
-        >>> label_dtype(10), label_dtype(1000)
-        (dtype('uint8'), dtype('uint16'))
-    """
+    """Give the smallest integer type that holds every label id: `uint8`, `uint16` or `int32`."""
     if num_labels <= 2**8:
         return np.dtype(np.uint8)
     return np.dtype(np.uint16) if num_labels <= 2**16 else np.dtype(np.int32)
 
 
 def default_pool_k(num_labels: int) -> int:
-    """Give how many labels per row a pool keeps by default: `min(16, num_labels)`, which costs nothing measurable.
-
-    Of 1,000 labels 16 held 97.6 to 99.6 % of the probability where it was measured, and a student trained on them was
-    as accurate as one trained on all (`recipes/benchmark.py --sections truncation`).
-
-    """
+    """Give how many labels per row a pool keeps by default."""
+    # Of 1,000 labels 16 held 97.6 to 99.6 % of the probability where it was measured, and a student trained on them
+    # was as accurate as one trained on all (`recipes/benchmark.py --sections truncation`).
     return min(16, num_labels)
 
 
 def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.ndarray, np.ndarray]:
-    """Keep the `k` most probable labels of each row, in float16.
-
-    The order is by the *stored* (rounded) probability, descending, ties to the lowest label, so that the first stored
-    label is the argmax of what is read back. It is the argmax of `probs` in their own precision as well: where half
-    precision makes another label equal to it, it is stored as the next larger number.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: label ids (smallest integer type) and float16 probabilities, both of shape
-        `(num_examples, k)`. A row without an answer is all zero.
-
-    Examples:
-        >>> ids, stored = encode_top_k(np.array([[0.25, 0.5, 0.25]]), k=2)
-        >>> ids.tolist(), stored.tolist()
-        ([[1, 0]], [[0.5, 0.25]])
-    """
+    """Keep the `k` most probable labels of each row: ids and float16 probabilities, all 0 without an answer."""
+    # By the *stored* (rounded) probability, descending, ties to the lowest label, so that the first stored label is
+    # the argmax of what is read back. It is that of `probs` in their own precision as well: where half precision makes
+    # another label equal to it, it is stored as the next larger number.
     probs = np.asarray(probs)
     if probs.ndim != 2 or probs.dtype.kind not in "fiub":
         raise ValueError(
@@ -95,15 +73,7 @@ def encode_top_k(probs: np.ndarray, k: int, name: str = "`probs`") -> tuple[np.n
 
 
 def dropped_mass(probs: np.ndarray, label_ids: np.ndarray) -> float:
-    """Measure what is lost by keeping the most probable labels only.
-
-    Returns:
-        `float`: probability mass of all other labels, summed over the rows; not negative.
-
-    Examples:
-        >>> dropped_mass(np.array([[0.25, 0.5, 0.25]]), np.array([[1, 0]]))
-        0.25
-    """
+    """Measure the probability of all labels that are not kept, summed over the rows; at least 0."""
     if probs.ndim != 2 or label_ids.ndim != 2 or len(label_ids) != len(probs):
         raise ValueError(
             "`probs` (num_examples, num_labels) and `label_ids` (num_examples, k) are needed, got "
@@ -120,19 +90,8 @@ def dropped_mass(probs: np.ndarray, label_ids: np.ndarray) -> float:
 
 
 def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Say what stored rows mean: the probability of each stored label, and that of every other one.
-
-    Mass that was not stored is spread evenly over the labels that were not stored; a row is then scaled to sum to 1.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: probabilities of the stored labels `(num_examples, k)` and of each other label
-        `(num_examples,)`, float32; all zero where there is no answer.
-
-    Examples:
-        >>> probs, rest_probs = scale_top_k(np.array([[0.5]]), num_labels=3)
-        >>> probs.tolist(), rest_probs.tolist()
-        ([[0.5]], [0.25])
-    """
+    """Say what stored rows mean: float32 probabilities of the stored labels `(num_examples, k)`, and of each other."""
+    # Mass that was not stored is spread evenly over the labels that were not; a row is then scaled to sum to 1.
     stored = np.asarray(label_probs, dtype=np.float32)
     if stored.ndim != 2 or not 1 <= stored.shape[1] <= num_labels:
         raise ValueError(
@@ -154,15 +113,7 @@ def scale_top_k(label_probs: np.ndarray, num_labels: int) -> tuple[np.ndarray, n
 
 
 def decode_top_k(label_ids: np.ndarray, label_probs: np.ndarray, num_labels: int) -> np.ndarray:
-    """Turn stored rows back into full probability vectors, as [`scale_top_k`] says.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples, num_labels)`, float32: rows sum to 1, or are all zero.
-
-    Examples:
-        >>> decode_top_k(np.array([[1]]), np.array([[0.5]]), num_labels=3).tolist()
-        [[0.25, 0.5, 0.25]]
-    """
+    """Turn stored rows back into probabilities `(num_examples, num_labels)`, as [`scale_top_k`] says."""
     stored, rest = scale_top_k(label_probs, num_labels)
     label_ids = np.asarray(label_ids)
     if label_ids.shape != stored.shape:

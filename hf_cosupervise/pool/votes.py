@@ -130,8 +130,7 @@ def pool_from_answers(
     votes, even = _most_said(rows, columns, items, workers, codes)
     if even:
         warnings.warn(f"{even} workers' answers to an item contradict each other evenly: they count as no vote.")
-    # A crowd's ids may be mail addresses or numbers; names of teachers become folders. Two that become one are refused
-    # by the hierarchy.
+    # A crowd's ids may be mail addresses, and names of teachers become folders; the hierarchy refuses equal ones.
     names = [re.sub(r"[^A-Za-z0-9._-]|^[^A-Za-z0-9]", "-", str(worker)).lstrip("-._") for worker in columns]
     return _make_pool(votes, names, labels, ids, inputs, vectors)
 
@@ -167,8 +166,7 @@ def _most_said(
     said: dict[tuple[int, int], Counter[int]] = {}
     for item, worker, code in zip(items, workers, codes.tolist()):
         if code >= 0:
-            # Counted for cells that have an answer: counts of every label in every cell would not fit for a large
-            # crowd.
+            # Counted where there is an answer: counts of every label in every cell of a large crowd would not fit.
             said.setdefault((rows[item], columns[worker]), Counter())[code] += 1
     votes, even = np.full((len(rows), len(columns)), _NO_VOTE), 0
     for cell, counts in said.items():

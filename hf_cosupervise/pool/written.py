@@ -60,11 +60,14 @@ def answer_dataset(
             f"{ids[wrong[0]]!r} ({len(wrong)} such answers). Correct it, or give None for no answer."
         )
     reasons = ["given"] * len(ids) if reasons is None else reasons
+    # A reason that was given for it, such as a length, is kept.
     reasons = ["missing" if text is None and why == "given" else why for text, why in zip(texts, reasons)]
     known = np.asarray([np.nan] * len(ids) if log_probs is None else log_probs, dtype=np.float32)
     columns: dict[str, tuple[Any, Any]] = {
+        # Said, or a pool of no rows would have ids of no type.
         "id": (ids, Value("string" if ids and isinstance(ids[0], str) else "int64")),
         "answer": (texts, Value("string")),
+        # NaN would be a number to whoever reads the column, and spoil every mean.
         "log_prob": ([None if np.isnan(value) else float(value) for value in known], Value("float32")),
         "num_tokens": ([0] * len(ids) if num_tokens is None else list(num_tokens), Value("int32")),
         "finish_reason": (reasons, Value("string")),
@@ -90,6 +93,7 @@ def check_answers(name: str, table: pa.Table) -> None:
         if not (pa.types.is_list(kind) and pa.types.is_string(kind.value_type)):
             raise ValueError(f"`samples` of '{name}' must be lists of texts, got {kind}. Make the pool again.")
         texts.append(pc.list_flatten(table.column("samples")))
+    # Where numpy ends a text, so that two of them would be one.
     if any(pc.any(pc.match_substring(column, "\0")).as_py() for column in texts):
         raise ValueError(f"Answers of '{name}' must hold no NUL, got one. Leave it out, or make it None.")
     if (least := pc.min(table.column("num_tokens")).as_py() or 0) < 0:

@@ -25,8 +25,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.columns import cell_digests, has_input, is_text_column, is_vector_column
-from ..data.inputs import InputProcessor
+from ..data.columns import has_input, is_text_column, is_vector_column
+from ..data.inputs import InputProcessor, channels_last
+from ..data.keys import cell_digests
 from ..data.vectors import vector_digests
 from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors
@@ -351,7 +352,7 @@ class FeatureStore:
                 values = np.zeros((len(is_there), self.head.in_features), dtype=np.float32)
                 if is_there.any():
                     batch = self.processor(dataset[rows[start : start + batch_size][is_there]][column])
-                    inputs = {name: _channels_last(value.to(device)) for name, value in batch.items()}
+                    inputs = {name: channels_last(value.to(device)) for name, value in batch.items()}
                     with torch.no_grad(), self.autocast():
                         self.model(**inputs)
                     values[is_there] = captured.pop().float().cpu().numpy()
@@ -554,10 +555,6 @@ def _held(folder: Path) -> Iterator[bool]:
             with suppress(OSError):
                 os.unlink(lock.lock_file)
             lock.release()
-
-
-def _channels_last(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
 # Of a configuration: labels, which are the head's, names, and what else changes no number.

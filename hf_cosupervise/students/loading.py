@@ -84,6 +84,7 @@ def load_pinned_student(
     _check_asked(model, pooling)
     source = find_model(str(model), what="The student", revision=revision)
     origin: dict[str, Any] = {}
+    # Of a folder nothing is told: where it lies concerns nobody.
     if not source.is_local:
         origin = {"model": source.repo, "revision": source.revision, "commit": source.commit}
     if source.is_adapter:
@@ -129,6 +130,7 @@ def load_pinned_student(
             "again."
         )
     source.name_after(student)
+    # Weights that learn are kept in float32, whatever they were saved in.
     student.float()
     return student, processor, origin
 
@@ -154,6 +156,7 @@ def _check_asked(model: str | os.PathLike[str], pooling: str | None) -> None:
 def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
     """The model's configuration with the labels of the task."""
     is_vector = source.config.get("model_type") == VectorClassifier.config_class.model_type
+    # Their integers have no gradient.
     if source.config.get("quantization_config"):
         raise ValueError(
             f"A student must have weights that can learn, got quantised ones in '{source.place}'. Use the checkpoint "
@@ -175,6 +178,7 @@ def _load_adapted_student(
     """Load the base of an adapter with a fresh head, and give its backbone what the adapter has learnt."""
     adapted, processor_folder = load_adapted(source, random_head=True)
     base: Any = source.base
+    # At the commit that was found, for the branch may have moved on.
     student, processor, origin = load_pinned_student(
         base.repo, labels, revision=base.commit, seed=seed, pooling=pooling
     )
@@ -226,4 +230,5 @@ def _check_backbone(student: PreTrainedModel, loading: dict[str, Any], path: str
 
 
 def _belongs_to_head(name: str, head: set[str]) -> bool:
+    # A key of a file may lack the prefix that the model has, or have one more.
     return any(known.endswith(name) or name.endswith(known) for known in head)

@@ -21,7 +21,7 @@ from ..data.inputs import InputProcessor
 from ..files import move_file, read_json
 from ..hub.client import publish
 from ..models.source import MODEL_FILES
-from .pooling import as_ordinary
+from .ordinary import as_ordinary
 from .vectors import SKLEARN_FILE, VectorClassifier, save_for_sklearn
 
 # What merging may change, relative to the largest logit: a GPU multiplies with 10 bits of mantissa by default.

@@ -116,6 +116,7 @@ def _check_weights(model: Any) -> None:
             "with `from_pretrained`."
         )
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    # Quantised weights stay as they are, beside adapters that learn.
     if dtypes != {torch.float32} and not getattr(model, "is_quantized", False):
         found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {torch.float32}))
         logger.warning(
@@ -138,6 +139,7 @@ def check_answers(model: Any, processor: InputProcessor, num_labels: int) -> Non
             logits = getattr(model(**inputs), "logits", None)
         found = "an answer without `logits`" if logits is None else f"logits of shape {tuple(logits.shape)}"
         shape = None if logits is None else tuple(logits.shape)
+    # What a model's own code may raise for inputs that it does not take.
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         found, shape = f"{type(error).__name__}: {first_line(error)}", None
     finally:
@@ -170,8 +172,7 @@ def check_student(model: Any, labels: tuple[str, ...]) -> None:
     generic = [f"LABEL_{index}" for index in range(num_labels)]
     if names not in (generic, list(labels)):
         raise ValueError(
-            f"The student's labels must be those of the pool in the same order, {list(labels)[:8]}, "
-            f"got {names[:8]}. "
+            f"The student's labels must be those of the pool in the same order, {list(labels)[:8]}, got {names[:8]}. "
             "Load it with `load_student(model, pool.labels)`."
         )
     model.config.id2label = dict(enumerate(labels))
@@ -243,6 +244,7 @@ class Student:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give what training can change."""
+        # safetensors takes no others.
         return {name: value.detach().cpu().contiguous() for name, value in self._trained().items()}
 
     def buffers(self) -> dict[str, torch.Tensor]:
@@ -382,6 +384,7 @@ class Student:
         readable, labels = self._find_readable(dataset), np.full(len(dataset), -1, dtype=np.int64)
         with torch.no_grad():
             for chunk, log_probs in self._log_probs(dataset, readable, row_chunks(len(dataset))):
+                # By numpy, which gives a tie to the first label; torch promises that on no device.
                 labels[chunk] = np.where(readable[chunk], log_probs.numpy().argmax(axis=1), -1)
         return labels
 
@@ -413,6 +416,7 @@ class Student:
     def store(self) -> FeatureStore:
         """[`FeatureStore`]: Where the head's inputs are kept; features computed elsewhere can be put there."""
         head = self._linear_head()
+        # Features are those of a backbone without dropout, whose running means stand still.
         self.model.eval()
         if self._store is not None:
             return self._store

@@ -210,6 +210,7 @@ class VectorClassifier(PreTrainedModel):
             id2label=dict(enumerate(labels)),
             label2id={label: index for index, label in enumerate(labels)},
         )
+        # The user's own random numbers stay as they are.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config)
@@ -240,6 +241,7 @@ class VectorClassifier(PreTrainedModel):
 
 def read_vector_config(source: ModelSource) -> VectorClassifierConfig:
     """Read the configuration of a saved classifier of vectors: sizes and names, and nothing else of a stranger's."""
+    # The rest of that file, names of labels too, is set by who loads it.
     known: dict[str, Any] = {
         name: source.config.get(name) for name in ("num_features", "hidden_sizes", "feature_names")
     }
@@ -259,9 +261,11 @@ def save_for_sklearn(model: VectorClassifier, folder: Path) -> None:
         logger.info(f"'{SKLEARN_FILE}' is not written: it takes `pip install \"hf_cosupervise[sklearn]\"`.")
         return
     classes = np.array([model.config.id2label[index] for index in range(model.config.num_labels)])
+    # As scikit-learn computes.
     weights = {name: value.detach().cpu().double().numpy() for name, value in model.state_dict().items()}
     scaler = StandardScaler()
     scaler.mean_, scaler.scale_ = weights["backbone.mean"], weights["backbone.scale"]
+    # What `fit` would set besides, so that it counts as fitted.
     scaler.var_, scaler.n_features_in_, scaler.n_samples_seen_ = scaler.scale_**2, len(scaler.mean_), 1
     layers = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
     coefs = [weights[f"{layer}.weight"].T for layer in layers]

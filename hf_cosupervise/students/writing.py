@@ -123,9 +123,11 @@ class Writer:
     def _end_of_turn(self) -> list[int]:
         """What the chat template puts behind an answer, up to the token at which the model stops."""
         if self._chat_end is None:
+            # By writing a turn: nothing but the template itself tells how it ends one.
             asked = [{"role": "user", "content": "a"}]
             before = self.render([asked])[0] + "b"
             answer = {"role": "assistant", "content": "b"}
+            # The whole turn must begin as the question does, or what follows is no end of it.
             whole = self._as_text([*asked, answer], asks=False)
             tail = self._tokenize([whole.removeprefix(before)])[0] if whole.startswith(before) else []
             ends = self._ends()
@@ -146,6 +148,7 @@ class Writer:
             inputs, places = self.make_batch(items, batch)
             found = score_continuations(model, **inputs, num_at_once=max(batch_size, 16))
             where = [starts[batch[owner]] + number for owner, number in places]
+            # In float64: what tells two long answers apart may be little beside their sums.
             sums[where] = found.double().sum(dim=1).float().cpu().numpy()
         return processes.sum_array(sums)
 
@@ -156,6 +159,7 @@ class Writer:
         pad = self.tokenizer.pad_token_id
         input_ids, mask = pad_tokens([items[place][0] for place in batch], pad, left=not self.is_seq2seq)
         places = [(owner, number) for owner, place in enumerate(batch) for number in range(len(items[place][1]))]
+        # What is scored together is then about as long, and little of it is padding.
         places.sort(key=lambda place: len(items[batch[place[0]]][1][place[1]]))
         tokens, tokens_mask = pad_tokens([items[batch[owner]][1][n] for owner, n in places], pad, left=False)
         inputs = {"input_ids": input_ids, "attention_mask": mask, "tokens": tokens, "tokens_mask": tokens_mask}
@@ -167,6 +171,7 @@ class Writer:
         self, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, processes: Processes
     ) -> tuple[list[str], np.ndarray]:
         """The student's own, most probable answer to each prompt in tokens, and whether it has come to its end."""
+        # Put back below: the model may be the user's.
         model, saved, pad = self.plain.eval(), self.plain.generation_config, self.tokenizer.pad_token_id
         found = np.zeros((len(prompts), max_new_tokens + 1), dtype=np.int64)
         order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]

@@ -110,12 +110,14 @@ class PseudolabelForm:
 
     def append(self, part: Part, start: int, answers: np.ndarray, failed_rows: Sequence[int], reason: str) -> None:
         """Put a batch on disk."""
+        # At once, so that what lies on disk is as narrow as in the pool.
         label_ids, label_probs = encode_top_k(answers, self.k)
         part.append(start, label_ids, label_probs, failed_rows, dropped_mass(answers, label_ids), reason)
 
     def facts(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """Mean probability mass of an answered row that was left out."""
         num_answered = sum(segment.num_answered for segment in segments)
+        # Exactly, so that it is the same however the rows were shared out.
         return {"dropped_mass": math.fsum(segment.dropped for segment in segments) / max(num_answered, 1)}
 
     def write(self, path: Path, ids: Sequence[Any], pieces: Iterable[Any]) -> None:

@@ -163,14 +163,8 @@ def push_hierarchy(
             What to push.
         repo_id (`str`):
             `name` or `user/name`; made where it does not exist.
-        private (`bool`, *optional*):
-            Whether a new repository is private. Defaults to the user's or organisation's setting.
-        token (`str`, *optional*):
-            Instead of the token of the environment, for the push; teachers of the Hub are read with the latter.
-        revision (`str`, *optional*):
-            Branch, made where it does not exist. Defaults to the main branch.
-        commit_message (`str`, *optional*, defaults to `"Hierarchy of teachers"`):
-            Title of the commit.
+        private (`bool`, *optional*), token (`str`, *optional*), revision (`str`, *optional*), commit_message (`str`):
+            As in [`PseudolabelPool.push_to_hub`]; teachers of the Hub are read with the token of the environment.
         replace (`bool`, *optional*, defaults to `False`):
             Delete the teachers of the repository that are not in this hierarchy, with their folders.
         facts (`Mapping[str, Any]`, *optional*):
@@ -244,6 +238,7 @@ def _check_shareable(source: ModelSource) -> None:
     if not source.is_local:
         return
     source.fetch()
+    # Its path would mean another model, or none, to everybody else.
     if source.base is not None and source.base.is_local:
         raise ValueError(
             f"{source.what} must be an adapter whose base is on the Hub, got one on the folder "
@@ -325,6 +320,7 @@ def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool, writes:
         kind = find_kind(source, teacher.model) if teacher.kind == "auto" and not writes else teacher.kind
         # The kind as found: who loads it need not have the files to find it by.
         return dataclasses.replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
+    # Kept, for a kind may be told by it.
     prefix = "hf-hub:" if teacher.model.startswith("hf-hub:") else ""
     return dataclasses.replace(teacher, model=prefix + source.repo, revision=source.commit)
 
@@ -350,6 +346,7 @@ def _card_facts(
         if source is not None and teacher.name not in inner:
             record |= {"model": source.repo, "revision": source.revision, "commit": source.commit}
         teachers.append(record)
+    # Named where all are alike: a card has one task.
     modalities = {_modality(source) for source in found.values()} if hierarchy.labels else set()
     return {
         "modality": modalities.pop() if len(modalities) == 1 else None,

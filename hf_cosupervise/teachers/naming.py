@@ -26,26 +26,9 @@ def hierarchy_from_names(
     labels: Sequence[str] | None = None,
     trusted_types: Sequence[str] = (),
 ) -> TeacherHierarchy:
-    """Make a hierarchy of teachers that are only named, as on a command line.
-
-    Args:
-        names (`Sequence[str]`):
-            One name of a hierarchy (file, folder or Hub id, see [`load_hierarchy`]), or of each teacher its Hub id,
-            its folder, or the column of `dataset` with its answers, with its level in front where it has one
-            (`"1:org/cats"`; 0 by default). The fields of a [`Teacher`] as a mapping do as well.
-        dataset (`datasets.Dataset`):
-            The data to be labelled.
-        labels (`Sequence[str]`, *optional*):
-            The task's labels. Defaults to the hierarchy's, or to those of the teachers, those of the root first.
-        trusted_types (`Sequence[str]`, *optional*):
-            Types that each of them may hold beyond those that skops trusts.
-
-    Returns:
-        `TeacherHierarchy`
-
-    Raises:
-        ValueError: If labels cannot be found, or teachers share none.
-    """
+    """Make a hierarchy of teachers that are only named, as on a command line."""
+    # One name of a hierarchy (see `load_hierarchy`), or for each teacher its Hub id, its folder or the column of its
+    # answers, behind its level where it has one ("1:org/cats"); or the fields of a `Teacher`.
     if len(names) == 1 and isinstance(names[0], str) and _is_hierarchy(names[0], dataset):
         hierarchy = load_hierarchy(names[0])
         if labels is not None and tuple(labels) != hierarchy.labels:
@@ -87,6 +70,7 @@ def check_meant(hierarchy: TeacherHierarchy, columns: Sequence[str]) -> None:
 
 
 def _is_hierarchy(name: str, dataset: Dataset) -> bool:
+    # A level stands before a single teacher only.
     if name in dataset.column_names or _LEVEL.fullmatch(name):
         return False
     if Path(name).suffix in (".json", ".yaml", ".yml"):
@@ -101,6 +85,7 @@ def _read_teacher(name: str | Mapping[str, Any], dataset: Dataset) -> Teacher:
         return Teacher(**name)
     found = _LEVEL.fullmatch(name)
     level, model = (int(found[1]), found[2]) if found else (0, name)
+    # Its answers are here already, and a name for the Hub may look alike.
     if model in dataset.column_names:
         return Teacher(model, level=level, kind="column", name=re.sub(r"[^A-Za-z0-9._-]", "-", model).strip("-._"))
     return Teacher(model, level=level)
@@ -110,6 +95,7 @@ def _find_labels(teachers: Sequence[Teacher], dataset: Dataset) -> list[str]:
     """The labels of all teachers, those of the first levels first."""
     known: dict[str, None] = {}
     are_rules = True  # of which each gives one label or none, so that they share no label where they are right
+    # The root first: a generalist knows all labels, and gives them their order.
     for teacher in sorted(teachers, key=lambda teacher: teacher.level):
         own = _labels_of(teacher, dataset)
         are_rules &= len(own) == 1
@@ -156,6 +142,7 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
     names = config.get("id2label") or config.get("label_names")
     names = names or (described.get("label_names") if isinstance(described, Mapping) else None)
     if isinstance(names, Mapping):
+        # By number: as texts, 10 would come before 2.
         names = [names[key] for key in sorted(names, key=lambda key: (len(str(key)), str(key)))]
     if not isinstance(names, list) or not names or all(str(name).startswith("LABEL_") for name in names):
         raise ValueError(

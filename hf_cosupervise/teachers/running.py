@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ..data.columns import cell_digest, shorten
+from ..data.columns import shorten
 from ..data.inputs import RowError, decode_image
+from ..data.keys import cell_digest
 from ..data.loading import tell_error
 from ..hierarchy import Teacher, TeacherHierarchy
 from ..pool.base import TeacherPool

@@ -15,6 +15,7 @@ def explain_memory(what: str, args: CoSupervisedConfig, name: str) -> Iterator[N
     """Say what to do where a batch does not fit."""
     try:
         yield
+    # On a CPU, torch tells of a full memory by a RuntimeError.
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
         if not is_full or name in str(error):  # or somebody has said it already
@@ -32,6 +33,7 @@ def explain_lone_example(level: int, num_kept: int) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        # torch has no kind of its own for it.
         if "Expected more than 1 value per channel" not in str(error):
             raise
         raise ValueError(

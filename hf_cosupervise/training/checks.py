@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Image, Value
 
-from ..data.columns import find_input_column, is_text_column, is_vector_column, row_keys
+from ..data.columns import find_input_column, is_text_column, is_vector_column
 from ..data.inputs import InputProcessor, check_depth
+from ..data.keys import row_keys
 from ..data.vectors import check_vectors, join_columns, name_columns, parts_of
 from ..files import make_output_dir
 from ..method.metrics import check_metric
@@ -44,6 +45,7 @@ def check_first(
         )
     if given.get("model_init") is not None:
         raise ValueError("`model_init` cannot be given: each level begins with a fresh head. Give a model or its id.")
+    # Before a student is fetched too: it takes nothing but the pool.
     check_levels(pool, args, has_own_assignment=assign_func is not None)
     check_self_training(args, pool, keep_func)
     return args
@@ -114,6 +116,7 @@ def check_arguments(
             raise ValueError(
                 f"`{name}` needs a linear head on a frozen backbone, got another kind of student. Set it to 0."
             )
+        # No example is a neighbour of itself.
         if getattr(args, name) >= len(pool):
             raise ValueError(
                 f"`{name}` must be below the {len(pool)} examples of the pool, got {getattr(args, name)}. Use fewer."
@@ -122,6 +125,7 @@ def check_arguments(
         raise TypeError(f"`{wrong[0]}` must be a function, got {type(functions[wrong[0]]).__name__}.")
     own = {"loss_func": functions["loss_func"], "compute_loss_func": compute_loss_func}
     losses = [name for name, function in own.items() if function is not None]
+    # The default is no choice, and gives way to a function.
     losses += [f"loss {args.loss!r}"] if args.loss != "cross_entropy" else []
     if len(losses) > 1:
         raise ValueError(f"One loss is needed, got {' and '.join(losses)}. Leave the others out.")
@@ -154,6 +158,7 @@ def read_weights(pool: PseudolabelPool, column: str) -> np.ndarray:
             f"`weight_column` '{column}' must hold finite numbers of at least 0, and not all 0, got {found}. Correct "
             "them, or name another column."
         )
+    # They are summed over the whole pool before they are scaled.
     return values.astype(np.float64)
 
 
@@ -167,6 +172,7 @@ def check_levels(pool: PseudolabelPool, args: CoSupervisedConfig, has_own_assign
         )
     if args.rejection_k is not None:
         check_top_k_value(args.rejection_k, hierarchy.num_labels)
+    # 'auto' is settled here, so that what is refused below is what would be done.
     methods = [level_assignment(args, level, hierarchy) for level in range(hierarchy.num_levels)]
     if len(hierarchy.levels[0]) > 1 and methods[0] != "ensemble":
         raise ValueError(
@@ -204,6 +210,7 @@ def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: in
             raise ValueError(
                 f"Assignment 'metadata' at level {level} needs `metadata_column`, got none. Name the column."
             )
+        # For its error alone, where the pool has no such column.
         pool.column(column)
         if all(teacher.domains is None for teacher in teachers):
             raise ValueError(f"Assignment {method!r} at level {level} needs teachers with `domains`, got none.")

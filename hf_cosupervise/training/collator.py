@@ -50,6 +50,7 @@ class DataCollatorForCoSupervision:
         if ROW in examples[0] and self.pseudolabels is not None:
             rows = np.array([example[ROW] for example in examples])
             targets = self.pseudolabels(rows)
+            # Over all labels there are neither ids nor a rest.
             names = TARGETS if isinstance(targets, tuple) else TARGETS[1:2]
             arrays = targets if isinstance(targets, tuple) else (targets,)
             if any(len(array) != len(rows) for array in arrays):
@@ -66,6 +67,7 @@ class DataCollatorForCoSupervision:
     def _check_examples(self, examples: Sequence[dict[str, Any]]) -> None:
         if not examples:
             raise ValueError("A batch must hold at least one example, got none. Leave empty batches out.")
+        # The first tells what kind of examples these are, and the others must be of it.
         for name in (self.input_column, *({ROW, "labels"} & set(examples[0]))):
             if lacking := [example for example in examples if name not in example]:
                 raise KeyError(

@@ -75,8 +75,7 @@ _LISTS_OF_NAMES = ("assignment", "rejection", "lora_target_modules", "members")
 # "ceiling": it means nothing to ground truth, which is one level of one-hot labels.
 _PURPOSES = ("resume", "compare", "publish", "ceiling")
 _NEUTRAL, _LOCAL, _NOT_FOR_CEILING = ("resume",), ("resume", "compare"), ("ceiling",)
-# The same of the parent's fields, whose declarations are not ours: by how their names begin, for another release of
-# transformers has others.
+# The same of the parent's fields, by how their names begin, for another release of transformers has others.
 _INHERITED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("hub_", "push_to_hub", "use_cpu"): ("resume", "compare", "publish"),
     ("output_dir", "disable_tqdm", "dataloader_pin_memory"): _LOCAL,
@@ -308,6 +307,7 @@ class CoSupervisedConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # As far as it can be seen: a default that somebody writes out is not told from none.
         self._given = {
             item.name for item in fields(self) if item.init and getattr(self, item.name) != default_of(item)
         }
@@ -334,11 +334,13 @@ class CoSupervisedConfig(TrainingArguments):
         self._check_loss()
         self._check_neighbors_and_folds()
         self._check_committee()
+        # After the parent, which has made a `HubStrategy` of it.
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 "`hub_strategy` must be 'end' or 'every_save', got "
                 f"{self.hub_strategy!r}: checkpoints hold pickles, which are never uploaded."
             )
+        # Copies, so that a list that is changed in place counts as changed.
         self._settled = {item.name: copy.copy(getattr(self, item.name)) for item in fields(self) if item.init}
 
     def changed_arguments(self) -> dict[str, Any]:
@@ -353,6 +355,7 @@ class CoSupervisedConfig(TrainingArguments):
     def _check_names(self) -> None:
         for name in _LISTS_OF_NAMES:
             value = [] if getattr(self, name) is None else getattr(self, name)
+            # One name is as good as a list of it, from a file as from the command line.
             names = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [None]
             if not all(isinstance(item, str) for item in names):
                 raise ValueError(f"`{name}` must be a name or a list of names, got {value!r}. Write names in quotes.")
@@ -385,6 +388,7 @@ class CoSupervisedConfig(TrainingArguments):
 
     def _check_window(self) -> None:
         window = self.rejection_window
+        # YAML gives lists, and a person may write a pair.
         is_pair = isinstance(window, list | tuple) and len(window) == 2 and all(map(is_number, window))
         if not is_pair or not 0 <= window[0] <= window[1] <= 1:
             raise ValueError(
@@ -436,6 +440,7 @@ class CoSupervisedConfig(TrainingArguments):
             raise ValueError(
                 "`neftune_noise_alpha` is for a backbone that learns, got `student_training` 'probe'. Leave one out."
             )
+        # One fold is all of the pool, and would leave nothing to train on.
         if self.cross_fit_folds == 1:
             raise ValueError("`cross_fit_folds` must be 0, or at least 2, got 1. Leave it out for 0.")
         if self.cross_fit_folds and self.warm_start:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import load_json, without_nan, write_text
+from ..files import load_json, without_nan
 
 
 class LevelHistory:
@@ -32,11 +32,5 @@ class LevelHistory:
 
     def to_json(self) -> str:
         """Give the content of the file."""
+        # Without NaN, which is no JSON to most readers.
         return json.dumps(without_nan({"run": self.run, "levels": self.records}), indent=2) + "\n"
-
-    def add(self, record: dict[str, Any], *, write: bool = True) -> None:
-        """Add the record of a finished level."""
-        self.records.append(record)
-        if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, self.to_json())

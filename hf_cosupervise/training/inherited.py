@@ -161,6 +161,7 @@ def check_together(args: TrainingArguments, model: torch.nn.Module, has_own_metr
         f"`metric_for_best_model` {args.metric_for_best_model!r}": args.metric_for_best_model
         not in (None, *(prefix + name for name in ("loss", "accuracy", args.metric) for prefix in ("", "eval_"))),
     }
+    # Our own measure wants all logits of a set, in one piece.
     if not has_own_metrics and (wrong := next((what for what, applies in asked.items() if applies), None)):
         raise ValueError(f"{wrong} needs `compute_metrics` of your own, got none. Give it, or leave that out.")
     try:

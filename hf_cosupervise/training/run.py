@@ -109,7 +109,7 @@ class TrainingRun:
         """Give the folder of a stage."""
         # Which round of self-training is the last is not known before.
         is_last = level < self.num_levels and round == self.num_rounds(level) - 1
-        return self.folder.stage_dir(level, round, is_last=is_last)
+        return self.path / (f"level-{level}" if is_last else f"level-{level}-round-{round}")
 
     def is_last(self, plan: LevelPlan) -> bool:
         """Tell whether nothing comes after a stage."""
@@ -308,7 +308,7 @@ class TrainingRun:
         }
         self._outputs.append(output)
         # All processes hold the record, one of them writes.
-        self.history.add(record, write=False)
+        self.history.records.append(record)
         self.processes.on_first(self._write_history)
         return record
 

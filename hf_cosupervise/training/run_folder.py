@@ -154,10 +154,6 @@ class RunFolder:
 
     # --- what is finished --------------------------------------------------------------------------------------------
 
-    def stage_dir(self, level: int, round: int, is_last: bool) -> Path:
-        """Give the folder of a round of a level."""
-        return self.path / (f"level-{level}" if is_last else f"level-{level}-round-{round}")
-
     def save_stage(self, folder: Path, stage: Stage) -> None:
         """Write a finished round; it counts from the moment when all of it is there."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,9 +200,11 @@ class RunFolder:
                 if not is_as_written(folder, name, digest):
                     logger.warning(f"'{folder / name}' is not as it was written: this round is trained again.")
                     return None
+            # Without pickles, which arrays of objects would be: a folder may have been handed on.
             with np.load(folder / _PLAN, allow_pickle=False) as saved:
                 arrays = {name: saved[name] for name in _ARRAYS if name in saved}
             saved_folds = load_file(folder / _FOLDS) if _FOLDS in facts["files"] else {}
+            # Names begin with the number of their fold.
             folds: list[dict[str, torch.Tensor]] = [{} for _ in {key.split(".")[0] for key in saved_folds}]
             for key, value in saved_folds.items():
                 fold, _, name = key.partition(".")

@@ -64,6 +64,7 @@ class SelfTraining:
         sure, own, among = map(torch.from_numpy, (entropy, labels, candidates))
         share = growing_share(round, self.args.self_training_rounds)
         added = select_surest(sure, own, among, share, self.pool.hierarchy.num_labels).numpy()
+        # As narrow as in any plan, for it is kept with the run.
         own_labels = np.where(left_out, labels, -1).astype(np.int32)
         # Labels stay those of the teachers: what they answered says how many steps a level has.
         kept = last.keep_mask | added

@@ -40,9 +40,10 @@ from .head_fitter import FitEvents, HeadFitter, outside_of_fold, why_not_on_feat
 from .level_loss import LevelLoss, pseudolabel_losses
 from .plan import LevelPlan, plan_by_student, plan_level
 from .plan_rules import AssignFunction, KeepFunction
-from .publishing import describe_run, export, make_card, name_functions, open_student_repo, push, student_facts
+from .publishing import describe_run, export, name_functions, open_student_repo, push
 from .run import RUN_DIR, TrainingRun, describe_settings
 from .self_training import SelfTraining
+from .student_card import make_card, student_facts
 
 logger = get_logger(__name__)
 
@@ -90,6 +91,7 @@ class CoSupervisedTrainer(Trainer):
     """
 
     _tag_names = ["co-supervised-learning", "weak-to-strong"]
+    hyperparameter_search = refuse_search
     args: CoSupervisedConfig
     callback_handler: LevelCallbackHandler
     control: TrainerControl
@@ -405,8 +407,6 @@ class CoSupervisedTrainer(Trainer):
 
     # --- evaluation, saving, publishing ------------------------------------------------------------------------------
 
-    hyperparameter_search = refuse_search
-
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the student on inputs with a label column, by default the trainer's `eval_dataset`."""
         # What is labelled already comes from the parent, which asks here again for each of several sets.
@@ -495,6 +495,6 @@ class CoSupervisedTrainer(Trainer):
         return student_facts(*known, self.processor.modality)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write a model card of what is known and what is given, see [`publishing.make_card`]."""
+        """Write a model card of what is known and what is given, see [`student_card.make_card`]."""
         if self.is_world_process_zero():
             make_card(self.args.output_dir, self.card_facts(), *args, **kwargs)

@@ -20,8 +20,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from hf_cosupervise.data import inputs as inputs_module
-from hf_cosupervise.data.columns import cell_digest, cell_digests, has_input, read_labels, row_keys
+from hf_cosupervise.data.columns import has_input, read_labels
 from hf_cosupervise.data.inputs import InputProcessor, RowError, to_pil
+from hf_cosupervise.data.keys import cell_digest, cell_digests, row_keys
 from hf_cosupervise.files import parse_json
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.pool import pseudolabels as pool_module
@@ -686,7 +687,7 @@ def test_labels_are_compared_once_each() -> None:
 
 @pytest.mark.parametrize("method", ["mean_probs", "mean_logits", "majority_vote"])
 def test_aggregation_decodes_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    from hf_cosupervise.pool import derived
+    from hf_cosupervise import processes
 
     rng = np.random.default_rng(0)
     probs = {name: rng.dirichlet(np.ones(5) / 3, size=30).astype(np.float32) for name in ("s", "t")}
@@ -704,7 +705,7 @@ def test_aggregation_decodes_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch, 
         return found
 
     monkeypatch.setattr(PseudolabelPool, "decode", decode)
-    monkeypatch.setattr(derived, "_CHUNK", 7)
+    monkeypatch.setattr(processes, "CHUNK_ROWS", 7)
     monkeypatch.setattr(pool_module, "_DECODED", 7)
     np.testing.assert_array_equal(
         aggregated_pool(pool, method).label_probs(whole.hierarchy.names[0]),

@@ -13,14 +13,13 @@ from PIL import Image as PILImage
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from hf_cosupervise.data.columns import (
-    cell_digests,
     find_input_column,
     find_label_column,
     is_text_column,
     read_labels,
-    row_keys,
 )
 from hf_cosupervise.data.inputs import InputProcessor, to_pil
+from hf_cosupervise.data.keys import cell_digests, row_keys
 
 # ── columns ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

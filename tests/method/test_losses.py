@@ -17,8 +17,8 @@ from hf_cosupervise.method.losses import (
     weighted_mean,
 )
 from hf_cosupervise.method.published_losses import (
-    LOGIT_GRADIENTS,
     LOSSES,
+    WITH_GRADIENT,
     EarlyLearningRegularization,
     adapt_conf,
     choose_loss,
@@ -256,22 +256,23 @@ def test_losses_by_hand(loss, expected):
     assert found.shape == (2,) and found.tolist() == pytest.approx([expected] * 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LOGIT_GRADIENTS)
+@pytest.mark.parametrize("name", WITH_GRADIENT)
 def test_gradients_are_those_of_autograd(name):
-    loss, gradient = EVERY_LOSS[name], LOGIT_GRADIENTS[name]
+    loss, with_gradient = EVERY_LOSS[name], WITH_GRADIENT[name]
     logits, targets = draw(num_examples=50, num_labels=7)
     one_hot = torch.nn.functional.one_hot(targets.argmax(dim=1), 7).float()
     scale = torch.linspace(1 - 2e-3, 1 + 2e-3, 50)[:, None]  # as far from 1 as stored rows may sum
     for wanted in (targets, targets * scale, one_hot):
         expected = gradient_of(loss, logits, wanted)
-        found = gradient(logits, wanted)
+        losses, found = with_gradient(logits, wanted)
         assert found.dtype == torch.float32
+        torch.testing.assert_close(losses, loss(logits, wanted), rtol=1e-5, atol=1e-6)
         # of the largest, because against one-hot labels a logarithm of 1e-6 multiplies the rounding of float32
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * max(1, float(expected.abs().max())))
         doubles = logits.double(), wanted.double()
         exact = gradient_of(loss, *doubles)
         atol = 1e-6 if name == "cross_entropy" else 1e-12  # the former is in float32 always
-        torch.testing.assert_close(gradient(*doubles), exact, rtol=0, atol=atol)
+        torch.testing.assert_close(with_gradient(*doubles)[1], exact, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize(
@@ -346,11 +347,11 @@ def test_extremes_are_finite(loss, scale, kind):
     assert losses.isfinite().all() and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", LOGIT_GRADIENTS)
+@pytest.mark.parametrize("name", WITH_GRADIENT)
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_gradients_of_extreme_logits(name, scale):
     logits, targets = scale * torch.eye(4), torch.eye(4)[[1, 1, 2, 3]]
-    gradient = LOGIT_GRADIENTS[name](logits, targets)
+    _, gradient = WITH_GRADIENT[name](logits, targets)
     assert gradient.isfinite().all()
     torch.testing.assert_close(gradient, gradient_of(EVERY_LOSS[name], logits, targets))
 

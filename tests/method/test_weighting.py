@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cosupervise.method.aekd import AdaptiveEnsembleDistillation, aekd_weights, min_norm_weights
+from hf_cosupervise.method.aekd import AdaptiveEnsembleDistillation, aekd_weights
 from hf_cosupervise.method.aggregation import mean_probs
+from hf_cosupervise.method.min_norm import min_norm_weights
 from hf_cosupervise.method.raven import fit_raven
 from hf_cosupervise.method.weighting import boosting_weights, weighted_mean_probs, weighted_vote
 

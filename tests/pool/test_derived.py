@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_cosupervise import processes
 from hf_cosupervise.hierarchy import Teacher, TeacherHierarchy
 from hf_cosupervise.method.aggregation import AGGREGATORS, harden, majority_vote
 from hf_cosupervise.method.calibration import apply_temperature, fit_temperature
@@ -411,7 +412,7 @@ def slow_smoothing(probs: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("num_labels", "pool_k"), [(4, None), (30, None), (30, 3), (7, 1)])
 def test_smoothing_equals_a_loop(num_labels, pool_k, monkeypatch):
-    monkeypatch.setattr(derived_module, "_CHUNK", 13)  # 60 rows are five chunks
+    monkeypatch.setattr(processes, "CHUNK_ROWS", 13)  # 60 rows are five chunks
     pool, neighbors = make_pool(num_labels=num_labels, pool_k=pool_k), make_neighbors(60, 5)
     found = smoothed_pool(pool, neighbors)
     assert found.hierarchy == pool.hierarchy
@@ -458,7 +459,7 @@ def test_smoothing_follows_ids_that_stand_in_another_order():
 
 
 def test_many_labels_are_never_spread_over_all_examples(monkeypatch):
-    monkeypatch.setattr(derived_module, "_CHUNK", 10)
+    monkeypatch.setattr(processes, "CHUNK_ROWS", 10)
     pool = make_pool(40, num_labels=300, num_teachers=1)
     sizes = []
     original = derived_module.encode_top_k

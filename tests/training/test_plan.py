@@ -796,7 +796,7 @@ def test_rejected_examples_may_take_the_students_own_label(small, base_args):
     # rows 1 and 2 are rejected (a, and the student says b); it is sure enough of row 2 only
     assert plan.relabelled.tolist() == [-1, -1, 1, -1, -1, -1]
     assert plan.labels.tolist() == [0, 0, 1, 1, 1, -1] and plan.keep_mask[2] and not plan.keep_mask[1]
-    from hf_cosupervise.training.level_loss import _pseudolabels
+    from hf_cosupervise.training.targets import _pseudolabels
 
     rows = np.array([0, 2, 4])
     np.testing.assert_allclose(_pseudolabels(small, plan, False, rows), [[0.9, 0.1], [0, 1], [0.1, 0.9]], atol=1e-3)

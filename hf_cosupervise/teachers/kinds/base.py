@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ...data.columns import shorten
-from ...data.inputs import RowError
+from ...data.inputs import RowError, channels_last
 from ...hierarchy import Teacher
 from ...models.source import ModelSource, explained
 
@@ -52,6 +52,7 @@ def check_teacher_model(model: Any, name: str) -> None:
     lacking += [] if callable(getattr(model, "prepare", None)) else ["`prepare(cells)`"]
     lacking += [] if isinstance(getattr(model, "column", 0), str | None) else ["`column` (a name or None)"]
     try:
+        # Facts are written into the pool, hours later.
         is_json = json.dumps(facts := getattr(model, "facts", None)) and isinstance(facts, Mapping)
     except (TypeError, ValueError):
         is_json = False
@@ -216,7 +217,7 @@ class LabelPositions:
     shares: np.ndarray
     outside: np.ndarray
     num_own: int
-    max_outside_mass: float
+    max_outside_mass: float | None
 
 
 def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> LabelPositions:
@@ -236,15 +237,13 @@ def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequenc
             f"Teacher '{teacher.name}' must have a label of the task {shorten(labels)}, got a `label_map` that leaves "
             "out all of them. Map one, or leave the teacher out."
         )
-    # What is left out by name is meant to be ignored, however probable it is: with nothing else there is no answer.
-    limit = 1.0 if teacher.max_outside_mass is None else teacher.max_outside_mass
     return LabelPositions(
         own=np.array([own for own, _, _ in pairs]),
         to=np.array([to for _, to, _ in pairs]),
         shares=np.array([share for _, _, share in pairs], dtype=np.float32),
         outside=np.array([own for own, found in enumerate(targets) if not found], dtype=np.int64),
         num_own=len(own_labels),
-        max_outside_mass=limit,
+        max_outside_mass=teacher.max_outside_mass,
     )
 
 
@@ -263,6 +262,7 @@ def find_targets(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[s
 
 
 def _refuse_unmapped(teacher: Teacher, unmapped: Sequence[str], labels: Sequence[str]) -> NoReturn:
+    # What transformers calls labels that nobody has named.
     if all(name.startswith("LABEL_") for name in unmapped):
         raise ValueError(
             f"Teacher '{teacher.name}' must tell the names of its labels, got the placeholders {shorten(unmapped)}. "
@@ -290,6 +290,7 @@ def check_names(teacher: Teacher, own_labels: Sequence[str], label2id: Any = Non
         )
     for label, position in label2id.items() if isinstance(label2id, Mapping) else ():
         named = [number for number, own_label in enumerate(own_labels) if own_label == label]
+        # As texts, since some configurations write these numbers as texts.
         if named and str(position) not in map(str, named):
             raise ValueError(
                 f"{what} must number its labels in one way, got {label!r} as {named[0]} in `id2label` and as "
@@ -302,6 +303,7 @@ def label_finder(labels: Sequence[str]) -> Callable[[str], int | None]:
     exact = {label: position for position, label in enumerate(labels)}
     alike: dict[str, int | None] = {}
     for position, label in enumerate(labels):
+        # Of two labels that differ in case alone, a name in other letters means neither.
         alike[label.casefold()] = None if label.casefold() in alike else position
     return lambda name: exact[name] if name in exact else alike.get(name.casefold())
 
@@ -314,6 +316,7 @@ def add_up(own_probs: np.ndarray, positions: LabelPositions, num_labels: int) ->
             f"(num_rows, {positions.num_own}), got {own_probs.shape}. Check its configuration."
         )
     probs = np.zeros((len(own_probs), num_labels), dtype=np.float32)
+    # Almost always: then it is one copy, and no sum over labels.
     if len(np.unique(positions.to)) == len(positions.to) and (positions.shares == 1).all():
         probs[:, positions.to] = own_probs[:, positions.own]
     else:
@@ -324,12 +327,13 @@ def add_up(own_probs: np.ndarray, positions: LabelPositions, num_labels: int) ->
     return leave_out(probs, own_probs[:, positions.outside].sum(axis=1), positions.max_outside_mass)
 
 
-def leave_out(probs: np.ndarray, outside: np.ndarray, max_outside_mass: float) -> np.ndarray:
+def leave_out(probs: np.ndarray, outside: np.ndarray, max_outside_mass: float | None) -> np.ndarray:
     """Scale what labels of the task have to the sum of all, or give no answer where more than the limit is outside."""
     inside = probs.sum(axis=1)
     # To the sum of all and not to 1: what was no distribution before must not look like one now.
     factor = np.where(inside > 0, (inside + outside) / np.where(inside > 0, inside, 1), 0)
-    is_out = (outside > max_outside_mass) & (inside + outside > 0)
+    # What is left out by name is meant to be ignored, however probable it is: with nothing else there is no answer.
+    is_out = (outside > (1.0 if max_outside_mass is None else max_outside_mass)) & (inside + outside > 0)
     return np.where(is_out[:, None], 0, probs * factor[:, None]).astype(np.float32)
 
 
@@ -358,6 +362,7 @@ class Preparation:
     make: Callable[[Sequence[Any]], Any]
 
     def __call__(self, cells: Sequence[Any]) -> Any:
+        # Of the first alone: all cells of a column are of one kind.
         if cells and isinstance(cells[0], str) != self.is_text:
             wanted = "texts" if self.is_text else "images or vectors"
             pairs = ", and make pairs of texts one text each" if self.is_text and isinstance(cells[0], list) else ""
@@ -367,19 +372,14 @@ class Preparation:
             )
         try:
             inputs = self.make(cells)
+        # A full memory is a RuntimeError to torch, and the fault of no row.
         except (RowError, torch.OutOfMemoryError):
             raise
         except _PREPARE_ERRORS as error:
             raise RowError(f"{type(error).__name__}: {error}") from error
         if isinstance(inputs, Mapping):
-            return {key: _channels_last(value) for key, value in inputs.items()}
-        return _channels_last(inputs)
-
-
-def _channels_last(value: Any) -> Any:
-    """Put images into the order in which convolutions run faster, on the CPU too: once for all who share them."""
-    is_image = isinstance(value, torch.Tensor) and value.ndim == 4
-    return value.contiguous(memory_format=torch.channels_last) if is_image else value
+            return {key: channels_last(value) for key, value in inputs.items()}
+        return channels_last(inputs)
 
 
 def try_out(source: TeacherSource, answer: Callable[[], np.ndarray]) -> None:
@@ -405,7 +405,7 @@ def whole_precision(device: torch.device) -> torch.autocast:
 
 def directions(output: Any) -> torch.Tensor:
     """Features of length 1, `(num_rows, size)` float32."""
-    # transformers 5 gives them as the pooled output, earlier versions as they are.
+    # `get_image_features` and its kin give them as the pooled output of a model.
     features = (output if isinstance(output, torch.Tensor) else output.pooler_output).flatten(1).float()
     return features / features.norm(dim=-1, keepdim=True)
 

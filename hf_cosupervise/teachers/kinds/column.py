@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -18,18 +19,19 @@ from .base import NO_LABEL, Kind, find_targets, fold_answer, leave_out
 
 _NUMBER = re.compile(r"([+-]?\d{1,18})(\.0*)?")
 _NUM_TOLD, _NUM_LETTERS = 10, 60
+# The words of an answer, of which a sign such as `+` may be a part.
+_words = partial(fold_answer, blanks="PZC")
 
 
 class ColumnTeacher:
     """Answers that are in a column already: of people, of a language model, of an older system."""
 
-    column: str | None
-
     def __init__(self, teacher: Teacher, labels: Sequence[str]) -> None:
-        self.teacher, self.labels, self.column = teacher, tuple(labels), teacher.model
+        self.teacher, self.labels = teacher, tuple(labels)
+        self.column: str | None = teacher.model
         self.find = _answer_finder(teacher, self.labels)
-        self.facts: dict[str, Any] = {"kind": "column", "revision": None, "commit": None, "class": "column"}
-        self.facts["preprocessing"] = None
+        nothing = dict.fromkeys(("revision", "commit", "preprocessing"))
+        self.facts: dict[str, Any] = {"kind": "column", "class": "column", **nothing}
 
     def prepare(self, cells: Sequence[Any]) -> list[int | np.ndarray]:
         """Read each cell as a label id, -1 for none, or as probabilities."""
@@ -115,8 +117,7 @@ class ColumnTeacher:
             else:
                 outside += float(number)
         probs = self._as_probs(np.append(inside, outside), value)
-        limit = 1.0 if self.teacher.max_outside_mass is None else self.teacher.max_outside_mass
-        return leave_out(probs[None, :-1], probs[-1:], limit)[0]
+        return leave_out(probs[None, :-1], probs[-1:], self.teacher.max_outside_mass)[0]
 
     def _as_probs(self, vector: np.ndarray, value: Any) -> np.ndarray:
         """Probabilities as they are, and vote counts as shares."""
@@ -142,13 +143,11 @@ def _answer_finder(teacher: Teacher, labels: Sequence[str]) -> Callable[[str], t
     """Give a function that finds what an answer in words means: as written, or else but for case and punctuation."""
     names = list(dict.fromkeys([*(teacher.label_map or {}), *labels]))
     exact = {name: found for name, found in zip(names, find_targets(teacher, names, labels)) if found is not None}
-    tables = [(str.casefold, _alike(exact, str.casefold)), (_words, _alike(exact, _words))]
+    tables = [(fold, _alike(exact, fold)) for fold in (str, str.casefold, _words)]
 
     def find(text: str) -> tuple[int, ...] | None:
-        if text in exact:
-            return exact[text]
         # A number is no word: its sign and its point are punctuation, and mean something.
-        folds = tables[: 1 if _NUMBER.fullmatch(text.strip()) else 2]
+        folds = tables[: 2 if _NUMBER.fullmatch(text.strip()) else 3]
         return next((found for fold, table in folds if (found := table.get(fold(text))) is not None), None)
 
     return find
@@ -161,11 +160,6 @@ def _alike(exact: Mapping[str, tuple[int, ...]], fold: Callable[[str], str]) -> 
         table[fold(name)] = found if table.get(fold(name), found) == found else None
     table.pop("", None)
     return table
-
-
-def _words(text: str) -> str:
-    """Leave the words of an answer; a sign such as `+` may be a part of one."""
-    return fold_answer(text, "PZC")
 
 
 KIND = Kind(

@@ -49,6 +49,7 @@ class FunctionTeacher:
     def _call(self, rows: Sequence[dict[str, Any]], answers: Answers) -> Sequence[Any]:
         """What the function gives for each row; of those that it fails on, the errors are told."""
         if self.function.batched:
+            # Of no row yet: where a batch fails, each row is asked by itself.
             failure: dict[int, RowError] = {}
             values: Any = None
             with _Caught(failure, 0, self.what):
@@ -67,6 +68,7 @@ class FunctionTeacher:
         return values
 
     def _check_length(self, values: Any, num_rows: int) -> Sequence[Any]:
+        # A text has a length too.
         is_list = isinstance(values, Sequence | np.ndarray) and not isinstance(values, str)
         if not is_list or len(values) != num_rows:
             got = f"{len(values)} answers" if is_list else repr(values)
@@ -95,8 +97,7 @@ class FunctionTeacher:
                 self._add(probs, label, self._numbers(share, value, ()), value) for label, share in value.items()
             )
             self._check_sum(float(probs.sum()) + outside, value)
-            limit = 1.0 if self.teacher.max_outside_mass is None else self.teacher.max_outside_mass
-            probs = leave_out(probs[None], np.array([outside]), limit)[0]
+            probs = leave_out(probs[None], np.array([outside]), self.teacher.max_outside_mass)[0]
         else:
             probs = self._numbers(value, value, (len(self.labels),))
             self._check_sum(float(probs.sum()), value)
@@ -106,6 +107,7 @@ class FunctionTeacher:
         """Give a label its share, as the label map leads it; what the task has no label for is given back."""
         if not isinstance(label, str):
             raise self._bad(value)
+        # Once for each name: a function gives few of them, and many times.
         if label not in self.places:
             self.places[label] = find_targets(self.teacher, [label], self.labels)[0]
         found = self.places[label]
@@ -145,6 +147,7 @@ class _Caught(AbstractContextManager[None]):
         self.errors, self.place, self.what = errors, place, what
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        # Neither Ctrl-C nor a full memory is the fault of a row.
         if not isinstance(error, Exception) or isinstance(error, MemoryError):
             return False
         self.errors[self.place] = RowError(f"{self.what} must answer every row, got {type(error).__name__}: {error}")

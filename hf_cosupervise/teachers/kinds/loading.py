@@ -36,6 +36,7 @@ def column_of(teacher: Teacher) -> str | None:
 def find_kind(source: ModelSource, model: str) -> str:
     """Tell by its files which kind of teacher a model is."""
     for name, what in TEACHER_KINDS.items():
+        # In the order in which they stand: the first that knows the files is meant.
         if what == "files" and name != "auto" and _kind(name).recognizes(source, model):
             return name
     raise ValueError(
@@ -75,6 +76,7 @@ def find_source(teacher: Teacher, commit: str | None = None, *, writes: bool = F
         return source, kind
     kind = _kind(name)
     others = [] if _knows(kind, teacher) else _kinds_for(teacher)
+    # Options first: their error names the one that is unknown.
     read_options(teacher, name, kind.options, others)
     if not _knows(kind, teacher):
         advice = f"name a `kind` that does, of {others}" if others else "name another `kind`"

@@ -50,6 +50,7 @@ class PipelineTeacher:
                     f"Teacher '{source.name}' asks its pipeline of one text for each label, got several for "
                     f"{several[0]!r}. Write one, or give the model itself by `kind='zero_shot'`."
                 )
+            # It answers by the texts that it is told, whose labels are known here.
             self.own_labels, own_names = [some[0] for some in texts.values()], list(texts)
             self.settings: dict[str, Any] = {"candidate_labels": self.own_labels}
             if options["template"] is not None:
@@ -69,6 +70,7 @@ class PipelineTeacher:
             self.own_labels = own_names = read_labels(config.id2label, f"Teacher '{source.name}'", "id2label")
             check_head(source.name, own_names)
             check_names(teacher, own_names)
+            # All labels, and by softmax: a model's configuration may ask its pipeline for something else.
             self.settings = {"top_k": len(own_names), "function_to_apply": "softmax"}
             if is_text:
                 processor = InputProcessor(self.pipeline.tokenizer, config, f"Teacher '{source.name}'")
@@ -104,6 +106,7 @@ class PipelineTeacher:
 
 def _check_pipeline(teacher: Teacher) -> Any:
     pipeline = teacher.function
+    # So it is where the hierarchy was read from a file.
     if pipeline is None:
         raise ValueError(
             f"Teacher '{teacher.name}' must be given its pipeline, which no file and no pickle holds, got its name "
@@ -121,6 +124,7 @@ def _check_pipeline(teacher: Teacher) -> Any:
 def _identity(pipeline: Any) -> dict[str, Any]:
     """What tells its answers from those of others: its task and its weights."""
     digest = hashlib.blake2b(digest_size=8)
+    # By its weights: an object may have been trained after it was loaded.
     for name, weights in sorted(pipeline.model.state_dict().items()):
         digest.update(f"{name} {tuple(weights.shape)} {weights.dtype} ".encode())
         digest.update(weights.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

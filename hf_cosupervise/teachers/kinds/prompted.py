@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from os.path import commonprefix
 from typing import Any
 
@@ -72,6 +72,8 @@ _FILTERS = (
 _MOST_LETTERS, _MOST_DEPTH = 1 << 16, 50
 RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
+# The words of an answer, without the signs by which a model may set them off.
+fold = partial(fold_answer, blanks="PS")
 _Encoded = tuple[list[int], list[list[int]]]
 
 
@@ -96,6 +98,9 @@ class PromptedTeacher:
                 "Leave the option out, and write the whole prompt as `template`."
             )
         processor = InputProcessor(tokenizer, model.config, f"Teacher '{name}'")
+        # A causal model needs room for its answer beside the prompt.
+        is_apart = self.by_words or model.config.is_encoder_decoder
+        num_answer_tokens = 0 if is_apart else int(self.options["max_new_tokens"])
         self.prompter = Prompter(
             name=name,
             tokenizer=tokenizer,
@@ -103,7 +108,7 @@ class PromptedTeacher:
             labels=tuple(labels),
             words=tuple(word.strip() for words in texts.values() for word in words) if self.by_words else (),
             is_seq2seq=model.config.is_encoder_decoder,
-            max_length=int(processor.max_length or 0) - self._num_answer_tokens(model),
+            max_length=int(processor.max_length or 0) - num_answer_tokens,
             options=self.options,
         )
         self.prompter.check()
@@ -121,6 +126,7 @@ class PromptedTeacher:
         self.facts = source.facts("prompted", type(model).__name__, fingerprint([*seen, *prompt]))
         self.facts |= tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
         self.facts |= {
+            # A card shows it, and a template may be pages long.
             "template": fingerprint(self.options["template"]),
             "words": {label: list(words) for label, words in texts.items()},
         }
@@ -139,15 +145,12 @@ class PromptedTeacher:
                 self.prior = self._score(nothing)
         self.has_warned = False
 
-    def _num_answer_tokens(self, model: Any) -> int:
-        """How many tokens beside those of the prompt a model has to have room for."""
-        return 0 if self.by_words or model.config.is_encoder_decoder else int(self.options["max_new_tokens"])
-
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
         if not self.by_words:
             return self._generate(inputs)
         scores = self._score(inputs) - self.prior
         probs = np.zeros((len(scores), len(self.own_labels)), dtype=np.float32)
+        # Taken away first, or the exponentials of long words would all be 0.
         largest = scores.max(axis=1, keepdims=True)
         # Several words of a label: the probability that it is any of them.
         np.add.at(probs.T, self.owners, np.exp(scores - largest).T)
@@ -168,6 +171,7 @@ class PromptedTeacher:
         with torch.inference_mode():
             tokens = self.model.generate(**inputs)
         if not self.prompter.is_seq2seq:
+            # A causal model gives its prompt back before what it adds.
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
         probs = np.zeros((len(tokens), len(self.own_labels)), dtype=np.float32)
         answers = self.prompter.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -236,8 +240,10 @@ class Prompter:
         except RENDER_ERRORS as error:
             raise RowError(f"The template of the prompt cannot be filled in: {first_line(error)}") from error
         if self.is_seq2seq:
+            # A decoder reads words alone, so that no token reaches over from the prompt.
             words = self._tokenize(self.words, add_special_tokens=False)
             return [(prompt, words) for prompt in self._tokenize(prompts, add_special_tokens=True)]
+        # A chat template writes the first token itself.
         before = [] if self.options["chat"] else leading_tokens(self.tokenizer)
         pairs = [self._border(prompt) for prompt in prompts]
         if not self.words:
@@ -302,6 +308,7 @@ class Prompter:
         words = self.encode(_SAMPLES[:1])[0][1]
         known: dict[tuple[int, ...], str] = {}
         for word, tokens in zip(self.words, words, strict=True):
+            # Tokenizers of bytes have no token for what is unknown, and know everything.
             if not tokens or self.tokenizer.unk_token_id in self._tokenize([word], add_special_tokens=False)[0]:
                 raise ValueError(
                     f"{what} must have words for labels that its tokenizer knows, got {word!r}, which it does not. "
@@ -316,6 +323,7 @@ class Prompter:
     def _tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         if not texts:
             return []
+        # Not verbose: the tokenizer would warn of long texts, which are counted afterwards.
         settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
         tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
         return tokens
@@ -339,6 +347,7 @@ class Prompter:
         if self.options["too_long"] == "raise" or self._length(best) > self.max_length:
             cut = "" if self.options["too_long"] == "cut" else ', or `options={"too_long": "cut"}`'
             raise RowError(f"A prompt must have at most {self.max_length} tokens{cut}, got {length}")
+        # By halves: how many tokens a text has shows only when it is cut there.
         while exceeds - fits > 1:
             middle = (fits + exceeds) // 2
             row = self.encode([text[:middle]])[0]
@@ -357,11 +366,6 @@ def _last_space(text: str) -> int:
             return place
         end = place
     return 0
-
-
-def fold(answer: str) -> str:
-    """Leave the words of an answer, without the signs by which a model may set them off."""
-    return fold_answer(answer, "PS")
 
 
 def _fold_all(texts: Mapping[str, Sequence[str]], name: str) -> dict[str, str]:
@@ -395,6 +399,7 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
             f"{template!r}. Write one, such as 'Review: {{{{ text }}}}\\nSentiment:'."
         )
     for key, allowed in _CHOICES.items():
+        # By type too, since 1 is True, and 0 False, to Python.
         if options[key] not in allowed or type(options[key]) not in map(type, allowed):
             raise ValueError(
                 f"Option `{key}` of teacher '{source.name}' must be one of {list(allowed)}, got {options[key]!r}. "
@@ -414,6 +419,7 @@ def _check_options(source: TeacherSource) -> dict[str, Any]:
 def compile_template(template: str, name: str) -> jinja2.Template:
     """A template of which nothing is to be feared, with a slot for the text."""
     what = f"Option `template` of teacher '{name}'"
+    # A slot that is not there must fail, and a last line break, which Jinja drops by default, may be meant.
     environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         if len(template) > _MOST_LETTERS:

@@ -109,6 +109,7 @@ class PrototypeTeacher:
         spare = "" if self.pooling == "pooler" else "pooler."
         model = load_whole(model_source, AutoModel, config, spare=spare)
         processing_class = load_processor(model_source, folder, not is_image)
+        # CLIP and its kin describe their images in a part of their own.
         processor = InputProcessor(processing_class, getattr(config, "vision_config", config), f"Teacher '{name}'")
         samples = processor.probe()
         self.prepare = Preparation(name, not is_image, processor)
@@ -118,6 +119,7 @@ class PrototypeTeacher:
         self.prototypes = torch.stack([self._mean(label, cells, name) for label, cells in classes.items()])
         try_out(source, lambda: self(samples))
         self.facts = source.facts("prototypes", type(model).__name__, processor.fingerprint)
+        # They decide the answers as the weights do.
         self.facts["examples"] = _digest(classes)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
@@ -135,6 +137,7 @@ class PrototypeTeacher:
                 f"Examples of teacher '{name}' must be what its encoder reads, got for {label!r}: {error} Correct "
                 "them."
             ) from error
+        # Of directions, so that no example counts more by the length of its features.
         mean = torch.cat(parts).mean(dim=0)
         return mean / mean.norm()
 
@@ -186,6 +189,7 @@ def _find_examples(
             f"Teacher '{name}' must know its classes from examples or from `label_texts`, got more than one of them. "
             "Leave the others out."
         )
+    # No file of ours holds pictures.
     if is_image and examples is None:
         raise ValueError(
             f"Teacher '{name}' must be given examples to know classes of images, got none. Pass "
@@ -220,6 +224,7 @@ def _digest(classes: Mapping[str, Sequence[Any]]) -> str:
     for label, cells in classes.items():
         digest.update(f"{label} {len(cells)} ".encode())
         for cell in cells:
+            # With lengths, or texts that are parted elsewhere would have one digest.
             if isinstance(cell, str):
                 digest.update(f"{len(cell)} {cell}".encode("utf-8", "replace"))
             else:

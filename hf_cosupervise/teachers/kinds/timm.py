@@ -56,13 +56,16 @@ class TimmTeacher:
             raise ImportError(f"Teacher '{source.name}' is a timm model: `pip install timm`.") from error
         name = source.name
         own_labels = _timm_labels(source)
+        # Before anything large is fetched.
         check_head(name, own_labels)
         check_names(source.teacher, own_labels)
         folder = source.model_source.fetch()
+        # For its error alone: weights in several parts are none that timm writes.
         source.model_source.file(_SAFETENSORS_FILE)
         model = _build_timm(source)
         try:
             with whole_weights(source.model_source):
+                # Strictly, as by default: what is missing would stay random.
                 model.load_state_dict(load_file(folder / _SAFETENSORS_FILE))
         except RuntimeError as error:
             raise ValueError(
@@ -117,6 +120,7 @@ def _build_timm(source: TeacherSource) -> Any:
         if settings.get("fixed_input_size") and args.get("img_size"):
             size = [args["img_size"]] * 2 if isinstance(args["img_size"], int) else args["img_size"]
         settings["input_size"] = (args.get("in_chans", channels), *size)
+        # A few bytes of arguments describe a model of any size.
         with no_larger_than_weights(source.model_source):
             return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=settings, **args)
     except BUILDING_ERRORS as error:

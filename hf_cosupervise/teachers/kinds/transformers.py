@@ -51,6 +51,7 @@ class TransformersTeacher:
                 "Use a single-label classifier."
             )
         own_labels = read_labels(config.id2label, f"Teacher '{name}'", "id2label")
+        # Before a row is read: which output is which label cannot be seen of its answers.
         check_names(source.teacher, own_labels, config.label2id)
         check_head(name, own_labels)
         is_text = reads_text(config, f"Teacher '{name}'")
@@ -68,6 +69,7 @@ class TransformersTeacher:
         on_device = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
         with torch.inference_mode():
             logits = self.model(**on_device).logits
+        # In half precision, small probabilities would be 0.
         own_probs = torch.softmax(logits.float(), dim=-1).cpu().numpy()
         return add_up(own_probs, self.positions, self.num_labels)
 

@@ -62,6 +62,7 @@ class _ZeroShotTeacher(ABC):
             )
         template = default_template if options["template"] is None else options["template"]
         self.options, self.texts = options, fill_templates(teacher, template, texts)
+        # For the card.
         self.template = template if isinstance(template, str) else " or ".join(template)
         self.num_labels = len(labels)
         self.positions = label_positions(teacher, list(texts), labels)
@@ -195,6 +196,7 @@ class DualTeacher(_ZeroShotTeacher):
         self.device, self.means = device, self.means.to(device)
         self.model = for_inference(model, device)
         self.text_features = self._embed_texts(source, tokenizer)
+        # Grey is about zero once it is normalised: a picture of nothing.
         self._correct(Image.new(processor.mode, (224, 224), 127 if processor.mode == "L" else (127, 127, 127)))
         try_out(source, lambda: self(samples))
         self.facts = source.facts("zero_shot", type(model).__name__, processor.fingerprint)
@@ -204,6 +206,7 @@ class DualTeacher(_ZeroShotTeacher):
         """A direction for each label: the mean of those of its texts, `(num_own_labels, size)`."""
         sentences = [sentence for some in self.texts.values() for sentence in some]
         text_config = getattr(self.model.config, "text_config", self.model.config)
+        # Tokenizers that know of no limit give 10**30, and some models have no positions to count.
         longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None) or 10**9)
         _check_lengths(source, tokenizer, sentences, longest)
         # SigLIP was trained on texts that are padded to the full length, and does not mask the padding.
@@ -214,6 +217,7 @@ class DualTeacher(_ZeroShotTeacher):
             known = ("input_ids",) if is_full else ("input_ids", "attention_mask")
             parts = [
                 self.model.get_text_features(**{key: batch[key][start : start + 64].to(self.device) for key in known})
+                # Some at a time, since a task may have thousands of labels.
                 for start in range(0, len(sentences), 64)
             ]
             features = self.means @ torch.cat([directions(part) for part in parts])
@@ -241,6 +245,7 @@ def _load(source: TeacherSource, labels: Sequence[str], device: torch.device) ->
     if _is_dual(source.model_source):
         return DualTeacher(source, labels, device)
     model_source = source.model_source
+    # The configuration of an adapter does not tell what its base reads.
     config = read_config(model_source.base or model_source)
     if not reads_text(config, f"Teacher '{source.name}'"):
         raise ValueError(
