@@ -232,6 +232,8 @@ def measure(
     for name in methods:
         if name != own:
             args_of_all = method_arguments(args, "csl", pool.hierarchy.num_levels)
+            if name == "csl":  # beside a committee, whose folder this is
+                args_of_all.output_dir = str(Path(args.output_dir, "_run", "methods", name))
             numbers = comparison.run(Contestant.enter(name, name, args_of_all, pool), resume=True)
             found[name] = {key: numbers[key] for key in found[own]}
     report: dict[str, Any] = {"methods": found, "own_method": own, **say_metric(args.metric)}

@@ -181,6 +181,16 @@ def test_another_metric_than_accuracy(run, votes, tiny_bert):
     assert "balanced_accuracy" in said and "balanced accuracy %" in Path("out/README.md").read_text()
 
 
+def test_plain_co_supervision_beside_a_committee_goes_on_too(run, votes, tiny_bert):
+    call = ["--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert, "--output_dir", "out"]
+    call += ["--label_column", "label", "--test_dataset", votes, "--methods", "csl"]
+    first = run(*call)
+    report = json.loads(Path("out/report.json").read_text())
+    assert {*report["methods"]} == {"committee", "csl"}
+    assert run(*call).splitlines()[-3:] == first.splitlines()[-3:]
+    assert json.loads(Path("out/report.json").read_text()) == report
+
+
 def test_rules_of_one_label_each_need_no_list(run, tiny_bert, tmp_path):
     words = ["free", "win", "song", "love"] * 20
     rules = {
