@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any, Self
 
@@ -32,6 +33,7 @@ from .base import TeacherPool, check_kind
 from .ids import check_id_values
 from .written import PROMPT_NAMES, answer_dataset, check_answers, check_prompts, find_prompt_column
 
+logger = logging.getLogger(__name__)
 METHODS = ("generalist", "majority", "longest_agreement", "random", "same_answer")
 PAIRS = ("assigned", "rank", "self_consistency", "score", "unfamiliar")
 Prompt = str | list[dict[str, str]]
@@ -457,6 +459,8 @@ class AnswerPool(TeacherPool):
         self, what: str, prompts: Sequence[Prompt], rows: Sequence[int], columns: Mapping[str, Any]
     ) -> Dataset:
         """A plain dataset of some prompts that tells whose answers it holds."""
+        if not rows:
+            logger.warning(f"No prompt gives {what}: the dataset is empty.")
         asked = {} if "messages" in columns else {"prompt": [prompts[row] for row in rows]}
         whole = {**asked, **columns, "id": [self.ids[row].item() for row in rows]}
         kinds: dict[str, Any] = dict.fromkeys(whole, _MESSAGES if self.is_chat else Value("string"))

@@ -319,7 +319,7 @@ class TeacherPool:
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
-        commit_message: str = "Pool of pseudolabels",
+        commit_message: str = "Upload pool",
         inputs: bool = True,
         replace: bool = False,
         license: str | None = None,
@@ -434,6 +434,8 @@ class TeacherPool:
                 f"Pool {what} must have digests to be verified, got one of an older version. Save it again."
             )
         hierarchy = TeacherHierarchy.from_dict(header["hierarchy"])
+        if cls.has_labels is not None:  # before its files: a pool of the other kind is whole
+            hierarchy.check_labels(f"`{cls.__name__}.load` of {what}", wanted=cls.has_labels)
         datasets, digests = {}, {}
         # The header says which files there must be; whatever else lies in the folder is not opened.
         for path in file_names(header):

@@ -12,7 +12,14 @@ from datasets import Dataset
 from hub_server import HubServer
 from test_prompted import save_language_model
 
-from hf_cosupervise import AnswerPool, CoSupervisedConfig, CoSupervisedTrainer, Teacher, TeacherHierarchy
+from hf_cosupervise import (
+    AnswerPool,
+    CoSupervisedConfig,
+    CoSupervisedTrainer,
+    PseudolabelPool,
+    Teacher,
+    TeacherHierarchy,
+)
 
 PROMPTS = ["2+2", "3+3", "3+4", "1+1"]
 ANSWERS = {"all": ["4", "5 ", None, " "], "sums": ["4", "6", "7", None], "odd": ["5", "6", "8", None]}
@@ -64,6 +71,16 @@ def test_reading(tmp_path: Path) -> None:
     )
     card = (tmp_path / "pool" / "README.md").read_text()
     assert "AnswerPool.load" in card and "| `finish_reason` |" in card and "label_probs" not in card
+
+
+def test_each_kind_of_pool_names_the_other(tmp_path: Path) -> None:
+    make_pool().save(tmp_path / "answers")
+    votes = TeacherHierarchy(["x", "y"], [Teacher("a", kind="column")])
+    PseudolabelPool.from_predictions(votes, [0, 1], {"a": np.eye(2, dtype=np.float32)}).save(tmp_path / "labels")
+    with pytest.raises(ValueError, match=r"^`PseudolabelPool.load` of '.*' needs a hierarchy with .* `AnswerPool`\.$"):
+        PseudolabelPool.load(tmp_path / "answers")
+    with pytest.raises(ValueError, match=r"^`AnswerPool.load` of '.*'"):
+        AnswerPool.load(tmp_path / "labels")
 
 
 def test_columns_of_a_table() -> None:
@@ -161,7 +178,7 @@ def test_routed() -> None:
         named.to_routed()
 
 
-def test_preferences() -> None:
+def test_preferences(caplog: pytest.LogCaptureFixture) -> None:
     pool = make_pool()
 
     def pairs(kind: str, **settings: Any) -> list[tuple[Any, ...]]:
@@ -178,8 +195,11 @@ def test_preferences() -> None:
     assert pairs("unfamiliar", scores=known) == [(7, "4", "5"), (8, "6", "5 "), (9, "7", "8")]
     own = [["4"] * 8 + ["3"] * 2, ["6"] * 8 + ["7"] * 2, ["7"] * 10, []]
     assert pairs("self_consistency", student=own) == [(7, "4", "3"), (8, "6", "5 ")]
-    assert pairs("self_consistency", student=own, min_share=0.9) == []
     assert pairs("rank", kept=np.array([False, True, False, True])) == [(8, "5 ", "6")]
+    assert not caplog.records
+    assert pairs("self_consistency", student=own, min_share=0.9) == []
+    assert pairs("rank", kept=np.zeros(4, dtype=bool)) == []
+    assert "No prompt gives pairs of answers by `rank`: the dataset is empty." in caplog.text
 
 
 def test_scores_and_samples_in_the_pool() -> None:
