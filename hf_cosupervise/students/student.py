@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -36,8 +35,8 @@ from .pooling import has_pooling
 from .vectors import VECTOR_STUDENTS, VectorClassifier
 
 logger = logging.getLogger(__name__)
-# Students whose backbone nobody changes for now, by their model: another student of it need not ask it again.
-_STILL: WeakKeyDictionary[nn.Module, Student] = WeakKeyDictionary()
+# Students that hold their backbone still, by their model: another student of the same model need not ask it again.
+_STILL: dict[nn.Module, Student] = {}
 
 
 def open_student(

@@ -136,9 +136,9 @@ def check_inherited(args: TrainingArguments) -> None:
 
 def check_read(args: TrainingArguments) -> None:
     """Refuse what the parent reads and only the `Trainer` would refuse; called after the parent looked."""
-    known = INTEGRATION_TO_CALLBACK
-    if unknown := [name for name in args.report_to if name not in known]:
-        raise ValueError(f"`report_to` must name trackers, {sorted(known)}, got {unknown[0]!r}. Correct the name.")
+    if unknown := [name for name in args.report_to if name not in INTEGRATION_TO_CALLBACK]:
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        raise ValueError(f"`report_to` must name trackers, {known}, got {unknown[0]!r}. Correct the name.")
     _check_schedule(args)
 
 

@@ -131,16 +131,20 @@ class PromptedTeacher:
             "words": {label: list(words) for label, words in texts.items()},
         }
         self.prior: Any = 0.0
-        self.has_warned = True  # of the samples below nobody wants to hear
+        self._try_out(source)
+
+    def _try_out(self, source: TeacherSource) -> None:
+        """Ask of samples, so that what fails later is a row's fault, and of nothing for the prior."""
+        self.has_warned = True  # of these nobody wants to hear
         try:
             samples, nothing = self.prepare(_SAMPLES), self.prepare([""]) if self.options["correct_prior"] else None
         except RowError as error:
             raise ValueError(
-                f"Teacher '{name}' must be able to read any short text by its `template`, got: "
+                f"Teacher '{source.name}' must be able to read any short text by its `template`, got: "
                 f"{str(error).rstrip('.')}. Correct the template."
             ) from error
-        with explained(model_source, "language model"):
-            self(samples)  # what fails later is a row's fault
+        with explained(source.model_source, "language model"):
+            self(samples)
             if nothing is not None and self.by_words:
                 self.prior = self._score(nothing)
         self.has_warned = False
