@@ -27,7 +27,7 @@ def draw_left_out(rows: torch.Tensor, seed: int, max_rows: int = MAX_LEFT_OUT) -
 class LeftOutRows(NamedTuple):
     """What of a search hangs on the rows alone, and not on their pseudolabels."""
 
-    values: torch.Tensor  # eigenvalues of X^T W X of all centred inputs: (feature_size,)
+    values: torch.Tensor  # eigenvalues of X^T X of all centred inputs: (feature_size,)
     vectors: torch.Tensor  # its eigenvectors: (feature_size, feature_size)
     # The centred rows that are left out in turn, in their directions: (num_left_out, feature_size).
     turned: torch.Tensor
@@ -42,21 +42,21 @@ def left_out_predictions(
     alphas: Sequence[float] = RIDGE_ALPHAS,
     *,
     bias: bool = True,
-    weights: torch.Tensor | None = None,
     once: Callable[[Callable[[], LeftOutRows]], LeftOutRows] = lambda make: make(),
 ) -> torch.Tensor:
     """Predict rows by the ridge regressions of all other rows, without fitting any of them.
 
-    With w_i the weight of row i, A = X^T W X of the centred inputs, lambda the penalty of [`fit_ridge_head`] for all
-    rows (of which a single row is too small a part to change it), r_i the residual of the fit to all rows and
+    With A = X^T X of the centred inputs, lambda the penalty of [`fit_ridge_head`] for all n rows (of which a single
+    row is too small a part to change it), r_i the residual of the fit to all rows and
 
-        h_i = w_i (1 / sum(w) + x_i^T (A + lambda I)^-1 x_i),
+        h_i = 1 / n + x_i^T (A + lambda I)^-1 x_i,
 
     the residual of the fit without row i is r_i / (1 - h_i), exactly. One eigendecomposition of A gives (A + lambda
-    I)^-1 for every lambda. `gram` and `cross` are sums of w z z^T and w z y^T over *all* rows of the training set,
-    with z an input and a 1 appended; all is computed in the type of the inputs: in float64 to 1e-8, in float32
-    fast. Who asks of the same rows with other pseudolabels gives by `once` what was made of them. Gives
-    `(num_alphas, num_left_out, num_labels)`, not scaled to logits.
+    I)^-1 for every lambda. `inputs` `(num_left_out, feature_size)` and `targets` `(num_left_out, num_labels)` are of
+    rows to predict, `gram` and `cross` sums of z z^T and z y^T over *all* rows of the training set, with z an input
+    and a 1 appended; all is computed in the type of the inputs: in float64 to 1e-8, in float32 fast. Who asks of the
+    same rows with other pseudolabels gives by `once` what was made of them. Gives `(num_alphas, num_left_out,
+    num_labels)`, not scaled to logits.
     Source: Allen's PRESS, 1974; which rows are left out of how large a fit is ours.
 
     Examples:
@@ -67,9 +67,7 @@ def left_out_predictions(
         [0.0, 0.5, 0.0]
     """
     size, num_labels = inputs.shape[-1], targets.shape[-1]
-    _check_shapes(inputs, targets, gram, cross, weights)
     dtype, total = inputs.dtype, gram[size, size]
-    weights = torch.ones_like(inputs[:, 0]) if weights is None else weights.to(inputs)
     second, products = gram[:size, :size], cross[:size]
     least = 1e-6 * second.diagonal().mean() + 1e-12  # as in `fit_ridge_head`
     mean, label_mean = torch.zeros_like(inputs[0]), targets.new_zeros(num_labels)
@@ -89,7 +87,7 @@ def left_out_predictions(
     found = targets.new_empty(len(alphas), *targets.shape)
     for number, alpha in enumerate(alphas):
         inverse = 1 / (values + torch.maximum(alpha * strength, least).to(dtype))
-        leverage = weights * (squared @ inverse + (1 / total if bias else 0))
+        leverage = squared @ inverse + (1 / total if bias else 0)
         residuals = targets - label_mean - turned @ (inverse.unsqueeze(1) * projected)
         # A row that the fit hangs on entirely has a leverage near 1, and is predicted far away by the others.
         found[number] = targets - residuals / (1 - leverage).unsqueeze(1)
@@ -104,10 +102,8 @@ def choose_ridge_alpha(
     gram: torch.Tensor,
     cross: torch.Tensor,
     origin: torch.Tensor,
-    alphas: Sequence[float] = RIDGE_ALPHAS,
     *,
     bias: bool = True,
-    weights: torch.Tensor | None = None,
     once: Callable[[Callable[[], LeftOutRows]], LeftOutRows] = lambda make: make(),
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> float:
@@ -128,23 +124,20 @@ def choose_ridge_alpha(
         >>> choose_ridge_alpha(features, labels.__getitem__, rows, z.T @ z, z.T @ labels.double(), torch.zeros(1))
         0.1
     """
-    if not len(alphas):
-        raise ValueError("`alphas` must name penalties to choose from, got none. Leave it out for the grid.")
-    # The weight of the rows goes last, so that processes add up once; one without rows takes part with zeros.
-    errors = torch.zeros(len(alphas) + 1, dtype=torch.float64, device=features.device)
+    # The number of rows goes last, so that processes add up once; one without rows takes part with zeros.
+    errors = torch.zeros(len(RIDGE_ALPHAS) + 1, dtype=torch.float64, device=features.device)
     if len(left_out) and gram[-1, -1] >= 3:  # of two rows each is predicted by the other alone, whatever the penalty
         inputs, wanted = features[left_out].float() - origin, targets(left_out).float()
         if not bias:
             inputs, gram, cross = inputs + origin, *_move_back(gram, cross, origin)
-        found = left_out_predictions(inputs, wanted, gram, cross, alphas, bias=bias, weights=weights, once=once)
-        own = torch.ones_like(inputs[:, 0]) if weights is None else weights.to(inputs)
+        found = left_out_predictions(inputs, wanted, gram, cross, bias=bias, once=once)
         named = torch.nn.functional.one_hot(first_argmax(wanted), wanted.shape[1])
-        errors[:-1] = (found - named).square().sum(dim=2).double() @ own.double()
-        errors[-1] = own.sum()
+        errors[:-1] = (found - named).square().sum(dim=2).double().sum(dim=1)
+        errors[-1] = len(inputs)
     errors = sum_over_processes(errors)
     scores = errors[:-1] / errors[-1].clamp(min=1e-12)
     is_best = scores <= scores.min() * (1 + _TIE) + _TIE
-    return max(alpha for alpha, best in zip(alphas, is_best.tolist()) if best)
+    return max(alpha for alpha, best in zip(RIDGE_ALPHAS, is_best.tolist()) if best)
 
 
 def _move_back(gram: torch.Tensor, cross: torch.Tensor, origin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,21 +145,3 @@ def _move_back(gram: torch.Tensor, cross: torch.Tensor, origin: torch.Tensor) ->
     move = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     move[:-1, -1] = origin.to(gram)
     return move @ gram @ move.T, move @ cross
-
-
-def _check_shapes(
-    inputs: torch.Tensor,
-    targets: torch.Tensor,
-    gram: torch.Tensor,
-    cross: torch.Tensor,
-    weights: torch.Tensor | None,
-) -> None:
-    fits = inputs.ndim == targets.ndim == 2 and len(inputs) == len(targets)
-    fits = fits and gram.shape == (inputs.shape[1] + 1,) * 2 and cross.shape == (len(gram), targets.shape[1])
-    if not fits or weights is not None and weights.shape != inputs.shape[:1]:
-        found = [None if value is None else tuple(value.shape) for value in (inputs, targets, gram, cross, weights)]
-        raise ValueError(
-            "`inputs` (num_left_out, feature_size), `targets` (num_left_out, num_labels), `gram` (feature_size + 1, "
-            "feature_size + 1), `cross` (feature_size + 1, num_labels) and `weights` (num_left_out,) are needed, got "
-            f"{found}. Give all for the same features and labels."
-        )

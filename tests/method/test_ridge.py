@@ -20,37 +20,30 @@ from hf_cosupervise.method.ridge import (
 NUM_LABELS = 3
 
 
-def draw(num_rows: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features far from zero, soft pseudolabels that follow them with noise, and weights; float64."""
+def draw(num_rows: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features far from zero, and soft pseudolabels that follow them with noise; float64."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(num_rows, size, generator=generator, dtype=torch.float64) + 2
     direction = torch.randn(size, NUM_LABELS, generator=generator, dtype=torch.float64)
     noise = torch.randn(num_rows, NUM_LABELS, generator=generator, dtype=torch.float64)
-    return features, torch.softmax((features - 2) @ direction + noise, dim=1), torch.rand(num_rows).double() + 0.1
+    return features, torch.softmax((features - 2) @ direction + noise, dim=1)
 
 
-def sums(
-    features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | float = 1.0, origin: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sums(features: torch.Tensor, targets: torch.Tensor, origin: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Gram matrix and cross products, written down."""
     whole = torch.cat([features - origin, torch.ones(len(features), 1)], dim=1).double()
-    weighted = whole * torch.as_tensor(weights).expand(len(features)).unsqueeze(1)
-    return weighted.T @ whole, weighted.T @ targets.double()
+    return whole.T @ whole, whole.T @ targets.double()
 
 
-def refit(
-    features: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, penalty: torch.Tensor, bias: bool, row: int
-) -> torch.Tensor:
+def refit(features: torch.Tensor, targets: torch.Tensor, penalty: torch.Tensor, bias: bool, row: int) -> torch.Tensor:
     """Fit to all other rows, then predict this one."""
     inputs = torch.cat([features, torch.ones(len(features), 1)], dim=1) if bias else features
     others = torch.arange(len(features)) != row
     penalties = torch.full((inputs.shape[1],), float(penalty), dtype=torch.float64)
     if bias:
         penalties[-1] = 0
-    weighted = inputs[others] * weights[others].unsqueeze(1)
-    return inputs[row] @ torch.linalg.solve(
-        weighted.T @ inputs[others] + penalties.diag(), weighted.T @ targets[others]
-    )
+    own = inputs[others]
+    return inputs[row] @ torch.linalg.solve(own.T @ own + penalties.diag(), own.T @ targets[others])
 
 
 def choose(
@@ -63,20 +56,16 @@ def choose(
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("num_rows", "size"), [(25, 4), (9, 14), (3, 2)])
-def test_closed_form_equals_fits_without_the_row(num_rows, size, bias, weighted, hard):
-    features, targets, weights = draw(num_rows, size)
+def test_closed_form_equals_fits_without_the_row(num_rows, size, bias, hard):
+    features, targets = draw(num_rows, size)
     targets = torch.eye(NUM_LABELS).double()[targets.argmax(dim=1)] if hard else targets
-    weights = weights if weighted else torch.ones_like(weights)
-    centred = features - (weights @ features / weights.sum() if bias else 0)
-    strength = (centred.square() * weights.unsqueeze(1)).sum(dim=0).mean()
-    found = left_out_predictions(
-        features, targets, *sums(features, targets, weights), bias=bias, weights=weights if weighted else None
-    )
+    centred = features - (features.mean(dim=0) if bias else 0)
+    strength = centred.square().sum(dim=0).mean()
+    found = left_out_predictions(features, targets, *sums(features, targets), bias=bias)
     for (number, alpha), row in itertools.product(enumerate(RIDGE_ALPHAS), range(num_rows)):
-        expected = refit(features, targets, weights, alpha * strength, bias, row)
+        expected = refit(features, targets, alpha * strength, bias, row)
         torch.testing.assert_close(found[number, row], expected, rtol=0, atol=1e-8)
 
 
@@ -89,7 +78,7 @@ def test_a_row_worked_by_hand():
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_penalty_is_the_heads(bias):
-    features, targets, _ = draw(40, 6)
+    features, targets = draw(40, 6)
     features, targets = features.float(), targets.float()
     rows, head = torch.arange(40), nn.Linear(6, NUM_LABELS, bias=bias)
     gram = gram_matrix(features, rows)
@@ -102,7 +91,7 @@ def test_the_penalty_is_the_heads(bias):
 
 
 def test_all_are_judged_by_fits_to_all_rows_whichever_are_left_out():
-    features, targets, _ = draw(30, 5)
+    features, targets = draw(30, 5)
     gram, cross = sums(features, targets)
     some = torch.tensor([3, 29, 7])
     whole = left_out_predictions(features, targets, gram, cross)
@@ -111,11 +100,11 @@ def test_all_are_judged_by_fits_to_all_rows_whichever_are_left_out():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_choice_is_that_of_fits_and_of_no_order(seed):
-    features, targets, _ = draw(20, 12, seed)
+    features, targets = draw(20, 12, seed)
     strength = (features - features.mean(dim=0)).square().sum(dim=0).mean()
     errors = []
     for alpha in RIDGE_ALPHAS:
-        left_out = [refit(features, targets, torch.ones(20), alpha * strength, True, row) for row in range(20)]
+        left_out = [refit(features, targets, alpha * strength, True, row) for row in range(20)]
         errors.append((torch.stack(left_out) - torch.eye(NUM_LABELS)[targets.argmax(dim=1)]).square().sum())
     expected = RIDGE_ALPHAS[torch.stack(errors).argmin()]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(seed))
@@ -124,7 +113,7 @@ def test_the_choice_is_that_of_fits_and_of_no_order(seed):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_was_taken_off_the_features_changes_nothing(bias):
-    features, targets, _ = draw(20, 12)
+    features, targets = draw(20, 12)
     found = {choose(features, targets, origin=origin, bias=bias) for origin in (0.0, 1.5)}
     assert len(found) == 1
 
@@ -140,23 +129,10 @@ def test_noise_wants_a_strong_penalty_and_a_clear_rule_a_weak_one():
     features, clear, noisy = clusters(60)
     assert choose(features, noisy) == max(RIDGE_ALPHAS)
     assert choose(features, clear) == min(RIDGE_ALPHAS)
-    assert choose(features, clear, alphas=[0.5, 0.2]) == 0.2
-
-
-def test_weights_decide_which_rows_count():
-    features, clear, noisy = clusters(80)
-    is_noisy = torch.arange(80) % 2 == 0
-    targets = torch.where(is_noisy.unsqueeze(1), noisy, clear)
-    for weight, expected in ((1e-6, min(RIDGE_ALPHAS)), (1e6, max(RIDGE_ALPHAS))):
-        weights = torch.where(is_noisy, weight, 1.0).double()
-        rows, origin = torch.arange(80), torch.zeros(NUM_LABELS)
-        gram, cross = sums(features, targets, weights)
-        found = choose_ridge_alpha(features, targets.__getitem__, rows, gram, cross, origin, weights=weights)
-        assert found == expected
 
 
 def test_two_processes_choose_what_one_does():
-    features, targets, _ = draw(31, 12)
+    features, targets = draw(31, 12)
     shares, parts = torch.arange(31).split(16), {}
     for number, rows in enumerate(shares):
         choose(features, targets, rows, sum_over_processes=lambda own, number=number: parts.setdefault(number, own))
@@ -186,20 +162,3 @@ def test_left_out_rows_are_drawn_once_and_by_the_seed():
     assert len(drawn) == len(drawn.unique()) == MAX_LEFT_OUT and (drawn % 2 == 0).all() and (drawn.diff() > 0).all()
     assert drawn.equal(draw_left_out(rows, seed=3)) and not drawn.equal(draw_left_out(rows, seed=4))
     assert draw_left_out(rows[:MAX_LEFT_OUT], seed=3).equal(rows[:MAX_LEFT_OUT])
-
-
-def test_wrong_shapes_are_refused():
-    features, targets, weights = draw(6, 2)
-    gram, cross = sums(features, targets)
-    for wrong in (
-        (features[:5], targets, gram, cross),
-        (features, targets, gram[1:, 1:], cross),
-        (features, targets, gram, cross[1:]),
-        (features, targets[:, :2], gram, cross),
-    ):
-        with pytest.raises(ValueError, match="Give all for the same features and labels"):
-            left_out_predictions(*wrong)
-    with pytest.raises(ValueError, match="`weights` .num_left_out,. are needed"):
-        left_out_predictions(features, targets, gram, cross, weights=weights[1:])
-    with pytest.raises(ValueError, match="`alphas` must name penalties to choose from, got none"):
-        choose(features, targets, alphas=[])
