@@ -146,6 +146,8 @@ class _Reading:
         # Or functions that call each other would be read for ever.
         self.seen.add(id(function))
         try:
+            if function.__code__.co_filename == "<string>":  # of `exec`, and what Python may find there is another's
+                raise OSError
             source = textwrap.dedent(inspect.getsource(function))
         except (OSError, TypeError):
             self.unknown.append(f"{what} (without source)")
