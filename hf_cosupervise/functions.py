@@ -176,7 +176,9 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _constants(code: CodeType) -> list[str]:
-    return [_constant(value) or "" for value in code.co_consts if not isinstance(value, CodeType)]
+    # From Python 3.14 on, small numbers are no constants but stand in the code.
+    small = [item.argval for item in dis.get_instructions(code) if item.opname == "LOAD_SMALL_INT"]
+    return [_constant(value) or "" for value in (*code.co_consts, *small) if not isinstance(value, CodeType)]
 
 
 def _constant(value: Any) -> str | None:
