@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,9 @@ import numpy as np
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from ..files import write_text
-from .card_merging import merge_card, sign_card
+from .card_merging import merge_into, sign_card
 from .client import is_folder
 
-logger = logging.getLogger(__name__)
 TAGS = ("co-supervised-learning", "weak-to-strong")
 PIPELINE_TAGS = {
     "image": "image-classification",
@@ -62,9 +60,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     base_model_at = facts.get("base_model_commit") or facts.get("base_model_revision", facts.get("student_revision"))
     body = {
         "name": _escape(name),
-        "modality": facts.get("modality"),
         "is_language": facts.get("is_language"),
-        "num_labels": len(facts.get("labels", [])),
         "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
         "student_training": _escape(facts.get("student_training", "")),
         "num_examples": _count(facts.get("num_examples")),
@@ -73,7 +69,6 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "usage": _usage(facts),
         "has_adapter": facts.get("has_adapter"),
         "files_text": _files_text(facts.get("files", [])),
-        "labels_text": _label_list(facts.get("labels", [])),
         "metric": _METRICS[_metric(report)][1],
         "dataset": _escape(facts["dataset_name"]) if "dataset_name" in facts else None,
         "split": _escape(facts["dataset_split"]) if "dataset_split" in facts else None,
@@ -89,9 +84,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
             _join_levels(facts.get("levels", []), report.get("levels", [])), _metric(report)
         ),
         "hyperparameters_table": _hyperparameters_table(facts.get("hyperparameters", {})),
-        "versions_text": _versions_text(facts.get("versions", {})),
     }
-    return _render(ModelCard, _model_metadata(facts, name), "model_card.md", body)
+    return _render(ModelCard, _model_metadata(facts, name), "model_card.md", body, facts)
 
 
 def pool_card(facts: Mapping[str, Any]) -> str:
@@ -120,12 +114,10 @@ def pool_card(facts: Mapping[str, Any]) -> str:
         "first_teacher": _literal(names[0]),
         "oracle_columns": " and ".join(oracle),
         "many_oracle_columns": len(oracle) > 1,
-        "labels_text": _label_list(facts.get("labels", [])),
         "teachers_table": _teachers_table(teachers),
-        "versions_text": _versions_text(facts.get("versions", {})),
         "has_license": "license" in facts,
     }
-    return _render(DatasetCard, _pool_metadata(facts, names), "pool_card.md", body)
+    return _render(DatasetCard, _pool_metadata(facts, names), "pool_card.md", body, facts)
 
 
 def hierarchy_card(facts: Mapping[str, Any]) -> str:
@@ -134,7 +126,7 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
     teachers = [_known(teacher) for teacher in facts.get("teachers", [])]
     if not teachers:
         raise ValueError("A hierarchy needs teachers, got none. Give at least one.")
-    repo_id, labels = _own_id(facts, "hub_model_id"), facts.get("labels", [])
+    repo_id = _own_id(facts, "hub_model_id")
     metadata = ModelCardData(
         license=facts.get("license"),
         tags=[*TAGS, "teachers", *facts.get("tags", [])],
@@ -144,17 +136,13 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
     body = {
         "name": _escape(_title(facts, "hub_model_id", "Hierarchy of teachers")),
         "num_teachers": len(teachers),
-        "modality": facts.get("modality"),
-        "num_labels": len(labels),
         "num_levels": len({teacher.get("level") for teacher in teachers}),
         "place": _literal(repo_id or ".") + _at_branch(facts),
         "is_local": repo_id is None,
         "teacher_usage": _teacher_usage(teachers, facts.get("modality"), repo_id or ".", facts.get("hub_branch")),
         "teachers_table": _teachers_table(teachers, with_kind=True),
-        "labels_text": _label_list(labels),
-        "versions_text": _versions_text(facts.get("versions", {})),
     }
-    return _render(ModelCard, metadata, "hierarchy_card.md", body)
+    return _render(ModelCard, metadata, "hierarchy_card.md", body, facts)
 
 
 def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
@@ -164,29 +152,20 @@ def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")
     path = folder / "README.md"
     if path.exists():
-        try:
-            text, kept = merge_card(_read_card(path), text)
-        except ValueError as error:
-            found = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"'{path}' must be a card to merge into, got: {found}. Correct or delete it.") from error
-        if kept:
-            logger.warning("'%s': edited by hand and kept: %s. For a fresh card, delete it.", path, ", ".join(kept))
+        text = merge_into(path.read_bytes(), text, f"'{path}'")
     write_text(path, text, newline="")  # the line ends are those of the card that was there
     return path
 
 
-def _read_card(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text that is not UTF-8 ({error.reason})") from error
-
-
-def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:
+def _render(
+    kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any], facts: Mapping[str, Any]
+) -> str:
+    labels, versions = facts.get("labels", []), _versions_text(facts.get("versions", {}))
+    known = {"modality": facts.get("modality"), "num_labels": len(labels), "labels_text": _label_list(labels)}
     # But for results, which are objects, of texts that were cleaned where they were made.
     metadata.__dict__.update(_yaml({key: value for key, value in metadata.__dict__.items() if key != "eval_results"}))
     # The client reads a template by the encoding of the machine, so it gets the text.
-    card = kind.from_template(metadata, template_str=_read_template(template), **body)
+    card = kind.from_template(metadata, template_str=_read_template(template), versions_text=versions, **known, **body)
     return sign_card(str(card))
 
 
