@@ -325,14 +325,14 @@ def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, 
 
 def _evaluation_table(report: Mapping[str, Any]) -> str:
     metric = _metric(report)
-    rows: list[dict[str, Any]] = [{"method": "weak teacher", metric: report.get(f"weak_{metric}")}]
+    titles = {_own_method(report): "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}
+    rows = [{"method": "weak teacher", _percent_of(metric): _percent(report.get(f"weak_{metric}")), "PGR %": ""}]
     for name, numbers in report.get("methods", {}).items():
-        titles = {_own_method(report): "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}
-        title = titles.get(name, _escape(name))
         # The ceiling recovers all of the gap by definition.
-        rows.append({"method": title, **numbers} | ({"pgr": None} if name == "ceiling" else {}))
-    cells = [[row["method"], _percent(row.get(metric)), _percent(row.get("pgr"))] for row in rows]
-    return _table(["method", _percent_of(metric), "PGR %"], [row for row in cells if any(row[1:])])
+        recovered = "" if name == "ceiling" else _percent(numbers.get("pgr"))
+        measured = {_percent_of(metric): _percent(numbers.get(metric)), "PGR %": recovered}
+        rows.append({"method": titles.get(name, _escape(name)), **measured})
+    return _table([row for row in rows if row[_percent_of(metric)] or row["PGR %"]])
 
 
 def _gap(report: Mapping[str, Any]) -> dict[str, str]:
@@ -363,13 +363,14 @@ def _own_method(report: Mapping[str, Any]) -> str:
 
 def _overview_table(overview: Mapping[str, Any]) -> str:
     """What is known of each teacher without ground truth."""
-    keys = ("answered", "trusted", "agrees_with_student", "agrees_with_others")
-    rows = [
-        [_code(name), *(_percent(teacher.get(key)) for key in keys)]
-        for name, teacher in overview.get("teachers", {}).items()
-    ]
-    headers = ["teacher", "answered %", "trusted %", "agrees with the student %", "with the other teachers %"]
-    return _table(headers, rows)
+    heads = {"answered": "answered %", "trusted": "trusted %", "agrees_with_student": "agrees with the student %"}
+    heads["agrees_with_others"] = "with the other teachers %"
+    return _table(
+        [
+            {"teacher": _code(name), **{head: _percent(teacher.get(key)) for key, head in heads.items()}}
+            for name, teacher in overview.get("teachers", {}).items()
+        ]
+    )
 
 
 def _overview_text(overview: Mapping[str, Any]) -> str:
@@ -388,9 +389,6 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
-    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "asked with"]
-    headers += ["kept labels", "mass left out %", "rows outside the task", "rows scaled to it"]
-    headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, subfolder = teacher.get("model"), teacher.get("subfolder")
@@ -398,25 +396,26 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
         # What is no model on the Hub is named by its kind: a column, a function.
         is_named = teacher.get("kind") in ("column", "function", "pipeline") and model is not None
         rows.append(
-            [
-                _escape(teacher.get("level", "")),
-                _code(teacher["name"]) if "name" in teacher else "",
-                _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
-                _code(_in_repo(subfolder)) if subfolder and model is None else "",
-                f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
-                _code(_short(at)) if at else "",
-                _short_list(teacher.get("scope")),
-                _short_list(teacher.get("domains")),
-                _asked_with(teacher),
-                _escape(teacher.get("pool_k", "")),
+            {
+                "level": _escape(teacher.get("level", "")),
+                "teacher": _code(teacher["name"]) if "name" in teacher else "",
+                "kind": _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
+                "folder": _code(_in_repo(subfolder)) if subfolder and model is None else "",
+                "model": f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
+                "revision": _code(_short(at)) if at else "",
+                "scope": _short_list(teacher.get("scope")),
+                "domains": _short_list(teacher.get("domains")),
+                "asked with": _asked_with(teacher),
+                "kept labels": _escape(teacher.get("pool_k", "")),
                 # Where nothing was left out there is nothing to tell.
-                _percent(teacher.get("dropped_mass") or None),
-                *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
-                _percent(teacher.get("answered")),
-                _percent(teacher.get("accuracy")),
-            ]
+                "mass left out %": _percent(teacher.get("dropped_mass") or None),
+                "rows outside the task": _escape(teacher.get("num_outside", "")),
+                "rows scaled to it": _escape(teacher.get("num_rescaled", "")),
+                "answered %": _percent(teacher.get("answered")),
+                "accuracy %": _percent(teacher.get("accuracy")),
+            }
         )
-    return _table(headers, rows)
+    return _table(rows)
 
 
 def _asked_with(teacher: Mapping[str, Any]) -> str:
@@ -441,34 +440,32 @@ def _levels_table(levels: Sequence[Mapping[str, Any]], metric: str) -> str:
         # Without spreads: one cell lists the shares of all teachers.
         shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
         rows.append(
-            [
-                _escape(level.get("level", "")),
-                _escape(level.get("assignment", "")),
-                ", ".join(f"{name} {share}" for name, share in shares.items() if share),
-                _percent(level.get("keep_rate")),
-                _count(level.get("num_kept")),
-                _percent(level.get(metric)),
-                _percent(level.get("pgr")),
-            ]
+            {
+                "level": _escape(level.get("level", "")),
+                "assignment": _escape(level.get("assignment", "")),
+                "examples per teacher %": ", ".join(f"{name} {share}" for name, share in shares.items() if share),
+                "keep rate %": _percent(level.get("keep_rate")),
+                "kept examples": _count(level.get("num_kept")),
+                _percent_of(metric): _percent(level.get(metric)),
+                "PGR %": _percent(level.get("pgr")),
+            }
         )
-    headers = ["level", "assignment", "examples per teacher %", "keep rate %", "kept examples"]
-    headers += [_percent_of(metric), "PGR %"]
-    return _table(headers, rows)
+    return _table(rows)
 
 
 def _hyperparameters_table(values: Mapping[str, Any]) -> str:
     # A card tells how a model was trained, not where, and keeps no secrets.
     shown = {name: value for name, value in values.items() if not name.endswith(("_dir", "token"))}
-    rows = [[_code(name), _code(value)] for name, value in shown.items() if not _names_folder(value)]
-    return _table(["argument", "value"], rows)
+    known = {name: value for name, value in shown.items() if not _names_folder(value)}
+    return _table([{"argument": _code(name), "value": _code(value)} for name, value in known.items()])
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without the columns that nothing is known about; empty without rows."""
-    used = [column for column in range(len(headers)) if any(row[column] for row in rows)]
-    shown = [[row[column] for column in used] for row in [headers, *rows]]
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of cells by the head of their column, without columns of which nothing is known."""
+    heads = [head for head in (rows[0] if rows else ()) if any(row[head] for row in rows)]
+    shown = [heads, *([row[head] for head in heads] for row in rows)]
     lines = ["".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in shown]
-    return "\n".join([lines[0], "| --- " * len(used) + "|", *lines[1:]]) if used else ""
+    return "\n".join([lines[0], "| --- " * len(heads) + "|", *lines[1:]]) if heads else ""
 
 
 # ── words and numbers ───────────────────────────────────────────────────────────────────────────────────────────────
