@@ -234,12 +234,13 @@ class ModelSource:
             )
         # A Trainer puts its `training_args.bin` beside any weights.
         if pickled := [name for name in here if name.endswith(_PICKLED) and name != "training_args.bin"]:
-            is_timm = "architecture" in self.config and "model_type" not in self.config
-            way = "timm.models.save_for_hf(…, safe_serialization=True)" if is_timm else "save_pretrained"
+            way = "and `save_pretrained`"
+            if "architecture" in self.config and "model_type" not in self.config:
+                way = "by timm and `timm.models.save_for_hf(…, safe_serialization=True)`"
             return ValueError(
                 f"{self.what} must have its weights in safetensors (scikit-learn: skops), got only {pickled[:5]} in "
-                f"'{self.place}', which may hold pickles and are not read. If you trust them, load them and save "
-                f"them by `{way}`, or convert them at https://huggingface.co/spaces/safetensors/convert."
+                f"'{self.place}', which may hold pickles and are not read. If you trust them, load them {way}, "
+                "or convert them at https://huggingface.co/spaces/safetensors/convert."
             )
         return FileNotFoundError(
             f"{self.what} must have weights in safetensors (scikit-learn: 'model.skops'), got {first(here)} in "

@@ -19,7 +19,6 @@ from ..data.vectors import unreadable_vectors
 from ..files import move_file
 from ..pool.base import TeacherPool
 from ..pool.ids import match_ids
-from .kinds.loading import column_of
 from .progress import Progress, Segment
 from .running import DECODE_ERRORS, Job, tell_unmatched
 
@@ -128,12 +127,7 @@ def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> Teache
 
 def _find_unreadable(job: Job, pool: Any) -> np.ndarray:
     """Rows of which the pool would keep what no model can read: an image, where a teacher failed, or a vector."""
-    column, models = job.columns.inputs, job.models
-    readers = [
-        teacher.name
-        for teacher in job.hierarchy.teachers
-        if (models[teacher.name].column if teacher.name in models else column_of(teacher)) is None
-    ]
+    column, readers = job.columns.inputs, [name for name, read in job.columns.read.items() if read is None]
     # Decoding every image again would cost as much as labelling did.
     failed = [name for name in readers if pool.facts[name].get("num_failed")]
     feature = pool.inputs.features.get(column) if pool.inputs is not None else None

@@ -50,11 +50,12 @@ BLAMED = "Raised by teacher"
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the data plays which part."""
+    """Which column of the data plays which part, and which each teacher reads: None for the inputs."""
 
     inputs: str | None
     oracle: str | None
     oracle_domain: str | None
+    read: Mapping[str, str | None]
 
 
 def read_names(dataset: Dataset, column: str) -> list[Any]:
