@@ -7,6 +7,7 @@ another digest, or none, was written by a person.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+logger = logging.getLogger(__name__)
 _HEADER_START = re.compile(r"\s*---[ \t]*\n")
 _HEADER = re.compile(_HEADER_START.pattern + r"(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 _MARKER = re.compile(r"\s*<!-- hf_cosupervise (\{.*\}) -->[ \t]*(?:\n|\Z)")
@@ -51,6 +53,18 @@ def merge_card(existing: str, new: str) -> MergedCard:
     # An editor on Windows has saved it so; to change every line would show as a rewrite in the card's history.
     is_crlf = "\r\n" in existing and existing.count("\r\n") == existing.count("\n")
     return MergedCard(text.replace("\n", "\r\n") if is_crlf else text, tuple(kept))
+
+
+def merge_into(existing: bytes, new: str, where: str) -> str:
+    """Bring a new card into a file that is somewhere, and tell what was kept there."""
+    try:
+        merged = merge_card(existing.decode("utf-8"), new)
+    except ValueError as error:  # a UnicodeDecodeError is one too
+        found = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{where} must be a card to merge into, got: {found}. Correct or delete it.") from error
+    if merged.kept:
+        logger.warning(f"{where}: edited by hand and kept: {', '.join(merged.kept)}. For a fresh card, delete it.")
+    return merged.text
 
 
 def sign_card(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,9 @@ import numpy as np
 from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from ..files import write_text
-from .card_merging import merge_card, sign_card
+from .card_merging import merge_into, sign_card
 from .client import is_folder
 
-logger = logging.getLogger(__name__)
 TAGS = ("co-supervised-learning", "weak-to-strong")
 PIPELINE_TAGS = {
     "image": "image-classification",
@@ -62,9 +60,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     base_model_at = facts.get("base_model_commit") or facts.get("base_model_revision", facts.get("student_revision"))
     body = {
         "name": _escape(name),
-        "modality": facts.get("modality"),
         "is_language": facts.get("is_language"),
-        "num_labels": len(facts.get("labels", [])),
         "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
         "student_training": _escape(facts.get("student_training", "")),
         "num_examples": _count(facts.get("num_examples")),
@@ -73,7 +69,6 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "usage": _usage(facts),
         "has_adapter": facts.get("has_adapter"),
         "files_text": _files_text(facts.get("files", [])),
-        "labels_text": _label_list(facts.get("labels", [])),
         "metric": _METRICS[_metric(report)][1],
         "dataset": _escape(facts["dataset_name"]) if "dataset_name" in facts else None,
         "split": _escape(facts["dataset_split"]) if "dataset_split" in facts else None,
@@ -89,9 +84,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
             _join_levels(facts.get("levels", []), report.get("levels", [])), _metric(report)
         ),
         "hyperparameters_table": _hyperparameters_table(facts.get("hyperparameters", {})),
-        "versions_text": _versions_text(facts.get("versions", {})),
     }
-    return _render(ModelCard, _model_metadata(facts, name), "model_card.md", body)
+    return _render(ModelCard, _model_metadata(facts, name), "model_card.md", body, facts)
 
 
 def pool_card(facts: Mapping[str, Any]) -> str:
@@ -120,12 +114,10 @@ def pool_card(facts: Mapping[str, Any]) -> str:
         "first_teacher": _literal(names[0]),
         "oracle_columns": " and ".join(oracle),
         "many_oracle_columns": len(oracle) > 1,
-        "labels_text": _label_list(facts.get("labels", [])),
         "teachers_table": _teachers_table(teachers),
-        "versions_text": _versions_text(facts.get("versions", {})),
         "has_license": "license" in facts,
     }
-    return _render(DatasetCard, _pool_metadata(facts, names), "pool_card.md", body)
+    return _render(DatasetCard, _pool_metadata(facts, names), "pool_card.md", body, facts)
 
 
 def hierarchy_card(facts: Mapping[str, Any]) -> str:
@@ -134,7 +126,7 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
     teachers = [_known(teacher) for teacher in facts.get("teachers", [])]
     if not teachers:
         raise ValueError("A hierarchy needs teachers, got none. Give at least one.")
-    repo_id, labels = _own_id(facts, "hub_model_id"), facts.get("labels", [])
+    repo_id = _own_id(facts, "hub_model_id")
     metadata = ModelCardData(
         license=facts.get("license"),
         tags=[*TAGS, "teachers", *facts.get("tags", [])],
@@ -144,17 +136,13 @@ def hierarchy_card(facts: Mapping[str, Any]) -> str:
     body = {
         "name": _escape(_title(facts, "hub_model_id", "Hierarchy of teachers")),
         "num_teachers": len(teachers),
-        "modality": facts.get("modality"),
-        "num_labels": len(labels),
         "num_levels": len({teacher.get("level") for teacher in teachers}),
         "place": _literal(repo_id or ".") + _at_branch(facts),
         "is_local": repo_id is None,
         "teacher_usage": _teacher_usage(teachers, facts.get("modality"), repo_id or ".", facts.get("hub_branch")),
         "teachers_table": _teachers_table(teachers, with_kind=True),
-        "labels_text": _label_list(labels),
-        "versions_text": _versions_text(facts.get("versions", {})),
     }
-    return _render(ModelCard, metadata, "hierarchy_card.md", body)
+    return _render(ModelCard, metadata, "hierarchy_card.md", body, facts)
 
 
 def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
@@ -164,29 +152,20 @@ def write_card(text: str, folder: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"`folder` must exist, got '{folder}'. Save the model or pool there first.")
     path = folder / "README.md"
     if path.exists():
-        try:
-            text, kept = merge_card(_read_card(path), text)
-        except ValueError as error:
-            found = " ".join(str(error).split()).rstrip(".")
-            raise ValueError(f"'{path}' must be a card to merge into, got: {found}. Correct or delete it.") from error
-        if kept:
-            logger.warning("'%s': edited by hand and kept: %s. For a fresh card, delete it.", path, ", ".join(kept))
+        text = merge_into(path.read_bytes(), text, f"'{path}'")
     write_text(path, text, newline="")  # the line ends are those of the card that was there
     return path
 
 
-def _read_card(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"text that is not UTF-8 ({error.reason})") from error
-
-
-def _render(kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any]) -> str:
+def _render(
+    kind: type[RepoCard], metadata: CardData, template: str, body: Mapping[str, Any], facts: Mapping[str, Any]
+) -> str:
+    labels, versions = facts.get("labels", []), _versions_text(facts.get("versions", {}))
+    known = {"modality": facts.get("modality"), "num_labels": len(labels), "labels_text": _label_list(labels)}
     # But for results, which are objects, of texts that were cleaned where they were made.
     metadata.__dict__.update(_yaml({key: value for key, value in metadata.__dict__.items() if key != "eval_results"}))
     # The client reads a template by the encoding of the machine, so it gets the text.
-    card = kind.from_template(metadata, template_str=_read_template(template), **body)
+    card = kind.from_template(metadata, template_str=_read_template(template), versions_text=versions, **known, **body)
     return sign_card(str(card))
 
 
@@ -346,14 +325,14 @@ def _teacher_usage(teachers: Sequence[Mapping[str, Any]], modality: str | None, 
 
 def _evaluation_table(report: Mapping[str, Any]) -> str:
     metric = _metric(report)
-    rows: list[dict[str, Any]] = [{"method": "weak teacher", metric: report.get(f"weak_{metric}")}]
+    titles = {_own_method(report): "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}
+    rows = [{"method": "weak teacher", _percent_of(metric): _percent(report.get(f"weak_{metric}")), "PGR %": ""}]
     for name, numbers in report.get("methods", {}).items():
-        titles = {_own_method(report): "**co-supervised (this model)**", "ceiling": "ceiling (ground truth)"}
-        title = titles.get(name, _escape(name))
         # The ceiling recovers all of the gap by definition.
-        rows.append({"method": title, **numbers} | ({"pgr": None} if name == "ceiling" else {}))
-    cells = [[row["method"], _percent(row.get(metric)), _percent(row.get("pgr"))] for row in rows]
-    return _table(["method", _percent_of(metric), "PGR %"], [row for row in cells if any(row[1:])])
+        recovered = "" if name == "ceiling" else _percent(numbers.get("pgr"))
+        measured = {_percent_of(metric): _percent(numbers.get(metric)), "PGR %": recovered}
+        rows.append({"method": titles.get(name, _escape(name)), **measured})
+    return _table([row for row in rows if row[_percent_of(metric)] or row["PGR %"]])
 
 
 def _gap(report: Mapping[str, Any]) -> dict[str, str]:
@@ -384,13 +363,14 @@ def _own_method(report: Mapping[str, Any]) -> str:
 
 def _overview_table(overview: Mapping[str, Any]) -> str:
     """What is known of each teacher without ground truth."""
-    keys = ("answered", "trusted", "agrees_with_student", "agrees_with_others")
-    rows = [
-        [_code(name), *(_percent(teacher.get(key)) for key in keys)]
-        for name, teacher in overview.get("teachers", {}).items()
-    ]
-    headers = ["teacher", "answered %", "trusted %", "agrees with the student %", "with the other teachers %"]
-    return _table(headers, rows)
+    heads = {"answered": "answered %", "trusted": "trusted %", "agrees_with_student": "agrees with the student %"}
+    heads["agrees_with_others"] = "with the other teachers %"
+    return _table(
+        [
+            {"teacher": _code(name), **{head: _percent(teacher.get(key)) for key, head in heads.items()}}
+            for name, teacher in overview.get("teachers", {}).items()
+        ]
+    )
 
 
 def _overview_text(overview: Mapping[str, Any]) -> str:
@@ -409,9 +389,6 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
 
 
 def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = False) -> str:
-    headers = ["level", "teacher", "kind", "folder", "model", "revision", "scope", "domains", "asked with"]
-    headers += ["kept labels", "mass left out %", "rows outside the task", "rows scaled to it"]
-    headers += ["answered %", "accuracy %"]
     rows = []
     for teacher in map(_known, teachers):
         model, subfolder = teacher.get("model"), teacher.get("subfolder")
@@ -419,25 +396,26 @@ def _teachers_table(teachers: Sequence[Mapping[str, Any]], *, with_kind: bool = 
         # What is no model on the Hub is named by its kind: a column, a function.
         is_named = teacher.get("kind") in ("column", "function", "pipeline") and model is not None
         rows.append(
-            [
-                _escape(teacher.get("level", "")),
-                _code(teacher["name"]) if "name" in teacher else "",
-                _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
-                _code(_in_repo(subfolder)) if subfolder and model is None else "",
-                f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
-                _code(_short(at)) if at else "",
-                _short_list(teacher.get("scope")),
-                _short_list(teacher.get("domains")),
-                _asked_with(teacher),
-                _escape(teacher.get("pool_k", "")),
+            {
+                "level": _escape(teacher.get("level", "")),
+                "teacher": _code(teacher["name"]) if "name" in teacher else "",
+                "kind": _escape(teacher["kind"]) if with_kind and teacher.get("kind", "auto") != "auto" else "",
+                "folder": _code(_in_repo(subfolder)) if subfolder and model is None else "",
+                "model": f"{teacher['kind']} {_code(model)}" if is_named else _repo_link(model, at, subfolder),
+                "revision": _code(_short(at)) if at else "",
+                "scope": _short_list(teacher.get("scope")),
+                "domains": _short_list(teacher.get("domains")),
+                "asked with": _asked_with(teacher),
+                "kept labels": _escape(teacher.get("pool_k", "")),
                 # Where nothing was left out there is nothing to tell.
-                _percent(teacher.get("dropped_mass") or None),
-                *(_escape(teacher.get(key, "")) for key in ("num_outside", "num_rescaled")),
-                _percent(teacher.get("answered")),
-                _percent(teacher.get("accuracy")),
-            ]
+                "mass left out %": _percent(teacher.get("dropped_mass") or None),
+                "rows outside the task": _escape(teacher.get("num_outside", "")),
+                "rows scaled to it": _escape(teacher.get("num_rescaled", "")),
+                "answered %": _percent(teacher.get("answered")),
+                "accuracy %": _percent(teacher.get("accuracy")),
+            }
         )
-    return _table(headers, rows)
+    return _table(rows)
 
 
 def _asked_with(teacher: Mapping[str, Any]) -> str:
@@ -462,34 +440,32 @@ def _levels_table(levels: Sequence[Mapping[str, Any]], metric: str) -> str:
         # Without spreads: one cell lists the shares of all teachers.
         shares = {_escape(name): _percent(share, spread=False) for name, share in level.get("teachers", {}).items()}
         rows.append(
-            [
-                _escape(level.get("level", "")),
-                _escape(level.get("assignment", "")),
-                ", ".join(f"{name} {share}" for name, share in shares.items() if share),
-                _percent(level.get("keep_rate")),
-                _count(level.get("num_kept")),
-                _percent(level.get(metric)),
-                _percent(level.get("pgr")),
-            ]
+            {
+                "level": _escape(level.get("level", "")),
+                "assignment": _escape(level.get("assignment", "")),
+                "examples per teacher %": ", ".join(f"{name} {share}" for name, share in shares.items() if share),
+                "keep rate %": _percent(level.get("keep_rate")),
+                "kept examples": _count(level.get("num_kept")),
+                _percent_of(metric): _percent(level.get(metric)),
+                "PGR %": _percent(level.get("pgr")),
+            }
         )
-    headers = ["level", "assignment", "examples per teacher %", "keep rate %", "kept examples"]
-    headers += [_percent_of(metric), "PGR %"]
-    return _table(headers, rows)
+    return _table(rows)
 
 
 def _hyperparameters_table(values: Mapping[str, Any]) -> str:
     # A card tells how a model was trained, not where, and keeps no secrets.
     shown = {name: value for name, value in values.items() if not name.endswith(("_dir", "token"))}
-    rows = [[_code(name), _code(value)] for name, value in shown.items() if not _names_folder(value)]
-    return _table(["argument", "value"], rows)
+    known = {name: value for name, value in shown.items() if not _names_folder(value)}
+    return _table([{"argument": _code(name), "value": _code(value)} for name, value in known.items()])
 
 
-def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without the columns that nothing is known about; empty without rows."""
-    used = [column for column in range(len(headers)) if any(row[column] for row in rows)]
-    shown = [[row[column] for column in used] for row in [headers, *rows]]
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """A Markdown table of cells by the head of their column, without columns of which nothing is known."""
+    heads = [head for head in (rows[0] if rows else ()) if any(row[head] for row in rows)]
+    shown = [heads, *([row[head] for head in heads] for row in rows)]
     lines = ["".join(f"| {cell} " if cell else "| " for cell in cells) + "|" for cells in shown]
-    return "\n".join([lines[0], "| --- " * len(used) + "|", *lines[1:]]) if used else ""
+    return "\n".join([lines[0], "| --- " * len(heads) + "|", *lines[1:]]) if heads else ""
 
 
 # ── words and numbers ───────────────────────────────────────────────────────────────────────────────────────────────

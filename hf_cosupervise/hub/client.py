@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,9 +32,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from .card_merging import merge_card
-
-logger = logging.getLogger(__name__)
+from .card_merging import merge_into
 
 KINDS = {"model": "model", "dataset": "data set"}
 CARD = "README.md"
@@ -170,20 +167,19 @@ def publish(
     """Upload files in one commit: all of them are there afterwards, or none."""
     api = HfApi(token=token)
     with hub_errors(what, repo_id, revision=revision, repo_type=repo_type, writing=True):
-        if revision is not None:
-            open_branch(api, repo_id, revision, repo_type)
         # One look at one commit, from which the card is merged and what is gone is known; it is the commit's parent
         # too.
-        info: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-        present = {sibling.rfilename for sibling in info.siblings or ()}
+        present, commit = _list_files(api, repo_id, revision, repo_type)
         # The card is replaced by a merged one below, and the caller's files are not ours to change.
         contents = dict(files)
         if CARD in contents and CARD in present:
-            there = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=info.sha)
-            contents[CARD] = _merge(Path(there).read_bytes(), contents[CARD], repo_id)
+            there = api.hf_hub_download(repo_id, CARD, repo_type=repo_type, revision=commit)
+            card = contents[CARD]
+            new = (card if isinstance(card, bytes) else Path(card).read_bytes()).decode("utf-8")
+            contents[CARD] = merge_into(Path(there).read_bytes(), new, f"The card of '{repo_id}'").encode("utf-8")
         gone = sorted(
             name
-            for name in present - set(contents)
+            for name in set(present) - set(contents)
             # `fnmatch` lets `*` match slashes: a pattern of the top folder must not reach into others.
             if any(fnmatch.fnmatch(name, pattern) and ("/" in pattern or "/" not in name) for pattern in replaced)
         )
@@ -200,7 +196,7 @@ def publish(
                 repo_type=repo_type,
                 revision=revision,
                 # What came in since that commit would be undone without anybody seeing it; so the Hub refuses instead.
-                parent_commit=parent or info.sha,
+                parent_commit=parent or commit,
             )
         except ValueError as error:
             if not isinstance(error, HfHubHTTPError):  # the client has asked the Hub about the card's header
@@ -208,7 +204,20 @@ def publish(
             raise
 
 
-def open_branch(api: HfApi, repo_id: str, revision: str, repo_type: str) -> None:
+def list_files(repo_id: str, *, what: str, revision: str | None, token: str | None) -> tuple[list[str], str]:
+    """Look at a repository that is to be pushed to: names of its files, and the commit that they are of."""
+    with hub_errors(what, repo_id, revision=revision, writing=True):
+        return _list_files(HfApi(token=token), repo_id, revision, "model")
+
+
+def _list_files(api: HfApi, repo_id: str, revision: str | None, repo_type: str) -> tuple[list[str], str]:
+    if revision is not None:
+        _open_branch(api, repo_id, revision, repo_type)
+    info: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+    return [sibling.rfilename for sibling in info.siblings or ()], info.sha
+
+
+def _open_branch(api: HfApi, repo_id: str, revision: str, repo_type: str) -> None:
     """Make a branch where it is missing; nothing can be pushed to a tag or a commit."""
     refs = api.list_repo_refs(repo_id, repo_type=repo_type)
     # Asked first: a tag of the same name must not stand in the way of a branch that is there.
@@ -222,22 +231,6 @@ def open_branch(api: HfApi, repo_id: str, revision: str, repo_type: str) -> None
             f"{'the tag ' if is_tag else ''}{revision!r}. Leave it out for the main branch."
         )
     api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-
-
-def _merge(existing: bytes, new: str | Path | bytes, repo_id: str) -> bytes:
-    text = new.decode("utf-8") if isinstance(new, bytes) else Path(new).read_text(encoding="utf-8")
-    try:
-        merged = merge_card(existing.decode("utf-8"), text)
-    except ValueError as error:  # a UnicodeDecodeError is one too
-        raise ValueError(
-            f"The card that is in '{repo_id}' must be text with a YAML header, to be kept and merged, got: "
-            f"{' '.join(str(error).split())} Correct or delete its {CARD} there, and push again."
-        ) from error
-    if merged.kept:
-        logger.warning(
-            f"The card of '{repo_id}' was edited by hand; these parts of it are kept as they are: {list(merged.kept)}."
-        )
-    return merged.text.encode("utf-8")
 
 
 def has_file(repo_id: str, names: Sequence[str], *, what: str) -> bool:

@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
-from transformers.utils import is_timm_available
 from transformers.utils import logging as transformers_logging
 
 from .files import read_labels, short
@@ -47,9 +46,6 @@ _PROCESSOR_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_con
 _LEAST_WORDS = 5
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ADAPTED = "base_model.model."  # how peft begins the name of every weight of an adapter
-
-
-# ── classifiers of transformers ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_config(source: ModelSource) -> Any:
@@ -77,11 +73,11 @@ def read_config(source: ModelSource) -> Any:
         if config.model_type == "timm_wrapper" and config.model_args:
             # timm 1.0.31 writes num_classes here, and the wrapper passes it a second time.
             config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
-    if config.model_type == "timm_wrapper" and is_timm_available():
+    if config.model_type == "timm_wrapper":
         import timm
 
         if not timm.is_model(name := str(source.config.get("architecture"))):
-            raise unknown_to_timm(source.what, timm.__version__, repr(name))
+            raise unknown_to_timm(source.what, repr(name))
     return config
 
 
@@ -168,17 +164,22 @@ def load_processor(source: ModelSource, folder: Path, is_text: bool) -> Any:
     return processor
 
 
-def load_whole(source: ModelSource, auto_model: Any, config: Any, *, spare: str = "") -> Any:
-    """Load a whole model that was fetched, and see that all of its weights are there but those that begin so."""
+def from_folder(source: ModelSource, model_class: Any, config: Any) -> tuple[Any, Any]:
+    """Build a model and read its weights as far as they fit; whoever calls looks at what did not."""
     with quiet_loading(), whole_weights(source), building(source):
-        model, info = auto_model.from_pretrained(
+        return model_class.from_pretrained(
             source.folder,
             config=config,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told of by their names below
+            ignore_mismatched_sizes=True,
         )
+
+
+def load_whole(source: ModelSource, auto_model: Any, config: Any, *, spare: str = "") -> Any:
+    """Load a whole model that was fetched, and see that all of its weights are there but those that begin so."""
+    model, info = from_folder(source, auto_model, config)
     check_no_layer_left(source, model, info["unexpected_keys"])
     check_shapes(source, info["mismatched_keys"])
     check_no_missing(source.what, [name for name in info["missing_keys"] if not spare or not name.startswith(spare)])
@@ -206,23 +207,10 @@ def load_adapted(source: ModelSource, *, random_head: bool = False) -> tuple[Any
     with building(base):
         # Before the base is built: an adapter with a head of its own has another number of labels than its base.
         _set_labels(config, _saved_labels(config, auto_model, saved), names)
-    with quiet_loading(), whole_weights(base), building(base):
-        model, loading = (auto_model if is_text else image_class(config)).from_pretrained(
-            base_folder,
-            config=config,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            # The base's head may be of other labels; the adapter's takes its place, and the rest is checked below.
-            ignore_mismatched_sizes=True,
-        )
-    lost = {
-        # Keys alone among missing ones, keys with two shapes among mismatched ones.
-        item[0] if isinstance(item, tuple) else item
-        for kind in ("missing", "mismatched")
-        for item in loading[f"{kind}_keys"]
-    }
+    # The base's head may be of other labels; the adapter's takes its place, and the rest is checked here.
+    model, loading = from_folder(base, auto_model if is_text else image_class(config), config)
     if not random_head:
+        lost = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
         check_no_missing(base.what, lost - set(saved))
     merged = _merge(model, source, base, folder)
     check_finite(source, merged)

@@ -25,9 +25,7 @@ _COUNT = re.compile(r"\w*(layers?|blocks?|depths?|stages?|experts?|labels|classe
 _PIXELS = re.compile(r"(shortest|longest)_edge|(min|max)_pixels")
 _SIDE = re.compile(r"height|width|size|(crop|pad|input|img|image)_size")  # an edge may be a number of pixels
 # With fewer of these than one, a model is built all the same, and answers something else.
-_AT_LEAST_ONE = (
-    *("hidden_size", "image_size", "patch_size", "num_channels", "num_attention_heads", "num_hidden_layers"),
-)
+_AT_LEAST_ONE = ("hidden_size", "image_size", "patch_size", "num_channels", "num_attention_heads", "num_hidden_layers")
 _MAX_COUNT, _MAX_LABELS, _MAX_SIDE = 10_000, 1_000_000, 8_192
 
 

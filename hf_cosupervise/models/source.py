@@ -7,8 +7,9 @@ import glob
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,9 @@ class ModelSource:
             )
         # Of what is here now: the client takes a snapshot that was cut off for a whole one when it is offline.
         names = {path.name for path in self.folder.iterdir()}
-        has_model = any(fnmatch.filter(names, pattern) for pattern in _MODEL_WEIGHTS)
-        if not (ADAPTER_WEIGHTS in names if self.is_adapter else has_model):
+        if not self._has_weights(names):
             raise self._without_weights()
-        if self.is_adapter and has_model:
+        if self.is_adapter and any(fnmatch.filter(names, pattern) for pattern in _MODEL_WEIGHTS):
             raise ValueError(
                 f"{self.what} must be a whole model or an adapter, got both in '{self.place}'. Keep them "
                 "in two folders."
@@ -123,15 +123,18 @@ class ModelSource:
     def check_weights(self) -> None:
         """See that there are weights to load, before any work and without fetching them."""
         try:
-            listed = _list_files(self.what, self.repo, self.commit, self.subfolder)
+            listed = self._list_files()
         except UNREACHABLE as error:
             if not is_unreachable(error):
                 raise
             return  # what is in the cache may do
-        wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
-        names = [name for name in listed if "/" not in name]
-        if not any(fnmatch.filter(names, pattern) for pattern in wanted):
+        if not self._has_weights(listed):
             raise self._without_weights()
+
+    def _has_weights(self, names: Iterable[str]) -> bool:
+        here = [name for name in names if "/" not in name]
+        wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
+        return any(fnmatch.filter(here, pattern) for pattern in wanted)
 
     def _check_files(self, names: set[str]) -> None:
         """See that what the libraries will open is what they take it for."""
@@ -187,28 +190,57 @@ class ModelSource:
             if "name_or_path" in getattr(item, "init_kwargs", {}):
                 item.init_kwargs["name_or_path"] = self.repo
 
+    def _list_files(self) -> list[str]:
+        """Names of all files in the folder or repository, those of the Hub as it knows them."""
+        if self.is_local:
+            # Enough for a sentence: it may be the root of all folders.
+            files = islice((path for path in self.folder.rglob("*") if path.is_file()), _MOST_LISTED)
+            return sorted(path.relative_to(self.folder).as_posix() for path in files)
+        with hub_errors(self.what, self.repo, revision=self.commit):
+            names = HfApi().list_repo_files(self.repo, revision=self.commit)
+        prefix = f"{self.subfolder}/" if self.subfolder else ""
+        return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+    def without_config(self) -> Exception:
+        """The error of a place without a configuration, by what is there instead."""
+        names = self._list_files()
+        if {"hierarchy.yaml", "hierarchy.json"} & set(names):
+            return ValueError(
+                f"{self.what} must be one model, got the hierarchy of teachers in '{self.place}'. Use "
+                "`load_hierarchy`, or name one of its folders by `subfolder`."
+            )
+        if "model_index.json" in names:
+            return ValueError(
+                f"{self.what} must be a classifier, got a pipeline of diffusers in '{self.place}'. Use a classifier."
+            )
+        if folders := sorted(name.removesuffix("/config.json") for name in names if name.endswith("/config.json")):
+            return FileNotFoundError(
+                f"{self.what} must have a 'config.json', got one in the folders {first(folders)} of '{self.place}' "
+                "only. Name one by `subfolder`."
+            )
+        return FileNotFoundError(
+            f"{self.what} must have a 'config.json', got {first(names)} in '{self.place}'. Save it with "
+            "`save_pretrained`, `timm.models.save_for_hf(…, safe_serialization=True)` or `save_sklearn_teacher`."
+        )
+
     def _without_weights(self) -> Exception:
         """The error of a place without weights that are read, by what is there instead."""
         # Asked anew, for files that are not loaded are not downloaded either, and the sentence is about those.
-        names = _list_files(self.what, self.repo, self.commit, self.subfolder)
-        here = [name for name in names if "/" not in name]
-        wanted = (ADAPTER_WEIGHTS,) if self.is_adapter else _MODEL_WEIGHTS
-        if not self.is_local and any(fnmatch.filter(here, pattern) for pattern in wanted):
+        here = [name for name in self._list_files() if "/" not in name]
+        if not self.is_local and self._has_weights(here):
             return ConnectionError(
                 f"{self.what} needs all of its files, got a part of '{self.place}' only: the download was cut off. Go "
                 "online and try again; what has arrived is kept."
             )
         # A Trainer puts its `training_args.bin` beside any weights.
         if pickled := [name for name in here if name.endswith(_PICKLED) and name != "training_args.bin"]:
-            advice = "load them and `save_pretrained`, or convert them at"
+            way = "and `save_pretrained`"
             if "architecture" in self.config and "model_type" not in self.config:
-                advice = (
-                    "load them by timm and `timm.models.save_for_hf(…, safe_serialization=True)`, or convert them at"
-                )
+                way = "by timm and `timm.models.save_for_hf(…, safe_serialization=True)`"
             return ValueError(
                 f"{self.what} must have its weights in safetensors (scikit-learn: skops), got only {pickled[:5]} in "
-                f"'{self.place}', which may hold pickles and are not read. If you trust them, {advice} "
-                "https://huggingface.co/spaces/safetensors/convert."
+                f"'{self.place}', which may hold pickles and are not read. If you trust them, load them {way}, "
+                "or convert them at https://huggingface.co/spaces/safetensors/convert."
             )
         return FileNotFoundError(
             f"{self.what} must have weights in safetensors (scikit-learn: 'model.skops'), got {first(here)} in "
@@ -249,13 +281,13 @@ def find_model(
         # A few kilobytes, by which a model is refused before its weights are fetched.
         folder = fetch_files(repo, commit, names, what=what) / (subfolder or "")
     config, adapter = (_read_config(folder / name, what) for name in ("config.json", "adapter_config.json"))
+    source = ModelSource(what, repo, revision, commit, subfolder, folder, config or {}, adapter)
     if config is None and adapter is None:
-        raise _without_config(what, repo, commit, subfolder)
+        raise source.without_config()
     if is_base and adapter is not None:
         # Before its own base is looked for: adapters may name each other in a circle.
         raise ValueError(f"{what} must be a whole model, got another adapter, '{model}'. Merge that one first.")
-    base = None if adapter is None else _find_base(adapter, repo, is_local=commit is None)
-    return ModelSource(what, repo, revision, commit, subfolder, folder, config or {}, adapter, base)
+    return source if adapter is None else replace(source, base=_find_base(adapter, repo, is_local=commit is None))
 
 
 def _split_model(model: str, revision: str | None, what: str) -> tuple[str, str | None]:
@@ -300,41 +332,6 @@ def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> ModelSo
     if not isinstance(revision, str | None):
         raise ValueError(f"{what} must be at a branch, tag or commit by name, got {revision!r}. Correct `revision`.")
     return find_model(name, what=what, revision=revision, is_base=True)
-
-
-def _list_files(what: str, repo: str, commit: str | None, subfolder: str | None) -> list[str]:
-    """Names of all files in a folder or repository, those of the Hub as it knows them."""
-    if commit is None:
-        folder = Path(repo, subfolder or "")
-        # Enough for a sentence: it may be the root of all folders.
-        files = islice((path for path in folder.rglob("*") if path.is_file()), _MOST_LISTED)
-        return sorted(path.relative_to(folder).as_posix() for path in files)
-    with hub_errors(what, repo, revision=commit):
-        names = HfApi().list_repo_files(repo, revision=commit)
-    prefix = f"{subfolder}/" if subfolder else ""
-    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
-
-
-def _without_config(what: str, repo: str, commit: str | None, subfolder: str | None) -> Exception:
-    """The error of a place without a configuration, by what is there instead."""
-    names = _list_files(what, repo, commit, subfolder)
-    place = f"{repo}/{subfolder}" if subfolder else repo
-    if {"hierarchy.yaml", "hierarchy.json"} & set(names):
-        return ValueError(
-            f"{what} must be one model, got the hierarchy of teachers in '{place}'. Use `load_hierarchy`, or name one "
-            "of its folders by `subfolder`."
-        )
-    if "model_index.json" in names:
-        return ValueError(f"{what} must be a classifier, got a pipeline of diffusers in '{place}'. Use a classifier.")
-    if folders := sorted(name.removesuffix("/config.json") for name in names if name.endswith("/config.json")):
-        return FileNotFoundError(
-            f"{what} must have a 'config.json', got one in the folders {first(folders)} of '{place}' only. Name one "
-            "by `subfolder`."
-        )
-    return FileNotFoundError(
-        f"{what} must have a 'config.json', got {first(names)} in '{place}'. Save it with `save_pretrained`, "
-        "`timm.models.save_for_hf(…, safe_serialization=True)` or `save_sklearn_teacher`."
-    )
 
 
 def first(names: list[str]) -> str:
@@ -412,12 +409,10 @@ def explained(source: ModelSource, part: str) -> Iterator[None]:
         ) from error
 
 
-def unknown_to_timm(what: str, version: str, found: str) -> ValueError:
+def unknown_to_timm(what: str, found: str) -> ValueError:
     """The error of an architecture that timm cannot make."""
-    return ValueError(
-        f"{what} must be a model that timm {version} knows, got architecture {found}. Update timm, or save the model "
-        "again."
-    )
+    known = f"a model that timm {version('timm')} knows"
+    return ValueError(f"{what} must be {known}, got architecture {found}. Update timm, or save the model again.")
 
 
 def first_line(error: BaseException | None) -> str:

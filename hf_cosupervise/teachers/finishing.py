@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Image, concatenate_datasets
 
-from ..data.columns import is_vector_column, shorten
+from ..data.columns import is_vector_column
 from ..data.inputs import decode_image, to_pil
 from ..data.vectors import unreadable_vectors
 from ..files import move_file
 from ..pool.base import TeacherPool
 from ..pool.ids import match_ids
-from .kinds.loading import column_of
 from .progress import Progress, Segment
 from .running import DECODE_ERRORS, Job, tell_unmatched
 
@@ -32,13 +31,10 @@ def finish(job: Job, progress: Progress) -> TeacherPool:
     facts = job.processes.on_first(partial(_write_teachers, job, progress))
     if job.output_dir is not None:
         job.processes.on_first(partial(_save, job, progress, facts))
-        pool = job.form.pool.load(job.output_dir)
-        job.processes.on_first(partial(_tell_constant, job, pool))
-        return pool
-    pool = _open_pool(job, progress, facts)
+    pool = _open_pool(job, progress, facts) if job.output_dir is None else job.form.pool.load(job.output_dir)
     job.processes.on_first(partial(_tell_constant, job, pool))
     job.processes.wait()  # everybody has mapped the files before the first process may delete them
-    if job.processes.rank == 0:
+    if job.output_dir is None and job.processes.rank == 0:
         progress.drop(*facts)
         weakref.finalize(pool, shutil.rmtree, progress.folder, ignore_errors=True)
     return pool
@@ -52,7 +48,8 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
     """Put each teacher's labels in the order of the rows into a file; the facts of all teachers."""
     facts: dict[str, dict[str, Any]] = {}
     known = progress.facts
-    for name in job.hierarchy.names:
+    for teacher in job.hierarchy.teachers:
+        name = teacher.name
         if name in job.reused and job.reuse is not None:
             facts[name] = dict(job.reuse.facts.get(name, {}))
             # In the same order the old file serves as it is.
@@ -64,12 +61,7 @@ def _write_teachers(job: Job, progress: Progress) -> dict[str, dict[str, Any]]:
         num_failed = _check_segments(job, progress, name, segments)
         job.form.write(_teacher_file(progress, name), job.ids, progress.rows(segments))
         num_answered = sum(segment.num_answered for segment in segments)
-        facts[name] = known[name] | {
-            "precision": job.precision,
-            "num_failed": num_failed,
-            **job.form.facts(segments),
-        }
-        teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
+        facts[name] = known[name] | {"precision": job.precision, "num_failed": num_failed, **job.form.facts(segments)}
         if teacher.leaves_labels_out and teacher.has_files:
             num_outside = len(job.ids) - num_answered - num_failed
             facts[name] |= {"num_outside": num_outside, "num_rescaled": num_answered}
@@ -95,7 +87,7 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
             "or leave it out."
         )
     if num_failed:
-        first = shorten(ids[:5]) if num_failed <= 5 else f"{shorten(ids[:5])} and others"
+        first = f"{ids[:5]}{' and others' if num_failed > 5 else ''}"
         logger.warning(
             f"Teacher '{name}' failed on {num_failed} of {len(job.ids)} rows, which are missing in its pseudolabels: "
             f"ids {first}. Of id {ids[0]!r}: {reason}.{tell_unmatched(job, name)}"
@@ -122,13 +114,11 @@ def _tell_constant(job: Job, pool: Any) -> None:
 
 
 def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> TeacherPool:
-    teachers = {}
-    for name in job.hierarchy.names:
-        path = _teacher_file(progress, name)
-        if path.is_file() or job.reuse is None:
-            teachers[name] = Dataset.from_file(str(path))
-        else:
-            teachers[name] = job.reuse.teachers[name]
+    teachers = {
+        name: Dataset.from_file(str(path)) if path.is_file() or job.reuse is None else job.reuse.teachers[name]
+        for name in job.hierarchy.names
+        for path in [_teacher_file(progress, name)]
+    }
     pool = job.form.pool(job.hierarchy, teachers, job.inputs, facts, job.source, input_column=job.columns.inputs)
     if (unreadable := _find_unreadable(job, pool)).size and pool.inputs is not None:
         pool.inputs = _empty_cells(pool.inputs, str(job.columns.inputs), unreadable)
@@ -137,12 +127,7 @@ def _open_pool(job: Job, progress: Progress, facts: Mapping[str, Any]) -> Teache
 
 def _find_unreadable(job: Job, pool: Any) -> np.ndarray:
     """Rows of which the pool would keep what no model can read: an image, where a teacher failed, or a vector."""
-    column, models = job.columns.inputs, job.models
-    readers = [
-        teacher.name
-        for teacher in job.hierarchy.teachers
-        if (models[teacher.name].column if teacher.name in models else column_of(teacher)) is None
-    ]
+    column, readers = job.columns.inputs, [name for name, read in job.columns.read.items() if read is None]
     # Decoding every image again would cost as much as labelling did.
     failed = [name for name in readers if pool.facts[name].get("num_failed")]
     feature = pool.inputs.features.get(column) if pool.inputs is not None else None

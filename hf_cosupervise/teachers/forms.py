@@ -32,39 +32,30 @@ class Form(Protocol):
 
     def plan(self) -> dict[str, Any]:
         """What decides the answers besides the hierarchy and the data."""
-        ...
 
     def load(self, teacher: Teacher, device: torch.device, commit: str | None) -> TeacherModel:
         """Load a teacher."""
-        ...
 
     def progress(self, folder: Path, num_rows: int) -> Progress:
         """Where answers lie as they come."""
-        ...
 
     def nothing(self, count: int) -> np.ndarray:
         """So many missing answers."""
-        ...
 
     def find_wrong(self, name: str, answers: np.ndarray) -> dict[int, str]:
         """Why some answers are none, by their places."""
-        ...
 
     def append(self, part: Part, start: int, answers: np.ndarray, failed_rows: Sequence[int], reason: str) -> None:
         """Put a batch on disk."""
-        ...
 
     def facts(self, segments: Sequence[Segment]) -> dict[str, Any]:
         """What is known of a teacher's answers when all are there."""
-        ...
 
     def write(self, path: Path, ids: Sequence[Any], pieces: Iterable[Any]) -> None:
         """Write a teacher's file of the pool."""
-        ...
 
     def stored(self, pool: Any, name: str, rows: np.ndarray) -> Iterator[Any]:
         """Read a teacher's answers from another pool, as pieces that `write` takes."""
-        ...
 
 
 @dataclass(frozen=True)

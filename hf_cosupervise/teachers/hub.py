@@ -13,12 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo
 
 from ..files import read_json
 from ..hierarchy import Teacher, TeacherHierarchy, is_inner_folder, read_hierarchy
 from ..hub.cards import hierarchy_card
-from ..hub.client import CARD, fetch_files, hub_errors, is_folder, open_branch, open_repo, publish, resolve_commit
+from ..hub.client import CARD, fetch_files, is_folder, list_files, open_repo, publish, resolve_commit
 from ..models.source import MODEL_FILES, ModelSource, find_model
 from ..strict_yaml import dump_yaml
 from .kinds.loading import find_kind
@@ -69,15 +69,14 @@ def load_hierarchy(
     path = Path(source)
     # By its suffix where it does not exist: no id ends so, and the sentence then speaks of a file.
     is_file = path.is_file() or path.suffix in (".json", ".yaml", ".yml")
-    if revision is not None and (is_file or is_folder(source)):
-        raise ValueError(
-            f"`revision` is for hierarchies on the Hub, got {revision!r} for '{source}', which is here. Leave it out."
-        )
-    if is_file:
-        return TeacherHierarchy.load(path)
-    if is_folder(source):
+    if is_file or is_folder(source):
+        if revision is not None:
+            raise ValueError(
+                f"`revision` is for hierarchies on the Hub, got {revision!r} for '{source}', which is here. Leave it "
+                "out."
+            )
         found = [path / name for name in HIERARCHY_FILES if (path / name).is_file()]
-        return TeacherHierarchy.load(found[0] if found else path / HIERARCHY_FILES[0])
+        return TeacherHierarchy.load(path if is_file else [*found, path / HIERARCHY_FILES[0]][0])
     repo_id = str(source)
     commit = resolve_commit(repo_id, revision, what=_WHAT, token=token)
     hierarchy, folder = _read_from_hub(repo_id, commit, token)
@@ -127,17 +126,15 @@ def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
 def _keep_trusted(teachers: Sequence[Teacher], repo_id: str, trust_types: Sequence[str]) -> list[Teacher]:
     """Drop the types that a hierarchy of the Hub trusts and the user does not."""
     # A trusted type is code that may run when a file is read: only who runs it can say so.
-    dropped = {teacher.name: sorted(set(teacher.trusted_types) - set(trust_types)) for teacher in teachers}
-    if dropped := {name: types for name, types in dropped.items() if types}:
-        types = sorted({item for names in dropped.values() for item in names})
+    names = [teacher.name for teacher in teachers if not set(teacher.trusted_types) <= set(trust_types)]
+    if types := sorted({item for one in teachers for item in one.trusted_types} - set(trust_types)):
         logger.warning(
-            f"'{repo_id}' trusts types in scikit-learn files of the teachers {list(dropped)}, which is its author's "
+            f"'{repo_id}' trusts types in scikit-learn files of the teachers {names}, which is its author's "
             f"word and not followed. If you trust its origin: `load_hierarchy({repo_id!r}, trust_types={types})`."
         )
-    trusted = set(trust_types)
     return [
-        dataclasses.replace(teacher, trusted_types=tuple(item for item in teacher.trusted_types if item in trusted))
-        for teacher in teachers
+        dataclasses.replace(one, trusted_types=tuple(item for item in one.trusted_types if item in trust_types))
+        for one in teachers
     ]
 
 
@@ -202,12 +199,8 @@ def push_hierarchy(
     files: dict[str, str | Path | bytes] = {}
     for name, source in inner.items():
         files |= {f"{name}/{file}": content for file, content in _files_of(source).items()}
-    written = [
-        _write(teacher, found.get(teacher.name), teacher.name in inner, not hierarchy.labels)
-        for teacher in hierarchy.teachers
-    ]
-    content = TeacherHierarchy(hierarchy.labels, written).to_dict()
-    files[HIERARCHY_FILES[0]] = dump_yaml(content).encode("utf-8")
+    written = [_write(one, found.get(one.name), one.name in inner, hierarchy) for one in hierarchy.teachers]
+    files[HIERARCHY_FILES[0]] = dump_yaml(TeacherHierarchy(hierarchy.labels, written).to_dict()).encode("utf-8")
     facts["hub_branch"] = revision
     files[CARD] = hierarchy_card(_card_facts(hierarchy, repo_id, found, inner, facts)).encode("utf-8")
     return publish(
@@ -255,19 +248,14 @@ def _check_repo(
     replace: bool,
 ) -> tuple[list[str], str]:
     """See that nothing else would be lost; the files that the hierarchy there leaves behind, and its commit."""
-    with hub_errors(_WHAT, repo_id, revision=revision, writing=True):
-        api = HfApi(token=token)
-        if revision is not None:
-            open_branch(api, repo_id, revision, "model")
-        info = api.repo_info(repo_id, revision=revision)
-    names = [sibling.rfilename for sibling in info.siblings or ()]
+    names, commit = list_files(repo_id, what=_WHAT, revision=revision, token=token)
     held = [name for name in names if name in HIERARCHY_FILES]
     if not held and (others := sorted(set(names) - set(_OF_ANY_REPO))):
         raise ValueError(
             f"{_WHAT} must be pushed to a new repository or onto another hierarchy, got '{repo_id}' with "
             f"{others[:8]}. Choose another `repo_id`."
         )
-    old = _read_from_hub(repo_id, info.sha, token)[0].teachers if held else ()
+    old = _read_from_hub(repo_id, commit, token)[0].teachers if held else ()
     if (lost := [teacher.name for teacher in old if teacher.name not in hierarchy.names]) and not replace:
         raise ValueError(
             f"{_WHAT} must hold every teacher that the one in '{repo_id}' holds, got none called {lost}. Add them, or "
@@ -290,7 +278,7 @@ def _check_repo(
         for name in names
         if name.rpartition("/")[0] in inner and any(fnmatch.fnmatch(name.split("/")[1], p) for p in _TEACHER_FILES)
     ]
-    return [*stale, *(name for name in held if name != HIERARCHY_FILES[0])], str(info.sha)
+    return [*stale, *(name for name in held if name != HIERARCHY_FILES[0])], commit
 
 
 def _files_of(source: ModelSource) -> dict[str, Path | bytes]:
@@ -312,13 +300,19 @@ def _files_of(source: ModelSource) -> dict[str, Path | bytes]:
     return files
 
 
-def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool, writes: bool) -> Teacher:
+def _kind(teacher: Teacher, source: ModelSource, hierarchy: TeacherHierarchy) -> str:
+    # Who writes is a language model, of whatever kind its files are.
+    is_open = teacher.kind == "auto" and bool(hierarchy.labels)
+    return find_kind(source, teacher.model) if is_open else teacher.kind
+
+
+def _write(teacher: Teacher, source: ModelSource | None, is_inner: bool, hierarchy: TeacherHierarchy) -> Teacher:
     """A teacher as the hierarchy file of the repository names it."""
     if source is None:
         return teacher
     if is_inner:
-        kind = find_kind(source, teacher.model) if teacher.kind == "auto" and not writes else teacher.kind
         # The kind as found: who loads it need not have the files to find it by.
+        kind = _kind(teacher, source, hierarchy)
         return dataclasses.replace(teacher, model=teacher.name, kind=kind, revision=None, subfolder=None)
     # Kept, for a kind may be told by it.
     prefix = "hf-hub:" if teacher.model.startswith("hf-hub:") else ""
@@ -334,17 +328,14 @@ def _card_facts(
 ) -> dict[str, Any]:
     teachers = []
     for teacher in hierarchy.teachers:
-        record = {key: getattr(teacher, key) for key in ("name", "level", "scope", "domains", "kind")}
-        record |= {"label_texts": teacher.label_texts, "template": (teacher.options or {}).get("template")}
+        record = {key: getattr(teacher, key) for key in ("name", "level", "scope", "domains", "kind", "label_texts")}
+        record["template"] = (teacher.options or {}).get("template")
         record["accuracy"] = (facts.get("accuracy") or {}).get(teacher.name)
-        source = found.get(teacher.name)
-        if source is not None:
-            is_open = teacher.kind == "auto" and bool(hierarchy.labels)  # who writes is a language model
-            kind = find_kind(source, teacher.model) if is_open else teacher.kind
-            record["kind"] = "adapter" if source.is_adapter else kind
+        if (source := found.get(teacher.name)) is not None:
+            record["kind"] = "adapter" if source.is_adapter else _kind(teacher, source, hierarchy)
             record["subfolder"] = teacher.name if teacher.name in inner else teacher.subfolder
-        if source is not None and teacher.name not in inner:
-            record |= {"model": source.repo, "revision": source.revision, "commit": source.commit}
+            if teacher.name not in inner:
+                record |= {"model": source.repo, "revision": source.revision, "commit": source.commit}
         teachers.append(record)
     # Named where all are alike: a card has one task.
     modalities = {_modality(source) for source in found.values()} if hierarchy.labels else set()
@@ -361,17 +352,10 @@ def _card_facts(
 def _modality(source: ModelSource) -> str | None:
     """What a model reads, where its configuration tells."""
     config = (source.base or source).config
-    feature = config.get("feature")
+    feature, classes = config.get("feature"), str(config.get("architectures"))
+    read = feature.get("kind") if isinstance(feature, Mapping) else None
     # A configuration of timm names an architecture, and timm has models of images only.
-    if (
-        "architecture" in config
-        or "vision_config" in config
-        or (isinstance(feature, Mapping) and feature.get("kind") == "pixels")
-    ):
+    is_image = read == "pixels" or "architecture" in config or "vision_config" in config
+    if is_image or read != "text" and "ForImageClassification" in classes:
         return "image"
-    if isinstance(feature, Mapping) and feature.get("kind") == "text":
-        return "text"
-    for task, modality in (("ForImageClassification", "image"), ("ForSequenceClassification", "text")):
-        if any(task in str(name) for name in config.get("architectures") or ()):
-            return modality
-    return None
+    return "text" if read == "text" or "ForSequenceClassification" in classes else None

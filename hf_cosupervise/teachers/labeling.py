@@ -29,18 +29,12 @@ from ..pool.top_k import default_pool_k
 from ..processes import Processes, join_processes
 from .finishing import finish
 from .forms import Form, PseudolabelForm
-from .kinds.base import TeacherModel, check_teacher_model, default_device
+from .kinds.base import TeacherModel, check_teacher_model, choose_device
 from .kinds.loading import identify_teacher
 from .naming import check_meant
 from .progress import Progress
 from .rows import check_columns, find_ids, pool_inputs, undeclared_truth
-from .running import (
-    PRECISIONS,
-    ROWS_AT_ONCE,
-    Job,
-    group_teachers,
-    label_group,
-)
+from .running import PRECISIONS, ROWS_AT_ONCE, Job, group_teachers, label_group
 
 logger = logging.getLogger(__name__)
 ON_ERROR = ("raise", "missing")
@@ -170,30 +164,23 @@ def ask_teachers(
     input_column: str | Sequence[str] | None,
     oracle_column: str | None,
     oracle_domain_column: str | None,
-    batch_size: int,
     output_dir: str | os.PathLike[str] | None,
     device: str | torch.device | None,
     keep_inputs: bool,
-    disable_tqdm: bool,
     models: Mapping[str, TeacherModel] | None,
-    precision: str,
-    num_workers: int,
-    on_error: str,
     reuse: TeacherPool | None,
     source: Mapping[str, str] | None,
+    **options: Any,
 ) -> Any:
     """Ask every teacher about every row, whatever form their answers have, and make a pool of it."""
     named = name_columns(input_column)
-    for name, column in (
-        ("input_column", named),
-        ("oracle_column", oracle_column),
-        ("oracle_domain_column", oracle_domain_column),
-    ):
-        check_column_name(column, name)
+    check_column_name(named, "input_column")
+    check_column_name(oracle_column, "oracle_column")
+    check_column_name(oracle_domain_column, "oracle_domain_column")
     if not isinstance(models, Mapping | None):
         raise TypeError(f"`models` must be teacher objects by their names, got {type(models).__name__}. Make a dict.")
     hierarchy, models = _give_functions(hierarchy, models or {})
-    _check_options(hierarchy, models, precision, num_workers, on_error)
+    _check_options(hierarchy, models, **options)
     if isinstance(dataset, Dataset | IterableDataset):
         check_meant(hierarchy, dataset.column_names or ())
     processes = _join_processes(output_dir)
@@ -225,23 +212,16 @@ def ask_teachers(
         ids=ids,
         inputs=inputs,
         form=form,
-        batch_size=batch_size,
-        device=default_device() if device is None else torch.device(device),
-        precision=precision,
-        num_workers=num_workers,
-        on_error=on_error,
-        disable_tqdm=disable_tqdm,
+        device=choose_device(device),
         processes=processes,
         output_dir=None if output_dir is None else Path(output_dir),
         reuse=reuse,
         reused=reused,
         source=source,
         commits={name: identity.get("commit") for name, identity in identities.items()},
+        **options,
     )
     return _run(job, identities, sizes)
-
-
-# ── the dataset ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_arguments(
@@ -271,6 +251,7 @@ def _check_options(
     precision: str,
     num_workers: int,
     on_error: str,
+    **others: Any,
 ) -> None:
     if unknown := sorted(set(models) - set(hierarchy.names)):
         raise ValueError(
@@ -279,9 +260,9 @@ def _check_options(
         )
     for name, model in models.items():
         check_teacher_model(model, name)
-    for name, value, allowed in (("precision", precision, list(PRECISIONS)), ("on_error", on_error, list(ON_ERROR))):
+    for name, value, allowed in (("precision", precision, PRECISIONS), ("on_error", on_error, ON_ERROR)):
         if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of them.")
+            raise ValueError(f"`{name}` must be one of {[*allowed]}, got {value!r}. Choose one of them.")
     if num_workers < 0:
         raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
 
@@ -308,9 +289,6 @@ def _give_functions(
     return TeacherHierarchy(hierarchy.labels, teachers), left
 
 
-# ── processes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def _join_processes(output_dir: str | os.PathLike[str] | None) -> Processes:
     """Find the processes that label together."""
     # By the environment: one process alone needs no group, and must not wait for one.
@@ -332,14 +310,12 @@ def _identify(
     hierarchy: TeacherHierarchy, models: Mapping[str, TeacherModel]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """What is known of each teacher before it is loaded, and its size in bytes."""
-    found = {
-        teacher.name: identify_teacher(teacher, writes=not hierarchy.labels)
-        for teacher in hierarchy.teachers
-        if teacher.name not in models
-    }
-    identities = {name: identity for name, (identity, _) in found.items()}
-    sizes = {name: size for name, (_, size) in found.items()}
-    return identities | {name: dict(model.facts) for name, model in models.items()}, sizes
+    identities, sizes = {name: dict(model.facts) for name, model in models.items()}, {}
+    for teacher in hierarchy.teachers:
+        if teacher.name not in models:
+            found = identify_teacher(teacher, writes=not hierarchy.labels)
+            identities[teacher.name], sizes[teacher.name] = found
+    return identities, sizes
 
 
 def _find_reused(
@@ -353,18 +329,19 @@ def _find_reused(
         )
     # By name first, for a teacher under another name may be meant to be another one.
     held = {teacher.name: teacher for teacher in reuse.hierarchy.teachers}
-    names = set()
-    for teacher in hierarchy.teachers:
-        identity, facts = identities[teacher.name], reuse.facts.get(teacher.name, {})
-        # What an older pool does not tell is taken for the same.
-        differs = [key for key, value in identity.items() if facts.get(key, value) != value]
-        if teacher.name in held and not differs and _is_same(teacher, held[teacher.name], identity, facts):
-            names.add(teacher.name)
-    return frozenset(names)
+    return frozenset(
+        teacher.name
+        for teacher in hierarchy.teachers
+        if teacher.name in held
+        and _is_same(teacher, held[teacher.name], identities[teacher.name], reuse.facts.get(teacher.name, {}))
+    )
 
 
 def _is_same(one: Teacher, other: Teacher, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
     """Whether two teachers differ at most in their level, and in names of the same weights."""
+    # What an older pool does not tell is taken for the same.
+    if any(facts.get(key, value) != value for key, value in identity.items()):
+        return False
     known = [key for key in ("commit", "weights") if identity.get(key) is not None and identity[key] == facts.get(key)]
     if "commit" in known:  # a branch and its commit
         one, other = replace(one, revision=None), replace(other, revision=None)

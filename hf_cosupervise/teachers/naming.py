@@ -13,6 +13,7 @@ from datasets import Dataset
 from ..data.columns import shorten
 from ..hierarchy import Teacher, TeacherHierarchy
 from ..hub.client import has_file, hub_errors, is_folder
+from ..models.files import read_labels
 from .hub import HIERARCHY_FILES, load_hierarchy
 from .kinds.loading import find_source
 from .running import read_names
@@ -141,13 +142,11 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
     described = config.get("pretrained_cfg")
     names = config.get("id2label") or config.get("label_names")
     names = names or (described.get("label_names") if isinstance(described, Mapping) else None)
-    if isinstance(names, Mapping):
-        # By number: as texts, 10 would come before 2.
-        names = [names[key] for key in sorted(names, key=lambda key: (len(str(key)), str(key)))]
-    if not isinstance(names, list) or not names or all(str(name).startswith("LABEL_") for name in names):
+    names = read_labels(names, f"Teacher '{teacher.name}'", "id2label") if names else []
+    if all(name.startswith("LABEL_") for name in names):
         raise ValueError(
-            f"Teacher '{teacher.name}' must tell the names of its labels, got {shorten(names or [], 8)} in its "
+            f"Teacher '{teacher.name}' must tell the names of its labels, got {shorten(names, 8)} in its "
             "'config.json'. Give the task's labels by `labels`, or name them there as `label_names`."
         )
-    led_to = [(teacher.label_map or {}).get(str(name), str(name)) for name in names]
+    led_to = [(teacher.label_map or {}).get(name, name) for name in names]
     return list(dict.fromkeys(label for to in led_to if to for label in ((to,) if isinstance(to, str) else to)))

@@ -51,14 +51,20 @@ class Progress:
     def open(self, plan: Mapping[str, Any]) -> None:
         """Begin the work, or go on with it: one process of one run holds the folder."""
         open_work_folder(self.folder)
-        self._acquire()
+        try:
+            self._lock = take_lock(self.folder / _LOCK)
+        except Timeout as error:
+            raise RuntimeError(
+                f"'{self.folder}' must be worked on by one run at a time, got another run that is at it. Wait until "
+                "it has ended, or stop it; this one can then go on from there."
+            ) from error
         # After the lock: a second run must not delete what the first one is writing.
         shutil.rmtree(self.scratch, ignore_errors=True)
         if (self.folder / _PLAN).is_file():
             # Through JSON, as the noted one went: tuples would differ from lists.
             self._check_same(self._read_plan()["plan"], json.loads(json.dumps(plan)))
         else:
-            self._write_plan({"plan": plan, "facts": {}})
+            write_json(self.folder / _PLAN, {"plan": plan, "facts": {}})
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -84,7 +90,7 @@ class Progress:
             known = content["facts"].setdefault(name, {})
             self._check_same({name: known}, {name: {key: new.get(key, value) for key, value in known.items()}})
             known.update(new)
-        self._write_plan(content)
+        write_json(self.folder / _PLAN, content)
 
     def start_part(self, name: str) -> Part:
         """Open new files to append a teacher's labels to."""
@@ -147,14 +153,14 @@ class Progress:
         for name in names:
             shutil.rmtree(self.folder / _PARTS / name, ignore_errors=True)
             content["facts"].pop(name, None)
-        self._write_plan(content)
+        write_json(self.folder / _PLAN, content)
 
     def _parse(self, line: bytes, data: BinaryIO) -> Segment | None:
         """The segment that a line tells of, if its bytes are whole."""
         # The checksum stands last, over the line before it and the bytes that it tells of.
         head, _, checksum = line.rpartition(b" ")
         try:
-            numbers, rows, reason, dropped = head.split()[:-3], *head.split()[-3:]
+            *numbers, rows, reason, dropped = head.split()
             offset, size, start, stop, num_answered, num_failed = map(int, numbers)
             failed_rows = tuple(int(row) for row in rows.split(b",") if row != b"-")
             expected, mass = int(checksum), float(dropped)
@@ -171,16 +177,6 @@ class Progress:
             return None
         why = unquote(reason.decode()).removeprefix("-")
         return Segment(Path(data.name), offset, size, start, stop, num_answered, num_failed, failed_rows, mass, why)
-
-    def _acquire(self) -> None:
-        """Take the lock, or say who has it."""
-        try:
-            self._lock = take_lock(self.folder / _LOCK)
-        except Timeout as error:
-            raise RuntimeError(
-                f"'{self.folder}' must be worked on by one run at a time, got another run that is at it. Wait until "
-                "it has ended, or stop it; this one can then go on from there."
-            ) from error
 
     def _check_same(self, old: Any, new: Any) -> None:
         if found := [f"{place}: {_shorten(was)} -> {_shorten(now)}" for place, was, now in differences(old, new)]:
@@ -200,9 +196,6 @@ class Progress:
             raise ValueError(f"'{path}' must be what a run has begun, got no plan and facts. {_AFRESH}")
         return content
 
-    def _write_plan(self, content: Mapping[str, Any]) -> None:
-        write_json(self.folder / _PLAN, content)
-
 
 class Part:
     """Files that one process appends one teacher's labels to."""
@@ -216,19 +209,10 @@ class Part:
         self._journal = os.open(folder / f"{token}.journal", flags, 0o644)
         self._offset = 0
 
-    def append(
-        self,
-        start: int,
-        label_ids: np.ndarray,
-        label_probs: np.ndarray,
-        failed_rows: Sequence[int] = (),
-        dropped: float = 0.0,
-        reason: str = "",
-    ) -> None:
+    def append(self, start: int, label_ids: np.ndarray, label_probs: np.ndarray, *known: Any, **facts: Any) -> None:
         """Write a batch of pseudolabels."""
-        num_answered = int(np.count_nonzero(label_probs[:, 0]))
         data, span = label_ids.tobytes() + label_probs.tobytes(), (start, start + len(label_ids))
-        self.write(span, data, num_answered, failed_rows, dropped, reason)
+        self.write(span, data, int(np.count_nonzero(label_probs[:, 0])), *known, **facts)
 
     def write(
         self,

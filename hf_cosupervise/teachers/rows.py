@@ -79,7 +79,7 @@ def check_columns(
         found_in = dataset if input_column else dataset.remove_columns([*{*answers} & {*dataset.column_names}])
         input_column = (find_prompt_column if writes else find_input_column)(found_in, input_column)
         check_depth(dataset, input_column)
-    return Columns(input_column, oracle_column, oracle_domain_column)
+    return Columns(input_column, oracle_column, oracle_domain_column, read)
 
 
 def find_ids(dataset: Dataset, input_column: str | None) -> list[int] | list[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,19 +46,16 @@ DECODE_ERRORS = (
 )
 # How the note on a bug begins that tells whose it is.
 BLAMED = "Raised by teacher"
-T = TypeVar("T")
-
-
-# ── the dataset ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of the data plays which part."""
+    """Which column of the data plays which part, and which each teacher reads: None for the inputs."""
 
     inputs: str | None
     oracle: str | None
     oracle_domain: str | None
+    read: Mapping[str, str | None]
 
 
 def read_names(dataset: Dataset, column: str) -> list[Any]:
@@ -105,6 +102,10 @@ class Job:
         dtype = PRECISIONS[self.precision]
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
+    def is_column(self, teacher: Teacher) -> bool:
+        """Whether a teacher's answers stand in a column of the data, and in no object instead."""
+        return teacher.kind == "column" and teacher.name not in self.models
+
     @property
     def row_columns(self) -> list[str]:
         """`list[str]`: Columns of a row that a teacher may see whole: all but the ground truth."""
@@ -137,11 +138,6 @@ class Job:
         return labels + (self.inputs.data.nbytes if self.output_dir is not None and self.inputs is not None else 0)
 
 
-def is_column(teacher: Teacher) -> bool:
-    """Whether a teacher's answers stand in a column of the data."""
-    return teacher.kind == "column"
-
-
 def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str, str]]:
     """Types of columns and hashes of a few of their cells: other data are to be noticed without reading all of it."""
     if not columns:
@@ -152,35 +148,24 @@ def _sample_columns(dataset: Dataset, columns: list[str]) -> dict[str, dict[str,
     features = dataset.features  # a copy of all of them each time
     digests = {name: "".join(map(cell_digest, few.column(name).to_pylist())) for name in columns}
     return {
-        name: {
-            "type": str(features[name]),
-            "cells": hashlib.blake2b(digest.encode(), digest_size=8).hexdigest(),
-        }
+        name: {"type": str(features[name]), "cells": hashlib.blake2b(digest.encode(), digest_size=8).hexdigest()}
         for name, digest in digests.items()
     }
 
 
 def group_teachers(
     job: Job, missing: Mapping[str, list[tuple[int, int]]], sizes: Mapping[str, int]
-) -> Iterator[list[Teacher]]:
+) -> list[list[Teacher]]:
     """Teachers with work left: those that need no model, then models side by side as far as memory allows."""
     teachers = [teacher for teacher in job.hierarchy.teachers if missing.get(teacher.name)]
-    answers = [teacher for teacher in teachers if is_column(teacher) and teacher.name not in job.models]
-    if answers:
-        yield answers
-    done = {teacher.name for teacher in answers}
-    group: list[Teacher] = []
+    groups: list[list[Teacher]] = [[teacher for teacher in teachers if job.is_column(teacher)], []]
     for teacher in teachers:
-        if teacher.name in done:
-            continue
-        # What is loaded already takes no more memory, and what is not on this disk yet cannot be known.
-        size = sizes.get(teacher.name, 0)
-        if group and size + sum(sizes.get(other.name, 0) for other in group) > _MEMORY_BUDGET:
-            yield group
-            group = []
-        group.append(teacher)
-    if group:
-        yield group
+        if not job.is_column(teacher):
+            # What is loaded already takes no more memory, and what is not on this disk yet cannot be known.
+            if sum(sizes.get(other.name, 0) for other in [*groups[-1], teacher]) > _MEMORY_BUDGET:
+                groups.append([])
+            groups[-1].append(teacher)
+    return [group for group in groups if group]
 
 
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -206,8 +191,8 @@ def label_group(
         for teacher in group
     }
     job.processes.on_first(partial(progress.add_facts, {name: model.facts for name, model in models.items()}))
-    is_cheap = all(is_column(teacher) and teacher.name not in job.models for teacher in group)
     # Without a model nothing is gained by small batches.
+    is_cheap = all(map(job.is_column, group))
     step = max(ROWS_AT_ONCE, job.batch_size) if is_cheap else job.batch_size * job.form.batches_at_once
     _label_share(job, progress, models, _cut_batches({name: missing[name] for name in models}, len(job.ids), step))
     # Else they would be held here still when CUDA is asked to give memory back.
@@ -274,8 +259,7 @@ class _Reader(TorchDataset):
         for name in self.images:
             # Decoded here, a row at a time: one broken image must not take its batch along.
             self.view = self.view.cast_column(name, Image(decode=False))
-        self.last: tuple[_Batch, dict[str, list[Any]]] | None = None
-        self.last_read: tuple[_Batch, dict[str, tuple[dict[int, Any], _Reasons]]] | None = None
+        self.last: tuple[_Batch, dict[str, tuple[dict[int, Any], _Reasons]]] | None = None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -298,7 +282,7 @@ class _Reader(TorchDataset):
         if column == ROW:
             return self._read_rows(batch)
         [name] = self._names(column)
-        cells, failed = self._read_column(name, batch)
+        cells, failed = self._decoded(batch)[name]
         if column is None:
             empty = [place for place, cell in cells.items() if cell is None]
             cells = {place: cell for place, cell in cells.items() if cell is not None}
@@ -311,38 +295,28 @@ class _Reader(TorchDataset):
         failed: _Reasons = {}
         rows: dict[int, Any] = {place: {} for place in range(batch.stop - batch.start)}
         for name in self.row_columns:
-            cells, broken = self._read_column(name, batch)
+            cells, broken = self._decoded(batch)[name]
             failed = broken | failed
             for place, cell in cells.items():
                 rows[place][name] = cell
         return {place: row for place, row in rows.items() if place not in failed}, failed
 
-    def _read_column(self, name: str, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
-        # A column may be read for itself and as a part of rows.
-        if self.last_read is None or self.last_read[0] is not batch:
-            self.last_read = (batch, {})
-        if name not in self.last_read[1]:
-            self.last_read[1][name] = self._decode_column(name, batch)
-        return self.last_read[1][name]
+    def _decoded(self, batch: _Batch) -> dict[str, tuple[dict[int, Any], _Reasons]]:
+        """Each column of a batch: once, for one may be read for itself and as a part of rows."""
+        if self.last is None or self.last[0] is not batch:
+            table = self.view[batch.start : batch.stop]
+            self.last = (batch, {name: self._decode(name, values) for name, values in table.items()})
+        return self.last[1]
 
-    def _decode_column(self, name: str, batch: _Batch) -> tuple[dict[int, Any], _Reasons]:
-        decoder = self.images.get(name)
+    def _decode(self, name: str, values: list[Any]) -> tuple[dict[int, Any], _Reasons]:
         cells: dict[int, Any] = {}
         failed: _Reasons = {}
-        # Several columns of a batch are read one after another, and the table is asked once.
-        if self.last is None or self.last[0] is not batch:
-            self.last = (batch, self.view[batch.start : batch.stop])
-        for place, cell in enumerate(_as_names(self.last[1][name], self.features[name])):
-            if decoder is None or cell is None:
-                cells[place] = cell
-            else:
-                try:
-                    cells[place] = decode_image(cell, decoder)
-                except DECODE_ERRORS as error:
-                    failed[place] = (
-                        f"Column '{name}' must hold images that can be read, got {tell_error(error)}",
-                        None,
-                    )
+        for place, cell in enumerate(_as_names(values, self.features[name])):
+            try:
+                is_encoded = name in self.images and cell is not None
+                cells[place] = decode_image(cell, self.images[name]) if is_encoded else cell
+            except DECODE_ERRORS as error:
+                failed[place] = f"Column '{name}' must hold images that can be read, got {tell_error(error)}", None
         return cells, failed
 
     def _names(self, column: str | None) -> list[str]:
@@ -362,7 +336,7 @@ def _load_batches(job: Job, reader: _Reader) -> DataLoader:
     )
 
 
-def _as_it_is(batch: T) -> T:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -370,65 +344,54 @@ def _answer(
     job: Job, reader: _Reader, batch: _Batch, name: str, model: TeacherModel, failed: _Reasons, inputs: Any
 ) -> tuple[np.ndarray, _Reasons]:
     """A teacher's answers to a batch, one for each row and nothing where it failed, and why it did."""
-    count, reasons = batch.stop - batch.start, dict(failed)
-    rows = np.setdiff1d(np.arange(count), list(failed))
+    said, reasons = job.form.nothing(batch.stop - batch.start), dict(failed)
+    rows = np.setdiff1d(np.arange(len(said)), list(failed))
     if inputs is not None:
-        answers, errors = _ask(job, name, model, inputs, len(rows))
-        reasons |= {int(rows[place]): (str(error), error) for place, error in errors.items()}
+        _ask(job, name, model, inputs, rows, said, reasons)
     else:
         cells = [cell for place, cell in reader.read(model.column, batch)[0].items() if place not in failed]
-        each = _ask_parts(job, name, model, cells)
-        broken = {row: error for row, error in zip(rows.tolist(), each) if isinstance(error, RowError)}
-        reasons |= {
-            row: (f"Teacher '{name}' must be able to read every row, got: {str(error).rstrip('.')}", error)
-            for row, error in broken.items()
-        }
-        rows = np.setdiff1d(rows, list(broken))
-        answers = job.form.nothing(len(rows))
-        for place, answer in enumerate(answer for answer in each if not isinstance(answer, RowError)):
-            answers[place] = answer
-    if len(rows) and (wrong := job.form.find_wrong(name, answers)):
-        reasons |= {int(rows[place]): (what, None) for place, what in wrong.items()}
-        answers = answers.copy()
-        answers[list(wrong)] = job.form.nothing(len(wrong))
-    if len(rows) == count:
-        return answers, reasons
-    said = job.form.nothing(count)
-    if len(rows):
-        said[rows] = answers
+        _ask_parts(job, name, model, cells, rows, said, reasons)
+    if wrong := job.form.find_wrong(name, said):
+        reasons |= {place: (what, None) for place, what in wrong.items()}
+        said[list(wrong)] = job.form.nothing(len(wrong))
     return said, reasons
 
 
 def _ask(
-    job: Job, name: str, model: TeacherModel, inputs: Any, num_rows: int
-) -> tuple[np.ndarray, dict[int, RowError]]:
-    """A model's answers, and of some kinds why rows have none."""
-    with _told(name, num_rows), job.autocast():
-        answers = model(inputs)
-        said = np.asarray(answers.probs if isinstance(answers, Answers) else answers, dtype=job.form.dtype)
-    if said.shape != (shape := job.form.nothing(num_rows).shape):
-        raise ValueError(
-            f"Teacher '{name}' must give {job.form.what} of shape {shape}, got {said.shape}. Correct its `__call__`."
-        )
-    return said, answers.errors if isinstance(answers, Answers) else {}
+    job: Job, name: str, model: TeacherModel, inputs: Any, rows: np.ndarray, said: np.ndarray, reasons: _Reasons
+) -> None:
+    """Put a model's answers into their rows, and of some kinds why rows have none."""
+    with _told(name, len(rows)), job.autocast():
+        given = model(inputs)
+        answers = np.asarray(given.probs if isinstance(given, Answers) else given, dtype=job.form.dtype)
+    if answers.shape != (shape := (len(rows), *said.shape[1:])):
+        found = f"{job.form.what} of shape {shape}, got {answers.shape}"
+        raise ValueError(f"Teacher '{name}' must give {found}. Correct its `__call__`.")
+    said[rows] = answers
+    if isinstance(given, Answers):
+        reasons |= {int(rows[place]): (str(error), error) for place, error in given.errors.items()}
 
 
-def _ask_parts(job: Job, name: str, model: TeacherModel, cells: list[Any]) -> list[Any]:
-    """An answer or an error for each cell: what cannot be prepared is halved until the rows at fault are alone."""
+def _ask_parts(
+    job: Job, name: str, model: TeacherModel, cells: list[Any], rows: np.ndarray, said: np.ndarray, reasons: _Reasons
+) -> None:
+    """Do as [`_ask`] does: what cannot be prepared is halved until the rows at fault are alone."""
     if not cells:
-        return []
+        return
     try:
         with _told(name, len(cells)):
             inputs = model.prepare(cells)
     except RowError as error:
         if len(cells) == 1:
-            return [error]
+            what = f"Teacher '{name}' must be able to read every row, got: {str(error).rstrip('.')}"
+            reasons[int(rows[0])] = what, error
+            return
     else:
-        said, errors = _ask(job, name, model, inputs, len(cells))
-        return [errors.get(place, answer) for place, answer in enumerate(said)]
+        return _ask(job, name, model, inputs, rows, said, reasons)
     # One row at fault costs about 2 log2 of the batch in calls, not one call per row.
     half = len(cells) // 2
-    return _ask_parts(job, name, model, cells[:half]) + _ask_parts(job, name, model, cells[half:])
+    for part in (slice(0, half), slice(half, None)):
+        _ask_parts(job, name, model, cells[part], rows[part], said, reasons)
 
 
 class _told(AbstractContextManager[None]):  # noqa: N801
@@ -452,7 +415,7 @@ class _told(AbstractContextManager[None]):  # noqa: N801
 def tell_unmatched(job: Job, name: str) -> str:
     """List what a column of answers holds that is no answer: its rows are too many to be looked through one by one."""
     teacher = job.hierarchy.teachers[job.hierarchy.index(name)]
-    if not is_column(teacher) or name in job.models or not job.hierarchy.labels:
+    if not job.is_column(teacher) or not job.hierarchy.labels:
         return ""
     cells = read_names(job.dataset, teacher.model)
     table = ColumnTeacher(teacher, job.hierarchy.labels).tell_unmatched(cells)

@@ -520,8 +520,8 @@ def test_a_card_that_cannot_be_read_is_left_alone(tmp_path):
     for content, message in [
         (
             "é".encode("latin-1"),
-            f"'{path}' must be a card to merge into, got: text that is not UTF-8 (unexpected end of data). Correct or "
-            "delete it.",
+            f"'{path}' must be a card to merge into, got: 'utf-8' codec can't decode byte 0xe9 in position 0: "
+            "unexpected end of data. Correct or delete it.",
         ),
         (b"---\na: [\n---\n", "A card's YAML header must be"),
     ]:

@@ -254,7 +254,7 @@ def test_what_the_hub_says_is_passed_on(hub):
 )
 def test_a_card_that_cannot_be_read_names_its_repository(hub, card):
     hub.create("someone/thing", {"README.md": card})
-    with pytest.raises(ValueError, match="The card that is in 'someone/thing' must be text with a YAML header"):
+    with pytest.raises(ValueError, match="The card of 'someone/thing' must be a card to merge into, got"):
         publish_files({"README.md": b"---\ntags:\n- ours\n---\n\n# Ours\n"})
     assert hub.files("someone/thing")["README.md"] == card
 

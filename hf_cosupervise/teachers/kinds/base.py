@@ -16,6 +16,7 @@ import torch
 from ...data.columns import shorten
 from ...data.inputs import RowError, channels_last
 from ...hierarchy import Teacher
+from ...models.files import read_labels
 from ...models.source import ModelSource, explained
 
 # Instead of a column, for teachers that read whole rows but for the ground truth; no column can be called so.
@@ -39,11 +40,9 @@ class TeacherModel(Protocol):
 
     def prepare(self, cells: Sequence[Any]) -> Any:
         """Turn cells into what the model reads."""
-        ...
 
     def __call__(self, inputs: Any) -> np.ndarray | Answers:
         """Label a batch."""
-        ...
 
 
 def check_teacher_model(model: Any, name: str) -> None:
@@ -85,10 +84,6 @@ class Kind:
     options: Mapping[str, Any] = field(default_factory=dict)
     reads_label_texts: bool = False
     column: Callable[[Teacher], str | None] = lambda teacher: None
-
-
-class WrongColumnError(TypeError):
-    """Texts were given to a model of images, or the other way round: no row is at fault, the column is."""
 
 
 # ── where a teacher is and what it is ───────────────────────────────────────────────────────────────────────────────
@@ -138,11 +133,11 @@ class TeacherSource:
         return {"asked": fingerprint(asked)} if asked else {}
 
 
-def default_device() -> torch.device:
-    """Give the GPU of this process, if there is one."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Give the device that is asked for, else the GPU of this process, if there is one."""
+    if device is None and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device(device or "cpu")
 
 
 # ── texts of labels, and options ────────────────────────────────────────────────────────────────────────────────────
@@ -237,14 +232,9 @@ def label_positions(teacher: Teacher, own_labels: Sequence[str], labels: Sequenc
             f"Teacher '{teacher.name}' must have a label of the task {shorten(labels)}, got a `label_map` that leaves "
             "out all of them. Map one, or leave the teacher out."
         )
-    return LabelPositions(
-        own=np.array([own for own, _, _ in pairs]),
-        to=np.array([to for _, to, _ in pairs]),
-        shares=np.array([share for _, _, share in pairs], dtype=np.float32),
-        outside=np.array([own for own, found in enumerate(targets) if not found], dtype=np.int64),
-        num_own=len(own_labels),
-        max_outside_mass=teacher.max_outside_mass,
-    )
+    own, to, shares = map(np.array, zip(*pairs))
+    outside = np.array([place for place, found in enumerate(targets) if not found], dtype=np.int64)
+    return LabelPositions(own, to, shares.astype(np.float32), outside, len(own_labels), teacher.max_outside_mass)
 
 
 def find_targets(teacher: Teacher, own_labels: Sequence[str], labels: Sequence[str]) -> list[tuple[int, ...] | None]:
@@ -279,9 +269,26 @@ def _refuse_unmapped(teacher: Teacher, unmapped: Sequence[str], labels: Sequence
     )
 
 
+def head_labels(teacher: Teacher, config: Any) -> list[str]:
+    """Names of the labels that a classifier of transformers chooses one of."""
+    if config.problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"Teacher '{teacher.name}' must choose one label per example, got `problem_type` '{config.problem_type}'. "
+            "Use a single-label classifier."
+        )
+    own_labels = read_labels(config.id2label, f"Teacher '{teacher.name}'", "id2label")
+    check_names(teacher, own_labels, config.label2id)
+    return own_labels
+
+
 def check_names(teacher: Teacher, own_labels: Sequence[str], label2id: Any = None) -> None:
-    """Refuse names that leave open which output of a head they mean."""
+    """Refuse a head that does not classify, and names that leave open which of its outputs they mean."""
     what = f"Teacher '{teacher.name}'"
+    if len(own_labels) < 2:
+        raise ValueError(
+            f"{what} must give a probability for each of at least two labels, got {len(own_labels)} (a regression "
+            "head). Use a classifier."
+        )
     twice = sorted({label for label in own_labels if own_labels.count(label) > 1} - set(teacher.label_map or {}))
     if twice:
         raise ValueError(
@@ -337,15 +344,6 @@ def leave_out(probs: np.ndarray, outside: np.ndarray, max_outside_mass: float | 
     return np.where(is_out[:, None], 0, probs * factor[:, None]).astype(np.float32)
 
 
-def check_head(name: str, own_labels: Sequence[str]) -> None:
-    """Refuse a head that does not classify."""
-    if len(own_labels) < 2:
-        raise ValueError(
-            f"Teacher '{name}' must give a probability for each of at least two labels, got {len(own_labels)} (a "
-            "regression head). Use a classifier."
-        )
-
-
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -362,11 +360,11 @@ class Preparation:
     make: Callable[[Sequence[Any]], Any]
 
     def __call__(self, cells: Sequence[Any]) -> Any:
-        # Of the first alone: all cells of a column are of one kind.
+        # Of the first alone: all cells of a column are of one kind, so that no row is at fault but the column is.
         if cells and isinstance(cells[0], str) != self.is_text:
             wanted = "texts" if self.is_text else "images or vectors"
             pairs = ", and make pairs of texts one text each" if self.is_text and isinstance(cells[0], list) else ""
-            raise WrongColumnError(
+            raise TypeError(
                 f"Teacher '{self.name}' must be given {wanted}, got {type(cells[0]).__name__}. Name the right column "
                 f"with `input_column`{pairs}."
             )

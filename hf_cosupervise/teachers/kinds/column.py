@@ -23,96 +23,63 @@ _NUM_TOLD, _NUM_LETTERS = 10, 60
 _words = partial(fold_answer, blanks="PZC")
 
 
-class ColumnTeacher:
-    """Answers that are in a column already: of people, of a language model, of an older system."""
+class AnswerReader:
+    """Read an answer however it is put: as a name, an id, probabilities or votes, these by place or by name."""
 
-    def __init__(self, teacher: Teacher, labels: Sequence[str]) -> None:
-        self.teacher, self.labels = teacher, tuple(labels)
-        self.column: str | None = teacher.model
+    def __init__(self, teacher: Teacher, labels: Sequence[str], what: str) -> None:
+        self.teacher, self.labels, self.what = teacher, tuple(labels), what
         self.find = _answer_finder(teacher, self.labels)
-        nothing = dict.fromkeys(("revision", "commit", "preprocessing"))
-        self.facts: dict[str, Any] = {"kind": "column", "class": "column", **nothing}
 
-    def prepare(self, cells: Sequence[Any]) -> list[int | np.ndarray]:
-        """Read each cell as a label id, -1 for none, or as probabilities."""
-        return [self._read(cell) for cell in cells]
-
-    def __call__(self, inputs: Sequence[int | np.ndarray]) -> np.ndarray:
-        probs = np.zeros((len(inputs), len(self.labels)), dtype=np.float32)
-        for row, answer in enumerate(inputs):
-            if isinstance(answer, np.ndarray):
-                probs[row] = answer
-            elif answer >= 0:
-                probs[row, answer] = 1.0
-        return probs
-
-    def tell_unmatched(self, cells: Iterable[Any]) -> str:
-        """List what cannot be read as an answer, with how often it is there, the most frequent first."""
-        unread: Counter[str] = Counter()
-        for cell in cells:
-            try:
-                self._read(cell)
-            except RowError:
-                text = repr(cell)
-                unread[text if len(text) <= _NUM_LETTERS else f"{text[:_NUM_LETTERS]}…"] += 1
-        table = ", ".join(f"{text} × {count}" for text, count in unread.most_common(_NUM_TOLD))
-        return f"{table}, and {len(unread) - _NUM_TOLD} others" if len(unread) > _NUM_TOLD else table
-
-    def _read(self, cell: Any) -> int | np.ndarray:
-        if isinstance(cell, Mapping):
-            return self._read_counts(cell)
-        if isinstance(cell, list | tuple | np.ndarray):
-            return self._read_vector(cell)
-        places = self._places(cell)
-        if places is None:
-            raise self._bad(cell)
-        if len(places) <= 1:
-            return places[0] if places else -1
-        shared = np.zeros(len(self.labels), dtype=np.float32)
-        shared[list(places)] = 1 / len(places)
-        return shared
-
-    def _places(self, value: Any) -> tuple[int, ...] | None:
-        """Label ids that an answer names, nothing for no answer, `None` for what is none."""
-        value = as_label_id(value)
-        if value is None or isinstance(value, str) and not value.strip():
-            return ()
-        if isinstance(value, str):
-            if (found := self.find(value)) is not None:
-                return found
-            # Names first: a task may call its labels "1" and "2".
-            if not (number := _NUMBER.fullmatch(value.strip())):
-                return () if self.teacher.max_outside_mass is not None else None
-            value = int(number[1])
-        if isinstance(value, int) and not isinstance(value, bool):
-            if value in NO_LABEL:
-                return ()
-            if 0 <= value < len(self.labels):
-                return (value,)
-        return None
-
-    def _read_vector(self, value: Sequence[Any] | np.ndarray) -> np.ndarray:
-        if len(value) == 0 or all(item is None for item in value):
-            return np.zeros(len(self.labels), dtype=np.float32)
+    def read(self, value: Any) -> np.ndarray:
+        """Give probabilities float32 `(num_labels,)`, all zeros for no answer."""
+        value = as_label_id(value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value)
+        if isinstance(value, Mapping):
+            return self._read_counts(value)
+        probs = np.zeros(len(self.labels), dtype=np.float32)
+        if value is None or isinstance(value, str | Real):
+            if places := self._places(value, of=value):
+                probs[list(places)] = 1 / len(places)
+            return probs
+        if isinstance(value, list | tuple) and all(item is None for item in value):
+            return probs
         try:
             vector = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise self._bad(value) from error
-        if vector.shape != (len(self.labels),):
-            raise self._bad(value)
+            raise self.bad(value) from error
+        if vector.shape != probs.shape:
+            raise self.bad(value)
         return self._as_probs(vector, value)
+
+    def _places(self, name: Any, of: Any) -> tuple[int, ...]:
+        """Label ids that an answer, or a name in it, stands for; none for no answer."""
+        if name is None or isinstance(name, str) and not name.strip():
+            return ()
+        if isinstance(name, str):
+            if (found := self.find(name)) is not None:
+                return found
+            # Names first: a task may call its labels "1" and "2".
+            if number := _NUMBER.fullmatch(name.strip()):
+                name = int(number[1])
+            elif self.teacher.max_outside_mass is not None:
+                return ()
+        if isinstance(name, int) and not isinstance(name, bool):
+            if name in NO_LABEL:
+                return ()
+            if 0 <= name < len(self.labels):
+                return (name,)
+        raise self.bad(of)
 
     def _read_counts(self, value: Mapping[Any, Any]) -> np.ndarray:
         """Read votes or probabilities by name; a table has all names in every row, with None where a row lacks one."""
         inside, outside = np.zeros(len(self.labels)), 0.0
         for name, number in value.items():
             number = as_label_id(number)
-            if number is None or number == 0:
+            is_number = isinstance(number, Real | None) and not isinstance(number, bool)
+            if not is_number or not isinstance(name, str):
+                raise self.bad(value)
+            if not number:
                 continue
-            places = self._places(name)
-            if places is None or isinstance(number, bool) or not isinstance(number, Real):
-                raise self._bad(value)
-            if places:
+            if places := self._places(name, of=value):
                 inside[list(places)] += float(number) / len(places)
             else:
                 outside += float(number)
@@ -128,15 +95,45 @@ class ColumnTeacher:
         # As they stand in the cell: the counts of a label that is mapped to several are halves and thirds here.
         numbers = value.values() if isinstance(value, Mapping) else value
         if not is_valid or not all(isinstance(as_label_id(number), int | None) for number in numbers):
-            raise self._bad(value)
+            raise self.bad(value)
         return (vector / total).astype(np.float32)
 
-    def _bad(self, value: Any) -> RowError:
+    def bad(self, value: Any) -> RowError:
+        """The error of what is no answer."""
         return RowError(
-            f"Answers in column '{self.teacher.model}' must be label names of the task ({shorten(self.labels)}; "
-            f"others by `label_map`), ids 0..{len(self.labels) - 1}, {len(self.labels)} probabilities or vote counts, "
-            f"these by name too, or None, NaN, '', -1 or -100 for no answer; got {value!r}"
+            f"{self.what} of the task ({shorten(self.labels)}; others by `label_map`), ids 0..{len(self.labels) - 1}, "
+            f"{len(self.labels)} probabilities or vote counts, these by name too, or None, '', NaN, -1 or -100 for no "
+            f"answer; got {value!r}"
         )
+
+
+class ColumnTeacher(AnswerReader):
+    """Answers that are in a column already: of people, of a language model, of an older system."""
+
+    def __init__(self, teacher: Teacher, labels: Sequence[str]) -> None:
+        super().__init__(teacher, labels, f"Answers in column '{teacher.model}' must be label names")
+        self.column: str | None = teacher.model
+        nothing = dict.fromkeys(("revision", "commit", "preprocessing"))
+        self.facts: dict[str, Any] = {"kind": "column", "class": "column", **nothing}
+
+    def prepare(self, cells: Sequence[Any]) -> np.ndarray:
+        """Read each cell."""
+        return np.stack([self.read(cell) for cell in cells])
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        return inputs
+
+    def tell_unmatched(self, cells: Iterable[Any]) -> str:
+        """List what cannot be read as an answer, with how often it is there, the most frequent first."""
+        unread: Counter[str] = Counter()
+        for cell in cells:
+            try:
+                self.read(cell)
+            except RowError:
+                text = repr(cell)
+                unread[text if len(text) <= _NUM_LETTERS else f"{text[:_NUM_LETTERS]}…"] += 1
+        table = ", ".join(f"{text} × {count}" for text, count in unread.most_common(_NUM_TOLD))
+        return f"{table}, and {len(unread) - _NUM_TOLD} others" if len(unread) > _NUM_TOLD else table
 
 
 def _answer_finder(teacher: Teacher, labels: Sequence[str]) -> Callable[[str], tuple[int, ...] | None]:

@@ -10,16 +10,15 @@ import torch
 
 from ...hierarchy import TEACHER_KINDS, Teacher
 from ...models.source import ModelSource, find_model
-from .base import Kind, TeacherModel, TeacherSource, default_device, read_options
+from .base import Kind, TeacherModel, TeacherSource, choose_device, read_options
 
 
 def load_teacher(
     teacher: Teacher, labels: Sequence[str], device: str | torch.device | None = None, *, commit: str | None = None
 ) -> TeacherModel:
     """Load one teacher, mapped by label names onto the labels of the task; without labels, one that writes."""
-    device = torch.device(device) if device is not None else default_device()
     source, kind = find_source(teacher, commit, writes=not labels)
-    return kind.load(source, tuple(labels), device)
+    return kind.load(source, tuple(labels), choose_device(device))
 
 
 def identify_teacher(teacher: Teacher, *, writes: bool = False) -> tuple[dict[str, Any], int]:

@@ -12,15 +12,13 @@ from transformers import Pipeline
 
 from ...data.inputs import InputProcessor, check_text, to_pil
 from ...hierarchy import Teacher
-from ...models.files import read_labels
 from .base import (
     Kind,
     Preparation,
     TeacherSource,
     add_up,
-    check_head,
-    check_names,
     check_template,
+    head_labels,
     label_positions,
     label_texts,
     read_options,
@@ -62,14 +60,7 @@ class PipelineTeacher:
                     f"Teacher '{source.name}' must be a zero-shot pipeline to be told `label_texts` or a `template`, "
                     f"got one of '{task}'. Leave them out."
                 )
-            if config.problem_type not in (None, "single_label_classification"):
-                raise ValueError(
-                    f"Teacher '{source.name}' must choose one label per example, got `problem_type` "
-                    f"'{config.problem_type}'. Use a single-label classifier."
-                )
-            self.own_labels = own_names = read_labels(config.id2label, f"Teacher '{source.name}'", "id2label")
-            check_head(source.name, own_names)
-            check_names(teacher, own_names)
+            self.own_labels = own_names = head_labels(teacher, config)
             # All labels, and by softmax: a model's configuration may ask its pipeline for something else.
             self.settings = {"top_k": len(own_names), "function_to_apply": "softmax"}
             if is_text:

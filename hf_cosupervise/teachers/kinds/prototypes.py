@@ -22,7 +22,7 @@ from .base import (
     TeacherModel,
     TeacherSource,
     add_up,
-    default_device,
+    choose_device,
     directions,
     for_inference,
     label_positions,
@@ -77,9 +77,7 @@ def prototype_teacher(
         >>> models = {"dino": prototype_teacher(teacher, labels, {"cat": cats, "dog": dogs})}  # doctest: +SKIP
         >>> pool = build_pool(data, TeacherHierarchy(labels, [teacher]), models=models)  # doctest: +SKIP
     """
-    source, _ = find_source(teacher)
-    device = torch.device(device) if device is not None else default_device()
-    return PrototypeTeacher(source, tuple(labels), device, examples)
+    return PrototypeTeacher(find_source(teacher)[0], tuple(labels), choose_device(device), examples)
 
 
 class PrototypeTeacher:

@@ -11,12 +11,13 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
+from ...data.inputs import RowError, to_pil
 from ...data.vectors import VECTOR_MODEL
 from ...files import check_free, whole_folder, write_json
-from ..sklearn_features import check_num_pixels, feature_matrix, feature_settings, needs
 from .base import Kind, Preparation, TeacherSource, add_up, fingerprint, label_positions
 
 _SKLEARN_FILE = "model.skops"
+_FEATURE_KINDS = ("pixels", "values", "text")
 # Of an archive, how many times its size what is in it may have, and how many bytes in any case.
 _MOST_PACKED, _LEAST_BYTES = 100, 1 << 26
 
@@ -32,8 +33,8 @@ def save_sklearn_teacher(
     """
     skops_io = _import_skops()
     _check_predict_proba(model, f"'{folder}'")
-    settings = feature_settings(feature, f"`feature` of '{folder}'")
-    check_num_pixels(model, settings, f"`feature` of '{folder}'")
+    settings = _feature_settings(feature, f"`feature` of '{folder}'")
+    _check_num_pixels(model, settings, f"`feature` of '{folder}'")
     config: dict[str, Any] = {"library_name": "sklearn", "feature": settings}
     classes = np.asarray(model.classes_).tolist()
     if labels is not None:
@@ -62,7 +63,7 @@ class SklearnTeacher:
         skops_io = _import_skops()
         name = source.name
         declared = source.config.get("feature")
-        feature = feature_settings(declared, f"`feature` in 'config.json' of teacher '{name}'")
+        feature = _feature_settings(declared, f"`feature` in 'config.json' of teacher '{name}'")
         source.model_source.fetch()
         path = source.model_source.file(_SKLEARN_FILE)
         try:
@@ -87,14 +88,14 @@ class SklearnTeacher:
                 f"Teacher '{name}' must read the texts that it is given, got a vectoriser that opens them as names of "
                 "files. Save it with `input='content'`."
             )
-        check_num_pixels(self.model, feature, f"`feature` in 'config.json' of teacher '{name}'")
+        _check_num_pixels(self.model, feature, f"`feature` in 'config.json' of teacher '{name}'")
         # Of a student of vectors the classes are label names, among which "0" is no position.
         is_named = source.config.get("model_type") == VECTOR_MODEL
         id2label = {} if is_named else source.config.get("id2label") or {}
         classes = [str(value) for value in np.asarray(self.model.classes_).tolist()]
         own_labels = [str(id2label.get(value, value)) for value in classes]
         self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
-        matrix = partial(feature_matrix, feature=feature, model_needs=needs(self.model))
+        matrix = partial(_feature_matrix, feature=feature, model_needs=_needs(self.model))
         self.prepare = Preparation(name, feature["kind"] == "text", matrix)
         self.facts = source.facts("sklearn", type(self.model).__name__, fingerprint(feature))
 
@@ -148,6 +149,85 @@ def _check_predict_proba(model: Any, name: str) -> None:
             f"A scikit-learn teacher must be a fitted classifier with `predict_proba`, got {type(model).__name__} for "
             f"{name}. Wrap it in `CalibratedClassifierCV`, or fit it first."
         )
+
+
+# ── what a classifier reads of a row ────────────────────────────────────────────────────────────────────────────────
+
+
+def _feature_settings(feature: Any, what: str) -> dict[str, Any]:
+    """The checked declaration of how an example becomes a feature vector, with its defaults filled in."""
+    if not isinstance(feature, Mapping) or feature.get("kind") not in _FEATURE_KINDS:
+        raise ValueError(
+            f"{what} must be a mapping whose `kind` is one of {list(_FEATURE_KINDS)}, got {feature!r}. "
+            "Declare how an example becomes the classifier's feature vector, an image by 'pixels'."
+        )
+    defaults: dict[str, Any] = {"kind": feature["kind"]}
+    if feature["kind"] == "pixels":
+        defaults |= {"size": None, "mode": "L", "divide_by": 255.0}
+    if unknown := sorted(set(feature) - set(defaults)):
+        raise ValueError(
+            f"{what} of kind '{feature['kind']}' must have keys among {sorted(defaults)}, got unknown {unknown}. "
+            "Drop them."
+        )
+    settings = defaults | dict(feature)
+    # Texts and vectors are read as they are.
+    if settings["kind"] != "pixels":
+        return settings
+    size = settings["size"]
+    if size is not None and (len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size)):
+        raise ValueError(f"{what} must have a `size` of [height, width] in pixels or None, got {size!r}.")
+    # Written so that NaN is refused too.
+    if settings["mode"] not in ("L", "RGB") or not settings["divide_by"] > 0:
+        raise ValueError(
+            f"{what} must have a `mode` of 'L' or 'RGB' and a positive `divide_by`, got {settings['mode']!r} and "
+            f"{settings['divide_by']!r}."
+        )
+    return settings | {"size": None if size is None else list(size), "divide_by": float(settings["divide_by"])}
+
+
+def _check_num_pixels(model: Any, feature: Mapping[str, Any], what: str) -> None:
+    """Refuse a size or mode of images that the classifier cannot have been fitted on: no row would do."""
+    needed, _ = _needs(model)
+    if feature["kind"] != "pixels" or feature["size"] is None or needed is None:
+        return
+    height, width = feature["size"]
+    if (found := height * width * len(feature["mode"])) != needed:
+        raise ValueError(
+            f"{what} must give the {needed} numbers that the classifier was fitted on, got {found}: `size` "
+            f"{[height, width]} in `mode` '{feature['mode']}'. Name those that it was fitted with; 'RGB' is three "
+            "numbers a pixel."
+        )
+
+
+def _needs(model: Any) -> tuple[int | None, bool]:
+    """How many features a classifier was fitted on, and whether they must be finite; as far as it tells."""
+    tags = getattr(model, "__sklearn_tags__", None)  # from scikit-learn 1.6 on
+    return getattr(model, "n_features_in_", None), tags is not None and not tags().input_tags.allow_nan
+
+
+def _feature_matrix(cells: Sequence[Any], feature: Mapping[str, Any], model_needs: tuple[int | None, bool]) -> Any:
+    """What the classifier reads: `(num_rows, num_features)` float32, or the texts as they are."""
+    if feature["kind"] == "text":
+        return list(cells)
+    vectors = _read_vectors(cells, feature)
+    num_features, is_finite = model_needs
+    for vector in vectors:
+        if num_features is not None and len(vector) != num_features:
+            raise RowError(f"An input must give the {num_features} numbers of the classifier, got {len(vector)}")
+        if is_finite and not np.isfinite(vector).all():
+            raise RowError("An input must hold finite numbers, got one that is missing or infinite")
+    return np.stack(vectors)
+
+
+def _read_vectors(cells: Sequence[Any], feature: Mapping[str, Any]) -> list[np.ndarray]:
+    if feature["kind"] == "values":
+        return [np.asarray(cell, dtype=np.float32).ravel() for cell in cells]
+    images = [to_pil(cell, feature["mode"]) for cell in cells]
+    if feature["size"] is not None:
+        height, width = feature["size"]
+        # PIL names the width first; 2 is its bilinear filter.
+        images = [image if image.size == (width, height) else image.resize((width, height), 2) for image in images]
+    return [np.asarray(image, dtype=np.float32).ravel() / feature["divide_by"] for image in images]
 
 
 KIND = Kind(

@@ -28,7 +28,6 @@ from .base import (
     Preparation,
     TeacherSource,
     add_up,
-    check_head,
     check_names,
     fingerprint,
     for_inference,
@@ -50,14 +49,11 @@ class TimmTeacher:
     column: str | None = None
 
     def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
-        try:
-            import timm
-        except ImportError as error:
-            raise ImportError(f"Teacher '{source.name}' is a timm model: `pip install timm`.") from error
+        import timm
+
         name = source.name
         own_labels = _timm_labels(source)
         # Before anything large is fetched.
-        check_head(name, own_labels)
         check_names(source.teacher, own_labels)
         folder = source.model_source.fetch()
         # For its error alone: weights in several parts are none that timm writes.
@@ -125,7 +121,7 @@ def _build_timm(source: TeacherSource) -> Any:
             return timm.create_model(config["architecture"], pretrained=False, pretrained_cfg=settings, **args)
     except BUILDING_ERRORS as error:
         found = f"{config.get('architecture')!r} with `model_args` {config.get('model_args')}: {first_line(error)}"
-        raise unknown_to_timm(f"Teacher '{source.name}'", timm.__version__, found) from error
+        raise unknown_to_timm(f"Teacher '{source.name}'", found) from error
 
 
 def _timm_labels(source: TeacherSource) -> list[str]:

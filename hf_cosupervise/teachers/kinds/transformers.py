@@ -12,27 +12,9 @@ from transformers import AutoModelForSequenceClassification
 
 from ...data.inputs import InputProcessor
 from ...data.vectors import VECTOR_MODEL
-from ...models.classifier import (
-    image_class,
-    load_adapted,
-    load_processor,
-    load_whole,
-    read_config,
-    reads_text,
-)
-from ...models.files import read_labels
+from ...models.classifier import image_class, load_adapted, load_processor, load_whole, read_config, reads_text
 from ...models.source import TIMM_PREFIXES, ModelSource
-from .base import (
-    Kind,
-    Preparation,
-    TeacherSource,
-    add_up,
-    check_head,
-    check_names,
-    for_inference,
-    label_positions,
-    try_out,
-)
+from .base import Kind, Preparation, TeacherSource, add_up, for_inference, head_labels, label_positions, try_out
 
 
 class TransformersTeacher:
@@ -45,15 +27,7 @@ class TransformersTeacher:
         load = load_adapted if source.model_source.is_adapter else _load_classifier
         model, processor_folder = load(source.model_source)
         config = model.config
-        if config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"Teacher '{name}' must choose one label per example, got `problem_type` '{config.problem_type}'. "
-                "Use a single-label classifier."
-            )
-        own_labels = read_labels(config.id2label, f"Teacher '{name}'", "id2label")
-        # Before a row is read: which output is which label cannot be seen of its answers.
-        check_names(source.teacher, own_labels, config.label2id)
-        check_head(name, own_labels)
+        own_labels = head_labels(source.teacher, config)
         is_text = reads_text(config, f"Teacher '{name}'")
         processing_class = load_processor(source.model_source, processor_folder, is_text)
         self.positions, self.num_labels = label_positions(source.teacher, own_labels, labels), len(labels)
