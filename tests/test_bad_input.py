@@ -40,10 +40,9 @@ from hf_cosupervise.files import check_free
 from hf_cosupervise.method import losses as losses_module
 from hf_cosupervise.method import published_losses
 from hf_cosupervise.method.aekd import aekd_weights
-from hf_cosupervise.method.aggregation import AGGREGATORS, aggregate, dawid_skene, majority_vote, mean_logits
+from hf_cosupervise.method.aggregation import AGGREGATORS, aggregate, majority_vote, mean_logits
 from hf_cosupervise.method.assignment import (
     agreement_scores,
-    assign_by_agreement,
     assign_by_chance,
     assign_by_domain,
     assign_by_scope,
@@ -53,6 +52,7 @@ from hf_cosupervise.method.assignment import (
 )
 from hf_cosupervise.method.calibration import apply_temperature, fit_temperature
 from hf_cosupervise.method.crowdlab import crowdlab
+from hf_cosupervise.method.label_models import make_label_model
 from hf_cosupervise.method.metrics import (
     accuracy,
     deception_score,
@@ -202,6 +202,10 @@ def begun(folder: Path, plan: str) -> None:
         journal.close()
 
 
+def agree(student: torch.Tensor, teachers: torch.Tensor, rule: str = "ce_teacher_student", **given: Any) -> object:
+    return choose_lowest(agreement_scores(student, teachers, rule, **given), ALL)
+
+
 def collate(examples: list[Any], look_up: Callable | None = None) -> Any:
     return DataCollatorForCoSupervision(lambda cells: {"x": torch.zeros(len(cells))}, "text", look_up)(examples)
 
@@ -252,9 +256,9 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("a student without a label", ValueError, lambda _: assign_by_scope(tensor([0, 1, -1]), SCOPES, ALL),
      "Labels must lie in 0..2, got -1..1. Leave out examples without a label."),
     ("labels that are no integers", ValueError, lambda _: assign_by_scope(tensor([0.0, 1.0, 2.0]), SCOPES, ALL),
-     "Labels must be label ids of shape (3,), got (3,) of torch.float32. Give one integer per example."),
+     "Labels must be label ids of shape (num_examples,) for … (3,) of torch.float32. Give one integer per example."),
     ("fewer labels than examples", ValueError, lambda _: assign_by_scope(tensor([0, 1]), SCOPES, ALL),
-     "Labels must be label ids of shape (3,), got (2,) of torch.int64. Give one integer per example."),
+     "Labels must be label ids of shape (num_examples,) for … (3, 3), got (2,) of … Give one integer per example."),
     ("scopes of other teachers", ValueError, lambda _: assign_by_scope(THREE, SCOPES[:1], ALL),
      "`answered` must be booleans of shape (num_examples, … teacher and example whether it answered."),
     ("answered that is no mask", ValueError, lambda _: assign_by_scope(THREE, SCOPES, ALL.float()),
@@ -263,18 +267,18 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`rule` must be one of ['ce_teacher_student', 'hard_loss', … got 'cosine'. Choose one of them."),
     ("a lowest probability of zero", ValueError, lambda _: agreement_scores(LOGS, EVEN, "hard_loss", min_prob=0),
      "`min_prob` must lie between 0 and 1, got 0. Leave it out for 1e-6."),
-    ("students and teachers of different examples", ValueError, lambda _: assign_by_agreement(LOGS[:2], EVEN, ALL),
+    ("students and teachers of different examples", ValueError, lambda _: agree(LOGS[:2], EVEN),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
-    ("students and teachers of different labels", ValueError, lambda _: assign_by_agreement(LOGS[:, :2], EVEN, ALL),
+    ("students and teachers of different labels", ValueError, lambda _: agree(LOGS[:, :2], EVEN),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
-    ("one label for all teachers", ValueError, lambda _: assign_by_agreement(LOGS[:, :1], EVEN, ALL),
+    ("one label for all teachers", ValueError, lambda _: agree(LOGS[:, :1], EVEN),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
     ("stored labels without the rest", ValueError,
-     lambda _: assign_by_agreement(LOGS, EVEN[..., :1], ALL, label_ids=torch.zeros(3, 2, 1, dtype=torch.long)),
+     lambda _: agree(LOGS, EVEN[..., :1], label_ids=torch.zeros(3, 2, 1, dtype=torch.long)),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
-    ("a student that diverged", ValueError, lambda _: assign_by_agreement(LOGS * math.nan, EVEN, ALL),
+    ("a student that diverged", ValueError, lambda _: agree(LOGS * math.nan, EVEN),
      "Values must be numbers, got NaN. Check the outputs of the student and of the teachers."),
-    ("a teacher that says NaN", ValueError, lambda _: assign_by_agreement(LOGS, EVEN * math.nan, ALL, "hard_loss"),
+    ("a teacher that says NaN", ValueError, lambda _: agree(LOGS, EVEN * math.nan, "hard_loss"),
      "Values must be numbers, got NaN. Check the outputs of the student and of the teachers."),
     ("answers of other examples", ValueError, lambda _: choose_lowest(torch.zeros(3, 2), ALL[:2]),
      "`answered` must be booleans of shape (num_examples, … teacher and example whether it answered."),
@@ -303,7 +307,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("a pseudolabel that does not exist", ValueError, lambda _: in_top_k(EVEN[:, 0], tensor([0, 1, 3]), 1),
      "Labels must lie in 0..2, got 0..3. Leave out examples without a label."),
     ("pseudolabels of other examples", ValueError, lambda _: in_top_k(EVEN[:2, 0], THREE, 1),
-     "Probabilities (num_examples, num_labels) and label ids … Give both for the same examples."),
+     "Labels must be label ids of shape (num_examples,) for … = (2, 3), got (3,) of … Give one integer per example."),
     ("the loss of a missing label", ValueError, lambda _: pseudolabel_loss(LOGS, tensor([0, 1, -1])),
      "Labels must lie in 0..2, got -1..1. Leave out examples without a label."),
     ("more kept than there are", ValueError, lambda _: select_by_loss_rank(LOSSES, 4),
@@ -382,9 +386,6 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`labels` must be label ids of torch.int64, got torch.float32. Give one per example."),
     ("hard labels of other examples", ValueError, lambda _: losses_module.hard_cross_entropy(LOGS, tensor([0, 1])),
      "`logits` (num_examples, num_labels) and `labels` (num_examples,) … (2,). Give both for the same examples."),
-    ("a label of AdaptConf that does not exist", ValueError,
-     lambda _: published_losses.adapt_conf(LOGS, tensor([0, 1, 3])),
-     "`labels` must lie in 0..2, got 0..3. Leave out examples without a label."),
     ("a named label that does not exist", ValueError,
      lambda _: losses_module.sparse_soft_cross_entropy(LOGS, THREE[:, None] - 1, torch.ones(3, 1), torch.zeros(3)),
      "`label_ids` must lie in 0..2, got -1..1. Leave out examples without a label."),
@@ -424,9 +425,6 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("rows that the memory does not have", ValueError,
      lambda _: published_losses.EarlyLearningRegularization(3, 2)(torch.zeros(1, 2), torch.ones(1, 2), tensor([7])),
      "`rows` must lie in 0..2, got 7..7. Number the training rows from 0, and make a memory for all of them."),
-    ("teachers that are not stacked", ValueError,
-     lambda _: published_losses.evidential_loss(torch.zeros(1, 2), torch.ones(1, 2), ALL[:1, :1], 0.0),
-     "`teacher_probs` (num_examples, num_teachers, num_labels) … (1, 1). Stack the teachers in dimension 1."),
     # aggregators and weights
     ("an unknown aggregator", ValueError, lambda _: aggregate(EVEN, ALL, "best"),
      "Unknown `method` 'best'. Choose one of mean_probs, … mace, ebcc, or give a function."),
@@ -461,7 +459,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`<lambda>` must return probabilities, each row with sum 1 … is 0.666667. Normalise what it returns."),
     ("two teachers for Dawid and Skene", ValueError, lambda _: AGGREGATORS["dawid_skene"](EVEN, ALL),
      "`dawid_skene` needs at least three teachers that answered, … Use `mean_probs` or `majority_vote`."),
-    ("no iterations", ValueError, lambda _: dawid_skene(tensor([[0, 1, 1]] * 4), 2, max_iterations=0),
+    ("no iterations", ValueError, lambda _: make_label_model("dawid_skene", max_iterations=0),
      "`max_iterations` must be at least 1, got 0. Give more."),
     ("a mean of logits without a floor", ValueError, lambda _: mean_logits(EVEN, ALL, min_prob=0),
      "`min_prob` must be in (0, 1), got 0."),
@@ -746,11 +744,11 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`sources` and `rows` must be integers of one shape … and (1,). Give one source for each row."),
     ("half a source", ValueError, lambda _: pool().gather(array([0.5]), array([0])),
      "`sources` and `rows` must be integers of one shape … and (1,). Give one source for each row."),
-    ("a row of another pool", ValueError, lambda _: pool().hard_pseudolabels(array([0]), array([9])),
+    ("a row of another pool", ValueError, lambda _: pool().pseudolabels(array([0]), array([9])),
      "`rows` must lie in 0..3, got 9..9. Count from 0, in this pool."),
     ("the labels of no teacher", ValueError, lambda _: pool().decode_level([], array([0])),
      "`indices` must be one or more positions of teachers in … Take them from `hierarchy.level_indices`."),
-    ("the labels of a teacher too many", ValueError, lambda _: pool().sparse_level([9], array([0])),
+    ("the labels of a teacher too many", ValueError, lambda _: pool().decode_level([9], array([0])),
      "`indices` must be one or more positions of teachers in … Take them from `hierarchy.level_indices`."),
     ("a selection beyond the last", ValueError, lambda _: pool().select([4]),
      "`rows` must lie in 0..3, got 4..4. Count from 0, in this pool."),

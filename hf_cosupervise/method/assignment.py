@@ -1,7 +1,9 @@
 """The E-step: which teacher of a level speaks for which example.
 
-Every function answers with the position of a teacher *within its level*, or -1 where nobody of the level can speak;
-[`fall_back`] then takes what the level above said.
+Every function gives the position of a teacher *within its level*, a `torch.LongTensor` of shape `(num_examples,)`, or
+-1 where nobody of the level can speak; [`fall_back`] then takes what the level above said. `answered`, a
+`torch.BoolTensor` of shape `(num_examples, num_teachers)`, says who answered. Shapes that do not fit, and labels that
+do not exist, are a `ValueError`.
 """
 
 from __future__ import annotations
@@ -19,23 +21,13 @@ def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answ
 
     Where scopes overlap, the first owner in the order of the hierarchy that answered; where no owner answered or the
     label is unowned, nobody.
+    Source: arXiv 2402.15505, released code; overlaps and missing answers are ours.
 
     Args:
         student_labels (`torch.LongTensor` of shape `(num_examples,)`):
             The student's most probable label.
         scope_mask (`torch.BoolTensor` of shape `(num_teachers, num_labels)`):
             Labels that each teacher of the level was trained for.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a label does not exist.
-
-    Source:
-        arXiv 2402.15505, released code; overlaps and missing answers are ours.
 
     Examples:
         >>> scopes = torch.tensor([[True, True, False], [False, True, True]])
@@ -43,7 +35,7 @@ def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answ
         [0, 0, 1]
     """
     num_teachers, num_labels = scope_mask.shape
-    _check_labels(student_labels, len(answered), num_labels)
+    check_label_ids(student_labels, (len(answered), num_labels))
     _check_answered(answered, (len(student_labels), num_teachers))
     return _first(scope_mask.T[student_labels] & answered)
 
@@ -57,7 +49,7 @@ def agreement_scores(
     label_ids: torch.Tensor | None = None,
     rest_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Measure how far each teacher is from the student, lower is closer.
+    """Measure how far each teacher is from the student, `(num_examples, num_teachers)`, lower is closer.
 
     With student probabilities s and teacher probabilities g, both at least `min_prob` inside every logarithm:
     `ce_teacher_student` is -sum_c g_c log s_c, `hard_loss` is -log s[argmax g], `kl_teacher_student` is
@@ -66,6 +58,7 @@ def agreement_scores(
     Teachers may be given sparsely, as `k` labels and one probability r for all others. Then a sum over all labels is
     one over the k plus a share of the student's own, sum_c g_c h_c = sum_k (g_k - r) h_k + r sum_c h_c, so that no
     array of all labels is built per teacher.
+    Source: `kl_student_teacher` is arXiv 2510.21332's rule; the others are ours, measured in `recipes/README.md`.
 
     Args:
         student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
@@ -81,14 +74,8 @@ def agreement_scores(
         rest_probs (`torch.Tensor` of shape `(num_examples, num_teachers)`, *optional*):
             Probability of each label that is not among `label_ids`.
 
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_teachers)`.
-
     Raises:
-        ValueError: If the rule is unknown, or an argument is not as said above.
-
-    Source:
-        `kl_student_teacher` is arXiv 2510.21332's rule; the others are ours, measured in `recipes/README.md`.
+        ValueError: Also if the rule is unknown, or `min_prob` out of range.
     """
     if rule not in AGREEMENT_RULES:
         raise ValueError(f"`rule` must be one of {list(AGREEMENT_RULES)}, got {rule!r}. Choose one of them.")
@@ -124,55 +111,12 @@ def agreement_scores(
     return (teacher_probs * teacher_log).sum(dim=-1) + (num_labels - num_stored) * rest * rest_log - cross
 
 
-def assign_by_agreement(
-    student_log_probs: torch.Tensor,
-    teacher_probs: torch.Tensor,
-    answered: torch.Tensor,
-    rule: str = "ce_teacher_student",
-    min_prob: float = 1e-6,
-    *,
-    label_ids: torch.Tensor | None = None,
-    rest_probs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Choose the teacher that is closest to the student, for teachers whose scope is not known.
-
-    Takes and raises what [`agreement_scores`] does, and who answered, a `torch.BoolTensor` of shape
-    `(num_examples, num_teachers)`.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
-
-    Examples:
-        >>> teachers = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
-        >>> student, answered = torch.tensor([[0.3, 0.7]]).log(), torch.ones(1, 2, dtype=torch.bool)
-        >>> assign_by_agreement(student, teachers, answered).tolist()
-        [1]
-    """
-    scores = agreement_scores(
-        student_log_probs, teacher_probs, rule, min_prob, label_ids=label_ids, rest_probs=rest_probs
-    )
-    return choose_lowest(scores, answered)
-
-
 def assign_by_domain(
     example_domains: Sequence[str], teacher_domains: Sequence[Sequence[str] | None], answered: torch.Tensor
 ) -> torch.Tensor:
-    """Choose the teacher that was trained for the example's domain, which the data tells.
+    """Choose the teacher that was trained for the example's domain, the first of several; `None` means all of them.
 
-    Args:
-        example_domains (`Sequence[str]` of length `num_examples`):
-            Domain of each example.
-        teacher_domains (`Sequence[Sequence[str]]` of length `num_teachers`):
-            Domains that each teacher of the level was trained for; `None` means all of them.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level (the first of several owners), or -1.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-        TypeError: If a domain is no text, or a teacher's domains are no list.
+    A `TypeError` if a domain is no text, or a teacher's domains are no list.
 
     Examples:
         >>> assign_by_domain(["b", "a"], [["a"], ["b"]], torch.ones(2, 2, dtype=torch.bool)).tolist()
@@ -196,17 +140,7 @@ def assign_by_domain(
 
 
 def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Choose any teacher that answered: the control for every other assignment.
-
-    Args:
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-        generator (`torch.Generator`):
-            Of the CPU.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
-    """
+    """Choose any teacher that answered, by a generator of the CPU: the control for every other assignment."""
     _check_answered(answered, tuple(answered.shape[:2]))
     # On the CPU, where a seed gives the same numbers on any machine.
     return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
@@ -229,31 +163,20 @@ def oracle_assign_by_domain(
 def oracle_assign_by_loss(
     oracle_labels: torch.Tensor, teacher_probs: torch.Tensor, answered: torch.Tensor
 ) -> torch.Tensor:
-    """Choose the teacher with the lowest loss on the true label: an upper bound, for analysis only.
+    """Choose the teacher `(num_examples, num_teachers, num_labels)` with the lowest loss on the true label.
 
-    Takes and gives what [`assign_by_agreement`] does, with ground truth `(num_examples,)` in place of the student; a
-    `ValueError` if the shapes do not fit, or a label does not exist.
+    An upper bound, for analysis only.
     """
-    _check_labels(oracle_labels, len(teacher_probs), teacher_probs.shape[-1])
+    check_label_ids(oracle_labels, (len(teacher_probs), teacher_probs.shape[-1]))
     # The loss falls with the probability of the true label, so that no logarithm is needed to compare.
     index = oracle_labels.view(-1, 1, 1).expand(-1, teacher_probs.shape[1], 1)
     return choose_lowest(-teacher_probs.gather(2, index).squeeze(-1), answered)
 
 
 def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Where nobody of this level speaks, keep who spoke at the level above.
+    """Where nobody of this level speaks, keep who spoke at the level above, itself after falling back.
 
-    Args:
-        assigned (`torch.LongTensor` of shape `(num_examples,)`):
-            Who speaks at this level, numbered over the whole hierarchy, or -1.
-        previous (`torch.LongTensor` of shape `(num_examples,)`):
-            The same at the level above, itself after falling back; -1 where nobody has answered so far.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ.
+    Both, and what is given, are numbered over the whole hierarchy.
 
     Examples:
         >>> fall_back(torch.tensor([2, -1, -1]), torch.tensor([0, 0, -1])).tolist()
@@ -276,16 +199,17 @@ def _check_answered(answered: torch.Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_labels(labels: torch.Tensor, num_examples: int, num_labels: int) -> None:
+def check_label_ids(labels: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse labels `(num_examples,)` that are not one of the columns of each row of a shape."""
     is_whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
-    if labels.shape != (num_examples,) or not is_whole:
+    if len(shape) != 2 or labels.shape != shape[:1] or not is_whole:
         raise ValueError(
-            f"Labels must be label ids of shape ({num_examples},), got {tuple(labels.shape)} of {labels.dtype}. Give "
-            "one integer per example."
+            f"Labels must be label ids of shape (num_examples,) for (num_examples, num_labels) = {tuple(shape)}, got "
+            f"{tuple(labels.shape)} of {labels.dtype}. Give one integer per example."
         )
-    if num_examples and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < shape[1]:
         raise ValueError(
-            f"Labels must lie in 0..{num_labels - 1}, got {int(labels.min())}..{int(labels.max())}. Leave out "
+            f"Labels must lie in 0..{shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}. Leave out "
             "examples without a label."
         )
 

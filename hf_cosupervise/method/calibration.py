@@ -16,6 +16,7 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
 
     The T in [0.05, 20] that minimises the mean of -log softmax(log max(p, min_prob) / T)[label], which is convex in
     1/T: above 1 the classifier was too sure, below 1 not sure enough. Where all T are equally good, 1.
+    Source: Guo et al. 2017, arXiv 1706.04599, on the logarithm of probabilities instead of logits.
 
     Args:
         probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
@@ -25,14 +26,8 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
         min_prob (`float`, *optional*, defaults to 1e-6):
             In (0, 1); probabilities are at least this inside the logarithm.
 
-    Returns:
-        `float`: T, for [`apply_temperature`].
-
     Raises:
         ValueError: If there are fewer than 10 examples, or shapes or values are not as said above; NaN too.
-
-    Source:
-        Guo et al. 2017, arXiv 1706.04599, on the logarithm of probabilities instead of logits.
 
     Examples:
         >>> probs = torch.tensor([[0.8, 0.2]]).repeat(12, 1)  # says 4 to 1, is right 2 to 1: T = ln 4 / ln 2
@@ -65,19 +60,8 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
 def apply_temperature(probs: torch.Tensor, temperature: float, min_prob: float = 1e-6) -> torch.Tensor:
     """Make probabilities softer (T above 1) or sharper (T below 1): softmax(log max(p, min_prob) / T).
 
-    Args:
-        probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer, which stays so.
-        temperature (`float`):
-            T, above 0, as from [`fit_temperature`].
-        min_prob (`float`, *optional*, defaults to 1e-6):
-            In (0, 1); as in [`fit_temperature`].
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`, at least float32.
-
-    Raises:
-        ValueError: If T is not a number above 0, or a probability is negative or NaN.
+    Rows of `probs` `(num_examples, num_labels)` sum to 1, or are all zero where there is no answer, which stays so.
+    What is given is at least float32. A `ValueError` if T is no number above 0, or a probability is negative or NaN.
 
     Examples:
         >>> probs = torch.tensor([[0.8, 0.2], [0.0, 0.0]], dtype=torch.float64)

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -35,13 +35,23 @@ class LabelModel:
     """Learn from votes alone how to make one label of them.
 
     A model is of the voters it was fitted on, in their order. A voter or a label that was never there has no say
-    later, and no label gets probability that nobody named.
+    later, and no label gets probability that nobody named. A setting out of its range is a `ValueError`.
     """
 
     name: ClassVar[str] = ""
     min_voters: ClassVar[int] = 3
+    needs_several_labels: ClassVar[bool] = False  # of some voter, or else that silence is an answer
+    abstention = "missing"  # a setting of those models for which silence may be an answer
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name.startswith(("max_", "num_")) and value < 1:
+                raise ValueError(f"`{setting.name}` must be at least 1, got {value}. Give more.")
+        if self.abstention not in ABSTENTIONS:
+            raise ValueError(
+                f"`abstention` must be one of {', '.join(ABSTENTIONS)}, got {self.abstention!r}. Choose one."
+            )
         self.num_labels = 0
         self.num_voters = 0
         self.voter_names: tuple[str, ...] | None = None
@@ -158,7 +168,15 @@ class LabelModel:
 
     def _choose_silence(self, votes: np.ndarray) -> bool:
         """Whether no vote is an answer for this model."""
-        return False
+        if self.abstention == "missing" and self.needs_several_labels:
+            only, spoke = one_sided_voters(votes), (votes >= 0).any(axis=0)
+            if spoke.any() and bool((only | ~spoke).all()):
+                raise ValueError(
+                    f"`{self.name}` learns nothing from voters that name one label only unless their silence is an "
+                    f'answer, got only such: {name_voters(only, self.voter_names)}. Set `abstention="answer"`, or use '
+                    "`shared_majority`."
+                )
+        return self.abstention == "answer" or self.abstention == "auto" and silence_speaks(votes)
 
     def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
         """Say so where nothing was learned."""
@@ -256,27 +274,3 @@ class SharedMajority(LabelModel):
 
     def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
         return posteriors
-
-
-def check_abstention(value: str) -> None:
-    """Refuse what is no way to take silence."""
-    if value not in ABSTENTIONS:
-        raise ValueError(f"`abstention` must be one of {', '.join(ABSTENTIONS)}, got {value!r}. Choose one.")
-
-
-def check_count(value: int, name: str = "max_iterations") -> None:
-    """Refuse a number of steps below 1."""
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}. Give more.")
-
-
-def takes_silence(model: str, abstention: str, votes: np.ndarray, names: Sequence[str] | None) -> bool:
-    """Decide whether silence is an answer, for a model that needs voters who name more than one label."""
-    if abstention == "missing":
-        only, spoke = one_sided_voters(votes), (votes >= 0).any(axis=0)
-        if spoke.any() and bool((only | ~spoke).all()):
-            raise ValueError(
-                f"`{model}` learns nothing from voters that name one label only unless their silence is an answer, "
-                f'got only such: {name_voters(only, names)}. Set `abstention="answer"`, or use `shared_majority`.'
-            )
-    return abstention == "answer" or abstention == "auto" and silence_speaks(votes)

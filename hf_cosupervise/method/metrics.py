@@ -45,14 +45,9 @@ def performance_gap_recovered(weak: float, student: float, ceiling: float) -> fl
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Measure the share of predictions that equal the label, 0 to 1.
+    """Measure the share of predictions that equal the label, 0 to 1; a prediction of -1 (no answer) counts as wrong.
 
-    Args:
-        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
-            Label ids; a prediction of -1 (no answer) counts as wrong.
-
-    Raises:
-        ValueError: If there are no examples, or the shapes differ.
+    A `ValueError` if there are no examples, or the shapes `(num_examples,)` differ.
 
     Examples:
         >>> accuracy(np.array([0, 1, -1, 1]), np.array([0, 1, 1, 0]))
@@ -172,16 +167,12 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: np.ndarray) -> dict[str, float]:
     """Measure how well rejection told right pseudolabels from wrong ones.
 
-    Args:
-        keep_mask, labels, oracle_labels (`np.ndarray` of shape `(num_examples,)`):
-            What was kept (bool), hard pseudolabels (-1 where there is none, which counts neither way), ground truth.
+    Takes what was kept (bool), hard pseudolabels (-1 where there is none, which counts neither way) and ground truth,
+    all of shape `(num_examples,)`, or a `ValueError`.
 
     Returns:
         `dict[str, float]`: `precision`, the share of right ones among the kept, and `recall`, the share of kept ones
         among the right; NaN where there are none to count.
-
-    Raises:
-        ValueError: If the shapes differ.
 
     Examples:
         >>> oracle_selection(np.array([True, True, False]), np.array([0, 1, 1]), np.array([0, 0, 1]))
@@ -204,15 +195,9 @@ def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: n
 
 
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
-    """Measure how far confidence and accuracy lie apart, over equal-width bins of confidence.
+    """Measure how far confidence and accuracy lie apart over the bins of [`reliability_curve`], 0 (calibrated) to 1.
 
-    Takes and raises what [`reliability_curve`] does.
-
-    Returns:
-        `float`: 0 (calibrated) to 1.
-
-    Source:
-        Guo et al., arXiv 1706.04599, equation 3.
+    Source: Guo et al., arXiv 1706.04599, equation 3.
     """
     curve = reliability_curve(probs, labels, num_bins)
     gaps = np.abs(curve["accuracy"] - curve["confidence"])
@@ -232,11 +217,7 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15)
 
     Returns:
         `dict[str, np.ndarray]`: `confidence` (mean of the largest probability), `accuracy` and `count`, each of shape
-        `(num_bins,)`; the first two are NaN in empty bins.
-
-    Raises:
-        ValueError: If there are no examples, the shapes do not fit, a row is no probabilities, or `num_bins` is less
-            than 1.
+        `(num_bins,)`; the first two are NaN in empty bins. A `ValueError` if there is nothing to measure.
 
     Examples:
         >>> curve = reliability_curve(np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1]), num_bins=2)
@@ -272,19 +253,9 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15)
 def group_accuracies(
     predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Any] | np.ndarray
 ) -> dict[Any, float]:
-    """Measure the accuracy within each group of examples, such as a class or a domain.
+    """Measure the accuracy within each group of examples, such as a class or a domain, 0 to 1, in the order of names.
 
-    Args:
-        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
-            See [`accuracy`].
-        groups (`Sequence` of length `num_examples`):
-            Group of each example, integers or strings.
-
-    Returns:
-        `dict`: accuracy by group, 0 to 1, in the order of their names.
-
-    Raises:
-        ValueError: If there are no examples, the shapes differ, or groups are neither integers nor strings.
+    Takes what [`accuracy`] does, and the group of each example, integers or strings; others are a `ValueError`.
 
     Examples:
         >>> group_accuracies(np.array([0, 1, 1]), np.array([0, 1, 0]), ["x", "y", "y"])
@@ -306,18 +277,6 @@ def group_accuracies(
     }
 
 
-def worst_group_accuracy(predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Any] | np.ndarray) -> float:
-    """Measure the accuracy of the group of examples that fares worst, 0 to 1.
-
-    Takes and raises what [`group_accuracies`] does; `labels` as groups give the worst class.
-
-    Examples:
-        >>> worst_group_accuracy(np.array([0, 1, 1]), np.array([0, 1, 0]), ["x", "y", "y"])
-        0.5
-    """
-    return min(group_accuracies(predictions, labels, groups).values())
-
-
 def deception_score(
     student_labels: np.ndarray,
     teacher_probs: np.ndarray,
@@ -329,6 +288,7 @@ def deception_score(
 
     A model knows an example if it is right with a probability of at least `threshold`. Counted are errors on examples
     that the ceiling knows and the teacher does not, be it wrong or unsure.
+    Source: Yang et al., arXiv 2406.11431. The share is of all errors; who is sure is for the user to say.
 
     Args:
         student_labels, labels (`np.ndarray` of shape `(num_examples,)`):
@@ -340,13 +300,7 @@ def deception_score(
             Confidence from which a model is sure, 0 to 1.
 
     Returns:
-        `float`: share of the student's errors, 0 to 1; NaN where it makes none.
-
-    Raises:
-        ValueError: If the shapes do not fit, or `threshold` is out of range.
-
-    Source:
-        Yang et al., arXiv 2406.11431. The share is of all errors; which threshold is sure is for the user to state.
+        `float`: share of the student's errors, 0 to 1; NaN where it makes none. A `ValueError` if shapes do not fit.
 
     Examples:
         >>> sure, unsure = [0.9, 0.1], [0.6, 0.4]
@@ -380,12 +334,7 @@ def deception_score(
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
     """Give mean and sample standard deviation over seeds (0 for a single number, NaN for none).
 
-    Args:
-        values (`Sequence[float]`):
-            One number per seed; `None` and NaN are left out.
-
-    Raises:
-        ValueError: If a number is infinite.
+    `None` and NaN are left out; an infinite number is a `ValueError`.
     """
     known = [value for value in values if value is not None and not math.isnan(value)]
     if any(math.isinf(value) for value in known):

@@ -20,15 +20,12 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
 
     Args:
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            What the backbone gives, finite; any floating type, may be mapped from disk.
+            What the backbone gives, finite; any floating type, may be mapped from disk. Else a `ValueError`.
         k (`int`):
-            How many, a whole number from 1 to `num_examples - 1`.
+            How many, a whole number from 1 to `num_examples - 1`, or a `ValueError`.
 
     Returns:
         `torch.LongTensor` of shape `(num_examples, k)`, on the CPU: rows, most similar first, never the example's own.
-
-    Raises:
-        ValueError: If `k` is out of range, or the features are not finite numbers of this shape.
 
     Examples:
         >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]), k=1).flatten().tolist()
@@ -60,21 +57,15 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Average the values of each example and its neighbours, those that are known.
+    """Average the values `(num_examples, num_columns)` of each example and its neighbours, those that are known.
 
     Args:
         values (`torch.Tensor` of shape `(num_examples, num_columns)`):
             Numbers per example, such as how far each teacher is from the student.
         neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
-            What [`nearest_neighbors`] gives: rows of `values`.
+            What [`nearest_neighbors`] gives: rows of `values`, or a `ValueError`.
         known (`torch.BoolTensor` of shape `(num_examples, num_columns)`):
-            Which of the values count.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_columns)`: means, infinity where nothing is known.
-
-    Raises:
-        ValueError: If shapes do not fit, or a neighbour is no row of `values`.
+            Which of the values count. A mean is infinite where none does.
 
     Source:
         Ours: one student's agreement with a teacher on one example is noisy; teachers that are good at a part of the

@@ -21,8 +21,6 @@ from .losses import (
     MIN_PROB,
     LossAndGradient,
     LossFunction,
-    as_float,
-    check_hard_labels,
     check_number,
     check_pair,
     cross_entropy,
@@ -31,16 +29,7 @@ from .losses import (
 )
 
 # Arguments of a loss that are not its parameters.
-_GIVEN = (
-    "logits",
-    "target_probs",
-    "fraction_done",
-    "teacher_probs",
-    "answered",
-    "teacher_weights",
-    "num_examples",
-    "num_labels",
-)
+_GIVEN = ("logits", "target_probs", "fraction_done", "num_examples", "num_labels")
 
 
 def kl_divergence(logits: torch.Tensor, target_probs: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -178,22 +167,15 @@ def adapt_conf(logits: torch.Tensor, target_probs: torch.Tensor, temperature: fl
     Source: arXiv 2402.03749; for soft pseudolabels, the first cross-entropy over all labels is ours.
 
     Args:
-        logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits.
-        target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`, or `torch.LongTensor` `(num_examples,)`):
-            Pseudolabels, or label ids, which are checked on the CPU only.
         temperature (`float`, *optional*, defaults to 0.5):
             T, above 0.
 
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # a = 0.2² / (0.2² + 0.8²) = 1 / 17
-        >>> [round(loss, 4) for loss in adapt_conf(logits, torch.tensor([0])).tolist()]
+        >>> [round(loss, 4) for loss in adapt_conf(logits, torch.tensor([[1.0, 0.0]])).tolist()]
         [1.5279]
     """
     check_number("temperature", temperature, "Leave it out for 0.5.", math.inf, above=True)
-    if target_probs.ndim == 1:
-        check_hard_labels(logits, target_probs)
-        target_probs = functional.one_hot(target_probs, logits.shape[-1])
     logits, targets = check_pair(logits, target_probs)
     named, own = _one_hot_argmax(targets), _one_hot_argmax(logits)
     # of the logits, because a ratio of two probabilities needs no sum over the others
@@ -313,62 +295,33 @@ class EarlyLearningRegularization(nn.Module):
 
 
 def evidential_loss(
-    logits: torch.Tensor,
-    teacher_probs: torch.Tensor,
-    answered: torch.Tensor,
-    fraction_done: float,
-    gamma: float = 0.5,
-    teacher_weights: torch.Tensor | None = None,
+    logits: torch.Tensor, target_probs: torch.Tensor, fraction_done: float, gamma: float = 0.5
 ) -> torch.Tensor:
-    """Compute a loss on the student's evidence from several teachers at once, and from itself.
+    """Compute a loss on the student's evidence for the pseudolabel, and for what it says itself.
 
     The student gives a Dirichlet: a = ReLU(s) + 1, S = sum_c a_c. For a label k, L(k) = log S - log a_k +
-    fraction_done · KL(Dir(a') || Dir(1)), with a' = a but 1 at k. loss_i = (1 - gamma) sum_m w_m sum_k y_mk L(k) +
-    gamma L(argmax s). The sum over k stays outside of L; a public re-implementation has one factor for all labels, so
-    that soft labels cancel. A row whose logits are all negative gets no gradient through ReLU; one that nobody
-    answered keeps the student's own part.
+    fraction_done · KL(Dir(a') || Dir(1)), with a' = a but 1 at k. loss_i = (1 - gamma) sum_k y_k L(k) +
+    gamma L(argmax s): of several teachers, y is the sum. The sum over k stays outside of L; a public re-implementation
+    has one factor for all labels, so that soft labels cancel. A row whose logits are all negative gets no gradient
+    through ReLU; one that nobody answered, all zero, keeps the student's own part.
     Source: arXiv 2406.03199.
 
     Args:
-        logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits.
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Soft or one-hot pseudolabels y_m; anything where a teacher did not answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered; the others count for nothing.
         fraction_done (`float`):
             Share of the steps done, from 0 to 1.
         gamma (`float`, *optional*, defaults to 0.5):
             Share of the student's own prediction, from 0 to 1.
-        teacher_weights (`torch.Tensor` of shape `(num_teachers,)`, *optional*):
-            w_m, at least 0; 1 each by default.
 
     Examples:
-        >>> teachers, answered = torch.tensor([[[0.3, 0.7]]]), torch.tensor([[True]])
-        >>> evidential_loss(torch.zeros(1, 2), teachers, answered, fraction_done=0.0).tolist()
+        >>> evidential_loss(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]]), fraction_done=0.0).tolist()
         [0.6931471824645996]
     """
     check_number("fraction_done", fraction_done, "Pass the steps done over all steps.")
     check_number("gamma", gamma, "Leave it out for 0.5.")
-    if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2]:
-        raise ValueError(
-            "`teacher_probs` (num_examples, num_teachers, num_labels) and `answered` (num_examples, num_teachers) are "
-            f"needed, got {tuple(teacher_probs.shape)} and {tuple(answered.shape)}. Stack the teachers in dimension 1."
-        )
-    teacher_probs = as_float(teacher_probs)
-    # not as a matrix product, which autocast would run in half precision
-    said = torch.where(answered.bool().unsqueeze(-1), teacher_probs, 0)
-    if teacher_weights is not None:
-        weights = teacher_weights.to(teacher_probs)
-        if weights.shape != answered.shape[1:] or not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ValueError(
-                f"`teacher_weights` must be {answered.shape[1]} finite numbers of at least 0, one per teacher, got "
-                f"{weights.tolist()}. Leave it out for 1 each."
-            )
-        said = said * weights.unsqueeze(-1)
-    logits, targets = check_pair(logits, said.sum(dim=1))
+    logits, targets = check_pair(logits, target_probs)
     alpha = functional.relu(logits) + 1
     losses = alpha.sum(dim=-1, keepdim=True).log() - alpha.log() + fraction_done * _misplaced_evidence(alpha)
+    # not as a matrix product, which autocast would run in half precision
     return (((1 - gamma) * targets + gamma * _one_hot_argmax(logits)) * losses).sum(dim=-1)
 
 
@@ -413,7 +366,9 @@ def choose_loss(
         regularized = EarlyLearningRegularization(*shape, **options)
         return regularized, regularized.with_gradient
     if loss == "evidential":
-        return _with_autograd(partial(_evidential_of_one, fraction_done, dict(options)))
+        return _with_autograd(
+            lambda logits, targets, rows: evidential_loss(logits, targets, fraction_done(), **options)
+        )
     if loss == "confidence":
         return _with_autograd(
             lambda logits, targets, rows: confidence_loss(logits, targets, linear_warmup(fraction_done(), **options))
@@ -481,17 +436,6 @@ def _checked(function: LossFunction) -> LossFunction:
         return losses
 
     return loss
-
-
-def _evidential_of_one(
-    fraction_done: Callable[[], float],
-    options: Mapping[str, Any],
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    answered = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
-    return evidential_loss(logits, targets.unsqueeze(1), answered, fraction_done(), **options)
 
 
 # ── pieces ──────────────────────────────────────────────────────────────────────────────────────────────────────────

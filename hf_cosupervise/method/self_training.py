@@ -15,16 +15,7 @@ MAX_DROP = 0.02
 
 
 def growing_share(round: int, num_rounds: int) -> float:
-    """Give the share of the rows left out that a round takes: from half of them, evenly, to all in the last.
-
-    Args:
-        round (`int`):
-            From 0.
-        num_rounds (`int`):
-            At least 1; a single one takes all.
-
-    Returns:
-        `float`: above 0, at most 1.
+    """Give the share of the rows left out that a round (from 0) takes: from half of them, evenly, to all in the last.
 
     Examples:
         >>> [growing_share(round, 3) for round in range(3)], growing_share(0, 1)
@@ -40,27 +31,14 @@ def select_surest(
 
     Of m candidates, of which m_c have label c, the ceil(share * min(m_c, m / num_labels)) of lowest entropy are taken:
     a label that the student gives too readily does not crowd out the others, round after round.
+    Source: Yu et al., NAACL 2021 (COSINE), choose by confidence too, with a threshold; parts by label are ours.
 
     Args:
-        entropy (`torch.Tensor` of shape `(num_examples,)`):
-            How unsure the student is of each example, see [`rejection.student_entropy`].
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Its most probable labels.
-        candidates (`torch.BoolTensor` of shape `(num_examples,)`):
-            Which examples may be taken.
+        entropy, labels, candidates (`torch.Tensor` of shape `(num_examples,)`):
+            How unsure the student is of each example, see [`rejection.student_entropy`], its most probable labels, and
+            booleans: which examples may be taken.
         share (`float`):
-            0 to 1.
-        num_labels (`int`):
-            Above every label.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ, or `share` lies outside 0..1.
-
-    Source:
-        Yu et al., NAACL 2021 (COSINE), choose by confidence too, with a threshold; parts by label are ours.
+            0 to 1, or a `ValueError`.
 
     Examples:
         >>> entropy, labels = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 0, 0, 1])
@@ -83,21 +61,16 @@ def select_surest(
 
 
 def why_stop(agreement: float | None, best_agreement: float | None, change: float | None) -> str | None:
-    """Tell why a student should label no more rows itself, if it should not.
+    """Tell why a student should label no more rows itself, if it should not, in words.
+
+    Labels that stay the same teach nothing new; opinions that part tell of errors that feed themselves. Source: ours.
 
     Args:
-        agreement (`float`, *optional*):
-            Share of the rows left out that second opinions label as the student does, 0 to 1.
-        best_agreement (`float`, *optional*):
-            The highest such share of the rounds before.
+        agreement, best_agreement (`float`, *optional*):
+            Share of the rows left out that second opinions label as the student does, 0 to 1; the highest of the
+            rounds before.
         change (`float`, *optional*):
             Share of the rows left out that the student labels otherwise than a round ago.
-
-    Returns:
-        `str`, *optional*: The reason, to be read.
-
-    Source:
-        Ours. Labels that stay the same teach nothing new; opinions that part tell of errors that feed themselves.
 
     Examples:
         >>> why_stop(0.9, 0.91, 0.1), why_stop(0.8, 0.91, 0.1), why_stop(None, None, 0.001)

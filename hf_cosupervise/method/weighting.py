@@ -13,17 +13,8 @@ from .aggregation import check_labels
 def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Average the probabilities of the teachers that answered with a weight each, sum_k w_k t_k / sum_k w_k.
 
-    Args:
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`].
-        weights (`torch.Tensor` of shape `(num_teachers,)` or `(num_examples, num_teachers)`):
-            At least 0, finite.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody of weight answered.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a weight is out of range.
+    Takes and gives what [`mean_probs`] does, and weights `(num_teachers,)` or `(num_examples, num_teachers)`, finite
+    and at least 0, or a `ValueError`. A row is all zero, too, where nobody of weight answered.
 
     Examples:
         >>> probs, weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([3.0, 1.0])
@@ -58,18 +49,12 @@ def weighted_mean(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: 
 def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) -> torch.Tensor:
     """Let every teacher that answered cast a vote of its weight.
 
-    Args:
-        labels, num_labels:
-            See [`majority_vote`].
-        weights (`torch.Tensor` of shape `(num_teachers,)`):
-            At least 0, as from [`boosting_weights`].
+    Takes what [`majority_vote`] does, and weights `(num_teachers,)`, at least 0, as from [`boosting_weights`], or a
+    `ValueError`.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: shares of the vote, rows sum to 1, all zero where nobody
         of weight answered.
-
-    Raises:
-        ValueError: If an argument is not as said above.
 
     Examples:
         >>> weighted_vote(torch.tensor([[0, 1, 1], [2, -1, -1]]), torch.tensor([3.0, 1.0, 0.0]), num_labels=3).tolist()

@@ -13,20 +13,29 @@ from hf_cosupervise.method.aggregation import (
     AGGREGATORS,
     aggregate,
     check_labels,
-    dawid_skene,
-    ebcc,
-    glad,
     harden,
-    mace,
+    label_model_posteriors,
     majority_vote,
     mean_logits,
     mean_probs,
 )
 from hf_cosupervise.method.crowdlab import crowdlab, crowdlab_labels
+from hf_cosupervise.method.label_models import make_label_model
 
 pytestmark = pytest.mark.core
 
 needs_crowd_kit = pytest.mark.skipif(find_spec("crowdkit") is None, reason="needs crowd-kit")
+
+
+def crowd(name: str):
+    def fit(labels: torch.Tensor, num_labels: int, **settings) -> torch.Tensor:
+        return label_model_posteriors(make_label_model(name, **settings), labels, num_labels)
+
+    fit.__name__ = name
+    return fit
+
+
+dawid_skene, glad, mace, ebcc = map(crowd, ("dawid_skene", "glad", "mace", "ebcc"))
 CROWDS = (dawid_skene, pytest.param(glad, marks=needs_crowd_kit), mace, ebcc)
 
 

@@ -19,7 +19,6 @@ from hf_cosupervise.method.metrics import (
     oracle_selection,
     performance_gap_recovered,
     reliability_curve,
-    worst_group_accuracy,
 )
 
 # ── performance gap recovered ───────────────────────────────────────────────────────────────────────────────────────
@@ -169,13 +168,6 @@ def test_group_accuracies(groups, expected):
     predictions, labels = np.array([0, 1, -1, 2, 1]), np.array([0, 1, 1, 0, 1])
     found = group_accuracies(predictions, labels, groups)
     assert found == pytest.approx(expected) and list(found) == sorted(expected)
-    assert worst_group_accuracy(predictions, labels, groups) == min(found.values())
-
-
-def test_worst_class():
-    # class 0: 2 of 3, class 1: 1 of 2
-    labels = np.array([0, 0, 0, 1, 1])
-    assert worst_group_accuracy(np.array([0, 0, 1, 1, 0]), labels, labels) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -184,7 +176,7 @@ def test_worst_class():
 )
 def test_groups_that_do_not_fit(sizes, message):
     with pytest.raises(ValueError, match=message):
-        worst_group_accuracy(*(np.zeros(size, dtype=int) for size in sizes))
+        group_accuracies(*(np.zeros(size, dtype=int) for size in sizes))
 
 
 # ── deception ───────────────────────────────────────────────────────────────────────────────────────────────────────
