@@ -30,7 +30,7 @@ from .files import (
     open_folder,
     write_arrow,
 )
-from .hub import PushedPool, Target, fetch_pool, push_pool
+from .hub import fetch_pool, push_pool
 from .ids import match_ids, read_ids
 
 P = TypeVar("P", bound="TeacherPool")
@@ -365,17 +365,22 @@ class TeacherPool:
         card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}
         # What is not given stays as an earlier push set it; an empty value would delete it there.
         card = {key: value for key, value in card.items() if value}
-        target = Target(repo_id, private, token, revision, inputs, replace)
 
         def push() -> CommitInfo:
-            pool = PushedPool(
-                header=self._header(inputs) | {"hierarchy": self._published_hierarchy()},
-                card_facts=self._card_facts(inputs),
-                write=partial(self._write_digested, inputs=inputs),
-                has_inputs=self.inputs is not None,
+            return push_pool(
+                repo_id,
+                self._header(inputs) | {"hierarchy": self._published_hierarchy()},
+                self._card_facts(inputs),
+                partial(self._write_digested, inputs=inputs),
+                lacks_inputs=inputs and self.inputs is None,
                 origin=(self.repo_id, self.commit),
+                card=card,
+                private=private,
+                token=token,
+                revision=revision,
+                replace=replace,
+                message=commit_message,
             )
-            return push_pool(pool, target, commit_message, card)
 
         # Several pushes at once would refuse each other by their parent commit.
         return join_processes().on_first(push)
