@@ -607,7 +607,13 @@ class TeacherHierarchy:
         """
         path = Path(path)
         hierarchy = read_hierarchy(path)
-        return cls(hierarchy.labels, [_resolve(teacher, path.parent) for teacher in hierarchy.teachers])
+
+        def find(teacher: Teacher) -> Teacher:
+            # Only what exists beside the file is meant as a folder: `user/name` is an id wherever the file lies.
+            beside = path.parent / teacher.model
+            return replace(teacher, model=str(beside)) if teacher.has_files and beside.is_dir() else teacher
+
+        return cls(hierarchy.labels, [find(teacher) for teacher in hierarchy.teachers])
 
 
 def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
@@ -633,9 +639,3 @@ def _is_json(path: Path) -> bool:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"A hierarchy file must end in '.json', '.yaml' or '.yml', got '{path.name}'.")
     return path.suffix == ".json"
-
-
-def _resolve(teacher: Teacher, folder: Path) -> Teacher:
-    # Only what exists beside the file is meant as a folder: `user/name` is an id wherever the file lies.
-    beside = folder / teacher.model
-    return replace(teacher, model=str(beside)) if teacher.has_files and beside.is_dir() else teacher

@@ -26,6 +26,7 @@ def aekd_weights(
     is T (softmax(s/T) - softmax(t_m/T)); the weights are [`min_norm_weights`] of them, made anew for every batch and
     without gradient, for a loss of sum_m w_m times the mean of that over what teacher m answered. One vector serves a
     whole batch, so a specialist counts alike inside and outside its scope.
+    Source: Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
 
     Args:
         student_logits (`torch.Tensor` of shape `(batch, num_labels)`):
@@ -39,13 +40,7 @@ def aekd_weights(
 
     Returns:
         `torch.Tensor` of shape `(num_teachers,)`, float32: sums to 1, 0 for a teacher without an answer, all zero if
-        nobody answered.
-
-    Raises:
-        ValueError: If shapes or values are not as said above.
-
-    Source:
-        Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
+        nobody answered. Shapes or values that are not as said above are a `ValueError`.
 
     Examples:
         >>> probs, answered = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]]), torch.tensor([[True, True]])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
 
 from .assignment import first_argmax
+from .checks import check_answers, check_labels, check_min_prob
 from .label_model import LabelModel, SharedMajority
 from .label_models import LABEL_MODELS
 from .metrics import SUM_TOLERANCE
@@ -59,12 +59,7 @@ def aggregate(teacher_probs: torch.Tensor, answered: torch.Tensor, method: str |
 
 def check_teacher_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> None:
     """Refuse what is not the output of teachers: rows sum to 1 within 2e-3, or are all zero where nobody answered."""
-    if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2] or answered.dtype != torch.bool:
-        raise ValueError(
-            "Expected `teacher_probs` of shape (num_examples, num_teachers, num_labels) and boolean `answered` of "
-            f"shape (num_examples, num_teachers), got {tuple(teacher_probs.shape)} and {tuple(answered.shape)} of "
-            f"{answered.dtype}."
-        )
+    check_answers(teacher_probs, answered)
     if teacher_probs.shape[1] == 0 or teacher_probs.shape[2] == 0:
         raise ValueError(f"`teacher_probs` needs a teacher and a label, got shape {tuple(teacher_probs.shape)}.")
     # float32 sums: in half precision a thousand labels are summed with an error above the tolerance
@@ -129,8 +124,7 @@ def mean_logits(teacher_probs: torch.Tensor, answered: torch.Tensor, min_prob: f
         >>> [round(p, 6) for p in mean_logits(probs, torch.tensor([[True, True]]))[0].tolist()]
         [0.75, 0.25]
     """
-    if not 0 < min_prob < 1:
-        raise ValueError(f"`min_prob` must be in (0, 1), got {min_prob}.")
+    check_min_prob(min_prob)
     num_examples, num_teachers, num_labels = teacher_probs.shape
     total = torch.zeros(
         num_examples,
@@ -173,22 +167,6 @@ def harden(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     # Teacher by teacher: `first_argmax` counts in an array as large as what it is given.
     labels = torch.stack([first_argmax(teacher_probs[:, k]) for k in range(teacher_probs.shape[1])], dim=1)
     return labels.masked_fill(~answered, -1)
-
-
-def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Refuse what are not hard labels `(num_examples, num_teachers)` of teachers, -1 where one has no answer."""
-    if not isinstance(num_labels, Integral) or num_labels < 1:
-        raise ValueError(f"`num_labels` must be a whole number of at least 1, got {num_labels!r}. Give the task's.")
-    if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            "Expected `labels` as whole numbers of shape (num_examples, num_teachers), got shape "
-            f"{tuple(labels.shape)} of {labels.dtype}. Use `harden` on probabilities."
-        )
-    if labels.numel() and not (int(labels.min()) >= -1 and int(labels.max()) < num_labels):
-        raise ValueError(
-            f"`labels` must be in [0, {num_labels}), or -1 where there is no answer, got values from "
-            f"{int(labels.min())} to {int(labels.max())}."
-        )
 
 
 def label_model_posteriors(model: LabelModel, labels: torch.Tensor, num_labels: int) -> torch.Tensor:

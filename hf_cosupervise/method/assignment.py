@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .checks import check_answered, check_label_ids, check_min_prob
+
 AGREEMENT_RULES = ("ce_teacher_student", "hard_loss", "kl_teacher_student", "kl_student_teacher")
 NOBODY = -1
 
@@ -36,7 +38,7 @@ def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answ
     """
     num_teachers, num_labels = scope_mask.shape
     check_label_ids(student_labels, (len(answered), num_labels))
-    _check_answered(answered, (len(student_labels), num_teachers))
+    check_answered(answered, (len(student_labels), num_teachers))
     return _first(scope_mask.T[student_labels] & answered)
 
 
@@ -79,8 +81,7 @@ def agreement_scores(
     """
     if rule not in AGREEMENT_RULES:
         raise ValueError(f"`rule` must be one of {list(AGREEMENT_RULES)}, got {rule!r}. Choose one of them.")
-    if not 0 < min_prob < 1:
-        raise ValueError(f"`min_prob` must lie between 0 and 1, got {min_prob}. Leave it out for 1e-6.")
+    check_min_prob(min_prob)
     _check_agreement(student_log_probs, teacher_probs, label_ids, rest_probs)
     num_labels, num_stored = student_log_probs.shape[1], teacher_probs.shape[2]
     # Dense answers are sparse ones of all labels with nothing left for the rest.
@@ -122,7 +123,7 @@ def assign_by_domain(
         >>> assign_by_domain(["b", "a"], [["a"], ["b"]], torch.ones(2, 2, dtype=torch.bool)).tolist()
         [1, 0]
     """
-    _check_answered(answered, (len(example_domains), len(teacher_domains)))
+    check_answered(answered, (len(example_domains), len(teacher_domains)))
     if wrong := [name for name in example_domains if not isinstance(name, str)]:
         raise TypeError(f"`example_domains` must be texts, got {wrong[0]!r}. Write '' where it is not known.")
     if single := [domains for domains in teacher_domains if isinstance(domains, str)]:
@@ -141,7 +142,7 @@ def assign_by_domain(
 
 def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Choose any teacher that answered, by a generator of the CPU: the control for every other assignment."""
-    _check_answered(answered, tuple(answered.shape[:2]))
+    check_answered(answered, tuple(answered.shape[:2]))
     # On the CPU, where a seed gives the same numbers on any machine.
     return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
 
@@ -190,30 +191,6 @@ def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     return torch.where(assigned == NOBODY, previous, assigned)
 
 
-def _check_answered(answered: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if answered.dtype != torch.bool or tuple(answered.shape) != shape or len(shape) != 2 or shape[1] == 0:
-        raise ValueError(
-            "`answered` must be booleans of shape (num_examples, num_teachers) with at least one teacher, "
-            f"{shape} here, got {tuple(answered.shape)} of {answered.dtype}. Say of each teacher and example whether "
-            "it answered."
-        )
-
-
-def check_label_ids(labels: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse labels `(num_examples,)` that are not one of the columns of each row of a shape."""
-    is_whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
-    if len(shape) != 2 or labels.shape != shape[:1] or not is_whole:
-        raise ValueError(
-            f"Labels must be label ids of shape (num_examples,) for (num_examples, num_labels) = {tuple(shape)}, got "
-            f"{tuple(labels.shape)} of {labels.dtype}. Give one integer per example."
-        )
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < shape[1]:
-        raise ValueError(
-            f"Labels must lie in 0..{shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}. Leave out "
-            "examples without a label."
-        )
-
-
 def _check_agreement(
     student: torch.Tensor, teachers: torch.Tensor, label_ids: torch.Tensor | None, rest: torch.Tensor | None
 ) -> None:
@@ -239,7 +216,7 @@ def _first(candidates: torch.Tensor) -> torch.Tensor:
 
 def choose_lowest(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     """Choose the teacher of the lowest score `(num_examples, num_teachers)` among those that answered, or -1."""
-    _check_answered(answered, tuple(scores.shape))
+    check_answered(answered, tuple(scores.shape))
     # Who is silent may have any score, NaN too; infinity is chosen only where all are silent, and that is undone.
     scores = scores.masked_fill(~answered, torch.inf)
     return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)

@@ -72,7 +72,7 @@ class LabelModel:
 
         Args:
             votes (`np.ndarray` of shape `(num_rows, num_voters)`, integers):
-                Labels, -1 for no vote.
+                Labels, -1 for no vote. A `ValueError` if they are not usable, or too few voters voted for this model.
             num_labels (`int`, *optional*):
                 Defaults to the greatest vote and one.
             names (`Sequence[str]`, *optional*):
@@ -80,9 +80,6 @@ class LabelModel:
 
         Returns:
             `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0 without a vote.
-
-        Raises:
-            ValueError: If the votes are not usable, or too few voters voted for this model.
         """
         if num_labels is not None and (not isinstance(num_labels, Integral) or num_labels < 1):
             raise ValueError(
@@ -117,17 +114,10 @@ class LabelModel:
         return probs
 
     def predict_proba(self, votes: Any) -> np.ndarray:
-        """Give posteriors on any rows of the same voters.
+        """Give posteriors `(num_rows, num_labels)` on any rows of the same voters, as [`fit_predict_proba`] does.
 
-        Args:
-            votes (`np.ndarray` of shape `(num_rows, num_voters)`):
-                As in [`fit_predict_proba`].
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0 without a vote that the model knows.
-
-        Raises:
-            ValueError: If the model is not fitted, or the votes are not those of its voters.
+        A row sums to 0 without a vote that the model knows. A `ValueError` if the model is not fitted, or the votes
+        are not those of its voters.
         """
         if not self.num_voters:
             raise ValueError(f"`{self.name}` must be fitted before it predicts, got a new one. Call `fit` first.")
@@ -149,13 +139,9 @@ class LabelModel:
         return probs
 
     def predict(self, votes: Any) -> np.ndarray:
-        """Give the most probable label of rows; ties are shared, not given to the lowest label.
+        """Give the most probable label of rows: 1 at the label, 1/m at each of m that are equally probable.
 
-        Takes and raises what [`predict_proba`] does.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`: 1 at the label, 1/m at each of m that are equally probable,
-            all zero without a vote.
+        Takes and raises what [`predict_proba`] does, and gives the same shape, all zero without a vote.
         """
         return best_labels(self.predict_proba(votes))
 
@@ -227,11 +213,7 @@ class LabelModel:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Self:
-        """Make a model of what [`to_dict`] gave.
-
-        Raises:
-            ValueError: If something is missing, or it is a model of another kind.
-        """
+        """Make a model of what [`to_dict`] gave; a `ValueError` if something is missing, or it is of another kind."""
         keys = {"model", "settings", "num_labels", "num_voters", "voter_names", "named", "speakers"}
         keys |= {"silence_is_answer", "parameters"}
         if not isinstance(facts, Mapping) or keys - set(facts):

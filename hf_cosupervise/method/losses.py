@@ -72,39 +72,16 @@ def hard_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
         >>> hard_cross_entropy(torch.zeros(1, 2), torch.tensor([1])).tolist()
         [0.6931471824645996]
     """
-    _check_hard_labels(logits, labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"`logits` (num_examples, num_labels) and `labels` (num_examples,) are needed, got {tuple(logits.shape)} "
+            f"and {tuple(labels.shape)}. Give both for the same examples."
+        )
+    _check_label_ids("labels", labels, logits.shape[1])
     # No label is ignored: torch's default takes -100 for a loss of 0, on an accelerator without a word.
     return functional.cross_entropy(
         logits.float(), labels, reduction="none", ignore_index=torch.iinfo(torch.int64).min
     )
-
-
-def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Average losses `(num_examples,)`, each with the weight of its example: sum_i w_i l_i / sum_i w_i, a scalar.
-
-    Over several batches, add up both sums and divide once: the mean of their means differs. Weights are at least 0 and
-    not all 0, 1 each by default; anything else is a `ValueError`, and so is no loss at all.
-
-    Examples:
-        >>> weighted_mean(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])).item()
-        2.0
-    """
-    if losses.ndim != 1 or len(losses) == 0 or (weights is not None and weights.shape != losses.shape):
-        raise ValueError(
-            "`losses` and `weights` must have one shape (num_examples,) with at least one example, got "
-            f"{tuple(losses.shape)} and {None if weights is None else tuple(weights.shape)}. Leave out empty batches."
-        )
-    losses = as_float(losses)
-    if weights is None:
-        return losses.mean()
-    weights = weights.to(losses)
-    if not bool((weights >= 0).all() & weights.isfinite().all() & (weights > 0).any()):
-        raise ValueError(
-            f"`weights` must be finite, at least 0 and not all 0, got {weights.min()}..{weights.max()}. "
-            "Leave out the batches whose examples all weigh 0."
-        )
-    weights = weights / weights.max()  # or very large and very small ones would sum to inf and 0
-    return (weights * losses).sum() / weights.sum()
 
 
 # From logits and pseudolabels `(batch, num_labels)` and rows of the pool `(batch,)`, to losses `(batch,)`; and to
@@ -134,16 +111,6 @@ def check_pair(logits: torch.Tensor, target_probs: torch.Tensor) -> tuple[torch.
     _check_shapes(logits, target_probs)
     logits = as_float(logits)
     return logits, target_probs.to(logits.dtype)
-
-
-def _check_hard_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse labels that do not fit the logits."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"`logits` (num_examples, num_labels) and `labels` (num_examples,) are needed, got {tuple(logits.shape)} "
-            f"and {tuple(labels.shape)}. Give both for the same examples."
-        )
-    _check_label_ids("labels", labels, logits.shape[1])
 
 
 def _check_label_ids(name: str, label_ids: torch.Tensor, num_labels: int) -> None:

@@ -53,40 +53,22 @@ def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
         >>> accuracy(np.array([0, 1, -1, 1]), np.array([0, 1, 1, 0]))
         0.5
     """
-    return agreement(predictions, labels)
-
-
-def agreement(first: np.ndarray, second: np.ndarray) -> float:
-    """Measure the share of examples on which two sets of labels `(num_examples,)` are equal, as [`accuracy`] does."""
-    first, second = np.asarray(first), np.asarray(second)
-    if first.shape != second.shape or first.ndim != 1 or first.size == 0:
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or predictions.ndim != 1 or predictions.size == 0:
         raise ValueError(
-            f"Two label arrays of one shape (num_examples,) are needed, got {first.shape} and {second.shape}. Give at "
-            "least one example."
+            f"Two label arrays of one shape (num_examples,) are needed, got {predictions.shape} and {labels.shape}. "
+            "Give at least one example."
         )
-    return float((first == second).mean())
+    return float((predictions == labels).mean())
 
 
 def measure_labels(predictions: np.ndarray, labels: np.ndarray, metric: str = "accuracy") -> dict[str, float]:
-    """Measure predictions by accuracy, and by the chosen metric too where that is another one.
+    """Measure predictions by accuracy, and by the chosen metric too where that is another one, higher is better.
 
-    Args:
-        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
-            See [`accuracy`].
-        metric (`str`, *optional*, defaults to `"accuracy"`):
-            One of [`METRICS`]: `"accuracy"`; `"balanced_accuracy"`, the mean over classes of the share found; `"f1"`
-            of label 1 of two; `"macro_f1"` and `"weighted_f1"`, the mean over classes, alike or by their size;
-            `"mcc"`, Matthews' correlation, -1 to 1; `"worst_class_accuracy"`.
-
-    Returns:
-        `dict[str, float]`: by name, higher is better.
-
-    Raises:
-        ValueError: If there is no such metric, there are no examples, the shapes differ, or `"f1"` is asked of more
-            than two labels.
-
-    Source:
-        The definitions of scikit-learn, but that no answer (-1) is no class of its own to average over.
+    Takes and raises what [`accuracy`] does, and a name of [`METRICS`]: `"accuracy"`; `"balanced_accuracy"`, the mean
+    over classes of the share found; `"f1"` of label 1 of two, else a `ValueError`; `"macro_f1"` and `"weighted_f1"`,
+    the mean over classes, alike or by size; `"mcc"`, Matthews' correlation, -1 to 1; `"worst_class_accuracy"`.
+    Source: the definitions of scikit-learn, but that no answer (-1) is no class of its own to average over.
 
     Examples:
         >>> measure_labels(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), "balanced_accuracy")

@@ -92,13 +92,18 @@ def _check_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: torch
             "`values` and booleans `known` must have one shape (num_examples, num_columns), got "
             f"{tuple(values.shape)} and {tuple(known.shape)} of {known.dtype}. Give both for the same examples."
         )
-    if neighbors.ndim != 2 or len(neighbors) != len(values) or neighbors.dtype not in (torch.int32, torch.int64):
+    check_neighbors(neighbors, len(values))
+
+
+def check_neighbors(neighbors: torch.Tensor, num_examples: int) -> None:
+    """Refuse what are no rows `(num_examples, k)` of as many examples."""
+    if neighbors.ndim != 2 or len(neighbors) != num_examples or neighbors.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"`neighbors` must be rows of shape ({len(values)}, k), got {tuple(neighbors.shape)} of "
+            f"`neighbors` must be rows of shape ({num_examples}, k), got {tuple(neighbors.shape)} of "
             f"{neighbors.dtype}. Use `nearest_neighbors` on the same examples."
         )
-    if neighbors.numel() and not (int(neighbors.min()) >= 0 and int(neighbors.max()) < len(values)):
+    if neighbors.numel() and not (int(neighbors.min()) >= 0 and int(neighbors.max()) < num_examples):
         raise ValueError(
-            f"`neighbors` must lie in 0..{len(values) - 1}, got {int(neighbors.min())}..{int(neighbors.max())}. Use "
+            f"`neighbors` must lie in 0..{num_examples - 1}, got {int(neighbors.min())}..{int(neighbors.max())}. Use "
             "`nearest_neighbors` on the same examples."
         )

@@ -38,6 +38,8 @@ def fit_raven(
     below at 1e-6 and normalised. The first `easy_epochs` take only examples on which all answering teachers have the
     same most probable label, and leave w alone. Hard teachers are one-hot rows, like any others; the released code
     raises on them.
+    Source: RAVEN, arXiv 2510.21332; missing answers are ours. The loss is linear in w and lowest at the teacher that
+    the student follows already, hence the easy start.
 
     Args:
         features (`torch.Tensor` of shape `(num_examples, feature_size)`):
@@ -54,14 +56,8 @@ def fit_raven(
             For the order of the examples.
 
     Returns:
-        [`RavenFit`], in the precision of the features but at least float32.
-
-    Raises:
-        ValueError: If shapes or values are not as said above, or if there is nothing to learn from.
-
-    Source:
-        RAVEN, arXiv 2510.21332; missing answers are ours. The loss is linear in w and lowest at the teacher that the
-        student follows already, hence the easy start.
+        [`RavenFit`], in the precision of the features but at least float32. A `ValueError` if shapes or values are not
+        as said above, or if there is nothing to learn from.
 
     Examples:
         >>> probs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]]).repeat(50, 1, 1)

@@ -11,7 +11,7 @@ import numbers
 
 import torch
 
-from .assignment import check_label_ids
+from .checks import check_label_ids, check_labels
 
 SELECTION_RULES = ("loss_rank", "agreement_set")
 
@@ -124,11 +124,7 @@ def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
         >>> vote_entropy(torch.tensor([[1, 1], [0, 1], [2, -1]]), num_labels=3).tolist()
         [0.0, 0.6931471824645996, 0.0]
     """
-    if labels.ndim != 2 or labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < num_labels:
-        raise ValueError(
-            f"`labels` must have shape (num_examples, num_teachers) with values in -1..{num_labels - 1}, got "
-            f"{tuple(labels.shape)} with {labels.unique().tolist()[:8]}. Write -1 where a teacher has no answer."
-        )
+    check_labels(labels, num_labels)
     # Counted where they fall: a place for each teacher and label would be as many times larger as there are teachers.
     counts = torch.zeros(len(labels), num_labels, device=labels.device)
     counts.scatter_add_(1, labels.long().clamp(min=0), (labels >= 0).float())

@@ -84,6 +84,9 @@ def select_answers(
 ) -> torch.Tensor:
     """Select what to train on of the answers that were chosen, bool `(num_examples,)`.
 
+    Source: arXiv 2402.15505, released code, with an answer in the place of a label; `"same_answer"` is the first stage
+    of Weak-to-Strong Reasoning, arXiv 2407.13647.
+
     Args:
         rejection (`str`):
             `"none"`, `"same_answer"` (those that say what the student says) or `"loss_rank"` (as many, of the lowest
@@ -94,10 +97,6 @@ def select_answers(
 
     Raises:
         ValueError: If there is no such rejection, or nothing would be kept.
-
-    Source:
-        arXiv 2402.15505, released code, with an answer in the place of a label; `"same_answer"` is the first stage of
-        Weak-to-Strong Reasoning, arXiv 2407.13647.
 
     Examples:
         >>> losses, same = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([True, False, True])

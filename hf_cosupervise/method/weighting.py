@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from .aggregation import check_labels
+from .checks import check_answers, check_label_ids, check_labels, check_weights
 
 
 def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -21,18 +21,8 @@ def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, wei
         >>> weighted_mean_probs(probs, torch.tensor([[True, True]]), weights).tolist()
         [[0.75, 0.25]]
     """
-    if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2] or answered.dtype != torch.bool:
-        raise ValueError(
-            "Expected `teacher_probs` (num_examples, num_teachers, num_labels) and boolean `answered` (num_examples, "
-            f"num_teachers), got {tuple(teacher_probs.shape)} and {tuple(answered.shape)} of {answered.dtype}. Give "
-            "both for the same examples."
-        )
-    is_fit = weights.shape in (answered.shape, answered.shape[1:])
-    if not is_fit or not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError(
-            f"Expected finite `weights` of shape {tuple(answered.shape[1:])} or {tuple(answered.shape)}, each at "
-            f"least 0, got {weights}. Give one for each teacher."
-        )
+    check_answers(teacher_probs, answered)
+    check_weights(weights, answered.shape[1:], answered.shape)
     return weighted_mean(teacher_probs, answered, weights)
 
 
@@ -61,8 +51,7 @@ def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) 
         [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0]]
     """
     check_labels(labels, num_labels)
-    if weights.shape != labels.shape[1:] or not bool((weights >= 0).all()):
-        raise ValueError(f"Expected `weights` of shape {tuple(labels.shape[1:])}, each at least 0, got {weights}.")
+    check_weights(weights, labels.shape[1:])
     votes = weights.new_zeros(labels.shape[0], num_labels)
     votes.scatter_add_(1, labels.long().clamp(min=0), weights.expand(labels.shape) * (labels >= 0))
     total = votes.sum(dim=1, keepdim=True)
@@ -72,7 +61,7 @@ def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) 
 def boosting_weights(
     labels: torch.Tensor, oracle_labels: torch.Tensor, num_labels: int, *, min_examples: int = 10
 ) -> torch.Tensor:
-    """Weigh given teachers by boosting on a small labelled set.
+    """Weigh given teachers by boosting on a small labelled set, `(num_teachers,)` in float64, each at least 0.
 
     Teachers are taken one after another, the one of lowest weighted error e first; with
     L = ln((1 - e)/e) + ln(C - 1), its weight is L (SAMME), or L/2 for two labels (AdaBoost: the factor is the same
@@ -80,6 +69,8 @@ def boosting_weights(
     e^{-L/2} times, those it did not answer as before. e is at least 1/(2n) over the n examples it answered, so that
     a perfect teacher has a finite weight. A teacher no better than chance (e >= 1 - 1/C), or without an answer here,
     gets 0. Labels for the rest follow by [`weighted_vote`] or [`weighted_mean_probs`].
+    Source: EnsemW2S, arXiv 2410.04571 (its released code uses the binary form for any C), with SAMME's term for C > 2;
+    missing answers are ours, after abstaining in Schapire and Singer 1999.
 
     Args:
         labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
@@ -91,15 +82,8 @@ def boosting_weights(
         min_examples (`int`, *optional*, defaults to 10):
             Fewer labelled examples are refused: the weights would be chance.
 
-    Returns:
-        `torch.DoubleTensor` of shape `(num_teachers,)`, each at least 0.
-
     Raises:
         ValueError: If there are too few labelled examples, labels out of range, or no teacher better than chance.
-
-    Source:
-        EnsemW2S, arXiv 2410.04571 (its released code uses the binary form for any C), with SAMME's term for C > 2;
-        missing answers are ours, after abstaining in Schapire and Singer 1999.
 
     Examples:
         >>> truth = torch.tensor([0, 1, 0, 1])
@@ -141,21 +125,12 @@ def boosting_weights(
 
 def _check_labelled(labels: torch.Tensor, oracle_labels: torch.Tensor, num_labels: int, min_examples: int) -> None:
     check_labels(labels, num_labels)
-    if oracle_labels.shape != labels.shape[:1]:
-        raise ValueError(
-            f"Expected `oracle_labels` of shape ({labels.shape[0]},), one for each row of `labels`, got "
-            f"{tuple(oracle_labels.shape)}."
-        )
     if num_labels < 2 or len(labels) < min_examples:
         raise ValueError(
             f"Boosting needs two labels and {min_examples} labelled examples (`min_examples`), got {num_labels} and "
             f"{len(labels)}. Label more, or use `majority_vote`, which needs none."
         )
-    if int(oracle_labels.min()) < 0 or int(oracle_labels.max()) >= num_labels:
-        raise ValueError(
-            f"`oracle_labels` must be in [0, {num_labels}), got values from {int(oracle_labels.min())} to "
-            f"{int(oracle_labels.max())}."
-        )
+    check_label_ids(oracle_labels, (len(labels), num_labels))
     counts = torch.bincount(oracle_labels, minlength=num_labels)
     if not bool(counts.all()):
         without = (counts == 0).nonzero().flatten().tolist()

@@ -39,8 +39,7 @@ class PseudolabelPool(TeacherPool):
     `source_names`, -1 for nobody, in an array of the same shape `(num_rows,)`.
 
     Raises:
-        ValueError: As [`TeacherPool`], or if a row of pseudolabels is not valid.
-        TypeError: As [`TeacherPool`].
+        ValueError: If a row of pseudolabels is not valid, or as [`TeacherPool`].
     """
 
     columns = ("label_ids", "label_probs")
@@ -127,11 +126,7 @@ class PseudolabelPool(TeacherPool):
         return np.where(self.answered(name, rows), self.label_ids(name)[rows, 0].astype(np.int64), -1)
 
     def decode(self, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:
-        """Give full probability vectors of a teacher.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero without an answer.
-        """
+        """Give full probabilities of a teacher, float32 `(num_rows, num_labels)`; all zero without an answer."""
         rows = slice(None) if rows is None else self._check_rows(rows)
         return decode_top_k(self.label_ids(name)[rows], self.label_probs(name)[rows], self.hierarchy.num_labels)
 
@@ -145,11 +140,8 @@ class PseudolabelPool(TeacherPool):
 
         Returns:
             `tuple[np.ndarray, np.ndarray]`: label ids and float16 probabilities, both of shape `(num_rows, k)`, most
-            probable first; all zero where nobody speaks. A teacher that keeps fewer labels than another is padded
-            with zeros.
-
-        Raises:
-            ValueError: If a source is an ensemble or does not exist, or the shapes differ.
+            probable first; all zero where nobody speaks, and where a teacher keeps fewer labels than another. A source
+            that is an ensemble or does not exist, or shapes that differ, are a `ValueError`.
         """
         sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
@@ -176,14 +168,12 @@ class PseudolabelPool(TeacherPool):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Give the pseudolabel of each example by the teacher that speaks for it, without the labels left out.
 
-        With `hard`, the most probable label gets 1 instead of probabilities.
+        With `hard`, the most probable label gets 1 instead of probabilities. A `ValueError` if teachers keep different
+        numbers of labels, or as [`gather`].
 
         Returns:
             `tuple[np.ndarray, np.ndarray, np.ndarray]`: label ids `(num_rows, k)` int64, their probabilities
             `(num_rows, k)` float32 and the probability of each other label `(num_rows,)` float32.
-
-        Raises:
-            ValueError: If teachers keep different numbers of labels, or as [`gather`].
         """
         # Padding would look like stored labels of probability 0, where the rest has more: only the first of them, as
         # `hard` takes, is safe.
@@ -198,13 +188,10 @@ class PseudolabelPool(TeacherPool):
         return label_ids.astype(np.int64), probs, rest_probs
 
     def pseudolabels(self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False) -> np.ndarray:
-        """Give the pseudolabel of each example by whoever speaks for it.
+        """Give the pseudolabel of each example by whoever speaks for it, `(num_rows, num_labels)` in float32.
 
-        With `hard`, the most probable label (ties to the lowest) gets 1 instead of probabilities.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero where nobody speaks. A
-            source that does not exist, or shapes that differ, are a `ValueError`.
+        Rows sum to 1, or are all zero where nobody speaks; with `hard`, the most probable label (ties to the lowest)
+        gets 1. A source that does not exist, or shapes that differ, are a `ValueError`.
         """
         sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
@@ -293,8 +280,7 @@ class PseudolabelPool(TeacherPool):
                 See [`PseudolabelPool`].
 
         Raises:
-            ValueError: If shapes, ids or probabilities do not fit.
-            TypeError: If an argument is of another kind.
+            ValueError: If shapes, ids or probabilities do not fit. A `TypeError` if an argument is of another kind.
         """
         check_kind(inputs, Dataset, "inputs", optional=True)
         if isinstance(hierarchy, Mapping | np.ndarray | torch.Tensor):

@@ -12,13 +12,13 @@ import torch
 from hf_cosupervise.method.aggregation import (
     AGGREGATORS,
     aggregate,
-    check_labels,
     harden,
     label_model_posteriors,
     majority_vote,
     mean_logits,
     mean_probs,
 )
+from hf_cosupervise.method.checks import check_labels
 from hf_cosupervise.method.crowdlab import crowdlab, crowdlab_labels
 from hf_cosupervise.method.label_models import make_label_model
 
@@ -578,7 +578,7 @@ def test_crowdlab_refuses_what_it_cannot_use():
     labels, p = make_crowdlab()
     with pytest.raises(ValueError, match="needs an example that two teachers answered"):
         crowdlab(labels[:, :1], p)
-    with pytest.raises(ValueError, match="two labels or more and one row for each of `labels`, got "):
+    with pytest.raises(ValueError, match="one row for each of `labels`, got "):
         crowdlab(labels, p[:5])
     for wrong in (p * 2, torch.full_like(p, torch.nan)):
         with pytest.raises(ValueError, match="Give softmax outputs, not logits"):

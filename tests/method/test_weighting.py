@@ -127,9 +127,9 @@ def test_labelled_sets_that_do_not_do():
     labels, truth = make_labelled(4, 0.0)
     with pytest.raises(ValueError, match=r"10 labelled examples \(`min_examples`\), got 4 and 9"):
         boosting_weights(labels[:9], truth[:9], 4)
-    with pytest.raises(ValueError, match="one for each row of `labels`"):
+    with pytest.raises(ValueError, match="Labels must be label ids of shape"):
         boosting_weights(labels, truth[:9], 4)
-    with pytest.raises(ValueError, match=r"`oracle_labels` must be in \[0, 4\), got values from -1 to"):
+    with pytest.raises(ValueError, match=r"Labels must lie in 0..3, got -1\.\."):
         boosting_weights(labels, truth - 1, 4)
     with pytest.warns(UserWarning, match=r"2 of 6 labels have no labelled example \(4, 5\)"):
         boosting_weights(labels, truth, 6)
