@@ -26,21 +26,15 @@ def aekd_weights(
     is T (softmax(s/T) - softmax(t_m/T)); the weights are [`min_norm_weights`] of them, made anew for every batch and
     without gradient, for a loss of sum_m w_m times the mean of that over what teacher m answered. One vector serves a
     whole batch, so a specialist counts alike inside and outside its scope.
-    Source: Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
 
-    Args:
-        student_logits (`torch.Tensor` of shape `(batch, num_labels)`):
-            Student logits.
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`]; t is the logarithm of `teacher_probs`, of at least 1e-6 each.
-        temperature (`float`, *optional*, defaults to 4.0):
-            T, above 0.
-        cap (`float`, *optional*, defaults to 0.6):
-            The largest share; raised to 1/m where only m teachers answered in the batch and it leaves no room.
+    Takes logits `(batch, num_labels)`, and what [`aggregate`] takes, of which t is the logarithm, of at least 1e-6; T
+    is above 0. The cap is raised to 1/m where only m teachers answered in the batch and it leaves no room. Anything
+    else is a `ValueError`.
+    Source: Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
 
     Returns:
         `torch.Tensor` of shape `(num_teachers,)`, float32: sums to 1, 0 for a teacher without an answer, all zero if
-        nobody answered. Shapes or values that are not as said above are a `ValueError`.
+        nobody answered.
 
     Examples:
         >>> probs, answered = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]]), torch.tensor([[True, True]])

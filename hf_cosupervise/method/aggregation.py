@@ -142,9 +142,8 @@ def mean_logits(teacher_probs: torch.Tensor, answered: torch.Tensor, min_prob: f
 def majority_vote(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     """Let every teacher that answered cast one vote.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer; others than 0..num_labels - 1 are a `ValueError`.
+    Takes hard labels `(num_examples, num_teachers)`, -1 where a teacher has no answer; others than 0..num_labels - 1
+    are a `ValueError`.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: 1 at the label with most votes, 1/m at each of m labels

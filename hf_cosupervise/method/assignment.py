@@ -19,17 +19,11 @@ NOBODY = -1
 
 
 def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    """Choose the teacher whose scope holds the student's label.
+    """Choose the teacher whose scope, bool `(num_teachers, num_labels)`, holds the student's label `(num_examples,)`.
 
     Where scopes overlap, the first owner in the order of the hierarchy that answered; where no owner answered or the
     label is unowned, nobody.
     Source: arXiv 2402.15505, released code; overlaps and missing answers are ours.
-
-    Args:
-        student_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            The student's most probable label.
-        scope_mask (`torch.BoolTensor` of shape `(num_teachers, num_labels)`):
-            Labels that each teacher of the level was trained for.
 
     Examples:
         >>> scopes = torch.tensor([[True, True, False], [False, True, True]])
@@ -131,13 +125,10 @@ def assign_by_domain(
             f"`teacher_domains` must be lists, got the single string {single[0]!r}. Write [{single[0]!r}]."
         )
     # Each name is looked up once, not once per example and teacher.
-    names = sorted(set(example_domains))
-    positions = {name: position for position, name in enumerate(names)}
-    owned = torch.tensor(
-        [[domains is None or name in domains for domains in teacher_domains] for name in names], dtype=torch.bool
-    ).reshape(len(names), len(teacher_domains))
-    rows = torch.tensor([positions[name] for name in example_domains], dtype=torch.long)
-    return _first(owned[rows].to(answered.device) & answered)
+    names = set(example_domains)
+    owners = {name: [domains is None or name in domains for domains in teacher_domains] for name in names}
+    owned = torch.tensor([owners[name] for name in example_domains], dtype=torch.bool).reshape(answered.shape)
+    return _first(owned.to(answered.device) & answered)
 
 
 def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

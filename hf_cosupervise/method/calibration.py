@@ -15,19 +15,10 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
     """Find the temperature at which a classifier's probabilities are worth most on labelled examples.
 
     The T in [0.05, 20] that minimises the mean of -log softmax(log max(p, min_prob) / T)[label], which is convex in
-    1/T: above 1 the classifier was too sure, below 1 not sure enough. Where all T are equally good, 1.
+    1/T: above 1 the classifier was too sure, below 1 not sure enough. Where all T are equally good, 1. Takes
+    probabilities `(num_examples, num_labels)` without those of examples without an answer, and true labels of at least
+    10 examples that are used for nothing else; a `ValueError` if they are none, or `min_prob` is not in (0, 1).
     Source: Guo et al. 2017, arXiv 1706.04599, on the logarithm of probabilities instead of logits.
-
-    Args:
-        probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Rows sum to 1; leave out examples without an answer. At least 10.
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            True labels, of examples that are used for nothing else.
-        min_prob (`float`, *optional*, defaults to 1e-6):
-            In (0, 1); probabilities are at least this inside the logarithm.
-
-    Raises:
-        ValueError: If there are fewer than 10 examples, or shapes or values are not as said above; NaN too.
 
     Examples:
         >>> probs = torch.tensor([[0.8, 0.2]]).repeat(12, 1)  # says 4 to 1, is right 2 to 1: T = ln 4 / ln 2

@@ -18,17 +18,12 @@ def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
     example). e_j is how often teacher j disagrees with another, e_s the classifier with the consensus, e_0 the
     consensus with its most frequent label, all over examples with two answers or more. The consensus is first the
     majority (ties by p, then to the rarer label, then to the lowest), and once more the argmax of the posterior.
+
+    Takes labels `(num_examples, num_teachers)`, -1 where a teacher has no answer, and probabilities `(num_examples,
+    num_labels)` of a classifier that was not trained on these very examples, rows of which sum to 1; gives the shape
+    of those, rows all zero where nobody answered. A `ValueError` for anything else, or if no example has two answers.
     Source: arXiv 2210.06812; weights and posterior are those of cleanlab, which stops at a teacher or an example
     without answers (here both are left out), and in a last tie takes a random label of the global generator.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer. A `ValueError` if no example has two.
-        student_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Probabilities of a classifier that was not trained on these very examples; rows sum to 1.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody answered.
 
     Examples:
         >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])

@@ -34,14 +34,8 @@ def sparse_soft_cross_entropy(
 ) -> torch.Tensor:
     """Compute [`soft_cross_entropy`] against pseudolabels that name k labels, without building all the others.
 
-    With r the probability of every label that is not named, -sum_c y_c log s_c = -sum_k (y_k - r) log s_k -
-    r sum_c log s_c.
-
-    Args:
-        label_ids, label_probs (`torch.Tensor` of shape `(num_examples, k)`):
-            Labels that are named (int64), each once, and their probabilities.
-        rest_probs (`torch.Tensor` of shape `(num_examples,)`):
-            Probability of each other label.
+    With r the probability `(num_examples,)` of every label that is not named among `label_ids` (int64, each once) and
+    `label_probs`, `(num_examples, k)` both, -sum_c y_c log s_c = -sum_k (y_k - r) log s_k - r sum_c log s_c.
 
     Examples:
         >>> ids, probs, rest = torch.tensor([[1]]), torch.tensor([[0.5]]), torch.tensor([0.25])

@@ -16,13 +16,8 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
     """Find the k nearest other examples of each example by cosine similarity, exactly.
 
     The work grows with the square of the number of examples: seconds for 20,000 of 1,280 features, minutes for
-    100,000. Memory does not.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            What the backbone gives, finite; any floating type, may be mapped from disk. Else a `ValueError`.
-        k (`int`):
-            How many, a whole number from 1 to `num_examples - 1`, or a `ValueError`.
+    100,000. Memory does not. Features `(num_examples, feature_size)` are finite, of any floating type, and may be
+    mapped from disk; k is from 1 to `num_examples - 1`; else a `ValueError`.
 
     Returns:
         `torch.LongTensor` of shape `(num_examples, k)`, on the CPU: rows, most similar first, never the example's own.
@@ -59,17 +54,10 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
 def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Average the values `(num_examples, num_columns)` of each example and its neighbours, those that are known.
 
-    Args:
-        values (`torch.Tensor` of shape `(num_examples, num_columns)`):
-            Numbers per example, such as how far each teacher is from the student.
-        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
-            What [`nearest_neighbors`] gives: rows of `values`, or a `ValueError`.
-        known (`torch.BoolTensor` of shape `(num_examples, num_columns)`):
-            Which of the values count. A mean is infinite where none does.
-
-    Source:
-        Ours: one student's agreement with a teacher on one example is noisy; teachers that are good at a part of the
-        task are good at what lies next to it. Measured in `recipes/README.md`.
+    Such as how far each teacher is from the student. Takes what [`nearest_neighbors`] gives, and booleans of the shape
+    of the values; means are infinite where nothing is known. A `ValueError` if shapes do not fit.
+    Source: ours: one student's agreement with a teacher on one example is noisy; teachers that are good at a part of
+    the task are good at what lies next to it. Measured in `recipes/README.md`.
 
     Examples:
         >>> values, known = torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([[True], [True], [False]])

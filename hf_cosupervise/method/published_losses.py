@@ -349,9 +349,6 @@ def weigh_loss(
     def weights_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return weights[rows.to(weights.device)].to(logits.device)
 
-    def loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return weights_of(logits, rows) * pair[0](logits, targets, rows)
-
     def with_gradient(
         logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -359,7 +356,7 @@ def weigh_loss(
         losses, gradient = pair[1](logits, targets, rows)
         return own * losses, own.unsqueeze(1) * gradient
 
-    return loss, with_gradient
+    return lambda logits, targets, rows: weights_of(logits, rows) * pair[0](logits, targets, rows), with_gradient
 
 
 def _with_autograd(loss: LossFunction) -> tuple[LossFunction, LossAndGradient]:

@@ -38,26 +38,13 @@ def fit_raven(
     below at 1e-6 and normalised. The first `easy_epochs` take only examples on which all answering teachers have the
     same most probable label, and leave w alone. Hard teachers are one-hot rows, like any others; the released code
     raises on them.
+
+    Takes features `(num_examples, feature_size)`, what [`aggregate`] does (examples without an answer are left out),
+    rates of the head and of w, and a seed for the order of the examples. Gives [`RavenFit`], in the precision of the
+    features but at least float32. A `ValueError` if shapes or values are not as said above, or if there is nothing to
+    learn from.
     Source: RAVEN, arXiv 2510.21332; missing answers are ours. The loss is linear in w and lowest at the teacher that
     the student follows already, hence the easy start.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Inputs of the head.
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`]; examples without an answer are left out.
-        epochs, easy_epochs (`int`, *optional*):
-            Passes over the data, and how many of them are easy. Default to 20 and 5.
-        learning_rate, weight_learning_rate (`float`, *optional*):
-            Of the head and of w. Default to 1e-3.
-        batch_size (`int`, *optional*, defaults to 256):
-            Examples per step.
-        seed (`int`, *optional*, defaults to 0):
-            For the order of the examples.
-
-    Returns:
-        [`RavenFit`], in the precision of the features but at least float32. A `ValueError` if shapes or values are not
-        as said above, or if there is nothing to learn from.
 
     Examples:
         >>> probs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]]).repeat(50, 1, 1)

@@ -137,19 +137,10 @@ def select_consistent(
 ) -> torch.Tensor:
     """Keep as many examples as agree with the student, or exactly those.
 
-    With m the integer number of agreements among the examples that have a pseudolabel, `loss_rank` keeps the m of
-    lowest loss, so that agreement fixes only *how many* are kept; `agreement_set` keeps exactly the agreeing ones.
+    With m the integer number of agreements (of [`in_top_k`]) among the examples that have a pseudolabel, `loss_rank`
+    keeps the m of lowest [`pseudolabel_loss`], so that agreement fixes only *how many* are kept; `agreement_set` keeps
+    exactly the agreeing ones.
     Source: `loss_rank` is arXiv 2402.15505's released code, `agreement_set` is ours.
-
-    Args:
-        losses (`torch.Tensor` of shape `(num_examples,)`):
-            What [`pseudolabel_loss`] gives.
-        agrees (`torch.BoolTensor` of shape `(num_examples,)`):
-            What [`in_top_k`] gives.
-        has_label (`torch.BoolTensor` of shape `(num_examples,)`):
-            Which examples have a pseudolabel at all.
-        rule (`str`, *optional*, defaults to `"loss_rank"`):
-            `"loss_rank"` or `"agreement_set"`.
 
     Examples:
         >>> losses, agrees = torch.tensor([0.9, 0.1, 0.2]), torch.tensor([True, True, False])

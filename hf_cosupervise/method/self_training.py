@@ -29,16 +29,11 @@ def select_surest(
 ) -> torch.Tensor:
     """Choose of each label's candidates those that the student is surest of, and of no label more than its fair part.
 
-    Of m candidates, of which m_c have label c, the ceil(share * min(m_c, m / num_labels)) of lowest entropy are taken:
-    a label that the student gives too readily does not crowd out the others, round after round.
+    Of m candidates, of which m_c have label c, the ceil(share * min(m_c, m / num_labels)) of lowest entropy are taken,
+    with a share from 0 to 1: a label that the student gives too readily does not crowd out the others, round after
+    round. Takes [`rejection.student_entropy`], the student's most probable labels and booleans, `(num_examples,)` all,
+    and gives booleans; a `ValueError` if something is out of range.
     Source: Yu et al., NAACL 2021 (COSINE), choose by confidence too, with a threshold; parts by label are ours.
-
-    Args:
-        entropy, labels, candidates (`torch.Tensor` of shape `(num_examples,)`):
-            How unsure the student is of each example, see [`rejection.student_entropy`], its most probable labels, and
-            booleans: which examples may be taken.
-        share (`float`):
-            0 to 1, or a `ValueError`.
 
     Examples:
         >>> entropy, labels = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 0, 0, 1])
@@ -61,16 +56,12 @@ def select_surest(
 
 
 def why_stop(agreement: float | None, best_agreement: float | None, change: float | None) -> str | None:
-    """Tell why a student should label no more rows itself, if it should not, in words.
+    """Tell in words why a student should label no more rows itself, if it should not.
 
-    Labels that stay the same teach nothing new; opinions that part tell of errors that feed themselves. Source: ours.
-
-    Args:
-        agreement, best_agreement (`float`, *optional*):
-            Share of the rows left out that second opinions label as the student does, 0 to 1; the highest of the
-            rounds before.
-        change (`float`, *optional*):
-            Share of the rows left out that the student labels otherwise than a round ago.
+    Of the rows left out, shares from 0 to 1: those that second opinions label as the student does, the highest of the
+    rounds before, and those that the student labels otherwise than a round ago. Labels that stay the same teach
+    nothing new; opinions that part tell of errors that feed themselves.
+    Source: ours.
 
     Examples:
         >>> why_stop(0.9, 0.91, 0.1), why_stop(0.8, 0.91, 0.1), why_stop(None, None, 0.001)

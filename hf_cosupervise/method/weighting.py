@@ -37,14 +37,10 @@ def weighted_mean(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: 
 
 
 def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Let every teacher that answered cast a vote of its weight.
+    """Let every teacher that answered cast a vote of its weight: the shares of the vote, as of [`majority_vote`].
 
-    Takes what [`majority_vote`] does, and weights `(num_teachers,)`, at least 0, as from [`boosting_weights`], or a
-    `ValueError`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: shares of the vote, rows sum to 1, all zero where nobody
-        of weight answered.
+    Weights `(num_teachers,)` are finite and at least 0, as from [`boosting_weights`], or a `ValueError`. A row is all
+    zero where nobody of weight answered.
 
     Examples:
         >>> weighted_vote(torch.tensor([[0, 1, 1], [2, -1, -1]]), torch.tensor([3.0, 1.0, 0.0]), num_labels=3).tolist()
@@ -69,21 +65,12 @@ def boosting_weights(
     e^{-L/2} times, those it did not answer as before. e is at least 1/(2n) over the n examples it answered, so that
     a perfect teacher has a finite weight. A teacher no better than chance (e >= 1 - 1/C), or without an answer here,
     gets 0. Labels for the rest follow by [`weighted_vote`] or [`weighted_mean_probs`].
+
+    Takes labels `(num_examples, num_teachers)`, -1 where a teacher has no answer, and true ones `(num_examples,)` of
+    examples that are used for nothing else. A `ValueError` if they are out of range or fewer than `min_examples`, of
+    which the weights would be chance, or if no teacher is better than that; a warning names labels without an example.
     Source: EnsemW2S, arXiv 2410.04571 (its released code uses the binary form for any C), with SAMME's term for C > 2;
     missing answers are ours, after abstaining in Schapire and Singer 1999.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            What the teachers say about the labelled examples, -1 where a teacher has no answer.
-        oracle_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            True labels, of examples that are used for nothing else.
-        num_labels (`int`):
-            Number of labels C, at least 2. A label without an example among these is allowed, with a warning.
-        min_examples (`int`, *optional*, defaults to 10):
-            Fewer labelled examples are refused: the weights would be chance.
-
-    Raises:
-        ValueError: If there are too few labelled examples, labels out of range, or no teacher better than chance.
 
     Examples:
         >>> truth = torch.tensor([0, 1, 0, 1])

@@ -80,8 +80,7 @@ def pool_from_votes(
             f"`matrix` must have a column for each of the {len(names)} `names`, got shape {votes.shape}. Name all "
             "voters."
         )
-    ids = range(len(votes)) if inputs is None or "id" not in inputs.column_names else inputs["id"]
-    return _make_pool(votes, names, labels, ids, inputs, vectors)
+    return _make_pool(votes, names, labels, None, inputs, vectors)
 
 
 def pool_from_answers(
@@ -176,7 +175,7 @@ def _make_pool(
     votes: np.ndarray,
     names: Sequence[str],
     labels: Sequence[str],
-    ids: Sequence[Any],
+    ids: Sequence[Any] | None,
     inputs: Dataset | None,
     vectors: Any,
 ) -> PseudolabelPool:
@@ -185,8 +184,7 @@ def _make_pool(
     eye = np.concatenate([np.eye(len(labels), dtype=np.float32), np.zeros((1, len(labels)), dtype=np.float32)])
     predictions = {name: eye[votes[:, column]] for column, name in enumerate(hierarchy.names)}
     # One label is all that a vote has: more would store zeros.
-    own = list(ids), predictions
-    return PseudolabelPool.from_predictions(hierarchy, *own, inputs=inputs, vectors=vectors, pool_k=1)
+    return PseudolabelPool.from_predictions(hierarchy, ids, predictions, inputs=inputs, vectors=vectors, pool_k=1)
 
 
 def _is_empty(value: Any) -> bool:
