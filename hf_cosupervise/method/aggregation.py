@@ -181,8 +181,12 @@ def _fit_new(name: str) -> Callable[[torch.Tensor, int], torch.Tensor]:
     return lambda labels, num_labels: label_model_posteriors(LABEL_MODELS[name](), labels, num_labels)
 
 
-def _harden_first(method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggregator:
-    return lambda teacher_probs, answered: method(harden(teacher_probs, answered), teacher_probs.shape[2])
+def _harden_first(name: str, method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggregator:
+    def hardened(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
+        return method(harden(teacher_probs, answered), teacher_probs.shape[2])
+
+    hardened.__name__ = name  # which errors and pools show
+    return hardened
 
 
 # What makes each row of that row alone, and what needs no more than hard labels `(num_examples, num_teachers)`.
@@ -193,5 +197,5 @@ VOTE_AGGREGATORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 }
 AGGREGATORS: dict[str, Aggregator] = {
     **ROW_AGGREGATORS,
-    **{name: _harden_first(method) for name, method in VOTE_AGGREGATORS.items()},
+    **{name: _harden_first(name, method) for name, method in VOTE_AGGREGATORS.items()},
 }

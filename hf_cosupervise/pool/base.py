@@ -34,6 +34,8 @@ from .hub import fetch_pool, push_pool
 from .ids import match_ids, read_ids
 
 P = TypeVar("P", bound="TeacherPool")
+# Facts may hold anything that a teacher's maker noted, paths too: only these are fit for a card.
+_FOR_CARDS = ("kind", "revision", "commit", "dropped_mass", "num_outside", "num_rescaled", "template")
 
 
 class TeacherPool:
@@ -262,12 +264,7 @@ class TeacherPool:
                 **self._own_card_facts(teacher.name),
                 **teacher.to_dict(),
                 "model": self.published_model(teacher),
-                **{
-                    key: value
-                    for key, value in self.facts.get(teacher.name, {}).items()
-                    # Facts may hold anything that a teacher's maker noted, paths too: only these are fit for a card.
-                    if key in ("kind", "revision", "commit", "dropped_mass", "num_outside", "num_rescaled", "template")
-                },
+                **{key: value for key, value in self.facts.get(teacher.name, {}).items() if key in _FOR_CARDS},
             }
             for teacher in self.hierarchy.teachers
         ]
