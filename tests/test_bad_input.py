@@ -462,7 +462,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("CROWDLAB where nobody answers twice", ValueError, lambda _: crowdlab(tensor([[0, -1]]), tensor([[0.5, 0.5]])),
      "`crowdlab` needs an example that two teachers answered, got none. Use `majority_vote`."),
     ("CROWDLAB on logits", ValueError, lambda _: crowdlab(tensor([[0, 1]]), tensor([[3.0, 1.0]])),
-     "Rows of `student_probs` must be probabilities of two labels … and give softmax outputs, not logits."),
+     "Rows of `student_probs` must be probabilities of two labels … Give softmax outputs, not logits."),
     ("a negative weight", ValueError, lambda _: weighted_vote(tensor([[0, 1]]), tensor([-1.0, 1.0]), 2),
      "Expected finite `weights` of shape (2,), each at least 0, … 1.]). Give one for each teacher."),
     ("boosting on three examples", ValueError, lambda _: boosting_weights(tensor([[0, 1]] * 3), tensor([0, 1, 0]), 2),

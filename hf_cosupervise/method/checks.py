@@ -85,8 +85,8 @@ def check_prob_rows(probs: torch.Tensor, name: str) -> None:
     ):
         raise ValueError(
             f"Rows of `{name}` must be probabilities of two labels or more that sum to 1, got shape "
-            f"{tuple(probs.shape)}, or another sum, a negative number or NaN. Leave out examples without an answer, "
-            "and give softmax outputs, not logits."
+            f"{tuple(probs.shape)} with other sums, negative numbers or NaN. Leave out examples without an answer. "
+            "Give softmax outputs, not logits."
         )
 
 
