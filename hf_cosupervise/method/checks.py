@@ -78,11 +78,8 @@ def check_weights(weights: torch.Tensor, *shapes: tuple[int, ...]) -> None:
 def check_prob_rows(probs: torch.Tensor, name: str) -> None:
     """Refuse rows `(num_examples, num_labels)`, of two labels or more, that are no probabilities."""
     sums = probs.sum(dim=-1, dtype=torch.float64)
-    if (
-        probs.ndim != 2
-        or probs.shape[1] < 2
-        or not bool(((sums - 1).abs() <= SUM_TOLERANCE).all() & (probs >= 0).all())
-    ):
+    is_right = bool(((sums - 1).abs() <= SUM_TOLERANCE).all() & (probs >= 0).all())
+    if probs.ndim != 2 or probs.shape[1] < 2 or not is_right:
         raise ValueError(
             f"Rows of `{name}` must be probabilities of two labels or more that sum to 1, got shape "
             f"{tuple(probs.shape)} with other sums, negative numbers or NaN. Leave out examples without an answer. "
