@@ -188,23 +188,18 @@ class Teacher:
     def _settle_place(self) -> None:
         """See that kind, level and revision can be meant."""
         if self.kind not in TEACHER_KINDS:
-            raise ValueError(
-                f"`kind` of teacher '{self.name}' must be one of {list(TEACHER_KINDS)}, got {self.kind!r}. Leave it "
-                "out to have it found."
-            )
+            raise self._refusal("kind", f"one of {list(TEACHER_KINDS)}", "Leave it out to have it found.")
         # `True` is an integer to Python, and would be level 1.
         if isinstance(self.level, bool) or not isinstance(self.level, numbers.Integral) or self.level < 0:
-            raise ValueError(
-                f"`level` of teacher '{self.name}' must be an integer from 0 (the root), got {self.level!r}. Correct "
-                "it."
-            )
+            raise self._refusal("level", "an integer from 0 (the root)", "Correct it.")
         object.__setattr__(self, "level", int(self.level))  # one of numpy is none to JSON
         # A commit of digits alone is a number to YAML, and loses its leading zeros: no text is made of it.
         if self.revision is not None and (not isinstance(self.revision, str) or not self.revision.strip()):
-            raise TypeError(
-                f"`revision` of teacher '{self.name}' must be a branch, tag or commit, got {self.revision!r}. Put it "
-                "in quotes, or leave it out."
-            )
+            advice = "Put it in quotes, or leave it out."
+            raise self._refusal("revision", "a branch, tag or commit", advice, TypeError)
+
+    def _refusal(self, key: str, wanted: str, advice: str, kind: type[Exception] = ValueError) -> Exception:
+        return kind(f"`{key}` of teacher '{self.name}' must be {wanted}, got {getattr(self, key)!r}. {advice}")
 
     def _freeze_label_map(self) -> None:
         """See where the teacher's labels lead, and what becomes of those that lead nowhere."""
@@ -221,10 +216,8 @@ class Teacher:
         if self.max_outside_mass is not None:
             limit = self.max_outside_mass
             if isinstance(limit, bool) or not isinstance(limit, numbers.Real) or not 0 <= limit <= 1:
-                raise ValueError(
-                    f"`max_outside_mass` of teacher '{self.name}' must be a number from 0 to 1, got {limit!r}. Write "
-                    "0.5 to have no answer where labels outside the task are the more probable ones."
-                )
+                advice = "Write 0.5 to have no answer where labels outside the task are the more probable ones."
+                raise self._refusal("max_outside_mass", "a number from 0 to 1", advice)
             object.__setattr__(self, "max_outside_mass", float(limit))
 
     def _take_function(self, function: Callable[..., Any]) -> None:
@@ -607,7 +600,13 @@ class TeacherHierarchy:
         """
         path = Path(path)
         hierarchy = read_hierarchy(path)
-        return cls(hierarchy.labels, [_resolve(teacher, path.parent) for teacher in hierarchy.teachers])
+
+        def find(teacher: Teacher) -> Teacher:
+            # Only what exists beside the file is meant as a folder: `user/name` is an id wherever the file lies.
+            beside = path.parent / teacher.model
+            return replace(teacher, model=str(beside)) if teacher.has_files and beside.is_dir() else teacher
+
+        return cls(hierarchy.labels, [find(teacher) for teacher in hierarchy.teachers])
 
 
 def read_hierarchy(path: Path, what: str | None = None) -> TeacherHierarchy:
@@ -633,9 +632,3 @@ def _is_json(path: Path) -> bool:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ValueError(f"A hierarchy file must end in '.json', '.yaml' or '.yml', got '{path.name}'.")
     return path.suffix == ".json"
-
-
-def _resolve(teacher: Teacher, folder: Path) -> Teacher:
-    # Only what exists beside the file is meant as a folder: `user/name` is an id wherever the file lies.
-    beside = folder / teacher.model
-    return replace(teacher, model=str(beside)) if teacher.has_files and beside.is_dir() else teacher

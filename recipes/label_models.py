@@ -31,7 +31,7 @@ import torch
 from hf_cosupervise import LABEL_MODELS, PseudolabelPool, read_wrench
 from hf_cosupervise.method.crowdlab import crowdlab_labels
 from hf_cosupervise.method.votes import best_labels, count_votes, share_out
-from hf_cosupervise.pool.votes import pool_votes
+from hf_cosupervise.pool.derived import pool_votes
 
 _PACKAGES = ("crowdkit", "cleanlab", "snorkel")
 # Its default, and what its tutorials set.

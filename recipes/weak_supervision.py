@@ -37,7 +37,7 @@ from hf_cosupervise.arguments import parse_recipe_args
 from hf_cosupervise.data.local import load_table
 from hf_cosupervise.method.label_model import LabelModel
 from hf_cosupervise.method.votes import best_labels, information
-from hf_cosupervise.pool.votes import pool_votes
+from hf_cosupervise.pool.derived import pool_votes
 
 
 @dataclass

@@ -40,10 +40,9 @@ from hf_cosupervise.files import check_free
 from hf_cosupervise.method import losses as losses_module
 from hf_cosupervise.method import published_losses
 from hf_cosupervise.method.aekd import aekd_weights
-from hf_cosupervise.method.aggregation import AGGREGATORS, aggregate, dawid_skene, majority_vote, mean_logits
+from hf_cosupervise.method.aggregation import AGGREGATORS, aggregate, majority_vote, mean_logits
 from hf_cosupervise.method.assignment import (
     agreement_scores,
-    assign_by_agreement,
     assign_by_chance,
     assign_by_domain,
     assign_by_scope,
@@ -53,6 +52,7 @@ from hf_cosupervise.method.assignment import (
 )
 from hf_cosupervise.method.calibration import apply_temperature, fit_temperature
 from hf_cosupervise.method.crowdlab import crowdlab
+from hf_cosupervise.method.label_models import make_label_model
 from hf_cosupervise.method.metrics import (
     accuracy,
     deception_score,
@@ -202,6 +202,10 @@ def begun(folder: Path, plan: str) -> None:
         journal.close()
 
 
+def agree(student: torch.Tensor, teachers: torch.Tensor, rule: str = "ce_teacher_student", **given: Any) -> object:
+    return choose_lowest(agreement_scores(student, teachers, rule, **given), ALL)
+
+
 def collate(examples: list[Any], look_up: Callable | None = None) -> Any:
     return DataCollatorForCoSupervision(lambda cells: {"x": torch.zeros(len(cells))}, "text", look_up)(examples)
 
@@ -252,9 +256,9 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("a student without a label", ValueError, lambda _: assign_by_scope(tensor([0, 1, -1]), SCOPES, ALL),
      "Labels must lie in 0..2, got -1..1. Leave out examples without a label."),
     ("labels that are no integers", ValueError, lambda _: assign_by_scope(tensor([0.0, 1.0, 2.0]), SCOPES, ALL),
-     "Labels must be label ids of shape (3,), got (3,) of torch.float32. Give one integer per example."),
+     "Labels must be label ids of shape (num_examples,) for … (3,) of torch.float32. Give one integer per example."),
     ("fewer labels than examples", ValueError, lambda _: assign_by_scope(tensor([0, 1]), SCOPES, ALL),
-     "Labels must be label ids of shape (3,), got (2,) of torch.int64. Give one integer per example."),
+     "Labels must be label ids of shape (num_examples,) for … (3, 3), got (2,) of … Give one integer per example."),
     ("scopes of other teachers", ValueError, lambda _: assign_by_scope(THREE, SCOPES[:1], ALL),
      "`answered` must be booleans of shape (num_examples, … teacher and example whether it answered."),
     ("answered that is no mask", ValueError, lambda _: assign_by_scope(THREE, SCOPES, ALL.float()),
@@ -262,19 +266,19 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("an unknown agreement rule", ValueError, lambda _: agreement_scores(LOGS, EVEN, "cosine"),
      "`rule` must be one of ['ce_teacher_student', 'hard_loss', … got 'cosine'. Choose one of them."),
     ("a lowest probability of zero", ValueError, lambda _: agreement_scores(LOGS, EVEN, "hard_loss", min_prob=0),
-     "`min_prob` must lie between 0 and 1, got 0. Leave it out for 1e-6."),
-    ("students and teachers of different examples", ValueError, lambda _: assign_by_agreement(LOGS[:2], EVEN, ALL),
+     "`min_prob` must be in (0, 1), got 0. Leave it out for 1e-6."),
+    ("students and teachers of different examples", ValueError, lambda _: agree(LOGS[:2], EVEN),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
-    ("students and teachers of different labels", ValueError, lambda _: assign_by_agreement(LOGS[:, :2], EVEN, ALL),
+    ("students and teachers of different labels", ValueError, lambda _: agree(LOGS[:, :2], EVEN),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
-    ("one label for all teachers", ValueError, lambda _: assign_by_agreement(LOGS[:, :1], EVEN, ALL),
+    ("one label for all teachers", ValueError, lambda _: agree(LOGS[:, :1], EVEN),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
     ("stored labels without the rest", ValueError,
-     lambda _: assign_by_agreement(LOGS, EVEN[..., :1], ALL, label_ids=torch.zeros(3, 2, 1, dtype=torch.long)),
+     lambda _: agree(LOGS, EVEN[..., :1], label_ids=torch.zeros(3, 2, 1, dtype=torch.long)),
      "`student_log_probs` (num_examples, num_labels) and … Give all for the same examples and labels."),
-    ("a student that diverged", ValueError, lambda _: assign_by_agreement(LOGS * math.nan, EVEN, ALL),
+    ("a student that diverged", ValueError, lambda _: agree(LOGS * math.nan, EVEN),
      "Values must be numbers, got NaN. Check the outputs of the student and of the teachers."),
-    ("a teacher that says NaN", ValueError, lambda _: assign_by_agreement(LOGS, EVEN * math.nan, ALL, "hard_loss"),
+    ("a teacher that says NaN", ValueError, lambda _: agree(LOGS, EVEN * math.nan, "hard_loss"),
      "Values must be numbers, got NaN. Check the outputs of the student and of the teachers."),
     ("answers of other examples", ValueError, lambda _: choose_lowest(torch.zeros(3, 2), ALL[:2]),
      "`answered` must be booleans of shape (num_examples, … teacher and example whether it answered."),
@@ -303,7 +307,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("a pseudolabel that does not exist", ValueError, lambda _: in_top_k(EVEN[:, 0], tensor([0, 1, 3]), 1),
      "Labels must lie in 0..2, got 0..3. Leave out examples without a label."),
     ("pseudolabels of other examples", ValueError, lambda _: in_top_k(EVEN[:2, 0], THREE, 1),
-     "Probabilities (num_examples, num_labels) and label ids … Give both for the same examples."),
+     "Labels must be label ids of shape (num_examples,) for … = (2, 3), got (3,) of … Give one integer per example."),
     ("the loss of a missing label", ValueError, lambda _: pseudolabel_loss(LOGS, tensor([0, 1, -1])),
      "Labels must lie in 0..2, got -1..1. Leave out examples without a label."),
     ("more kept than there are", ValueError, lambda _: select_by_loss_rank(LOSSES, 4),
@@ -321,9 +325,9 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("agreement that is no mask", ValueError, lambda _: select_consistent(LOSSES, LOSSES, LOSSES > 0),
      "`losses` and `agrees` must have one shape (num_examples,), … Give both for the same examples."),
     ("a vote for no label", ValueError, lambda _: vote_entropy(tensor([[0, 3]]), 3),
-     "`labels` must have shape (num_examples, num_teachers) with … 3]. Write -1 where a teacher has no answer."),
+     "`labels` must be in [0, 3), or -1 where there is no answer, got values from 0 to 3."),
     ("votes without teachers", ValueError, lambda _: vote_entropy(THREE, 3),
-     "`labels` must have shape (num_examples, num_teachers) with … 2]. Write -1 where a teacher has no answer."),
+     "Expected `labels` as whole numbers of shape … (3,) of torch.int64. Use `harden` on probabilities."),
     ("levels of different examples", ValueError, lambda _: parent_confident(THREE, LOSSES, THREE[:2], LOSSES),
      "Labels and confidences of both levels must have one shape … (3,)]. Give all for the same examples."),
     # metrics
@@ -382,9 +386,6 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`labels` must be label ids of torch.int64, got torch.float32. Give one per example."),
     ("hard labels of other examples", ValueError, lambda _: losses_module.hard_cross_entropy(LOGS, tensor([0, 1])),
      "`logits` (num_examples, num_labels) and `labels` (num_examples,) … (2,). Give both for the same examples."),
-    ("a label of AdaptConf that does not exist", ValueError,
-     lambda _: published_losses.adapt_conf(LOGS, tensor([0, 1, 3])),
-     "`labels` must lie in 0..2, got 0..3. Leave out examples without a label."),
     ("a named label that does not exist", ValueError,
      lambda _: losses_module.sparse_soft_cross_entropy(LOGS, THREE[:, None] - 1, torch.ones(3, 1), torch.zeros(3)),
      "`label_ids` must lie in 0..2, got -1..1. Leave out examples without a label."),
@@ -417,16 +418,9 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`alpha` must be at least 0, got -1. Leave it out for 1."),
     ("steps beyond the last", ValueError, lambda _: published_losses.linear_warmup(2),
      "`fraction_done` must be at least 0 and at most 1, got 2. Pass the steps done over all steps."),
-    ("losses of nothing", ValueError, lambda _: losses_module.weighted_mean(tensor([])),
-     "`losses` and `weights` must have one shape (num_examples,) … got (0,) and None. Leave out empty batches."),
-    ("weights that are all zero", ValueError, lambda _: losses_module.weighted_mean(tensor([1.0]), tensor([0.0])),
-     "`weights` must be finite, at least 0 and not all 0, got … out the batches whose examples all weigh 0."),
     ("rows that the memory does not have", ValueError,
      lambda _: published_losses.EarlyLearningRegularization(3, 2)(torch.zeros(1, 2), torch.ones(1, 2), tensor([7])),
      "`rows` must lie in 0..2, got 7..7. Number the training rows from 0, and make a memory for all of them."),
-    ("teachers that are not stacked", ValueError,
-     lambda _: published_losses.evidential_loss(torch.zeros(1, 2), torch.ones(1, 2), ALL[:1, :1], 0.0),
-     "`teacher_probs` (num_examples, num_teachers, num_labels) … (1, 1). Stack the teachers in dimension 1."),
     # aggregators and weights
     ("an unknown aggregator", ValueError, lambda _: aggregate(EVEN, ALL, "best"),
      "Unknown `method` 'best'. Choose one of mean_probs, … mace, ebcc, or give a function."),
@@ -447,9 +441,9 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
     ("a mean with a weight that is NaN", ValueError, lambda _: weighted_mean_probs(EVEN, ALL, tensor([1.0, math.nan])),
      "Expected finite `weights` of shape (2,) or (3, 2), each … nan]). Give one for each teacher."),
     ("a weighted mean of other answers", ValueError, lambda _: weighted_mean_probs(EVEN, ALL[:2], tensor([1.0, 1.0])),
-     "Expected `teacher_probs` (num_examples, … (2, 2) of torch.bool. Give both for the same examples."),
+     "Expected `teacher_probs` of shape (num_examples, … (2, 2) of torch.bool. Give both for the same examples."),
     ("answers of other teachers", ValueError, lambda _: aggregate(EVEN, ALL[:, :1], "mean_probs"),
-     "Expected `teacher_probs` of shape (num_examples, … got (3, 2, 3) and (3, 1) of torch.bool."),
+     "Expected `teacher_probs` of shape (num_examples, … (3, 1) of torch.bool. Give both for the same examples."),
     ("a NaN for a missing answer", ValueError, lambda _: aggregate(EVEN * math.nan, ALL, "majority_vote"),
      "Each row of `teacher_probs` must be probabilities that sum … set the row to 0 and `answered` to False."),
     ("an aggregator that gives nothing", TypeError, lambda _: aggregate(EVEN, ALL, lambda probs, answered: None),
@@ -461,16 +455,16 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`<lambda>` must return probabilities, each row with sum 1 … is 0.666667. Normalise what it returns."),
     ("two teachers for Dawid and Skene", ValueError, lambda _: AGGREGATORS["dawid_skene"](EVEN, ALL),
      "`dawid_skene` needs at least three teachers that answered, … Use `mean_probs` or `majority_vote`."),
-    ("no iterations", ValueError, lambda _: dawid_skene(tensor([[0, 1, 1]] * 4), 2, max_iterations=0),
+    ("no iterations", ValueError, lambda _: make_label_model("dawid_skene", max_iterations=0),
      "`max_iterations` must be at least 1, got 0. Give more."),
     ("a mean of logits without a floor", ValueError, lambda _: mean_logits(EVEN, ALL, min_prob=0),
-     "`min_prob` must be in (0, 1), got 0."),
+     "`min_prob` must be in (0, 1), got 0. Leave it out for 1e-6."),
     ("CROWDLAB where nobody answers twice", ValueError, lambda _: crowdlab(tensor([[0, -1]]), tensor([[0.5, 0.5]])),
      "`crowdlab` needs an example that two teachers answered, got none. Use `majority_vote`."),
     ("CROWDLAB on logits", ValueError, lambda _: crowdlab(tensor([[0, 1]]), tensor([[3.0, 1.0]])),
-     "Rows of `student_probs` must be probabilities that sum to 1. Give softmax outputs, not logits."),
+     "Rows of `student_probs` must be probabilities of two labels … Give softmax outputs, not logits."),
     ("a negative weight", ValueError, lambda _: weighted_vote(tensor([[0, 1]]), tensor([-1.0, 1.0]), 2),
-     "Expected `weights` of shape (2,), each at least 0, got tensor([-1.,  1.])."),
+     "Expected finite `weights` of shape (2,), each at least 0, … 1.]). Give one for each teacher."),
     ("boosting on three examples", ValueError, lambda _: boosting_weights(tensor([[0, 1]] * 3), tensor([0, 1, 0]), 2),
      "Boosting needs two labels and 10 labelled examples … or use `majority_vote`, which needs none."),
     ("a cap without room", ValueError, lambda _: min_norm_weights(torch.eye(3), cap=0.1),
@@ -746,11 +740,11 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      "`sources` and `rows` must be integers of one shape … and (1,). Give one source for each row."),
     ("half a source", ValueError, lambda _: pool().gather(array([0.5]), array([0])),
      "`sources` and `rows` must be integers of one shape … and (1,). Give one source for each row."),
-    ("a row of another pool", ValueError, lambda _: pool().hard_pseudolabels(array([0]), array([9])),
+    ("a row of another pool", ValueError, lambda _: pool().pseudolabels(array([0]), array([9])),
      "`rows` must lie in 0..3, got 9..9. Count from 0, in this pool."),
     ("the labels of no teacher", ValueError, lambda _: pool().decode_level([], array([0])),
      "`indices` must be one or more positions of teachers in … Take them from `hierarchy.level_indices`."),
-    ("the labels of a teacher too many", ValueError, lambda _: pool().sparse_level([9], array([0])),
+    ("the labels of a teacher too many", ValueError, lambda _: pool().decode_level([9], array([0])),
      "`indices` must be one or more positions of teachers in … Take them from `hierarchy.level_indices`."),
     ("a selection beyond the last", ValueError, lambda _: pool().select([4]),
      "`rows` must lie in 0..3, got 4..4. Count from 0, in this pool."),
@@ -834,7 +828,7 @@ ROWS: list[tuple[str, type[Exception], Callable[[Path], object], str]] = [
      0])).with_hierarchy(hierarchy(Teacher("t/left")))),
      "`labelled_pool` must hold the pool's teachers ['root', … 'right']. Build it with the same hierarchy."),
     ("neighbours of other examples", ValueError, lambda _: smoothed_pool(pool(), torch.zeros(3, 1, dtype=torch.long)),
-     "Expected `neighbors` as rows 0..3 of shape (4, k), got … on features of the pool."),
+     "`neighbors` must be rows of shape (4, k), got (3, 1) of … Use `nearest_neighbors` on the same examples."),
     ("a pool for no method", ValueError, lambda _: method_pool(pool(), "best"),
      "`method` must be one of ['generalist', 'ensemble', 'csl', … 'oracle_loss', 'random'], got 'best'."),
     ("accuracies without ground truth", ValueError, lambda _: teacher_accuracies(pool()),

@@ -19,9 +19,9 @@ from hf_cosupervise.method.aggregation import majority_vote, mean_probs
 from hf_cosupervise.method.assignment import (
     AGREEMENT_RULES,
     agreement_scores,
-    assign_by_agreement,
     assign_by_domain,
     assign_by_scope,
+    choose_lowest,
     fall_back,
     oracle_assign_by_domain,
     oracle_assign_by_loss,
@@ -31,7 +31,6 @@ from hf_cosupervise.method.metrics import performance_gap_recovered
 from hf_cosupervise.method.rejection import (
     in_top_k,
     parent_confident,
-    parent_topk,
     pseudolabel_loss,
     select_by_loss_rank,
     select_consistent,
@@ -104,7 +103,7 @@ def package_assign(case: Case, assignment: str) -> torch.Tensor:
     if assignment == "scope":
         return assign_by_scope(case.student.argmax(dim=-1), case.scope_mask, case.answered)
     if assignment.startswith("agreement:"):
-        return assign_by_agreement(log_probs, case.probs, case.answered, rule=assignment.split(":")[1])
+        return choose_lowest(agreement_scores(log_probs, case.probs, assignment.split(":")[1]), case.answered)
     teacher_domains = [None if names is None else sorted(names) for names in case.domains]
     if assignment == "metadata":
         return assign_by_domain(case.example_domains, teacher_domains, case.answered)
@@ -246,7 +245,7 @@ def test_local_global(rule, num_labels, num_teachers):
         labels, probs = torch.tensor(expected.labels), torch.tensor(expected.pseudolabels)
         parent_labels, parent_probs = torch.tensor(parent.labels), torch.tensor(parent.pseudolabels)
         if rule == "parent_topk":
-            found = parent_topk(labels, parent_probs, k)
+            found = in_top_k(parent_probs, labels, k)
         else:
             found = parent_confident(labels, probs.amax(dim=1), parent_labels, parent_probs.amax(dim=1))
         assert found.tolist() == expected.keep, seed

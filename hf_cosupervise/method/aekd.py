@@ -19,7 +19,6 @@ def aekd_weights(
     *,
     temperature: float = 4.0,
     cap: float = 0.6,
-    min_prob: float = _MIN_PROB,
 ) -> torch.Tensor:
     """Weigh the teachers of a batch so that their gradients on the student's outputs oppose each other least.
 
@@ -28,27 +27,14 @@ def aekd_weights(
     without gradient, for a loss of sum_m w_m times the mean of that over what teacher m answered. One vector serves a
     whole batch, so a specialist counts alike inside and outside its scope.
 
-    Args:
-        student_logits (`torch.Tensor` of shape `(batch, num_labels)`):
-            Student logits.
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`]; t is the logarithm of `teacher_probs`.
-        temperature (`float`, *optional*, defaults to 4.0):
-            T, above 0.
-        cap (`float`, *optional*, defaults to 0.6):
-            The largest share; raised to 1/m where only m teachers answered in the batch and it leaves no room.
-        min_prob (`float`, *optional*, defaults to 1e-6):
-            Probabilities are at least this inside the logarithm.
+    Takes logits `(batch, num_labels)`, and what [`aggregate`] takes, of which t is the logarithm, of at least 1e-6; T
+    is above 0. The cap is raised to 1/m where only m teachers answered in the batch and it leaves no room. Anything
+    else is a `ValueError`.
+    Source: Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
 
     Returns:
         `torch.Tensor` of shape `(num_teachers,)`, float32: sums to 1, 0 for a teacher without an answer, all zero if
         nobody answered.
-
-    Raises:
-        ValueError: If shapes or values are not as said above.
-
-    Source:
-        Du et al., Agree to Disagree, NeurIPS 2020; missing answers are ours.
 
     Examples:
         >>> probs, answered = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]]), torch.tensor([[True, True]])
@@ -69,7 +55,7 @@ def aekd_weights(
     gradients = []
     for k in speakers:
         rows = answered[:, k]
-        teacher = (teacher_probs[rows, k].double().clamp(min=min_prob).log() / temperature).softmax(dim=-1)
+        teacher = (teacher_probs[rows, k].double().clamp(min=_MIN_PROB).log() / temperature).softmax(dim=-1)
         gradients.append(temperature * (student[rows] - teacher).mean(dim=0))
     weights[speakers] = min_norm_weights(torch.stack(gradients), max(cap, 1 / len(speakers))).to(weights.dtype)
     return weights
@@ -107,8 +93,7 @@ class AdaptiveEnsembleDistillation:
         # Answers stay where they are; those of a batch alone go to the student's device.
         rows = rows.to(self.answered.device)
         probs, answered = self.teacher_probs[rows].to(logits.device), self.answered[rows].to(logits.device)
-        options = {"temperature": self.temperature, "cap": self.cap, "min_prob": _MIN_PROB}
-        weights = aekd_weights(logits, probs, answered, **options) * answered
+        weights = aekd_weights(logits, probs, answered, temperature=self.temperature, cap=self.cap) * answered
         # What is one-hot has no logarithm of its zeros.
         teacher = (probs.float().clamp(min=_MIN_PROB).log() / self.temperature).log_softmax(dim=-1)
         student = (logits.float() / self.temperature).log_softmax(dim=-1)

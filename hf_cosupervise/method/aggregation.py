@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from numbers import Integral
 from typing import Any
 
 import torch
 
 from .assignment import first_argmax
-from .dawid_skene import DawidSkene
-from .ebcc import Ebcc
-from .glad import Glad
+from .checks import check_answers, check_labels, check_min_prob
 from .label_model import LabelModel, SharedMajority
-from .mace import Mace
+from .label_models import LABEL_MODELS
 from .metrics import SUM_TOLERANCE
 
 # From `teacher_probs (num_examples, num_teachers, num_labels)` and `answered (num_examples, num_teachers)` to
@@ -63,12 +59,7 @@ def aggregate(teacher_probs: torch.Tensor, answered: torch.Tensor, method: str |
 
 def check_teacher_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> None:
     """Refuse what is not the output of teachers: rows sum to 1 within 2e-3, or are all zero where nobody answered."""
-    if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2] or answered.dtype != torch.bool:
-        raise ValueError(
-            "Expected `teacher_probs` of shape (num_examples, num_teachers, num_labels) and boolean `answered` of "
-            f"shape (num_examples, num_teachers), got {tuple(teacher_probs.shape)} and {tuple(answered.shape)} of "
-            f"{answered.dtype}."
-        )
+    check_answers(teacher_probs, answered)
     if teacher_probs.shape[1] == 0 or teacher_probs.shape[2] == 0:
         raise ValueError(f"`teacher_probs` needs a teacher and a label, got shape {tuple(teacher_probs.shape)}.")
     # float32 sums: in half precision a thousand labels are summed with an error above the tolerance
@@ -107,14 +98,7 @@ def _check_result(found: Any, name: str, shape: tuple[int, int]) -> None:
 
 
 def mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    """Average the probabilities of the teachers that answered.
-
-    Args:
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`].
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody answered.
+    """Average the probabilities of the teachers that answered, as [`aggregate`] takes and gives them.
 
     Examples:
         >>> mean_probs(torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]), torch.tensor([[True, True]])).tolist()
@@ -127,33 +111,20 @@ def mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Ten
 
 
 def mean_logits(teacher_probs: torch.Tensor, answered: torch.Tensor, min_prob: float = 1e-6) -> torch.Tensor:
-    """Average the log-probabilities of the teachers that answered, and normalise.
+    """Average the log-probabilities of the teachers that answered, and normalise, as [`aggregate`] takes them.
 
-    With the m teachers that answered, softmax((1/m) sum_k log max(t_k, min_prob)): their geometric mean.
-    [`mean_probs`] is the arithmetic one, which keeps a label that one teacher is sure of; here one teacher that
+    With the m teachers that answered, softmax((1/m) sum_k log max(t_k, min_prob)): their geometric mean, at least in
+    float32. [`mean_probs`] is the arithmetic one, which keeps a label that one teacher is sure of; here one that
     excludes a label pulls it down for all. A product of experts has the sum in place of the mean, so that m copies of
-    a teacher are m times as sharp; here they are that teacher.
-
-    Args:
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`].
-        min_prob (`float`, *optional*, defaults to 1e-6):
-            In (0, 1); one teacher's zero would be a veto otherwise.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`, at least float32: rows sum to 1, all zero where nobody
-        answered.
-
-    Raises:
-        ValueError: If `min_prob` is out of range.
+    a teacher are m times as sharp; here they are that teacher. `min_prob` lies in (0, 1), or a `ValueError`; without
+    it, one teacher's zero would be a veto.
 
     Examples:
         >>> probs = torch.tensor([[[0.9, 0.1], [0.5, 0.5]]], dtype=torch.float64)  # odds of 9 and 1: sqrt(9) is 3
         >>> [round(p, 6) for p in mean_logits(probs, torch.tensor([[True, True]]))[0].tolist()]
         [0.75, 0.25]
     """
-    if not 0 < min_prob < 1:
-        raise ValueError(f"`min_prob` must be in (0, 1), got {min_prob}.")
+    check_min_prob(min_prob)
     num_examples, num_teachers, num_labels = teacher_probs.shape
     total = torch.zeros(
         num_examples,
@@ -171,35 +142,22 @@ def mean_logits(teacher_probs: torch.Tensor, answered: torch.Tensor, min_prob: f
 def majority_vote(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
     """Let every teacher that answered cast one vote.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            At least 1.
+    Takes hard labels `(num_examples, num_teachers)`, -1 where a teacher has no answer; others than 0..num_labels - 1
+    are a `ValueError`.
 
     Returns:
         `torch.Tensor` of shape `(num_examples, num_labels)`: 1 at the label with most votes, 1/m at each of m labels
         that have equally many, all zero where nobody answered.
 
-    Raises:
-        ValueError: If an argument is not as said above.
-
     Examples:
         >>> majority_vote(torch.tensor([[2, 1, 2], [1, 0, -1]]), num_labels=3).tolist()
         [[0.0, 0.0, 1.0], [0.5, 0.5, 0.0]]
     """
-    return _label_model_posteriors(SharedMajority(), labels, num_labels)
+    return label_model_posteriors(SharedMajority(), labels, num_labels)
 
 
 def harden(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    """Take each teacher's most probable label.
-
-    Args:
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`].
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples, num_teachers)`: ties to the lowest label, -1 without an answer.
+    """Take each teacher's best label `(num_examples, num_teachers)`: ties to the lowest, -1 without an answer.
 
     Examples:
         >>> harden(torch.tensor([[[0.5, 0.5], [0.0, 0.0]]]), torch.tensor([[True, False]])).tolist()
@@ -210,115 +168,8 @@ def harden(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     return labels.masked_fill(~answered, -1)
 
 
-def check_labels(labels: torch.Tensor, num_labels: int) -> None:
-    """Refuse what are not hard labels `(num_examples, num_teachers)` of teachers, -1 where one has no answer."""
-    if not isinstance(num_labels, Integral) or num_labels < 1:
-        raise ValueError(f"`num_labels` must be a whole number of at least 1, got {num_labels!r}. Give the task's.")
-    if labels.ndim != 2 or labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ValueError(
-            "Expected `labels` as whole numbers of shape (num_examples, num_teachers), got shape "
-            f"{tuple(labels.shape)} of {labels.dtype}. Use `harden` on probabilities."
-        )
-    if labels.numel() and not (int(labels.min()) >= -1 and int(labels.max()) < num_labels):
-        raise ValueError(
-            f"`labels` must be in [0, {num_labels}), or -1 where there is no answer, got values from "
-            f"{int(labels.min())} to {int(labels.max())}."
-        )
-
-
-# ── crowds: who errs how, without gold labels ───────────────────────────────────────────────────────────────────────
-
-
-def dawid_skene(
-    labels: torch.Tensor,
-    num_labels: int,
-    *,
-    max_iterations: int = 100,
-    tolerance: float = 1e-5,
-    abstention: str = "auto",
-) -> torch.Tensor:
-    """Weigh hard labels by a confusion matrix for each teacher, with the settings of [`DawidSkene`].
-
-    Answers are taken as independent given the label, which teachers trained on the same data are not: it can end below
-    a plain vote.
-
-    Args:
-        labels, num_labels:
-            See [`majority_vote`]; labels that nobody names get 0.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: posteriors; rows sum to 1, or to 0 without an answer.
-
-    Raises:
-        ValueError: If fewer than three teachers answered anything, or nothing can be learned from them.
-
-    Examples:
-        >>> labels = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]])
-        >>> dawid_skene(labels, num_labels=2).argmax(dim=1).tolist()
-        [0, 1, 0, 1]
-    """
-    return _label_model_posteriors(DawidSkene(max_iterations, tolerance, abstention), labels, num_labels)
-
-
-def glad(labels: torch.Tensor, num_labels: int, *, max_iterations: int = 100, tolerance: float = 1e-5) -> torch.Tensor:
-    """Weigh hard labels by an ability for each teacher and a difficulty for each example: [`Glad`], with its settings.
-
-    Takes and gives what [`dawid_skene`] does; labels that nobody names do not count among the others. Two or three EM
-    steps are usual and take about 1 s for 20,000 examples of 8 teachers and 10 labels on one core; crowd-kit's take 70
-    to 90 s.
-
-    Raises:
-        ValueError: If fewer than three teachers answered anything.
-        ImportError: Without scipy, which comes with crowd-kit.
-
-    Examples:
-        >>> glad(torch.tensor([[0, 0, 1], [1, 1, 0], [-1, -1, -1], [1, 1, 1]]), num_labels=2).sum(dim=1).tolist()
-        [1.0, 1.0, 0.0, 1.0]
-    """
-    return _label_model_posteriors(Glad(max_iterations, tolerance), labels, num_labels)
-
-
-def mace(
-    labels: torch.Tensor,
-    num_labels: int,
-    *,
-    max_iterations: int = 50,
-    num_restarts: int = 3,
-    seed: int = 0,
-    abstention: str = "auto",
-) -> torch.Tensor:
-    """Weigh hard labels by how often each teacher knows the label, with the settings of [`Mace`].
-
-    Takes and gives what [`dawid_skene`] does.
-
-    Raises:
-        ValueError: If fewer than three teachers answered anything.
-
-    Examples:
-        >>> labels = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]])
-        >>> mace(labels, num_labels=2, num_restarts=1).argmax(dim=1).tolist()
-        [0, 1, 0, 1]
-    """
-    return _label_model_posteriors(Mace(max_iterations, num_restarts, seed, abstention), labels, num_labels)
-
-
-def ebcc(
-    labels: torch.Tensor, num_labels: int, *, num_restarts: int = 100, seed: int = 0, abstention: str = "auto"
-) -> torch.Tensor:
-    """Weigh hard labels by what teachers say on each of several kinds of examples, with the settings of [`Ebcc`].
-
-    Takes, gives and raises what [`dawid_skene`] does.
-
-    Examples:
-        >>> labels = torch.tensor([[0, 0, 1], [1, 1, 0], [0, 0, -1], [1, 1, 1]])
-        >>> ebcc(labels, num_labels=2, num_restarts=2).argmax(dim=1).tolist()
-        [0, 1, 0, 1]
-    """
-    model = Ebcc(num_restarts=num_restarts, seed=seed, abstention=abstention)
-    return _label_model_posteriors(model, labels, num_labels)
-
-
-def _label_model_posteriors(model: LabelModel, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+def label_model_posteriors(model: LabelModel, labels: torch.Tensor, num_labels: int) -> torch.Tensor:
+    """Fit a label model on hard labels, and give its posteriors of them, as [`majority_vote`] takes and gives both."""
     check_labels(labels, num_labels)
     return torch.from_numpy(model.fit_predict_proba(labels.cpu().numpy(), num_labels)).float().to(labels.device)
 
@@ -326,12 +177,15 @@ def _label_model_posteriors(model: LabelModel, labels: torch.Tensor, num_labels:
 # ── by name ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _harden_first(method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggregator:
-    # Under its name, which errors and pools show.
-    @wraps(method)
+def _fit_new(name: str) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    return lambda labels, num_labels: label_model_posteriors(LABEL_MODELS[name](), labels, num_labels)
+
+
+def _harden_first(name: str, method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggregator:
     def hardened(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
         return method(harden(teacher_probs, answered), teacher_probs.shape[2])
 
+    hardened.__name__ = name  # which errors and pools show
     return hardened
 
 
@@ -339,12 +193,9 @@ def _harden_first(method: Callable[[torch.Tensor, int], torch.Tensor]) -> Aggreg
 ROW_AGGREGATORS: dict[str, Aggregator] = {"mean_probs": mean_probs, "mean_logits": mean_logits}
 VOTE_AGGREGATORS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "majority_vote": majority_vote,
-    "dawid_skene": dawid_skene,
-    "glad": glad,
-    "mace": mace,
-    "ebcc": ebcc,
+    **{name: _fit_new(name) for name in LABEL_MODELS if name != "shared_majority"},  # which is the one before
 }
 AGGREGATORS: dict[str, Aggregator] = {
     **ROW_AGGREGATORS,
-    **{name: _harden_first(method) for name, method in VOTE_AGGREGATORS.items()},
+    **{name: _harden_first(name, method) for name, method in VOTE_AGGREGATORS.items()},
 }

@@ -1,7 +1,9 @@
 """The E-step: which teacher of a level speaks for which example.
 
-Every function answers with the position of a teacher *within its level*, or -1 where nobody of the level can speak;
-[`fall_back`] then takes what the level above said.
+Every function gives the position of a teacher *within its level*, a `torch.LongTensor` of shape `(num_examples,)`, or
+-1 where nobody of the level can speak; [`fall_back`] then takes what the level above said. `answered`, a
+`torch.BoolTensor` of shape `(num_examples, num_teachers)`, says who answered. Shapes that do not fit, and labels that
+do not exist, are a `ValueError`.
 """
 
 from __future__ import annotations
@@ -10,32 +12,18 @@ from collections.abc import Sequence
 
 import torch
 
+from .checks import check_answered, check_label_ids, check_min_prob
+
 AGREEMENT_RULES = ("ce_teacher_student", "hard_loss", "kl_teacher_student", "kl_student_teacher")
 NOBODY = -1
 
 
 def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
-    """Choose the teacher whose scope holds the student's label.
+    """Choose the teacher whose scope, bool `(num_teachers, num_labels)`, holds the student's label `(num_examples,)`.
 
     Where scopes overlap, the first owner in the order of the hierarchy that answered; where no owner answered or the
     label is unowned, nobody.
-
-    Args:
-        student_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            The student's most probable label.
-        scope_mask (`torch.BoolTensor` of shape `(num_teachers, num_labels)`):
-            Labels that each teacher of the level was trained for.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a label does not exist.
-
-    Source:
-        arXiv 2402.15505, released code; overlaps and missing answers are ours.
+    Source: arXiv 2402.15505, released code; overlaps and missing answers are ours.
 
     Examples:
         >>> scopes = torch.tensor([[True, True, False], [False, True, True]])
@@ -43,8 +31,8 @@ def assign_by_scope(student_labels: torch.Tensor, scope_mask: torch.Tensor, answ
         [0, 0, 1]
     """
     num_teachers, num_labels = scope_mask.shape
-    _check_labels(student_labels, len(answered), num_labels)
-    _check_answered(answered, (len(student_labels), num_teachers))
+    check_label_ids(student_labels, (len(answered), num_labels))
+    check_answered(answered, (len(student_labels), num_teachers))
     return _first(scope_mask.T[student_labels] & answered)
 
 
@@ -57,7 +45,7 @@ def agreement_scores(
     label_ids: torch.Tensor | None = None,
     rest_probs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Measure how far each teacher is from the student, lower is closer.
+    """Measure how far each teacher is from the student, `(num_examples, num_teachers)`, lower is closer.
 
     With student probabilities s and teacher probabilities g, both at least `min_prob` inside every logarithm:
     `ce_teacher_student` is -sum_c g_c log s_c, `hard_loss` is -log s[argmax g], `kl_teacher_student` is
@@ -66,6 +54,7 @@ def agreement_scores(
     Teachers may be given sparsely, as `k` labels and one probability r for all others. Then a sum over all labels is
     one over the k plus a share of the student's own, sum_c g_c h_c = sum_k (g_k - r) h_k + r sum_c h_c, so that no
     array of all labels is built per teacher.
+    Source: `kl_student_teacher` is arXiv 2510.21332's rule; the others are ours, measured in `recipes/README.md`.
 
     Args:
         student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
@@ -81,19 +70,12 @@ def agreement_scores(
         rest_probs (`torch.Tensor` of shape `(num_examples, num_teachers)`, *optional*):
             Probability of each label that is not among `label_ids`.
 
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_teachers)`.
-
     Raises:
-        ValueError: If the rule is unknown, or an argument is not as said above.
-
-    Source:
-        `kl_student_teacher` is arXiv 2510.21332's rule; the others are ours, measured in `recipes/README.md`.
+        ValueError: Also if the rule is unknown, or `min_prob` out of range.
     """
     if rule not in AGREEMENT_RULES:
         raise ValueError(f"`rule` must be one of {list(AGREEMENT_RULES)}, got {rule!r}. Choose one of them.")
-    if not 0 < min_prob < 1:
-        raise ValueError(f"`min_prob` must lie between 0 and 1, got {min_prob}. Leave it out for 1e-6.")
+    check_min_prob(min_prob)
     _check_agreement(student_log_probs, teacher_probs, label_ids, rest_probs)
     num_labels, num_stored = student_log_probs.shape[1], teacher_probs.shape[2]
     # Dense answers are sparse ones of all labels with nothing left for the rest.
@@ -124,61 +106,18 @@ def agreement_scores(
     return (teacher_probs * teacher_log).sum(dim=-1) + (num_labels - num_stored) * rest * rest_log - cross
 
 
-def assign_by_agreement(
-    student_log_probs: torch.Tensor,
-    teacher_probs: torch.Tensor,
-    answered: torch.Tensor,
-    rule: str = "ce_teacher_student",
-    min_prob: float = 1e-6,
-    *,
-    label_ids: torch.Tensor | None = None,
-    rest_probs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Choose the teacher that is closest to the student, for teachers whose scope is not known.
-
-    Takes and raises what [`agreement_scores`] does, and who answered, a `torch.BoolTensor` of shape
-    `(num_examples, num_teachers)`.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level (ties to the first), or -1.
-
-    Examples:
-        >>> teachers = torch.tensor([[[0.9, 0.1], [0.2, 0.8]]])
-        >>> student, answered = torch.tensor([[0.3, 0.7]]).log(), torch.ones(1, 2, dtype=torch.bool)
-        >>> assign_by_agreement(student, teachers, answered).tolist()
-        [1]
-    """
-    scores = agreement_scores(
-        student_log_probs, teacher_probs, rule, min_prob, label_ids=label_ids, rest_probs=rest_probs
-    )
-    return choose_lowest(scores, answered)
-
-
 def assign_by_domain(
     example_domains: Sequence[str], teacher_domains: Sequence[Sequence[str] | None], answered: torch.Tensor
 ) -> torch.Tensor:
-    """Choose the teacher that was trained for the example's domain, which the data tells.
+    """Choose the teacher that was trained for the example's domain, the first of several; `None` means all of them.
 
-    Args:
-        example_domains (`Sequence[str]` of length `num_examples`):
-            Domain of each example.
-        teacher_domains (`Sequence[Sequence[str]]` of length `num_teachers`):
-            Domains that each teacher of the level was trained for; `None` means all of them.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level (the first of several owners), or -1.
-
-    Raises:
-        ValueError: If the shapes do not fit.
-        TypeError: If a domain is no text, or a teacher's domains are no list.
+    A `TypeError` if a domain is no text, or a teacher's domains are no list.
 
     Examples:
         >>> assign_by_domain(["b", "a"], [["a"], ["b"]], torch.ones(2, 2, dtype=torch.bool)).tolist()
         [1, 0]
     """
-    _check_answered(answered, (len(example_domains), len(teacher_domains)))
+    check_answered(answered, (len(example_domains), len(teacher_domains)))
     if wrong := [name for name in example_domains if not isinstance(name, str)]:
         raise TypeError(f"`example_domains` must be texts, got {wrong[0]!r}. Write '' where it is not known.")
     if single := [domains for domains in teacher_domains if isinstance(domains, str)]:
@@ -186,28 +125,15 @@ def assign_by_domain(
             f"`teacher_domains` must be lists, got the single string {single[0]!r}. Write [{single[0]!r}]."
         )
     # Each name is looked up once, not once per example and teacher.
-    names = sorted(set(example_domains))
-    positions = {name: position for position, name in enumerate(names)}
-    owned = torch.tensor(
-        [[domains is None or name in domains for domains in teacher_domains] for name in names], dtype=torch.bool
-    ).reshape(len(names), len(teacher_domains))
-    rows = torch.tensor([positions[name] for name in example_domains], dtype=torch.long)
-    return _first(owned[rows].to(answered.device) & answered)
+    names = set(example_domains)
+    owners = {name: [domains is None or name in domains for domains in teacher_domains] for name in names}
+    owned = torch.tensor([owners[name] for name in example_domains], dtype=torch.bool).reshape(answered.shape)
+    return _first(owned.to(answered.device) & answered)
 
 
 def assign_by_chance(answered: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Choose any teacher that answered: the control for every other assignment.
-
-    Args:
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered.
-        generator (`torch.Generator`):
-            Of the CPU.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: position in the level, or -1.
-    """
-    _check_answered(answered, tuple(answered.shape[:2]))
+    """Choose any teacher that answered, by a generator of the CPU: the control for every other assignment."""
+    check_answered(answered, tuple(answered.shape[:2]))
     # On the CPU, where a seed gives the same numbers on any machine.
     return choose_lowest(torch.rand(answered.shape, generator=generator), answered)
 
@@ -229,31 +155,20 @@ def oracle_assign_by_domain(
 def oracle_assign_by_loss(
     oracle_labels: torch.Tensor, teacher_probs: torch.Tensor, answered: torch.Tensor
 ) -> torch.Tensor:
-    """Choose the teacher with the lowest loss on the true label: an upper bound, for analysis only.
+    """Choose the teacher `(num_examples, num_teachers, num_labels)` with the lowest loss on the true label.
 
-    Takes and gives what [`assign_by_agreement`] does, with ground truth `(num_examples,)` in place of the student; a
-    `ValueError` if the shapes do not fit, or a label does not exist.
+    An upper bound, for analysis only.
     """
-    _check_labels(oracle_labels, len(teacher_probs), teacher_probs.shape[-1])
+    check_label_ids(oracle_labels, (len(teacher_probs), teacher_probs.shape[-1]))
     # The loss falls with the probability of the true label, so that no logarithm is needed to compare.
     index = oracle_labels.view(-1, 1, 1).expand(-1, teacher_probs.shape[1], 1)
     return choose_lowest(-teacher_probs.gather(2, index).squeeze(-1), answered)
 
 
 def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """Where nobody of this level speaks, keep who spoke at the level above.
+    """Where nobody of this level speaks, keep who spoke at the level above, itself after falling back.
 
-    Args:
-        assigned (`torch.LongTensor` of shape `(num_examples,)`):
-            Who speaks at this level, numbered over the whole hierarchy, or -1.
-        previous (`torch.LongTensor` of shape `(num_examples,)`):
-            The same at the level above, itself after falling back; -1 where nobody has answered so far.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ.
+    Both, and what is given, are numbered over the whole hierarchy.
 
     Examples:
         >>> fall_back(torch.tensor([2, -1, -1]), torch.tensor([0, 0, -1])).tolist()
@@ -265,29 +180,6 @@ def fall_back(assigned: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
             f"{tuple(assigned.shape)} and {tuple(previous.shape)}. Give both for the same examples."
         )
     return torch.where(assigned == NOBODY, previous, assigned)
-
-
-def _check_answered(answered: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if answered.dtype != torch.bool or tuple(answered.shape) != shape or len(shape) != 2 or shape[1] == 0:
-        raise ValueError(
-            "`answered` must be booleans of shape (num_examples, num_teachers) with at least one teacher, "
-            f"{shape} here, got {tuple(answered.shape)} of {answered.dtype}. Say of each teacher and example whether "
-            "it answered."
-        )
-
-
-def _check_labels(labels: torch.Tensor, num_examples: int, num_labels: int) -> None:
-    is_whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
-    if labels.shape != (num_examples,) or not is_whole:
-        raise ValueError(
-            f"Labels must be label ids of shape ({num_examples},), got {tuple(labels.shape)} of {labels.dtype}. Give "
-            "one integer per example."
-        )
-    if num_examples and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
-        raise ValueError(
-            f"Labels must lie in 0..{num_labels - 1}, got {int(labels.min())}..{int(labels.max())}. Leave out "
-            "examples without a label."
-        )
 
 
 def _check_agreement(
@@ -315,7 +207,7 @@ def _first(candidates: torch.Tensor) -> torch.Tensor:
 
 def choose_lowest(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     """Choose the teacher of the lowest score `(num_examples, num_teachers)` among those that answered, or -1."""
-    _check_answered(answered, tuple(scores.shape))
+    check_answered(answered, tuple(scores.shape))
     # Who is silent may have any score, NaN too; infinity is chosen only where all are silent, and that is undone.
     scores = scores.masked_fill(~answered, torch.inf)
     return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)

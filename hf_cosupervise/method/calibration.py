@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .metrics import SUM_TOLERANCE
+from .checks import check_label_ids, check_min_prob, check_prob_rows
 
 MIN_EXAMPLES = 10
 LOWEST, HIGHEST = 0.05, 20.0
@@ -15,31 +15,24 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
     """Find the temperature at which a classifier's probabilities are worth most on labelled examples.
 
     The T in [0.05, 20] that minimises the mean of -log softmax(log max(p, min_prob) / T)[label], which is convex in
-    1/T: above 1 the classifier was too sure, below 1 not sure enough. Where all T are equally good, 1.
-
-    Args:
-        probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Rows sum to 1; leave out examples without an answer. At least 10.
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            True labels, of examples that are used for nothing else.
-        min_prob (`float`, *optional*, defaults to 1e-6):
-            In (0, 1); probabilities are at least this inside the logarithm.
-
-    Returns:
-        `float`: T, for [`apply_temperature`].
-
-    Raises:
-        ValueError: If there are fewer than 10 examples, or shapes or values are not as said above; NaN too.
-
-    Source:
-        Guo et al. 2017, arXiv 1706.04599, on the logarithm of probabilities instead of logits.
+    1/T: above 1 the classifier was too sure, below 1 not sure enough. Where all T are equally good, 1. Takes
+    probabilities `(num_examples, num_labels)` without those of examples without an answer, and true labels of at least
+    10 examples that are used for nothing else; a `ValueError` if they are none, or `min_prob` is not in (0, 1).
+    Source: Guo et al. 2017, arXiv 1706.04599, on the logarithm of probabilities instead of logits.
 
     Examples:
         >>> probs = torch.tensor([[0.8, 0.2]]).repeat(12, 1)  # says 4 to 1, is right 2 to 1: T = ln 4 / ln 2
         >>> round(fit_temperature(probs, torch.tensor([0, 0, 1] * 4)), 6)
         2.0
     """
-    _check(probs, labels, min_prob)
+    check_min_prob(min_prob)
+    check_prob_rows(probs, "probs")
+    check_label_ids(labels, probs.shape)
+    if len(probs) < MIN_EXAMPLES:
+        raise ValueError(
+            f"A temperature needs {MIN_EXAMPLES} labelled examples with an answer, got {len(probs)}. Label more, or "
+            "leave the probabilities as they are."
+        )
     logs = probs.double().clamp(min=min_prob).log()
     # Teachers that are nowhere surer of one label than of another: every temperature gives the same.
     if bool((logs == logs[:, :1]).all()):
@@ -65,19 +58,8 @@ def fit_temperature(probs: torch.Tensor, labels: torch.Tensor, *, min_prob: floa
 def apply_temperature(probs: torch.Tensor, temperature: float, min_prob: float = 1e-6) -> torch.Tensor:
     """Make probabilities softer (T above 1) or sharper (T below 1): softmax(log max(p, min_prob) / T).
 
-    Args:
-        probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Rows sum to 1, or are all zero where there is no answer, which stays so.
-        temperature (`float`):
-            T, above 0, as from [`fit_temperature`].
-        min_prob (`float`, *optional*, defaults to 1e-6):
-            In (0, 1); as in [`fit_temperature`].
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`, at least float32.
-
-    Raises:
-        ValueError: If T is not a number above 0, or a probability is negative or NaN.
+    Rows of `probs` `(num_examples, num_labels)` sum to 1, or are all zero where there is no answer, which stays so.
+    What is given is at least float32. A `ValueError` if T is no number above 0, or a probability is negative or NaN.
 
     Examples:
         >>> probs = torch.tensor([[0.8, 0.2], [0.0, 0.0]], dtype=torch.float64)
@@ -86,40 +68,10 @@ def apply_temperature(probs: torch.Tensor, temperature: float, min_prob: float =
     """
     if not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` must be a number above 0, got {temperature}. Use 1 to change nothing.")
-    _check_min_prob(min_prob)
+    check_min_prob(min_prob)
     if not bool((probs >= 0).all()):
         raise ValueError("`probs` must be 0 or more, got a negative number or NaN. Give probabilities, not logits.")
     values = probs.to(torch.promote_types(probs.dtype, torch.float32))
     softened = (values.clamp(min=min_prob).log() / temperature).softmax(dim=-1)
     # An answer that is missing is all zero, which softmax would make uniform.
     return softened * (values.sum(dim=-1, keepdim=True) > 0)
-
-
-def _check(probs: torch.Tensor, labels: torch.Tensor, min_prob: float) -> None:
-    _check_min_prob(min_prob)
-    if probs.ndim != 2 or probs.shape[1] < 2 or labels.shape != probs.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            "Expected `probs` of shape (num_examples, num_labels), two labels or more, and whole `labels` of shape "
-            f"(num_examples,), got {tuple(probs.shape)} and {tuple(labels.shape)} of {labels.dtype}."
-        )
-    if len(probs) < MIN_EXAMPLES:
-        raise ValueError(
-            f"A temperature needs {MIN_EXAMPLES} labelled examples with an answer, got {len(probs)}. Label more, or "
-            "leave the probabilities as they are."
-        )
-    sums = probs.sum(dim=1, dtype=torch.float64)
-    if not bool(((sums - 1).abs() <= SUM_TOLERANCE).all()) or bool((probs < 0).any()):
-        raise ValueError(
-            "Rows of `probs` must be probabilities that sum to 1, got another sum, a negative number or NaN. Leave "
-            "out examples without an answer, and give softmax outputs, not logits."
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= probs.shape[1]:
-        raise ValueError(
-            f"`labels` must be in [0, {probs.shape[1]}), got values from {int(labels.min())} to {int(labels.max())}. "
-            "Give label numbers of the task, and leave out examples without a label."
-        )
-
-
-def _check_min_prob(min_prob: float) -> None:
-    if not 0 < min_prob < 1:
-        raise ValueError(f"`min_prob` must be in (0, 1), got {min_prob}.")

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .aggregation import check_labels
 from .assignment import first_argmax
-from .metrics import SUM_TOLERANCE
+from .checks import check_labels, check_prob_rows
 
 _MIN_WEIGHT = 1e-6
 
@@ -20,23 +19,11 @@ def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
     consensus with its most frequent label, all over examples with two answers or more. The consensus is first the
     majority (ties by p, then to the rarer label, then to the lowest), and once more the argmax of the posterior.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        student_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Probabilities of a classifier that was not trained on these very examples; rows sum to 1.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody answered.
-
-    Raises:
-        ValueError: If shapes or values are not as said above, or if no example has two answers.
-
-    Source:
-        arXiv 2210.06812; weights and posterior are those of cleanlab. Cleanlab stops at a teacher or an example
-        without answers, here both are left out; its last resort in a tie is a random label of the global generator.
-        Its `consensus_label` is the consensus that made this posterior, whose own argmax may be another one: see
-        [`crowdlab_labels`].
+    Takes labels `(num_examples, num_teachers)`, -1 where a teacher has no answer, and probabilities `(num_examples,
+    num_labels)` of a classifier that was not trained on these very examples, rows of which sum to 1; gives the shape
+    of those, rows all zero where nobody answered. A `ValueError` for anything else, or if no example has two answers.
+    Source: arXiv 2210.06812; weights and posterior are those of cleanlab, which stops at a teacher or an example
+    without answers (here both are left out), and in a last tie takes a random label of the global generator.
 
     Examples:
         >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
@@ -47,13 +34,9 @@ def crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
 
 
 def crowdlab_labels(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.Tensor:
-    """Give the label of each example by CROWDLAB, which is not always the most probable one of [`crowdlab`].
+    """Give the consensus that made the posterior of [`crowdlab`], `(num_examples,)`; -1 where nobody answered.
 
-    Takes and raises what [`crowdlab`] does.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_examples,)`: the consensus, cleanlab's `consensus_label`; -1 where nobody
-        answered.
+    It is cleanlab's `consensus_label`, and not always the most probable one. Takes and raises what [`crowdlab`] does.
 
     Examples:
         >>> student_probs = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
@@ -65,8 +48,12 @@ def crowdlab_labels(labels: torch.Tensor, student_probs: torch.Tensor) -> torch.
 
 def _crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Posteriors, and the consensus that made them."""
-    _check_student_probs(student_probs, labels)
+    check_prob_rows(student_probs, "student_probs")
     check_labels(labels, student_probs.shape[1])
+    if len(labels) != len(student_probs):
+        raise ValueError(
+            f"Expected `student_probs` with one row for each of `labels`, got {len(student_probs)} for {len(labels)}."
+        )
     some = (labels >= 0).any(dim=1)
     posteriors = torch.zeros_like(student_probs, dtype=torch.promote_types(student_probs.dtype, torch.float32))
     found = torch.full((len(labels),), -1, device=labels.device)
@@ -84,19 +71,6 @@ def _crowdlab(labels: torch.Tensor, student_probs: torch.Tensor) -> tuple[torch.
     posteriors[some] = _crowdlab_posteriors(labels, probs, consensus).to(posteriors.dtype)
     found[some] = consensus
     return posteriors, found
-
-
-def _check_student_probs(student_probs: torch.Tensor, labels: torch.Tensor) -> None:
-    if student_probs.ndim != 2 or student_probs.shape[:1] != labels.shape[:1] or student_probs.shape[1] < 2:
-        raise ValueError(
-            "Expected `student_probs` of shape (num_examples, num_labels), two labels or more and one row for each of "
-            f"`labels`, got {tuple(student_probs.shape)} for {tuple(labels.shape)}."
-        )
-    sums = student_probs.sum(dim=1, dtype=torch.float64)
-    if not bool(((sums - 1).abs() <= SUM_TOLERANCE).all()) or bool((student_probs < 0).any()):
-        raise ValueError(
-            "Rows of `student_probs` must be probabilities that sum to 1. Give softmax outputs, not logits."
-        )
 
 
 def _vote_weights(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from .label_model import LabelModel, check_abstention, check_count, takes_silence
+from .label_model import LabelModel
 from .votes import Answers
 
 _FLOOR = 1e-10
@@ -33,9 +33,6 @@ class DawidSkene(LabelModel):
             one label only, who tell nothing else. There theta_k(l | c) is of all rows, silent ones too, while in a row
             silence speaks for no label, and q is the mean of that and the vote shares.
 
-    Raises:
-        ValueError: If a setting is not as said above.
-
     Source:
         Dawid and Skene 1979, doi 10.2307/2346806, with the results of crowd-kit. As there, the bound counts the prior
         once per answer instead of once per row, which only changes when it stops. Silence as an answer is ours; there
@@ -50,17 +47,10 @@ class DawidSkene(LabelModel):
     """
 
     name: ClassVar[str] = "dawid_skene"
+    needs_several_labels: ClassVar[bool] = True
     max_iterations: int = 100
     tolerance: float = 1e-5
     abstention: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count(self.max_iterations)
-        check_abstention(self.abstention)
-
-    def _choose_silence(self, votes: np.ndarray) -> bool:
-        return takes_silence(self.name, self.abstention, votes, self.voter_names)
 
     @property
     def _is_anchored(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from .label_model import LabelModel, check_abstention, check_count, takes_silence
+from .label_model import LabelModel
 from .votes import Answers
 
 
@@ -41,9 +41,6 @@ class Ebcc(LabelModel):
             Of [`DawidSkene`]. Where `"auto"` takes silence for an answer, q is the mean of the posterior and the vote
             shares in the end: many silences that are no independent signs cannot overrule all votes of a row.
 
-    Raises:
-        ValueError: If a setting is not as said above.
-
     Source:
         Li, Rubinstein and Cohn, ICML 2019, with its published priors, number of kinds and stop. One kind as a
         candidate and as a start, and short runs first, are ours: one kind has the greater bound on many sets.
@@ -55,20 +52,12 @@ class Ebcc(LabelModel):
     """
 
     name: ClassVar[str] = "ebcc"
+    needs_several_labels: ClassVar[bool] = True
     num_kinds: int = 10
     num_restarts: int = 100
     max_iterations: int = 500
     seed: int = 0
     abstention: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("num_kinds", "num_restarts", "max_iterations"):
-            check_count(getattr(self, key), key)
-        check_abstention(self.abstention)
-
-    def _choose_silence(self, votes: np.ndarray) -> bool:
-        return takes_silence(self.name, self.abstention, votes, self.voter_names)
 
     def _fit(self, answers: Answers) -> np.ndarray:
         shares = torch.from_numpy(self._vote_shares(answers.codes))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from .label_model import LabelModel, check_count
+from .label_model import LabelModel
 from .votes import Answers
 
 _EASE_STEPS = 30
@@ -29,7 +28,6 @@ class Glad(LabelModel):
             Stop when the expected log-likelihood grows by less.
 
     Raises:
-        ValueError: If a setting is not as said above.
         ImportError: On fitting without scipy, which comes with crowd-kit.
 
     Source:
@@ -45,12 +43,13 @@ class Glad(LabelModel):
     max_iterations: int = 100
     tolerance: float = 1e-5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count(self.max_iterations)
-
     def _fit(self, answers: Answers) -> np.ndarray:
-        minimize = import_extra(self.name, "scipy.optimize").minimize
+        try:
+            from scipy.optimize import minimize  # type: ignore[import-untyped]
+        except ImportError as error:
+            raise ImportError(
+                '`glad` needs crowd-kit, which is not installed. Run `pip install "hf_cosupervise[crowd]"`.'
+            ) from error
         (examples, voters, codes), (num_examples, num_voters) = answers.cells, answers.codes.shape
         num_labels = answers.num_codes
 
@@ -116,13 +115,3 @@ def _label_posteriors(answers: Answers, right: np.ndarray, wrong: np.ndarray) ->
     logs += np.bincount(examples, wrong, num_examples)[:, None]
     probs = np.exp(logs - logs.max(axis=1, keepdims=True))
     return probs / probs.sum(axis=1, keepdims=True)
-
-
-def import_extra(name: str, module: str) -> Any:
-    """Import a module that comes with the `crowd` extra."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f'`{name}` needs crowd-kit, which is not installed. Run `pip install "hf_cosupervise[crowd]"`.'
-        ) from error

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -35,13 +35,23 @@ class LabelModel:
     """Learn from votes alone how to make one label of them.
 
     A model is of the voters it was fitted on, in their order. A voter or a label that was never there has no say
-    later, and no label gets probability that nobody named.
+    later, and no label gets probability that nobody named. A setting out of its range is a `ValueError`.
     """
 
     name: ClassVar[str] = ""
     min_voters: ClassVar[int] = 3
+    needs_several_labels: ClassVar[bool] = False  # of some voter, or else that silence is an answer
+    abstention = "missing"  # a setting of those models for which silence may be an answer
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name.startswith(("max_", "num_")) and value < 1:
+                raise ValueError(f"`{setting.name}` must be at least 1, got {value}. Give more.")
+        if self.abstention not in ABSTENTIONS:
+            raise ValueError(
+                f"`abstention` must be one of {', '.join(ABSTENTIONS)}, got {self.abstention!r}. Choose one."
+            )
         self.num_labels = 0
         self.num_voters = 0
         self.voter_names: tuple[str, ...] | None = None
@@ -62,7 +72,7 @@ class LabelModel:
 
         Args:
             votes (`np.ndarray` of shape `(num_rows, num_voters)`, integers):
-                Labels, -1 for no vote.
+                Labels, -1 for no vote. A `ValueError` if they are not usable, or too few voters voted for this model.
             num_labels (`int`, *optional*):
                 Defaults to the greatest vote and one.
             names (`Sequence[str]`, *optional*):
@@ -70,9 +80,6 @@ class LabelModel:
 
         Returns:
             `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0 without a vote.
-
-        Raises:
-            ValueError: If the votes are not usable, or too few voters voted for this model.
         """
         if num_labels is not None and (not isinstance(num_labels, Integral) or num_labels < 1):
             raise ValueError(
@@ -107,17 +114,10 @@ class LabelModel:
         return probs
 
     def predict_proba(self, votes: Any) -> np.ndarray:
-        """Give posteriors on any rows of the same voters.
+        """Give posteriors `(num_rows, num_labels)` on any rows of the same voters, as [`fit_predict_proba`] does.
 
-        Args:
-            votes (`np.ndarray` of shape `(num_rows, num_voters)`):
-                As in [`fit_predict_proba`].
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`: rows sum to 1, or to 0 without a vote that the model knows.
-
-        Raises:
-            ValueError: If the model is not fitted, or the votes are not those of its voters.
+        A row sums to 0 without a vote that the model knows. A `ValueError` if the model is not fitted, or the votes
+        are not those of its voters.
         """
         if not self.num_voters:
             raise ValueError(f"`{self.name}` must be fitted before it predicts, got a new one. Call `fit` first.")
@@ -139,13 +139,9 @@ class LabelModel:
         return probs
 
     def predict(self, votes: Any) -> np.ndarray:
-        """Give the most probable label of rows; ties are shared, not given to the lowest label.
+        """Give the most probable label of rows: 1 at the label, 1/m at each of m that are equally probable.
 
-        Takes and raises what [`predict_proba`] does.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`: 1 at the label, 1/m at each of m that are equally probable,
-            all zero without a vote.
+        Takes and raises what [`predict_proba`] does, and gives the same shape, all zero without a vote.
         """
         return best_labels(self.predict_proba(votes))
 
@@ -158,7 +154,15 @@ class LabelModel:
 
     def _choose_silence(self, votes: np.ndarray) -> bool:
         """Whether no vote is an answer for this model."""
-        return False
+        if self.abstention == "missing" and self.needs_several_labels:
+            only, spoke = one_sided_voters(votes), (votes >= 0).any(axis=0)
+            if spoke.any() and bool((only | ~spoke).all()):
+                raise ValueError(
+                    f"`{self.name}` learns nothing from voters that name one label only unless their silence is an "
+                    f'answer, got only such: {name_voters(only, self.voter_names)}. Set `abstention="answer"`, or use '
+                    "`shared_majority`."
+                )
+        return self.abstention == "answer" or self.abstention == "auto" and silence_speaks(votes)
 
     def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
         """Say so where nothing was learned."""
@@ -209,11 +213,7 @@ class LabelModel:
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> Self:
-        """Make a model of what [`to_dict`] gave.
-
-        Raises:
-            ValueError: If something is missing, or it is a model of another kind.
-        """
+        """Make a model of what [`to_dict`] gave; a `ValueError` if something is missing, or it is of another kind."""
         keys = {"model", "settings", "num_labels", "num_voters", "voter_names", "named", "speakers"}
         keys |= {"silence_is_answer", "parameters"}
         if not isinstance(facts, Mapping) or keys - set(facts):
@@ -256,27 +256,3 @@ class SharedMajority(LabelModel):
 
     def _finish(self, codes: np.ndarray, posteriors: np.ndarray, votes: np.ndarray) -> np.ndarray:
         return posteriors
-
-
-def check_abstention(value: str) -> None:
-    """Refuse what is no way to take silence."""
-    if value not in ABSTENTIONS:
-        raise ValueError(f"`abstention` must be one of {', '.join(ABSTENTIONS)}, got {value!r}. Choose one.")
-
-
-def check_count(value: int, name: str = "max_iterations") -> None:
-    """Refuse a number of steps below 1."""
-    if value < 1:
-        raise ValueError(f"`{name}` must be at least 1, got {value}. Give more.")
-
-
-def takes_silence(model: str, abstention: str, votes: np.ndarray, names: Sequence[str] | None) -> bool:
-    """Decide whether silence is an answer, for a model that needs voters who name more than one label."""
-    if abstention == "missing":
-        only, spoke = one_sided_voters(votes), (votes >= 0).any(axis=0)
-        if spoke.any() and bool((only | ~spoke).all()):
-            raise ValueError(
-                f"`{model}` learns nothing from voters that name one label only unless their silence is an answer, "
-                f'got only such: {name_voters(only, names)}. Set `abstention="answer"`, or use `shared_majority`.'
-            )
-    return abstention == "answer" or abstention == "auto" and silence_speaks(votes)

@@ -1,4 +1,8 @@
-"""Losses of the method on hard and soft pseudolabels, one value per example."""
+"""Losses of the method on hard and soft pseudolabels, one value per example.
+
+All take student logits `(num_examples, num_labels)` and give `(num_examples,)`. Shapes that do not fit are a
+`ValueError`, and, on the CPU, so is a label out of range; an accelerator stops by itself.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,9 @@ MIN_PROB = 1e-6  # as in `assignment.agreement_scores`
 
 
 def soft_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor:
-    """Compute the cross-entropy of the student against a full probability vector.
+    """Compute the cross-entropy of the student against probabilities `(num_examples, num_labels)`, rows sum to 1.
 
     loss_i = -sum_c y_ic log softmax(s_i)_c, in float32 whatever the dtype of the logits.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits.
-        target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Pseudolabels, rows sum to 1.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes are not as said above.
 
     Examples:
         >>> soft_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]])).tolist()
@@ -42,22 +34,8 @@ def sparse_soft_cross_entropy(
 ) -> torch.Tensor:
     """Compute [`soft_cross_entropy`] against pseudolabels that name k labels, without building all the others.
 
-    With r the probability of every label that is not named, -sum_c y_c log s_c = -sum_k (y_k - r) log s_k -
-    r sum_c log s_c.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits.
-        label_ids, label_probs (`torch.Tensor` of shape `(num_examples, k)`):
-            Labels that are named (int64), each once, and their probabilities.
-        rest_probs (`torch.Tensor` of shape `(num_examples,)`):
-            Probability of each other label.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes do not fit, or, on the CPU, a label is out of range. An accelerator stops by itself.
+    With r the probability `(num_examples,)` of every label that is not named among `label_ids` (int64, each once) and
+    `label_probs`, `(num_examples, k)` both, -sum_c y_c log s_c = -sum_k (y_k - r) log s_k - r sum_c log s_c.
 
     Examples:
         >>> ids, probs, rest = torch.tensor([[1]]), torch.tensor([[0.5]]), torch.tensor([0.25])
@@ -82,68 +60,22 @@ def sparse_soft_cross_entropy(
 
 
 def hard_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Compute the cross-entropy of the student against label ids.
-
-    Args:
-        logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits.
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Label ids.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: As [`sparse_soft_cross_entropy`].
+    """Compute the cross-entropy of the student against label ids `(num_examples,)`, int64.
 
     Examples:
         >>> hard_cross_entropy(torch.zeros(1, 2), torch.tensor([1])).tolist()
         [0.6931471824645996]
     """
-    check_hard_labels(logits, labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"`logits` (num_examples, num_labels) and `labels` (num_examples,) are needed, got {tuple(logits.shape)} "
+            f"and {tuple(labels.shape)}. Give both for the same examples."
+        )
+    _check_label_ids("labels", labels, logits.shape[1])
     # No label is ignored: torch's default takes -100 for a loss of 0, on an accelerator without a word.
     return functional.cross_entropy(
         logits.float(), labels, reduction="none", ignore_index=torch.iinfo(torch.int64).min
     )
-
-
-def weighted_mean(losses: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Average losses, each with the weight of its example: sum_i w_i l_i / sum_i w_i.
-
-    Over several batches, add up both sums and divide once: the mean of their means differs.
-
-    Args:
-        losses (`torch.Tensor` of shape `(num_examples,)`):
-            At least one.
-        weights (`torch.Tensor` of shape `(num_examples,)`, *optional*):
-            At least 0, not all 0; 1 each by default.
-
-    Returns:
-        `torch.Tensor` of shape `()`, float32 or float64.
-
-    Raises:
-        ValueError: If shapes differ, there is no loss, or the weights are out of range.
-
-    Examples:
-        >>> weighted_mean(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 1.0])).item()
-        2.0
-    """
-    if losses.ndim != 1 or len(losses) == 0 or (weights is not None and weights.shape != losses.shape):
-        raise ValueError(
-            "`losses` and `weights` must have one shape (num_examples,) with at least one example, got "
-            f"{tuple(losses.shape)} and {None if weights is None else tuple(weights.shape)}. Leave out empty batches."
-        )
-    losses = as_float(losses)
-    if weights is None:
-        return losses.mean()
-    weights = weights.to(losses)
-    if not bool((weights >= 0).all() & weights.isfinite().all() & (weights > 0).any()):
-        raise ValueError(
-            f"`weights` must be finite, at least 0 and not all 0, got {weights.min()}..{weights.max()}. "
-            "Leave out the batches whose examples all weigh 0."
-        )
-    weights = weights / weights.max()  # or very large and very small ones would sum to inf and 0
-    return (weights * losses).sum() / weights.sum()
 
 
 # From logits and pseudolabels `(batch, num_labels)` and rows of the pool `(batch,)`, to losses `(batch,)`; and to
@@ -173,16 +105,6 @@ def check_pair(logits: torch.Tensor, target_probs: torch.Tensor) -> tuple[torch.
     _check_shapes(logits, target_probs)
     logits = as_float(logits)
     return logits, target_probs.to(logits.dtype)
-
-
-def check_hard_labels(logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """Refuse labels that do not fit the logits."""
-    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"`logits` (num_examples, num_labels) and `labels` (num_examples,) are needed, got {tuple(logits.shape)} "
-            f"and {tuple(labels.shape)}. Give both for the same examples."
-        )
-    _check_label_ids("labels", labels, logits.shape[1])
 
 
 def _check_label_ids(name: str, label_ids: torch.Tensor, num_labels: int) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from .label_model import LabelModel, check_abstention, check_count
+from .label_model import LabelModel
 from .votes import Answers, best_labels, silence_speaks
 
 _TRUST_PRIOR, _SPAM_PRIOR = 0.5, 10.0
@@ -49,9 +49,6 @@ class Mace(LabelModel):
             row shows no label; posteriors are of the labels, given that there is one. `"auto"`: an answer where most
             votes are from voters that name one label only.
 
-    Raises:
-        ValueError: If a setting is not as said above.
-
     Source:
         Hovy et al. 2013, with the priors of its authors. Frequencies by the Bayesian information criterion (Schwarz
         1978), silence as an answer and the mean are ours.
@@ -67,15 +64,6 @@ class Mace(LabelModel):
     num_restarts: int = 3
     seed: int = 0
     abstention: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count(self.max_iterations)
-        check_count(self.num_restarts, "num_restarts")
-        check_abstention(self.abstention)
-
-    def _choose_silence(self, votes: np.ndarray) -> bool:
-        return self.abstention == "answer" or self.abstention == "auto" and silence_speaks(votes)
 
     def _fit(self, answers: Answers) -> np.ndarray:
         random, shape = np.random.RandomState(self.seed), (answers.codes.shape[1], answers.num_codes)

@@ -22,6 +22,7 @@ def performance_gap_recovered(weak: float, student: float, ceiling: float) -> fl
 
     PGR = (student - weak) / (ceiling - weak): 0 for a student as good as the generalist, 1 for one as good as one that
     was trained with ground truth; it may be negative or above 1.
+    Source: Burns et al., arXiv 2312.09390, section 3.
 
     Args:
         weak, student, ceiling (`float`):
@@ -30,9 +31,6 @@ def performance_gap_recovered(weak: float, student: float, ceiling: float) -> fl
 
     Returns:
         `float`: The share; NaN, with a warning, where the ceiling is not above the generalist.
-
-    Source:
-        Burns et al., arXiv 2312.09390, section 3.
 
     Examples:
         >>> performance_gap_recovered(weak=0.5, student=0.75, ceiling=1.0)
@@ -45,53 +43,30 @@ def performance_gap_recovered(weak: float, student: float, ceiling: float) -> fl
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Measure the share of predictions that equal the label, 0 to 1.
+    """Measure the share of predictions that equal the label, 0 to 1; a prediction of -1 (no answer) counts as wrong.
 
-    Args:
-        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
-            Label ids; a prediction of -1 (no answer) counts as wrong.
-
-    Raises:
-        ValueError: If there are no examples, or the shapes differ.
+    A `ValueError` if there are no examples, or the shapes `(num_examples,)` differ.
 
     Examples:
         >>> accuracy(np.array([0, 1, -1, 1]), np.array([0, 1, 1, 0]))
         0.5
     """
-    return agreement(predictions, labels)
-
-
-def agreement(first: np.ndarray, second: np.ndarray) -> float:
-    """Measure the share of examples on which two sets of labels `(num_examples,)` are equal, as [`accuracy`] does."""
-    first, second = np.asarray(first), np.asarray(second)
-    if first.shape != second.shape or first.ndim != 1 or first.size == 0:
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or predictions.ndim != 1 or predictions.size == 0:
         raise ValueError(
-            f"Two label arrays of one shape (num_examples,) are needed, got {first.shape} and {second.shape}. Give at "
-            "least one example."
+            f"Two label arrays of one shape (num_examples,) are needed, got {predictions.shape} and {labels.shape}. "
+            "Give at least one example."
         )
-    return float((first == second).mean())
+    return float((predictions == labels).mean())
 
 
 def measure_labels(predictions: np.ndarray, labels: np.ndarray, metric: str = "accuracy") -> dict[str, float]:
-    """Measure predictions by accuracy, and by the chosen metric too where that is another one.
+    """Measure predictions by accuracy, and by the chosen metric too where that is another one, higher is better.
 
-    Args:
-        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
-            See [`accuracy`].
-        metric (`str`, *optional*, defaults to `"accuracy"`):
-            One of [`METRICS`]: `"accuracy"`; `"balanced_accuracy"`, the mean over classes of the share found; `"f1"`
-            of label 1 of two; `"macro_f1"` and `"weighted_f1"`, the mean over classes, alike or by their size;
-            `"mcc"`, Matthews' correlation, -1 to 1; `"worst_class_accuracy"`.
-
-    Returns:
-        `dict[str, float]`: by name, higher is better.
-
-    Raises:
-        ValueError: If there is no such metric, there are no examples, the shapes differ, or `"f1"` is asked of more
-            than two labels.
-
-    Source:
-        The definitions of scikit-learn, but that no answer (-1) is no class of its own to average over.
+    Takes and raises what [`accuracy`] does, and a name of [`METRICS`]: `"accuracy"`; `"balanced_accuracy"`, the mean
+    over classes of the share found; `"f1"` of label 1 of two, else a `ValueError`; `"macro_f1"` and `"weighted_f1"`,
+    the mean over classes, alike or by size; `"mcc"`, Matthews' correlation, -1 to 1; `"worst_class_accuracy"`.
+    Source: the definitions of scikit-learn, but that no answer (-1) is no class of its own to average over.
 
     Examples:
         >>> measure_labels(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]), "balanced_accuracy")
@@ -118,10 +93,10 @@ def _class_counts(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """For each class that is there or was named: how often right, there, named; `(3, num_classes)`."""
     size = int(max(predictions.max(), labels.max())) + 1
     named = predictions[predictions >= 0]
-    counts = [np.bincount(values, minlength=size) for values in (labels[predictions == labels], labels, named)]
-    right, there, given = np.stack(counts)
+    told = (labels[predictions == labels], labels, named)
+    counts = np.stack([np.bincount(values, minlength=size) for values in told])
     # A class that is not there and that nobody named is none to average over.
-    return np.stack([right, there, given])[:, (there > 0) | (given > 0)]
+    return counts[:, (counts[1:] > 0).any(axis=0)]
 
 
 def _recalls(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -172,16 +147,12 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: np.ndarray) -> dict[str, float]:
     """Measure how well rejection told right pseudolabels from wrong ones.
 
-    Args:
-        keep_mask, labels, oracle_labels (`np.ndarray` of shape `(num_examples,)`):
-            What was kept (bool), hard pseudolabels (-1 where there is none, which counts neither way), ground truth.
+    Takes what was kept (bool), hard pseudolabels (-1 where there is none, which counts neither way) and ground truth,
+    all of shape `(num_examples,)`, or a `ValueError`.
 
     Returns:
         `dict[str, float]`: `precision`, the share of right ones among the kept, and `recall`, the share of kept ones
         among the right; NaN where there are none to count.
-
-    Raises:
-        ValueError: If the shapes differ.
 
     Examples:
         >>> oracle_selection(np.array([True, True, False]), np.array([0, 1, 1]), np.array([0, 0, 1]))
@@ -204,15 +175,9 @@ def oracle_selection(keep_mask: np.ndarray, labels: np.ndarray, oracle_labels: n
 
 
 def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
-    """Measure how far confidence and accuracy lie apart, over equal-width bins of confidence.
+    """Measure how far confidence and accuracy lie apart over the bins of [`reliability_curve`], 0 (calibrated) to 1.
 
-    Takes and raises what [`reliability_curve`] does.
-
-    Returns:
-        `float`: 0 (calibrated) to 1.
-
-    Source:
-        Guo et al., arXiv 1706.04599, equation 3.
+    Source: Guo et al., arXiv 1706.04599, equation 3.
     """
     curve = reliability_curve(probs, labels, num_bins)
     gaps = np.abs(curve["accuracy"] - curve["confidence"])
@@ -222,21 +187,12 @@ def expected_calibration_error(probs: np.ndarray, labels: np.ndarray, num_bins: 
 def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> dict[str, np.ndarray]:
     """Give the points of a reliability diagram: accuracy by confidence, over equal-width bins of confidence.
 
-    Args:
-        probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            Rows sum to 1.
-        labels (`np.ndarray` of shape `(num_examples,)`):
-            Ground truth.
-        num_bins (`int`, *optional*, defaults to 15):
-            Number of bins, at least 1; a bin holds its upper end.
+    Takes probabilities `(num_examples, num_labels)`, rows of which sum to 1, and ground truth `(num_examples,)`. There
+    is at least one bin, and each holds its upper end. A `ValueError` if there is nothing to measure.
 
     Returns:
         `dict[str, np.ndarray]`: `confidence` (mean of the largest probability), `accuracy` and `count`, each of shape
         `(num_bins,)`; the first two are NaN in empty bins.
-
-    Raises:
-        ValueError: If there are no examples, the shapes do not fit, a row is no probabilities, or `num_bins` is less
-            than 1.
 
     Examples:
         >>> curve = reliability_curve(np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1]), num_bins=2)
@@ -272,19 +228,9 @@ def reliability_curve(probs: np.ndarray, labels: np.ndarray, num_bins: int = 15)
 def group_accuracies(
     predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Any] | np.ndarray
 ) -> dict[Any, float]:
-    """Measure the accuracy within each group of examples, such as a class or a domain.
+    """Measure the accuracy within each group of examples, such as a class or a domain, 0 to 1, in the order of names.
 
-    Args:
-        predictions, labels (`np.ndarray` of shape `(num_examples,)`):
-            See [`accuracy`].
-        groups (`Sequence` of length `num_examples`):
-            Group of each example, integers or strings.
-
-    Returns:
-        `dict`: accuracy by group, 0 to 1, in the order of their names.
-
-    Raises:
-        ValueError: If there are no examples, the shapes differ, or groups are neither integers nor strings.
+    Takes what [`accuracy`] does, and the group of each example, integers or strings; others are a `ValueError`.
 
     Examples:
         >>> group_accuracies(np.array([0, 1, 1]), np.array([0, 1, 0]), ["x", "y", "y"])
@@ -306,18 +252,6 @@ def group_accuracies(
     }
 
 
-def worst_group_accuracy(predictions: np.ndarray, labels: np.ndarray, groups: Sequence[Any] | np.ndarray) -> float:
-    """Measure the accuracy of the group of examples that fares worst, 0 to 1.
-
-    Takes and raises what [`group_accuracies`] does; `labels` as groups give the worst class.
-
-    Examples:
-        >>> worst_group_accuracy(np.array([0, 1, 1]), np.array([0, 1, 0]), ["x", "y", "y"])
-        0.5
-    """
-    return min(group_accuracies(predictions, labels, groups).values())
-
-
 def deception_score(
     student_labels: np.ndarray,
     teacher_probs: np.ndarray,
@@ -327,26 +261,12 @@ def deception_score(
 ) -> float:
     """Measure how many of the student's errors its teacher cannot see although the student could have known better.
 
-    A model knows an example if it is right with a probability of at least `threshold`. Counted are errors on examples
-    that the ceiling knows and the teacher does not, be it wrong or unsure.
-
-    Args:
-        student_labels, labels (`np.ndarray` of shape `(num_examples,)`):
-            The student's label ids, and ground truth.
-        teacher_probs, ceiling_probs (`np.ndarray` of shape `(num_examples, num_labels)`):
-            Of the weak teacher (a row of zeros is no answer, so it knows nothing there), and of the same student
-            trained with ground truth.
-        threshold (`float`, *optional*, defaults to 0.75):
-            Confidence from which a model is sure, 0 to 1.
-
-    Returns:
-        `float`: share of the student's errors, 0 to 1; NaN where it makes none.
-
-    Raises:
-        ValueError: If the shapes do not fit, or `threshold` is out of range.
-
-    Source:
-        Yang et al., arXiv 2406.11431. The share is of all errors; which threshold is sure is for the user to state.
+    A model knows an example if it is right with a probability of at least `threshold`, 0 to 1. Counted are errors on
+    examples that the ceiling knows and the teacher does not, be it wrong or unsure: a share of the student's errors,
+    NaN where it makes none. Takes label ids and ground truth `(num_examples,)`, and probabilities `(num_examples,
+    num_labels)` of the weak teacher (a row of zeros is no answer, so it knows nothing there) and of the same student
+    trained with ground truth; a `ValueError` if shapes do not fit.
+    Source: Yang et al., arXiv 2406.11431. The share is of all errors; who is sure is for the user to say.
 
     Examples:
         >>> sure, unsure = [0.9, 0.1], [0.6, 0.4]
@@ -380,12 +300,7 @@ def deception_score(
 def mean_and_spread(values: Sequence[float | None]) -> tuple[float, float]:
     """Give mean and sample standard deviation over seeds (0 for a single number, NaN for none).
 
-    Args:
-        values (`Sequence[float]`):
-            One number per seed; `None` and NaN are left out.
-
-    Raises:
-        ValueError: If a number is infinite.
+    `None` and NaN are left out; an infinite number is a `ValueError`.
     """
     known = [value for value in values if value is not None and not math.isnan(value)]
     if any(math.isinf(value) for value in known):

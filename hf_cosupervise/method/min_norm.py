@@ -9,25 +9,13 @@ _RIDGE = 1e-10
 
 
 def min_norm_weights(gradients: torch.Tensor, cap: float = 0.6) -> torch.Tensor:
-    """Find the shares of teachers whose mixed gradient is shortest.
+    """Find the shares of teachers whose mixed gradient is shortest, `(num_teachers,)` in float64, with a sum of 1.
 
     argmin |sum_m w_m g_m|^2 over w_m >= 0, sum_m w_m = 1 and w_m <= cap, by active sets: exact but for a term of
-    1e-10 |w|^2 sum_m |g_m|^2, which picks the most even w where several are as good (two equal teachers).
-
-    Args:
-        gradients (`torch.Tensor` of shape `(num_teachers, num_directions)`):
-            One gradient for each teacher.
-        cap (`float`, *optional*, defaults to 0.6):
-            The largest share, in [1/num_teachers, 1]. A single teacher has share 1 whatever the cap.
-
-    Returns:
-        `torch.DoubleTensor` of shape `(num_teachers,)`, sums to 1.
-
-    Raises:
-        ValueError: If the cap leaves no room for a sum of 1, or gradients are not finite.
-
-    Source:
-        Du et al., Agree to Disagree, NeurIPS 2020.
+    1e-10 |w|^2 sum_m |g_m|^2, which picks the most even w where several are as good (two equal teachers). Gradients
+    `(num_teachers, num_directions)` are finite and the cap is in [1/num_teachers, 1], or a `ValueError`; a single
+    teacher has share 1 whatever the cap.
+    Source: Du et al., Agree to Disagree, NeurIPS 2020.
 
     Examples:
         >>> gradients = torch.tensor([[1.0, 0.0], [0.0, 2.0]])

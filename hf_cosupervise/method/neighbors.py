@@ -16,19 +16,11 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
     """Find the k nearest other examples of each example by cosine similarity, exactly.
 
     The work grows with the square of the number of examples: seconds for 20,000 of 1,280 features, minutes for
-    100,000. Memory does not.
-
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            What the backbone gives, finite; any floating type, may be mapped from disk.
-        k (`int`):
-            How many, a whole number from 1 to `num_examples - 1`.
+    100,000. Memory does not. Features `(num_examples, feature_size)` are finite, of any floating type, and may be
+    mapped from disk; k is from 1 to `num_examples - 1`; else a `ValueError`.
 
     Returns:
         `torch.LongTensor` of shape `(num_examples, k)`, on the CPU: rows, most similar first, never the example's own.
-
-    Raises:
-        ValueError: If `k` is out of range, or the features are not finite numbers of this shape.
 
     Examples:
         >>> nearest_neighbors(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]]), k=1).flatten().tolist()
@@ -60,25 +52,12 @@ def nearest_neighbors(features: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Average the values of each example and its neighbours, those that are known.
+    """Average the values `(num_examples, num_columns)` of each example and its neighbours, those that are known.
 
-    Args:
-        values (`torch.Tensor` of shape `(num_examples, num_columns)`):
-            Numbers per example, such as how far each teacher is from the student.
-        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
-            What [`nearest_neighbors`] gives: rows of `values`.
-        known (`torch.BoolTensor` of shape `(num_examples, num_columns)`):
-            Which of the values count.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_columns)`: means, infinity where nothing is known.
-
-    Raises:
-        ValueError: If shapes do not fit, or a neighbour is no row of `values`.
-
-    Source:
-        Ours: one student's agreement with a teacher on one example is noisy; teachers that are good at a part of the
-        task are good at what lies next to it. Measured in `recipes/README.md`.
+    Such as how far each teacher is from the student. Takes what [`nearest_neighbors`] gives, and booleans of the shape
+    of the values; means are infinite where nothing is known. A `ValueError` if shapes do not fit.
+    Source: ours: one student's agreement with a teacher on one example is noisy; teachers that are good at a part of
+    the task are good at what lies next to it. Measured in `recipes/README.md`.
 
     Examples:
         >>> values, known = torch.tensor([[1.0], [3.0], [9.0]]), torch.tensor([[True], [True], [False]])
@@ -101,13 +80,18 @@ def _check_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: torch
             "`values` and booleans `known` must have one shape (num_examples, num_columns), got "
             f"{tuple(values.shape)} and {tuple(known.shape)} of {known.dtype}. Give both for the same examples."
         )
-    if neighbors.ndim != 2 or len(neighbors) != len(values) or neighbors.dtype not in (torch.int32, torch.int64):
+    check_neighbors(neighbors, len(values))
+
+
+def check_neighbors(neighbors: torch.Tensor, num_examples: int) -> None:
+    """Refuse what are no rows `(num_examples, k)` of as many examples."""
+    if neighbors.ndim != 2 or len(neighbors) != num_examples or neighbors.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"`neighbors` must be rows of shape ({len(values)}, k), got {tuple(neighbors.shape)} of "
+            f"`neighbors` must be rows of shape ({num_examples}, k), got {tuple(neighbors.shape)} of "
             f"{neighbors.dtype}. Use `nearest_neighbors` on the same examples."
         )
-    if neighbors.numel() and not (int(neighbors.min()) >= 0 and int(neighbors.max()) < len(values)):
+    if neighbors.numel() and not (int(neighbors.min()) >= 0 and int(neighbors.max()) < num_examples):
         raise ValueError(
-            f"`neighbors` must lie in 0..{len(values) - 1}, got {int(neighbors.min())}..{int(neighbors.max())}. Use "
+            f"`neighbors` must lie in 0..{num_examples - 1}, got {int(neighbors.min())}..{int(neighbors.max())}. Use "
             "`nearest_neighbors` on the same examples."
         )

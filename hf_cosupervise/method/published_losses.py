@@ -21,8 +21,6 @@ from .losses import (
     MIN_PROB,
     LossAndGradient,
     LossFunction,
-    as_float,
-    check_hard_labels,
     check_number,
     check_pair,
     cross_entropy,
@@ -31,31 +29,15 @@ from .losses import (
 )
 
 # Arguments of a loss that are not its parameters.
-_GIVEN = (
-    "logits",
-    "target_probs",
-    "fraction_done",
-    "teacher_probs",
-    "answered",
-    "teacher_weights",
-    "num_examples",
-    "num_labels",
-)
+_GIVEN = ("logits", "target_probs", "fraction_done", "num_examples", "num_labels")
 
 
 def kl_divergence(logits: torch.Tensor, target_probs: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Compute the divergence of the student from the pseudolabel at a temperature, as distillation does.
+    """Compute the divergence of the student from the pseudolabel at a temperature above 0, as distillation does.
 
     loss_i = tau^2 KL(y_tau || p_tau), with p_tau = softmax(s / tau) and y_tau ∝ y^(1 / tau), the softmax of the
-    teacher's logits over tau. At tau = 1 it is the cross-entropy less the entropy of y.
+    teacher's logits over tau. At tau = 1 it is the cross-entropy less the entropy of y, at least 0 up to rounding.
     Source: arXiv 1503.02531 (Hinton et al.); tau^2 keeps the size of the gradient.
-
-    Args:
-        temperature (`float`, *optional*, defaults to 1.0):
-            tau, above 0.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`: at least 0, up to rounding.
 
     Examples:
         >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])).tolist()
@@ -85,16 +67,9 @@ def reverse_kl(logits: torch.Tensor, target_probs: torch.Tensor) -> torch.Tensor
 def linear_warmup(fraction_done: float, share: float = 0.1, peak: float = 0.5) -> float:
     """Let a weight climb from 0 to its peak over the first steps, and stay there.
 
-    c = peak · min(1, fraction_done / share). OpenAI's release climbs to share · peak (0.05) only, and then jumps.
+    c = peak · min(1, fraction_done / share), all three from 0 to 1; a share of 0 is no climb. OpenAI's release climbs
+    to share · peak (0.05) only, and then jumps.
     Source: arXiv 2312.09390, with its values.
-
-    Args:
-        fraction_done (`float`):
-            Share of the steps done, from 0 to 1.
-        share (`float`, *optional*, defaults to 0.1):
-            Share of the steps that the climb takes, from 0 (none) to 1.
-        peak (`float`, *optional*, defaults to 0.5):
-            Weight after it, from 0 to 1.
 
     Examples:
         >>> [linear_warmup(done) for done in (0.0, 0.05, 0.1, 1.0)]
@@ -107,18 +82,12 @@ def linear_warmup(fraction_done: float, share: float = 0.1, peak: float = 0.5) -
 
 
 def confidence_targets(logits: torch.Tensor, target_probs: torch.Tensor, weight: float) -> torch.Tensor:
-    """Mix the pseudolabel with the student's own prediction, hardened.
+    """Mix the pseudolabel with the student's own prediction, hardened, `(num_examples, num_labels)`.
 
-    target = (1 - c) y + c · onehot(argmax s), ties to the lowest label, without a gradient. For any number of labels;
-    the release has two only, and hardens them at a quantile of the batch, which is not offered.
+    target = (1 - c) y + c · onehot(argmax s), ties to the lowest label, without a gradient, c the weight from 0 to 1,
+    see [`linear_warmup`]. For any number of labels; the release has two only, and hardens them at a quantile of the
+    batch, which is not offered.
     Source: arXiv 2312.09390.
-
-    Args:
-        weight (`float`):
-            c, from 0 (the pseudolabel) to 1 (the student), see [`linear_warmup`].
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`.
 
     Examples:
         >>> confidence_targets(torch.tensor([[2.0, 1.0]]), torch.tensor([[0.0, 1.0]]), weight=0.25).tolist()
@@ -146,14 +115,8 @@ def product_loss(
 ) -> torch.Tensor:
     """Compute the cross-entropy against the product of what student and teacher say.
 
-    target ∝ p^beta y^alpha, rows sum to 1, without a gradient.
+    target ∝ p^beta y^alpha, powers at least 0, rows sum to 1, without a gradient; beta = 0 is plain cross-entropy.
     Source: arXiv 2312.09390.
-
-    Args:
-        alpha (`float`, *optional*, defaults to 1.0):
-            Power of the pseudolabel, at least 0.
-        beta (`float`, *optional*, defaults to 1.0):
-            Power of the student, at least 0 (0 with `alpha=1` is plain cross-entropy).
 
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # the target is ∝ 0.2 · 0.8, 0.8 · 0.2: both alike
@@ -172,28 +135,17 @@ def adapt_conf(logits: torch.Tensor, target_probs: torch.Tensor, temperature: fl
     """Compute a mean of the teacher's and the student's own cross-entropy, weighted by the student's confidence.
 
     loss_i = (1 - a) CE(s, y) + a CE(s, argmax s), with a = p_y^(1/T) / (p_y^(1/T) + p_max^(1/T)) without a gradient,
-    and p_y the student's probability of the teacher's most probable label. Mind its direction: a is never above one
-    half, and a student that confidently *disagrees* drives it to 0, towards the teacher: the opposite of
+    T above 0 and p_y the student's probability of the teacher's most probable label. Mind its direction: a is never
+    above one half, and a student that confidently *disagrees* drives it to 0, towards the teacher: the opposite of
     [`confidence_loss`].
     Source: arXiv 2402.03749; for soft pseudolabels, the first cross-entropy over all labels is ours.
 
-    Args:
-        logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits.
-        target_probs (`torch.Tensor` of shape `(num_examples, num_labels)`, or `torch.LongTensor` `(num_examples,)`):
-            Pseudolabels, or label ids, which are checked on the CPU only.
-        temperature (`float`, *optional*, defaults to 0.5):
-            T, above 0.
-
     Examples:
         >>> logits = torch.tensor([[0.2, 0.8]]).log()  # a = 0.2² / (0.2² + 0.8²) = 1 / 17
-        >>> [round(loss, 4) for loss in adapt_conf(logits, torch.tensor([0])).tolist()]
+        >>> [round(loss, 4) for loss in adapt_conf(logits, torch.tensor([[1.0, 0.0]])).tolist()]
         [1.5279]
     """
     check_number("temperature", temperature, "Leave it out for 0.5.", math.inf, above=True)
-    if target_probs.ndim == 1:
-        check_hard_labels(logits, target_probs)
-        target_probs = functional.one_hot(target_probs, logits.shape[-1])
     logits, targets = check_pair(logits, target_probs)
     named, own = _one_hot_argmax(targets), _one_hot_argmax(logits)
     # of the logits, because a ratio of two probabilities needs no sum over the others
@@ -206,12 +158,9 @@ def adapt_conf(logits: torch.Tensor, target_probs: torch.Tensor, temperature: fl
 def generalized_cross_entropy(logits: torch.Tensor, target_probs: torch.Tensor, q: float = 0.7) -> torch.Tensor:
     """Compute a loss between cross-entropy and mean absolute error, which hurts less where the pseudolabel is wrong.
 
-    loss_i = sum_c y_c (1 - p_c^q) / q: cross-entropy for q -> 0, half of sum_c |p_c - y_c| for q = 1 and one-hot y.
+    loss_i = sum_c y_c (1 - p_c^q) / q, q above 0 and up to 1: cross-entropy for q -> 0, half of sum_c |p_c - y_c| for
+    q = 1 and one-hot y.
     Source: arXiv 1805.07836; the mean over soft pseudolabels is ours.
-
-    Args:
-        q (`float`, *optional*, defaults to 0.7):
-            Above 0, up to 1.
 
     Examples:
         >>> generalized_cross_entropy(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]]), q=1.0).tolist()
@@ -313,62 +262,27 @@ class EarlyLearningRegularization(nn.Module):
 
 
 def evidential_loss(
-    logits: torch.Tensor,
-    teacher_probs: torch.Tensor,
-    answered: torch.Tensor,
-    fraction_done: float,
-    gamma: float = 0.5,
-    teacher_weights: torch.Tensor | None = None,
+    logits: torch.Tensor, target_probs: torch.Tensor, fraction_done: float, gamma: float = 0.5
 ) -> torch.Tensor:
-    """Compute a loss on the student's evidence from several teachers at once, and from itself.
+    """Compute a loss on the student's evidence for the pseudolabel, and for what it says itself.
 
     The student gives a Dirichlet: a = ReLU(s) + 1, S = sum_c a_c. For a label k, L(k) = log S - log a_k +
-    fraction_done · KL(Dir(a') || Dir(1)), with a' = a but 1 at k. loss_i = (1 - gamma) sum_m w_m sum_k y_mk L(k) +
-    gamma L(argmax s). The sum over k stays outside of L; a public re-implementation has one factor for all labels, so
-    that soft labels cancel. A row whose logits are all negative gets no gradient through ReLU; one that nobody
-    answered keeps the student's own part.
+    fraction_done · KL(Dir(a') || Dir(1)), with a' = a but 1 at k. loss_i = (1 - gamma) sum_k y_k L(k) +
+    gamma L(argmax s), both numbers from 0 to 1. Of several teachers, y is the sum. The sum over k stays outside of L;
+    a public re-implementation has one factor for all labels, so that soft labels cancel. A row whose logits are all
+    negative gets no gradient through ReLU; one that nobody answered, all zero, keeps the student's own part.
     Source: arXiv 2406.03199.
 
-    Args:
-        logits (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Student logits.
-        teacher_probs (`torch.Tensor` of shape `(num_examples, num_teachers, num_labels)`):
-            Soft or one-hot pseudolabels y_m; anything where a teacher did not answer.
-        answered (`torch.BoolTensor` of shape `(num_examples, num_teachers)`):
-            Who answered; the others count for nothing.
-        fraction_done (`float`):
-            Share of the steps done, from 0 to 1.
-        gamma (`float`, *optional*, defaults to 0.5):
-            Share of the student's own prediction, from 0 to 1.
-        teacher_weights (`torch.Tensor` of shape `(num_teachers,)`, *optional*):
-            w_m, at least 0; 1 each by default.
-
     Examples:
-        >>> teachers, answered = torch.tensor([[[0.3, 0.7]]]), torch.tensor([[True]])
-        >>> evidential_loss(torch.zeros(1, 2), teachers, answered, fraction_done=0.0).tolist()
+        >>> evidential_loss(torch.zeros(1, 2), torch.tensor([[0.3, 0.7]]), fraction_done=0.0).tolist()
         [0.6931471824645996]
     """
     check_number("fraction_done", fraction_done, "Pass the steps done over all steps.")
     check_number("gamma", gamma, "Leave it out for 0.5.")
-    if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2]:
-        raise ValueError(
-            "`teacher_probs` (num_examples, num_teachers, num_labels) and `answered` (num_examples, num_teachers) are "
-            f"needed, got {tuple(teacher_probs.shape)} and {tuple(answered.shape)}. Stack the teachers in dimension 1."
-        )
-    teacher_probs = as_float(teacher_probs)
-    # not as a matrix product, which autocast would run in half precision
-    said = torch.where(answered.bool().unsqueeze(-1), teacher_probs, 0)
-    if teacher_weights is not None:
-        weights = teacher_weights.to(teacher_probs)
-        if weights.shape != answered.shape[1:] or not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ValueError(
-                f"`teacher_weights` must be {answered.shape[1]} finite numbers of at least 0, one per teacher, got "
-                f"{weights.tolist()}. Leave it out for 1 each."
-            )
-        said = said * weights.unsqueeze(-1)
-    logits, targets = check_pair(logits, said.sum(dim=1))
+    logits, targets = check_pair(logits, target_probs)
     alpha = functional.relu(logits) + 1
     losses = alpha.sum(dim=-1, keepdim=True).log() - alpha.log() + fraction_done * _misplaced_evidence(alpha)
+    # not as a matrix product, which autocast would run in half precision
     return (((1 - gamma) * targets + gamma * _one_hot_argmax(logits)) * losses).sum(dim=-1)
 
 
@@ -413,17 +327,16 @@ def choose_loss(
         regularized = EarlyLearningRegularization(*shape, **options)
         return regularized, regularized.with_gradient
     if loss == "evidential":
-        return _with_autograd(partial(_evidential_of_one, fraction_done, dict(options)))
+        return _with_autograd(
+            lambda logits, targets, rows: evidential_loss(logits, targets, fraction_done(), **options)
+        )
     if loss == "confidence":
         return _with_autograd(
             lambda logits, targets, rows: confidence_loss(logits, targets, linear_warmup(fraction_done(), **options))
         )
-    named = partial(LOSSES[loss], **options)
-
-    def function(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return named(logits, targets)
-
-    if (with_gradient := WITH_GRADIENT.get(loss)) is None:
+    named, with_gradient = partial(LOSSES[loss], **options), WITH_GRADIENT.get(loss)
+    function = lambda logits, targets, rows: named(logits, targets)  # noqa: E731
+    if with_gradient is None:
         return _with_autograd(function)
     return function, lambda logits, targets, rows: with_gradient(logits, targets)
 
@@ -436,9 +349,6 @@ def weigh_loss(
     def weights_of(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return weights[rows.to(weights.device)].to(logits.device)
 
-    def loss(logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return weights_of(logits, rows) * pair[0](logits, targets, rows)
-
     def with_gradient(
         logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -446,7 +356,7 @@ def weigh_loss(
         losses, gradient = pair[1](logits, targets, rows)
         return own * losses, own.unsqueeze(1) * gradient
 
-    return loss, with_gradient
+    return lambda logits, targets, rows: weights_of(logits, rows) * pair[0](logits, targets, rows), with_gradient
 
 
 def _with_autograd(loss: LossFunction) -> tuple[LossFunction, LossAndGradient]:
@@ -481,17 +391,6 @@ def _checked(function: LossFunction) -> LossFunction:
         return losses
 
     return loss
-
-
-def _evidential_of_one(
-    fraction_done: Callable[[], float],
-    options: Mapping[str, Any],
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    rows: torch.Tensor,
-) -> torch.Tensor:
-    answered = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
-    return evidential_loss(logits, targets.unsqueeze(1), answered, fraction_done(), **options)
 
 
 # ── pieces ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,8 +16,7 @@ class RavenFit(NamedTuple):
 
     weight: torch.Tensor  # of the student's head, (num_labels, feature_size)
     bias: torch.Tensor  # (num_labels,)
-    # (num_teachers,) or (num_examples, num_teachers), of sum 1 over those that answered: for `weighted_mean_probs`.
-    teacher_weights: torch.Tensor
+    teacher_weights: torch.Tensor  # (num_teachers,), of sum 1 over those that ever answered: for `weighted_mean_probs`
 
 
 def fit_raven(
@@ -29,7 +28,6 @@ def fit_raven(
     easy_epochs: int = 5,
     learning_rate: float = 1e-3,
     weight_learning_rate: float = 1e-3,
-    per_example: bool = False,
     batch_size: int = 256,
     seed: int = 0,
 ) -> RavenFit:
@@ -41,32 +39,12 @@ def fit_raven(
     same most probable label, and leave w alone. Hard teachers are one-hot rows, like any others; the released code
     raises on them.
 
-    Args:
-        features (`torch.Tensor` of shape `(num_examples, feature_size)`):
-            Inputs of the head.
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`]; examples without an answer are left out.
-        epochs, easy_epochs (`int`, *optional*):
-            Passes over the data, and how many of them are easy. Default to 20 and 5.
-        learning_rate, weight_learning_rate (`float`, *optional*):
-            Of the head and of w. Default to 1e-3. The loss is a mean over the batch, so a weight per example moves
-            `batch_size` times less.
-        per_example (`bool`, *optional*, defaults to `False`):
-            Whether each example has weights of its own.
-        batch_size (`int`, *optional*, defaults to 256):
-            Examples per step.
-        seed (`int`, *optional*, defaults to 0):
-            For the order of the examples.
-
-    Returns:
-        [`RavenFit`], in the precision of the features but at least float32.
-
-    Raises:
-        ValueError: If shapes or values are not as said above, or if there is nothing to learn from.
-
-    Source:
-        RAVEN, arXiv 2510.21332; missing answers are ours. The loss is linear in w and lowest at the teacher that the
-        student follows already, hence the easy start.
+    Takes features `(num_examples, feature_size)`, what [`aggregate`] does (examples without an answer are left out),
+    rates of the head and of w, and a seed for the order of the examples. Gives [`RavenFit`], in the precision of the
+    features but at least float32. A `ValueError` if shapes or values are not as said above, or if there is nothing to
+    learn from.
+    Source: RAVEN, arXiv 2510.21332; missing answers are ours. The loss is linear in w and lowest at the teacher that
+    the student follows already, hence the easy start.
 
     Examples:
         >>> probs = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]]).repeat(50, 1, 1)
@@ -87,7 +65,7 @@ def fit_raven(
     weight = features.new_zeros(teacher_probs.shape[2], features.shape[1]).requires_grad_()
     bias = features.new_zeros(teacher_probs.shape[2]).requires_grad_()
     optimizer = torch.optim.Adam([weight, bias], lr=learning_rate)
-    can_speak = answered if per_example else answered.any(dim=0)
+    can_speak = answered.any(dim=0)
     teacher_weights = _project(torch.ones_like(can_speak, dtype=features.dtype), can_speak)
     # Of the CPU, whose numbers are the same on every machine.
     generator = torch.Generator().manual_seed(seed)
@@ -96,7 +74,7 @@ def fit_raven(
         rows = easy if is_easy else usable
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
         for batch in rows[order].split(batch_size):
-            current = (teacher_weights[batch] if per_example else teacher_weights).clone().requires_grad_()
+            current = teacher_weights.clone().requires_grad_()
             targets = weighted_mean(teacher_probs[batch], answered[batch], current)
             logits = torch.nn.functional.linear(features[batch], weight, bias)
             optimizer.zero_grad()
@@ -107,19 +85,14 @@ def fit_raven(
             if is_easy or current.grad is None:
                 continue
             # A plain step, because Adam's would be as large for a teacher of which the loss says nothing.
-            moved = current.detach() - weight_learning_rate * current.grad
-            if per_example:
-                teacher_weights[batch] = _project(moved, can_speak[batch])
-            else:
-                teacher_weights = _project(moved, can_speak)
+            teacher_weights = _project(current.detach() - weight_learning_rate * current.grad, can_speak)
     return RavenFit(weight.detach(), bias.detach(), teacher_weights)
 
 
 def _project(weights: torch.Tensor, can_speak: torch.Tensor) -> torch.Tensor:
-    """Clamp at 1e-6 and normalise over those who can speak; a row in which nobody can stays zero."""
+    """Clamp at 1e-6 and normalise over those who can speak."""
     weights = weights.clamp(min=1e-6) * can_speak
-    total = weights.sum(dim=-1, keepdim=True)
-    return weights / torch.where(total > 0, total, 1.0)
+    return weights / weights.sum(dim=-1, keepdim=True)
 
 
 def unanimous(teacher_probs: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:

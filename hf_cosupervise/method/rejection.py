@@ -1,10 +1,17 @@
-"""Rejection: which pseudolabels the student and the teachers agree on enough to keep."""
+"""Rejection: which pseudolabels the student and the teachers agree on enough to keep.
+
+Where nothing else is said, functions take hard labels `(num_examples,)`, int64, and probabilities or log-probabilities
+`(num_examples, num_labels)`, and give booleans or numbers `(num_examples,)`. Shapes that do not fit, labels that do
+not exist and parameters out of range are a `ValueError`.
+"""
 
 from __future__ import annotations
 
 import numbers
 
 import torch
+
+from .checks import check_label_ids, check_labels
 
 SELECTION_RULES = ("loss_rank", "agreement_set")
 
@@ -24,30 +31,15 @@ def check_top_k_value(k: int, num_labels: int) -> None:
 
 
 def in_top_k(probs: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
-    """Tell where a label is among the k most probable ones; ties go to the lowest label.
+    """Tell where a label is among the k most probable ones, at least 1; ties go to the lowest label.
 
-    Args:
-        probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Probabilities, or anything in their order such as log-probabilities.
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Label ids.
-        k (`int`):
-            At least 1.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes do not fit, a label does not exist, or `k` is below 1.
-
-    Source:
-        arXiv 2402.15505, released code: a_i = [argmax y_i in top-k of s(x_i)].
+    Source: arXiv 2402.15505, released code: a_i = [argmax y_i in top-k of s(x_i)].
 
     Examples:
         >>> in_top_k(torch.tensor([[0.2, 0.4, 0.4]]), torch.tensor([2]), k=1).tolist()
         [False]
     """
-    _check_labels(labels, probs)
+    check_label_ids(labels, probs.shape)
     if not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"`k` must be a whole number of at least 1, got {k!r}. Use 1 for the most probable label.")
     own = probs.gather(1, labels.unsqueeze(1))
@@ -62,36 +54,16 @@ def in_top_k(probs: torch.Tensor, labels: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def pseudolabel_loss(student_log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Compute e_i = -log s(x_i)[label_i], always against the hard pseudolabel.
+    """Compute e_i = -log s(x_i)[label_i], not negative, always against the hard pseudolabel.
 
-    Takes and raises what [`in_top_k`] does, of the student's log-probabilities and hard pseudolabels.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`, not negative.
-
-    Source:
-        arXiv 2402.15505, released code.
+    Source: arXiv 2402.15505, released code.
     """
-    _check_labels(labels, student_log_probs)
+    check_label_ids(labels, student_log_probs.shape)
     return -student_log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 def select_by_loss_rank(losses: torch.Tensor, num_keep: int, candidates: torch.Tensor | None = None) -> torch.Tensor:
-    """Keep the examples of lowest loss, ties by row.
-
-    Args:
-        losses (`torch.Tensor` of shape `(num_examples,)`):
-            Loss of each example.
-        num_keep (`int`):
-            How many to keep, at most the number of candidates.
-        candidates (`torch.BoolTensor` of shape `(num_examples,)`, *optional*):
-            Which rows take part; all by default.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If `num_keep` is out of range, or the shapes differ.
+    """Keep `num_keep` examples of lowest loss, ties by row, of the candidates (booleans; all by default).
 
     Examples:
         >>> select_by_loss_rank(torch.tensor([0.5, 0.1, 0.1, 0.1]), num_keep=2).tolist()
@@ -112,36 +84,13 @@ def select_by_loss_rank(losses: torch.Tensor, num_keep: int, candidates: torch.T
     return keep_mask
 
 
-def parent_topk(labels: torch.Tensor, parent_probs: torch.Tensor, k: int) -> torch.Tensor:
-    """Tell where a specialist's label is among the k most probable ones of the level above.
-
-    Takes, gives and raises what [`in_top_k`] does; `parent_probs` are the pseudolabels of the level above.
-
-    Source:
-        Ours: arXiv 2402.15505 names local-global consistency, its released code only prints a candidate.
-    """
-    return in_top_k(parent_probs, labels, k)
-
-
 def parent_confident(
     labels: torch.Tensor, confidence: torch.Tensor, parent_labels: torch.Tensor, parent_confidence: torch.Tensor
 ) -> torch.Tensor:
-    """Tell where the specialist says the same as the level above and is at least as sure of it.
+    """Tell where the specialist says the same as the level above and is at least as sure of it, by probability.
 
-    Args:
-        labels, parent_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Hard pseudolabels of this level and of the one above.
-        confidence, parent_confidence (`torch.Tensor` of shape `(num_examples,)`):
-            Their probabilities.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ.
-
-    Source:
-        Ours, as [`parent_topk`].
+    Source: ours. arXiv 2402.15505 names local-global consistency, its released code only prints a candidate; the other
+    one is [`in_top_k`] of what the level above says.
     """
     shapes = [tuple(values.shape) for values in (labels, confidence, parent_labels, parent_confidence)]
     if shapes.count(shapes[0]) != len(shapes):
@@ -153,17 +102,9 @@ def parent_confident(
 
 
 def student_entropy(student_log_probs: torch.Tensor) -> torch.Tensor:
-    """Measure how unsure the student is, H(s_i) = -sum_c s_ic log s_ic.
+    """Measure how unsure the student is, H(s_i) = -sum_c s_ic log s_ic: 0 (sure) to log(num_labels).
 
-    Args:
-        student_log_probs (`torch.Tensor` of shape `(num_examples, num_labels)`):
-            Log-probabilities of the student.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`: 0 (sure) to log(num_labels).
-
-    Source:
-        arXiv 2509.24005, which keeps the share of examples that the student is surest of.
+    Source: arXiv 2509.24005, which keeps the share of examples that the student is surest of.
 
     Examples:
         >>> student_entropy(torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log()).tolist()
@@ -174,32 +115,16 @@ def student_entropy(student_log_probs: torch.Tensor) -> torch.Tensor:
 
 
 def vote_entropy(labels: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Measure how far the teachers' votes are spread, H(v_i) with v_ic the share of votes for label c.
+    """Measure how far votes `(num_examples, num_teachers)`, -1 for none, are spread.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            Hard labels, -1 where a teacher has no answer.
-        num_labels (`int`):
-            Above every label.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples,)`: 0 (all say the same, or nobody says anything) to log(num_labels).
-
-    Raises:
-        ValueError: If an argument is not as said above.
-
-    Source:
-        arXiv 2406.19032, which keeps examples whose entropy is at most the median.
+    H(v_i), with v_ic the share of votes for label c: 0 (all say the same, or nothing) to log(num_labels).
+    Source: arXiv 2406.19032, which keeps examples whose entropy is at most the median.
 
     Examples:
         >>> vote_entropy(torch.tensor([[1, 1], [0, 1], [2, -1]]), num_labels=3).tolist()
         [0.0, 0.6931471824645996, 0.0]
     """
-    if labels.ndim != 2 or labels.numel() and not -1 <= int(labels.min()) <= int(labels.max()) < num_labels:
-        raise ValueError(
-            f"`labels` must have shape (num_examples, num_teachers) with values in -1..{num_labels - 1}, got "
-            f"{tuple(labels.shape)} with {labels.unique().tolist()[:8]}. Write -1 where a teacher has no answer."
-        )
+    check_labels(labels, num_labels)
     # Counted where they fall: a place for each teacher and label would be as many times larger as there are teachers.
     counts = torch.zeros(len(labels), num_labels, device=labels.device)
     counts.scatter_add_(1, labels.long().clamp(min=0), (labels >= 0).float())
@@ -212,27 +137,10 @@ def select_consistent(
 ) -> torch.Tensor:
     """Keep as many examples as agree with the student, or exactly those.
 
-    With m the integer number of agreements among the examples that have a pseudolabel, `loss_rank` keeps the m of
-    lowest loss, so that agreement fixes only *how many* are kept; `agreement_set` keeps exactly the agreeing ones.
-
-    Args:
-        losses (`torch.Tensor` of shape `(num_examples,)`):
-            What [`pseudolabel_loss`] gives.
-        agrees (`torch.BoolTensor` of shape `(num_examples,)`):
-            What [`in_top_k`] gives.
-        has_label (`torch.BoolTensor` of shape `(num_examples,)`):
-            Which examples have a pseudolabel at all.
-        rule (`str`, *optional*, defaults to `"loss_rank"`):
-            `"loss_rank"` or `"agreement_set"`.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`: the keep mask.
-
-    Raises:
-        ValueError: If the rule is unknown, or the shapes differ.
-
-    Source:
-        `loss_rank` is arXiv 2402.15505's released code, `agreement_set` is ours.
+    With m the integer number of agreements (of [`in_top_k`]) among the examples that have a pseudolabel, `loss_rank`
+    keeps the m of lowest [`pseudolabel_loss`], so that agreement fixes only *how many* are kept; `agreement_set` keeps
+    exactly the agreeing ones.
+    Source: `loss_rank` is arXiv 2402.15505's released code, `agreement_set` is ours.
 
     Examples:
         >>> losses, agrees = torch.tensor([0.9, 0.1, 0.2]), torch.tensor([True, True, False])
@@ -247,21 +155,6 @@ def select_consistent(
     if rule == "agreement_set":
         return agrees
     return select_by_loss_rank(losses, int(agrees.sum()), has_label)
-
-
-def _check_labels(labels: torch.Tensor, probs: torch.Tensor) -> None:
-    """Refuse labels that are not one of the columns of each row."""
-    is_whole = not (labels.is_floating_point() or labels.dtype == torch.bool)
-    if probs.ndim != 2 or labels.shape != probs.shape[:1] or not is_whole:
-        raise ValueError(
-            "Probabilities (num_examples, num_labels) and label ids (num_examples,) are needed, got "
-            f"{tuple(probs.shape)} and {tuple(labels.shape)} of {labels.dtype}. Give both for the same examples."
-        )
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < probs.shape[1]:
-        raise ValueError(
-            f"Labels must lie in 0..{probs.shape[1] - 1}, got {int(labels.min())}..{int(labels.max())}. Leave out "
-            "examples without a label."
-        )
 
 
 def _check_masks(losses: torch.Tensor, **masks: torch.Tensor) -> None:

@@ -15,16 +15,7 @@ MAX_DROP = 0.02
 
 
 def growing_share(round: int, num_rounds: int) -> float:
-    """Give the share of the rows left out that a round takes: from half of them, evenly, to all in the last.
-
-    Args:
-        round (`int`):
-            From 0.
-        num_rounds (`int`):
-            At least 1; a single one takes all.
-
-    Returns:
-        `float`: above 0, at most 1.
+    """Give the share of the rows left out that a round (from 0) takes: from half of them, evenly, to all in the last.
 
     Examples:
         >>> [growing_share(round, 3) for round in range(3)], growing_share(0, 1)
@@ -38,29 +29,11 @@ def select_surest(
 ) -> torch.Tensor:
     """Choose of each label's candidates those that the student is surest of, and of no label more than its fair part.
 
-    Of m candidates, of which m_c have label c, the ceil(share * min(m_c, m / num_labels)) of lowest entropy are taken:
-    a label that the student gives too readily does not crowd out the others, round after round.
-
-    Args:
-        entropy (`torch.Tensor` of shape `(num_examples,)`):
-            How unsure the student is of each example, see [`rejection.student_entropy`].
-        labels (`torch.LongTensor` of shape `(num_examples,)`):
-            Its most probable labels.
-        candidates (`torch.BoolTensor` of shape `(num_examples,)`):
-            Which examples may be taken.
-        share (`float`):
-            0 to 1.
-        num_labels (`int`):
-            Above every label.
-
-    Returns:
-        `torch.BoolTensor` of shape `(num_examples,)`.
-
-    Raises:
-        ValueError: If the shapes differ, or `share` lies outside 0..1.
-
-    Source:
-        Yu et al., NAACL 2021 (COSINE), choose by confidence too, with a threshold; parts by label are ours.
+    Of m candidates, of which m_c have label c, the ceil(share * min(m_c, m / num_labels)) of lowest entropy are taken,
+    with a share from 0 to 1: a label that the student gives too readily does not crowd out the others, round after
+    round. Takes [`rejection.student_entropy`], the student's most probable labels and booleans, `(num_examples,)` all,
+    and gives booleans; a `ValueError` if something is out of range.
+    Source: Yu et al., NAACL 2021 (COSINE), choose by confidence too, with a threshold; parts by label are ours.
 
     Examples:
         >>> entropy, labels = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0, 0, 0, 1])
@@ -83,21 +56,12 @@ def select_surest(
 
 
 def why_stop(agreement: float | None, best_agreement: float | None, change: float | None) -> str | None:
-    """Tell why a student should label no more rows itself, if it should not.
+    """Tell in words why a student should label no more rows itself, if it should not.
 
-    Args:
-        agreement (`float`, *optional*):
-            Share of the rows left out that second opinions label as the student does, 0 to 1.
-        best_agreement (`float`, *optional*):
-            The highest such share of the rounds before.
-        change (`float`, *optional*):
-            Share of the rows left out that the student labels otherwise than a round ago.
-
-    Returns:
-        `str`, *optional*: The reason, to be read.
-
-    Source:
-        Ours. Labels that stay the same teach nothing new; opinions that part tell of errors that feed themselves.
+    Of the rows left out, shares from 0 to 1: those that second opinions label as the student does, the highest of the
+    rounds before, and those that the student labels otherwise than a round ago. Labels that stay the same teach
+    nothing new; opinions that part tell of errors that feed themselves.
+    Source: ours.
 
     Examples:
         >>> why_stop(0.9, 0.91, 0.1), why_stop(0.8, 0.91, 0.1), why_stop(None, None, 0.001)

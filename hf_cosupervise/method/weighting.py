@@ -7,41 +7,22 @@ import warnings
 
 import torch
 
-from .aggregation import check_labels
+from .checks import check_answers, check_label_ids, check_labels, check_weights
 
 
 def weighted_mean_probs(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Average the probabilities of the teachers that answered with a weight each, sum_k w_k t_k / sum_k w_k.
 
-    Args:
-        teacher_probs, answered (`torch.Tensor`):
-            See [`aggregate`].
-        weights (`torch.Tensor` of shape `(num_teachers,)` or `(num_examples, num_teachers)`):
-            At least 0, finite.
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: rows sum to 1, all zero where nobody of weight answered.
-
-    Raises:
-        ValueError: If the shapes do not fit, or a weight is out of range.
+    Takes and gives what [`mean_probs`] does, and weights `(num_teachers,)` or `(num_examples, num_teachers)`, finite
+    and at least 0, or a `ValueError`. A row is all zero, too, where nobody of weight answered.
 
     Examples:
         >>> probs, weights = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([3.0, 1.0])
         >>> weighted_mean_probs(probs, torch.tensor([[True, True]]), weights).tolist()
         [[0.75, 0.25]]
     """
-    if teacher_probs.ndim != 3 or answered.shape != teacher_probs.shape[:2] or answered.dtype != torch.bool:
-        raise ValueError(
-            "Expected `teacher_probs` (num_examples, num_teachers, num_labels) and boolean `answered` (num_examples, "
-            f"num_teachers), got {tuple(teacher_probs.shape)} and {tuple(answered.shape)} of {answered.dtype}. Give "
-            "both for the same examples."
-        )
-    is_fit = weights.shape in (answered.shape, answered.shape[1:])
-    if not is_fit or not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError(
-            f"Expected finite `weights` of shape {tuple(answered.shape[1:])} or {tuple(answered.shape)}, each at "
-            f"least 0, got {weights}. Give one for each teacher."
-        )
+    check_answers(teacher_probs, answered)
+    check_weights(weights, answered.shape[1:], answered.shape)
     return weighted_mean(teacher_probs, answered, weights)
 
 
@@ -56,28 +37,17 @@ def weighted_mean(teacher_probs: torch.Tensor, answered: torch.Tensor, weights: 
 
 
 def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) -> torch.Tensor:
-    """Let every teacher that answered cast a vote of its weight.
+    """Let every teacher that answered cast a vote of its weight: the shares of the vote, as of [`majority_vote`].
 
-    Args:
-        labels, num_labels:
-            See [`majority_vote`].
-        weights (`torch.Tensor` of shape `(num_teachers,)`):
-            At least 0, as from [`boosting_weights`].
-
-    Returns:
-        `torch.Tensor` of shape `(num_examples, num_labels)`: shares of the vote, rows sum to 1, all zero where nobody
-        of weight answered.
-
-    Raises:
-        ValueError: If an argument is not as said above.
+    Weights `(num_teachers,)` are finite and at least 0, as from [`boosting_weights`], or a `ValueError`. A row is all
+    zero where nobody of weight answered.
 
     Examples:
         >>> weighted_vote(torch.tensor([[0, 1, 1], [2, -1, -1]]), torch.tensor([3.0, 1.0, 0.0]), num_labels=3).tolist()
         [[0.75, 0.25, 0.0], [0.0, 0.0, 1.0]]
     """
     check_labels(labels, num_labels)
-    if weights.shape != labels.shape[1:] or not bool((weights >= 0).all()):
-        raise ValueError(f"Expected `weights` of shape {tuple(labels.shape[1:])}, each at least 0, got {weights}.")
+    check_weights(weights, labels.shape[1:])
     votes = weights.new_zeros(labels.shape[0], num_labels)
     votes.scatter_add_(1, labels.long().clamp(min=0), weights.expand(labels.shape) * (labels >= 0))
     total = votes.sum(dim=1, keepdim=True)
@@ -87,7 +57,7 @@ def weighted_vote(labels: torch.Tensor, weights: torch.Tensor, num_labels: int) 
 def boosting_weights(
     labels: torch.Tensor, oracle_labels: torch.Tensor, num_labels: int, *, min_examples: int = 10
 ) -> torch.Tensor:
-    """Weigh given teachers by boosting on a small labelled set.
+    """Weigh given teachers by boosting on a small labelled set, `(num_teachers,)` in float64, each at least 0.
 
     Teachers are taken one after another, the one of lowest weighted error e first; with
     L = ln((1 - e)/e) + ln(C - 1), its weight is L (SAMME), or L/2 for two labels (AdaBoost: the factor is the same
@@ -96,25 +66,11 @@ def boosting_weights(
     a perfect teacher has a finite weight. A teacher no better than chance (e >= 1 - 1/C), or without an answer here,
     gets 0. Labels for the rest follow by [`weighted_vote`] or [`weighted_mean_probs`].
 
-    Args:
-        labels (`torch.LongTensor` of shape `(num_examples, num_teachers)`):
-            What the teachers say about the labelled examples, -1 where a teacher has no answer.
-        oracle_labels (`torch.LongTensor` of shape `(num_examples,)`):
-            True labels, of examples that are used for nothing else.
-        num_labels (`int`):
-            Number of labels C, at least 2. A label without an example among these is allowed, with a warning.
-        min_examples (`int`, *optional*, defaults to 10):
-            Fewer labelled examples are refused: the weights would be chance.
-
-    Returns:
-        `torch.DoubleTensor` of shape `(num_teachers,)`, each at least 0.
-
-    Raises:
-        ValueError: If there are too few labelled examples, labels out of range, or no teacher better than chance.
-
-    Source:
-        EnsemW2S, arXiv 2410.04571 (its released code uses the binary form for any C), with SAMME's term for C > 2;
-        missing answers are ours, after abstaining in Schapire and Singer 1999.
+    Takes labels `(num_examples, num_teachers)`, -1 where a teacher has no answer, and true ones `(num_examples,)` of
+    examples that are used for nothing else. A `ValueError` if they are out of range or fewer than `min_examples`, of
+    which the weights would be chance, or if no teacher is better than that; a warning names labels without an example.
+    Source: EnsemW2S, arXiv 2410.04571 (its released code uses the binary form for any C), with SAMME's term for C > 2;
+    missing answers are ours, after abstaining in Schapire and Singer 1999.
 
     Examples:
         >>> truth = torch.tensor([0, 1, 0, 1])
@@ -156,21 +112,12 @@ def boosting_weights(
 
 def _check_labelled(labels: torch.Tensor, oracle_labels: torch.Tensor, num_labels: int, min_examples: int) -> None:
     check_labels(labels, num_labels)
-    if oracle_labels.shape != labels.shape[:1]:
-        raise ValueError(
-            f"Expected `oracle_labels` of shape ({labels.shape[0]},), one for each row of `labels`, got "
-            f"{tuple(oracle_labels.shape)}."
-        )
     if num_labels < 2 or len(labels) < min_examples:
         raise ValueError(
             f"Boosting needs two labels and {min_examples} labelled examples (`min_examples`), got {num_labels} and "
             f"{len(labels)}. Label more, or use `majority_vote`, which needs none."
         )
-    if int(oracle_labels.min()) < 0 or int(oracle_labels.max()) >= num_labels:
-        raise ValueError(
-            f"`oracle_labels` must be in [0, {num_labels}), got values from {int(oracle_labels.min())} to "
-            f"{int(oracle_labels.max())}."
-        )
+    check_label_ids(oracle_labels, (len(labels), num_labels))
     counts = torch.bincount(oracle_labels, minlength=num_labels)
     if not bool(counts.all()):
         without = (counts == 0).nonzero().flatten().tolist()

@@ -30,10 +30,12 @@ from .files import (
     open_folder,
     write_arrow,
 )
-from .hub import PushedPool, Target, fetch_pool, push_pool
+from .hub import fetch_pool, push_pool
 from .ids import match_ids, read_ids
 
 P = TypeVar("P", bound="TeacherPool")
+# Facts may hold anything that a teacher's maker noted, paths too: only these are fit for a card.
+_FOR_CARDS = ("kind", "revision", "commit", "dropped_mass", "num_outside", "num_rescaled", "template")
 
 
 class TeacherPool:
@@ -58,15 +60,12 @@ class TeacherPool:
             The column of the data that models read, where it is known: `inputs` may hold others, or not hold it.
 
     Attributes:
-        repo_id (`str` or `None`):
-            The data set on the Hub that the pool was loaded from.
-        commit (`str` or `None`):
-            Its commit, 40 hexadecimal digits.
+        repo_id, commit (`str` or `None`):
+            The data set on the Hub that the pool was loaded from, and its commit, 40 hexadecimal digits.
 
     Raises:
         ValueError: If a teacher of the hierarchy is missing, ids are repeated, missing or differ between datasets, or
-            a teacher's dataset is not of this kind of pool.
-        TypeError: If `hierarchy` is no [`TeacherHierarchy`], or the data are no `datasets.Dataset`s.
+            a teacher's dataset is not of this kind of pool. A `TypeError` if an argument is of another kind.
     """
 
     # A pool of written answers names other columns; what is stored, joined and pushed stays the same code.
@@ -207,27 +206,30 @@ class TeacherPool:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Killed at any point, this leaves a hidden folder and never half a pool under the wanted name.
         with whole_folder(folder) as temporary:
-            files, digests = self._write_digested(temporary)
+            files, digests = self._write(temporary)
             for path, file in files.items():
                 link_file(file, temporary / path)
             write_card(pool_card(self._card_facts()), temporary)
             # Last, because it holds the digests of the files above.
             write_text(temporary / HEADER, dump_header(self._header() | {"files": digests}))
 
-    def _write(self, folder: Path, inputs: bool = True) -> dict[str, Path]:
-        """Write the Arrow files that do not lie on disk already; where each file of the pool is now."""
-        files: dict[str, Path] = {}
-        for name, dataset in self.teachers.items():
-            path = f"teachers/{name}/data.arrow"
-            # What lies in a pool already is linked or uploaded from there: adding a teacher must not copy the others.
-            if (own := find_own_file(dataset, name)) is None:
-                write_arrow(dataset, folder / path)
-            files[path] = own or folder / path
+    def _write(self, folder: Path, inputs: bool = True) -> tuple[dict[str, Path], dict[str, Any]]:
+        """Write what is not on disk yet: where each file is now, and its size and digest for the header."""
+        # What lies in a pool already is linked or uploaded from there: adding a teacher must not copy the others.
+        datasets = {
+            f"teachers/{name}/data.arrow": (dataset, find_own_file(dataset, name))
+            for name, dataset in self.teachers.items()
+        }
         if inputs and self.inputs is not None:
-            if (own := self._own_inputs()) is None:
-                write_arrow(self.inputs, folder / INPUTS)
-            files[INPUTS] = own or folder / INPUTS
-        return files
+            datasets[INPUTS] = self.inputs, self._own_inputs()
+        files, digests = {}, {}
+        for path, (dataset, own) in datasets.items():
+            if own is None:
+                write_arrow(dataset, folder / path)
+            files[path] = file = own or folder / path
+            # A size is compared at every load, at no cost; the digest only where `verify` asks for it.
+            digests[path] = [file.stat().st_size, self._digests.get(file_signature(file)) or file_digest(file)]
+        return files, digests
 
     def _own_inputs(self) -> Path | None:
         """The file of a pool that holds the inputs as they are, if it is still the one that was mapped."""
@@ -256,28 +258,13 @@ class TeacherPool:
         """What the header of this kind of pool holds besides."""
         return {}
 
-    def _write_digested(self, folder: Path, inputs: bool = True) -> tuple[dict[str, Path], dict[str, Any]]:
-        """Write what is not on disk yet: where each file is, and its size and digest for the header."""
-        files = self._write(folder, inputs)
-        digests = {
-            # A size is compared at every load, at no cost; the digest only where `verify` asks for it.
-            path: [file.stat().st_size, self._digests.get(file_signature(file)) or file_digest(file)]
-            for path, file in files.items()
-        }
-        return files, digests
-
     def _card_facts(self, inputs: bool = True) -> dict[str, Any]:
         teachers = [
             {
                 **self._own_card_facts(teacher.name),
                 **teacher.to_dict(),
                 "model": self.published_model(teacher),
-                **{
-                    key: value
-                    for key, value in self.facts.get(teacher.name, {}).items()
-                    # Facts may hold anything that a teacher's maker noted, paths too: only these are fit for a card.
-                    if key in ("kind", "revision", "commit", "dropped_mass", "num_outside", "num_rescaled", "template")
-                },
+                **{key: value for key, value in self.facts.get(teacher.name, {}).items() if key in _FOR_CARDS},
             }
             for teacher in self.hierarchy.teachers
         ]
@@ -357,25 +344,29 @@ class TeacherPool:
             `CommitInfo`: The commit; the last one, where nothing has changed.
 
         Raises:
-            HfHubHTTPError: If the Hub refuses the push, also because somebody else pushed at the same moment, with a
-                note on what to do; errors of `huggingface_hub` stay what they are, also where it cannot be reached.
-            PermissionError: If the token may only read.
+            HfHubHTTPError: If the Hub refuses the push, also because somebody else pushed at the same moment; errors
+                of `huggingface_hub` stay what they are, with a note on what to do. `PermissionError`: the token reads.
             ValueError: If the id cannot be one, or the repository holds something else that would be lost.
         """
         card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}
         # What is not given stays as an earlier push set it; an empty value would delete it there.
         card = {key: value for key, value in card.items() if value}
-        target = Target(repo_id, private, token, revision, inputs, replace)
 
         def push() -> CommitInfo:
-            pool = PushedPool(
-                header=self._header(inputs) | {"hierarchy": self._published_hierarchy()},
-                card_facts=self._card_facts(inputs),
-                write=partial(self._write_digested, inputs=inputs),
-                has_inputs=self.inputs is not None,
+            return push_pool(
+                repo_id,
+                self._header(inputs) | {"hierarchy": self._published_hierarchy()},
+                self._card_facts(inputs),
+                partial(self._write, inputs=inputs),
+                lacks_inputs=inputs and self.inputs is None,
                 origin=(self.repo_id, self.commit),
+                card=card,
+                private=private,
+                token=token,
+                revision=revision,
+                replace=replace,
+                message=commit_message,
             )
-            return push_pool(pool, target, commit_message, card)
 
         # Several pushes at once would refuse each other by their parent commit.
         return join_processes().on_first(push)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..method.aggregation import (
 from ..method.calibration import MIN_EXAMPLES, apply_temperature, fit_temperature
 from ..method.crowdlab import crowdlab, crowdlab_labels
 from ..method.linear_head import fit_ridge_head, gram_matrix, linear_logits
+from ..method.neighbors import check_neighbors
 from ..method.raven import fit_raven, unanimous
 from ..method.weighting import boosting_weights, weighted_mean_probs, weighted_vote
 from ..processes import row_chunks
@@ -56,7 +57,7 @@ def aggregated_pool(
     *,
     features: torch.Tensor | None = None,
 ) -> PseudolabelPool:
-    """Make one pseudolabel per example of all teachers, whatever their levels.
+    """Make one pseudolabel per example of all teachers, whatever their levels; what nobody answered stays missing.
 
     Args:
         pool (`PseudolabelPool`):
@@ -65,48 +66,44 @@ def aggregated_pool(
             A name of [`AGGREGATORS`], or a function of your own from `teacher_probs` `(num_examples, num_teachers,
             num_labels)` and `answered` `(num_examples, num_teachers)` to probabilities `(num_examples, num_labels)`.
             `"raven"`: [`fit_raven`] on the features (with a warning and no easy start where teachers never agree), and
-            the teachers' mean under its weights. `"crowdlab"`:
-            [`crowdlab`] with a ridge head on the features, fitted on the majority vote of four fifths of the examples
-            for each fifth; the most probable label is that of [`crowdlab_labels`].
+            the teachers' mean under its weights. `"crowdlab"`: [`crowdlab`] with a ridge head on the features, fitted
+            on the majority vote of four fifths of the examples for each fifth, and the label of [`crowdlab_labels`].
         name (`str`, *optional*):
             What the one teacher is called. Defaults to the method's name.
         features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
             What a frozen backbone makes of the examples, for `"raven"` and `"crowdlab"`, as from
             `CoSupervisedTrainer.pool_features`.
 
-    Returns:
-        `PseudolabelPool`: of one teacher; what nobody answered stays missing.
-
     Raises:
-        ImportError: If the method needs a package that is not installed.
         ValueError: If the method is not known, features are missing, too few teachers answered for it (three for
             `"dawid_skene"`, `"glad"`, `"mace"` and `"ebcc"`, two on one example for `"crowdlab"`), or what it gives is
-            not a pseudolabel per example.
+            not a pseudolabel per example. An `ImportError` if it needs a package that is not installed.
     """
-    if isinstance(method, str) and method not in (known := [*AGGREGATORS, *FEATURE_AGGREGATORS]):
-        raise ValueError(f"Unknown `method` '{method}'. Choose one of {', '.join(known)}, or give a function.")
-    title = name or str(method if isinstance(method, str) else getattr(method, "__name__", "aggregated"))
-    title = title.replace("_", "-")
-    everybody = range(len(pool.hierarchy.teachers))
-    if isinstance(method, str) and method in ROW_AGGREGATORS:  # not all probabilities of all teachers at once
-
-        def combined(rows: slice) -> np.ndarray:
-            return aggregate(*pool.decode_level(everybody, rows), method).numpy()
-
-        return single_teacher_pool(pool, title, combined)
-    if isinstance(method, str) and method in VOTE_AGGREGATORS:
-        votes = _hard_labels(pool, pool.hierarchy.names)
-        if method == "majority_vote":  # the only one that looks at each row alone
-            num_labels = pool.hierarchy.num_labels
+    known = method if isinstance(method, str) else None
+    if known is not None and known not in (names := [*AGGREGATORS, *FEATURE_AGGREGATORS]):
+        raise ValueError(f"Unknown `method` '{method}'. Choose one of {', '.join(names)}, or give a function.")
+    title = str(name or known or getattr(method, "__name__", "aggregated")).replace("_", "-")
+    everybody, num_labels = range(len(pool.hierarchy.teachers)), pool.hierarchy.num_labels
+    if known in ROW_AGGREGATORS:  # not all probabilities of all teachers at once
+        return single_teacher_pool(
+            pool, title, lambda rows: aggregate(*pool.decode_level(everybody, rows), method).numpy()
+        )
+    if known in VOTE_AGGREGATORS:
+        votes = torch.from_numpy(pool_votes(pool))
+        if known == "majority_vote":  # the only one that looks at each row alone
             return single_teacher_pool(pool, title, lambda rows: majority_vote(votes[rows], num_labels).numpy())
         # These fit something on all rows together, but on labels alone: no probabilities are decoded for them.
-        found = VOTE_AGGREGATORS[method](votes, pool.hierarchy.num_labels)
-        return single_teacher_pool(pool, title, found.numpy())
-    if isinstance(method, str) and method in FEATURE_AGGREGATORS:
-        found = FEATURE_AGGREGATORS[method](pool, _check_features(features, len(pool), method))
+        found = VOTE_AGGREGATORS[known](votes, num_labels)
+    elif known in FEATURE_AGGREGATORS:
+        found = FEATURE_AGGREGATORS[known](pool, _check_features(features, len(pool), known))
     else:  # a function of one's own may look across rows: it gets all at once
         found = aggregate(*pool.decode_level(everybody, slice(None)), method)
     return single_teacher_pool(pool, title, found.cpu().numpy())
+
+
+def pool_votes(pool: PseudolabelPool, names: Sequence[str] | None = None) -> np.ndarray:
+    """Give the most probable label of every teacher, or of those by these names, `(num_examples, num_teachers)`."""
+    return np.stack([pool.hard_labels(name) for name in names or pool.hierarchy.names], axis=1)
 
 
 def _check_features(features: torch.Tensor | None, num_examples: int, method: str) -> torch.Tensor:
@@ -138,7 +135,7 @@ def _raven_probs(pool: PseudolabelPool, features: torch.Tensor) -> torch.Tensor:
 
 def _crowdlab_probs(pool: PseudolabelPool, features: torch.Tensor) -> torch.Tensor:
     # CROWDLAB is defined on labels of annotators, so that probabilities enter by the student alone: none are decoded.
-    labels = _hard_labels(pool, pool.hierarchy.names).to(features.device)
+    labels = torch.from_numpy(pool_votes(pool)).to(features.device)
     student_probs = _cross_fitted_probs(features, majority_vote(labels, pool.hierarchy.num_labels))
     posteriors, consensus = crowdlab(labels, student_probs), crowdlab_labels(labels, student_probs).clamp(min=0)
     # the label of an example is the consensus: where another one is more probable, the two change places
@@ -213,31 +210,16 @@ def _oracle_labels(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> np.
 def boosted_pool(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> PseudolabelPool:
     """Make one pseudolabel per example of all teachers, weighted by how right they are on labelled examples.
 
-    Args:
-        pool (`PseudolabelPool`):
-            All teachers.
-        labelled_pool (`PseudolabelPool`):
-            The same teachers on other examples, at least 10, with `oracle_label`.
-
-    Returns:
-        `PseudolabelPool`: of one teacher, `boosting`: shares of the vote under [`boosting_weights`]. Missing where
-        only teachers of weight 0 answered.
-
-    Raises:
-        ValueError: If the labelled pool lacks teachers, ground truth or examples, or no teacher is better than chance
-            on it.
+    The one teacher, `boosting`, gives shares of the vote under [`boosting_weights`]: nothing where only teachers of
+    weight 0 answered. A `ValueError` if the labelled pool lacks teachers, ground truth or examples (at least 10,
+    others than those of `pool`, with `oracle_label`), or no teacher is better than chance on it.
     """
     # Ground truth of other examples: that of the pool itself stays for evaluation.
     truth = torch.from_numpy(_oracle_labels(pool, labelled_pool))
     names, num_labels = pool.hierarchy.names, pool.hierarchy.num_labels
-    weights = boosting_weights(_hard_labels(labelled_pool, names), truth, num_labels)
-    votes = weighted_vote(_hard_labels(pool, names), weights, num_labels)
+    weights = boosting_weights(torch.from_numpy(pool_votes(labelled_pool, names)), truth, num_labels)
+    votes = weighted_vote(torch.from_numpy(pool_votes(pool)), weights, num_labels)
     return single_teacher_pool(pool, "boosting", votes.numpy())
-
-
-def _hard_labels(pool: PseudolabelPool, names: tuple[str, ...]) -> torch.Tensor:
-    """Labels of the teachers by these names, `(num_examples, num_teachers)`."""
-    return torch.from_numpy(np.stack([pool.hard_labels(name) for name in names], axis=1))
 
 
 def fit_temperatures(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> dict[str, float]:
@@ -265,23 +247,10 @@ def fit_temperatures(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> d
 def calibrated_pool(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> PseudolabelPool:
     """Make every teacher as sure as it is right, so that they can be compared and mixed.
 
-    A teacher's most probable label stays, but where rounding to half precision makes two of them equal.
-
-    Args:
-        pool (`PseudolabelPool`):
-            The teachers.
-        labelled_pool (`PseudolabelPool`):
-            See [`fit_temperatures`].
-
-    Returns:
-        `PseudolabelPool`: of the same hierarchy, under the temperatures of [`fit_temperatures`], which are in `facts`
-        too.
-
-    Raises:
-        ValueError: As [`fit_temperatures`].
-
-    Source:
-        Guo et al. 2017 for each teacher; the scope is ours.
+    A teacher's most probable label stays, but where rounding to half precision makes two of them equal. The
+    temperatures, found on a pool of the same teachers on other examples with ground truth, at least 10 of each
+    teacher's scope, are in `facts` too; a `ValueError` if it lacks any of these.
+    Source: Guo et al. 2017 for each teacher; the scope is ours.
     """
     temperatures = fit_temperatures(pool, labelled_pool)
 
@@ -295,30 +264,13 @@ def calibrated_pool(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> Ps
 
 
 def smoothed_pool(pool: PseudolabelPool, neighbors: torch.Tensor) -> PseudolabelPool:
-    """Average what each teacher says about an example and about those next to it.
+    """Average what each teacher says about an example and those next to it; what it did not answer stays missing.
 
-    Args:
-        pool (`PseudolabelPool`):
-            The teachers.
-        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
-            Rows of the pool, as from [`nearest_neighbors`]. Those that the teacher did not answer do not count.
-
-    Returns:
-        `PseudolabelPool`: of the same hierarchy; what a teacher did not answer stays missing.
-
-    Raises:
-        ValueError: If `neighbors` are not rows of the pool for each of its examples.
-
-    Source:
-        Ours, measured in `recipes/README.md`.
+    `neighbors`, a `torch.LongTensor` of shape `(num_examples, k)`, are rows of the pool, as from
+    [`nearest_neighbors`], or a `ValueError`. Those that the teacher did not answer do not count.
+    Source: ours, measured in `recipes/README.md`.
     """
-    is_whole = not neighbors.is_floating_point() and neighbors.dtype != torch.bool
-    in_range = not neighbors.numel() or (int(neighbors.min()) >= 0 and int(neighbors.max()) < len(pool))
-    if neighbors.ndim != 2 or len(neighbors) != len(pool) or not is_whole or not in_range:
-        raise ValueError(
-            f"Expected `neighbors` as rows 0..{len(pool) - 1} of shape ({len(pool)}, k), got shape "
-            f"{tuple(neighbors.shape)} of {neighbors.dtype}. Use `nearest_neighbors` on features of the pool."
-        )
+    check_neighbors(neighbors, len(pool))
     # Each example counts itself too; first, because `_mean_rows` asks the first column who answered.
     own = torch.arange(len(pool))[:, None]
     near = torch.cat([own, neighbors.cpu().long()], dim=1).numpy()

@@ -166,15 +166,12 @@ def map_file(
     )
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
 def view_matrix(dataset: Dataset, column: str, name: str) -> np.ndarray:
     """View a column of fixed-size lists as a matrix, without a copy where it is one chunk."""
     feature = dataset.features[column]
     is_list = isinstance(feature, List) and feature.length >= 1
-    if not is_list or not _is_number(dataset.data.column(column).type.value_type):
+    kind = dataset.data.column(column).type.value_type if is_list else pa.null()
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         what = "numbers" if is_list else "one fixed length"
         raise ValueError(
             f"Column `{column}` of '{name}' must hold lists of {what}, got {feature}. Make it with `build_pool`."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,38 @@ _WHAT = "The pool"
 _KEPT = ("license", "source_dataset", "tags")  # of the card, from one push to the next
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a pool is pushed to, and what of the one that is there may be lost."""
-
-    repo_id: str
-    private: bool | None
-    token: str | None
-    revision: str | None
-    inputs: bool
-    replace: bool
-
-
-@dataclass(frozen=True)
-class PushedPool:
-    """What a push has to know of a pool: its header but for the files, the facts of its card, how it is written."""
-
-    header: dict[str, Any]
-    card_facts: dict[str, Any]
-    write: Callable[[Path], tuple[dict[str, Path], dict[str, Any]]]
-    has_inputs: bool
-    origin: tuple[str | None, str | None]
-
-
-def push_pool(pool: PushedPool, target: Target, message: str, card: Mapping[str, Any]) -> CommitInfo:
-    """Put a pool on the Hub in one commit, if nothing is destroyed by it."""
-    repo_id = open_repo(target.repo_id, what=_WHAT, repo_type="dataset", private=target.private, token=target.token)
-    _check_repo(pool, target, repo_id)
+def push_pool(
+    repo_id: str,
+    header: dict[str, Any],
+    card_facts: dict[str, Any],
+    write: Callable[[Path], tuple[dict[str, Path], dict[str, Any]]],
+    *,
+    lacks_inputs: bool,
+    origin: tuple[str | None, str | None],
+    card: Mapping[str, Any],
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    replace: bool,
+    message: str,
+) -> CommitInfo:
+    """Put a pool on the Hub in one commit, if nothing is destroyed by it; of its files `header` knows nothing yet."""
+    repo_id = open_repo(repo_id, what=_WHAT, repo_type="dataset", private=private, token=token)
+    check = partial(_check_repo, repo_id, header, lacks_inputs, replace, revision, token)
+    check()
     # For what is not on disk yet: files that lie in a pool are uploaded from where they are.
     with tempfile.TemporaryDirectory(prefix="cosupervise-push-") as folder:
-        files, digests = pool.write(Path(folder))
-        header = pool.header | {"files": digests}
+        files, digests = write(Path(folder))
+        header = header | {"files": digests}
         # Writing may have taken long, and others may push too.
-        there, parent = _check_repo(pool, target, repo_id)
+        there, parent = check()
         # Only who loaded it from there can have overlooked a push; for others it was checked what would be lost.
-        if (repo_id, parent) != pool.origin and repo_id == pool.origin[0] and not target.replace:
+        if (repo_id, parent) != origin and repo_id == origin[0] and not replace:
             check_not_overtaken(there, header, repo_id)
         known = there.get("card", {})
         card = {key: known[key] for key in _KEPT if key in known} | dict(card)
         # Known only now: the client completes a bare name by the user's own.
-        facts = pool.card_facts | {"hub_dataset_id": repo_id, "hub_branch": target.revision}
+        facts = card_facts | {"hub_dataset_id": repo_id, "hub_branch": revision}
         if card.get("source_dataset", facts["source_dataset"]) != facts["source_dataset"]:
             facts |= {"source_revision": None, "source_split": None}  # those of another data set
         texts = {CARD: pool_card(facts | card), HEADER: dump_header(header | ({"card": card} if card else {}))}
@@ -71,19 +63,21 @@ def push_pool(pool: PushedPool, target: Target, message: str, card: Mapping[str,
             repo_type="dataset",
             # What this pool has not got any more goes in the same commit; files beside them are the owner's and stay.
             replaced=["teachers/*", "inputs/*"],
-            revision=target.revision,
-            token=target.token,
+            revision=revision,
+            token=token,
             # The commit that was looked at: a push that came in between is refused by the Hub, not overwritten.
             parent=parent,
         )
 
 
-def _check_repo(pool: PushedPool, target: Target, repo_id: str) -> tuple[dict[str, Any], str]:
+def _check_repo(
+    repo_id: str, header: Mapping[str, Any], lacks_inputs: bool, replace: bool, revision: str | None, token: str | None
+) -> tuple[dict[str, Any], str]:
     """Refuse a repository in which a push would destroy something; its pool's header, if any, and its commit."""
-    api, advice = HfApi(token=target.token), "Push to another repository, or delete this one."
-    with hub_errors(_WHAT, repo_id, revision=target.revision, repo_type="dataset", writing=True):
+    api, advice = HfApi(token=token), "Push to another repository, or delete this one."
+    with hub_errors(_WHAT, repo_id, revision=revision, repo_type="dataset", writing=True):
         try:
-            info = api.repo_info(repo_id, repo_type="dataset", revision=target.revision)
+            info = api.repo_info(repo_id, repo_type="dataset", revision=revision)
         except RevisionNotFoundError:  # the branch will be made of the main one
             info = api.repo_info(repo_id, repo_type="dataset")
     names = {sibling.rfilename for sibling in info.siblings or ()}
@@ -95,16 +89,16 @@ def _check_repo(pool: PushedPool, target: Target, repo_id: str) -> tuple[dict[st
             )
         # Nothing there that could be lost.
         return {}, str(info.sha)
-    folder = fetch_files(repo_id, str(info.sha), [HEADER], what=_WHAT, repo_type="dataset", token=target.token)
+    folder = fetch_files(repo_id, str(info.sha), [HEADER], what=_WHAT, repo_type="dataset", token=token)
     there = read_header(folder / HEADER, repo_id)
-    _check_same(there, pool.header, repo_id, advice)
-    own = {teacher["name"] for teacher in pool.header["hierarchy"]["teachers"]}
+    _check_same(there, header, repo_id, advice)
+    own = {teacher["name"] for teacher in header["hierarchy"]["teachers"]}
     names_there = [teacher["name"] for teacher in there["hierarchy"]["teachers"]]
     lost = [f"teacher '{name}'" for name in names_there if name not in own]
     # Inputs that the user leaves at home are deleted on demand; a pool that never had them would delete them unasked.
-    if there["has_inputs"] and target.inputs and not pool.has_inputs:
+    if there["has_inputs"] and lacks_inputs:
         lost.append("the inputs")
-    if lost and not target.replace:
+    if lost and not replace:
         raise ValueError(
             f"The pool must hold everything that the one in '{repo_id}' holds, got one without {shorten(lost)}. "
             "Add it to this pool by `build_pool(..., reuse=...)`, or delete it there by `replace=True`."

@@ -59,8 +59,8 @@ def read_ids(dataset: Dataset, what: str) -> np.ndarray:
     if not pa.types.is_integer(kind) and (wrong := [v for v in column.to_pylist() if not is_writable_text(v)]):
         raise ValueError(f"Ids of {what} must hold no NUL, got {wrong[0]!r}. Rename it.")  # numpy would cut it off
     ids = column.to_numpy() if pa.types.is_integer(kind) else np.asarray(column.to_pylist())
-    if len(np.unique(ids)) != len(ids):
-        values, counts = np.unique(ids, return_counts=True)
+    values, counts = np.unique(ids, return_counts=True)
+    if len(values) != len(ids):
         first = int(np.flatnonzero(counts > 1)[0])
         raise ValueError(
             f"Ids of {what} must be unique, got {values[first].item()!r} {counts[first]} times "

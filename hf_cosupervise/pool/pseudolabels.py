@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from ..data.columns import read_labels
 from ..data.vectors import VECTOR_COLUMN, vector_inputs
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
 _CHUNK = 8192
-_DECODED = 1024  # rows of which all probabilities of all teachers are in memory at a time
 
 
 class PseudolabelPool(TeacherPool):
@@ -40,8 +39,7 @@ class PseudolabelPool(TeacherPool):
     `source_names`, -1 for nobody, in an array of the same shape `(num_rows,)`.
 
     Raises:
-        ValueError: As [`TeacherPool`], or if a row of pseudolabels is not valid.
-        TypeError: As [`TeacherPool`].
+        ValueError: If a row of pseudolabels is not valid, or as [`TeacherPool`].
     """
 
     columns = ("label_ids", "label_probs")
@@ -128,11 +126,7 @@ class PseudolabelPool(TeacherPool):
         return np.where(self.answered(name, rows), self.label_ids(name)[rows, 0].astype(np.int64), -1)
 
     def decode(self, name: str, rows: np.ndarray | slice | None = None) -> np.ndarray:
-        """Give full probability vectors of a teacher.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero without an answer.
-        """
+        """Give full probabilities of a teacher, float32 `(num_rows, num_labels)`; all zero without an answer."""
         rows = slice(None) if rows is None else self._check_rows(rows)
         return decode_top_k(self.label_ids(name)[rows], self.label_probs(name)[rows], self.hierarchy.num_labels)
 
@@ -146,17 +140,11 @@ class PseudolabelPool(TeacherPool):
 
         Returns:
             `tuple[np.ndarray, np.ndarray]`: label ids and float16 probabilities, both of shape `(num_rows, k)`, most
-            probable first; all zero where nobody speaks. A teacher that keeps fewer labels than another is padded
-            with zeros.
-
-        Raises:
-            ValueError: If a source is an ensemble or does not exist, or the shapes differ.
+            probable first; all zero where nobody speaks, and where a teacher keeps fewer labels than another. A source
+            that is an ensemble or does not exist, or shapes that differ, are a `ValueError`.
         """
         sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
-        # Sorted by teacher: each view is read in a few large pieces, not row by row.
-        order = np.argsort(sources, kind="stable")
-        ordered_rows, ordered_sources = rows[order], sources[order]
         # (num_rows, largest k): a teacher that keeps fewer is padded by zeros, which say nothing.
         shape = (len(rows), max(ids.shape[1] for ids, _ in self._views.values()))
         label_ids, label_probs = (
@@ -164,57 +152,28 @@ class PseudolabelPool(TeacherPool):
             np.zeros(shape, dtype=np.result_type(*{view.dtype for view in views}))
             for views in zip(*self._views.values())
         )
-        # The least integer is no source, so that the first run starts at 0 too.
-        starts = np.flatnonzero(np.diff(ordered_sources, prepend=np.iinfo(np.int64).min))
-        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)]):
-            # Checked here, once per run of equal sources, not once per row.
-            source = int(ordered_sources[start])
+        # All rows of a teacher together, and each source looked at once.
+        for source in np.unique(sources).tolist():
             if not NOBODY <= source < len(names):
                 raise ValueError(f"`sources` must be teachers (0..{len(names) - 1}) or -1 for nobody, got {source}.")
             if source != NOBODY:
+                here = np.flatnonzero(sources == source)
                 ids, probs = self._views[names[source]]
-                label_ids[start:stop, : ids.shape[1]] = ids.take(ordered_rows[start:stop], axis=0)
-                label_probs[start:stop, : ids.shape[1]] = probs.take(ordered_rows[start:stop], axis=0)
-        # The inverse of `order`; a second `argsort` would take longer.
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return label_ids.take(back, axis=0), label_probs.take(back, axis=0)
-
-    def hard_pseudolabels(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Give the most probable label of each example by whoever speaks for it.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows,)`, int64: ties to the lowest label, -1 where nobody speaks.
-
-        Raises:
-            ValueError: If a source does not exist, or the shapes differ.
-        """
-        sources, rows = self._check_sources(sources, rows)
-        # What an ensemble says is stored nowhere: it has to be decoded and averaged, a part at a time.
-        if (sources >= len(self.hierarchy.names)).any():
-            labels = np.empty(len(rows), dtype=np.int64)
-            for start in range(0, len(rows), _DECODED):
-                part = slice(start, start + _DECODED)
-                probs = self.pseudolabels(sources[part], rows[part])
-                # The argmax of a row of zeros is label 0, which nobody said.
-                labels[part] = np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
-            return labels
-        label_ids, label_probs = self.gather(sources, rows)
-        return np.where(label_probs[:, 0] > 0, label_ids[:, 0].astype(np.int64), -1)
+                label_ids[here, : ids.shape[1]] = ids[rows[here]]
+                label_probs[here, : ids.shape[1]] = probs[rows[here]]
+        return label_ids, label_probs
 
     def sparse_pseudolabels(
         self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Give the pseudolabel of each example by the teacher that speaks for it, without the labels left out.
 
-        With `hard`, the most probable label gets 1 instead of probabilities.
+        With `hard`, the most probable label gets 1 instead of probabilities. A `ValueError` if teachers keep different
+        numbers of labels, or as [`gather`].
 
         Returns:
             `tuple[np.ndarray, np.ndarray, np.ndarray]`: label ids `(num_rows, k)` int64, their probabilities
             `(num_rows, k)` float32 and the probability of each other label `(num_rows,)` float32.
-
-        Raises:
-            ValueError: If teachers keep different numbers of labels, or as [`gather`].
         """
         # Padding would look like stored labels of probability 0, where the rest has more: only the first of them, as
         # `hard` takes, is safe.
@@ -229,13 +188,10 @@ class PseudolabelPool(TeacherPool):
         return label_ids.astype(np.int64), probs, rest_probs
 
     def pseudolabels(self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False) -> np.ndarray:
-        """Give the pseudolabel of each example by whoever speaks for it.
+        """Give the pseudolabel of each example by whoever speaks for it, `(num_rows, num_labels)` in float32.
 
-        With `hard`, the most probable label (ties to the lowest) gets 1 instead of probabilities.
-
-        Returns:
-            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1, all zero where nobody speaks. A
-            source that does not exist, or shapes that differ, are a `ValueError`.
+        Rows sum to 1, or are all zero where nobody speaks; with `hard`, the most probable label (ties to the lowest)
+        gets 1. A source that does not exist, or shapes that differ, are a `ValueError`.
         """
         sources, rows = self._check_sources(sources, rows)
         names = self.hierarchy.names
@@ -267,7 +223,13 @@ class PseudolabelPool(TeacherPool):
             `tuple[torch.Tensor, torch.BoolTensor]`: probabilities `(num_rows, num_teachers, num_labels)`, and who
             answered `(num_rows, num_teachers)`; a `ValueError` if there is no such teacher or row.
         """
-        names = self._names_of(indices)
+        names = self.hierarchy.names
+        if not len(indices) or not set(indices) <= set(range(len(names))):
+            raise ValueError(
+                f"`indices` must be one or more positions of teachers in 0..{len(names) - 1}, got {list(indices)}. "
+                "Take them from `hierarchy.level_indices`."
+            )
+        names = tuple(names[index] for index in indices)
         answered = np.stack([self.answered(name, rows) for name in names], axis=1)
         probs = np.empty((*answered.shape, self.hierarchy.num_labels), dtype=np.float32)
         # One teacher at a time: all of them beside the array that they are put into would be twice as much.
@@ -275,35 +237,10 @@ class PseudolabelPool(TeacherPool):
             probs[:, position] = self.decode(name, rows)
         return torch.from_numpy(probs), torch.from_numpy(answered)
 
-    def _names_of(self, indices: Sequence[int]) -> list[str]:
-        names = self.hierarchy.names
-        if not len(indices) or not set(indices) <= set(range(len(names))):
-            raise ValueError(
-                f"`indices` must be one or more positions of teachers in 0..{len(names) - 1}, got {list(indices)}. "
-                "Take them from `hierarchy.level_indices`."
-            )
-        return [names[index] for index in indices]
-
     @property
     def has_one_k(self) -> bool:
         """`bool`: Whether all teachers keep equally many labels, so that their rows fit into one array."""
         return len({label_ids.shape[1] for label_ids, _ in self._views.values()}) == 1
-
-    def sparse_level(
-        self, indices: Sequence[int], rows: np.ndarray | slice
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give the stored labels of several teachers that keep equally many, see [`decode_level`].
-
-        Returns:
-            `tuple[torch.LongTensor, torch.Tensor, torch.Tensor]`: label ids and their probabilities
-            `(num_rows, num_teachers, k)`, and the probability of each other label `(num_rows, num_teachers)`.
-        """
-        # From the views, by rows that are checked once and not again for each teacher.
-        views, rows = [self._views[name] for name in self._names_of(indices)], self._check_rows(rows)
-        label_ids = np.stack([ids[rows] for ids, _ in views], axis=1).astype(np.int64)
-        scaled = [scale_top_k(stored[rows], self.hierarchy.num_labels) for _, stored in views]
-        probs, rest_probs = (np.stack(parts, axis=1) for parts in zip(*scaled))
-        return torch.from_numpy(label_ids), torch.from_numpy(probs), torch.from_numpy(rest_probs)
 
     @classmethod
     def from_predictions(
@@ -343,8 +280,7 @@ class PseudolabelPool(TeacherPool):
                 See [`PseudolabelPool`].
 
         Raises:
-            ValueError: If shapes, ids or probabilities do not fit.
-            TypeError: If an argument is of another kind.
+            ValueError: If shapes, ids or probabilities do not fit. A `TypeError` if an argument is of another kind.
         """
         check_kind(inputs, Dataset, "inputs", optional=True)
         if isinstance(hierarchy, Mapping | np.ndarray | torch.Tensor):
@@ -424,18 +360,3 @@ class PseudolabelPool(TeacherPool):
         from .votes import describe
 
         return describe(self)
-
-    def to_dataset(self) -> Dataset:
-        """Give the wide view for looking at: inputs, and per teacher its most probable label and probability.
-
-        Returns:
-            `datasets.Dataset`: `id`, the inputs' columns, `<teacher>_label` (a name, `None` without an answer) and
-            `<teacher>_prob`.
-        """
-        # The inputs bring their own `id`, and two columns of one name cannot be joined.
-        columns: dict[str, Any] = {} if self.inputs is not None else {"id": self.ids.tolist()}
-        for name in self.hierarchy.names:
-            columns[f"{name}_label"] = [None if label < 0 else self.labels[label] for label in self.hard_labels(name)]
-            columns[f"{name}_prob"] = self.label_probs(name)[:, 0].astype(np.float32)
-        wide = Dataset.from_dict(columns)
-        return wide if self.inputs is None else concatenate_datasets([self.inputs, wide], axis=1)

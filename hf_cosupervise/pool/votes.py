@@ -23,7 +23,7 @@ from ..method.aggregation import AGGREGATORS, Aggregator
 from ..method.label_model import LabelModel
 from ..method.label_models import LABEL_MODELS, make_label_model
 from ..method.votes import VoterFacts, check_votes, voter_facts
-from .derived import FEATURE_AGGREGATORS, aggregated_pool, single_teacher_pool
+from .derived import FEATURE_AGGREGATORS, aggregated_pool, pool_votes, single_teacher_pool
 from .pseudolabels import ORACLE_LABEL, PseudolabelPool
 
 _NO_VOTE = -1
@@ -38,23 +38,16 @@ _SPLITS = ("train", "valid", "test")
 def hierarchy_from_columns(
     dataset: Dataset, prefix: str = "lf_", labels: Sequence[str] | None = None
 ) -> TeacherHierarchy:
-    """Make a teacher of every column of votes, all at level 0.
+    """Make a teacher of every column of votes, all at level 0, for `build_pool` on the same data.
 
     Args:
         dataset (`datasets.Dataset`):
-            Data with the columns.
+            Data with the columns; anything else is a `TypeError`.
         prefix (`str`, *optional*, defaults to `"lf_"`):
-            How their names begin.
+            How their names begin. A `ValueError` if no column begins so.
         labels (`Sequence[str]`, *optional*):
             The task's label names. Defaults to the names that the columns hold, sorted; where they hold label ids, to
-            `"0"`, `"1"` and so on up to the greatest.
-
-    Returns:
-        `TeacherHierarchy`: for `build_pool` on the same data.
-
-    Raises:
-        TypeError: If `dataset` is none.
-        ValueError: If no column begins so, or the labels cannot be seen: fewer than two, or names and ids mixed.
+            `"0"`, `"1"` and so on up to the greatest. A `ValueError` if there are fewer than two, or both are mixed.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -87,8 +80,7 @@ def pool_from_votes(
             f"`matrix` must have a column for each of the {len(names)} `names`, got shape {votes.shape}. Name all "
             "voters."
         )
-    ids = range(len(votes)) if inputs is None or "id" not in inputs.column_names else inputs["id"]
-    return _make_pool(votes, names, labels, ids, inputs, vectors)
+    return _make_pool(votes, names, labels, None, inputs, vectors)
 
 
 def pool_from_answers(
@@ -183,7 +175,7 @@ def _make_pool(
     votes: np.ndarray,
     names: Sequence[str],
     labels: Sequence[str],
-    ids: Sequence[Any],
+    ids: Sequence[Any] | None,
     inputs: Dataset | None,
     vectors: Any,
 ) -> PseudolabelPool:
@@ -192,8 +184,7 @@ def _make_pool(
     eye = np.concatenate([np.eye(len(labels), dtype=np.float32), np.zeros((1, len(labels)), dtype=np.float32)])
     predictions = {name: eye[votes[:, column]] for column, name in enumerate(hierarchy.names)}
     # One label is all that a vote has: more would store zeros.
-    own = list(ids), predictions
-    return PseudolabelPool.from_predictions(hierarchy, *own, inputs=inputs, vectors=vectors, pool_k=1)
+    return PseudolabelPool.from_predictions(hierarchy, ids, predictions, inputs=inputs, vectors=vectors, pool_k=1)
 
 
 def _is_empty(value: Any) -> bool:
@@ -268,11 +259,6 @@ def _read_column(table: Any, name: str) -> list[Any]:
 # ── a label model at the root ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def pool_votes(pool: PseudolabelPool) -> np.ndarray:
-    """Give the most probable label of every teacher, what label models are fitted on."""
-    return np.stack([pool.hard_labels(name) for name in pool.hierarchy.names], axis=1)
-
-
 def with_aggregate(
     pool: PseudolabelPool,
     method: str | Aggregator | LabelModel = "shared_majority",
@@ -331,13 +317,12 @@ class PoolDescription:
             named = ", ".join(self.labels[index] for index in voter.polarity[:_MAX_LABELS]) or "–"
             named += ", …" * (len(voter.polarity) > _MAX_LABELS)
             lines.append([voter.name, named, *shares] + [accuracy] * has_truth)
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        rows = [
-            "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in cells)
-            for cells in (list(enumerate(zip(line, widths))) for line in lines)
-        ]
+        columns = []
+        for number, column in enumerate(zip(*lines)):
+            width = max(map(len, column))
+            columns.append([cell.ljust(width) if number < 2 else cell.rjust(width) for cell in column])
         first = f"{self.num_rows} rows, {self.coverage:.1%} with a vote, {self.conflicts:.1%} in conflict"
-        return "\n".join([first, *(row.rstrip() for row in rows)])
+        return "\n".join([first, *("  ".join(row).rstrip() for row in zip(*columns))])
 
 
 def describe(pool: PseudolabelPool) -> PoolDescription:
@@ -354,26 +339,14 @@ def describe(pool: PseudolabelPool) -> PoolDescription:
 
 
 def read_wrench(folder: str | os.PathLike[str]) -> dict[str, PseudolabelPool]:
-    """Read a data set of WRENCH: `train.json`, `valid.json` and `test.json` as far as they are there.
+    """Read a data set of WRENCH: `train.json`, `valid.json` and `test.json` as far as they are there, by split.
 
     Each file holds `{id: {"label": 0, "weak_labels": [-1, 1], "data": {"text": "…"}}}`; `label.json`, where it is
     there, holds the names of the labels by number. The labels are declared as `oracle_label`, which only what begins
-    with `oracle_`, `describe` and evaluation read.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            Where the files are.
-
-    Returns:
-        `dict[str, PseudolabelPool]`: by split, voters `lf_0`, `lf_1` and so on at level 0, the fields of `data` as
-        inputs.
-
-    Raises:
-        FileNotFoundError: If none of the three files is there.
-        ValueError: If a file is not as said above.
-
-    Source:
-        Zhang et al., WRENCH, NeurIPS 2021 (data sets and benchmarks).
+    with `oracle_`, `describe` and evaluation read; voters are `lf_0`, `lf_1` and so on at level 0, the fields of
+    `data` are the inputs. A `FileNotFoundError` if none of the three files is there, a `ValueError` if one is not as
+    said.
+    Source: Zhang et al., WRENCH, NeurIPS 2021 (data sets and benchmarks).
     """
     paths = {split: Path(folder) / f"{split}.json" for split in _SPLITS}
     tables = {split: read_json(path) for split, path in paths.items() if path.is_file()}

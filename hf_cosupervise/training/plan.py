@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..method.assignment import NOBODY, fall_back
-from ..method.metrics import agreement, oracle_selection
+from ..method.metrics import accuracy, oracle_selection
 from ..method.rejection import select_by_loss_rank, select_consistent
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import row_chunks
@@ -205,7 +205,7 @@ def _describe(pool: PseudolabelPool, plan: LevelPlan, rows: PlannedRows, has_stu
     metrics["consistency/keep_rate"] = plan.keep_rate
     metrics["consistency/num_kept"] = float(plan.keep_mask.sum())
     if has_student:
-        metrics["assignment/agreement"] = agreement(rows.student_labels[has_label], plan.labels[has_label])
+        metrics["assignment/agreement"] = accuracy(rows.student_labels[has_label], plan.labels[has_label])
         metrics["consistency/top_k_agreement"] = float((rows.in_student_top_k[has_label] > 0).mean())
     return metrics | _describe_oracle(pool, plan)
 
@@ -220,7 +220,7 @@ def _describe_oracle(pool: PseudolabelPool, plan: LevelPlan) -> dict[str, float]
         for name, value in oracle_selection(plan.keep_mask, plan.labels, oracle_labels).items()
     }
     has_label = plan.labels >= 0
-    metrics["oracle_pseudolabels/accuracy"] = agreement(plan.labels[has_label], oracle_labels[has_label])
+    metrics["oracle_pseudolabels/accuracy"] = accuracy(plan.labels[has_label], oracle_labels[has_label])
     scopes = pool.hierarchy.scope_mask(plan.level)
     if len(scopes) > 1 and not scopes.all():  # a teacher without a scope is right for every label
         inside = plan.assigned_teacher - pool.hierarchy.level_indices(plan.level)[0]

@@ -31,7 +31,6 @@ from ..method.rejection import (
     default_top_k,
     in_top_k,
     parent_confident,
-    parent_topk,
     pseudolabel_loss,
     student_entropy,
     vote_entropy,
@@ -88,7 +87,7 @@ class LevelAnswers:
 
     @property
     def top_k(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`tuple`: What [`PseudolabelPool.sparse_level`] gives of the level's teachers."""
+        """`tuple`: Label ids and probabilities `(num_rows, num_teachers, k)`, and that of each other label."""
         stored = [self._fetch(index) for index in self.indices]
         label_ids = np.stack([ids for ids, _ in stored], axis=1).astype(np.int64)  # torch gathers by no other type
         scaled = [scale_top_k(probs, self.pool.hierarchy.num_labels) for _, probs in stored]
@@ -354,7 +353,7 @@ def _passes_parent(
     """Check local against global; where nobody above has answered there is nothing to contradict."""
     passes = torch.ones_like(labels, dtype=torch.bool)
     if "parent_topk" in args.rejection:
-        passes &= parent_topk(labels, parent_probs, k)
+        passes &= in_top_k(parent_probs, labels, k)
     if "parent_confident" in args.rejection:
         parent_labels = torch.from_numpy(parent_probs.numpy().argmax(axis=1))
         passes &= parent_confident(labels, confidence, parent_labels, parent_probs.max(dim=1).values)

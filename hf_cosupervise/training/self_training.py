@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..method.linear_head import linear_logits
-from ..method.metrics import agreement
+from ..method.metrics import accuracy
 from ..method.rejection import student_entropy
 from ..method.self_training import growing_share, select_surest, why_stop
 from ..pool.pseudolabels import PseudolabelPool
@@ -73,7 +73,7 @@ class SelfTraining:
         metrics |= {NUM_ADDED: float(added.sum()), "consistency/keep_rate": plan.keep_rate}
         metrics["consistency/num_kept"] = float(kept.sum())
         if (oracle_labels := self.pool.oracle_labels) is not None and added.any():
-            metrics["oracle_self_training/accuracy"] = agreement(labels[added], oracle_labels[added])
+            metrics["oracle_self_training/accuracy"] = accuracy(labels[added], oracle_labels[added])
         return plan
 
     def _records(self) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from hf_cosupervise.evaluation.comparison import Comparison, Contestant, walk_le
 from hf_cosupervise.evaluation.methods import method_arguments, teacher_accuracies, weak_accuracy, weak_probs
 from hf_cosupervise.evaluation.report import ResultFolder, say_metric
 from hf_cosupervise.method.metrics import (
-    agreement,
+    accuracy,
     expected_calibration_error,
     group_accuracies,
     measure_labels,
@@ -346,7 +346,7 @@ def measure(trainer: CoSupervisedTrainer, bench: Bench) -> tuple[dict[str, Any],
     if trainer.plans:
         taught = (wanted := trainer.plans[-1].labels) >= 0
         own = trainer.predict_labels(trainer.pool.inputs)[taught]
-        numbers["agreement_pseudolabels"] = agreement(own, wanted[taught])
+        numbers["agreement_pseudolabels"] = accuracy(own, wanted[taught])
     for what, groups in bench.test_groups.items():
         accuracies = group_accuracies(predicted, labels, groups)
         numbers |= {f"worst_{what}_accuracy": min(accuracies.values()), f"{what}_accuracy": accuracies}

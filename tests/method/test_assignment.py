@@ -11,10 +11,10 @@ import torch
 from hf_cosupervise.method.assignment import (
     AGREEMENT_RULES,
     agreement_scores,
-    assign_by_agreement,
     assign_by_chance,
     assign_by_domain,
     assign_by_scope,
+    choose_lowest,
     fall_back,
     oracle_assign_by_domain,
     oracle_assign_by_loss,
@@ -27,6 +27,10 @@ YES = torch.ones(1, 1, dtype=torch.bool)
 
 def everyone(num_examples: int, num_teachers: int) -> torch.Tensor:
     return YES.expand(num_examples, num_teachers)
+
+
+def assign_by_agreement(student, teachers, answered, rule="ce_teacher_student", **options):
+    return choose_lowest(agreement_scores(student, teachers, rule, **options), answered)
 
 
 # ── scope ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,6 @@ from hf_cosupervise.method.rejection import (
     default_top_k,
     in_top_k,
     parent_confident,
-    parent_topk,
     pseudolabel_loss,
     select_by_loss_rank,
     select_consistent,
@@ -154,7 +153,7 @@ def test_unknown_selection_rule(rule):
 def test_parent_topk(label, k, expected):
     # the ranks of (0.25, 0.5, 0.125, 0.125) are label 1, 0, 2, 3: label 2 before 3 by the tie rule
     parent = torch.tensor([[0.25, 0.5, 0.125, 0.125]])
-    assert parent_topk(torch.tensor([label]), parent, k).tolist() == [expected]
+    assert in_top_k(parent, torch.tensor([label]), k).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,6 @@ def test_no_examples():
     labels, rows = torch.zeros(0, dtype=torch.long), torch.zeros(0, 4)
     results = [
         in_top_k(rows, labels, 2),
-        parent_topk(labels, rows, 2),
         parent_confident(labels, rows.sum(1), labels, rows.sum(1)),
         select_by_loss_rank(rows.sum(1), 0),
     ]
@@ -208,7 +206,6 @@ def test_in_top_k_against_the_slow_rank(num_values, num_labels):
         expected = [slow_in_top_k(row, label, k) for row, label in zip(values.tolist(), labels.tolist())]
         found = in_top_k(values, labels, k)
         assert found.tolist() == expected and found.dtype == torch.bool and found.shape == (40,)
-        assert parent_topk(labels, values, k).tolist() == expected
     assert all(expected)  # beyond the number of labels, everything
 
 

@@ -18,7 +18,7 @@ from hf_cosupervise import (
     make_label_model,
     read_wrench,
 )
-from hf_cosupervise.pool.votes import pool_votes
+from hf_cosupervise.pool.derived import pool_votes
 
 VOTES = [["a", None, "b"], ["a", "a", float("nan")], ["b", "b", -1], ["b", "", "a"], [None, None, None]]
 IDS = [[0, -1, 1], [0, 0, -1], [1, 1, -1], [1, -1, 0], [-1, -1, -1]]

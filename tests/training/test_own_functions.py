@@ -11,7 +11,7 @@ import torch
 from test_trainer import LABELS, make_args, make_hierarchy, make_pool, weights
 
 from hf_cosupervise import CoSupervisedTrainer, PseudolabelPool
-from hf_cosupervise.method.assignment import NOBODY, assign_by_agreement
+from hf_cosupervise.method.assignment import NOBODY, agreement_scores, choose_lowest
 from hf_cosupervise.method.losses import soft_cross_entropy
 from hf_cosupervise.method.neighbors import nearest_neighbors
 from hf_cosupervise.method.published_losses import generalized_cross_entropy
@@ -163,7 +163,7 @@ def test_an_assignment_of_ones_own_is_the_one_that_it_copies(make_trainer):
 
     def nearest(student_log_probs, teacher_probs, answered):
         assert student_log_probs.shape[1] == teacher_probs.shape[2] == 4 and answered.dtype is torch.bool
-        return assign_by_agreement(student_log_probs, teacher_probs, answered)
+        return choose_lowest(agreement_scores(student_log_probs, teacher_probs, "ce_teacher_student"), answered)
 
     own = make_trainer(assign_func=nearest)
     own.train()

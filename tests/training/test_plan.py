@@ -729,7 +729,7 @@ def test_a_chunk_asks_each_teacher_once(base_args, monkeypatch):
         raise AssertionError("the pool is asked again")
 
     monkeypatch.setattr(PseudolabelPool, "stored", count)
-    for name in ("answered", "decode", "gather", "hard_labels", "hard_pseudolabels", "pseudolabels", "sparse_level"):
+    for name in ("answered", "decode", "gather", "hard_labels", "pseudolabels"):
         monkeypatch.setattr(PseudolabelPool, name, never)
     student = torch.from_numpy(rng.dirichlet(np.ones(8), size=num_examples)).float().log()
     chunks = [(part, student[part]) for part in row_chunks(num_examples)]
