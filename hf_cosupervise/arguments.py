@@ -11,10 +11,12 @@ import os
 import re
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from transformers import HfArgumentParser
 
 from .files import parse_json
@@ -147,59 +149,41 @@ def _describe_unknown_options(rest: Sequence[str], parser: argparse.ArgumentPars
 def _fit_field(name: str, value: Any, hint: Any, path: Path) -> Any:
     try:
         return _fit(value, hint)
-    except _WrongTypeError:
+    except TypeError:
         found = "null" if value is None else f"{value!r} ({type(value).__name__})"
         raise ValueError(
             f"`{name}` in '{path}' must be {_type_name(hint)}, got {found}.{_advise(value, hint)}"
         ) from None
 
 
-class _WrongTypeError(Exception):
-    """A value does not fit a type; the caller knows the field's name."""
-
-
 def _fit(value: Any, hint: Any) -> Any:
-    """Give a YAML value as the type wants it."""
+    """Give a YAML value as the type wants it, or raise a `TypeError`."""
     origin, items = get_origin(hint) or hint, get_args(hint)
-    if hint is Any:
-        return value
     if origin in (Union, types.UnionType):
         return _fit_union(value, items)
-    if origin is list and isinstance(value, list):
-        return [_fit(item, items[0]) if items else item for item in value]
-    if origin is dict and isinstance(value, dict):
-        return {_fit(key, items[0]): _fit(item, items[1]) for key, item in value.items()} if items else value
+    if origin is list and isinstance(value, list) and items:
+        return [_fit(item, items[0]) for item in value]
+    if origin is dict and isinstance(value, dict) and items:
+        return {_fit(key, items[0]): _fit(item, items[1]) for key, item in value.items()}
     if origin is float and _is_number(value):
         return float(value)
-    if _fits_plainly(value, origin, items):
-        return value
-    raise _WrongTypeError
+    if not (inspect.isclass(origin) and issubclass(origin, Enum) and value in [member.value for member in origin]):
+        type_validator("", value, hint)
+    return value
 
 
 def _fit_union(value: Any, kinds: Sequence[Any]) -> Any:
     # The first that fits, as they are written: a whole number stays one where `int | float` is wanted.
     for kind in kinds:
-        try:
+        with suppress(TypeError):
             return _fit(value, kind)
-        except _WrongTypeError:
-            continue
-    raise _WrongTypeError
+    raise TypeError
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, str):
         return _EXPONENT_FORM.fullmatch(value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _fits_plainly(value: Any, kind: Any, items: Sequence[Any]) -> bool:
-    if kind is Literal:
-        return any(value == item and type(value) is type(item) for item in items)  # 1 == True
-    if inspect.isclass(kind) and issubclass(kind, Enum):
-        return value in [member.value for member in kind]
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)  # True is an integer to Python
-    return kind not in (list, dict, float) and isinstance(value, kind)
 
 
 def _type_name(hint: Any) -> str:

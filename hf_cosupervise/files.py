@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,33 +140,24 @@ def parse_json(content: bytes) -> Any:
             parse_float=_number,
             parse_constant=_no_number,
         )
-    # Python's reader gives up at about a thousand levels; the loop below refuses far fewer, and needs no recursion.
-    except RecursionError as error:
-        raise _too_deep() from error
-    depth, level = 0, [value]
-    # Level by level, for the same files would break a recursion of ours too.
-    while level := [
-        item
-        for outer in level
-        if isinstance(outer, dict | list)
-        for item in (outer.values() if isinstance(outer, dict) else outer)
-    ]:
-        depth += 1
-        if depth > _MAX_DEPTH:
-            raise _too_deep()
+        is_too_deep = _depth(value) > _MAX_DEPTH
+    except RecursionError:  # Python's own reader gives up at about a thousand levels
+        is_too_deep = True
+    if is_too_deep:
+        raise ValueError(f"objects or lists nested more than {_MAX_DEPTH} deep")
     return value
 
 
-def _too_deep() -> ValueError:
-    return ValueError(f"objects or lists nested more than {_MAX_DEPTH} deep")
+def _depth(value: Any) -> int:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, items), default=-1)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     # Readers do not agree which of two equal keys counts: what is checked could be another value than what is used.
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice[:80]!r} twice in one object")
     return values
 

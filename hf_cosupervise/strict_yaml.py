@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -51,8 +52,8 @@ class _StrictLoader(_OneMeaning, yaml.SafeLoader):
         return super().construct_object(node, deep=True)  # else lists and mappings are filled after their checks
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != f"{_YAML}merge"]
-        if repeated := _find_repeated([self.construct_object(key) for key in own]):
+        own = Counter(self.construct_object(key) for key, _ in node.value if key.tag != f"{_YAML}merge")
+        if repeated := [key for key, count in own.items() if count > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 
@@ -100,12 +101,3 @@ def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
         children += node.value if isinstance(node, yaml.SequenceNode) else []
         known[id(node)] = 1 + sum(_num_values(child, known) for child in children)
     return known[id(node)]
-
-
-def _find_repeated(keys: list[Any]) -> list[Any]:
-    """Keys that are there more than once; in linear time where they can be hashed, as nearly all can."""
-    try:
-        seen: set[Any] = set()
-        return [key for key in keys if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
-    except TypeError:
-        return [key for position, key in enumerate(keys) if key in keys[:position]]

@@ -129,6 +129,15 @@ def has_input(dataset: Dataset, column: str) -> np.ndarray:
     return is_there if dataset._indices is None else is_there[dataset._indices.column(0).to_numpy()]
 
 
+def is_numeric(cell: Any) -> bool:
+    """Tell whether a cell can be read as a number."""
+    try:
+        float(cell)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def shorten(names: Iterable[Any], limit: int = 20) -> str:
     """Give the first names as a list, and how many more there are: a thousand labels make no readable error."""
     names = list(names)

@@ -120,8 +120,10 @@ def check_depth(dataset: Dataset, column: str) -> None:
     if not isinstance(feature, Image) or feature.mode is None or feature.mode.startswith(("I", "F")):
         return
     cells = dataset.select_columns([column]).with_format(None).cast_column(column, Image(decode=False))
-    for row, cell in enumerate(cells):
-        if (found := _stored_mode(cell[column])).startswith(("I", "F")):
+    for row, cell in enumerate(cells[column]):
+        # What is missing has no file; the pixels are decoded when somebody reads them.
+        file = cell and (io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"])
+        if file and (found := read_header(file)[1]).startswith(("I", "F")):
             raise ValueError(
                 f"Column '{column}' must give images as they are stored, got `Image(mode={feature.mode!r})`, which "
                 f"cuts off what is above 255 in an image of mode {found!r}, row {row} first. Use "
@@ -155,16 +157,13 @@ def _begins_as_program(path: str) -> bool:
         return False
 
 
-def _stored_mode(cell: Mapping[str, Any] | None) -> str:
-    """Mode that the header of an image tells; nothing where it cannot be read, which whoever decodes it says."""
-    if cell is None or not (cell["bytes"] or cell["path"]):
-        return ""
+def read_header(file: Any) -> tuple[str, str]:
+    """Read format and mode of an image; nothing where they cannot be read, which whoever decodes it says."""
     try:
-        # Only the header: the pixels are decoded when somebody reads them.
-        with PILImage.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as image:
-            return image.mode
+        with PILImage.open(file) as image:
+            return image.format or "", image.mode
     except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
-        return ""
+        return "", ""
 
 
 class InputProcessor:
@@ -172,7 +171,7 @@ class InputProcessor:
 
     def __init__(self, processing_class: Any, config: Any = None, what: str = "`processing_class`") -> None:
         # What standardises vectors is a part of their model, so that nothing prepares them.
-        self.num_features = config.num_features if reads_vectors(config) else None
+        self.num_features = config.num_features if getattr(config, "model_type", None) == VECTOR_MODEL else None
         if self.num_features is None and not callable(processing_class):
             raise TypeError(
                 "`processing_class` must be a tokenizer or an image processor, got "
@@ -286,11 +285,6 @@ class InputProcessor:
             facts = [settings, repr(getattr(processor, "val_transforms", "")), self.mode]
         text = json.dumps([type(processor).__name__, facts], sort_keys=True, default=str)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=8).hexdigest()
-
-
-def reads_vectors(config: Any) -> bool:
-    """Tell whether a configuration is of a classifier of vectors."""
-    return getattr(config, "model_type", None) == VECTOR_MODEL
 
 
 def _set_pad_token(tokenizer: Any, config: Any, what: str) -> None:

@@ -140,12 +140,8 @@ def _find_source(dataset: Dataset | IterableDataset) -> dict[str, Any] | None:
 def _load_from_hub(repo_id: str, choice: DataChoice, processes: Processes) -> tuple[Dataset, dict[str, Any]]:
     """Pin a data set on the Hub to one commit, the same in every process, and load it."""
     commit = processes.on_first(partial(_pin, repo_id, choice.revision))
-
-    def download() -> None:
-        _download(repo_id, commit, choice)
-
     if processes.count > 1 and not choice.streaming:
-        processes.on_first(download)  # the others find it in the cache
+        processes.on_first(lambda: _download(repo_id, commit, choice).hash)  # the others find it in the cache
     builder = _download(repo_id, commit, choice)
     # The commit that was loaded, which is one of the cache where the Hub could not be asked.
     source = {"dataset": repo_id, "config": builder.config.name, "split": choice.split, "commit": builder.hash}

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Image
 from datasets.exceptions import DatasetsError
 from datasets.utils.extract import Extractor
@@ -16,12 +19,15 @@ from PIL import Image as PILImage
 
 from ..files import is_inside
 from .cells import check_cells
-from .columns import shorten
-from .packed import check_unpacked
+from .columns import is_numeric, shorten
+from .inputs import read_header
 
 TABLE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # What systems leave in folders by themselves.
 _NOT_MEANT = ("Thumbs.db", "desktop.ini")
+# A Parquet file may stand for so many times as much as it holds, and for any file that fits beside a model.
+_MOST_RATIO, _MOST_UNPACKED, _CHUNK = 1_000, 4 << 30, 4096
+_NUM_BYTES = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8}
 
 
 def is_table(name: str | os.PathLike[str]) -> bool:
@@ -41,7 +47,7 @@ def load_table(path: str | os.PathLike[str]) -> Dataset:
         if path.suffix.lower() in (".csv", ".tsv"):
             data = _read_csv(path, "\t" if path.suffix.lower() == ".tsv" else ",")
         elif path.suffix.lower() == ".parquet":
-            check_unpacked(path)
+            _check_unpacked(path)
             data = Dataset.from_parquet(str(path))
         else:
             data = Dataset.from_json(str(path))
@@ -52,7 +58,7 @@ def load_table(path: str | os.PathLike[str]) -> Dataset:
 def _read_csv(path: Path, separator: str) -> Dataset:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = next(csv.reader(file, delimiter=separator), [])
-    strange = [name for name in header if not name.strip() or _is_number(name) or header.count(name) > 1]
+    strange = [name for name in header if not name.strip() or is_numeric(name) or header.count(name) > 1]
     if strange or not header:
         raise ValueError(
             f"the first line must name the columns, each by a word of its own, and holds {shorten(header, 6)}. Write "
@@ -68,14 +74,6 @@ def _read_csv(path: Path, separator: str) -> Dataset:
     return data
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 @contextmanager
 def _one_sentence(path: Path) -> Iterator[None]:
     try:
@@ -85,6 +83,49 @@ def _one_sentence(path: Path) -> Iterator[None]:
         reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
         reason = "it holds no data" if not reason or "corresponds to no data" in reason else reason
         raise ValueError(f"`dataset` must be a table that can be read, got '{path}': {reason}.") from error
+
+
+def _check_unpacked(path: Path) -> None:
+    """Refuse a Parquet file of few bytes that stands for more than a disk: a billion equal values need a kilobyte."""
+    most = max(_MOST_UNPACKED, _MOST_RATIO * path.stat().st_size)
+    file = pq.ParquetFile(path)
+    # An id is made for each row, whatever is in it.
+    num_bytes, texts = 8 * file.metadata.num_rows, set()
+    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            num_bytes += _NUM_BYTES.get(column.physical_type, 0) * column.num_values
+            # A text may be long, kept once, and in every row.
+            if column.physical_type not in _NUM_BYTES and column.num_values * column.total_uncompressed_size > most:
+                texts.add(column.path_in_schema)
+    if num_bytes <= most and texts:
+        num_bytes += _num_letters(path, sorted(texts), most)
+    if num_bytes > most:
+        raise ValueError(
+            f"{path.stat().st_size:,} bytes that stand for {file.metadata.num_rows:,} rows of more than "
+            f"{most / 1e9:,.0f} GB. If it is yours, give the data themselves, read by `datasets.Dataset.from_parquet`"
+        )
+
+
+def _num_letters(path: Path, columns: list[str], most: int) -> int:
+    """How many bytes the texts of some columns have, or more than `most`; none of them is written out for that."""
+    found = 0
+    for column in columns:
+        for batch in pq.ParquetFile(path, read_dictionary=[column]).iter_batches(_CHUNK, columns=[column]):
+            for array in map(_innermost, batch.columns):
+                if pa.types.is_dictionary(array.type):
+                    lengths = pc.binary_length(array.dictionary).take(array.indices)
+                    found += pc.sum(lengths).as_py() or 0
+                else:
+                    found += array.nbytes
+            if found > most:
+                return found
+    return found
+
+
+def _innermost(array: pa.Array) -> pa.Array:
+    while pa.types.is_nested(array.type):
+        array = array.field(0) if pa.types.is_struct(array.type) else array.flatten()
+    return array
 
 
 def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on_error: str = "raise") -> Dataset:
@@ -100,7 +141,8 @@ def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on
         if path.is_dir():
             continue  # a link to images that are listed where they are
         # What is no plain file, such as a pipe, would be waited for.
-        is_image = path.suffix.lower() in known and path.is_file() and _opens(path)
+        is_image = path.suffix.lower() in known and path.is_file()
+        is_image = is_image and read_header(path)[0] not in ("", "EPS")  # which is a program
         images.append(path) if is_image else others.append(path.relative_to(folder).as_posix())
     if others and on_error == "raise":
         raise ValueError(
@@ -128,11 +170,3 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (path for path in (Path(place, name) for name in folders) if path.is_symlink())
         yield from (Path(place, name) for name in sorted(files) if name[0] != "." and name not in _NOT_MEANT)
-
-
-def _opens(path: Path) -> bool:
-    try:
-        with PILImage.open(path) as image:  # reads the header alone
-            return image.format != "EPS"  # which is a program
-    except (OSError, ValueError, SyntaxError, PILImage.DecompressionBombError):
-        return False

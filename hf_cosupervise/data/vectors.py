@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Value, concatenate_datasets
 
-from .columns import find_input_column, has_input, is_vector_column, shorten
+from .columns import find_input_column, has_input, is_numeric, is_vector_column, shorten
 
 VECTOR_MODEL = "vector_classifier"  # the `model_type` of a student that reads vectors
 VECTOR_INPUT = "vectors"  # what its `forward` takes
@@ -66,9 +66,8 @@ def _read_numbers(dataset: Dataset, name: str) -> np.ndarray:
     cells = dataset.select_columns([name]).with_format("arrow")[:].column(name)
     kinds = pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null
     if not any(is_kind(cells.type) for is_kind in kinds):
-        row, cell = next(
-            ((row, cell) for row, cell in enumerate(cells.to_pylist()) if not _is_number(cell)), (0, None)
-        )
+        wrong = ((row, cell) for row, cell in enumerate(cells.to_pylist()) if not (cell is None or is_numeric(cell)))
+        row, cell = next(wrong, (0, None))
         kind = str(cells.type).removeprefix("large_")
         raise TypeError(
             f"Columns that are read as one vector must hold numbers, got {kind} in '{name}', such as "
@@ -76,14 +75,6 @@ def _read_numbers(dataset: Dataset, name: str) -> np.ndarray:
             "Of several texts make one first: `dataset.map(lambda row: {'text': row['a'] + ' ' + row['b']})`."
         )
     return np.array(pc.fill_null(pc.cast(cells, pa.float64(), safe=False), np.nan), dtype=np.float64)
-
-
-def _is_number(cell: Any) -> bool:
-    try:
-        float(cell)
-    except (TypeError, ValueError):
-        return cell is None
-    return True
 
 
 def vector_inputs(vectors: Any, inputs: Dataset | None = None) -> Dataset | None:

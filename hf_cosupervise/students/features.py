@@ -11,8 +11,8 @@ import secrets
 import shutil
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from ..data.keys import cell_digests
 from ..data.vectors import vector_digests
 from ..files import explain_full_disk, file_digest, file_signature, move_file, open_work_folder, take_lock, write_all
 from ..method.neighbors import nearest_neighbors
+from ..processes import Processes
+from .head import hash_weights
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ _UNREAD = b"unread"
 # Rows that do not lie on disk in the order wanted are copied to memory up to this size, beyond it to a file.
 _MAX_COPIED_BYTES = 2**30
 _CHUNK = 8192
+_ALONE = Processes(0, 1)
 # What numpy raises for a file that is none of its own, or half of one.
 _UNREADABLE = (EOFError, OverflowError, SyntaxError, ValueError, tokenize.TokenError)
 # What this process has read and found to be as it was written: a file and its digest, see [`_verify`].
@@ -62,11 +65,10 @@ class FeatureStore:
         head: nn.Linear,
         processor: InputProcessor,
         *,
-        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         precision: str = "float32",
         dtype: str = "float32",
     ) -> None:
-        self.model, self.head, self.processor, self.autocast = model, head, processor, autocast
+        self.model, self.head, self.processor = model, head, processor
         self.dtype = np.dtype(dtype)
         key = backbone_key(model, head, processor, precision)
         self.folder = Path(folder) / (key if dtype == "float32" else f"{key}-{dtype}")
@@ -77,8 +79,7 @@ class FeatureStore:
         column: str,
         *,
         batch_size: int = 64,
-        shard: tuple[int, int] = (0, 1),
-        wait: Callable[[], None] = lambda: None,
+        processes: Processes = _ALONE,
         disable_tqdm: bool = False,
         readable: np.ndarray | None = None,
     ) -> np.ndarray:
@@ -97,11 +98,11 @@ class FeatureStore:
                 "`features_dir`."
             )
         # Equal contents are read once: `first` has one row of each.
-        wait()  # nobody may write before everybody has seen what is missing or spoilt
-        own = np.array_split(unknown[np.sort(first)], shard[1])[shard[0]]
+        processes.wait()  # nobody may write before everybody has seen what is missing or spoilt
+        own = np.array_split(unknown[np.sort(first)], processes.count)[processes.rank]
         if len(own):
             self._compute(dataset, column, own, digests[own], batch_size, disable_tqdm)
-        wait()
+        processes.wait()
         found = self._find(digests)
         if missing := int((found.rows < 0).sum()):
             raise FileNotFoundError(
@@ -117,20 +118,17 @@ class FeatureStore:
         is_named = _may_be_names(dataset, column)
         # Of two features of one row nothing would tell which is meant.
         if num_known := int((self._find(digests).rows >= 0).sum()):
-            found = f"got {num_known} of {len(digests)} that it does"
-            if is_named:
-                found += ", of this task or of another one the rows of which have the same names"
+            whose = ", of this task or of another one the rows of which have the same names" if is_named else ""
             advice = "What is there is found by later runs" if is_named else "Give the others only"
             raise ValueError(
-                f"Features must be of rows that '{self.folder}' does not hold yet, {found}. {advice}, or give another "
-                "`features_dir`."
+                f"Features must be of rows that '{self.folder}' does not hold yet, got {num_known} of {len(digests)} "
+                f"that it does{whose}. {advice}, or give another `features_dir`."
             )
         # Images and the like are content, which is the same for every task; names are not.
         name = _name("shard", digests) + (self._task if is_named else "") + _WRITTEN
-        shape = len(digests), self.head.in_features
         with self._unfinished(name, self._num_bytes(len(digests))) as folder:
             _save_array(folder / _KEYS, digests)
-            _write_features(folder, lambda done: batches, shape, self.dtype)
+            self._write_features(folder, len(digests), lambda done: batches)
         _told.add(self.folder / name)
 
     @property
@@ -176,8 +174,7 @@ class FeatureStore:
         features: torch.Tensor,
         k: int,
         *,
-        is_first: bool = True,
-        wait: Callable[[], None] = lambda: None,
+        processes: Processes = _ALONE,
         readable: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Give each readable row's nearest others, found once for the same rows in the same order."""
@@ -186,14 +183,14 @@ class FeatureStore:
         # Neighbours of an older version may be rows that hold nothing.
         what = f"neighbors-{k}" if len(rows) == len(digests) else f"neighbors-{k}-of-{len(rows)}"
         folder, shape = self.folder / _name(what, digests), (len(digests), k)
-        if is_first and self._load(folder, _ROWS, np.dtype(np.int32), shape) is None:
+        if processes.rank == 0 and self._load(folder, _ROWS, np.dtype(np.int32), shape) is None:
             # A row that is not readable is next to nobody, and its neighbours are itself.
             found = np.repeat(np.arange(len(digests), dtype=np.int32)[:, None], k, axis=1)
             own = features if len(rows) == len(digests) else features[rows]
             found[rows] = rows[nearest_neighbors(own, k).numpy()]
             with self._unfinished(folder.name, found.nbytes) as unfinished:
                 _save_array(unfinished / _ROWS, found)
-        wait()
+        processes.wait()
         loaded = self._load(folder, _ROWS, np.dtype(np.int32), shape)
         if loaded is None:
             raise FileNotFoundError(
@@ -230,39 +227,31 @@ class FeatureStore:
         return {folder: keys for folder, keys in loaded.items() if keys is not None}
 
     def _find(self, digests: np.ndarray) -> _Found:
-        """Where the features of each digest are; -1 where they are not known."""
-        shards, arrays = self._keys(), dict[Path, np.ndarray]()
-        while True:  # again where a shard turned out spoilt, and its rows may be in another
-            folders = list(shards)
-            rows = _match(list(shards.values()), digests)
-            starts = np.cumsum([0, *(len(keys) for keys in shards.values())])
-            numbers = np.unique(np.searchsorted(starts, rows[rows >= 0], side="right") - 1).tolist()
-            wanted = [folders[number] for number in numbers if folders[number] not in arrays]
-            if not wanted:
-                return _Found(rows, starts, {number: arrays[folders[number]] for number in numbers})
-            for folder in wanted:
-                values = self._load(folder, _VALUES, self.dtype, (len(shards[folder]), self.head.in_features))
-                if values is None:
-                    del shards[folder]
-                else:
-                    arrays[folder] = values
+        """Where the features of each digest are, in the first shard that has them whole."""
+        found = _Found(np.full(len(digests), -1), np.full(len(digests), -1), [])
+        for folder, keys in self._keys().items():
+            rows = _match(keys, digests)
+            here, shape = (rows >= 0) & (found.rows < 0), (len(keys), self.head.in_features)
+            if here.any() and (values := self._load(folder, _VALUES, self.dtype, shape)) is not None:
+                found.shards[here], found.rows[here] = len(found.arrays), rows[here]
+                found.arrays.append(values)
+        return found
 
     def _gather(self, found: _Found, digests: np.ndarray) -> np.ndarray:
         """The rows that were found as one array."""
-        rows, shape = found.rows, (len(digests), self.head.in_features)
+        rows = found.rows
         if not len(rows):
-            return np.zeros(shape, dtype=self.dtype)
+            return np.zeros((0, self.head.in_features), dtype=self.dtype)
         # Rows that lie side by side in one shard are given as they are mapped, without a copy.
-        number = int(np.searchsorted(found.starts, rows[0], side="right")) - 1
-        if np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))) and rows[-1] < found.starts[number + 1]:
-            return found.arrays[number][rows[0] - found.starts[number] :][: len(rows)]
+        if len(found.arrays) == 1 and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+            return found.arrays[0][rows[0] :][: len(rows)]
         if self._num_bytes(len(rows)) <= _MAX_COPIED_BYTES:
             return np.concatenate(list(_pieces(found)))
         if (ordered := self._load_ordered(digests)) is not None:
             return ordered
         folder = self.folder / _name("ordered", digests)
         with self._unfinished(folder.name, self._num_bytes(len(rows))) as unfinished:
-            _write_features(unfinished, lambda done: _pieces(found), shape, self.dtype)
+            self._write_features(unfinished, len(rows), lambda done: _pieces(found))
         return open_memmap(folder / _VALUES, mode="c")
 
     def _load_ordered(self, digests: np.ndarray) -> np.ndarray | None:
@@ -279,17 +268,44 @@ class FeatureStore:
         self, dataset: Dataset, column: str, rows: np.ndarray, keys: np.ndarray, batch_size: int, disable_tqdm: bool
     ) -> None:
         """Run the backbone over rows, or over those that a run before has not got to."""
-        shape = (len(keys), self.head.in_features)
+
+        def compute(done: int) -> Iterator[np.ndarray]:
+            return self._forward(dataset, column, rows[done:], keys[done:] != _UNREAD, batch_size)
+
         with self._unfinished(_name("shard", keys), self._num_bytes(len(keys)), keep=True) as folder:
             _save_array(folder / _KEYS, keys)
-            _write_features(
-                folder,
-                lambda done: self._forward(dataset, column, rows[done:], keys[done:] != _UNREAD, batch_size),
-                shape,
-                self.dtype,
-                batch_size=batch_size,
-                disable_tqdm=disable_tqdm,
-            )
+            self._write_features(folder, len(keys), compute, batch_size, disable_tqdm)
+
+    def _write_features(
+        self,
+        folder: Path,
+        num_rows: int,
+        batches: Callable[[int], Iterable[np.ndarray]],
+        batch_size: int = 1,
+        disable_tqdm: bool = True,
+    ) -> None:
+        """Write features by batches, and after each a line with a checksum; go on where a run before was killed."""
+        header, row_bytes = _header((num_rows, self.head.in_features), self.dtype), self._num_bytes(1)
+        done, checksum = _read_done(folder, header, num_rows, row_bytes, batch_size)
+        with (
+            open(folder / _VALUES, "ab", buffering=0) as values,
+            open(folder / _BATCHES, "ab", buffering=0) as lines,
+            tqdm(total=num_rows, initial=done, desc="Features", disable=disable_tqdm, leave=False) as progress,
+        ):
+            # Back to the last whole batch: what a killed run wrote after it cannot be trusted. A line has nine bytes.
+            lines.truncate(9 * -(-done // batch_size))
+            values.truncate(len(header) + done * row_bytes if done else 0)
+            if not done:
+                write_all(values.fileno(), header)
+            for batch in batches(done):
+                data = _check_batch(batch, done, self.head.in_features, self.dtype)
+                write_all(values.fileno(), data)  # before its line: a line tells that the values are there
+                checksum = zlib.crc32(data, checksum)
+                write_all(lines.fileno(), b"%08x\n" % checksum)
+                done += len(batch)
+                progress.update(len(batch))
+        if done != num_rows:
+            raise ValueError(f"Features must be given for {num_rows} rows, got {done}.")
 
     @contextmanager
     def _unfinished(self, name: str, num_bytes: int, keep: bool = False) -> Iterator[Path]:
@@ -336,7 +352,7 @@ class FeatureStore:
             return False
         if not folder.name.startswith(_PARTIAL) or keys.dtype != _KEY_DTYPE:
             return False
-        return bool((_match(list(self._keys().values()), keys) < 0).any())
+        return not np.isin(keys, np.concatenate([keys[:0], *self._keys().values()])).all()
 
     def _forward(
         self, dataset: Dataset, column: str, rows: np.ndarray, readable: np.ndarray, batch_size: int
@@ -353,7 +369,7 @@ class FeatureStore:
                 if is_there.any():
                     batch = self.processor(dataset[rows[start : start + batch_size][is_there]][column])
                     inputs = {name: channels_last(value.to(device)) for name, value in batch.items()}
-                    with torch.no_grad(), self.autocast():
+                    with torch.no_grad():
                         self.model(**inputs)
                     values[is_there] = captured.pop().float().cpu().numpy()
                 yield values
@@ -384,33 +400,30 @@ def _may_be_names(dataset: Dataset, column: str) -> bool:
 
 @dataclass(frozen=True)
 class _Found:
-    """Rows counted through all shards (-1 where not known), where each shard starts, and the shards that hold any."""
+    """In which of the arrays each row is, and in which row of it, -1 where it is not known."""
 
+    shards: np.ndarray
     rows: np.ndarray
-    starts: np.ndarray
-    arrays: Mapping[int, np.ndarray]
+    arrays: list[np.ndarray]
 
 
-def _match(keys: list[np.ndarray], digests: np.ndarray) -> np.ndarray:
-    """Row of each digest, counted through all keys; -1 where there is none."""
-    joined = np.concatenate([np.zeros(0, dtype=_KEY_DTYPE), *keys])
-    if not len(joined):
+def _match(keys: np.ndarray, digests: np.ndarray) -> np.ndarray:
+    """Row of each digest among keys, the first of equal ones; -1 where there is none."""
+    if not len(keys):
         return np.full(len(digests), -1)
-    order = np.argsort(joined, kind="stable")  # of a key that two shards have, the first shard's
-    rows = order[np.minimum(np.searchsorted(joined, digests, sorter=order), len(joined) - 1)]
-    return np.where(joined[rows] == digests, rows, -1)
+    order = np.argsort(keys, kind="stable")
+    rows = order[np.minimum(np.searchsorted(keys, digests, sorter=order), len(keys) - 1)]
+    return np.where(keys[rows] == digests, rows, -1)
 
 
 def _pieces(found: _Found) -> Iterator[np.ndarray]:
     """The rows that were found, some at a time."""
-    some = next(iter(found.arrays.values()))
+    some = found.arrays[0]
     for begin in range(0, len(found.rows), _CHUNK):
-        wanted = found.rows[begin : begin + _CHUNK]
-        numbers = np.searchsorted(found.starts, wanted, side="right") - 1
-        piece = np.empty((len(wanted), some.shape[1]), dtype=some.dtype)
-        for number in np.unique(numbers):
-            here = numbers == number
-            piece[here] = found.arrays[number][wanted[here] - found.starts[number]]
+        shards, rows = found.shards[begin : begin + _CHUNK], found.rows[begin : begin + _CHUNK]
+        piece = np.empty((len(rows), some.shape[1]), dtype=some.dtype)
+        for number in np.unique(shards):
+            piece[shards == number] = found.arrays[number][rows[shards == number]]
         yield piece
 
 
@@ -431,46 +444,10 @@ def _header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 def _save_array(path: Path, array: np.ndarray) -> None:
     """Write a `.npy` file; what `np.save` raises on a full disk does not say so."""
-    with open(path, "wb", buffering=0) as file:
-        write_all(file.fileno(), _header(array.shape, array.dtype))
-        write_all(file.fileno(), array.tobytes())
+    path.write_bytes(_header(array.shape, array.dtype) + array.tobytes())
 
 
-def _write_features(
-    folder: Path,
-    batches: Callable[[int], Iterable[np.ndarray]],
-    shape: tuple[int, int],
-    dtype: np.dtype,
-    batch_size: int = 1,
-    disable_tqdm: bool = True,
-) -> None:
-    """Write features batch by batch, and after each a line with a checksum; go on where a run before was killed."""
-    header = _header(shape, dtype)
-    done, checksum = _read_done(folder, header, shape, dtype, batch_size)
-    with (
-        open(folder / _VALUES, "ab", buffering=0) as values,
-        open(folder / _BATCHES, "ab", buffering=0) as lines,
-        tqdm(total=shape[0], initial=done, desc="Features", disable=disable_tqdm, leave=False) as progress,
-    ):
-        # Back to the last whole batch: what a killed run wrote after it cannot be trusted. A line has nine bytes.
-        lines.truncate(9 * -(-done // batch_size))
-        values.truncate(len(header) + done * shape[1] * dtype.itemsize if done else 0)
-        if not done:
-            write_all(values.fileno(), header)
-        for batch in batches(done):
-            data = _check_batch(batch, done, shape[1], dtype)
-            write_all(values.fileno(), data)  # before its line: a line tells that the values are there
-            checksum = zlib.crc32(data, checksum)
-            write_all(lines.fileno(), b"%08x\n" % checksum)
-            done += len(batch)
-            progress.update(len(batch))
-    if done != shape[0]:
-        raise ValueError(f"Features must be given for {shape[0]} rows, got {done}.")
-
-
-def _read_done(
-    folder: Path, header: bytes, shape: tuple[int, int], dtype: np.dtype, batch_size: int
-) -> tuple[int, int]:
+def _read_done(folder: Path, header: bytes, num_rows: int, row_bytes: int, batch_size: int) -> tuple[int, int]:
     """How many rows lie there in whole batches, cut as they would be now, and the checksum up to there."""
     done, checksum = 0, zlib.crc32(header)
     if not (folder / _VALUES).is_file() or not (folder / _BATCHES).is_file():
@@ -479,8 +456,8 @@ def _read_done(
         is_same = values.read(len(header)) == header
         # What follows the last line break was cut off.
         for line in (folder / _BATCHES).read_bytes().split(b"\n")[:-1] if is_same else []:
-            count = min(batch_size, shape[0] - done)
-            found = zlib.crc32(values.read(count * shape[1] * dtype.itemsize), checksum)
+            count = min(batch_size, num_rows - done)
+            found = zlib.crc32(values.read(count * row_bytes), checksum)
             if count == 0 or line != b"%08x" % found:
                 break
             done, checksum = done + count, found
@@ -570,6 +547,7 @@ def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, p
     # By the weights themselves, not by a name: a fine-tuned backbone under its old id is another one.
     # The head is what is trained: its weights change nothing of what it is fed.
     own = {id(parameter) for parameter in head.parameters()}
+    weights = {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) not in own}
     digest = hashlib.blake2b(digest_size=8)
     # Of one set of weights the mean over tokens is another input of the head than the first token.
     pooling = f" {model.pooling}" if hasattr(model, "pooling") else ""
@@ -578,8 +556,4 @@ def backbone_key(model: nn.Module, head: nn.Linear, processor: InputProcessor, p
     config = model.config.to_dict() if isinstance(model, PreTrainedModel) else {}
     told = {name: value for name, value in config.items() if name not in _NOT_COMPUTED_WITH}
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-        if id(tensor) not in own:
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return hash_weights(digest, weights)

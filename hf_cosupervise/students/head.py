@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _CLASSIFIERS = {
     )
     for name in ((names,) if isinstance(names, str) else names)
 }
-# Where a loaded student keeps the names of layers that start at random beside its head.
+# Where a loaded student keeps the names of layers that start at random beside its head, such as a pooler's.
 FRESH = "_fresh_modules"
 # GPT-2 and its kin keep their linear layers transposed, as `Conv1D`.
 _PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Conv2d, nn.Embedding)
@@ -99,22 +99,34 @@ def head_gives_logits(model: nn.Module, head: nn.Linear, inputs: Mapping[str, to
         return torch.allclose(head(captured[0]), logits, atol=1e-4)
 
 
+def hash_weights(digest: Any, weights: Mapping[str, torch.Tensor]) -> str:
+    """Add weights to what a digest is of, and give it."""
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+def on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give tensors as safetensors takes them."""
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def name_labels(config: Any, labels: Sequence[str]) -> None:
+    """Tell a configuration of as many labels what they are called."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in enumerate(labels)}
+    if config.model_type == "timm_wrapper":
+        config.label_names = list(labels)  # timm's own name for them, which wins when it is loaded again
+
+
 def reset_head(model: nn.Module) -> None:
     """Give every layer of the head fresh weights from torch's global generator."""
     own = {id(parameter) for _, parameter in head_parameters(model)}
     for module in model.modules():
-        parameters = list(module.parameters(recurse=False))
-        if (
-            parameters
-            and all(id(parameter) in own for parameter in parameters)
-            and hasattr(module, "reset_parameters")
-        ):
+        parameters = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if parameters and parameters <= own and hasattr(module, "reset_parameters"):
             module.reset_parameters()  # type: ignore[operator]
-
-
-def fresh_modules(model: nn.Module) -> set[str]:
-    """Names of the layers of a backbone that its checkpoint lacked, such as the pooler of a masked language model."""
-    return set(getattr(model, FRESH, ()))
 
 
 def prepare_student(
@@ -139,7 +151,7 @@ def prepare_student(
             )
         # A copy, because peft writes into it, and it may be the user's.
         config = copy.deepcopy(lora) if lora is not None else LoraConfig()
-        heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)} | fresh_modules(model)
+        heads = {name.rsplit(".", 1)[0] for name, _ in head_parameters(model)} | {*getattr(model, FRESH, ())}
         config.modules_to_save = sorted(heads)  # a fresh head is trained whole
         if not config.target_modules or config.target_modules == "all-linear":
             config.target_modules = _backbone_layers(model, heads)

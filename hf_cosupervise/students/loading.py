@@ -27,7 +27,7 @@ from ..models.classifier import (
     reads_text,
 )
 from ..models.source import ModelSource, building, explained, find_model, whole_weights
-from .head import FRESH, head_parameters, reset_head
+from .head import FRESH, head_parameters, name_labels, reset_head
 from .pooling import POOLINGS, choose_pooling
 from .vectors import VECTOR_STUDENTS, VectorClassifier, read_vector_config
 
@@ -165,10 +165,7 @@ def _task_config(source: ModelSource, labels: Sequence[str]) -> Any:
     config: Any = read_vector_config(source) if is_vector else read_config(source)
     # The number first: setting it makes names of its own, which the task's then replace.
     config.num_labels = len(labels)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {name: index for index, name in config.id2label.items()}
-    if config.model_type == "timm_wrapper":
-        config.label_names = list(labels)
+    name_labels(config, labels)
     return config
 
 

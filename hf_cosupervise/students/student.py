@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from ..method.metrics import check_metric, measure_labels
 from ..models.source import first_line
 from ..processes import Processes, row_chunks
 from .features import FeatureStore
-from .head import head_gives_logits, linear_head, prepare_student
+from .head import hash_weights, head_gives_logits, linear_head, name_labels, on_cpu, prepare_student
 from .loading import load_pinned_student
 from .pooling import has_pooling
 from .vectors import VECTOR_STUDENTS, VectorClassifier
@@ -174,17 +174,7 @@ def check_student(model: Any, labels: tuple[str, ...]) -> None:
             f"The student's labels must be those of the pool in the same order, {list(labels)[:8]}, got {names[:8]}. "
             "Load it with `load_student(model, pool.labels)`."
         )
-    model.config.id2label = dict(enumerate(labels))
-    model.config.label2id = {name: index for index, name in enumerate(labels)}
-    if model.config.model_type == "timm_wrapper":
-        model.config.label_names = list(labels)  # timm's own name for them, which wins when it is loaded again
-
-
-class SavedStudent(Protocol):
-    """What is kept of a student."""
-
-    student: dict[str, torch.Tensor]
-    folds: list[dict[str, torch.Tensor]]
+    name_labels(model.config, labels)
 
 
 class Student:
@@ -243,13 +233,11 @@ class Student:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give what training can change."""
-        # safetensors takes no others.
-        return {name: value.detach().cpu().contiguous() for name, value in self._trained().items()}
+        return on_cpu(self._trained())
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Give what training changes without a gradient, such as running means, which adapters leave out."""
-        own = {name: value for name, value in self._trained().items() if not value.requires_grad}
-        return {name: value.detach().cpu().contiguous() for name, value in own.items()}
+        return on_cpu({name: value for name, value in self._trained().items() if not value.requires_grad})
 
     @torch.no_grad()
     def put_back(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -263,8 +251,8 @@ class Student:
         """Be as it was before any training: every level starts from the same fresh head."""
         self.put_back(self._first)
 
-    def restore(self, saved: SavedStudent | None) -> None:
-        """Be as at the end of a finished stage, or as before the first one."""
+    def restore(self, saved: Any) -> None:
+        """Be as at the end of a finished stage, with its `student` and `folds`, or as before the first one."""
         self.folds = []
         if saved is None:
             self.start_anew()
@@ -277,10 +265,7 @@ class Student:
 
     def fold_tensors(self) -> list[dict[str, torch.Tensor]]:
         """Give the heads of the folds."""
-        return [
-            {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-            for head in self.folds
-        ]
+        return [on_cpu(head.state_dict()) for head in self.folds]
 
     def copy_head(self) -> nn.Linear:
         """Copy the head of a frozen backbone as it is now."""
@@ -295,12 +280,9 @@ class Student:
         """Hash all weights, as they were before any training."""
         if self._digest is not None:
             return self._digest
-        digest = hashlib.blake2b(digest_size=8)
-        for name, value in sorted(self.model.state_dict().items()):
-            tensor = self._first.get(name, value)  # the same at any time: a run that is gone on with compares it
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        # The same at any time: a run that is gone on with compares it.
+        weights = {name: self._first.get(name, value) for name, value in self.model.state_dict().items()}
+        return hash_weights(hashlib.blake2b(digest_size=8), weights)
 
     # --- asking it ---------------------------------------------------------------------------------------------------
 
@@ -421,14 +403,8 @@ class Student:
             return self._store
         # Part of the key: features of another precision are other numbers.
         precision = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else "float32"
-        return FeatureStore(
-            self.features_dir,
-            self.model,
-            head,
-            self.processor,
-            precision=precision,
-            dtype=self.args.features_dtype,
-        )
+        kept = self.features_dir, self.model, head, self.processor
+        return FeatureStore(*kept, precision=precision, dtype=self.args.features_dtype)
 
     def features(self, dataset: Dataset) -> torch.Tensor:
         """Give the head's inputs."""
@@ -442,8 +418,7 @@ class Student:
             dataset,
             self.input_column,
             batch_size=self.args.per_device_eval_batch_size,
-            shard=(self.processes.rank, self.processes.count),
-            wait=self.processes.wait,
+            processes=self.processes,
             disable_tqdm=self.disable_tqdm,
             readable=readable,
         )
@@ -479,15 +454,8 @@ class Student:
         if self._neighbors is None or self._neighbors.shape[1] < k:
             # The nearest few of many are the nearest few: both uses share one search.
             most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
-            self._neighbors = self.store.neighbors(
-                self.examples,
-                self.input_column,
-                self.example_features(),
-                most,
-                is_first=self.processes.rank == 0,
-                wait=self.processes.wait,
-                readable=self.readable,
-            )
+            asked = self.examples, self.input_column, self.example_features(), most
+            self._neighbors = self.store.neighbors(*asked, processes=self.processes, readable=self.readable)
         return self._neighbors[:, :k]
 
 

@@ -20,6 +20,7 @@ from ..models.classifier import load_processor
 from ..models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_continuations
 from ..models.source import find_model, first_line
 from ..processes import Processes
+from .head import hash_weights, on_cpu
 
 Prompt = str | list[dict[str, str]]
 Scored = tuple[list[int], list[list[int]]]  # the tokens of a prompt, and those of what may follow it
@@ -216,8 +217,7 @@ class Writer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Give what training can change."""
-        learning = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        return {name: value.detach().cpu().contiguous() for name, value in learning.items()}
+        return on_cpu({name: value for name, value in self.model.named_parameters() if value.requires_grad})
 
     @torch.no_grad()
     def put_back(self, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -228,14 +228,9 @@ class Writer:
 
     def digest(self) -> str:
         """Hash all weights, as they were before any training, and what its tokenizer makes of a text."""
-        digest = hashlib.blake2b(
-            f"{self.processor.fingerprint} {self.tokenizer.chat_template}".encode(), digest_size=8
-        )
-        for name, value in sorted(self.model.state_dict().items()):
-            tensor = self._first.get(name, value)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        facts = f"{self.processor.fingerprint} {self.tokenizer.chat_template}"
+        weights = {name: self._first.get(name, value) for name, value in self.model.state_dict().items()}
+        return hash_weights(hashlib.blake2b(facts.encode(), digest_size=8), weights)
 
 
 WRITER_TRAININGS = ("full", "lora")

@@ -16,10 +16,7 @@ class LevelCallbackHandler(CallbackHandler):
     """Tell callbacks of one training although the `Trainer` trains once per level."""
 
     def __init__(self, handler: CallbackHandler) -> None:
-        super().__init__(
-            handler.callbacks, handler.model, handler.processing_class, handler.optimizer, handler.lr_scheduler
-        )
-        self.eval_dataloader = handler.eval_dataloader  # which the parent's constructor sets to none
+        self.__dict__.update(vars(handler))
         self.in_level = False
         self._is_member = False
         self._known: list[TrainerCallback] = []
@@ -32,21 +29,9 @@ class LevelCallbackHandler(CallbackHandler):
         key = (event, self.in_level)
         if key not in self._concerned:
             self._concerned[key] = [callback for callback in self._known if self._concerns(event, callback)]
-        for callback in self._concerned[key]:
-            result = getattr(callback, event)(
-                args,
-                state,
-                control,
-                model=self.model,
-                processing_class=self.processing_class,
-                optimizer=self.optimizer,
-                lr_scheduler=self.lr_scheduler,
-                train_dataloader=self.train_dataloader,
-                eval_dataloader=self.eval_dataloader,
-                **kwargs,
-            )
-            control = control if result is None else result
-        return control
+        concerned = copy.copy(self)
+        concerned.callbacks = self._concerned[key]
+        return super(LevelCallbackHandler, concerned).call_event(event, args, state, control, **kwargs)
 
     def silent(self) -> LevelCallbackHandler:
         """Give a handler that tells nobody, for what is no part of the story."""
@@ -64,14 +49,11 @@ class LevelCallbackHandler(CallbackHandler):
         # The parent sends both once per level, and the trainer once for all of them: bars want the former, trackers,
         # which would begin another run, the latter.
         if event in ("on_train_begin", "on_train_end"):
-            return self.in_level if _draws_bars(callback) else not (self.in_level or self._is_member)
+            draws_bars = any(kind.__name__ in _PER_LEVEL for kind in type(callback).__mro__)
+            return self.in_level if draws_bars else not (self.in_level or self._is_member)
         # The events of levels are ours: most callbacks do not know them. Most do nothing at most others either, which
         # counts where a step takes a tenth of a millisecond.
         if event == "on_log" and self._is_member and not self.in_level:
             return False  # its own summary
         method = getattr(callback, event, None)
         return method is not None and getattr(method, "__func__", method) is not getattr(TrainerCallback, event, None)
-
-
-def _draws_bars(callback: TrainerCallback) -> bool:
-    return any(kind.__name__ in _PER_LEVEL for kind in type(callback).__mro__)

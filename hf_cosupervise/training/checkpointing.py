@@ -10,6 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from accelerate.logging import get_logger
@@ -20,7 +21,6 @@ from transformers import PreTrainedModel
 from ..files import explain_full_disk, file_digest, is_as_written, read_json, write_json
 from ..processes import Processes
 from .run_folder import DIGESTS
-from .states import fits, moments_fit, states_of
 
 logger = get_logger(__name__)
 
@@ -31,6 +31,9 @@ _READ = (".bin", ".json", ".pt", ".pth", ".safetensors")
 _NO_TENSORS = (UnpicklingError, SafetensorError)
 # What the parent raises for a file of another form, and nowhere else while it reads one.
 _FOREIGN = (AttributeError, EOFError, LookupError, OverflowError, RuntimeError, TypeError, ValueError, *_NO_TENSORS)
+
+# Of an optimizer's state, what has the shape of its weight.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def seal_checkpoint(folder: Path, story: Mapping[str, Any]) -> None:
@@ -132,13 +135,45 @@ def explained(load: Callable[[Any, str | None], None]) -> Callable[[Any, str | N
         if checkpoint is None or trainer._is_sharded:
             load(trainer, checkpoint)
             return
-        own = states_of(trainer)
+        own = _states_of(trainer)
         with explain_checkpoint(checkpoint, _FOREIGN):
             load(trainer, checkpoint)
-            if not fits(own, states_of(trainer)) or not moments_fit(trainer.optimizer):
+            if not _fits(own, _states_of(trainer)) or not _moments_fit(trainer.optimizer):
                 raise TypeError("the state of something else")
 
     return read
+
+
+def _states_of(trainer: Any) -> list[Any]:
+    """What a schedule, a scaler and the groups of an optimizer hold beside moments."""
+    held = trainer.lr_scheduler, trainer.accelerator.scaler, trainer.optimizer
+    states = [None if holder is None else holder.state_dict() for holder in held]
+    return [*states[:2], None if states[2] is None else states[2]["param_groups"]]
+
+
+def _fits(own: Any, other: Any) -> bool:
+    """Whether a state has the form of another; torch takes over whatever it is given."""
+    if own is None or other is None:
+        return True
+    if isinstance(own, Mapping):
+        return isinstance(other, Mapping) and all(key in other and _fits(own[key], other[key]) for key in own)
+    if isinstance(own, list | tuple):
+        is_list = isinstance(other, list | tuple) and (not own or len(own) == len(other))
+        return is_list and all(map(_fits, own, other))
+    if isinstance(own, int | float | torch.Tensor):
+        return isinstance(other, int | float | torch.Tensor) and np.shape(own) == np.shape(other)
+    return type(own) is type(other)
+
+
+def _moments_fit(optimizer: Any) -> bool:
+    """Whether what an optimizer remembers of each weight has the shape of that weight."""
+    weights = [] if optimizer is None else [weight for group in optimizer.param_groups for weight in group["params"]]
+    return all(
+        isinstance(moment, torch.Tensor) and moment.shape == weight.shape
+        for weight in weights
+        for name, moment in optimizer.state.get(weight, {}).items()
+        if name in _MOMENTS and moment is not None
+    )
 
 
 # ── weights ─────────────────────────────────────────────────────────────────────────────────────────────────────────

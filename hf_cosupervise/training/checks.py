@@ -189,20 +189,17 @@ def check_levels(pool: PseudolabelPool, args: CoSupervisedConfig, has_own_assign
 
 
 def _check_assignment(pool: PseudolabelPool, args: CoSupervisedConfig, level: int, method: str) -> None:
-    teachers = pool.hierarchy.levels[level]
-    if (
-        method in ("scope", "oracle_scope")
-        and len(teachers) > 1
-        and all(teacher.scope is None for teacher in teachers)
-    ):
+    teachers, by_scope = pool.hierarchy.levels[level], method in ("scope", "oracle_scope")
+    names = [teacher.name for teacher in teachers]
+    if by_scope and len(teachers) > 1 and all(teacher.scope is None for teacher in teachers):
         raise ValueError(
-            f"Assignment {method!r} at level {level} needs teachers with a `scope`, got none among "
-            f"{[teacher.name for teacher in teachers]}. Give them scopes, or use 'agreement'."
+            f"Assignment {method!r} at level {level} needs teachers with a `scope`, got none among {names}. Give them "
+            "scopes, or use 'agreement'."
         )
-    if method in ("scope", "oracle_scope") and not pool.hierarchy.has_distinct_scopes(level):
+    if by_scope and not pool.hierarchy.has_distinct_scopes(level):
         raise ValueError(
             f"Assignment {method!r} at level {level} needs teachers with different scopes, got the same one for all "
-            f"of {[teacher.name for teacher in teachers]}. Use 'agreement'."
+            f"of {names}. Use 'agreement'."
         )
     if method in ("metadata", "oracle_domain"):
         column = ORACLE_DOMAIN if method == "oracle_domain" else args.metadata_column
@@ -225,11 +222,8 @@ def match_inputs(
 ) -> Dataset:
     """Give the inputs alone, in the order of the pool; a label column stays behind."""
     dataset = pool.inputs if train_dataset is None else train_dataset
-    if (
-        dataset is None
-        or train_dataset is None
-        and not set(dataset.column_names) - {"id", ORACLE_LABEL, ORACLE_DOMAIN}
-    ):
+    no_inputs = {"id", ORACLE_LABEL, ORACLE_DOMAIN}
+    if dataset is None or train_dataset is None and no_inputs.issuperset(dataset.column_names):
         raise ValueError("`train_dataset` is needed: the pool holds no inputs. Give the data that it was built from.")
     name = name_columns(input_column)
     if name is None and (train_dataset is None or parts_of(dataset, pool.input_column)):

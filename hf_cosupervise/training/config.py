@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from numbers import Integral, Real
 from typing import Annotated, Any, get_type_hints
 
@@ -45,10 +45,6 @@ REJECTIONS = (
     "vote_entropy",
     "confidence_window",
 )
-METHODS = ("csl", "committee")
-STUDENT_TRAININGS = ("probe", "lora", "full")
-HEAD_SOLVERS = ("steps", "ridge")
-FEATURES_DTYPES = ("float32", "float16")
 # What a number must be, in words and as a test, and the fields that hold one.
 _NUMBERS: Numbers = (
     (
@@ -85,6 +81,13 @@ _INHERITED: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 
 
+def _option(default: Any, help: str) -> Any:
+    """A field with what it is for, and with a list or dictionary of its own for each configuration."""
+    if isinstance(default, list | dict):
+        return field(default_factory=partial(copy.copy, default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class CoSupervisedConfig(TrainingArguments):
     """Configure [`CoSupervisedTrainer`].
@@ -101,209 +104,155 @@ class CoSupervisedConfig(TrainingArguments):
     """
 
     # Defaults of the parent that do not suit the method
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of each level."})
-    num_train_epochs: float = field(
-        default=20.0, metadata={"help": "Epochs per level over the whole pool; divided by the level's keep rate."}
-    )
-    per_device_train_batch_size: int = field(default=100, metadata={"help": "Batch size per device in training."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Batch size per device without gradients."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of each level."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Largest norm of the gradient; 0 for no clipping."})
-    hub_strategy: str = field(
-        default="end", metadata={"help": "When to push: at the 'end', or at 'every_save', which is after every level."}
-    )
-    save_strategy: str = field(
-        default="no", metadata={"help": "When to save checkpoints within a level. Finished levels are always kept."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "The collator needs the raw columns, so this stays False."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for parameters without gradient in each step; frozen ones need none."}
+    learning_rate: float = _option(1e-3, "Peak learning rate of each level.")
+    num_train_epochs: float = _option(20.0, "Epochs per level over the whole pool; divided by the level's keep rate.")
+    per_device_train_batch_size: int = _option(100, "Batch size per device in training.")
+    per_device_eval_batch_size: int = _option(64, "Batch size per device without gradients.")
+    lr_scheduler_type: str = _option("cosine", "Schedule of each level.")
+    max_grad_norm: float = _option(0.0, "Largest norm of the gradient; 0 for no clipping.")
+    hub_strategy: str = _option("end", "When to push: at the 'end', or at 'every_save', which is after every level.")
+    save_strategy: str = _option("no", "When to save checkpoints within a level. Finished levels are always kept.")
+    remove_unused_columns: bool = _option(False, "The collator needs the raw columns, so this stays False.")
+    ddp_find_unused_parameters: bool | None = _option(
+        False, "Search for parameters without gradient in each step; frozen ones need none."
     )
 
     # The student
-    student_revision: Annotated[str | None, _NEUTRAL] = field(
-        default=None, metadata={"help": "Branch, tag or commit of a student that is named by its Hub id."}
+    student_revision: Annotated[str | None, _NEUTRAL] = _option(
+        None, "Branch, tag or commit of a student that is named by its Hub id."
     )
-    student_training: str = field(
-        default="probe",
-        metadata={"help": "What is trained: 'probe' (a head on the frozen backbone), 'lora' (adapters) or 'full'."},
+    student_training: str = _option(
+        "probe", "What is trained: 'probe' (a head on the frozen backbone), 'lora' (adapters) or 'full'."
     )
-    pooling: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the linear head of a text student reads: 'mean' of the tokens, 'cls' (the first) or 'last'. "
-            "Default: the head of its architecture."
-        },
+    pooling: str | None = _option(
+        None,
+        "What the linear head of a text student reads: 'mean' of the tokens, 'cls' (the first) or 'last'. Default: "
+        "the head of its architecture.",
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank of the LoRA adapters."})
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapters."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the LoRA adapters, 0 to 1."})
-    lora_target_modules: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Names of the modules that get adapters. Empty: every linear layer of the backbone."},
+    lora_r: int = _option(8, "Rank of the LoRA adapters.")
+    lora_alpha: int = _option(16, "Scale of the LoRA adapters.")
+    lora_dropout: float = _option(0.0, "Dropout of the LoRA adapters, 0 to 1.")
+    lora_target_modules: list[str] = _option(
+        [], "Names of the modules that get adapters. Empty: every linear layer of the backbone."
     )
-    warm_start: bool = field(
-        default=False, metadata={"help": "Let each level go on from the student before, not from a fresh head."}
-    )
+    warm_start: bool = _option(False, "Let each level go on from the student before, not from a fresh head.")
 
     # One student, or several as one
-    method: str = field(
-        default="csl",
-        metadata={
-            "help": "'csl' (co-supervision as published) or 'committee' (several students on one frozen backbone, "
-            "each trained in another way, averaged into one linear head)."
-        },
+    method: str = _option(
+        "csl",
+        "'csl' (co-supervision as published) or 'committee' (several students on one frozen backbone, each trained "
+        "in another way, averaged into one linear head).",
     )
-    members: list[str] = field(
-        default_factory=lambda: list(DEFAULT_MEMBERS),
-        metadata={"help": f"What a committee is made of: some of {', '.join(MEMBERS)}."},
-    )
+    members: list[str] = _option(list(DEFAULT_MEMBERS), f"What a committee is made of: some of {', '.join(MEMBERS)}.")
 
     # Assignment: which teacher speaks for which example
-    assignment: Annotated[list[str], _NOT_FOR_CEILING] = field(
-        default_factory=lambda: ["auto"],
-        metadata={
-            "help": "How a level chooses its teachers: scope, agreement, metadata, ensemble, or for analysis "
-            "random, oracle_scope, oracle_domain, oracle_loss; auto: scope where scopes tell its teachers apart, else "
-            "agreement, and ensemble at a root of several. One for all levels, or one per level from the root."
-        },
+    assignment: Annotated[list[str], _NOT_FOR_CEILING] = _option(
+        ["auto"],
+        "How a level chooses its teachers: scope, agreement, metadata, ensemble, or for analysis random, "
+        "oracle_scope, oracle_domain, oracle_loss; auto: scope where scopes tell its teachers apart, else agreement, "
+        "and ensemble at a root of several. One for all levels, or one per level from the root.",
     )
-    agreement_rule: Annotated[str, _NOT_FOR_CEILING] = field(
-        default="ce_teacher_student", metadata={"help": f"Distance from teacher to student: one of {AGREEMENT_RULES}."}
+    agreement_rule: Annotated[str, _NOT_FOR_CEILING] = _option(
+        "ce_teacher_student", f"Distance from teacher to student: one of {AGREEMENT_RULES}."
     )
-    agreement_min_prob: Annotated[float, _NOT_FOR_CEILING] = field(
-        default=1e-6, metadata={"help": "Lowest probability inside the logarithms of the agreement rules, 0 to 1."}
+    agreement_min_prob: Annotated[float, _NOT_FOR_CEILING] = _option(
+        1e-6, "Lowest probability inside the logarithms of the agreement rules, 0 to 1."
     )
-    agreement_neighbors: Annotated[int, _NOT_FOR_CEILING] = field(
-        default=0,
-        metadata={
-            "help": "Average each teacher's agreement over this many nearest examples in the backbone's features, for "
-            "a linear head on a frozen backbone; 0: each example alone. 10 is a good value."
-        },
+    agreement_neighbors: Annotated[int, _NOT_FOR_CEILING] = _option(
+        0,
+        "Average each teacher's agreement over this many nearest examples in the backbone's features, for a linear "
+        "head on a frozen backbone; 0: each example alone. 10 is a good value.",
     )
-    metadata_column: Annotated[str | None, _NOT_FOR_CEILING] = field(
-        default=None, metadata={"help": "Column of the pool that tells each example's domain, for 'metadata'."}
+    metadata_column: Annotated[str | None, _NOT_FOR_CEILING] = _option(
+        None, "Column of the pool that tells each example's domain, for 'metadata'."
     )
-    rounds_per_level: Annotated[int, _NOT_FOR_CEILING] = field(
-        default=1, metadata={"help": "How often a level below the root assigns, rejects and trains, at least 1."}
+    rounds_per_level: Annotated[int, _NOT_FOR_CEILING] = _option(
+        1, "How often a level below the root assigns, rejects and trains, at least 1."
     )
 
     # Rejection: which pseudolabels are trained on
-    rejection: Annotated[list[str], _NOT_FOR_CEILING] = field(
-        default_factory=lambda: ["top_k"],
-        metadata={
-            "help": "'none', or what an example must pass to be kept: top_k, parent_topk, parent_confident, "
-            "student_entropy, vote_entropy, confidence_window."
-        },
+    rejection: Annotated[list[str], _NOT_FOR_CEILING] = _option(
+        ["top_k"],
+        "'none', or what an example must pass to be kept: top_k, parent_topk, parent_confident, student_entropy, "
+        "vote_entropy, confidence_window.",
     )
-    rejection_k: Annotated[int | None, _NOT_FOR_CEILING] = field(
-        default=None, metadata={"help": "k of top_k and parent_topk, below the number of labels. Default min(3, C-1)."}
+    rejection_k: Annotated[int | None, _NOT_FOR_CEILING] = _option(
+        None, "k of top_k and parent_topk, below the number of labels. Default min(3, C-1)."
     )
-    rejection_rule: Annotated[str, _NOT_FOR_CEILING] = field(
-        default="loss_rank",
-        metadata={"help": "'loss_rank' keeps as many examples as agree, those of lowest loss; 'agreement_set' those."},
+    rejection_rule: Annotated[str, _NOT_FOR_CEILING] = _option(
+        "loss_rank", "'loss_rank' keeps as many examples as agree, those of lowest loss; 'agreement_set' those."
     )
 
-    rejection_share: Annotated[float, _NOT_FOR_CEILING] = field(
-        default=0.5, metadata={"help": "Share of the examples that student_entropy keeps, above 0 to 1."}
+    rejection_share: Annotated[float, _NOT_FOR_CEILING] = _option(
+        0.5, "Share of the examples that student_entropy keeps, above 0 to 1."
     )
-    rejection_window: Annotated[list[float], _NOT_FOR_CEILING] = field(
-        default_factory=lambda: [0.5, 1.0],
-        metadata={"help": "Lowest and highest confidence of a pseudolabel that confidence_window keeps."},
+    rejection_window: Annotated[list[float], _NOT_FOR_CEILING] = _option(
+        [0.5, 1.0], "Lowest and highest confidence of a pseudolabel that confidence_window keeps."
     )
-    relabel_above: Annotated[float | None, _NOT_FOR_CEILING] = field(
-        default=None,
-        metadata={
-            "help": "A rejected example is trained on with the student's own label where the student is at least this "
-            "sure of it, 0 to 1. Default: rejected examples stay out."
-        },
+    relabel_above: Annotated[float | None, _NOT_FOR_CEILING] = _option(
+        None,
+        "A rejected example is trained on with the student's own label where the student is at least this sure of "
+        "it, 0 to 1. Default: rejected examples stay out.",
     )
 
     # Training
-    pseudolabels: Annotated[str, _NOT_FOR_CEILING] = field(
-        default="soft",
-        metadata={
-            "help": "Train on 'soft' or 'hard' pseudolabels. A hard one is the label that its teacher put first: of "
-            "labels that are tied, as by a shared majority, the lowest, as by the `argmax` of the paper's code."
-        },
+    pseudolabels: Annotated[str, _NOT_FOR_CEILING] = _option(
+        "soft",
+        "Train on 'soft' or 'hard' pseudolabels. A hard one is the label that its teacher put first: of labels that "
+        "are tied, as by a shared majority, the lowest, as by the `argmax` of the paper's code.",
     )
-    loss: str = field(
-        default="cross_entropy",
-        metadata={
-            "help": "What is minimized: cross_entropy, kl_divergence, reverse_kl, confidence, product, adapt_conf, "
-            "generalized_cross_entropy, early_learning_regularization or evidential."
-        },
+    loss: str = _option(
+        "cross_entropy",
+        "What is minimized: cross_entropy, kl_divergence, reverse_kl, confidence, product, adapt_conf, "
+        "generalized_cross_entropy, early_learning_regularization or evidential.",
     )
-    loss_kwargs: dict = field(
-        default_factory=dict, metadata={"help": "Parameters of the loss by name, such as q or temperature."}
+    loss_kwargs: dict = _option({}, "Parameters of the loss by name, such as q or temperature.")
+    weight_column: str | None = _option(
+        None, "Column of the pool with a weight for each example's loss, at least 0; 1 each by default."
     )
-    weight_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the pool with a weight for each example's loss, at least 0; 1 each by default."},
+    teacher_neighbors: Annotated[int, _NOT_FOR_CEILING] = _option(
+        0,
+        "Average each teacher's probabilities over this many nearest examples in the backbone's features, for a "
+        "linear head on a frozen backbone; 0: each example alone.",
     )
-    teacher_neighbors: Annotated[int, _NOT_FOR_CEILING] = field(
-        default=0,
-        metadata={
-            "help": "Average each teacher's probabilities over this many nearest examples in the backbone's features, "
-            "for a linear head on a frozen backbone; 0: each example alone."
-        },
+    cross_fit_folds: Annotated[int, _NOT_FOR_CEILING] = _option(
+        0,
+        "Let heads that were not trained on an example choose its teacher and judge its pseudolabel: one more head "
+        "per fold and level, for a linear head on a frozen backbone; 0: the student itself.",
     )
-    cross_fit_folds: Annotated[int, _NOT_FOR_CEILING] = field(
-        default=0,
-        metadata={
-            "help": "Let heads that were not trained on an example choose its teacher and judge its pseudolabel: one "
-            "more head per fold and level, for a linear head on a frozen backbone; 0: the student itself."
-        },
+    self_training_rounds: Annotated[int, _NOT_FOR_CEILING] = _option(
+        0,
+        "How often, after the last level, the student is trained on own labels as well, of examples that no teacher "
+        "answered or that were rejected; at most, and 0: not at all. 5 is a good value.",
     )
-    self_training_rounds: Annotated[int, _NOT_FOR_CEILING] = field(
-        default=0,
-        metadata={
-            "help": "How often, after the last level, the student is trained on own labels as well, of examples "
-            "that no teacher answered or that were rejected; at most, and 0: not at all. 5 is a good value."
-        },
+    fit_head_on_features: bool = _option(
+        True, "Fit a linear head on features kept on disk, without running the backbone in every step."
     )
-    fit_head_on_features: bool = field(
-        default=True,
-        metadata={"help": "Fit a linear head on features kept on disk, without running the backbone in every step."},
+    features_dir: Annotated[str | None, _LOCAL] = _option(
+        None, "Where features are kept, to share them between runs. Default: in the run."
     )
-    features_dir: Annotated[str | None, _LOCAL] = field(
-        default=None, metadata={"help": "Where features are kept, to share them between runs. Default: in the run."}
+    features_dtype: str = _option("float32", "How features are kept: 'float32', or 'float16' for half the space.")
+    head_solver: str = _option(
+        "steps", "How a probe's head is fitted: 'steps' of `optim`, or 'ridge' (at once, in closed form)."
     )
-    features_dtype: str = field(
-        default="float32", metadata={"help": "How features are kept: 'float32', or 'float16' for half the space."}
-    )
-    head_solver: str = field(
-        default="steps",
-        metadata={"help": "How a probe's head is fitted: 'steps' of `optim`, or 'ridge' (at once, in closed form)."},
-    )
-    standardize_features: bool = field(
-        default=False,
-        metadata={
-            "help": "Fit a head by steps on features less their mean, with a mean square of 1. The head that comes "
-            "out is one of the features as they are."
-        },
+    standardize_features: bool = _option(
+        False,
+        "Fit a head by steps on features less their mean, with a mean square of 1. The head that comes out is one of "
+        "the features as they are.",
     )
     # With None, or the parser of the command line would take numbers alone, and fail on the default.
-    ridge_alpha: float | str | None = field(
-        default="auto",
-        metadata={
-            "help": "Penalty of 'ridge', above 0, relative to the mean variance of a feature; 'auto': found at each "
-            "level, by leave-one-out on the pseudolabels."
-        },
+    ridge_alpha: float | str | None = _option(
+        "auto",
+        "Penalty of 'ridge', above 0, relative to the mean variance of a feature; 'auto': found at each level, by "
+        "leave-one-out on the pseudolabels.",
     )
-    ridge_logit_scale: float = field(
-        default=10.0, metadata={"help": "Scale of the logits of 'ridge', above 0: its predictions lie near 0..1."}
-    )
+    ridge_logit_scale: float = _option(10.0, "Scale of the logits of 'ridge', above 0: its predictions lie near 0..1.")
 
     # Evaluation
-    metric: Annotated[str, _NEUTRAL] = field(
-        default="accuracy",
-        metadata={
-            "help": "What is measured on labelled examples, and recovered by PGR: accuracy, balanced_accuracy, f1 (of "
-            "label 1 of two), macro_f1, weighted_f1, mcc or worst_class_accuracy."
-        },
+    metric: Annotated[str, _NEUTRAL] = _option(
+        "accuracy",
+        "What is measured on labelled examples, and recovered by PGR: accuracy, balanced_accuracy, f1 (of label 1 of "
+        "two), macro_f1, weighted_f1, mcc or worst_class_accuracy.",
     )
 
     def __post_init__(self) -> None:
@@ -364,16 +313,16 @@ class CoSupervisedConfig(TrainingArguments):
             if not isinstance(value := getattr(self, name), str | None):
                 raise ValueError(f"`{name}` must be a name, got {value!r}. Put it in quotes, or leave it out.")
         for name, known in (
-            ("student_training", STUDENT_TRAININGS),
+            ("student_training", ("probe", "lora", "full")),
             ("assignment", ASSIGNMENTS),
             ("agreement_rule", AGREEMENT_RULES),
             ("rejection", REJECTIONS),
             ("rejection_rule", SELECTION_RULES),
             ("pseudolabels", ("soft", "hard")),
-            ("features_dtype", FEATURES_DTYPES),
-            ("method", METHODS),
+            ("features_dtype", ("float32", "float16")),
+            ("method", ("csl", "committee")),
             ("members", tuple(MEMBERS)),
-            ("head_solver", HEAD_SOLVERS),
+            ("head_solver", ("steps", "ridge")),
             ("pooling", (None, *POOLINGS)),
             ("metric", tuple(METRICS)),
         ):

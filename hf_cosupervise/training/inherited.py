@@ -139,7 +139,18 @@ def check_read(args: TrainingArguments) -> None:
     if unknown := [name for name in args.report_to if name not in INTEGRATION_TO_CALLBACK]:
         known = sorted(INTEGRATION_TO_CALLBACK)
         raise ValueError(f"`report_to` must name trackers, {known}, got {unknown[0]!r}. Correct the name.")
-    _check_schedule(args)
+    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        return  # wait for evaluations, which the parent asks for
+    # Made once for nothing: what a schedule lacks or does not take shows before any work. Any optimizer will do.
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    own = dict(args.lr_scheduler_kwargs or {})
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=own)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`lr_scheduler_kwargs` must be what `lr_scheduler_type` '{args.lr_scheduler_type.value}' takes, got "
+            f"{args.lr_scheduler_kwargs}: {error}."
+        ) from error
 
 
 def check_amounts(args: TrainingArguments) -> None:
@@ -169,24 +180,3 @@ def check_together(args: TrainingArguments, model: torch.nn.Module, has_own_metr
     except (ImportError, ValueError) as error:  # names the package that is missing, or the argument
         error.add_note(f"`optim` '{args.optim}' cannot be had. Install what it needs, or choose another.")
         raise
-
-
-def _check_schedule(args: TrainingArguments) -> None:
-    """Make the schedule once for nothing: what it lacks or does not take shows before any work."""
-    if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        return  # wait for evaluations, which the parent asks for
-    # Any optimizer will do: only the schedule's own arguments are tried.
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    try:
-        get_scheduler(
-            args.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=1,
-            num_training_steps=10,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`lr_scheduler_kwargs` must be what `lr_scheduler_type` '{args.lr_scheduler_type.value}' takes, got "
-            f"{args.lr_scheduler_kwargs}: {error}."
-        ) from error

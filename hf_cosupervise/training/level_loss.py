@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from ..method.linear_head import SparseTargets
 from ..method.losses import LossAndGradient, LossFunction, soft_cross_entropy, sparse_soft_cross_entropy
 from ..method.published_losses import EarlyLearningRegularization, choose_loss, weigh_loss
 from ..pool.pseudolabels import PseudolabelPool
-from ..processes import Processes
+from ..processes import CHUNK_ROWS, Processes
 from .collator import TARGETS
 from .config import CoSupervisedConfig
 from .plan import LevelPlan
-from .targets import level_targets, look_up
+
+# Pseudolabels of a level are decoded once where they fit in this many bytes, else batch by batch.
+_MAX_DECODED_BYTES = 2**30
 
 
 class LevelLoss:
@@ -42,7 +45,9 @@ class LevelLoss:
         self.forget()
         # Losses other than the cross-entropy are given all labels.
         is_plain = self._own is None and not needs_all_labels
-        self.pseudolabels = level_targets(pool, plan, args.pseudolabels == "hard", may_be_sparse=is_plain)
+        # A partial of a plain function, which workers of any start method can pickle; no method of an object.
+        form = args.pseudolabels == "hard", is_plain and _pays_sparse(pool, plan)
+        self.pseudolabels: Callable[[np.ndarray], Any] = partial(_pseudolabels, pool, plan, *form)
         # float64: a sum in float32 would lose the small losses at the end of a long level.
         self.total, self.count = torch.zeros((), dtype=torch.float64), 0  # of the steps so far
         self._micro_losses: list[torch.Tensor] = []  # of the step in training
@@ -90,7 +95,7 @@ class LevelLoss:
         return probs * (1 - share) + share / self._num_labels if share else probs
 
     def lookup(self, kept: np.ndarray, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor | SparseTargets]:
-        """Give smoothed pseudolabels by row, see [`look_up`]."""
+        """Give smoothed pseudolabels by row: decoded once where all fit in memory, else batch by batch."""
 
         def read(rows: np.ndarray) -> tuple[torch.Tensor, ...]:
             targets = self.pseudolabels(rows)
@@ -98,7 +103,16 @@ class LevelLoss:
             tensors = [torch.from_numpy(array).to(device) for array in arrays]
             return tuple(self.smooth(values) if values.is_floating_point() else values for values in tensors)
 
-        return look_up(read, kept, self._num_examples)
+        # One row tells how large all would be, sparse or dense.
+        first = read(kept[:1])
+        if self._num_examples * sum(values.nbytes for values in first) > _MAX_DECODED_BYTES:
+            return lambda rows: _as_targets(read(rows.cpu().numpy()))
+        # Rows that are not kept have a place too, so that a row of the pool is found without a second index.
+        table = [values.new_zeros(self._num_examples, *values.shape[1:]) for values in first]
+        for part in np.array_split(kept, max(len(kept) // CHUNK_ROWS, 1)):
+            for values, wanted in zip(table, read(part)):
+                values[torch.from_numpy(part).to(values.device)] = wanted
+        return lambda rows: _as_targets(tuple(values.index_select(0, rows) for values in table))
 
     # --- all steps so far --------------------------------------------------------------------------------------------
 
@@ -160,3 +174,26 @@ def _share_memory(
         return call
 
     return sharing(pair[0]), sharing(pair[1])
+
+
+def _pseudolabels(pool: PseudolabelPool, plan: LevelPlan, hard: bool, is_sparse: bool, rows: np.ndarray) -> Any:
+    """Give what is trained on, where it is sparse without the labels that the teachers left out."""
+    if is_sparse:
+        return pool.sparse_pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+    probs = pool.pseudolabels(plan.assigned_teacher[rows], rows, hard=hard)
+    if plan.relabelled is not None:
+        own = plan.relabelled[rows]  # the student's own label, -1 where the teacher's stays
+        probs[own >= 0] = np.eye(probs.shape[1], dtype=np.float32)[own[own >= 0]]
+    return probs
+
+
+def _pays_sparse(pool: PseudolabelPool, plan: LevelPlan) -> bool:
+    """Tell whether rows of k labels are cheaper than rows of all; an ensemble has no stored rows."""
+    num_teachers = len(pool.hierarchy.teachers)
+    k = pool.label_ids(pool.hierarchy.names[0]).shape[1]
+    is_narrow = pool.has_one_k and 4 * k <= pool.hierarchy.num_labels
+    return is_narrow and plan.relabelled is None and bool((plan.assigned_teacher < num_teachers).all())
+
+
+def _as_targets(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor | SparseTargets:
+    return tensors[0] if len(tensors) == 1 else SparseTargets(*tensors)

@@ -12,17 +12,10 @@ _STEPS = {"standardize_features": True}
 
 @dataclass(frozen=True)
 class Member:
-    """One way to train a student.
+    """One way to train a student."""
 
-    Args:
-        arguments (`Mapping[str, Any]`):
-            Fields of [`CoSupervisedConfig`] in which it differs from the committee's own.
-        aggregator (`str`, *optional*):
-            Makes one pseudolabel of what all teachers say, see [`aggregated_pool`]; without one the member goes down
-            the hierarchy.
-    """
-
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # which differ from the committee's own
+    # Makes one pseudolabel of what all teachers say, see [`aggregated_pool`]; without, it goes down the hierarchy.
     aggregator: str | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from ..method.metrics import accuracy, oracle_selection
 from ..method.rejection import select_by_loss_rank, select_consistent
 from ..pool.pseudolabels import PseudolabelPool
 from ..processes import row_chunks
+from ..students.student import Student
 from .config import CoSupervisedConfig
 from .plan_rules import (
     AssignFunction,
@@ -28,20 +29,6 @@ from .plan_rules import (
     judge,
     level_assignment,
 )
-
-
-class AskedStudent(Protocol):
-    """What planning wants of a student: its opinion of each example, and which examples are alike to it."""
-
-    @property
-    def readable(self) -> np.ndarray:
-        """Which examples it can read, `(num_examples,)`."""
-
-    def judge_examples(self) -> StudentChunks:
-        """Stream this process's share of its log-probabilities."""
-
-    def nearest(self, k: int) -> torch.Tensor:
-        """Give the `k` nearest neighbours of each example."""
 
 
 @dataclass
@@ -134,32 +121,18 @@ def plan_by_student(
     level: int,
     args: CoSupervisedConfig,
     previous: np.ndarray,
-    student: AskedStudent,
+    student: Student,
     sum_over_processes: Callable[[np.ndarray], np.ndarray],
-    *,
-    round: int = 0,
-    assign_func: AssignFunction | None = None,
-    keep_func: KeepFunction | None = None,
+    **options: Any,
 ) -> LevelPlan:
     """Plan a level below the root: ask the student, and where it is wanted the neighbours of each example too."""
-    chosen = None
     is_by_agreement = level_assignment(args, level, pool.hierarchy) == "agreement"
-    if args.agreement_neighbors and assign_func is None and is_by_agreement:
+    if args.agreement_neighbors and options.get("assign_func") is None and is_by_agreement:
         near = student.nearest(args.agreement_neighbors)
         chosen = assign_by_neighbors(pool, level, args, student.judge_examples(), near, sum_over_processes)
-    return plan_level(
-        pool,
-        level,
-        args,
-        previous,
-        student.judge_examples(),
-        round=round,
-        chosen=chosen,
-        assign_func=assign_func,
-        keep_func=keep_func,
-        sum_over_processes=sum_over_processes,
-        readable=student.readable,
-    )
+        options["chosen"] = chosen
+    options |= {"sum_over_processes": sum_over_processes, "readable": student.readable}
+    return plan_level(pool, level, args, previous, student.judge_examples(), **options)
 
 
 def check_predictions(before: str, part: slice, log_probs: torch.Tensor) -> None:

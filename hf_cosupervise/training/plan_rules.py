@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -69,8 +69,10 @@ class LevelAnswers:
     def __init__(self, pool: PseudolabelPool, level: int, rows: slice) -> None:
         self.pool, self.level, self.rows = pool, level, rows
         self.indices = pool.hierarchy.level_indices(level)
-        self._stored: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._decoded: dict[int, np.ndarray] = {}
+        # A pool that lies on disk is read once per teacher and chunk, however many rules ask.
+        fetch = cache(lambda index: pool.stored(pool.hierarchy.names[index], rows))
+        self._fetch, num_labels = fetch, pool.hierarchy.num_labels
+        self._decode = cache(lambda index: decode_top_k(*fetch(index), num_labels))
 
     def __len__(self) -> int:
         return self.rows.stop - self.rows.start
@@ -123,17 +125,6 @@ class LevelAnswers:
                 indices = hierarchy.level_indices(speaker - len(hierarchy.names))
                 probs[here] = mean_probs(self._probs(indices, here), self._who_answered(indices)[here]).numpy()
         return probs
-
-    def _fetch(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        # A pool that lies on disk is read once per teacher and chunk, however many rules ask.
-        if index not in self._stored:
-            self._stored[index] = self.pool.stored(self.pool.hierarchy.names[index], self.rows)
-        return self._stored[index]
-
-    def _decode(self, index: int) -> np.ndarray:
-        if index not in self._decoded:
-            self._decoded[index] = decode_top_k(*self._fetch(index), self.pool.hierarchy.num_labels)
-        return self._decoded[index]
 
     def _first(self, index: int) -> np.ndarray:
         """A teacher's own best label, which is stored first: float16 may have made two of them equal."""
@@ -190,17 +181,13 @@ class PlannedRows:
 
 def assign(answers: LevelAnswers, args: CoSupervisedConfig, log_probs: torch.Tensor | None) -> torch.Tensor:
     """Say who of a level speaks for each row of a chunk, before anybody falls back."""
-    level, indices = answers.level, answers.indices
-    method = level_assignment(args, level, answers.pool.hierarchy)
+    level, hierarchy = answers.level, answers.pool.hierarchy
+    method = level_assignment(args, level, hierarchy)
     # An ensemble is one more voice after all teachers, one for each level.
-    if method == "ensemble" and len(indices) > 1:
-        return torch.where(answers.answered.any(dim=1), len(answers.pool.hierarchy.teachers) + level, NOBODY)
-    if level == 0 and len(indices) > 1:
-        raise ValueError(f"A root level of several teachers needs the assignment 'ensemble', got {method!r}.")
-    if level == 0 or len(indices) == 1 and method == "ensemble":
-        return torch.where(answers.answered[:, 0], indices[0], NOBODY)
-    if log_probs is None:
-        raise ValueError(f"Level {level} is assigned by the student of the level above: give its `student_chunks`.")
+    if method == "ensemble" and len(answers.indices) > 1:
+        return torch.where(answers.answered.any(dim=1), len(hierarchy.teachers) + level, NOBODY)
+    if log_probs is None or method == "ensemble":  # of one, as at the root, where there is no student yet
+        return torch.where(answers.answered[:, 0], answers.indices[0], NOBODY)
     return in_hierarchy(answers, _assign_inside(answers, args, method, log_probs))
 
 
@@ -228,9 +215,7 @@ def _assign_inside(
         return assign_by_domain(_texts(answers, str(args.metadata_column)), domains, answered)
     if method == "oracle_domain":
         return oracle_assign_by_domain(_texts(answers, ORACLE_DOMAIN), domains, answered)
-    if pool.oracle_labels is None:
-        raise ValueError("Oracle assignment needs `oracle_label` in the pool. Build it with `oracle_column`.")
-    oracle_labels = torch.from_numpy(pool.oracle_labels[answers.rows])
+    oracle_labels = torch.from_numpy(np.asarray(pool.oracle_labels)[answers.rows])
     if method == "oracle_scope":
         return oracle_assign_by_scope(oracle_labels, pool.hierarchy.scope_mask(level), answered)
     return oracle_assign_by_loss(oracle_labels, answers.probs, answered)
@@ -338,23 +323,12 @@ def judge(
         rows.vote_entropy = vote_entropy(answers.votes, answers.pool.hierarchy.num_labels).numpy()
     if {"parent_topk", "parent_confident"} & set(args.rejection):
         own, above = (torch.from_numpy(answers.pseudolabels(who.numpy())) for who in (assigned, parent))
-        rows.passes_parent = _passes_parent(args, k, labels, own.max(dim=1).values, parent, above).numpy()
+        passes = torch.ones_like(labels, dtype=torch.bool)
+        if "parent_topk" in args.rejection:
+            passes &= in_top_k(above, labels, k)
+        if "parent_confident" in args.rejection:
+            above_labels = torch.from_numpy(above.numpy().argmax(axis=1))
+            passes &= parent_confident(labels, own.max(dim=1).values, above_labels, above.max(dim=1).values)
+        # Where nobody above has answered there is nothing to contradict.
+        rows.passes_parent = (passes | (parent == NOBODY)).numpy()
     return rows
-
-
-def _passes_parent(
-    args: CoSupervisedConfig,
-    k: int,
-    labels: torch.Tensor,
-    confidence: torch.Tensor,
-    parent: torch.Tensor,
-    parent_probs: torch.Tensor,
-) -> torch.Tensor:
-    """Check local against global; where nobody above has answered there is nothing to contradict."""
-    passes = torch.ones_like(labels, dtype=torch.bool)
-    if "parent_topk" in args.rejection:
-        passes &= in_top_k(parent_probs, labels, k)
-    if "parent_confident" in args.rejection:
-        parent_labels = torch.from_numpy(parent_probs.numpy().argmax(axis=1))
-        passes &= parent_confident(labels, confidence, parent_labels, parent_probs.max(dim=1).values)
-    return passes | (parent == NOBODY)

@@ -35,21 +35,18 @@ def describe_run(student: dict[str, Any], pool: TeacherPool, num_processes: int)
     return {
         "num_processes": num_processes,
         "student": student,
-        "teachers": [describe_teacher(pool, name) for name in pool.hierarchy.names],
+        "teachers": [
+            {
+                "name": teacher.name,
+                "level": teacher.level,
+                "model": pool.published_model(teacher),
+                "revision": teacher.revision,
+                "commit": pool.facts.get(teacher.name, {}).get("commit"),
+            }
+            for teacher in pool.hierarchy.teachers
+        ],
         "pool": {} if pool.repo_id is None else {"repo_id": pool.repo_id, "commit": pool.commit},
         "source": dict(pool.source or {}),
-    }
-
-
-def describe_teacher(pool: TeacherPool, name: str) -> dict[str, Any]:
-    """Tell which weights spoke for a teacher, as cards and histories show it."""
-    teacher = pool.hierarchy.teachers[pool.hierarchy.index(name)]
-    return {
-        "name": name,
-        "level": teacher.level,
-        "model": pool.published_model(teacher),
-        "revision": teacher.revision,
-        "commit": pool.facts.get(name, {}).get("commit"),
     }
 
 
@@ -96,21 +93,18 @@ def push(
     write_card: Callable[[], None],
     processes: Processes,
     *,
-    message: str | None = None,
     blocking: bool = True,
-    revision: str | None = None,
-    token: str | None = None,
     report: Mapping[str, Any] | None = None,
     figure: str | None = None,
+    **options: Any,
 ) -> CommitInfo | Future[CommitInfo] | None:
-    """Publish an exported student in one commit, by the first of all processes."""
+    """Publish an exported student in one commit, by the first of all processes; for `options`, [`push_student`]."""
     story: dict[str, bytes | Path] = {"history.json": history.to_json().encode("utf-8")}
     if report:
         story["report.json"] = (json.dumps(without_nan(report), indent=2) + "\n").encode("utf-8")
     if figure:
         story[figure] = Path(folder, figure)
-    title = message or "Co-supervised student"
-    commit = partial(push_student, folder, repo_id, message=title, story=story, revision=revision, token=token)
+    commit = partial(push_student, folder, repo_id, story=story, **options)
     # A list, since what a function gives back is sent to all processes, and a future cannot be.
     pushed: list[CommitInfo | Future[CommitInfo]] = []
 

@@ -120,7 +120,9 @@ class TrainingRun:
     @contextmanager
     def open(self, settings: Callable[[], Mapping[str, Any]], resume: bool) -> Iterator[Stage | None]:
         """Begin the run, or go on with the one in this folder, and see that nobody else works there meanwhile."""
-        with self._only_one():
+        with ExitStack() as stack:
+            # By the first of all processes; all of them learn that it is taken.
+            self.processes.on_first(lambda: None if stack.enter_context(self.folder.lock()) else None)
             is_there = self._find(resume)  # after the lock, or another process could begin one in between
             self.story, self.plans, self._resuming = self._new_story(), [], resume
             last, facts = None, settings()
@@ -138,13 +140,6 @@ class TrainingRun:
         if not self._is_own:
             self._find(resume=False)
             self._begin(settings())
-
-    @contextmanager
-    def _only_one(self) -> Iterator[None]:
-        """Lock the folder, by the first of all processes; all of them learn that it is taken."""
-        with ExitStack() as stack:
-            self.processes.on_first(lambda: None if stack.enter_context(self.folder.lock()) else None)
-            yield
 
     def _find(self, resume: bool) -> bool:
         """Tell whether a run is in this folder; one that is not gone on with must be this object's own."""
@@ -246,11 +241,7 @@ class TrainingRun:
     def follow(self, other: TrainingRun) -> None:
         """Go on with the steps and logs of another run: those of a committee's members are one story."""
         story = other.story
-
-        def new_story() -> TrainerState:
-            return replace(story, log_history=list(story.log_history))
-
-        self._new_story = new_story
+        self._new_story = lambda: replace(story, log_history=list(story.log_history))
 
     def take_over(self, member: TrainingRun, name: str) -> None:
         """Take the story, the records and what was trained of a finished run as part of this one."""

@@ -109,23 +109,16 @@ class RunFolder:
                 "`output_dir`."
             ) from error
         own = json.loads(json.dumps(without_nan(dict(facts))))
-        versions = [
-            f"{name}: {known.get('versions', {}).get(name)!r} -> {value!r}"
-            for name, value in own.pop("versions", {}).items()
-            if known.get("versions", {}).get(name) != value
-        ]
-        known.pop("versions", None)  # other versions give about the same student: told, not refused
+        # Other versions give about the same student: told, not refused.
+        versions = _tell_differences(known.pop("versions", {}), own.pop("versions", {}))
         self._compare_processes(known, own)
-        different = [
-            f"{place.split('.')[-1]}: {before!r} -> {now!r}" for place, before, now in differences(known, own)
-        ]
-        if different:
+        if different := _tell_differences(known, own):
             raise ValueError(
-                f"The run in '{self.path}' must be gone on with as it was begun, got other settings "
-                f"({'; '.join(different)}). Take them back, or choose another `output_dir`."
+                f"The run in '{self.path}' must be gone on with as it was begun, got other settings ({different}). "
+                "Take them back, or choose another `output_dir`."
             )
         if versions:
-            logger.warning(f"The run in '{self.path}' was begun with other versions ({'; '.join(versions)}).")
+            logger.warning(f"The run in '{self.path}' was begun with other versions ({versions}).")
 
     def _compare_processes(self, known: dict[str, Any], own: dict[str, Any]) -> None:
         """Tell of another number of processes, and take out what depends on it."""
@@ -160,21 +153,20 @@ class RunFolder:
         arrays = {name: getattr(stage.plan, name) for name in _ARRAYS if getattr(stage.plan, name) is not None}
         with whole_file(folder / _PLAN) as path:
             np.savez(path, **arrays)  # type: ignore[arg-type]
-        with whole_file(folder / _STUDENT) as path:
-            save_file(stage.student, path)
-        names = [_PLAN, _STUDENT]
+        tensors = {_STUDENT: stage.student}
         if stage.folds:
-            tensors = {f"{fold}.{name}": value for fold, own in enumerate(stage.folds) for name, value in own.items()}
-            with whole_file(folder / _FOLDS) as path:
-                save_file(tensors, path)
-            names.append(_FOLDS)
+            folds = enumerate(stage.folds)
+            tensors[_FOLDS] = {f"{fold}.{name}": value for fold, own in folds for name, value in own.items()}
+        for name, content in tensors.items():
+            with whole_file(folder / name) as path:
+                save_file(content, path)
         facts = {
             "run": self._mark(),
             "level": stage.plan.level,
             "round": stage.plan.round,
             "record": stage.record,
             "story": stage.story,
-            "files": {name: file_digest(folder / name) for name in names},
+            "files": {name: file_digest(folder / name) for name in (_PLAN, *tensors)},
         }
         # The digest must be of what will be read, and JSON changes keys, tuples and NaN.
         facts = json.loads(json.dumps(without_nan(facts)))
@@ -235,6 +227,11 @@ def pool_digest(pool: PseudolabelPool) -> str:
 def versions() -> dict[str, str]:
     """Tell the versions that a student hangs on."""
     return {"hf_cosupervise": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+
+
+def _tell_differences(known: Any, own: Any) -> str:
+    found = differences(known, own)
+    return "; ".join(f"{place.split('.')[-1]}: {before!r} -> {now!r}" for place, before, now in found)
 
 
 def _json_digest(value: Any) -> str:

@@ -43,7 +43,7 @@ class SelfTraining:
         if not plan.metrics[NUM_ADDED]:
             return "no label was shared by second opinions"
         self._planned[round] = plan
-        before = [record[AGREEMENT] for record in self._records() if AGREEMENT in record]
+        before = [record[AGREEMENT] for record in self.run.history.records if AGREEMENT in record]
         return why_stop(plan.metrics.get(AGREEMENT), max(before, default=None), plan.metrics.get(CHANGE))
 
     def plan(self, round: int) -> LevelPlan:
@@ -75,9 +75,6 @@ class SelfTraining:
         if (oracle_labels := self.pool.oracle_labels) is not None and added.any():
             metrics["oracle_self_training/accuracy"] = accuracy(labels[added], oracle_labels[added])
         return plan
-
-    def _records(self) -> list[dict[str, Any]]:
-        return [record for record in self.run.history.records if record["level"] == self.run.num_levels]
 
     def _ask(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """The student's labels and entropy for all examples, and where all second opinions are the same, if any."""

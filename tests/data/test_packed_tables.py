@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_cosupervise.data import local, packed
+from hf_cosupervise.data import local
 from hf_cosupervise.data.local import load_table
 
 MANY = 400_000
@@ -40,8 +40,8 @@ BOMBS: dict[str, Callable[[], pa.Array]] = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_small_file_that_stands_for_much(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "_MOST_UNPACKED", 1 << 20)
-    monkeypatch.setattr(packed, "_MOST_RATIO", 100)
+    monkeypatch.setattr(local, "_MOST_UNPACKED", 1 << 20)
+    monkeypatch.setattr(local, "_MOST_RATIO", 100)
     monkeypatch.setattr(local.Dataset, "from_parquet", None)  # nothing is unpacked
     path = tmp_path / "data.parquet"
     pq.write_table(pa.table({"text": BOMBS[name]()}), path, compression="zstd")
@@ -50,7 +50,7 @@ def test_a_small_file_that_stands_for_much(name, tmp_path, monkeypatch):
 
 
 def test_real_tables_are_no_bombs(tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "_MOST_UNPACKED", 1 << 20)
+    monkeypatch.setattr(local, "_MOST_UNPACKED", 1 << 20)
     rng = np.random.default_rng(0)
     table = pa.table(
         {

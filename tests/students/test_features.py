@@ -9,8 +9,9 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ from hf_cosupervise.students.head import linear_head
 from hf_cosupervise.students.loading import load_student
 
 LABELS = ["ant", "bee", "cat", "dog"]
+
+
+def as_process(rank: int, count: int, wait: Callable[[], Any]) -> Any:
+    return SimpleNamespace(rank=rank, count=count, wait=wait)
 
 
 class Counter:
@@ -233,8 +238,8 @@ def test_another_tokenizer_is_another_store(bert):
 def test_precision_of_the_forward_pass(vit, tiny_image_dataset):
     dataset = tiny_image_dataset.select(range(8))
     exact = np.array(vit.store().features(dataset, "image", disable_tqdm=True))
-    mixed = vit.store(autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16), precision="bfloat16")
-    features = mixed.features(dataset, "image", disable_tqdm=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = vit.store(precision="bfloat16").features(dataset, "image", disable_tqdm=True)
     assert vit.batches == [8, 8] and features.dtype == np.float32
     np.testing.assert_allclose(features, exact, atol=0.2)
     assert not np.array_equal(features, exact)
@@ -487,13 +492,8 @@ def test_several_processes_share_the_work(tiny_vit, tiny_image_dataset, num_proc
     found: dict[int, np.ndarray] = {}
 
     def work(process: int) -> None:
-        found[process] = np.array(
-            students[process]
-            .store()
-            .features(
-                dataset, "image", batch_size=1, shard=(process, num_processes), wait=barrier.wait, disable_tqdm=True
-            )
-        )
+        store, own = students[process].store(), as_process(process, num_processes, barrier.wait)
+        found[process] = np.array(store.features(dataset, "image", batch_size=1, processes=own, disable_tqdm=True))
 
     threads = [threading.Thread(target=work, args=(process,)) for process in range(num_processes)]
     for thread in threads:
@@ -515,7 +515,8 @@ def test_barriers_stand_around_the_writing(vit, tiny_image_dataset):
     calls: list[str] = []
 
     def features(wait: Callable[[], None], shard: tuple[int, int]) -> None:
-        vit.store().features(tiny_image_dataset.select([0]), "image", shard=shard, wait=wait, disable_tqdm=True)
+        processes = as_process(*shard, wait)
+        vit.store().features(tiny_image_dataset.select([0]), "image", processes=processes, disable_tqdm=True)
 
     with pytest.raises(FileNotFoundError, match="must hold the features of all 1 rows, got none of 1. Give a `fea"):
         features(lambda: calls.append("wait"), (1, 2))  # the other process never wrote what this one needs
@@ -526,7 +527,7 @@ def test_barriers_stand_around_the_writing(vit, tiny_image_dataset):
 
 def test_nothing_of_the_student_changes(vit, tiny_image_dataset):
     before = {name: value.clone() for name, value in vit.model.state_dict().items()}
-    vit.store(autocast=nullcontext).features(tiny_image_dataset.select(range(4)), "image", disable_tqdm=True)
+    vit.store().features(tiny_image_dataset.select(range(4)), "image", disable_tqdm=True)
     after = vit.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not vit.model.training
@@ -1003,13 +1004,15 @@ def test_spoilt_rows_in_order_are_gone_before_anybody_writes(three_shards, vit, 
     vit.store().features(order, "image", disable_tqdm=True)
     (path,) = vit.store().folder.glob("ordered-*/features.npy")
     flip(path, 300)
-    vit.store().features(order, "image", wait=lambda: seen.append(path.exists()), disable_tqdm=True)
+    processes = as_process(0, 1, lambda: seen.append(path.exists()))
+    vit.store().features(order, "image", processes=processes, disable_tqdm=True)
     assert seen == [False, False] and path.exists()
 
 
 def test_neighbours_that_the_first_process_did_not_write(vit, tiny_image_dataset):
     with pytest.raises(FileNotFoundError, match="must hold the neighbours that the first process found, got none. G"):
-        vit.store().neighbors(tiny_image_dataset, "image", torch.from_numpy(draw_features(48)), 5, is_first=False)
+        second = as_process(1, 2, lambda: None)
+        vit.store().neighbors(tiny_image_dataset, "image", torch.from_numpy(draw_features(48)), 5, processes=second)
 
 
 def limited(num_bytes: int) -> Any:

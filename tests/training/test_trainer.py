@@ -986,7 +986,7 @@ def test_sparse_pseudolabels_train_the_same_student(tmp_path, vit_of_many, tiny_
     for number, (fast, sparse) in enumerate(((True, True), (False, True), (False, False))):
         with monkeypatch.context() as patch:
             if not sparse:  # the same pool, by way of all labels
-                patch.setattr("hf_cosupervise.training.targets._pays_sparse", lambda pool, plan: False)
+                patch.setattr("hf_cosupervise.training.level_loss._pays_sparse", lambda pool, plan: False)
             args = make_args(tmp_path / str(number), fit_head_on_features=fast, **changes)
             trainer = CoSupervisedTrainer(vit_of_many, args, pool=pool)
             trainer.train()
