@@ -84,25 +84,13 @@ def select_answers(
 ) -> torch.Tensor:
     """Select what to train on of the answers that were chosen, bool `(num_examples,)`.
 
-    Args:
-        rejection (`str`):
-            `"none"`, `"same_answer"` (those that say what the student says) or `"loss_rank"` (as many, of the lowest
-            losses, ties by row).
-        losses, same, candidates (`torch.Tensor` of shape `(num_examples,)`):
-            Of what was chosen, minus the student's log-probability per token; whether the student's own answer is the
-            same, which `"none"` need not know; and whether there is an answer.
+    By `"none"`, `"same_answer"` (those that say what the student says) or `"loss_rank"` (as many, of the lowest
+    losses, ties by row). Of what was chosen, `(num_examples,)`: `losses`, minus the log-probability per token;
+    `same`, whether the student's own answer is the same, which `"none"` need not know; `candidates`, whether there is
+    an answer. A `ValueError` if there is no such rejection, or nothing would be kept.
 
-    Raises:
-        ValueError: If there is no such rejection, or nothing would be kept.
-
-    Source:
-        arXiv 2402.15505, released code, with an answer in the place of a label; `"same_answer"` is the first stage of
-        Weak-to-Strong Reasoning, arXiv 2407.13647.
-
-    Examples:
-        >>> losses, same = torch.tensor([0.3, 0.1, 0.2]), torch.tensor([True, False, True])
-        >>> select_answers("loss_rank", losses, same, torch.ones(3, dtype=torch.bool)).tolist()
-        [False, True, True]
+    Source: arXiv 2402.15505, released code, with an answer in the place of a label; `"same_answer"` is the first stage
+    of Weak-to-Strong Reasoning, arXiv 2407.13647.
     """
     if rejection not in REJECTIONS:
         raise ValueError(f"`rejection` must be one of {list(REJECTIONS)}, got {rejection!r}. Choose one of them.")
