@@ -64,6 +64,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "name": _escape(name),
         "modality": facts.get("modality"),
         "is_language": facts.get("is_language"),
+        "answers": "answers" if facts.get("is_language") else "pseudolabels",
+        "rejects": facts.get("rejects", True),
         "num_labels": len(facts.get("labels", [])),
         "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
         "student_training": _escape(facts.get("student_training", "")),

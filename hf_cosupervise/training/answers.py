@@ -280,6 +280,7 @@ class _Levels:
             "is_language": True,
             "has_adapter": training == "lora",
             "student_training": training,
+            "rejects": self.options["rejection"] != "none",
             "levels": levels,
             "hyperparameters": _changed(self.args, "publish") | changed,
         }

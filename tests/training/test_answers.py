@@ -291,6 +291,7 @@ def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
     assert said == result.tokenizer.decode(tokens, skip_special_tokens=True)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
+    assert "and trains the student on their answers." in card and "rejects" not in card
     assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
     assert str(tmp_path) not in card and "| `learning_rate` | `0.01` |" in card
     table = card.split("## Training arguments")[1].split("\n## ")[0]
