@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import prepare
 from datasets import Dataset
+from train import run_or_tell
 
 from hf_cosupervise import AnswerPool, Teacher, TeacherHierarchy, build_answers
 from hf_cosupervise.method.answers import normalize_number
@@ -57,9 +58,11 @@ if __name__ == "__main__":
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
     options = parser.parse_args()
-    time_answers(
-        options.model or prepare.smollm2(Path("data") / "smollm2"),
-        options.num_prompts,
-        options.max_new_tokens,
-        options.batch_size,
+    run_or_tell(
+        lambda: time_answers(
+            options.model or prepare.smollm2(Path("data") / "smollm2"),
+            options.num_prompts,
+            options.max_new_tokens,
+            options.batch_size,
+        )
     )

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -387,11 +387,16 @@ def tell_error(error: Exception) -> str | None:
     return "\n".join([str(error), *notes]) if any(not note.startswith(BLAMED) for note in notes) else None
 
 
-if __name__ == "__main__":
+def run_or_tell(run: Callable[[], object]) -> None:
+    """Run a recipe, and end it with the sentence of an error that has one."""
     try:
-        main()
+        run()
     except Exception as error:
         # A launcher adds a traceback of its own, but with `--quiet`.
         if (sentence := tell_error(error)) is None:
             raise
         raise SystemExit(sentence) from None
+
+
+if __name__ == "__main__":
+    run_or_tell(main)

@@ -61,6 +61,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     body = {
         "name": _escape(name),
         "is_language": facts.get("is_language"),
+        "answers": "answers" if facts.get("is_language") else "pseudolabels",
+        "rejects": facts.get("rejects", True),
         "base_model_text": _repo_text(facts.get("base_model"), base_model_at),
         "student_training": _escape(facts.get("student_training", "")),
         "num_examples": _count(facts.get("num_examples")),

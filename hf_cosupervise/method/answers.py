@@ -15,7 +15,6 @@ from .assignment import NOBODY
 Normalizer = Callable[[str], str | None]
 # A comma between three digits stands for thousands; elsewhere it ends a number.
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_BOX = "\\boxed{"
 
 
 # ── when two answers are the same ───────────────────────────────────────────────────────────────────────────────────
@@ -33,8 +32,7 @@ def normalize_number(answer: str) -> str | None:
         >>> normalize_number("so 1,200.50 dollars in all."), normalize_number("none")
         ('1200.5', None)
     """
-    found = _NUMBER.findall(answer)
-    if not found:
+    if not (found := _NUMBER.findall(answer)):
         return None
     number = format(Decimal(found[-1].replace(",", "")), "f")  # never rounded, as a float of many digits would be
     number = number.rstrip("0").rstrip(".") if "." in number else number
@@ -42,20 +40,13 @@ def normalize_number(answer: str) -> str | None:
 
 
 def normalize_boxed(answer: str) -> str | None:
-    r"""Take what stands in the last `\\boxed{…}` of an answer; `None` where there is none or it does not end.
-
-    Examples:
-        >>> normalize_boxed(r"Hence \\boxed{\\frac{1}{2}}.")
-        '\\\\frac{1}{2}'
-    """
-    start = answer.rfind(_BOX)
-    if start < 0:
-        return None
-    start, depth = start + len(_BOX), 1
-    for place, letter in enumerate(answer[start:], start):
+    r"""Take what stands in the last `\\boxed{…}` of an answer; `None` where there is none or it does not end."""
+    _, mark, rest = answer.rpartition("\\boxed{")
+    depth = 1
+    for place, letter in enumerate(rest if mark else ""):
         depth += (letter == "{") - (letter == "}")
         if depth == 0:
-            return "".join(answer[start:place].split()) or None
+            return "".join(rest[:place].split()) or None
     return None
 
 
@@ -120,20 +111,12 @@ def joining_rates(groups: np.ndarray) -> np.ndarray:
 
     It tells whom to believe where nobody knows the truth: right answers are alike, and wrong ones mostly are not. Only
     examples of [`group_answers`] count that the teacher answered, one added on either side; 0.5 where there are none.
-
-    Examples:
-        >>> joining_rates(np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])).tolist()
-        [0.75, 0.6, 0.75]
     """
     same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, :, None]
     counts = same.sum(axis=2)  # of those who say what a teacher says, itself among them
-    rates = np.empty(groups.shape[1])
-    for teacher in range(len(rates)):
-        agreed = ((counts - same[:, :, teacher] >= 2) & (np.arange(len(rates)) != teacher)).any(axis=1)
-        agreed &= groups[:, teacher] >= 0
-        joined = counts[agreed, teacher] >= 3
-        rates[teacher] = (joined.sum() + 1) / (agreed.sum() + 2)
-    return rates
+    # Two others say the same: without the teacher itself, at the last place.
+    agreed = ((counts[:, :, None] - same >= 2) & ~np.eye(groups.shape[1], dtype=bool)).any(axis=1) & (groups >= 0)
+    return ((agreed & (counts >= 3)).sum(axis=0) + 1) / (agreed.sum(axis=0) + 2)
 
 
 def majority_vote(
@@ -142,21 +125,12 @@ def majority_vote(
     """Let the answer that most teachers gave be spoken by the most confident of them.
 
     Of several that are as frequent, the one of the most confident teacher counts; where nobody knows how sure they
-    are, the one of the teacher that joins others most often, see [`joining_rates`].
+    are, the one of the teacher that joins others most often, see [`joining_rates`]. `groups`, as [`group_answers`]
+    gives them, and `confidences` (NaN where nobody knows) are `(num_examples, num_teachers)`; `weights`, how much each
+    vote counts, are above 0, `(num_teachers,)`.
 
-    Args:
-        groups, confidences (`np.ndarray` of shape `(num_examples, num_teachers)`):
-            As [`group_answers`] gives them, and how sure each teacher is, NaN where nobody knows.
-        weights (`np.ndarray` of shape `(num_teachers,)`, *optional*):
-            How much each teacher's vote counts, above 0. Defaults to 1.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: the teacher who speaks, int64 `(num_examples,)`, -1 where nobody answered; and
-        which share of those who answered agree with it, float32, 0 where nobody did.
-
-    Examples:
-        >>> majority_vote(np.array([[0, 1, 1], [0, 1, -1]]), np.array([[0.9, 0.1, 0.2], [0.1, 0.3, 0.9]]))[0].tolist()
-        [2, 1]
+    Returns the teacher who speaks, int64 `(num_examples,)`, -1 where nobody answered; and which share of those who
+    answered agree with it, float32, 0 where nobody did.
     """
     # `votes` of an answer stand at everybody who gave it.
     weights, answered = np.ones(groups.shape[1]) if weights is None else weights, groups >= 0
@@ -177,23 +151,11 @@ def follow_student(groups: np.ndarray, own: np.ndarray, confidences: np.ndarray 
 
     Among several, or among all where nobody says it, the vote decides, in which a teacher counts `-log(1 - r)` if it
     says what the student says in a share `r` of the prompts that both answered: that answer wins which is likeliest to
-    have somebody behind it who is right, as if each erred by itself.
+    have somebody behind it who is right, as if each erred by itself. `groups` and `confidences` are as in
+    [`majority_vote`], and `own` `(num_examples, num_samples)` holds the student's answers, numbered together with the
+    teachers', -1 for none. Returns int64 `(num_examples,)`, -1 where no teacher answered.
 
-    Args:
-        groups, confidences (`np.ndarray` of shape `(num_examples, num_teachers)`):
-            As in [`majority_vote`].
-        own (`np.ndarray` of shape `(num_examples, num_samples)`):
-            The student's answers, numbered together with the teachers', -1 for none.
-
-    Returns:
-        `np.ndarray` of shape `(num_examples,)`, int64: -1 where no teacher answered.
-
-    Source:
-        Ours, after the first stage of Weak-to-Strong Reasoning, arXiv 2407.13647.
-
-    Examples:
-        >>> follow_student(np.array([[0, 1], [0, 1], [0, 1]]), np.array([[1, 1, 0], [0, 0, 0], [2, -1, -1]])).tolist()
-        [1, 0, 0]
+    Source: Ours, after the first stage of Weak-to-Strong Reasoning, arXiv 2407.13647.
     """
     answered = groups >= 0
     said = (groups[:, :, None] == own[:, None, :]).sum(axis=2) * answered
@@ -207,10 +169,6 @@ def longest_agreement(answers: Sequence[Sequence[str | None]]) -> np.ndarray:
     """Let the teacher speak whose answer has the longest runs of words in common with those of the others, summed.
 
     Of several with as much in common, the first; int64 `(num_examples,)`, -1 where nobody answered. For long answers.
-
-    Examples:
-        >>> longest_agreement([["no idea", "the cat sat there", "a cat sat there", None]]).tolist()
-        [1]
     """
     chosen = np.full(len(answers), NOBODY, dtype=np.int64)
     for row, said in enumerate(answers):
@@ -241,19 +199,13 @@ def pair_assigned(groups: np.ndarray, assigned: np.ndarray, seed: int) -> Pairs:
     return assigned, _pick(draws, _others(groups, assigned))
 
 
-def pair_ranked(groups: np.ndarray, ranks: np.ndarray) -> Pairs:
-    """Prefer the answer of the best teacher to that of the worst one who said something else.
-
-    Source: Delta Learning (arXiv 2507.06187), of two teachers; ranks `(num_teachers,)` are 0 for the best.
-    """
-    return pair_scored(groups, np.broadcast_to(-ranks.astype(np.float64), groups.shape))
-
-
 def pair_scored(groups: np.ndarray, scores: np.ndarray) -> Pairs:
     """Prefer the answer of the highest score to a different one of the lowest; none where no score is higher.
 
-    Source: Learning by Teaching (arXiv 2406.14629), its second method's data step.
+    Source: Learning by Teaching (arXiv 2406.14629), its second method's data step; with a score of each teacher,
+    `(num_teachers,)`, Delta Learning (arXiv 2507.06187).
     """
+    scores = np.broadcast_to(scores.astype(np.float64), groups.shape)
     chosen = _pick(scores, groups >= 0)
     rejected = _pick(-scores, _others(groups, chosen))
     best, worst = (np.take_along_axis(scores, np.maximum(part, 0)[:, None], 1)[:, 0] for part in (chosen, rejected))
@@ -285,16 +237,10 @@ def pair_consistent(
     """Pair a teacher's answers with samples of the student, by how much these agree among each other.
 
     Where the answer is what at least `min_share` of the samples say, it is preferred to a sample that says something
-    else; where at least `min_share_against` of them say another thing, one of these is preferred to it.
+    else; where at least `min_share_against` of them say another thing, one of these is preferred to it. Returns the
+    position of the prompt, the chosen and the rejected text of each pair.
 
     Source: Weak-to-Strong Reasoning (arXiv 2407.13647), stage two, with its thresholds of 10 samples.
-
-    Returns:
-        `list[tuple[int, str, str]]`: position of the prompt, the chosen and the rejected text.
-
-    Examples:
-        >>> pair_consistent(["4", "5"], [["4", "4", "x3"], ["4", "4", "4"]], "number", seed=0)
-        [(0, '4', 'x3'), (1, '4', '5')]
     """
     function, generator, pairs = find_normalizer(normalize), np.random.default_rng(seed), list[tuple[int, str, str]]()
     for row, (answer, said) in enumerate(zip(answers, samples, strict=True)):

@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
 )
 
-from .classifier import load_whole, read_config
+from .classifier import load_processor, load_whole, read_config
 from .source import ModelSource
 
 # How transformers calls what tells how likely the next token is; a "MaskedLM" reads what follows as well.
@@ -27,8 +27,9 @@ _ARCHITECTURES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _MEMORY_BUDGET = 2**30
 
 
-def load_language_model(model_source: ModelSource) -> Any:
-    """Load a whole language model that was fetched."""
+def load_language_model(model_source: ModelSource) -> tuple[Any, Any]:
+    """Fetch and load a whole language model and its tokenizer."""
+    folder = model_source.fetch()
     if model_source.is_adapter:
         raise ValueError(
             f"{model_source.what} must be a whole language model, got an adapter in '{model_source.place}'. Merge it "
@@ -47,7 +48,7 @@ def load_language_model(model_source: ModelSource) -> Any:
             "one, or another `kind`."
         )
     auto_model = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
-    return load_whole(model_source, auto_model, config)
+    return load_whole(model_source, auto_model, config), load_processor(model_source, folder, is_text=True)
 
 
 def make_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
@@ -61,38 +62,43 @@ def make_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:
     model.generation_config = GenerationConfig(**known, do_sample=False, num_beams=1)
 
 
+def tokenize(tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
+    """The tokens of each text, whole."""
+    if not texts:
+        return []
+    # Not verbose: the tokenizer would warn of long texts, which are counted afterwards.
+    settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
+    tokens: list[list[int]] = tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
+    return tokens
+
+
+def end_tokens(model: Any) -> list[Any]:
+    """The tokens at which a model stops, as its files say."""
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
 def leading_tokens(tokenizer: Any) -> list[int]:
     """What a tokenizer puts before a text, and nothing of what it puts behind it, such as its end."""
-    plain, marked = (tokenizer("a", add_special_tokens=flag, verbose=False)["input_ids"] for flag in (False, True))
+    [plain], [marked] = (tokenize(tokenizer, ["a"], flag) for flag in (False, True))
     starts = range(len(marked) - len(plain) + 1)
     return marked[: next((start for start in starts if marked[start : start + len(plain)] == plain), 0)]
 
 
 def pad_tokens(rows: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of tokens as one tensor, and a mask of what is no padding."""
-    width = max(map(len, rows))
-    tokens = np.full((len(rows), width), pad_token_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for place, row in enumerate(rows):
-        where = slice(width - len(row), width) if left else slice(0, len(row))
-        tokens[place, where], mask[place, where] = row, 1
-    return torch.from_numpy(tokens), torch.from_numpy(mask)
+    side, some = "left" if left else "right", [torch.tensor(row, dtype=torch.int64) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in some], True, 0, side)
+    return pad_sequence(some, True, pad_token_id, side), mask
 
 
-def score_words(
-    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, words: torch.Tensor, words_mask: torch.Tensor
-) -> torch.Tensor:
-    """Sum the log-probabilities of the tokens of each word after each prompt, float32 `(num_rows, num_words)`.
-
-    `words` and its mask are `(num_rows, num_words, num_tokens)`, padded on the right; prompts as in
-    [`score_continuations`].
-    """
-    num_rows, num_words, _ = words.shape
-    owners = torch.arange(num_rows, device=words.device).repeat_interleave(num_words)
-    scores = score_continuations(
-        model, input_ids, attention_mask, words.flatten(0, 1), words_mask.flatten(0, 1), owners
-    )
-    return scores.sum(dim=1).view(num_rows, num_words)
+def generate(model: Any, rows: Sequence[Sequence[int]], pad_token_id: int, **settings: Any) -> torch.Tensor:
+    """The tokens that a model writes after each prompt, padded on the right."""
+    is_seq2seq = model.config.is_encoder_decoder
+    # On the left, so that all answers begin in the same column.
+    tokens, mask = pad_tokens(rows, pad_token_id, left=not is_seq2seq)
+    whole = model.generate(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), **settings)
+    return whole[:, 1 if is_seq2seq else tokens.shape[1] :].cpu()  # type: ignore[no-any-return]
 
 
 def score_continuations(
@@ -110,54 +116,42 @@ def score_continuations(
     the left, but those of an encoder on the right. A prompt is read once, and its keys and values serve all of its
     continuations, at most `num_at_once` of any prompts in one forward: the shorter they are sorted, the less padding.
     """
-    inputs, accepted = {"input_ids": input_ids, "attention_mask": attention_mask}, inspect.signature(model.forward)
-    if model.config.is_encoder_decoder:
+    is_seq2seq, accepted = model.config.is_encoder_decoder, inspect.signature(model.forward).parameters
+    counts_places = not is_seq2seq and "position_ids" in accepted
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if is_seq2seq:
         inputs["decoder_input_ids"] = input_ids.new_full((len(input_ids), 1), _start_token_id(model))
-    elif "position_ids" in accepted.parameters:
+    if counts_places:
         inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     # Scores of all tokens of the prompts would be most of the memory.
-    few = {"logits_to_keep": 1} if "logits_to_keep" in accepted.parameters else {}
+    few = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
     read = model(**inputs, use_cache=True, **few)
     # transformers renames it, and drops its old name in 5.40.
-    name = "cache" if "cache" in accepted.parameters else "past_key_values"
+    name = "cache" if "cache" in accepted else "past_key_values"
     cache = getattr(read, name)
     scores = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     # The prompts themselves tell of the first token, so that words of one token need no second forward.
     scores[:, 0] = torch.log_softmax(read.logits[:, -1].float(), dim=-1)[owners, tokens[:, 0]]
     longer = tokens_mask[:, 1:].any(dim=1).nonzero().flatten()
-    if len(longer):
-        most = _num_at_once(model, cache, len(input_ids), tokens.shape[1])
-        for part in longer.split(min(most, num_at_once or most)):
-            width = int(tokens_mask[part].sum(dim=1).max())
-            own = {name: _select(cache, owners[part])}
-            rest = tokens[part, :width], tokens_mask[part, :width], owners[part]
-            scores[part, 1:width] = _score_rest(model, read, own, attention_mask, *rest)
-    return scores
-
-
-def _score_rest(
-    model: Any,
-    read: Any,
-    cache: dict[str, Any],
-    attention_mask: torch.Tensor,
-    tokens: torch.Tensor,
-    tokens_mask: torch.Tensor,
-    owners: torch.Tensor,
-) -> torch.Tensor:
-    """Log-probabilities of all tokens but the first, going on from prompts that were read."""
-    mask, before, before_mask = attention_mask[owners], tokens[:, :-1], tokens_mask[:, :-1]
-    if model.config.is_encoder_decoder:
-        hidden = read.encoder_last_hidden_state[owners]
-        inputs = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}
-        inputs["decoder_input_ids"] = before
-    else:
-        inputs = {"input_ids": before, "attention_mask": torch.cat([mask, before_mask], dim=1)}
-        if "position_ids" in inspect.signature(model.forward).parameters:
+    if not len(longer):
+        return scores
+    most = _num_at_once(model, cache, len(input_ids), tokens.shape[1])
+    for part in longer.split(min(most, num_at_once or most)):
+        width = int(tokens_mask[part].sum(dim=1).max())
+        before, before_mask = tokens[part, : width - 1], tokens_mask[part, : width - 1]
+        mask = attention_mask[owners[part]]
+        if is_seq2seq:
+            hidden = BaseModelOutput(last_hidden_state=read.encoder_last_hidden_state[owners[part]])
+            inputs = {"encoder_outputs": hidden, "attention_mask": mask, "decoder_input_ids": before}
+        else:
+            inputs = {"input_ids": before, "attention_mask": torch.cat([mask, before_mask], dim=1)}
+        if counts_places:
             # Padding stays at the place of the last token, for there may be no further one.
             inputs["position_ids"] = mask.sum(dim=1, keepdim=True) + before_mask.cumsum(dim=1) - 1
-    logits = model(**inputs, **cache, use_cache=True).logits.float()
-    log_probs = logits.gather(2, tokens[:, 1:].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=2)
-    return log_probs * tokens_mask[:, 1:]
+        logits = model(**inputs, **{name: _select(cache, owners[part])}, use_cache=True).logits.float()
+        log_probs = logits.gather(2, tokens[part, 1:width, None]).squeeze(-1) - logits.logsumexp(dim=2)
+        scores[part, 1:width] = log_probs * tokens_mask[part, 1:width]
+    return scores
 
 
 def _select(cache: Any, rows: torch.Tensor) -> Any:
@@ -177,16 +171,16 @@ def _select(cache: Any, rows: torch.Tensor) -> Any:
 def _lend(layer: Any, rows: torch.Tensor) -> Any:
     """A layer that makes its rows when they are asked for, and keeps nothing: those of all layers are much memory."""
     lent = copy.copy(layer)
-    lent.update = lambda keys, values, *_, **__: (_extend(layer.keys, rows, keys), _extend(layer.values, rows, values))
+
+    def extend(known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        # Some rows of what is known, and what is new behind each, copied once.
+        room = torch.nn.functional.pad(known, (0, 0, 0, new.shape[-2]))
+        whole = room.index_select(0, rows.to(known.device))
+        whole[..., known.shape[-2] :, :] = new
+        return whole
+
+    lent.update = lambda keys, values, *_, **__: (extend(layer.keys, keys), extend(layer.values, values))
     return lent
-
-
-def _extend(known: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Some rows of what is known, and what is new behind each, copied once."""
-    room = torch.nn.functional.pad(known, (0, 0, 0, new.shape[-2]))
-    whole = room.index_select(0, rows.to(known.device))
-    whole[..., known.shape[-2] :, :] = new
-    return whole
 
 
 def _num_at_once(model: Any, cache: Any, num_rows: int, num_tokens: int) -> int:

@@ -88,10 +88,7 @@ class ModelSource:
         if not self.is_local:
             return {"commit": self.commit, **base}
         configs = [path for name in ("config.json", "adapter_config.json") if (path := self.folder / name).is_file()]
-        stats = [(path, path.stat()) for path in (*configs, *self.weight_files)]
-        # Size and time are part of the key of the cache: a folder that was retrained in place is hashed again.
-        files = tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
-        return {"commit": None, "weights": _hash_files(files), **base}
+        return {"commit": None, "weights": hash_files([*configs, *self.weight_files]), **base}
 
     def fetch(self) -> Path:
         """Download everything that the loaders read and that is not here yet."""
@@ -337,6 +334,13 @@ def _find_base(adapter: Mapping[str, Any], repo: str, is_local: bool) -> ModelSo
 def first(names: list[str]) -> str:
     """Name the first eight of some files."""
     return "no file" if not names else str(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """Hash files by their names, sizes and content."""
+    # Size and time are part of the key of the cache: a folder that was retrained in place is hashed again.
+    stats = [(path, path.stat()) for path in paths]
+    return _hash_files(tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
 
 @lru_cache(maxsize=256)

@@ -24,7 +24,6 @@ from ..method.answers import (
     majority_vote,
     pair_assigned,
     pair_consistent,
-    pair_ranked,
     pair_scored,
     pair_unfamiliar,
     random_answered,
@@ -232,6 +231,15 @@ class AnswerPool(TeacherPool):
         """Give what all teachers say, one list for each prompt in the order of `hierarchy.names`."""
         return [list(row) for row in zip(*(self.texts(name) for name in self.hierarchy.names))]
 
+    def group_with(self, own: Sequence[Sequence[str]], normalize: str | Normalizer) -> tuple[np.ndarray, np.ndarray]:
+        """Number all answers of teachers, and those of a student to each prompt with them, see [`group_answers`]."""
+        count, most = len(self.hierarchy.names), max(map(len, own), default=0)
+        rows = [
+            [*said, *mine, *[None] * (most - len(mine))] for said, mine in zip(self.answer_rows(), own, strict=True)
+        ]
+        groups = group_answers(rows, normalize).reshape(len(self), count + most)
+        return groups[:, :count], groups[:, count:]
+
     def assign(
         self, method: str, normalize: str | Normalizer = "exact", *, seed: int = 0, student: Samples | None = None
     ) -> np.ndarray:
@@ -264,14 +272,11 @@ class AnswerPool(TeacherPool):
         if method == "majority":
             return majority_vote(group_answers(self.answer_rows(), normalize), self.confidences)[0]
         if method == "same_answer":
-            own, count = self._read_samples(student, '`assign("same_answer")`'), len(self.hierarchy.names)
-            most = max(map(len, own), default=0)
-            # Side by side, so that equal answers of teachers and of the student have the same number.
-            rows = [[*said, *mine, *[None] * (most - len(mine))] for said, mine in zip(self.answer_rows(), own)]
-            groups = group_answers(rows, normalize).reshape(len(self), count + most)
+            own = self._read_samples(student, '`assign("same_answer")`')
+            said, mine = self.group_with(own, normalize)
             if isinstance(student, str):
-                groups[:, self.hierarchy.index(student)] = NOBODY
-            return follow_student(groups[:, :count], groups[:, count:], self.confidences)
+                said[:, self.hierarchy.index(student)] = NOBODY
+            return follow_student(said, mine, self.confidences)
         # As if all had said the same: who has an answer is all that counts here.
         answered = np.stack([self.answered(name) for name in self.hierarchy.names], axis=1).astype(np.int64) - 1
         return first_answered(answered) if method == "generalist" else random_answered(answered, seed)
@@ -312,27 +317,20 @@ class AnswerPool(TeacherPool):
             raise ValueError("`messages` need prompts that are messages, got texts. Export `prompt` and `completion`.")
         if answers is not None and len(answers) != len(self):
             raise ValueError(f"`answers` must have one entry for each of {len(self)} prompts, got {len(answers)}.")
-        names = self.hierarchy.names
+        names = [*self.hierarchy.names, None]  # at -1, nobody
         speakers = None if assigned is None else self._read_assigned(assigned).tolist()
-        said: list[tuple[int, int, str | None]]  # row, who says it, what
         if answers is not None:
-            said = list(zip(range(len(self)), speakers or [NOBODY] * len(self), answers))
-        elif speakers is None:
-            said = [(row, who, text) for row, texts in enumerate(self.answer_rows()) for who, text in enumerate(texts)]
+            said = list(zip(range(len(self)), speakers or [NOBODY] * len(self), answers))  # row, who says it, what
         else:
-            each = zip(speakers, self.answer_rows())
-            said = [(row, who, texts[who]) for row, (who, texts) in enumerate(each) if who >= 0]
+            each = [range(len(names) - 1) if speakers is None else {speakers[row]} - {-1} for row in range(len(self))]
+            said = [(row, who, texts[who]) for row, texts in enumerate(self.answer_rows()) for who in each[row]]
         scale = self._one_each("weights", weights, "fiub", "numbers from 0")
-        prompts, mask = self._asked(kept)
         # Blank ones are among `answers` of the user's alone: a pool holds none.
-        said = [(row, who, text) for row, who, text in said if mask[row] and text is not None and text.strip()]
-        rows, replies = [row for row, _, _ in said], self._as_replies([str(text) for _, _, text in said])
-        columns: dict[str, Any] = {"completion": replies}
-        if messages:
-            columns = {"messages": [[*prompts[row], *reply] for row, reply in zip(rows, replies)]}
-        columns["weight"] = [float(scale[row]) for row in rows]
-        columns["teacher_id"] = [names[who] if who >= 0 else None for _, who, _ in said]
-        return self._export("answers for supervised fine-tuning", prompts, rows, columns)
+        said = [(row, who, text) for row, who, text in said if text is not None and text.strip()]
+        rows = [row for row, _, _ in said]
+        columns: dict[str, Any] = {"completion": [text for _, _, text in said]}
+        columns |= {"weight": [float(scale[row]) for row in rows], "teacher_id": [names[who] for _, who, _ in said]}
+        return self._export("answers for supervised fine-tuning", kept, rows, columns, messages)
 
     def to_routed(self, assigned: np.ndarray | str | None = None, kept: np.ndarray | None = None) -> Dataset:
         """Export which teacher each prompt goes to, as trainers that distil from several teachers ask for.
@@ -358,11 +356,8 @@ class AnswerPool(TeacherPool):
             )
         else:
             speakers = [None if who < 0 else self.hierarchy.names[who] for who in self._read_assigned(assigned)]
-        prompts, mask = self._asked(kept)
-        rows = [row for row, name in enumerate(speakers) if name is not None and mask[row]]
-        return self._export(
-            "prompts with their teachers", prompts, rows, {"teacher_id": [speakers[row] for row in rows]}
-        )
+        rows = [row for row, name in enumerate(speakers) if name is not None]
+        return self._export("prompts with their teachers", kept, rows, {"teacher_id": [speakers[row] for row in rows]})
 
     def to_preferences(
         self,
@@ -426,43 +421,36 @@ class AnswerPool(TeacherPool):
             groups = group_answers(said, normalize)
             if pairs == "assigned":
                 both = pair_assigned(groups, speakers, seed)
-            elif pairs == "rank":
-                both = pair_ranked(groups, self._read_ranks(ranking))
-            elif pairs == "score":
-                both = pair_scored(groups, self._read_scores(scores, pairs))
-            else:
+            elif pairs == "unfamiliar":
                 both = pair_unfamiliar(groups, speakers, self._read_scores(scores, pairs))
+            else:
+                by_rank = pairs == "rank"
+                both = pair_scored(groups, self._read_ranks(ranking) if by_rank else self._read_scores(scores, pairs))
             # As they were written: what `normalize` makes of them only tells them apart.
-            found = [
-                (row, str(said[row][better]), str(said[row][worse]))
-                for row, (better, worse) in enumerate(zip(*both))
-                if better >= 0 and worse >= 0
-            ]
-        prompts, mask = self._asked(kept)
-        found = [pair for pair in found if mask[pair[0]]]
-        columns = {
-            "chosen": self._as_replies([better for _, better, _ in found]),
-            "rejected": self._as_replies([worse for _, _, worse in found]),
-        }
-        return self._export(f"pairs of answers by `{pairs}`", prompts, [row for row, _, _ in found], columns)
-
-    def _asked(self, kept: Any) -> tuple[list[Prompt], np.ndarray]:
-        """All prompts, and which of them are exported."""
-        prompts, mask = self.prompts(), self._one_each("kept", kept, "b", "booleans")
-        # No trainer can learn an answer to nothing.
-        return prompts, mask & [bool(text and (not isinstance(text, str) or text.strip())) for text in prompts]
-
-    def _as_replies(self, texts: list[str]) -> Sequence[Prompt]:
-        return [[{"role": "assistant", "content": text}] for text in texts] if self.is_chat else texts
+            each = enumerate(zip(said, *both))
+            found = [(row, str(text[one]), str(text[two])) for row, (text, one, two) in each if min(one, two) >= 0]
+        columns = {"chosen": [better for _, better, _ in found], "rejected": [worse for _, _, worse in found]}
+        return self._export(f"pairs of answers by `{pairs}`", kept, [row for row, _, _ in found], columns)
 
     def _export(
-        self, what: str, prompts: Sequence[Prompt], rows: Sequence[int], columns: Mapping[str, Any]
+        self, what: str, kept: Any, rows: Sequence[int], columns: Mapping[str, Sequence[Any]], messages: bool = False
     ) -> Dataset:
-        """A plain dataset of some prompts that tells whose answers it holds."""
-        if not rows:
+        """A plain dataset of those of some prompts that are kept, which tells whose answers it holds."""
+        prompts, mask = self.prompts(), self._one_each("kept", kept, "b", "booleans")
+        # No trainer can learn an answer to nothing.
+        mask = mask & [bool(text and (not isinstance(text, str) or text.strip())) for text in prompts]
+        used = [place for place, row in enumerate(rows) if mask[row]]
+        if not used:
             logger.warning(f"No prompt gives {what}: the dataset is empty.")
-        asked = {} if "messages" in columns else {"prompt": [prompts[row] for row in rows]}
-        whole = {**asked, **columns, "id": [self.ids[row].item() for row in rows]}
+        whole: dict[str, Any] = {"prompt": [prompts[rows[place]] for place in used]}
+        whole |= {name: [values[place] for place in used] for name, values in columns.items()}
+        whole["id"] = [self.ids[rows[place]].item() for place in used]
+        if self.is_chat:
+            for name in whole.keys() & {"completion", "chosen", "rejected"}:
+                whole[name] = [[{"role": "assistant", "content": text}] for text in whole[name]]
+        if messages:
+            both = zip(whole.pop("prompt"), whole.pop("completion"))
+            whole = {"messages": [[*prompt, *reply] for prompt, reply in both], **whole}
         kinds: dict[str, Any] = dict.fromkeys(whole, _MESSAGES if self.is_chat else Value("string"))
         kinds |= {"id": Value("string" if self.ids.dtype.kind == "U" else "int64")}
         kinds |= {"teacher_id": Value("string"), "weight": Value("float32")}
@@ -526,8 +514,7 @@ class AnswerPool(TeacherPool):
         ranking = names if ranking is None else list(ranking)
         if sorted(ranking) != sorted(names):
             raise ValueError(f"`ranking` must name each teacher of {names} once, the best first, got {ranking}.")
-        # By teacher, not by rank.
-        return np.array([ranking.index(name) for name in names])
+        return np.array([-ranking.index(name) for name in names])  # by teacher, not by rank
 
     def _read_samples(self, student: Samples | None, what: str) -> list[list[str]]:
         """What a student answers to each prompt."""

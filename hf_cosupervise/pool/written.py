@@ -18,13 +18,13 @@ ORACLE_ANSWER = "oracle_answer"
 
 def find_prompt_column(dataset: Dataset, column: str | None = None) -> str:
     """Find the column of prompts."""
-    found = [name for name in PROMPT_NAMES if name in dataset.column_names][:1] if column is None else [column]
-    if not set(found) & set(dataset.column_names):
-        raise ValueError(
-            f"Prompts must stand in a column {list(PROMPT_NAMES)}, or one that is named, got "
-            f"{'none' if column is None else repr(column)} among {dataset.column_names}. Name it with `input_column`."
-        )
-    return found[0]
+    for name in PROMPT_NAMES if column is None else (column,):
+        if name in dataset.column_names:
+            return name
+    raise ValueError(
+        f"Prompts must stand in a column {list(PROMPT_NAMES)}, or one that is named, got "
+        f"{'none' if column is None else repr(column)} among {dataset.column_names}. Name it with `input_column`."
+    )
 
 
 def check_prompts(column: str, kind: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ..pool.answers import AnswerPool
 from ..processes import Processes, join_processes, row_chunks
-from .writing import Scored, Writer
+from .writing import Scored, Tokens, Writer
 
 logger = logging.getLogger(__name__)
 TOO_LONG = ("raise", "skip", "cut")
@@ -109,32 +110,24 @@ class AnswerReader:
 
     def encode(self, names: Sequence[str]) -> Iterator[tuple[slice, list[list[int]], list[list[list[int] | None]]]]:
         """Tokens of prompts and of each teacher's answers, of some rows at a time; `None` for what is not read."""
-        counts = dict.fromkeys(("prompts", *names), 0)
+        counts = Counter[str]()  # of teachers, and as "" of prompts
         # Some rows at a time, because tokens of a whole pool would not fit into memory.
         for part in row_chunks(len(self.pool)):
             prompts = self.pool.prompts(part)
             before = self.writer.encode(prompts)
-            counts["prompts"] += sum(not ids for ids in before)
-            answers = []
-            for name in names:
-                rows, num_long = self._encode_answers(name, part, prompts, before)
-                counts[name] += num_long
-                answers.append(rows)
-            yield part, before, answers
+            counts[""] += sum(not ids for ids in before)
+            yield part, before, [self._encode_answers(name, part, prompts, before, counts) for name in names]
         for name, count in counts.items():  # say once what is not read, or not whole
             if count and name not in self._told:
                 self._told.add(name)
-                which, what = f"answers of '{name}' too long for the student", "left out"
-                if name == "prompts":
-                    which = "prompts without a word"
-                elif self.too_long == "cut":
-                    what = "cut, or left out"
+                which = f"answers of '{name}' too long for the student" if name in names else "prompts without a word"
+                what = "cut, or left out" if name in names and self.too_long == "cut" else "left out"
                 logger.warning(f"{count} of {len(self.pool)} {which}: {what}.")
 
     def _encode_answers(
-        self, name: str, part: slice, prompts: Sequence[Any], before: Sequence[list[int]]
-    ) -> tuple[list[list[int] | None], int]:
-        """A teacher's answers to some prompts, and how many of them are too long."""
+        self, name: str, part: slice, prompts: Sequence[Any], before: Sequence[list[int]], counts: Counter[str]
+    ) -> list[list[int] | None]:
+        """A teacher's answers to some prompts; how many of them are too long is counted."""
         texts, rows = self.pool.texts(name, part), list[list[int] | None]([None] * len(prompts))
         # After a prompt without a word nothing is read, whoever answered it.
         there = [row for row, text in enumerate(texts) if text is not None and before[row]]
@@ -151,7 +144,8 @@ class AnswerReader:
                 f"got {length} of '{name}' for id {self.pool.ids[part.start + row].item()!r} ({len(too_long)} such "
                 f"among {len(prompts)} answers). Shorten it, or set `too_long` to 'skip' or 'cut'."
             )
-        return rows, len(too_long)
+        counts[name] += len(too_long)
+        return rows
 
     def _fit(self, prompt: list[int], answer: list[int]) -> list[int] | None:
         # A decoder has positions of its own.
@@ -180,32 +174,28 @@ class AnswerReader:
         log_probs, num_tokens = np.full(shape, np.nan, dtype=np.float32), np.zeros(shape, dtype=np.int32)
         for part, prompts, answers in self.encode(names):
             # What follows each prompt, every text once, and who wants to know of it.
-            following: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-            wanted = []
-            # Sums begin at 0 where something is read, and stay NaN elsewhere.
+            following: dict[Tokens, dict[Tokens, None]] = {}
+            wanted: list[tuple[int, int, tuple[Tokens, Tokens]]] = []
             for column, rows in enumerate(answers):
-                for row, ids in enumerate(rows):
+                for row, (prompt, ids) in enumerate(zip(prompts, rows, strict=True), part.start):
                     if ids is None:
                         continue
-                    log_probs[part.start + row, column], num_tokens[part.start + row, column] = 0, len(ids)
-                    for before, piece in self._pieces(prompts[row], ids, window):
-                        own = following.setdefault(before, {})
-                        own.setdefault(piece, len(own))
-                        wanted.append((part.start + row, column, before, piece))
-            items: list[Scored] = [(list(before), [*map(list, own)]) for before, own in following.items()]
+                    # Sums begin at 0 where something is read, and stay NaN elsewhere.
+                    log_probs[row, column], num_tokens[row, column] = 0, len(ids)
+                    for before, piece in _pieces(tuple(prompt), tuple(ids), window):
+                        following.setdefault(before, {})[piece] = None
+                        wanted.append((row, column, (before, piece)))
+            items: list[Scored] = [(before, list(own)) for before, own in following.items()]
             sums = self.writer.score(items, self.batch_size, self.processes, self.quiet)
-            # Sums come in the order of the texts: where those after each prompt begin.
-            starts = dict(zip(following, np.cumsum([0, *map(len, following.values())])))
-            for row, column, before, piece in wanted:
-                log_probs[row, column] += sums[starts[before] + following[before][piece]]
+            known = dict(zip(((before, piece) for before, own in items for piece in own), sums, strict=True))
+            for row, column, both in wanted:
+                log_probs[row, column] += known[both]
         return AnswerScores(tuple(names), log_probs, num_tokens)
 
     def _tell_blanks(self, names: Sequence[str]) -> None:
         """Tell where the blank before an answer, and not what it says, would decide who is believed."""
-        shares = dict[str, float]()
-        for name in names:
-            if begin := [text[0].isspace() for text in self.pool.texts(name) if text is not None]:
-                shares[name] = sum(begin) / len(begin)
+        begins = {name: [text[0].isspace() for text in self.pool.texts(name) if text is not None] for name in names}
+        shares = {name: sum(flags) / len(flags) for name, flags in begins.items() if flags}
         # A model goes on from "Answer:" by " yes"; a column mostly holds "yes", which hardly any text goes on by.
         with_blank, without = ([name for name in shares if shares[name] > 0.9], [n for n in shares if shares[n] < 0.1])
         if with_blank and without and not self._told & {*without}:
@@ -214,15 +204,6 @@ class AnswerReader:
                 f"Answers of {with_blank} begin with a blank, those of {without} do not: the student finds one of "
                 "them likelier for that alone. Put a blank before those, or at the end of every prompt."
             )
-
-    def _pieces(
-        self, prompt: list[int], answer: list[int], window: int | None
-    ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """What is scored of an answer, and what is read before it."""
-        size = window or len(answer)
-        yield tuple(prompt), tuple(answer[:size])
-        for start in range(size, len(answer), size):
-            yield tuple(answer[start - size : start]), tuple(answer[start : start + size])
 
     def own_answers(self, max_new_tokens: int) -> list[str]:
         """What the student answers itself."""
@@ -254,6 +235,14 @@ class AnswerReader:
             parts.append(Dataset.from_dict(columns))
         # A part of which nothing is kept has no types of columns to be joined by.
         return concatenate_datasets([part for part in parts if len(part)])
+
+
+def _pieces(prompt: Tokens, answer: Tokens, window: int | None) -> Iterator[tuple[Tokens, Tokens]]:
+    """What is scored of an answer, behind what is read before it."""
+    size = window or len(answer)
+    yield prompt, answer[:size]
+    for start in range(size, len(answer), size):
+        yield answer[start - size : start], answer[start : start + size]
 
 
 def check_answer_pool(pool: Any, function: str) -> None:

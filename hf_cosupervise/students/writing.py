@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.inputs import InputProcessor
 from ..models.chat import ChatTemplateError, apply_chat_template
-from ..models.classifier import load_processor
-from ..models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_continuations
+from ..models.language import (
+    end_tokens,
+    generate,
+    leading_tokens,
+    load_language_model,
+    make_greedy,
+    pad_tokens,
+    score_continuations,
+    tokenize,
+)
 from ..models.source import find_model, first_line
+from ..pool.base import check_kind
 from ..processes import Processes
 from .head import hash_weights, on_cpu
 
 Prompt = str | list[dict[str, str]]
-Scored = tuple[list[int], list[list[int]]]  # the tokens of a prompt, and those of what may follow it
+Tokens = Sequence[int]
+Scored = tuple[Tokens, Sequence[Tokens]]  # the tokens of a prompt, and those of what may follow it
 
 
 class Writer:
@@ -33,22 +44,20 @@ class Writer:
         self.origin: dict[str, Any] = {}
         if isinstance(model, (str, os.PathLike)):
             source = find_model(str(model), what="The student", revision=revision)
-            folder = source.fetch()
-            model, own = load_language_model(source).float(), load_processor(source, folder, is_text=True)
-            tokenizer = own if tokenizer is None else tokenizer
+            model, own = load_language_model(source)
+            model, tokenizer = model.float(), own if tokenizer is None else tokenizer
             if not source.is_local:
                 self.origin = {"model": source.repo, "revision": source.revision, "commit": source.commit}
-        if not isinstance(model, (PreTrainedModel, PeftModel)) or not _writes(model):
+        plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        is_known = isinstance(plain, PreTrainedModel) and plain.can_generate()
+        if not is_known or plain.get_output_embeddings() is None:
             raise TypeError(
                 "`student` must be a language model, its Hub id or its folder, got "
                 f"{type(model).__name__}. Load one by `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`."
             )
         if tokenizer is None:
             raise ValueError("`tokenizer` is needed beside a model object. Load it by `AutoTokenizer`.")
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            raise TypeError(
-                f"`tokenizer` must be one of transformers, got {type(tokenizer).__name__}. Load it by `AutoTokenizer`."
-            )
+        check_kind(tokenizer, PreTrainedTokenizerBase, "tokenizer")
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "The student must have a token that ends an answer, got a tokenizer without `eos_token`. Set it to "
@@ -58,7 +67,6 @@ class Writer:
         self.processor = InputProcessor(tokenizer, model.config, "The student")  # sets what texts are padded with
         self.is_seq2seq, self.max_length = bool(model.config.is_encoder_decoder), int(self.processor.max_length or 0)
         self._start = [] if self.is_seq2seq else leading_tokens(tokenizer)
-        self._chat_end: list[int] | None = None
 
     @property
     def plain(self) -> Any:
@@ -69,11 +77,6 @@ class Writer:
 
     def render(self, prompts: Sequence[Prompt]) -> list[str]:
         """Prompts as texts, messages by the student's own chat template."""
-        if any(not isinstance(prompt, str) for prompt in prompts) and not self.tokenizer.chat_template:
-            raise ValueError(
-                "The student must have a chat template to be given messages, got a tokenizer without one. Set its "
-                "`chat_template`, or build the pool of texts."
-            )
         return [prompt if isinstance(prompt, str) else self._as_text(prompt) for prompt in prompts]
 
     def _as_text(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = True) -> str:
@@ -88,53 +91,37 @@ class Writer:
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The tokens of each prompt, none of one without a word."""
         is_chat, texts = [not isinstance(prompt, str) for prompt in prompts], self.render(prompts)
-        if self.is_seq2seq:
-            rows = self._tokenize(texts, add_special_tokens=True)
-        else:
-            rows = [ids if own else self._start + ids for ids, own in zip(self._tokenize(texts), is_chat, strict=True)]
+        rows = tokenize(self.tokenizer, texts, self.is_seq2seq)
+        if not self.is_seq2seq:
+            rows = [ids if own else self._start + ids for ids, own in zip(rows, is_chat, strict=True)]
         return [ids if _has_words(prompt) else [] for prompt, ids in zip(prompts, rows, strict=True)]
 
     def encode_answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[list[int]]:
         """The tokens of each answer after its prompt, with those that end it."""
-        alone = self._tokenize(answers)
+        alone = tokenize(self.tokenizer, answers)
         if not self.is_seq2seq:
             texts = self.render(prompts)
-            stems, whole = self._tokenize(texts), self._tokenize([t + a for t, a in zip(texts, answers, strict=True)])
+            both = [texts, [text + answer for text, answer in zip(texts, answers, strict=True)]]
+            stems, whole = (tokenize(self.tokenizer, some) for some in both)
             # As one text where the prompt stays what it is, for many tokens are words with the space before them.
             alone = [
-                both[len(stem) :] if both[: len(stem)] == stem else ids
-                for stem, both, ids in zip(stems, whole, alone, strict=True)
+                full[len(stem) :] if full[: len(stem)] == stem else ids
+                for stem, full, ids in zip(stems, whole, alone, strict=True)
             ]
-        ends = [[self.tokenizer.eos_token_id] if isinstance(p, str) else self._end_of_turn() for p in prompts]
+        ends = [[self.tokenizer.eos_token_id] if isinstance(p, str) else self._end_of_turn for p in prompts]
         return [ids + end for ids, end in zip(alone, ends, strict=True)]
 
-    def _tokenize(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[list[int]]:
-        if not texts:
-            return []
-        settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
-        tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
-        return tokens
-
-    def _ends(self) -> set[int]:
-        """The tokens at which the model stops."""
-        known = getattr(self.model.generation_config, "eos_token_id", None)
-        known = known if isinstance(known, list) else [known]
-        return {self.tokenizer.eos_token_id, *(token for token in known if token is not None)}
-
+    @cached_property
     def _end_of_turn(self) -> list[int]:
         """What the chat template puts behind an answer, up to the token at which the model stops."""
-        if self._chat_end is None:
-            # By writing a turn: nothing but the template itself tells how it ends one.
-            asked = [{"role": "user", "content": "a"}]
-            before = self.render([asked])[0] + "b"
-            answer = {"role": "assistant", "content": "b"}
-            # The whole turn must begin as the question does, or what follows is no end of it.
-            whole = self._as_text([*asked, answer], asks=False)
-            tail = self._tokenize([whole.removeprefix(before)])[0] if whole.startswith(before) else []
-            ends = self._ends()
-            stop = next((place for place, token in enumerate(tail) if token in ends), None)
-            self._chat_end = [self.tokenizer.eos_token_id] if stop is None else tail[: stop + 1]
-        return self._chat_end
+        # By writing a turn: nothing but the template itself tells how it ends one.
+        asked, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        before, whole = self._as_text([asked]) + "b", self._as_text([asked, answer], asks=False)
+        # The whole turn must begin as the question does, or what follows is no end of it.
+        tail = tokenize(self.tokenizer, [whole[len(before) :]])[0] if whole.startswith(before) else []
+        ends = {self.tokenizer.eos_token_id, *end_tokens(self.plain)}
+        stop = next((place for place, token in enumerate(tail) if token in ends), None)
+        return [self.tokenizer.eos_token_id] if stop is None else tail[: stop + 1]
 
     # --- asking it ---------------------------------------------------------------------------------------------------
 
@@ -174,27 +161,24 @@ class Writer:
         """The student's own, most probable answer to each prompt in tokens, and whether it has come to its end."""
         # Put back below: the model may be the user's.
         model, saved, pad = self.plain.eval(), self.plain.generation_config, self.tokenizer.pad_token_id
-        found = np.zeros((len(prompts), max_new_tokens + 1), dtype=np.int64)
+        found = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
         order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         make_greedy(model, self.tokenizer, max_new_tokens)
         try:
             for batch in processes.share(batches):
-                ids, mask = pad_tokens([prompts[place] for place in batch], pad, left=not self.is_seq2seq)
-                if not self.is_seq2seq:  # some models have no positions beyond those that they know
-                    room = self.max_length - ids.shape[1]
-                    model.generation_config.max_new_tokens = max(1, min(max_new_tokens, room))
-                tokens = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-                own = tokens[:, 0 if self.is_seq2seq else ids.shape[1] :].cpu().numpy()
+                rows = [prompts[place] for place in batch]
+                # Some models have no positions beyond those that they know.
+                room = max_new_tokens if self.is_seq2seq else self.max_length - max(map(len, rows))
+                own = generate(model, rows, pad, max_new_tokens=max(1, min(max_new_tokens, room))).numpy()
                 found[batch] = pad
                 found[np.array(batch)[:, None], np.arange(own.shape[1])] = own
         finally:
             model.generation_config = saved
         found = processes.sum_array(found)  # each has filled in its share
         found[sorted(set(range(len(prompts))) - {*order})] = pad
-        # A decoder's first column is where it begins; what is not written is padding.
-        body = found[:, 1:] if self.is_seq2seq else found[:, :-1]
-        is_whole = np.asarray(np.isin(body, [pad, *self._ends()]).any(axis=1))
+        ends = [pad, self.tokenizer.eos_token_id, *end_tokens(model)]  # what is not written is padding
+        is_whole = np.asarray(np.isin(found, ends).any(axis=1))
         return list(self.tokenizer.batch_decode(found, skip_special_tokens=True)), is_whole
 
     # --- what training changes ---------------------------------------------------------------------------------------
@@ -241,11 +225,6 @@ def batches_of(items: Sequence[Scored], batch_size: int) -> list[list[int]]:
     order = [place for place, (_, following) in enumerate(items) if following]
     order.sort(key=lambda place: (len(items[place][0]), max(map(len, items[place][1]))))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def _writes(model: Any) -> bool:
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return bool(plain.can_generate()) and plain.get_output_embeddings() is not None
 
 
 def _has_words(prompt: Prompt) -> bool:

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
-from ..method.answers import Normalizer, find_normalizer, group_answers
+from ..method.answers import Normalizer, find_normalizer
 from ..method.assignment import NOBODY, fall_back
 from ..method.routing import REJECTIONS, RULES, choose_teacher, rule_reads, select_answers
 from ..pool.answers import AnswerPool
@@ -42,14 +42,12 @@ logger = logging.getLogger(__name__)
 MakeTrainer = Callable[[Any, Dataset, TrainingArguments], Trainer]
 
 
-_CHOICES = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
-
-
 def _check_options(options: Mapping[str, Any]) -> None:
     """Refuse what there is not."""
     rule_reads(options["rule"])
     find_normalizer(options["normalize"])
-    for name, values in _CHOICES.items():
+    choices = {"rejection": REJECTIONS, "too_long": TOO_LONG, "student_training": WRITER_TRAININGS}
+    for name, values in choices.items():
         if options[name] not in values:
             raise ValueError(f"`{name}` must be one of {list(values)}, got {options[name]!r}. Choose one.")
     for name in ("window", "max_new_tokens"):
@@ -102,8 +100,8 @@ class CoSupervisedWriter:
     kept: list[np.ndarray]
     history: LevelHistory
     output_dir: str
-    _facts: dict[str, Any] = field(default_factory=dict)
-    _processes: Processes = field(default_factory=lambda: Processes(0, 1))
+    _facts: dict[str, Any]
+    _processes: Processes
 
     def __repr__(self) -> str:
         return f"CoSupervisedWriter({type(self.model).__name__}, {len(self.assigned)} levels, in '{self.output_dir}')"
@@ -249,16 +247,9 @@ class _Levels:
                 self.train(plan)
                 self.run.save(plan, self.writer.tensors(), [])
                 self.processes.on_first(self._forget_checkpoints)
-        return CoSupervisedWriter(
-            self.writer.model,
-            self.writer.tokenizer,
-            [plan.assigned_teacher for plan in self.run.plans],
-            [plan.keep_mask for plan in self.run.plans],
-            self.run.history,
-            str(self.args.output_dir),
-            self._card_facts(),
-            self.processes,
-        )
+        chosen = [plan.assigned_teacher for plan in self.run.plans], [plan.keep_mask for plan in self.run.plans]
+        folder, story = str(self.args.output_dir), (self._card_facts(), self.processes)
+        return CoSupervisedWriter(self.writer.model, self.writer.tokenizer, *chosen, self.run.history, folder, *story)
 
     def _forget_checkpoints(self) -> None:
         for plan in self.run.plans:  # of a level that is kept, they only take room
@@ -266,40 +257,39 @@ class _Levels:
 
     def _settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
-        arguments = _changed(self.args, "resume") | self._told
         # A lambda has no name that would tell it from another one.
         functions = {} if self.make_trainer is None else {"make_trainer": "given"}
+        arguments = _changed(self.args, "resume") | self._told
         return settings_of(self.args, arguments, _pool_digest(self.pool), self.writer.digest(), functions)
 
     def _card_facts(self) -> dict[str, Any]:
-        history, defaults = self.run.history, inspect.signature(co_supervise_answers).parameters
+        history, training = self.run.history, self.options["student_training"]
+        names, defaults = self.pool.hierarchy.names, inspect.signature(co_supervise_answers).parameters
         levels = [
             {
                 "level": record["level"],
                 "assignment": record["rule"],
-                "keep_rate": record["consistency/keep_rate"],
-                "num_kept": record["consistency/num_kept"],
-                "teachers": {name: record.get(f"assignment/{name}") for name in self.pool.hierarchy.names},
+                **{name: record[f"consistency/{name}"] for name in ("keep_rate", "num_kept")},
+                "teachers": {name: record.get(f"assignment/{name}") for name in names},
             }
             for record in history.records
         ]
+        changed = {name: value for name, value in self._told.items() if value != defaults[name].default}
         return made_of(history.run, self.pool) | {
-            "labels": [],
             "modality": None if self.writer.is_seq2seq else "language",
             "is_language": True,
-            "library_name": "transformers",
-            "has_adapter": self.options["student_training"] == "lora",
-            "student_training": self.options["student_training"],
+            "has_adapter": training == "lora",
+            "student_training": training,
+            "rejects": self.options["rejection"] != "none",
             "levels": levels,
-            "hyperparameters": _changed(self.args, "publish")
-            | {name: value for name, value in self._told.items() if value != defaults[name].default},
+            "hyperparameters": _changed(self.args, "publish") | changed,
         }
 
     # --- one level ---------------------------------------------------------------------------------------------------
 
     def plan(self, level: int) -> LevelPlan:
         """Choose whose answer to take, and which to leave out."""
-        hierarchy = self.pool.hierarchy
+        hierarchy, rows = self.pool.hierarchy, np.arange(len(self.pool))
         places = [place for place, teacher in enumerate(hierarchy.teachers) if teacher.level == level]
         above = self.run.plans[-1].assigned_teacher if level else np.full(len(self.pool), NOBODY)
         # Before any training the student knows nothing of the task that could tell a wrong answer.
@@ -307,15 +297,14 @@ class _Levels:
         rule = "the root" if level == 0 and len(places) == 1 else self.options["rule"]
         asks = rejection != "none" or rule in RULES and "same" in rule_reads(rule)
         same = self._same() if asks else None
-        chosen = self._choose(rule, places, same)
-        position = torch.where(chosen == NOBODY, NOBODY, torch.tensor(places)[chosen.clamp(min=0)])
-        assigned = fall_back(position, torch.from_numpy(above.astype(np.int64)))
+        chosen = torch.tensor([*places, NOBODY])[self._choose(rule, places, same)]  # at -1, nobody
+        assigned = fall_back(chosen, torch.from_numpy(above.astype(np.int64)))
         if not (has_answer := assigned >= 0).any():
             raise ValueError(
                 f"No teacher up to level {level} has an answer that the student can read to any of the "
                 f"{len(self.pool)} prompts. Check their answers."
             )
-        rows, at, losses = np.arange(len(self.pool)), assigned.clamp(min=0).numpy(), torch.zeros(len(self.pool))
+        at, losses = assigned.clamp(min=0).numpy(), torch.zeros(len(self.pool))
         if rejection == "loss_rank":
             used = np.unique(at)
             scores = self.reader.score([hierarchy.names[place] for place in used])
@@ -324,9 +313,9 @@ class _Levels:
         # -1 as the label of what nobody answered, as a plan of labels has it.
         plan = LevelPlan(level, 0, assigned.numpy().astype(np.int32), has_answer.int().numpy() - 1, kept.numpy(), {})
         plan.metrics["rule"] = rule  # type: ignore[assignment]
-        spoken = assigned[has_answer]
-        for place in torch.unique(spoken).tolist():
-            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float((spoken == place).double().mean())
+        shares = torch.bincount(assigned[has_answer]).double() / has_answer.sum()
+        for place in shares.nonzero().flatten().tolist():
+            plan.metrics[f"assignment/{hierarchy.names[place]}"] = float(shares[place])
         plan.metrics |= {"consistency/keep_rate": plan.keep_rate, "consistency/num_kept": float(kept.sum())}
         return plan
 
@@ -342,8 +331,8 @@ class _Levels:
         known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
         if same is not None:
             known["same"] = same[:, places]
-        unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum()) if "teacher" in reads else 0
-        if unknown:
+        unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum())
+        if unknown and "teacher" in reads:
             logger.warning(
                 f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
                 "teacher finds it: they are routed by the student's log-likelihood alone."
@@ -352,11 +341,9 @@ class _Levels:
 
     def _same(self) -> torch.Tensor:
         """Which teachers say what the student says itself, bool `(num_examples, num_teachers)`."""
-        own = self.reader.own_answers(self.options["max_new_tokens"])
-        # The student stands as one more teacher, so that equal answers have its number.
-        rows = [[*said, mine] for said, mine in zip(self.pool.answer_rows(), own, strict=True)]
-        groups = torch.from_numpy(group_answers(rows, self.options["normalize"]))
-        return (groups[:, :-1] == groups[:, -1:]) & (groups[:, -1:] >= 0)
+        own = [[answer] for answer in self.reader.own_answers(self.options["max_new_tokens"])]
+        said, mine = self.pool.group_with(own, self.options["normalize"])
+        return torch.from_numpy((said == mine) & (mine >= 0))
 
     def train(self, plan: LevelPlan) -> None:
         """Train a fresh student on what was chosen."""
@@ -369,11 +356,10 @@ class _Levels:
         # Without a seed of its own the shuffle order would hang on whatever used torch's global generator before.
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         if self.make_trainer is None:
-            dataset = self.reader.examples(plan.assigned_teacher, plan.keep_mask)
+            dataset, tokenizer = self.reader.examples(plan.assigned_teacher, plan.keep_mask), self.writer.tokenizer
             # The one that pads labels too, for causal models as well.
-            collator = DataCollatorForSeq2Seq(self.writer.tokenizer)
-            settings = {"processing_class": self.writer.tokenizer, "data_collator": collator}
-            trainer = Trainer(self.writer.model, args, train_dataset=dataset, **settings)
+            collator = DataCollatorForSeq2Seq(tokenizer)
+            trainer = Trainer(self.writer.model, args, collator, dataset, processing_class=tokenizer)
         else:
             dataset = self.pool.to_sft(assigned=plan.assigned_teacher, kept=plan.keep_mask)
             trainer = self.make_trainer(self.writer.model, dataset, args)

@@ -45,6 +45,7 @@ def student_facts(
         # That of a student with a pooling is not published, see `export_student`.
         "has_adapter": isinstance(model, PeftModel) and not hasattr(model, "pooling"),
         "student_training": args.student_training,
+        "rejects": args.rejection != ["none"],
         "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
         "hyperparameters": args.changed_arguments()
         | _found_alphas(args, history)

@@ -15,7 +15,6 @@ from hf_cosupervise.method.answers import (
     majority_vote,
     pair_assigned,
     pair_consistent,
-    pair_ranked,
     pair_scored,
     pair_unfamiliar,
     random_answered,
@@ -136,8 +135,8 @@ def test_pairs_of_the_assigned_teacher():
 
 
 def test_pairs_by_rank():
-    assert pairs_of(pair_ranked(GROUPS, np.array([0, 1, 2, 3]))) == [(0, 1), (0, -1), (0, 3)]
-    assert pairs_of(pair_ranked(GROUPS, np.array([3, 2, 1, 0])))[::2] == [(2, 1), (3, 0)]
+    assert pairs_of(pair_scored(GROUPS, -np.array([0, 1, 2, 3]))) == [(0, 1), (0, -1), (0, 3)]
+    assert pairs_of(pair_scored(GROUPS, -np.array([3, 2, 1, 0])))[::2] == [(2, 1), (3, 0)]
 
 
 def test_pairs_by_score():

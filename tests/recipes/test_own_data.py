@@ -374,6 +374,8 @@ def test_only_errors_on_purpose_are_a_sentence(run):
     assert "'x'\n" in train.tell_error(noted) and train.tell_error(noted).endswith("\nWhat to do.")
     assert train.tell_error(caught(lambda: train.Path(None))) is None
     call = ["--dataset", "nothing.csv", "--teachers", "a", "--student", "x", "--output_dir", "out"]
+    with pytest.raises(SystemExit, match=r"got no file 'nothing\.csv'"):
+        train.run_or_tell(lambda: run(*call))
     for words in (["--lr_scheduler_type", "x"], ["--save_strategy", "x"], ["--accelerator_config", "no.json"]):
         assert train.tell_error(caught(lambda words=words: run(*call, *words))).endswith("or leave it out.")
 

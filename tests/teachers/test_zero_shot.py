@@ -452,7 +452,7 @@ def test_a_hierarchy_file_says_how_to_ask(nli, tmp_path):
         ({"options": {"template": ["{}", "{0.x}"]}}, ValueError, r"must have one slot .* got '\{0.x\}'"),
         ({"options": {"template": 3}}, ValueError, "must be a text or a list of texts, got 3"),
         ({"options": {"templates": "{}"}}, ValueError, "kind 'zero_shot' must be among .* got unknown .'templates'"),
-        ({"options": {"correct_prior": "yes"}}, ValueError, "`correct_prior` .* true or false, got 'yes'"),
+        ({"options": {"correct_prior": "yes"}}, ValueError, r"`correct_prior` .* one of \[False, True\], got 'yes'"),
         ({"options": {"entailment": "yes"}}, ValueError, "the one called 'yes' by the option `entailment`, got"),
         ({"options": {"template": {"a", "b"}}}, TypeError, "`options` of teacher 'nli' must be plain values"),
         ({"options": {"x": float("nan")}}, TypeError, "must be plain values .* got nan"),

@@ -291,6 +291,7 @@ def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
     assert said == result.tokenizer.decode(tokens, skip_special_tokens=True)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
+    assert "and trains the student on their answers." in card and "rejects" not in card
     assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
     assert str(tmp_path) not in card and "| `learning_rate` | `0.01` |" in card
     table = card.split("## Training arguments")[1].split("\n## ")[0]
@@ -501,7 +502,7 @@ def test_options_that_do_not_exist(tmp_path: Path, options: dict[str, Any], mess
 
 def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     pool, args = make_pool(4), make_args(tmp_path)
-    with pytest.raises(ValueError, match=r"must have a chat template to be given messages, got a tokenizer without"):
+    with pytest.raises(ValueError, match=r"must have a chat template that takes messages such as .*, got: Cannot use"):
         co_supervise_answers(make_model(), make_pool(4, chat=True), args, tokenizer=make_tokenizer())
     with pytest.raises(ValueError, match=r"must have a token that ends an answer, got a tokenizer without"):
         co_supervise_answers(make_model(), pool, args, tokenizer=make_tokenizer(eos_token=None))
@@ -512,7 +513,7 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     for wrong in ({}, CoSupervisedConfig(str(tmp_path))):
         with pytest.raises(TypeError, match=r"`args` must be `TrainingArguments`, or .*, got (dict|CoSup.*)\. Make"):
             co_supervise_answers(make_model(), pool, wrong, tokenizer=make_tokenizer())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"`tokenizer` must be one of transformers, got str\. Load it by"):
+    with pytest.raises(TypeError, match=r"`tokenizer` must be a `PreTrainedTokenizerBase`, got str\. Make"):
         score_answers(make_model(), pool, tokenizer="folder")
     for window, model in ((0, make_model()), (2, make_model("t5"))):
         with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):

@@ -194,6 +194,17 @@ def read_options(teacher: Teacher, kind: str, known: Mapping[str, Any], others: 
     return {**known, **given}
 
 
+def check_option(teacher: Teacher, options: Mapping[str, Any], key: str, allowed: range | Sequence[Any]) -> None:
+    """See that an option is one of some values, or an integer in a range."""
+    is_range, value = isinstance(allowed, range), options[key]
+    # By type too, since 1 is True, and 0 False, to Python.
+    if type(value) not in ({int} if is_range else {type(one) for one in allowed}) or value not in allowed:
+        rule = f"an integer in {allowed[0]}..{allowed[-1]}" if is_range else f"one of {list(allowed)}"
+        raise ValueError(
+            f"Option `{key}` of teacher '{teacher.name}' must be {rule}, got {value!r}. Choose one of them."
+        )
+
+
 def fold_answer(answer: str, blanks: str) -> str:
     """Fold the case of an answer, and make single blanks of what is blank or of these categories of Unicode."""
     kept = "".join(" " if unicodedata.category(letter)[0] in blanks else letter for letter in answer.casefold())

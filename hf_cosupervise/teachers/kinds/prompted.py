@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from os.path import commonprefix
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import numpy as np
@@ -18,15 +17,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...data.columns import shorten
 from ...data.inputs import InputProcessor, RowError, check_text
+from ...hierarchy import Teacher
 from ...models.chat import apply_chat_template, parse_template
-from ...models.classifier import load_processor
-from ...models.language import leading_tokens, load_language_model, make_greedy, pad_tokens, score_words
-from ...models.source import ModelSource, explained, first_line
+from ...models.language import (
+    leading_tokens,
+    load_language_model,
+    make_greedy,
+    pad_tokens,
+    score_continuations,
+    tokenize,
+)
+from ...models.source import ModelSource, explained, first_line, hash_files
 from .base import (
     Kind,
     Preparation,
     TeacherSource,
     add_up,
+    check_option,
     fingerprint,
     fold_answer,
     for_inference,
@@ -36,20 +43,12 @@ from .base import (
 )
 
 logger = logging.getLogger(__name__)
-OPTIONS: dict[str, Any] = {
-    "template": None,
-    "chat": False,
-    "answer": "words",
-    "separator": None,
-    "length_normalize": False,
-    "correct_prior": False,
-    "max_new_tokens": 16,
-    "too_long": "raise",
+_ALLOWED: dict[str, Any] = {  # of choices the first is the default
+    **{"chat": (False, True), "answer": ("words", "generate"), "separator": (None, "", " ")},
+    **dict.fromkeys(("length_normalize", "correct_prior"), (False, True)),
+    **{"max_new_tokens": range(1, 1001), "too_long": ("raise", "cut")},
 }
-_CHOICES = {
-    **dict.fromkeys(("chat", "length_normalize", "correct_prior"), (False, True)),
-    **{"answer": ("words", "generate"), "separator": (None, "", " "), "too_long": ("raise", "cut")},
-}
+OPTIONS = {"template": None} | {key: allowed[0] for key, allowed in _ALLOWED.items()} | {"max_new_tokens": 16}
 # A template may come with a hierarchy from the Hub. Of Jinja this much can neither call anything nor grow a text
 # without bound, nor run for ever.
 _NODES = (
@@ -57,24 +56,17 @@ _NODES = (
     *(nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not, nodes.Getitem, nodes.Slice),
 )
 _FILTERS = (
-    "capitalize",
-    "first",
-    "join",
-    "last",
-    "length",
-    "lower",
-    "title",
-    "trim",
-    "truncate",
-    "upper",
-    "wordcount",
+    *("capitalize", "first", "join", "last", "length", "lower", "title", "trim"),
+    *("truncate", "upper", "wordcount"),
 )
 _MOST_LETTERS, _MOST_DEPTH = 1 << 16, 50
 RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AssertionError, LookupError, TypeError, ValueError)
 _SAMPLES = ("a text", "another one")
+PLAIN = "{{ text }}"  # the template of who is given none
 # The words of an answer, without the signs by which a model may set them off.
 fold = partial(fold_answer, blanks="PS")
 _Encoded = tuple[list[int], list[list[int]]]
+P = TypeVar("P", bound="Prompter")
 
 
 class PromptedTeacher:
@@ -83,49 +75,22 @@ class PromptedTeacher:
     column: str | None = None
 
     def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
-        name, model_source = source.name, source.model_source
-        self.options = _check_options(source)
-        compile_template(self.options["template"], name)
+        name, self.options = source.name, _check_options(source.teacher)
         texts = label_texts(source.teacher, labels)
         self.by_words = self.options["answer"] == "words"
         self.answers = {} if self.by_words else _fold_all(texts, name)
-        folder = model_source.fetch()
-        model = load_language_model(model_source)
-        tokenizer = load_processor(model_source, folder, is_text=True)
-        if self.options["chat"] and not tokenizer.chat_template:
-            raise ValueError(
-                f"Teacher '{name}' must have a chat template for option `chat`, got none in '{model_source.place}'. "
-                "Leave the option out, and write the whole prompt as `template`."
-            )
-        processor = InputProcessor(tokenizer, model.config, f"Teacher '{name}'")
-        # A causal model needs room for its answer beside the prompt.
-        is_apart = self.by_words or model.config.is_encoder_decoder
-        num_answer_tokens = 0 if is_apart else int(self.options["max_new_tokens"])
-        self.prompter = Prompter(
-            name=name,
-            tokenizer=tokenizer,
-            template=self.options["template"],
-            labels=tuple(labels),
-            words=tuple(word.strip() for words in texts.values() for word in words) if self.by_words else (),
-            is_seq2seq=model.config.is_encoder_decoder,
-            max_length=int(processor.max_length or 0) - num_answer_tokens,
-            options=self.options,
-        )
-        self.prompter.check()
+        words = tuple(word.strip() for words in texts.values() for word in words) if self.by_words else ()
+        model, self.prompter, seen, known = load_prompter(source, Prompter, self.options, tuple(labels), words)
         self.own_labels, self.num_labels = list(texts), len(labels)
         self.positions = label_positions(source.teacher, self.own_labels, labels)
         # Which of its own labels each word belongs to.
         self.owners = np.array([own for own, words in enumerate(texts.values()) for _ in words])
         self.device = device
         self.model: Any = for_inference(model, device)
-        if not self.by_words:
-            make_greedy(model, tokenizer, self.options["max_new_tokens"])
         self.prepare = Preparation(name, True, self.prompter)
-        seen = [processor.fingerprint, tokenizer.chat_template]
-        prompt = [self.prompter.words, self.prompter.max_length, self.options, labels]
+        prompt = [words, self.prompter.max_length, self.options, labels]
         self.facts = source.facts("prompted", type(model).__name__, fingerprint([*seen, *prompt]))
-        self.facts |= tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
-        self.facts |= {
+        self.facts |= known | {
             # A card shows it, and a template may be pages long.
             "template": fingerprint(self.options["template"]),
             "words": {label: list(words) for label, words in texts.items()},
@@ -160,20 +125,23 @@ class PromptedTeacher:
         np.add.at(probs.T, self.owners, np.exp(scores - largest).T)
         return add_up(probs / probs.sum(axis=1, keepdims=True), self.positions, self.num_labels)
 
+    @torch.inference_mode()
     def _score(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
         """Log-probability of each word, or its mean over tokens, float32 `(num_rows, num_words)`."""
         inputs = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
-        with torch.inference_mode():
-            scores = score_words(self.model, **inputs)
-            if self.options["length_normalize"]:
-                scores = scores / inputs["words_mask"].sum(dim=2)
+        prompts, words, mask = (inputs["input_ids"], inputs["attention_mask"]), inputs["words"], inputs["words_mask"]
+        owners = torch.arange(len(words), device=self.device).repeat_interleave(words.shape[1])
+        scores = score_continuations(self.model, *prompts, words.flatten(0, 1), mask.flatten(0, 1), owners)
+        scores = scores.sum(dim=1).view(words.shape[:2])
+        if self.options["length_normalize"]:
+            scores = scores / mask.sum(dim=2)
         return scores.float().cpu().numpy()
 
+    @torch.inference_mode()
     def _generate(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
         """One label with certainty, or none, for each row."""
         inputs = {key: value.to(self.device, non_blocking=True) for key, value in inputs.items()}
-        with torch.inference_mode():
-            tokens = self.model.generate(**inputs)
+        tokens = self.model.generate(**inputs)
         if not self.prompter.is_seq2seq:
             # A causal model gives its prompt back before what it adds.
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
@@ -209,7 +177,19 @@ class Prompter:
     max_length: int
     options: Mapping[str, Any]
 
-    def __call__(self, cells: Sequence[Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, cells: Sequence[Any]) -> Any:
+        rows, pad = self.fit(cells), self.tokenizer.pad_token_id
+        # Prompts of causal models end where their words begin.
+        tokens, mask = pad_tokens([prompt for prompt, _ in rows], pad, left=not self.is_seq2seq)
+        batch = {"input_ids": tokens, "attention_mask": mask}
+        if self.words:
+            tokens, mask = pad_tokens([word for _, words in rows for word in words], pad, left=False)
+            shape = (len(rows), len(self.words), -1)
+            batch |= {"words": tokens.view(shape), "words_mask": mask.view(shape)}
+        return batch
+
+    def fit(self, cells: Sequence[Any]) -> list[_Encoded]:
+        """Tokens of each prompt that the model can read, and of each word after it."""
         for cell in cells:
             check_text(cell)
         rows = [
@@ -218,16 +198,7 @@ class Prompter:
         ]
         if empty := [cell for cell, (prompt, _) in zip(cells, rows, strict=True) if not prompt]:
             raise RowError(f"A prompt must have at least one token, got none for {empty[0]!r}")
-        # Prompts of causal models end where their words begin.
-        inputs = pad_tokens([prompt for prompt, _ in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
-        batch = {"input_ids": inputs[0], "attention_mask": inputs[1]}
-        if self.words:
-            words, mask = pad_tokens(
-                [word for _, words in rows for word in words], self.tokenizer.pad_token_id, left=False
-            )
-            shape = (len(rows), len(self.words), -1)
-            batch |= {"words": words.view(shape), "words_mask": mask.view(shape)}
-        return batch
+        return rows
 
     def render(self, text: str) -> str:
         """The prompt of a text, as the model reads it."""
@@ -245,42 +216,37 @@ class Prompter:
             raise RowError(f"The template of the prompt cannot be filled in: {first_line(error)}") from error
         if self.is_seq2seq:
             # A decoder reads words alone, so that no token reaches over from the prompt.
-            words = self._tokenize(self.words, add_special_tokens=False)
-            return [(prompt, words) for prompt in self._tokenize(prompts, add_special_tokens=True)]
+            words = tokenize(self.tokenizer, self.words)
+            return [(prompt, words) for prompt in tokenize(self.tokenizer, prompts, True)]
         # A chat template writes the first token itself.
         before = [] if self.options["chat"] else leading_tokens(self.tokenizer)
         pairs = [self._border(prompt) for prompt in prompts]
-        if not self.words:
-            return [(before + stem, []) for stem in self._tokenize([stem for stem, _ in pairs], False)]
-        rows = self._encode_by_ends(pairs) if self._is_local else dict[int, _Encoded]()
-        # The rest are of tokenizers that may read the end of a text in another way than the whole.
-        others = [place for place in range(len(pairs)) if place not in rows]
-        rows |= zip(others, self._encode_whole([pairs[place] for place in others]), strict=True)
-        return [(before + rows[place][0], rows[place][1]) for place in range(len(pairs))]
+        rows = self._encode_by_ends(pairs) if self.words and self._is_local else self._encode_whole(pairs)
+        return [(before + prompt, words) for prompt, words in rows]
 
-    def _encode_by_ends(self, pairs: Sequence[tuple[str, str]]) -> dict[int, _Encoded]:
-        """What [`_encode_whole`] gives, by place, where only the end of a prompt bears on the tokens of its words."""
-        cuts = {place: cut for place, (stem, _) in enumerate(pairs) if (cut := _last_space(stem))}
-        firsts = self._tokenize(["".join(pairs[place]) + self.words[0] for place in cuts], False)
+    def _encode_by_ends(self, pairs: Sequence[tuple[str, str]]) -> list[_Encoded]:
+        """What [`_encode_whole`] gives, where mostly the end of a prompt alone bears on the tokens of its words."""
+        firsts = tokenize(self.tokenizer, ["".join(pair) + self.words[0] for pair in pairs])
         # Most prompts end alike, so that there are few of these, and they are short.
-        ends = {place: (pairs[place][0][cut:], pairs[place][1]) for place, cut in cuts.items()}
-        distinct = list(dict.fromkeys(ends.values()))
+        ends = [(stem[_last_space(stem) :], border) for stem, border in pairs]
+        distinct = list(dict.fromkeys(ends))
         known = dict(zip(distinct, self._encode_whole(distinct), strict=True))
-        rows = {}
-        for place, first in zip(cuts, firsts, strict=True):
-            prompt, words = known[ends[place]]
+        rows = []
+        for pair, first, end in zip(pairs, firsts, ends, strict=True):
+            prompt, words = known[end]
             start = len(first) - len(prompt) - len(words[0])
-            if start >= 0 and first[start:] == prompt + words[0]:
-                rows[place] = (first[:start] + prompt, words)
+            is_same = start >= 0 and first[start:] == prompt + words[0]
+            # The rest are of tokenizers that read the end of a text in another way than the whole.
+            rows.append((first[:start] + prompt, words) if is_same else self._encode_whole([pair])[0])
         return rows
 
     def _encode_whole(self, pairs: Sequence[tuple[str, str]]) -> list[_Encoded]:
         """Tokens of prompts, or of their ends, and of each word after them."""
-        stems = self._tokenize([stem for stem, _ in pairs], False)
+        stems = tokenize(self.tokenizer, [stem for stem, _ in pairs])
         # Together with its prompt, since tokens may reach over the border: what all of a row have in common is its
         # prompt, and the rest of each is its word.
         texts = [stem + border + word for stem, border in pairs for word in self.words]
-        whole, size = self._tokenize(texts, False), len(self.words)
+        whole, size = tokenize(self.tokenizer, texts), len(self.words)
         rows = []
         for row, stem in enumerate(stems):
             own = whole[row * size : (row + 1) * size]
@@ -297,13 +263,13 @@ class Prompter:
 
     def check(self) -> None:
         """See that two texts have two prompts, and that words are told apart by their tokens."""
-        what = f"Teacher '{self.name}'"
+        what, is_chat = f"Teacher '{self.name}'", self.options["chat"]
+        if is_chat:
+            self.check_chat()
         try:
             prompts = [self.render(sample) for sample in _SAMPLES]
         except RENDER_ERRORS as error:
-            part = (
-                "a chat template that takes a message of the user" if self.options["chat"] else "a template of Jinja"
-            )
+            part = "a chat template that takes a message of the user" if is_chat else "a template of Jinja"
             raise ValueError(f"{what} must have {part}, got: {first_line(error)}. Correct it.") from error
         if prompts[0] == prompts[1]:
             raise ValueError(f"{what} must ask about the text, got the same prompt for any: {prompts[0]!r}. Use it.")
@@ -313,7 +279,7 @@ class Prompter:
         known: dict[tuple[int, ...], str] = {}
         for word, tokens in zip(self.words, words, strict=True):
             # Tokenizers of bytes have no token for what is unknown, and know everything.
-            if not tokens or self.tokenizer.unk_token_id in self._tokenize([word], add_special_tokens=False)[0]:
+            if not tokens or self.tokenizer.unk_token_id in tokenize(self.tokenizer, [word])[0]:
                 raise ValueError(
                     f"{what} must have words for labels that its tokenizer knows, got {word!r}, which it does not. "
                     "Choose another by `label_texts`."
@@ -324,20 +290,20 @@ class Prompter:
                     "the same to its tokenizer. Choose others by `label_texts`."
                 )
 
-    def _tokenize(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        if not texts:
-            return []
-        # Not verbose: the tokenizer would warn of long texts, which are counted afterwards.
-        settings = {"add_special_tokens": add_special_tokens, "return_attention_mask": False, "verbose": False}
-        tokens: list[list[int]] = self.tokenizer(list(texts), padding=False, truncation=False, **settings)["input_ids"]
-        return tokens
+    def check_chat(self) -> None:
+        """See that there is a chat template, where one is needed."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                f"Teacher '{self.name}' must have a chat template to answer messages, got none. Write the whole "
+                "prompt as option `template`, without `chat`."
+            )
 
     def _border(self, prompt: str) -> tuple[str, str]:
         """The prompt without spaces at its end, and what stands between it and a word: tokens begin with the space."""
         stem = prompt.rstrip(" ")
         if stem != prompt or stem[-1:].isspace() or not stem:
             return stem, prompt[len(stem) :]
-        separator = self.options["separator"]
+        separator = self.options.get("separator")  # of those that write nobody has any
         return stem, ("" if self.options["chat"] else " ") if separator is None else separator
 
     def _length(self, row: _Encoded) -> int:
@@ -394,28 +360,23 @@ def _fold_all(texts: Mapping[str, Sequence[str]], name: str) -> dict[str, str]:
 # ── what is asked for ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _check_options(source: TeacherSource) -> dict[str, Any]:
+def _check_options(teacher: Teacher) -> dict[str, Any]:
     """The options of a teacher, each of a value that it may have."""
-    options = read_options(source.teacher, "prompted", OPTIONS)
-    if not isinstance(template := options["template"], str):
+    options = read_options(teacher, "prompted", OPTIONS)
+    for key, allowed in _ALLOWED.items():
+        check_option(teacher, options, key, allowed)
+    check_template(teacher, options["template"])
+    return options
+
+
+def check_template(teacher: Teacher, template: Any) -> None:
+    """See that a template is one that [`compile_template`] takes."""
+    if not isinstance(template, str):
         raise ValueError(
-            f"Option `template` of teacher '{source.name}' must be a text with a slot `{{{{ text }}}}`, got "
+            f"Option `template` of teacher '{teacher.name}' must be a text with a slot `{{{{ text }}}}`, got "
             f"{template!r}. Write one, such as 'Review: {{{{ text }}}}\\nSentiment:'."
         )
-    for key, allowed in _CHOICES.items():
-        # By type too, since 1 is True, and 0 False, to Python.
-        if options[key] not in allowed or type(options[key]) not in map(type, allowed):
-            raise ValueError(
-                f"Option `{key}` of teacher '{source.name}' must be one of {list(allowed)}, got {options[key]!r}. "
-                "Choose one of them."
-            )
-    count = options["max_new_tokens"]
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1000:
-        raise ValueError(
-            f"Option `max_new_tokens` of teacher '{source.name}' must be an integer in 1..1000, got {count!r}. "
-            "Correct it."
-        )
-    return options
+    compile_template(template, teacher.name)
 
 
 # Compiled again by each worker that prepares rows, for a compiled template cannot be sent to it.
@@ -461,15 +422,39 @@ def _is_bounded(node: nodes.Filter) -> bool:
 # ── the kind ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def load_prompter(
+    source: TeacherSource,
+    kind: type[P],
+    options: Mapping[str, Any],
+    labels: tuple[str, ...] = (),
+    words: tuple[str, ...] = (),
+) -> tuple[Any, P, list[Any], dict[str, Any]]:
+    """A model, what turns texts into its prompts, what decides how they are read, and what else is known."""
+    model_source, what = source.model_source, f"Teacher '{source.name}'"
+    model, tokenizer = load_language_model(model_source)
+    processor, is_seq2seq = InputProcessor(tokenizer, model.config, what), bool(model.config.is_encoder_decoder)
+    # Prompt and answer share the positions of a causal model; a decoder has its own.
+    room = 0 if words or is_seq2seq else options["max_new_tokens"]
+    if (length := int(processor.max_length or 0) - room) < 1:
+        raise ValueError(
+            f"Option `max_new_tokens` of teacher '{source.name}' must leave room for a prompt in the "
+            f"{processor.max_length} tokens that it reads, got {room}. Give a lower one in its `options`."
+        )
+    template = options["template"] or PLAIN
+    prompter = kind(source.name, tokenizer, template, labels, words, is_seq2seq, length, options)
+    prompter.check()
+    if not words:
+        make_greedy(model, tokenizer, options["max_new_tokens"])
+    known = tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
+    return model, prompter, [processor.fingerprint, tokenizer.chat_template], known
+
+
 def tokenizer_identity(source: ModelSource) -> dict[str, str]:
     """Tell the files of a folder apart that decide what a prompt is; a commit does of the Hub."""
     if not source.is_local:
         return {}
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(source.folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
-    return {"tokenizer": digest.hexdigest()}
+    files = [path for path in source.folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt")]
+    return {"tokenizer": hash_files(sorted(path for path in files if path.is_file()))}
 
 
 KIND = Kind(

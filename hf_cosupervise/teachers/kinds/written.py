@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ...data.inputs import InputProcessor, RowError, check_text
+from ...data.inputs import RowError, check_text
 from ...hierarchy import Teacher, is_writable_text
 from ...models.chat import BrokenChatTemplateError, apply_chat_template
-from ...models.classifier import load_processor
-from ...models.language import load_language_model, make_greedy
+from ...models.language import end_tokens, generate, tokenize
 from ...models.source import explained, first_line
-from .base import Kind, TeacherSource, fingerprint, for_inference, read_options
-from .prompted import RENDER_ERRORS, Prompter, compile_template, pad_tokens, tokenizer_identity
+from .base import Kind, TeacherSource, check_option, fingerprint, for_inference, read_options
+from .prompted import PLAIN, RENDER_ERRORS, Prompter, check_template, load_prompter, tokenizer_identity
 
 OPTIONS: dict[str, Any] = {
     "temperature": 0.0,
@@ -31,8 +30,8 @@ OPTIONS: dict[str, Any] = {
     "chat": False,
     "too_long": "raise",
 }
-_RANGES = {"num_answers": (1, 1000), "max_new_tokens": (1, 100_000), "seed": (0, 2**63 - 1)}
-_PLAIN = "{{ text }}"
+_ALLOWED: dict[str, Any] = {"num_answers": range(1, 1001), "max_new_tokens": range(1, 100_001)}
+_ALLOWED |= {"chat": (False, True), "too_long": ("raise", "cut")}
 
 
 # A tuple, which JSON writes as it stands.
@@ -48,11 +47,7 @@ class Written(NamedTuple):
 
 def as_array(answers: Sequence[Written]) -> np.ndarray:
     """Answers as an array of objects `(num_rows,)`."""
-    array = np.empty(len(answers), dtype=object)
-    # One by one: numpy would make a matrix of records of equal length.
-    for place, answer in enumerate(answers):
-        array[place] = answer
-    return array
+    return np.fromiter(answers, dtype=object, count=len(answers))  # of records of equal length no matrix
 
 
 class WrittenColumn:
@@ -88,52 +83,24 @@ class WrittenTeacher:
     batch_size: int = 16  # whoever asks may set another: no answer hangs on it
 
     def __init__(self, source: TeacherSource, device: torch.device) -> None:
-        self.name, model_source = source.name, source.model_source
-        self.options = _check_options(source.teacher)
-        folder = model_source.fetch()
-        model = load_language_model(model_source)
-        tokenizer = load_processor(model_source, folder, is_text=True)
-        processor = InputProcessor(tokenizer, model.config, f"Teacher '{self.name}'")
-        self.tokenizer, self.is_seq2seq = tokenizer, bool(model.config.is_encoder_decoder)
-        # Prompt and answer share the positions of a causal model; a decoder has its own.
-        room = 0 if self.is_seq2seq else self.options["max_new_tokens"]
-        self.prepare = WrittenPrompter(
-            name=self.name,
-            tokenizer=tokenizer,
-            template=self.options["template"] or _PLAIN,
-            labels=(),
-            words=(),
-            is_seq2seq=self.is_seq2seq,
-            max_length=int(processor.max_length or 0) - room,
-            options={**self.options, "separator": None},
-        )
-        if self.prepare.max_length < 1:
-            raise ValueError(
-                f"Option `max_new_tokens` of teacher '{self.name}' must leave room for a prompt in the "
-                f"{processor.max_length} tokens that it reads, got {room}. Give a lower one in its `options`."
-            )
-        if self.options["chat"]:
-            self.prepare.check_chat()
-        if self.options["chat"] or self.options["template"]:
-            self.prepare.check()
-        make_greedy(model, tokenizer, self.options["max_new_tokens"])
-        ends = model.generation_config.eos_token_id
-        ends, size = ends if isinstance(ends, list) else [ends], model.get_output_embeddings().weight.shape[0]
+        self.name, self.options = source.name, _check_options(source.teacher)
+        model, self.prepare, seen, known = load_prompter(source, WrittenPrompter, self.options)
+        self.tokenizer, self.is_seq2seq = self.prepare.tokenizer, self.prepare.is_seq2seq
+        ends, size = end_tokens(model), model.get_output_embeddings().weight.shape[0]
         # Without an end that it can say, every answer would go on to `max_new_tokens`.
         if not all(type(end) is int for end in ends) or not any(0 <= end < size for end in ends):
-            found = "none" if ends in ([], [None]) else f"{ends[:4]} as `eos_token_id` for {size} tokens"
             raise ValueError(
-                f"Teacher '{self.name}' must have a token that ends an answer, got {found} in '{model_source.place}'. "
-                "Set the tokenizer's `eos_token`, and save it there again."
+                f"Teacher '{self.name}' must have a token that ends an answer, got {ends[:4]} as `eos_token_id` for "
+                f"{size} tokens in '{source.model_source.place}'. Set the tokenizer's `eos_token`, and save it there "
+                "again."
             )
         self.device = device
         self.model: Any = for_inference(model, device)
         self.ends = torch.tensor(ends, device=device)
-        seen = [processor.fingerprint, tokenizer.chat_template, self.prepare.max_length]
-        self.facts = source.facts("written", type(model).__name__, fingerprint([*seen, self.options]))
-        self.facts |= tokenizer_identity(model_source) | {"dtype": str(model.dtype).removeprefix("torch.")}
+        asked = fingerprint([*seen, self.prepare.max_length, self.options])
+        self.facts = source.facts("written", type(model).__name__, asked) | known
         self.facts["generation"] = {**self.options, "stop": list(self.options["stop"])}
-        with explained(model_source, "language model"):
+        with explained(source.model_source, "language model"):
             self._write(self.prepare(["a text"]), [0], 1)  # what fails later is a row's fault
 
     def __call__(self, inputs: Sequence[_Encoded]) -> np.ndarray:
@@ -155,41 +122,38 @@ class WrittenTeacher:
         return as_array(answers)
 
     def _write(self, rows: Sequence[_Encoded], numbers: Sequence[int], max_new_tokens: int) -> list[Written]:
-        # On the left, so that all answers begin in the same column.
-        tokens, mask = pad_tokens([row.tokens for row in rows], self.tokenizer.pad_token_id, left=not self.is_seq2seq)
-        start = 1 if self.is_seq2seq else tokens.shape[1]
+        prompts = [row.tokens for row in rows]
+        start = 1 if self.is_seq2seq else max(map(len, prompts))
         recorder = _Recorder(self.tokenizer, len(rows), start, self.ends, self.options["stop"])
         seeds = [self._seed(row, number) for row, number in zip(rows, numbers)]
         chooser = _Chooser(recorder, self.options["temperature"], seeds, self.device)
         with torch.inference_mode():
-            whole = self.model.generate(
-                input_ids=tokens.to(self.device),
-                attention_mask=mask.to(self.device),
+            written = generate(
+                self.model,
+                prompts,
+                self.tokenizer.pad_token_id,
                 max_new_tokens=max_new_tokens,
                 logits_processor=LogitsProcessorList([chooser]),
                 stopping_criteria=StoppingCriteriaList([recorder]),
             )
-        written, log_probs = whole[:, start:].cpu(), recorder.log_probs.cpu().tolist()
-        lengths, ended = recorder.lengths.cpu().tolist(), recorder.ended.cpu().tolist()
-        return [
-            self._read(row, written[place, : lengths[place]], log_probs[place], lengths[place], bool(ended[place]))
-            for place, row in enumerate(rows)
-        ]
+        known = (values.tolist() for values in (recorder.lengths, recorder.log_probs, recorder.ended))
+        found = zip(rows, written.tolist(), *known)
+        return [self._read(row, tokens[:length], *how) for row, tokens, length, *how in found]
 
-    def _read(self, row: _Encoded, tokens: torch.Tensor, log_prob: float, length: int, has_ended: bool) -> Written:
+    def _read(self, row: _Encoded, tokens: list[int], log_prob: float, has_ended: bool) -> Written:
         """The text of an answer as it goes on from the text of its prompt."""
-        text = self._decode(tokens.tolist())
+        text = self._decode(tokens)
         if not self.is_seq2seq:
             # Some tokenizers drop the blank before a first word, which stands between prompt and answer.
-            before, both = self._decode(row.tokens), self._decode([*row.tokens, *tokens.tolist()])
+            before, both = self._decode(row.tokens), self._decode([*row.tokens, *tokens])
             text = both[len(before) :] if both.startswith(before) else text
-        text = text.removeprefix(row.tail) if row.tail else text
+        text = text.removeprefix(row.tail)
         for stop in self.options["stop"]:  # and what its last token has behind it
             text = text.split(stop, 1)[0]
         # What no file holds is no answer to keep; whoever checks the batch says so of its row.
         if not text.strip():
             return Written(None, reason="blank")
-        return Written(text, log_prob, length, "stop" if has_ended else "length")
+        return Written(text, log_prob, len(tokens), "stop" if has_ended else "length")
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -260,48 +224,31 @@ class _Encoded(NamedTuple):
 class WrittenPrompter(Prompter):
     """Turn texts or chat messages into tokens of prompts; kept apart from the weights."""
 
-    def __call__(self, cells: Sequence[Any]) -> list[_Encoded]:  # type: ignore[override]
+    def __call__(self, cells: Sequence[Any]) -> list[_Encoded]:
         # A column is of one type: what the first one is, all are, or are refused.
-        is_chat = bool(cells) and not isinstance(cells[0], str)
+        if cells and not isinstance(cells[0], str):
+            return self._encode_chats(cells)
+        if blank := [cell for cell in cells if isinstance(cell, str) and not cell.strip()]:
+            raise RowError(f"A prompt must say something, got {blank[0]!r}")
+        rows = [tokens for tokens, _ in self.fit(cells)]
+        if self.is_seq2seq or self.options["chat"]:
+            return [_Encoded(tokens, "") for tokens in rows]
+        # Tokens begin with the blank before a word: the prompt's last one must be the answer's first.
+        texts = [self.render(cell) for cell in cells]
+        return [_Encoded(tokens, text[len(text.rstrip(" ")) :]) for tokens, text in zip(rows, texts)]
+
+    def _encode_chats(self, cells: Sequence[Any]) -> list[_Encoded]:
         for cell in cells:
-            (_check_messages if is_chat else _check_prompt)(cell)
-        if is_chat and (self.options["chat"] or self.template != _PLAIN):
+            _check_messages(cell)
+        if self.options["chat"] or self.template != PLAIN:
             raise ValueError(
                 f"Options `template` and `chat` of teacher '{self.name}' are for prompts that are texts, got "
                 "messages. Leave them out."
             )
-        if is_chat:
-            self.check_chat()
-        encoded = self._encode_chats(cells) if is_chat else [tokens for tokens, _ in self.encode(cells)]
-        rows = []
-        for cell, tokens in zip(cells, encoded, strict=True):
-            if len(tokens) > self.max_length:
-                if is_chat and self.options["too_long"] == "cut":
-                    raise RowError(
-                        f"A prompt of messages must have at most {self.max_length} tokens, got {len(tokens)}; only "
-                        "texts are cut. Shorten it"
-                    )
-                tokens = self._shorten(cell, len(tokens))[0]
-            if not tokens:
-                raise RowError(f"A prompt must have at least one token, got none for {cell!r}")
-            # Tokens begin with the blank before a word: the prompt's last one must be the answer's first.
-            has_tail = not (is_chat or self.is_seq2seq or self.options["chat"])
-            text = self.render(cell) if has_tail else ""
-            rows.append(_Encoded(tokens, text[len(text.rstrip(" ")) :]))
-        return rows
-
-    def check_chat(self) -> None:
-        """See that there is a chat template, where one is needed."""
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"Teacher '{self.name}' must have a chat template to answer messages, got none. Give prompts that are "
-                "texts, and write the whole prompt as option `template`."
-            )
-
-    def _encode_chats(self, cells: Sequence[Any]) -> list[list[int]]:
+        self.check_chat()
         chats = [[{"role": one["role"], "content": one["content"]} for one in cell] for cell in cells]
         try:
-            texts = [apply_chat_template(self.tokenizer, chat) for chat in chats]
+            rows = tokenize(self.tokenizer, [apply_chat_template(self.tokenizer, chat) for chat in chats])
         except BrokenChatTemplateError as error:
             raise ValueError(
                 f"Teacher '{self.name}' must have a chat template that can be filled in, got one whose fault is this: "
@@ -311,13 +258,11 @@ class WrittenPrompter(Prompter):
             raise RowError(
                 f"The chat template of teacher '{self.name}' cannot take these messages: {first_line(error)}"
             ) from error
-        return self._tokenize(texts, add_special_tokens=False)
-
-
-def _check_prompt(cell: Any) -> None:
-    check_text(cell)
-    if not cell.strip():
-        raise RowError(f"A prompt must say something, got {cell!r}")
+        if wrong := [len(row) for row in rows if not 0 < len(row) <= self.max_length]:
+            raise RowError(
+                f"Messages must have 1 to {self.max_length} tokens, got {wrong[0]}; only texts are cut. Shorten them"
+            )
+        return [_Encoded(row, "") for row in rows]
 
 
 def _check_messages(cell: Any) -> None:
@@ -336,31 +281,26 @@ def _check_messages(cell: Any) -> None:
 def _check_options(teacher: Teacher) -> dict[str, Any]:
     """The options of a teacher, each of a value that it may have."""
     options = read_options(teacher, "written", OPTIONS)
-    stop = options["stop"]
+    for key, allowed in _ALLOWED.items():
+        check_option(teacher, options, key, allowed)
+    if options["seed"] is not None:
+        check_option(teacher, options, "seed", range(2**63))
+    if options["template"] is not None:
+        check_template(teacher, options["template"])
+    hot, stop = options["temperature"], options["stop"]
     options["stop"] = stop = (stop,) if isinstance(stop, str) else stop
-
-    def check(key: str, is_right: bool, rule: str, advice: str = "Correct it.") -> None:
-        if not is_right:
-            found = "none" if options[key] is None else repr(options[key])
-            raise ValueError(f"Option `{key}` of teacher '{teacher.name}' {rule}, got {found}. {advice}")
-
-    for key, (least, most) in _RANGES.items():
-        is_whole = type(options[key]) is int and least <= options[key] <= most
-        check(key, is_whole or key == "seed" and options[key] is None, f"must be an integer in {least}..{most}")
-    hot, template = options["temperature"], options["template"]
     # 100 makes all tokens about as likely; more would only lose digits.
     is_number = isinstance(hot, int | float) and not isinstance(hot, bool) and 0 <= hot <= 100
-    check("temperature", is_number, "must be a number from 0 (the likeliest token) to 100")
-    check("seed", not hot or options["seed"] is not None, "is needed with a `temperature`", "Give one.")
-    is_drawn = bool(hot) or options["num_answers"] == 1
-    check("num_answers", is_drawn, "must be 1 without a `temperature`", "All would be equal.")
     are_texts = isinstance(stop, tuple | list) and all(isinstance(text, str) and text for text in stop)
-    check("stop", are_texts, "must be texts that end an answer", "Write ['\\n'].")
-    check("chat", type(options["chat"]) is bool, "must be true or false")
-    check("too_long", options["too_long"] in ("raise", "cut"), "must be 'raise' or 'cut'")
-    check("template", isinstance(template, str | None), "must be a text with a slot `{{ text }}`")
-    if template is not None:
-        compile_template(template, teacher.name)
+    rules = {
+        "temperature": (is_number, "must be a number from 0 (the likeliest token) to 100"),
+        "seed": (not hot or options["seed"] is not None, "is needed with a `temperature`"),
+        "num_answers": (hot or options["num_answers"] == 1, "must be 1 without a `temperature`"),  # all are equal
+        "stop": (are_texts, "must be texts that end an answer"),
+    }
+    for key, (is_right, rule) in rules.items():
+        if not is_right:
+            raise ValueError(f"Option `{key}` of teacher '{teacher.name}' {rule}, got {options[key]!r}. Correct it.")
     return {**options, "stop": tuple(stop), "temperature": float(hot)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from .base import (
     Preparation,
     TeacherSource,
     add_up,
+    check_option,
     directions,
     fill_templates,
     fingerprint,
@@ -46,14 +48,12 @@ class _ZeroShotTeacher(ABC):
     prepare: Preparation
     model: Any
 
-    def __init__(self, source: TeacherSource, labels: Sequence[str], default_template: str) -> None:
-        teacher = source.teacher
+    def __init__(
+        self, source: TeacherSource, labels: Sequence[str], device: torch.device, default_template: str
+    ) -> None:
+        teacher, self.device = source.teacher, device
         options = read_options(teacher, "zero_shot", _OPTIONS)
-        if not isinstance(options["correct_prior"], bool):
-            raise ValueError(
-                f"`correct_prior` of teacher '{source.name}' must be true or false, got {options['correct_prior']!r}. "
-                "Write one of them."
-            )
+        check_option(teacher, options, "correct_prior", (False, True))
         texts = label_texts(teacher, labels)
         if len(texts) < 2:
             raise ValueError(
@@ -61,21 +61,22 @@ class _ZeroShotTeacher(ABC):
                 "`label_texts` or `scope`."
             )
         template = default_template if options["template"] is None else options["template"]
-        self.options, self.texts = options, fill_templates(teacher, template, texts)
+        self.options, each = options, list(fill_templates(teacher, template, texts).values())
+        self.sentences = [sentence for some in each for sentence in some]
         # For the card.
         self.template = template if isinstance(template, str) else " or ".join(template)
         self.num_labels = len(labels)
         self.positions = label_positions(teacher, list(texts), labels)
         # Row i adds up the sentences of label i with equal weights.
-        counts = [len(some) for some in self.texts.values()]
-        weights = [torch.full((1, count), 1 / count) for count in counts]
-        self.means = torch.block_diag(*weights)
+        self.means = torch.block_diag(*(torch.full((1, len(some)), 1 / len(some)) for some in each)).to(device)
         self.prior: torch.Tensor | None = None
 
-    def _correct(self, empty: Any) -> None:
-        """Find what the model answers to an empty input, whatever the texts of the labels are."""
+    def _settle(self, source: TeacherSource, empty: Any, samples: Any, preprocessing: str) -> None:
+        """Find what the model answers to an empty input, whatever the texts of the labels are, and try it out."""
         if self.options["correct_prior"]:
             self.prior = self._logits(self.prepare([empty]))
+        try_out(source, lambda: self(samples))
+        self.facts = source.facts("zero_shot", type(self.model).__name__, preprocessing) | {"template": self.template}
 
     @abstractmethod
     def _logits(self, inputs: Any) -> torch.Tensor:
@@ -92,7 +93,7 @@ class NliTeacher(_ZeroShotTeacher):
     """A model that tells whether a text entails a sentence, asked a sentence for each text of a label."""
 
     def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
-        super().__init__(source, labels, _NLI_TEMPLATE)
+        super().__init__(source, labels, device, _NLI_TEMPLATE)
         name, model_source = source.name, source.model_source
         if model_source.is_adapter:
             model, processor_folder = load_adapted(model_source)
@@ -102,20 +103,13 @@ class NliTeacher(_ZeroShotTeacher):
         own_labels = read_labels(model.config.id2label, f"Teacher '{name}'", "id2label")
         self.entailment = _find_entailment(source, own_labels, self.options["entailment"])
         tokenizer = load_processor(model_source, processor_folder, True)
-        sentences = [sentence for some in self.texts.values() for sentence in some]
-        pairs = _Pairs(InputProcessor(tokenizer, model.config, f"Teacher '{name}'"), sentences)
+        processor = InputProcessor(tokenizer, model.config, f"Teacher '{name}'")
         # Half of the tokens are left to the text that is asked about.
-        _check_lengths(source, tokenizer, sentences, (pairs.processor.max_length or 0) // 2)
-        samples = pairs.probe()
-        self.prepare = Preparation(name, True, pairs)
-        self.device, self.means = device, self.means.to(device)
+        _check_lengths(source, tokenizer, self.sentences, (processor.max_length or 0) // 2)
+        samples = [processor.probe(sentence) for sentence in self.sentences]
+        self.prepare = Preparation(name, True, partial(_pair, processor, self.sentences))
         self.model = for_inference(model, device)
-        self._correct("")
-        try_out(source, lambda: self(samples))
-        self.facts = source.facts(
-            "zero_shot", type(model).__name__, fingerprint([pairs.processor.fingerprint, sentences])
-        )
-        self.facts["template"] = self.template
+        self._settle(source, "", samples, fingerprint([processor.fingerprint, self.sentences]))
 
     def _logits(self, inputs: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
         with torch.inference_mode():
@@ -140,18 +134,9 @@ def _check_lengths(source: TeacherSource, tokenizer: Any, sentences: Sequence[st
         )
 
 
-class _Pairs:
+def _pair(processor: InputProcessor, sentences: Sequence[str], cells: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
     """Each text of a batch beside each sentence: a batch of pairs per sentence."""
-
-    def __init__(self, processor: InputProcessor, sentences: Sequence[str]) -> None:
-        self.processor, self.sentences = processor, sentences
-
-    def __call__(self, cells: Sequence[Any]) -> list[dict[str, torch.Tensor]]:
-        return [self.processor(cells, sentence) for sentence in self.sentences]
-
-    def probe(self) -> list[dict[str, torch.Tensor]]:
-        """See that pairs of texts can be made: what fails here is no row's fault."""
-        return [self.processor.probe(sentence) for sentence in self.sentences]
+    return [processor(cells, sentence) for sentence in sentences]
 
 
 def _find_entailment(source: TeacherSource, own_labels: Sequence[str], wanted: Any) -> int:
@@ -175,7 +160,7 @@ class DualTeacher(_ZeroShotTeacher):
 
     def __init__(self, source: TeacherSource, labels: Sequence[str], device: torch.device) -> None:
         # Who writes texts of labels for such a model writes whole captions.
-        super().__init__(source, labels, _IMAGE_TEMPLATE if source.teacher.label_texts is None else "{}")
+        super().__init__(source, labels, device, _IMAGE_TEMPLATE if source.teacher.label_texts is None else "{}")
         name, model_source = source.name, source.model_source
         if self.options["entailment"] is not None:
             raise ValueError(
@@ -183,7 +168,8 @@ class DualTeacher(_ZeroShotTeacher):
             )
         folder = model_source.fetch()
         model = load_whole(model_source, AutoModel, read_config(model_source))
-        if lacking := [part for part in _DUAL_PARTS if not hasattr(model, part)]:
+        parts = ("get_text_features", "get_image_features", "logit_scale")
+        if lacking := [part for part in parts if not hasattr(model, part)]:
             raise ValueError(
                 f"Teacher '{name}' must be {_TOLD}, got {type(model).__name__} without `{lacking[0]}`. Use another."
             )
@@ -193,32 +179,28 @@ class DualTeacher(_ZeroShotTeacher):
         processor = InputProcessor(processing_class, vision_config, f"Teacher '{name}'")
         samples = processor.probe()
         self.prepare = Preparation(name, False, processor)
-        self.device, self.means = device, self.means.to(device)
         self.model = for_inference(model, device)
         self.text_features = self._embed_texts(source, tokenizer)
         # Grey is about zero once it is normalised: a picture of nothing.
-        self._correct(Image.new(processor.mode, (224, 224), 127 if processor.mode == "L" else (127, 127, 127)))
-        try_out(source, lambda: self(samples))
-        self.facts = source.facts("zero_shot", type(model).__name__, processor.fingerprint)
-        self.facts["template"] = self.template
+        grey = Image.new(processor.mode, (224, 224), 127 if processor.mode == "L" else (127, 127, 127))
+        self._settle(source, grey, samples, processor.fingerprint)
 
     def _embed_texts(self, source: TeacherSource, tokenizer: Any) -> torch.Tensor:
         """A direction for each label: the mean of those of its texts, `(num_own_labels, size)`."""
-        sentences = [sentence for some in self.texts.values() for sentence in some]
         text_config = getattr(self.model.config, "text_config", self.model.config)
         # Tokenizers that know of no limit give 10**30, and some models have no positions to count.
         longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", None) or 10**9)
-        _check_lengths(source, tokenizer, sentences, longest)
+        _check_lengths(source, tokenizer, self.sentences, longest)
         # SigLIP was trained on texts that are padded to the full length, and does not mask the padding.
         is_full = str(self.model.config.model_type).startswith("siglip")
         padding = {"padding": "max_length", "max_length": longest} if is_full else {"padding": True}
         with explained(source.model_source, "preparation of texts"), torch.inference_mode():
-            batch = tokenizer(sentences, return_tensors="pt", **padding)
+            batch = tokenizer(self.sentences, return_tensors="pt", **padding)
             known = ("input_ids",) if is_full else ("input_ids", "attention_mask")
             parts = [
                 self.model.get_text_features(**{key: batch[key][start : start + 64].to(self.device) for key in known})
                 # Some at a time, since a task may have thousands of labels.
-                for start in range(0, len(sentences), 64)
+                for start in range(0, len(self.sentences), 64)
             ]
             features = self.means @ torch.cat([directions(part) for part in parts])
         return features / features.norm(dim=-1, keepdim=True)
@@ -230,9 +212,6 @@ class DualTeacher(_ZeroShotTeacher):
             # SigLIP's bias is the same for every label, and softmax forgets it.
             with whole_precision(self.device):
                 return features @ self.text_features.T * self.model.logit_scale.float().exp()
-
-
-_DUAL_PARTS = ("get_text_features", "get_image_features", "logit_scale")
 
 
 def _is_dual(source: ModelSource) -> bool:
