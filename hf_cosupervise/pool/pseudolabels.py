@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from ..data.columns import read_labels
 from ..data.vectors import VECTOR_COLUMN, vector_inputs
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
 _CHUNK = 8192
+_DECODED = 1024  # rows of which all probabilities of all teachers are in memory at a time
 
 
 class PseudolabelPool(TeacherPool):
@@ -162,6 +163,28 @@ class PseudolabelPool(TeacherPool):
                 label_ids[here, : ids.shape[1]] = ids[rows[here]]
                 label_probs[here, : ids.shape[1]] = probs[rows[here]]
         return label_ids, label_probs
+
+    def hard_pseudolabels(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Give the most probable label of each example by whoever speaks for it.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows,)`, int64: ties to the lowest label, -1 where nobody speaks.
+
+        Raises:
+            ValueError: If a source does not exist, or the shapes differ.
+        """
+        sources, rows = self._check_sources(sources, rows)
+        # What an ensemble says is stored nowhere: it has to be decoded and averaged, a part at a time.
+        if (sources >= len(self.hierarchy.names)).any():
+            labels = np.empty(len(rows), dtype=np.int64)
+            for start in range(0, len(rows), _DECODED):
+                part = slice(start, start + _DECODED)
+                probs = self.pseudolabels(sources[part], rows[part])
+                # The argmax of a row of zeros is label 0, which nobody said.
+                labels[part] = np.where(probs.any(axis=1), probs.argmax(axis=1), -1)
+            return labels
+        label_ids, label_probs = self.gather(sources, rows)
+        return np.where(label_probs[:, 0] > 0, label_ids[:, 0].astype(np.int64), -1)
 
     def sparse_pseudolabels(
         self, sources: np.ndarray, rows: np.ndarray, *, hard: bool = False
@@ -360,3 +383,18 @@ class PseudolabelPool(TeacherPool):
         from .votes import describe
 
         return describe(self)
+
+    def to_dataset(self) -> Dataset:
+        """Give the wide view for looking at: inputs, and per teacher its most probable label and probability.
+
+        Returns:
+            `datasets.Dataset`: `id`, the inputs' columns, `<teacher>_label` (a name, `None` without an answer) and
+            `<teacher>_prob`.
+        """
+        # The inputs bring their own `id`, and two columns of one name cannot be joined.
+        columns: dict[str, Any] = {} if self.inputs is not None else {"id": self.ids.tolist()}
+        for name in self.hierarchy.names:
+            columns[f"{name}_label"] = [None if label < 0 else self.labels[label] for label in self.hard_labels(name)]
+            columns[f"{name}_prob"] = self.label_probs(name)[:, 0].astype(np.float32)
+        wide = Dataset.from_dict(columns)
+        return wide if self.inputs is None else concatenate_datasets([self.inputs, wide], axis=1)

@@ -741,6 +741,46 @@ def test_select_nothing(pool):
     assert len(nothing) == 0 and nothing.decode("left").shape == (0, 3)
 
 
+def test_wide_view(pool, hierarchy):
+    wide = pool.to_dataset()
+    assert wide.column_names == [
+        "id",
+        "text",
+        "oracle_label",
+        "root_label",
+        "root_prob",
+        "left_label",
+        "left_prob",
+        "right_label",
+        "right_prob",
+    ]
+    assert wide[0] == {
+        "id": "w",
+        "text": "one",
+        "oracle_label": 0,
+        "root_label": "a",
+        "root_prob": 0.5,
+        "left_label": "b",
+        "left_prob": 0.5,
+        "right_label": "a",
+        "right_prob": 1.0,
+    }
+    assert wide["left_label"][:] == ["b", None, None, "b"]
+    assert wide["left_prob"][:] == [0.5, 0.0, 0.0, 0.75]
+    bare = PseudolabelPool(hierarchy, pool.teachers).to_dataset()
+    assert bare.column_names[0] == "id" and bare["id"][:] == ["w", "x", "y", "z"]
+
+
+def test_wide_view_of_a_column_teacher():
+    # answers that were already in the data: the teacher has the column's name, and inputs may still hold the column
+    hierarchy = TeacherHierarchy(LABELS, [Teacher("guess", kind="column")])
+    inputs = Dataset.from_dict({"id": [0, 1], "guess": ["a", "b"]})
+    wide = PseudolabelPool.from_predictions(hierarchy, [0, 1], {"guess": ROOT[:2]}, inputs=inputs).to_dataset()
+    assert (
+        wide["guess"][:] == ["a", "b"] and wide["guess_label"][:] == ["a", "b"] and wide["guess_prob"][:] == [0.5, 1.0]
+    )
+
+
 def test_repr(pool):
     assert repr(pool) == (
         "PseudolabelPool(4 examples, TeacherHierarchy(1-2 teachers, 3 labels), inputs: ['id', 'text', 'oracle_label'])"

@@ -104,6 +104,26 @@ def test_gather_is_the_stored_row(ks, tmp_path):
 
 
 @pytest.mark.parametrize("ks", KS)
+def test_hard_pseudolabels_are_the_best_of_the_dense_ones(ks, tmp_path):
+    for what, (pool, _) in several_views(make_pool(ks), tmp_path).items():
+        assert len(pool.source_names) == NUM_SOURCES
+        for num_sources in (len(NAMES), NUM_SOURCES):  # teachers only, then ensembles among them
+            sources, rows = draw_reads(len(pool), num_sources, seed=2)
+            found = pool.hard_pseudolabels(sources, rows)
+            assert found.dtype == np.int64 and found.shape == (50,)
+            for position, (source, row) in enumerate(zip(sources.tolist(), rows.tolist())):
+                dense = slow_pseudolabel(pool, source, row)
+                if not dense.any():
+                    assert found[position] == -1, (what, position)
+                elif source < len(NAMES):
+                    assert found[position] == dense.argmax(), (what, position)
+                else:  # float32 sums may break a tie of a mean, at most
+                    assert dense[found[position]] == pytest.approx(dense.max(), rel=1e-6), (what, position)
+            hard = pool.pseudolabels(sources, rows, hard=True)
+            assert np.array_equal(np.where(hard.any(axis=1), hard.argmax(axis=1), -1), found), what
+
+
+@pytest.mark.parametrize("ks", KS)
 def test_pseudolabels_row_by_row(ks, tmp_path):
     for what, (pool, _) in several_views(make_pool(ks), tmp_path).items():
         sources, rows = draw_reads(len(pool), NUM_SOURCES, seed=3)
@@ -177,6 +197,7 @@ def test_no_rows():
     pool, nothing = make_pool(), np.zeros(0, dtype=np.int64)
     label_ids, label_probs = pool.gather(nothing, nothing)
     assert label_ids.shape == label_probs.shape == (0, 4)
+    assert pool.hard_pseudolabels(nothing, nothing).tolist() == []
     assert [part.shape for part in pool.sparse_pseudolabels(nothing, nothing)] == [(0, 4), (0, 4), (0,)]
     assert pool.pseudolabels(nothing, nothing).shape == (0, NUM_LABELS)
 
@@ -186,6 +207,7 @@ def test_nobody_speaks():
     nobody = np.full(3, -1)
     label_ids, label_probs = pool.gather(nobody, rows)
     assert label_ids.shape == (3, 5) and not label_ids.any() and not label_probs.any()
+    assert pool.hard_pseudolabels(nobody, rows).tolist() == [-1, -1, -1]
     assert not pool.pseudolabels(nobody, rows).any() and not pool.pseudolabels(nobody, rows, hard=True).any()
 
 
@@ -205,8 +227,9 @@ def test_a_source_that_does_not_exist_is_refused(source):
     # neither a teacher counted from behind, nor an answer from elsewhere
     pool = make_pool()
     row = int(np.flatnonzero(pool.answered("right"))[0])
-    with pytest.raises(ValueError, match=re.escape(f"got {source}.")):
-        pool.pseudolabels(np.array([source]), np.array([row]))
+    for read in (pool.pseudolabels, pool.hard_pseudolabels):
+        with pytest.raises(ValueError, match=re.escape(f"got {source}.")):
+            read(np.array([source]), np.array([row]))
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.int8])
@@ -260,5 +283,6 @@ def test_ties_of_a_row_that_was_not_made_by_encode_top_k():
             continue
         pool, sources, rows = PseudolabelPool(hierarchy, datasets), np.zeros(3, dtype=int), np.arange(3)
         dense = pool.pseudolabels(sources, rows, hard=True)
+        assert pool.hard_pseudolabels(sources, rows).tolist() == [-1, 3, 1]
         assert dense.argmax(axis=1).tolist() == [0, 3, 1] and dense.sum(axis=1).tolist() == [0, 1, 1]
         assert pool.sparse_pseudolabels(sources, rows, hard=True)[0].tolist() == [[0], [3], [1]]
