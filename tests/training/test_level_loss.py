@@ -11,7 +11,7 @@ import torch
 from hf_cosupervise import CoSupervisedConfig, PseudolabelPool, Teacher, TeacherHierarchy
 from hf_cosupervise.method.linear_head import SparseTargets
 from hf_cosupervise.processes import Processes
-from hf_cosupervise.training import targets
+from hf_cosupervise.training import level_loss
 from hf_cosupervise.training.level_loss import LevelLoss
 from hf_cosupervise.training.plan import LevelPlan
 
@@ -55,7 +55,7 @@ def test_pseudolabels_that_do_not_fit_in_memory_are_decoded_by_batch(make_loss, 
     loss = make_loss(label_smoothing_factor=0.1)
     kept, rows = np.arange(3), torch.tensor([2, 0])
     whole = loss.lookup(kept, torch.device("cpu"))(rows)
-    monkeypatch.setattr(targets, "_MAX_DECODED_BYTES", 0)
+    monkeypatch.setattr(level_loss, "_MAX_DECODED_BYTES", 0)
     assert torch.equal(loss.lookup(kept, torch.device("cpu"))(rows), whole)
 
 
