@@ -160,8 +160,8 @@ class PseudolabelPool(TeacherPool):
             if source != NOBODY:
                 here = np.flatnonzero(sources == source)
                 ids, probs = self._views[names[source]]
-                label_ids[here, : ids.shape[1]] = ids[rows[here]]
-                label_probs[here, : ids.shape[1]] = probs[rows[here]]
+                label_ids[here, : ids.shape[1]] = ids.take(rows[here], axis=0)
+                label_probs[here, : ids.shape[1]] = probs.take(rows[here], axis=0)
         return label_ids, label_probs
 
     def hard_pseudolabels(self, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
