@@ -29,9 +29,21 @@ class LevelCallbackHandler(CallbackHandler):
         key = (event, self.in_level)
         if key not in self._concerned:
             self._concerned[key] = [callback for callback in self._known if self._concerns(event, callback)]
-        concerned = copy.copy(self)
-        concerned.callbacks = self._concerned[key]
-        return super(LevelCallbackHandler, concerned).call_event(event, args, state, control, **kwargs)
+        for callback in self._concerned[key]:  # as the parent does with all, twice in every step
+            result = getattr(callback, event)(
+                args,
+                state,
+                control,
+                model=self.model,
+                processing_class=self.processing_class,
+                optimizer=self.optimizer,
+                lr_scheduler=self.lr_scheduler,
+                train_dataloader=self.train_dataloader,
+                eval_dataloader=self.eval_dataloader,
+                **kwargs,
+            )
+            control = control if result is None else result
+        return control
 
     def silent(self) -> LevelCallbackHandler:
         """Give a handler that tells nobody, for what is no part of the story."""
