@@ -708,7 +708,7 @@ def test_aggregation_decodes_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch, 
         aggregated_pool(pool, method).label_probs(whole.hierarchy.names[0]),
         whole.label_probs(whole.hierarchy.names[0]),
     )
-    assert max(sizes) <= 7
+    assert max(sizes, default=0) <= 7  # a vote is of stored labels: nothing is decoded for it
 
 
 def test_the_best_label_of_an_aggregate_is_that_of_full_precision() -> None:
