@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
@@ -73,7 +74,7 @@ def _render(render: Callable[[], Any]) -> str:
 def _num_bytes() -> int:
     """How much memory the process has, where the system tells."""
     try:
-        return int(_STATM.read_text().split()[1]) * 4096
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
 
