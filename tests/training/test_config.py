@@ -15,10 +15,7 @@ from hf_cosupervise.method.assignment import AGREEMENT_RULES
 from hf_cosupervise.method.rejection import SELECTION_RULES
 from hf_cosupervise.training.config import (
     ASSIGNMENTS,
-    FEATURES_DTYPES,
-    HEAD_SOLVERS,
     REJECTIONS,
-    STUDENT_TRAININGS,
     CoSupervisedConfig,
     fields_without,
 )
@@ -149,10 +146,10 @@ def test_single_names_become_lists(tmp_path):
         ("agreement_rule", AGREEMENT_RULES),
         ("rejection", REJECTIONS),
         ("rejection_rule", SELECTION_RULES),
-        ("student_training", STUDENT_TRAININGS),
+        ("student_training", ("probe", "lora", "full")),
         ("pseudolabels", ("soft", "hard")),
-        ("features_dtype", FEATURES_DTYPES),
-        ("head_solver", HEAD_SOLVERS),
+        ("features_dtype", ("float32", "float16")),
+        ("head_solver", ("steps", "ridge")),
     ],
 )
 def test_names(name, values, tmp_path):
