@@ -70,6 +70,7 @@ class FeatureStore:
     ) -> None:
         self.model, self.head, self.processor = model, head, processor
         self.dtype = np.dtype(dtype)
+        self._half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
         key = backbone_key(model, head, processor, precision)
         self.folder = Path(folder) / (key if dtype == "float32" else f"{key}-{dtype}")
 
@@ -369,7 +370,7 @@ class FeatureStore:
                 if is_there.any():
                     batch = self.processor(dataset[rows[start : start + batch_size][is_there]][column])
                     inputs = {name: channels_last(value.to(device)) for name, value in batch.items()}
-                    with torch.no_grad():
+                    with torch.no_grad(), torch.autocast(device.type, self._half, enabled=self._half is not None):
                         self.model(**inputs)
                     values[is_there] = captured.pop().float().cpu().numpy()
                 yield values

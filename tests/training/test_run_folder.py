@@ -749,6 +749,22 @@ def test_losses_and_e_step_are_float32_at_any_precision(
         assert len({loss for loss in losses if float(torch.tensor(loss).bfloat16()) != loss}) > 0
 
 
+@pytest.mark.parametrize("precision", HALF)
+def test_features_are_made_in_the_precision_that_is_asked_for(tmp_path, tiny_vit, tiny_image_dataset, precision):
+    found, layers = {}, set()
+    for name in (precision, "whole"):
+        half = {} if name == "whole" else {precision: True}
+        args = make_args(tmp_path / name, use_cpu=precision == "bf16", **half)
+        trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+        for layer in [] if name == "whole" else trainer.student.model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda module, inputs, output: layers.add(output.dtype))
+        found[name] = trainer.pool_features()
+    assert layers == {torch.bfloat16 if precision == "bf16" else torch.float16}
+    assert found[precision].dtype is torch.float32 and not torch.equal(*found.values())
+    torch.testing.assert_close(*found.values(), rtol=0.1, atol=0.1)
+
+
 def test_one_example_alone_in_a_batch_of_a_student_with_batch_normalization(tmp_path, tiny_timm, tiny_image_dataset):
     changes = {"student_training": "full", "per_device_train_batch_size": 47}
     message = (
