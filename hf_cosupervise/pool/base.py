@@ -345,7 +345,8 @@ class TeacherPool:
 
         Raises:
             HfHubHTTPError: If the Hub refuses the push, also because somebody else pushed at the same moment; errors
-                of `huggingface_hub` stay what they are, with a note on what to do. `PermissionError`: the token reads.
+                of `huggingface_hub` stay what they are, with a note on what to do.
+            PermissionError: If the token may only read.
             ValueError: If the id cannot be one, or the repository holds something else that would be lost.
         """
         card = {"license": license, "source_dataset": source_dataset, "tags": list(tags)}

@@ -57,7 +57,7 @@ def aggregated_pool(
     *,
     features: torch.Tensor | None = None,
 ) -> PseudolabelPool:
-    """Make one pseudolabel per example of all teachers, whatever their levels; what nobody answered stays missing.
+    """Make one pseudolabel per example of all teachers, whatever their levels.
 
     Args:
         pool (`PseudolabelPool`):
@@ -66,18 +66,23 @@ def aggregated_pool(
             A name of [`AGGREGATORS`], or a function of your own from `teacher_probs` `(num_examples, num_teachers,
             num_labels)` and `answered` `(num_examples, num_teachers)` to probabilities `(num_examples, num_labels)`.
             `"raven"`: [`fit_raven`] on the features (with a warning and no easy start where teachers never agree), and
-            the teachers' mean under its weights. `"crowdlab"`: [`crowdlab`] with a ridge head on the features, fitted
-            on the majority vote of four fifths of the examples for each fifth, and the label of [`crowdlab_labels`].
+            the teachers' mean under its weights. `"crowdlab"`:
+            [`crowdlab`] with a ridge head on the features, fitted on the majority vote of four fifths of the examples
+            for each fifth; the most probable label is that of [`crowdlab_labels`].
         name (`str`, *optional*):
             What the one teacher is called. Defaults to the method's name.
         features (`torch.Tensor` of shape `(num_examples, feature_size)`, *optional*):
             What a frozen backbone makes of the examples, for `"raven"` and `"crowdlab"`, as from
             `CoSupervisedTrainer.pool_features`.
 
+    Returns:
+        `PseudolabelPool`: of one teacher; what nobody answered stays missing.
+
     Raises:
+        ImportError: If the method needs a package that is not installed.
         ValueError: If the method is not known, features are missing, too few teachers answered for it (three for
             `"dawid_skene"`, `"glad"`, `"mace"` and `"ebcc"`, two on one example for `"crowdlab"`), or what it gives is
-            not a pseudolabel per example. An `ImportError` if it needs a package that is not installed.
+            not a pseudolabel per example.
     """
     known = method if isinstance(method, str) else None
     if known is not None and known not in (names := [*AGGREGATORS, *FEATURE_AGGREGATORS]):
@@ -210,9 +215,19 @@ def _oracle_labels(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> np.
 def boosted_pool(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> PseudolabelPool:
     """Make one pseudolabel per example of all teachers, weighted by how right they are on labelled examples.
 
-    The one teacher, `boosting`, gives shares of the vote under [`boosting_weights`]: nothing where only teachers of
-    weight 0 answered. A `ValueError` if the labelled pool lacks teachers, ground truth or examples (at least 10,
-    others than those of `pool`, with `oracle_label`), or no teacher is better than chance on it.
+    Args:
+        pool (`PseudolabelPool`):
+            All teachers.
+        labelled_pool (`PseudolabelPool`):
+            The same teachers on other examples, at least 10, with `oracle_label`.
+
+    Returns:
+        `PseudolabelPool`: of one teacher, `boosting`: shares of the vote under [`boosting_weights`]. Missing where
+        only teachers of weight 0 answered.
+
+    Raises:
+        ValueError: If the labelled pool lacks teachers, ground truth or examples, or no teacher is better than chance
+            on it.
     """
     # Ground truth of other examples: that of the pool itself stays for evaluation.
     truth = torch.from_numpy(_oracle_labels(pool, labelled_pool))
@@ -247,10 +262,23 @@ def fit_temperatures(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> d
 def calibrated_pool(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> PseudolabelPool:
     """Make every teacher as sure as it is right, so that they can be compared and mixed.
 
-    A teacher's most probable label stays, but where rounding to half precision makes two of them equal. The
-    temperatures, found on a pool of the same teachers on other examples with ground truth, at least 10 of each
-    teacher's scope, are in `facts` too; a `ValueError` if it lacks any of these.
-    Source: Guo et al. 2017 for each teacher; the scope is ours.
+    A teacher's most probable label stays, but where rounding to half precision makes two of them equal.
+
+    Args:
+        pool (`PseudolabelPool`):
+            The teachers.
+        labelled_pool (`PseudolabelPool`):
+            See [`fit_temperatures`].
+
+    Returns:
+        `PseudolabelPool`: of the same hierarchy, under the temperatures of [`fit_temperatures`], which are in `facts`
+        too.
+
+    Raises:
+        ValueError: As [`fit_temperatures`].
+
+    Source:
+        Guo et al. 2017 for each teacher; the scope is ours.
     """
     temperatures = fit_temperatures(pool, labelled_pool)
 
@@ -264,11 +292,22 @@ def calibrated_pool(pool: PseudolabelPool, labelled_pool: PseudolabelPool) -> Ps
 
 
 def smoothed_pool(pool: PseudolabelPool, neighbors: torch.Tensor) -> PseudolabelPool:
-    """Average what each teacher says about an example and those next to it; what it did not answer stays missing.
+    """Average what each teacher says about an example and about those next to it.
 
-    `neighbors`, a `torch.LongTensor` of shape `(num_examples, k)`, are rows of the pool, as from
-    [`nearest_neighbors`], or a `ValueError`. Those that the teacher did not answer do not count.
-    Source: ours, measured in `recipes/README.md`.
+    Args:
+        pool (`PseudolabelPool`):
+            The teachers.
+        neighbors (`torch.LongTensor` of shape `(num_examples, k)`):
+            Rows of the pool, as from [`nearest_neighbors`]. Those that the teacher did not answer do not count.
+
+    Returns:
+        `PseudolabelPool`: of the same hierarchy; what a teacher did not answer stays missing.
+
+    Raises:
+        ValueError: If `neighbors` are not rows of the pool for each of its examples.
+
+    Source:
+        Ours, measured in `recipes/README.md`.
     """
     check_neighbors(neighbors, len(pool))
     # Each example counts itself too; first, because `_mean_rows` asks the first column who answered.

@@ -38,16 +38,23 @@ _SPLITS = ("train", "valid", "test")
 def hierarchy_from_columns(
     dataset: Dataset, prefix: str = "lf_", labels: Sequence[str] | None = None
 ) -> TeacherHierarchy:
-    """Make a teacher of every column of votes, all at level 0, for `build_pool` on the same data.
+    """Make a teacher of every column of votes, all at level 0.
 
     Args:
         dataset (`datasets.Dataset`):
-            Data with the columns; anything else is a `TypeError`.
+            Data with the columns.
         prefix (`str`, *optional*, defaults to `"lf_"`):
-            How their names begin. A `ValueError` if no column begins so.
+            How their names begin.
         labels (`Sequence[str]`, *optional*):
             The task's label names. Defaults to the names that the columns hold, sorted; where they hold label ids, to
-            `"0"`, `"1"` and so on up to the greatest. A `ValueError` if there are fewer than two, or both are mixed.
+            `"0"`, `"1"` and so on up to the greatest.
+
+    Returns:
+        `TeacherHierarchy`: for `build_pool` on the same data.
+
+    Raises:
+        TypeError: If `dataset` is none.
+        ValueError: If no column begins so, or the labels cannot be seen: fewer than two, or names and ids mixed.
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
@@ -339,14 +346,26 @@ def describe(pool: PseudolabelPool) -> PoolDescription:
 
 
 def read_wrench(folder: str | os.PathLike[str]) -> dict[str, PseudolabelPool]:
-    """Read a data set of WRENCH: `train.json`, `valid.json` and `test.json` as far as they are there, by split.
+    """Read a data set of WRENCH: `train.json`, `valid.json` and `test.json` as far as they are there.
 
     Each file holds `{id: {"label": 0, "weak_labels": [-1, 1], "data": {"text": "…"}}}`; `label.json`, where it is
     there, holds the names of the labels by number. The labels are declared as `oracle_label`, which only what begins
-    with `oracle_`, `describe` and evaluation read; voters are `lf_0`, `lf_1` and so on at level 0, the fields of
-    `data` are the inputs. A `FileNotFoundError` if none of the three files is there, a `ValueError` if one is not as
-    said.
-    Source: Zhang et al., WRENCH, NeurIPS 2021 (data sets and benchmarks).
+    with `oracle_`, `describe` and evaluation read.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where the files are.
+
+    Returns:
+        `dict[str, PseudolabelPool]`: by split, voters `lf_0`, `lf_1` and so on at level 0, the fields of `data` as
+        inputs.
+
+    Raises:
+        FileNotFoundError: If none of the three files is there.
+        ValueError: If a file is not as said above.
+
+    Source:
+        Zhang et al., WRENCH, NeurIPS 2021 (data sets and benchmarks).
     """
     paths = {split: Path(folder) / f"{split}.json" for split in _SPLITS}
     tables = {split: read_json(path) for split, path in paths.items() if path.is_file()}

@@ -129,9 +129,16 @@ class VectorClassifier(PreTrainedModel):
             module.reset_parameters()
 
     def forward(self, vectors: torch.Tensor, labels: torch.Tensor | None = None) -> SequenceClassifierOutput:
-        """Give logits `(batch, num_labels)`, and as `loss` their cross-entropy where label ids `(batch,)` are given.
+        """Give logits.
 
-        Vectors `(batch, num_features)` are given as they are in the data: they are standardised here.
+        Args:
+            vectors (`torch.Tensor` of shape `(batch, num_features)`):
+                As they are in the data: they are standardised here.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Label ids, for the cross-entropy as `loss`.
+
+        Returns:
+            [`~transformers.modeling_outputs.SequenceClassifierOutput`]: `logits` of shape `(batch, num_labels)`.
         """
         logits = self.classifier(self.backbone(vectors))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
@@ -141,8 +148,15 @@ class VectorClassifier(PreTrainedModel):
     def predict_proba(self, vectors: Any) -> np.ndarray:
         """Give the probability of each label, as scikit-learn does.
 
-        Vectors are an array `(num_rows, num_features)`, as they are in the data, or it is a `ValueError`; given is a
-        float32 one `(num_rows, num_labels)`, the rows of which sum to 1.
+        Args:
+            vectors (`np.ndarray` of shape `(num_rows, num_features)`):
+                As they are in the data.
+
+        Returns:
+            `np.ndarray` of shape `(num_rows, num_labels)`, float32: rows sum to 1.
+
+        Raises:
+            ValueError: If the vectors are of another shape.
         """
         values = np.asarray(vectors, dtype=np.float32)
         if values.ndim != 2 or values.shape[1] != self.config.num_features:
@@ -165,8 +179,20 @@ class VectorClassifier(PreTrainedModel):
     ) -> VectorClassifier:
         """Make a fresh classifier that standardises as fits some data; no label is read.
 
-        `column` is one of vectors, or several of numbers; without, it is found where only one can be meant. `labels`
-        are the task's names, `hidden_sizes` those of [`VectorClassifierConfig`], and `seed` is for the weights.
+        Args:
+            dataset (`datasets.Dataset`):
+                The data to learn from.
+            column (`str` or `Sequence[str]`, *optional*):
+                The column of vectors, or several columns of numbers. Found where only one can be meant.
+            labels (`Sequence[str]`):
+                The task's label names.
+            hidden_sizes (`Sequence[int]`, *optional*, defaults to `()`):
+                See [`VectorClassifierConfig`].
+            seed (`int`, *optional*, defaults to 42):
+                Seed of the weights.
+
+        Returns:
+            [`VectorClassifier`]
 
         Raises:
             ValueError: If vectors are of different lengths or not finite, or `hidden_sizes` are no sizes.
