@@ -26,7 +26,16 @@ LABEL_MODELS: dict[str, type[LabelModel]] = {
 
 
 def make_label_model(name: str, **settings: Any) -> LabelModel:
-    """Make `"shared_majority"`, `"dawid_skene"`, `"glad"`, `"mace"` or `"ebcc"` with its settings, or a `ValueError`.
+    """Make a label model by its name.
+
+    Args:
+        name (`str`):
+            `"shared_majority"`, `"dawid_skene"`, `"glad"`, `"mace"` or `"ebcc"`.
+        settings (`Any`):
+            Of that model.
+
+    Raises:
+        ValueError: If there is no model of that name, or a setting is not usable.
 
     Examples:
         >>> make_label_model("ebcc", num_restarts=4).num_restarts
@@ -41,7 +50,11 @@ def make_label_model(name: str, **settings: Any) -> LabelModel:
 
 
 def load_label_model(path: str | os.PathLike[str]) -> LabelModel:
-    """Read a label model that `save` wrote; a `FileNotFoundError` or a `ValueError` if it is none.
+    """Read a label model that `save` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no label model.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
