@@ -41,7 +41,7 @@ def labeling_function(
 
     The function is given a row as a dictionary of the data's columns but for the ground truth, and gives the name of a
     label, its id, a probability for each label (a sequence of `num_labels` numbers, or a mapping of some labels'
-    names; they sum to 1), or `None` for no answer.
+    names; they sum to 1, or are counts of votes), or `None` for no answer.
 
     A function is in no file and no pickle: pools keep its answers, and hierarchies its name and version. Without
     `version` that is a digest of its source, of the functions that it calls, and of the constants that it reads. Of

@@ -107,7 +107,7 @@ def read_labels(dataset: Dataset, column: str, labels: Sequence[str]) -> np.ndar
 def as_label_id(value: Any) -> Any:
     """Give a whole float as an integer: pandas makes 0.0, 1.0 and NaN of label ids of which one is missing."""
     # A `np.bool_` must not become the integer that Python's own booleans are.
-    if isinstance(value, np.generic) and not isinstance(value, np.bool_):
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, np.bool_):
         value = value.item()
     if not isinstance(value, float | Decimal):
         return value

@@ -151,6 +151,7 @@ def score_continuations(
         logits = model(**inputs, **{name: _select(cache, owners[part])}, use_cache=True).logits.float()
         log_probs = logits.gather(2, tokens[part, 1:width, None]).squeeze(-1) - logits.logsumexp(dim=2)
         scores[part, 1:width] = log_probs * tokens_mask[part, 1:width]
+        del logits  # most of the memory, or they would stand beside the next ones
     return scores
 
 

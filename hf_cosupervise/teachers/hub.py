@@ -126,14 +126,15 @@ def _take(teacher: Teacher, folder: Path, repo_id: str, commit: str) -> Teacher:
 def _keep_trusted(teachers: Sequence[Teacher], repo_id: str, trust_types: Sequence[str]) -> list[Teacher]:
     """Drop the types that a hierarchy of the Hub trusts and the user does not."""
     # A trusted type is code that may run when a file is read: only who runs it can say so.
-    names = [teacher.name for teacher in teachers if not set(teacher.trusted_types) <= set(trust_types)]
-    if types := sorted({item for one in teachers for item in one.trusted_types} - set(trust_types)):
+    trusted = set(trust_types)
+    names = [teacher.name for teacher in teachers if not trusted.issuperset(teacher.trusted_types)]
+    if types := sorted({item for one in teachers for item in one.trusted_types} - trusted):
         logger.warning(
             f"'{repo_id}' trusts types in scikit-learn files of the teachers {names}, which is its author's "
             f"word and not followed. If you trust its origin: `load_hierarchy({repo_id!r}, trust_types={types})`."
         )
     return [
-        dataclasses.replace(one, trusted_types=tuple(item for item in one.trusted_types if item in trust_types))
+        dataclasses.replace(one, trusted_types=tuple(item for item in one.trusted_types if item in trusted))
         for one in teachers
     ]
 

@@ -260,9 +260,9 @@ def _check_options(
         )
     for name, model in models.items():
         check_teacher_model(model, name)
-    for name, value, allowed in (("precision", precision, PRECISIONS), ("on_error", on_error, ON_ERROR)):
+    for name, value, allowed in (("precision", precision, [*PRECISIONS]), ("on_error", on_error, [*ON_ERROR])):
         if value not in allowed:
-            raise ValueError(f"`{name}` must be one of {[*allowed]}, got {value!r}. Choose one of them.")
+            raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}. Choose one of them.")
     if num_workers < 0:
         raise ValueError(f"`num_workers` must be at least 0 (decode in this process), got {num_workers}.")
 

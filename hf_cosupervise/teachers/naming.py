@@ -142,6 +142,9 @@ def _labels_of(teacher: Teacher, dataset: Dataset) -> list[str]:
     described = config.get("pretrained_cfg")
     names = config.get("id2label") or config.get("label_names")
     names = names or (described.get("label_names") if isinstance(described, Mapping) else None)
+    if isinstance(names, Mapping):
+        # By number: as texts, 10 would come before 2. Classes of scikit-learn may leave some out.
+        names = [names[key] for key in sorted(names, key=lambda key: (len(str(key)), str(key)))]
     names = read_labels(names, f"Teacher '{teacher.name}'", "id2label") if names else []
     if all(name.startswith("LABEL_") for name in names):
         raise ValueError(

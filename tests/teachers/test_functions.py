@@ -85,6 +85,8 @@ def test_functions_label_as_easily_as_columns():
         (np.array([0.25, 0.75], dtype=np.float16), [0.25, 0.75]),
         ({"spam": 1}, [0, 1]),
         ({"ham": np.float64(0.5), "spam": 0.5}, [0.5, 0.5]),
+        ({"ham": torch.tensor(0.25), "spam": Decimal("0.75")}, [0.25, 0.75]),
+        ({"ham": np.array(1.0), "spam": 0}, [1, 0]),
         (None, [0, 0]),
         (-1, [0, 0]),
     ],
@@ -110,6 +112,17 @@ def test_labels_of_a_function_may_be_left_out_or_spread():
         ValueError, match="Function 'shares' must give a label .* got {'ham': 0.5, 'other': 0.5} in row 0"
     ):
         label_with(function)
+
+
+def test_a_number_in_words_is_a_name_to_functions():
+    def pool_of(**fields: Any) -> PseudolabelPool:
+        teacher = Teacher(labeling_function(lambda row: row["text"], name="f"), **fields)
+        data = Dataset.from_dict({"id": [0, 1], "text": ["8", "1"]})
+        return build_pool(data, TeacherHierarchy(["3", "5", "8"], [teacher]), disable_tqdm=True)
+
+    with pytest.raises(ValueError, match=r"must give a label of the task .* got '1' in row 1"):
+        pool_of()
+    np.testing.assert_array_equal(pool_of(max_outside_mass=0.5).decode("f"), [[0, 0, 1], [0, 0, 0]])
 
 
 def test_a_function_may_change_its_row():
@@ -165,7 +178,7 @@ def test_functions_beside_models_label_as_alone(tiny_bert, tiny_text_dataset, ti
 
 @pytest.mark.parametrize(
     "value",
-    ["eggs", 2, -2, True, 1.5, float("inf"), [1.0], [0.2, 0.3, 0.5], [0.5, float("nan")], [1.5, -0.5], [0.5, 0.1]]
+    ["eggs", "1", 2, -2, True, 1.5, float("inf"), [1.0], [0.2, 0.3, 0.5], [0.5, float("nan")], [1.5, -0.5], [0.5, 0.1]]
     + [{"eggs": 1.0}, {"spam": 0.5}, {"spam": float("nan")}, {0: 1.0}, {"spam": "much"}, object, b"spam"],
 )
 def test_what_is_no_answer_names_the_row(value):

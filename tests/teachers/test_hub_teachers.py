@@ -945,6 +945,8 @@ def test_what_a_hierarchy_of_the_hub_trusts_does_not_count(hub: HubServer, tiny_
     assert load_hierarchy("org/weak", trust_types=types).teachers[0].trusted_types == tuple(types)
     assert not caplog.records
     assert load_hierarchy("org/weak", trust_types=types[:1]).teachers[0].trusted_types == tuple(types[:1])
+    # A type is trusted by its whole name, and not as a part of another text.
+    assert load_hierarchy("org/weak", trust_types="posix.os.system").teachers[0].trusted_types == ()
 
 
 def test_a_hierarchy_and_its_teachers_work_offline(

@@ -742,6 +742,7 @@ def test_unusable_options_are_refused(images: Dataset, two: TeacherHierarchy) ->
     refused = [
         ({"models": {"c": MeanColour(1)}}, r"`models` must be named as teachers of the hierarchy \['a', 'b'\], got"),
         ({"precision": "int8"}, r"`precision` must be one of \['float32', 'bfloat16', 'float16'\], got 'int8'"),
+        ({"precision": ["int8"]}, r"`precision` must be one of .* got \['int8'\]"),
         ({"on_error": "skip"}, r"`on_error` must be one of \['raise', 'missing'\], got 'skip'"),
         ({"num_workers": -1}, "`num_workers` must be at least 0"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -115,6 +116,14 @@ def test_labels_of_mapped_teachers_are_found(tmp_path: Path, tiny_image_dataset:
     folder = save_tiny_vit(tmp_path / "vit", ("ham", "not_ham", "other"))
     named = {"model": folder, "label_map": {"not_ham": ["spam", "news"], "other": None}}
     assert hierarchy_from_names([named], tiny_image_dataset).labels == LABELS
+
+
+def test_labels_of_classes_that_leave_numbers_out_are_found(tmp_path: Path) -> None:
+    names = {"10": "news", "0": "ham", "2": "spam"}
+    config = {"library_name": "sklearn", "feature": {"kind": "text"}, "id2label": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = Dataset.from_dict({"text": ["a"]})
+    assert hierarchy_from_names([{"model": str(tmp_path)}], data).labels == ("ham", "spam", "news")
 
 
 # ── answers in a column ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,6 +19,7 @@ class FunctionTeacher(AnswerReader):
     """A function that is given a row, or a list of them, and gives for each what may stand in a column of answers."""
 
     column: str | None = ROW
+    has_text_ids = False  # a function has numbers for them: "1" is a name, perhaps of no label of the task
 
     def __init__(self, source: TeacherSource, labels: Sequence[str]) -> None:
         teacher, function = source.teacher, source.teacher.function
