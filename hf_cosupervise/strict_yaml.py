@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Hashable
 from typing import Any
 
 import yaml
@@ -52,7 +53,8 @@ class _StrictLoader(_OneMeaning, yaml.SafeLoader):
         return super().construct_object(node, deep=True)  # else lists and mappings are filled after their checks
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = Counter(self.construct_object(key) for key, _ in node.value if key.tag != f"{_YAML}merge")
+        keys = (self.construct_object(key) for key, _ in node.value if key.tag != f"{_YAML}merge")
+        own = Counter(key for key in keys if isinstance(key, Hashable))  # the parent refuses others, and says where
         if repeated := [key for key, count in own.items() if count > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)

@@ -229,14 +229,16 @@ class FeatureStore:
 
     def _find(self, digests: np.ndarray) -> _Found:
         """Where the features of each digest are, in the first shard that has them whole."""
-        found = _Found(np.full(len(digests), -1), np.full(len(digests), -1), [])
+        # Sorted once, however many shards there are: a run of many processes leaves one of each.
+        wanted, places = np.unique(digests, return_inverse=True)
+        shards, rows, arrays = np.full(len(wanted), -1), np.full(len(wanted), -1), list[np.ndarray]()
         for folder, keys in self._keys().items():
-            rows = _match(keys, digests)
-            here, shape = (rows >= 0) & (found.rows < 0), (len(keys), self.head.in_features)
+            known = _match(keys, wanted)
+            here, shape = (known >= 0) & (rows < 0), (len(keys), self.head.in_features)
             if here.any() and (values := self._load(folder, _VALUES, self.dtype, shape)) is not None:
-                found.shards[here], found.rows[here] = len(found.arrays), rows[here]
-                found.arrays.append(values)
-        return found
+                shards[here], rows[here] = len(arrays), known[here]
+                arrays.append(values)
+        return _Found(shards[places], rows[places], arrays)
 
     def _gather(self, found: _Found, digests: np.ndarray) -> np.ndarray:
         """The rows that were found as one array."""
@@ -408,13 +410,14 @@ class _Found:
     arrays: list[np.ndarray]
 
 
-def _match(keys: np.ndarray, digests: np.ndarray) -> np.ndarray:
-    """Row of each digest among keys, the first of equal ones; -1 where there is none."""
-    if not len(keys):
-        return np.full(len(digests), -1)
-    order = np.argsort(keys, kind="stable")
-    rows = order[np.minimum(np.searchsorted(keys, digests, sorter=order), len(keys) - 1)]
-    return np.where(keys[rows] == digests, rows, -1)
+def _match(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Row of each of some sorted digests among keys, the first of equal ones; -1 where there is none."""
+    rows = np.full(len(wanted), -1)
+    if len(wanted):
+        places = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+        known = np.flatnonzero(wanted[places] == keys)[::-1]  # the last of equal ones is what numpy keeps
+        rows[places[known]] = known
+    return rows
 
 
 def _pieces(found: _Found) -> Iterator[np.ndarray]:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -835,6 +836,23 @@ def test_rows_of_several_shards_in_any_order(limit, dtype, vit, tiny_image_datas
         found = store.features(tiny_image_dataset.select(rows), "image", disable_tqdm=True)
         assert np.array_equal(found, given[rows]) and found.dtype == np.dtype(dtype), rows
     assert vit.batches == []
+
+
+def test_rows_are_found_as_fast_in_many_shards_as_in_one(vit, monkeypatch):
+    numbers = np.random.default_rng(0).permutation(30_000).tolist()
+    keys = np.array([f"{number:08x}" * 4 for number in numbers], dtype="S32")
+    store, times = vit.store(), {}
+    monkeypatch.setattr(store, "_load", lambda folder, name, dtype, shape: np.zeros(shape, dtype=dtype))
+    for count in (1, 24):
+        parts = dict(enumerate(np.array_split(keys, count)))
+        monkeypatch.setattr(store, "_keys", lambda parts=parts: parts)
+        for _ in range(3):
+            started = time.process_time()
+            found = store._find(keys)
+            times[count] = min(times.get(count, np.inf), time.process_time() - started)
+        starts = np.cumsum([0, *map(len, parts.values())])
+        assert np.array_equal(starts[found.shards] + found.rows, np.arange(len(keys)))
+    assert times[24] < 3 * times[1]
 
 
 def test_rows_within_one_shard_are_mapped(three_shards, vit, tiny_image_dataset):
