@@ -52,8 +52,9 @@ class _StrictLoader(_OneMeaning, yaml.SafeLoader):
         return super().construct_object(node, deep=True)  # else lists and mappings are filled after their checks
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = Counter(self.construct_object(key) for key, _ in node.value if key.tag != f"{_YAML}merge")
-        if repeated := [key for key, count in own.items() if count > 1]:
+        own = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != f"{_YAML}merge"]
+        # A list or a mapping is no key at all, which the parent says with its line.
+        if repeated := [key for key, count in Counter(map(self.construct_object, own)).items() if count > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"`{repeated[0]}` is there twice", node.start_mark)
         return super().construct_mapping(node, deep=deep)
 

@@ -202,6 +202,8 @@ def test_a_wrong_line_of_yaml_is_one_clear_error(recipe, line, sentence):
         ("- a\n- b\n", "must hold one `name: value` per line, got a list."),
         ("dataset: [", "must be valid YAML, got an error."),
         ("rate: 1\nrate: 2\n", "`rate` is there twice"),
+        ("dataset: {{name}}\n", "found unhashable key"),
+        ("? [rate]\n: 1\n", "line 1, column 3"),
         ("extras: !!python/object/apply:os.getcwd []\n", "must be valid YAML, got an error."),
     ],
 )
