@@ -149,9 +149,16 @@ def parse_json(content: bytes) -> Any:
 
 
 def _depth(value: Any) -> int:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    # Without a call for each number and text, of which a large file has millions.
-    return max((1 + _depth(item) if isinstance(item, dict | list) else 1 for item in items), default=0)
+    depth, level = 0, [value]
+    # Level by level: a call for each of millions of numbers takes longer than to read them.
+    while level := [
+        item
+        for outer in level
+        if isinstance(outer, dict | list)
+        for item in (outer.values() if isinstance(outer, dict) else outer)
+    ]:
+        depth += 1
+    return depth
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
