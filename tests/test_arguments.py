@@ -203,6 +203,8 @@ def test_a_wrong_line_of_yaml_is_one_clear_error(recipe, line, sentence):
         ("dataset: [", "must be valid YAML, got an error."),
         ("rate: 1\nrate: 2\n", "`rate` is there twice"),
         ("rate: 1\nextras: {{name: x}: 1}\n", 'found unhashable key\n  in "<unicode string>", line 2, column 10:'),
+        ("dataset: {{name}}\n", "found unhashable key"),
+        ("? [rate]\n: 1\n", "line 1, column 3"),
         ("extras: !!python/object/apply:os.getcwd []\n", "must be valid YAML, got an error."),
     ],
 )

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 # Rows that are compared with all at once: at 100,000 examples 0.8 GB of similarities.
 _BLOCK = 2048
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @torch.no_grad()
@@ -69,8 +70,8 @@ def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: to
     total, count = counted.clone(), known.to(values.dtype)
     share = count.clone()
     for column in neighbors.T:  # one neighbour of all examples at a time: no array of all of them
-        total += counted[column]
-        count += share[column]
+        total += counted[column.long()]
+        count += share[column.long()]
     return torch.where(count > 0, total / count.clamp(min=1), torch.inf)
 
 
@@ -85,7 +86,7 @@ def _check_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: torch
 
 def check_neighbors(neighbors: torch.Tensor, num_examples: int) -> None:
     """Refuse what are no rows `(num_examples, k)` of as many examples."""
-    if neighbors.ndim != 2 or len(neighbors) != num_examples or neighbors.dtype not in (torch.int32, torch.int64):
+    if neighbors.ndim != 2 or len(neighbors) != num_examples or neighbors.dtype not in _WHOLE:
         raise ValueError(
             f"`neighbors` must be rows of shape ({num_examples}, k), got {tuple(neighbors.shape)} of "
             f"{neighbors.dtype}. Use `nearest_neighbors` on the same examples."

@@ -490,3 +490,13 @@ def test_many_labels_are_never_spread_over_all_examples(monkeypatch):
 def test_neighbours_that_are_none(wrong):
     with pytest.raises(ValueError, match=r"`neighbors` must (be rows of shape \(60, k\)|lie in 0\.\.59), got"):
         smoothed_pool(make_pool(), wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_neighbours_may_be_small_numbers(dtype):
+    pool, neighbors = make_pool(), torch.tensor([[1, 0]]).repeat(60, 1)
+    found, wanted = smoothed_pool(pool, neighbors.to(dtype)), smoothed_pool(pool, neighbors)
+    for name in pool.hierarchy.names:
+        np.testing.assert_array_equal(found.decode(name), wanted.decode(name))
+    values, known = torch.rand(60, 3), torch.ones(60, 3, dtype=torch.bool)
+    assert mean_over_neighbors(values, neighbors.to(dtype), known).equal(mean_over_neighbors(values, neighbors, known))
