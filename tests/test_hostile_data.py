@@ -442,6 +442,8 @@ def test_an_archive_is_no_table(kind, suffix, tmp_path):
         ("a.csv", b"text,g\na,b,c\nd,e,f\n", "its lines have 3 cells for the 2 names"),
         ("a.csv", b"text,g\na,b,c\nd\n", "its lines have 3 cells for the 2 names"),
         ("a.jsonl", b"", "it holds no data"),
+        ("a.jsonl", b"null\n", "one JSON object per line"),
+        ("a.json", b"1\n2\n", "one JSON object per line"),
         ("a.json", b"\n", "it holds no data"),
         ("a.csv", b"text,g\n", "it holds no data"),
         ("a.jsonl", b'{"a":' + b"[" * 900 + b"]" * 900 + b"}\n", "."),

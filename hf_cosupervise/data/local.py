@@ -50,6 +50,9 @@ def load_table(path: str | os.PathLike[str]) -> Dataset:
             _check_unpacked(path)
             data = Dataset.from_parquet(str(path))
         else:
+            with path.open("rb") as file:  # pyarrow dies of a `null` where a row should be
+                if file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] not in (b"", b"{", b"["):
+                    raise ValueError("it must hold one JSON object per line, or a list of them, and begins otherwise")
             data = Dataset.from_json(str(path))
     check_cells(data.data.table, f"The data in '{path}'", "Put the content in, or give a folder of images.")
     return data

@@ -70,8 +70,9 @@ def mean_over_neighbors(values: torch.Tensor, neighbors: torch.Tensor, known: to
     total, count = counted.clone(), known.to(values.dtype)
     share = count.clone()
     for column in neighbors.T:  # one neighbour of all examples at a time: no array of all of them
-        total += counted[column.long()]
-        count += share[column.long()]
+        rows = column.long()  # bytes would be taken for a mask
+        total += counted[rows]
+        count += share[rows]
     return torch.where(count > 0, total / count.clamp(min=1), torch.inf)
 
 
