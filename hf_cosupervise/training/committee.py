@@ -170,21 +170,12 @@ def member_arguments(
 ) -> CoSupervisedConfig:
     """Give the configuration by which a member is trained, alone or in a committee."""
     own, member = copy.copy(args), MEMBERS[name]
-    # What a member is does not hang on who else is in the committee, but for how long it goes by steps.
+    # What a member is does not hang on who else is in the committee.
     own.method, own.members, own.push_to_hub = "csl", list(DEFAULT_MEMBERS), False
     for field, value in member.arguments.items():
         setattr(own, field, copy.copy(value))
-    if sum(map(_goes_by_steps, args.members)) > 1 and _goes_by_steps(name):
-        # Their average hardly gains by the other half, which would be most of what a committee costs.
-        own.num_train_epochs = args.num_train_epochs / 2
-        own.max_steps = -(-args.max_steps // 2) if args.max_steps > 0 else args.max_steps
-        own.warmup_steps = args.warmup_steps // 2 if args.warmup_steps >= 1 else args.warmup_steps
     if own.assignment == ["agreement"]:  # below the root, which has nobody to choose by
         own.assignment = ["auto"] + ["agreement"] * (num_levels - 1)
     own.agreement_neighbors = min(own.agreement_neighbors, num_examples - 1) if num_levels > 1 else 0
     own.output_dir, own.features_dir = str(run_dir / MEMBERS_DIR / name), str(features_dir)
     return own
-
-
-def _goes_by_steps(name: str) -> bool:
-    return MEMBERS[name].arguments.get("head_solver", "steps") == "steps"

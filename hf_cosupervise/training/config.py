@@ -143,11 +143,7 @@ class CoSupervisedConfig(TrainingArguments):
         "'csl' (co-supervision as published) or 'committee' (several students on one frozen backbone, each trained "
         "in another way, averaged into one linear head).",
     )
-    members: list[str] = _option(
-        list(DEFAULT_MEMBERS),
-        f"What a committee is made of: some of {', '.join(MEMBERS)}. Several that are fitted by steps have half the "
-        "epochs and steps each.",
-    )
+    members: list[str] = _option(list(DEFAULT_MEMBERS), f"What a committee is made of: some of {', '.join(MEMBERS)}.")
 
     # Assignment: which teacher speaks for which example
     assignment: Annotated[list[str], _NOT_FOR_CEILING] = _option(

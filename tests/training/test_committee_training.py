@@ -89,25 +89,6 @@ def test_a_committee_of_one_is_that_method_alone(train, name):
     assert torch.equal(head(alone), head(train("plain", pool=pool, **arguments)))
 
 
-@pytest.mark.parametrize(
-    "given, half",
-    [
-        ({"max_steps": 7}, {"max_steps": 4}),
-        ({"max_steps": 1}, {"max_steps": 1}),
-        ({"max_steps": -1, "num_train_epochs": 4}, {"max_steps": -1, "num_train_epochs": 2}),
-        ({"max_steps": 8, "warmup_steps": 6}, {"max_steps": 4, "warmup_steps": 3}),
-        ({"max_steps": 8, "warmup_steps": 0.5}, {"max_steps": 4, "warmup_steps": 0.5}),
-    ],
-)
-def test_several_members_by_steps_train_half_as_long_each(train, given, half):
-    names = ["csl", "csl_ridge", "neighbors"]
-    whole = train("whole", method="committee", members=names, **given)
-    found = {member.name: member.head.weight for member in whole.committee.members}
-    for name in names:
-        alone = train(name, method="committee", members=[name], **half)
-        assert torch.equal(found[name], alone.student.head.weight)
-
-
 def test_members_share_what_is_the_same_for_all(train, monkeypatch):
     from hf_cosupervise.students import student
     from hf_cosupervise.training import head_fitter
@@ -152,7 +133,7 @@ def test_it_goes_on_with_the_member_that_was_cut_off(train, committee):
         def on_level_begin(self, *args, **kwargs):
             self.levels += 1
 
-    for step in (1, 2, 7, 12, 16):
+    for step in (1, 2, 9, 20, 28):
         count = Count()
         with pytest.raises(Stop):
             train(f"cut-{step}", method="committee", callbacks=[At(step)])
