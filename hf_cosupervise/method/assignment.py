@@ -124,7 +124,7 @@ def assign_by_domain(
         raise TypeError(
             f"`teacher_domains` must be lists, got the single string {single[0]!r}. Write [{single[0]!r}]."
         )
-    # Each name is looked up once, and a row is a number: a list of all teachers per row takes four times as long.
+    # Each name is looked up once, and a row is a number: a list of all teachers for each row takes far longer.
     names = {name: position for position, name in enumerate(set(example_domains))}
     owned = [[domains is None or name in domains for domains in teacher_domains] for name in names]
     rows = torch.tensor([names[name] for name in example_domains], dtype=torch.long)
