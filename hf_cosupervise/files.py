@@ -72,10 +72,10 @@ def write_text(path: Path, text: str, newline: str | None = None) -> None:
         temporary.write_text(text, encoding="utf-8", newline=newline)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write a JSON file, whole or not at all; its folder is made, and what is no finite number becomes null."""
     # Before the folder is made: a value that is no JSON must leave nothing behind.
-    text = json.dumps(without_nan(value), indent=2) + "\n"
+    text = json.dumps(without_nan(value), indent=indent) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
@@ -336,8 +336,10 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any,
 
 def without_nan(value: Any) -> Any:
     """Give numbers as JSON can hold them, for which NaN and infinity are none."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):  # most values, which a `Mapping` is asked for slowly
+        return value
     if isinstance(value, Mapping):
         return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return [without_nan(item) for item in value] if isinstance(value, list | tuple) else value

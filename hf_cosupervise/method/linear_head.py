@@ -39,6 +39,10 @@ class FeatureScaling(NamedTuple):
     mean: torch.Tensor
     scale: float
 
+    def apply(self, features: torch.Tensor) -> torch.Tensor:
+        """Centre and scale rows of features, in float32."""
+        return features.float().sub(self.mean).mul_(self.scale)
+
 
 def measure_scaling(features: torch.Tensor, rows: torch.Tensor) -> FeatureScaling:
     """Measure the mean of some rows of features, and their spread about it.
@@ -74,11 +78,15 @@ def fit_linear_head(
     *,
     loss: LossAndGradient | None = None,
     scaling: FeatureScaling | None = None,
+    is_scaled: bool = False,
     max_grad_norm: float = 0.0,
     average_gradients: Callable[[torch.Tensor], None] | None = None,
     on_step: Callable[[torch.Tensor, float | None], None] | None = None,
 ) -> None:
-    """Train a linear head in place on soft targets, by the steps of the `Trainer`'s loop but without autograd."""
+    """Train a linear head in place on soft targets, by the steps of the `Trainer`'s loop but without autograd.
+
+    With `scaling` they see scaled features (with `is_scaled` all are so already), and the head is for raw ones.
+    """
     weight, bias = head.weight, head.bias
     parameters = [weight] if bias is None else [weight, bias]
     # A view of the bias, which the optimizer changes in place: it need not be made again in each step.
@@ -93,8 +101,8 @@ def fit_linear_head(
                     if len(buffer) != size:  # the first batch, and a last one that is smaller
                         buffer = features.new_empty(size, features.shape[1])
                     inputs = torch.index_select(features, 0, rows, out=buffer).float()
-                    if scaling is not None:
-                        inputs = inputs.sub_(scaling.mean).mul_(scaling.scale)
+                    if scaling is not None and not is_scaled:
+                        inputs = scaling.apply(inputs)
                     logits = torch.addmm(offset, weight, inputs.T)  # one column per example: the softmax is faster so
                     wanted = targets(rows)
                     # Of the mean cross-entropy against y: g = (softmax - y) / batch, dW = g^T x, db = sum g.
@@ -154,13 +162,13 @@ def linear_logits(head: Any, inputs: torch.Tensor) -> torch.Tensor:
     return logits if head.bias is None else logits + head.bias
 
 
-def gram_matrix(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def gram_matrix(features: torch.Tensor, rows: torch.Tensor, origin: torch.Tensor | None = None) -> torch.Tensor:
     """Sum x x^T over rows of features, the mean of the first ones taken off and a 1 appended to each, in float64."""
     # The 1 makes it hold the sum and the number of the rows too; and Gram matrices add up, so that the one of some
     # rows is that of all less that of the others.
     size = features.shape[1]
     gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=features.device)
-    origin = feature_origin(features)
+    origin = feature_origin(features) if origin is None else origin
     for part in rows.to(features.device).split(_GRAM_ROWS):
         # Far from zero the products would drown what varies in float32's rounding.
         inputs = _take(features, part).float() - origin
@@ -176,9 +184,10 @@ def cross_products(
     rows: torch.Tensor,
     targets: Callable[[torch.Tensor], torch.Tensor | SparseTargets],
     num_labels: int,
+    origin: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum x y^T over rows of features and their pseudolabels, in float64, the features as in [`gram_matrix`]."""
-    size, origin = features.shape[1], feature_origin(features)
+    size, origin = features.shape[1], feature_origin(features) if origin is None else origin
     cross = torch.zeros(size + 1, num_labels, dtype=torch.float64, device=features.device)
     for part in rows.to(features.device).split(_GRAM_ROWS):
         wanted = dense_targets(targets(part), num_labels)
@@ -219,6 +228,7 @@ def fit_ridge_head(
     alpha: float,
     logit_scale: float,
     cross: torch.Tensor | None = None,
+    origin: torch.Tensor | None = None,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
 ) -> torch.Tensor:
     """Fit a linear head in closed form: regress the pseudolabels on the features, and scale up to logits.
@@ -237,10 +247,11 @@ def fit_ridge_head(
     """
     size, num_labels = features.shape[1], head.weight.shape[0]
     parts = rows.to(features.device).split(_GRAM_ROWS)
+    origin = feature_origin(features) if origin is None else origin
     if cross is None:
-        cross = sum_over_processes(cross_products(features, rows, targets, num_labels))
+        cross = sum_over_processes(cross_products(features, rows, targets, num_labels, origin))
     # Features lie about `shift`, which was taken off before they were summed: with a bias it only moves the bias.
-    num_rows, shift = gram[size, size], feature_origin(features).double()
+    num_rows, shift = gram[size, size], origin.double()
     means, label_means = gram[size, :size] / num_rows, cross[size] / num_rows
     if head.bias is None:  # nothing takes the means up, so features and pseudolabels stay as they are
         moved = gram[size, :size]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
 _CHUNK = 8192
+_HASHED = 2**16
 _DECODED = 1024  # rows of which all probabilities of all teachers are in memory at a time
 
 
@@ -82,6 +86,20 @@ class PseudolabelPool(TeacherPool):
     def labels(self) -> tuple[str, ...]:
         """`tuple[str, ...]`: The task's label names."""
         return self.hierarchy.labels
+
+    @cached_property
+    def digest(self) -> str:
+        """`str`: Tells this pool from others by what is trained on: ids, hierarchy and every stored pseudolabel."""
+        teachers = [
+            (teacher.name, teacher.level, teacher.scope, teacher.domains) for teacher in self.hierarchy.teachers
+        ]
+        digest = hashlib.blake2b(json.dumps([self.labels, teachers]).encode(), digest_size=8)
+        digest.update("\n".join(map(str, self.ids.tolist())).encode())
+        for values in (values for name in self.hierarchy.names for values in self._view(name)):
+            digest.update(f"{values.dtype} {values.shape}".encode())
+            for start in range(0, len(values), _HASHED):  # parts, because a pool may be larger than memory
+                digest.update(np.ascontiguousarray(values[start : start + _HASHED]).data)
+        return digest.hexdigest()
 
     @property
     def oracle_labels(self) -> np.ndarray | None:

@@ -123,7 +123,7 @@ def train_members(
     resume: bool,
 ) -> TrainedCommittee:
     """Train every member by a trainer and in a folder of its own, and make the student all of them."""
-    inputs = None if given is None else given.add_column("id", list(pool.ids))
+    inputs = None if given is None else given.add_column("id", pool.ids.tolist())
     place = pool.hierarchy.num_levels, len(pool), run.path, student.features_dir
     members: list[TrainedMember] = []
     averaged, neighbors = None, None

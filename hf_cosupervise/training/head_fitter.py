@@ -40,6 +40,7 @@ from .level_loss import LevelLoss
 
 logger = logging.getLogger(__name__)
 _ROWS_ASKED = 4096
+_MAX_SCALED_BYTES = 2**28
 # Under this name the penalty of a level is logged, and kept in its record.
 RIDGE_ALPHA = "head/ridge_alpha"
 TargetLookup = Callable[[torch.Tensor], torch.Tensor | SparseTargets]
@@ -184,16 +185,21 @@ class HeadFitter:
             watch(loss)
             self._after_step(events, meter, loss, norm, per_epoch)
 
+        scaling, features = self._scaling() if self.args.standardize_features else None, self.features
+        # Once for all steps and members, where a second copy of the features is small.
+        if scaling is not None and 4 * features.numel() <= _MAX_SCALED_BYTES:
+            features = self._once("scaled", lambda: scaling.apply(self.features))
         fit_linear_head(
             self.head,
-            self.features,
+            features,
             targets,
             self._steps(dataloader, torch.from_numpy(kept), per_epoch, optimizer, events, meter),
             optimizer,
             scheduler,
             max_grad_norm=self.args.max_grad_norm,
             loss=loss,
-            scaling=self._scaling() if self.args.standardize_features else None,
+            scaling=scaling,
+            is_scaled=features is not self.features,
             average_gradients=self._average if self.processes.count > 1 else None,
             on_step=after_step,
         )
@@ -207,6 +213,9 @@ class HeadFitter:
         if name not in self._known:
             self._known[name] = make()
         return self._known[name]
+
+    def _origin(self) -> torch.Tensor:
+        return self._once("origin", lambda: feature_origin(self.features))
 
     def _scaling(self) -> FeatureScaling:
         return self._once("scaling", lambda: measure_scaling(self.features, torch.from_numpy(self._readable)))
@@ -279,7 +288,9 @@ class HeadFitter:
         """Put the solution into the head; gives the penalty and the loss."""
         # Each process sums its share; the products are added up, and all solve the same system.
         rows, asked = self._own_share(kept), (self.args.ridge_alpha, self.args.ridge_logit_scale)
-        cross = self.processes.sum(cross_products(self.features, rows, targets, self.head.out_features))
+        cross = self.processes.sum(
+            cross_products(self.features, rows, targets, self.head.out_features, self._origin())
+        )
         # Members that go down the hierarchy begin with the same root, which has the same products.
         root: _Solved | None = self._known.get("root")
         is_same = root is not None and asked == root.asked and np.array_equal(kept, root.kept)
@@ -297,6 +308,7 @@ class HeadFitter:
             alpha=alpha,
             logit_scale=self.args.ridge_logit_scale,
             cross=cross,
+            origin=self._origin(),
             sum_over_processes=self.processes.sum,
         )
         head = {name: value.clone() for name, value in self.head.state_dict().items()}
@@ -317,7 +329,7 @@ class HeadFitter:
             left_out.to(self.features.device),
             gram,
             cross,
-            feature_origin(self.features),
+            self._origin(),
             bias=self.head.bias is not None,
             once=lambda turn: self._once("left_out", turn) if is_whole else turn(),
             sum_over_processes=self.processes.sum,
@@ -331,7 +343,7 @@ class HeadFitter:
         return whole - self._sum_gram(others) if len(others) < len(kept) else self._sum_gram(kept)
 
     def _sum_gram(self, rows: np.ndarray) -> torch.Tensor:
-        return self.processes.sum(gram_matrix(self.features, self._own_share(rows)))
+        return self.processes.sum(gram_matrix(self.features, self._own_share(rows), self._origin()))
 
     def _own_share(self, rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array_split(rows, self.processes.count)[self.processes.rank])

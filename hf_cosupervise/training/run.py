@@ -26,7 +26,7 @@ from .checkpointing import GO_ON, find_checkpoint, read_story
 from .config import CoSupervisedConfig, fields_without
 from .history import LevelHistory
 from .plan import LevelPlan
-from .run_folder import MEMBERS_DIR, RunFolder, Stage, pool_digest, versions
+from .run_folder import MEMBERS_DIR, RunFolder, Stage, versions
 
 logger = get_logger(__name__)
 
@@ -350,7 +350,7 @@ def describe_settings(
 ) -> dict[str, Any]:
     """Tell what must be the same for a run of labels to be gone on with."""
     changed = {name: value for name, value in args.changed_arguments().items() if name not in fields_without("resume")}
-    return settings_of(args, {"data_seed": args.data_seed, **changed}, pool_digest(pool), student(), functions)
+    return settings_of(args, {"data_seed": args.data_seed, **changed}, pool.digest, student(), functions)
 
 
 def settings_of(

@@ -32,7 +32,6 @@ from ..files import (
     without_nan,
     write_json,
 )
-from ..pool.pseudolabels import PseudolabelPool
 from .plan import LevelPlan
 
 logger = get_logger(__name__)
@@ -170,8 +169,9 @@ class RunFolder:
         }
         # The digest must be of what will be read, and JSON changes keys, tuples and NaN.
         facts = json.loads(json.dumps(without_nan(facts)))
-        # Last: a stage counts from when this file is there, and it knows the digests of all others.
-        write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)})
+        # Last: a stage counts from when this file is there, and it knows the digests of all others. Nobody reads the
+        # log of all steps in it, and `json` indents slowly.
+        write_json(folder / _STAGE, {**facts, "digest": _json_digest(facts)}, indent=None)
 
     def load_stage(self, folder: Path) -> Stage | None:
         """Read a finished round."""
@@ -209,19 +209,6 @@ class RunFolder:
 
 
 # ── fingerprints ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def pool_digest(pool: PseudolabelPool) -> str:
-    """Hash what is trained on: ids, hierarchy and every stored pseudolabel."""
-    teachers = [(teacher.name, teacher.level, teacher.scope, teacher.domains) for teacher in pool.hierarchy.teachers]
-    digest = hashlib.blake2b(json.dumps([pool.labels, teachers]).encode(), digest_size=8)
-    digest.update("\n".join(map(str, pool.ids.tolist())).encode())
-    for name in pool.hierarchy.names:
-        for values in (pool.label_ids(name), pool.label_probs(name)):
-            digest.update(f"{values.dtype} {values.shape}".encode())
-            for start in range(0, len(values), 2**16):  # parts, because a pool may be larger than memory
-                digest.update(np.ascontiguousarray(values[start : start + 2**16]).data)
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -285,7 +285,24 @@ def test_standardised_steps_are_those_of_a_head_on_scaled_features():
         fit_linear_head(own, features, targets.__getitem__, batches, optimizer, schedule, **kwargs)
         return own
 
-    assert torch.allclose(fit(raw, scaling=scaling)(raw), fit(scaled)(scaled), atol=1e-3)
+    found = fit(raw, scaling=scaling)
+    assert torch.allclose(found(raw), fit(scaled)(scaled), atol=1e-3)
+    # Scaled once for all steps, they are the same to the bit.
+    assert torch.equal(fit(scaling.apply(raw), scaling=scaling, is_scaled=True).weight, found.weight)
+
+
+def test_features_too_large_for_a_scaled_copy_are_scaled_batch_by_batch(
+    tmp_path, tiny_vit, tiny_image_dataset, monkeypatch
+):
+    heads = []
+    for name, most in (("copy", 2**28), ("batches", 0)):
+        monkeypatch.setattr("hf_cosupervise.training.head_fitter._MAX_SCALED_BYTES", most)
+        args = make_args(tmp_path / name, standardize_features=True)
+        trainer = CoSupervisedTrainer(tiny_vit, args, pool=make_pool(tiny_image_dataset))
+        trainer.train()
+        heads.append(trainer.student.copy_head())
+        assert ("scaled" in trainer.student.known) == bool(most)
+    assert torch.equal(heads[0].weight, heads[1].weight) and torch.equal(heads[0].bias, heads[1].bias)
 
 
 def test_standardised_features_are_for_fresh_heads_by_steps(tmp_path):
