@@ -82,10 +82,10 @@ class FeatureStore:
         batch_size: int = 64,
         processes: Processes = _ALONE,
         disable_tqdm: bool = False,
-        readable: np.ndarray | None = None,
+        digests: np.ndarray | None = None,
     ) -> np.ndarray:
         """Give the head's inputs of every row, running the backbone only where they are not known yet."""
-        digests = _row_digests(dataset, column, readable)
+        digests = row_digests(dataset, column) if digests is None else digests
         self._check_task(dataset, column, digests)
         # For its check alone: a spoilt file is deleted here, before any process counts what is missing.
         self._load_ordered(digests)
@@ -115,7 +115,7 @@ class FeatureStore:
 
     def write(self, dataset: Dataset, column: str, batches: Iterable[np.ndarray]) -> None:
         """Put features in that were computed elsewhere, so that the backbone need not run for them."""
-        digests = _row_digests(dataset, column)
+        digests = row_digests(dataset, column)
         is_named = _may_be_names(dataset, column)
         # Of two features of one row nothing would tell which is meant.
         if num_known := int((self._find(digests).rows >= 0).sum()):
@@ -176,10 +176,10 @@ class FeatureStore:
         k: int,
         *,
         processes: Processes = _ALONE,
-        readable: np.ndarray | None = None,
+        digests: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Give each readable row's nearest others, found once for the same rows in the same order."""
-        digests = _row_digests(dataset, column, readable)
+        digests = row_digests(dataset, column) if digests is None else digests
         rows = np.flatnonzero(digests != _UNREAD)
         # Neighbours of an older version may be rows that hold nothing.
         what = f"neighbors-{k}" if len(rows) == len(digests) else f"neighbors-{k}-of-{len(rows)}"
@@ -380,7 +380,7 @@ class FeatureStore:
             hook.remove()
 
 
-def _row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = None) -> np.ndarray:
+def row_digests(dataset: Dataset, column: str, readable: np.ndarray | None = None) -> np.ndarray:
     """Key of each row: of its content, and of the whole column where a cell is no content but a number for it."""
     find_digests = vector_digests if is_vector_column(dataset, column) else cell_digests
     digests = np.array(find_digests(dataset, column), dtype=_KEY_DTYPE)

@@ -28,7 +28,7 @@ from ..method.linear_head import linear_logits
 from ..method.metrics import check_metric, measure_labels
 from ..models.source import first_line
 from ..processes import Processes, row_chunks
-from .features import FeatureStore
+from .features import FeatureStore, row_digests
 from .head import hash_weights, head_gives_logits, linear_head, name_labels, on_cpu, prepare_student
 from .loading import load_pinned_student
 from .pooling import has_pooling
@@ -208,7 +208,7 @@ class Student:
         self.head = self._find_head() if args.student_training == "probe" else None
         self._features: torch.Tensor | None = None
         self._neighbors: torch.Tensor | None = None
-        self.known: dict[str, Any] = {}  # what was found out about the features
+        self.known: dict[str, Any] = {}  # what was found out about the examples and their features
         # Both hash all weights: who trains members of a committee knows that none of them changes the backbone.
         self._digest: str | None = None
         self._store: FeatureStore | None = None
@@ -420,12 +420,20 @@ class Student:
             batch_size=self.args.per_device_eval_batch_size,
             processes=self.processes,
             disable_tqdm=self.disable_tqdm,
-            readable=readable,
+            digests=self._digests(dataset, readable),
         )
         features = torch.from_numpy(values).to(self.args.device)
         if dataset is self.examples:  # every level and every question needs them again
             self._features = features
         return features
+
+    def _digests(self, dataset: Dataset, readable: np.ndarray) -> np.ndarray:
+        """Hash what the rows hold; of the examples, which may be many large images, once for all members and uses."""
+        if dataset is not self.examples:
+            return row_digests(dataset, self.input_column, readable)
+        if "digests" not in self.known:
+            self.known["digests"] = row_digests(dataset, self.input_column, readable)
+        return self.known["digests"]
 
     def example_features(self) -> torch.Tensor:
         """Give the head's inputs for each example that it learns from."""
@@ -455,7 +463,8 @@ class Student:
             # The nearest few of many are the nearest few: both uses share one search.
             most = max(self.args.agreement_neighbors, self.args.teacher_neighbors)
             asked = self.examples, self.input_column, self.example_features(), most
-            self._neighbors = self.store.neighbors(*asked, processes=self.processes, readable=self.readable)
+            digests = self._digests(self.examples, self.readable)
+            self._neighbors = self.store.neighbors(*asked, processes=self.processes, digests=digests)
         return self._neighbors[:, :k]
 
 

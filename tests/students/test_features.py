@@ -26,7 +26,7 @@ from torch import nn
 from hf_cosupervise.data.inputs import InputProcessor
 from hf_cosupervise.method.neighbors import nearest_neighbors
 from hf_cosupervise.students import features as features_module
-from hf_cosupervise.students.features import FeatureStore, backbone_key
+from hf_cosupervise.students.features import FeatureStore, backbone_key, row_digests
 from hf_cosupervise.students.head import linear_head
 from hf_cosupervise.students.loading import load_student
 
@@ -600,7 +600,9 @@ def test_a_row_without_an_input_needs_no_written_features(vit, tiny_image_datase
     found = vit.store().features(missing, "image", disable_tqdm=True)
     assert np.array_equal(found, np.concatenate([np.zeros((1, 16)), given, np.zeros((1, 16))]).astype(np.float32))
     silent = np.array([True, True, False, True, True])  # a row that nobody answered is not looked up either
-    found = vit.store().features(missing.select([1, 2, 3, 4, 0]), "image", readable=silent, disable_tqdm=True)
+    moved = missing.select([1, 2, 3, 4, 0])
+    digests = row_digests(moved, "image", silent)
+    found = vit.store().features(moved, "image", digests=digests, disable_tqdm=True)
     assert np.array_equal(found[:4], given * silent[:4, None]) and vit.batches == []
 
 
@@ -697,7 +699,8 @@ def test_neighbours_are_readable_rows(vit, tiny_image_dataset):
     readable = np.ones(48, dtype=bool)
     readable[[0, 5, 47]] = False
     features, own = torch.from_numpy(draw_features(48)), np.flatnonzero(readable)
-    found = vit.store().neighbors(tiny_image_dataset, "image", features, 3, readable=readable)
+    digests = row_digests(tiny_image_dataset, "image", readable)
+    found = vit.store().neighbors(tiny_image_dataset, "image", features, 3, digests=digests)
     assert torch.equal(found[own], torch.from_numpy(own)[nearest_neighbors(features[own], 3)])
     assert found[~readable].tolist() == [[row] * 3 for row in (0, 5, 47)]
     whole = vit.store().neighbors(tiny_image_dataset, "image", features, 3)

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageClassification, TrainerCallback
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, Teacher, TeacherHierarchy, build_pool
 from hf_cosupervise.evaluation.overview import Overview, format_overview, label_agreement, overview
 from hf_cosupervise.method.committee import average_share
+from hf_cosupervise.students import features as feature_store
 from hf_cosupervise.training.members import DEFAULT_MEMBERS, MEMBERS
 
 pytestmark = pytest.mark.core
@@ -289,6 +290,14 @@ def test_standardised_steps_are_those_of_a_head_on_scaled_features():
     assert torch.allclose(found(raw), fit(scaled)(scaled), atol=1e-3)
     # Scaled once for all steps, they are the same to the bit.
     assert torch.equal(fit(scaling.apply(raw), scaling=scaling, is_scaled=True).weight, found.weight)
+
+
+def test_cells_are_hashed_once_for_all_members(tmp_path, tiny_vit, tiny_image_dataset, monkeypatch):
+    hashed = []
+    own = feature_store.cell_digests
+    monkeypatch.setattr(feature_store, "cell_digests", lambda *given: hashed.append(given) or own(*given))
+    CoSupervisedTrainer(tiny_vit, make_args(tmp_path, method="committee"), pool=make_pool(tiny_image_dataset)).train()
+    assert len(hashed) == 1
 
 
 def test_features_too_large_for_a_scaled_copy_are_scaled_batch_by_batch(
