@@ -9,10 +9,11 @@
     accelerate launch recipes/train.py --config recipes/configs/fashion_c1.yaml --seeds 0,1,2,3,4
 
 Labels the data once with every teacher, trains the student, and leaves it in `output_dir` with a model card, what can
-be said of it without ground truth (`report.json`, a figure), the label of every example (`labels.parquet`) and the
-hundred that a person should look at first (`to_label.csv`). With labels to test on (`--test_split`, `--test_dataset`)
-it is measured beside the baselines too. `--dry_run` says what would be done. The same command goes on with a run that
-was cut off, and prints the report of a finished one again; `--push_to_hub` publishes it, then or later.
+be said of it without ground truth (`report.json`, a figure), the label of every example (`labels.parquet`, its rows in
+the order of the data) and the hundred that a person should look at first (`to_label.csv`). With labels to test on
+(`--test_split`, `--test_dataset`) it is measured beside the baselines too. `--dry_run` says what would be done. The
+same command goes on with a run that was cut off, and prints the report of a finished one again; `--push_to_hub`
+publishes it, then or later.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from hf_cosupervise.teachers.kinds.loading import identify_teacher
 from hf_cosupervise.teachers.naming import hierarchy_from_names
 from hf_cosupervise.teachers.running import BLAMED
 from hf_cosupervise.training.members import DECIDED_BY_MEMBERS
+from hf_cosupervise.training.student_card import is_closed_form
 
 FIGURE = "overview.png"
 FILES = [
@@ -346,7 +348,8 @@ def train_on_own(run: tuple[Any, ...]) -> None:
         finish(folder, seeds, report, facts, config.changed_arguments())
         say(f"\n{format_overview(report['overview'])}")
         if report["seed_agreement"] is not None:
-            say(f"students of {len(seeds)} seeds agree on {100 * report['seed_agreement']:.1f}% of the examples")
+            told = f"students of {len(seeds)} seeds agree on {100 * report['seed_agreement']:.1f}% of the examples"
+            say(told + ": all are made in closed form, which a seed does not change" * is_closed_form(config))
         if "methods" in report:
             say(f"\n{format_methods(report)}")
         say(f"\nStudent, model card, report.json, labels.parquet and to_label.csv: {folder}")

@@ -17,7 +17,7 @@ from datasets import Dataset
 from ..data.columns import is_text_column, shorten
 from ..files import whole_file, write_text
 from ..method.committee import member_agreement
-from ..pool.pseudolabels import PseudolabelPool
+from ..pool.pseudolabels import AGGREGATE, PseudolabelPool
 from ..training.plan import LevelPlan
 from ..training.trainer import CoSupervisedTrainer
 
@@ -44,6 +44,13 @@ class Overview:
         """The teachers' labels, `(num_examples,)` each, read once for all that is asked of them."""
         return {name: self.pool.hard_labels(name) for name in self.pool.hierarchy.names}
 
+    @cached_property
+    def _opinions(self) -> dict[str, np.ndarray]:
+        """The labels of teachers that are not made of the others; of all where there is nobody else."""
+        facts = self.pool.facts
+        own = {name: votes for name, votes in self._votes.items() if not facts.get(name, {}).get(AGGREGATE)}
+        return own or self._votes
+
     def report(self) -> dict[str, Any]:
         """Sum up what can be known without labels as JSON values; shares are None where there is nothing to count."""
         teachers = self._describe_teachers()
@@ -57,6 +64,15 @@ class Overview:
             },
             "teachers": teachers,
             "kept": {name: plan.keep_rate for name, plan in self.plans.items()},
+            # Of what all of these plans let a teacher say, or had a pseudolabel for.
+            "kept_by_teacher": {
+                name: self._kept([self._spoken(plan, index) for plan in self.plans.values()])
+                for index, name in enumerate(self.pool.hierarchy.names)
+            },
+            "kept_by_label": {
+                label: self._kept([(plan.labels >= 0) & (self.labels == number) for plan in self.plans.values()])
+                for number, label in enumerate(self.pool.labels)
+            },
             "members": {
                 name: {"agrees_with_student": self._agreement(labels), "class_shares": self._class_shares(labels)}
                 for name, labels in self.members.items()
@@ -67,16 +83,24 @@ class Overview:
 
     def _describe_teachers(self) -> dict[str, Any]:
         pool, votes, found = self.pool, self._votes, {}
+        last = {plan.level for plan in self.plans.values()}
         for index, (name, teacher) in enumerate(zip(pool.hierarchy.names, pool.hierarchy.teachers)):
             trusted = self._trust(index)
-            # Where two have answered no row in common, nothing is known of them.
-            others = [_agreement(votes[name], labels) for other, labels in votes.items() if other != name]
+            # Who is of another level and was not fallen back to could not be chosen, which is not to be distrusted.
+            was_there = teacher.level in last or bool(trusted.any())
+            # Where two have answered no row in common, nothing is known of them; and an average is of all others.
+            others = [
+                _agreement(votes[name], labels)
+                for other, labels in self._opinions.items()
+                if other != name and name in self._opinions
+            ]
             found[name] = {
                 "level": teacher.level,
                 "answered": _mean(votes[name] >= 0),
-                "trusted": _mean(trusted),
+                "trusted": _mean(trusted) if was_there else None,
                 "trusted_by_label": {
-                    label: _mean(trusted[self.labels == number]) for number, label in enumerate(pool.labels)
+                    label: _mean(trusted[self.labels == number]) if was_there else None
+                    for number, label in enumerate(pool.labels)
                 },
                 "agrees_with_student": self._agreement(votes[name]),
                 "agrees_with_others": _mean(np.array([value for value in others if value is not None])),
@@ -86,13 +110,24 @@ class Overview:
 
     def _trust(self, index: int) -> np.ndarray:
         """How many of the plans let a teacher speak for each example, as a share, alone or as one of its level."""
-        hierarchy, share = self.pool.hierarchy, np.zeros(len(self.pool))
+        share = np.zeros(len(self.pool))
         for plan in self.plans.values():
-            alone = plan.assigned_teacher == index
-            level = hierarchy.teachers[index].level
-            together = plan.assigned_teacher == len(hierarchy.names) + level
-            share += alone + (together & (self._votes[hierarchy.names[index]] >= 0)) / len(hierarchy.levels[level])
+            share += self._spoken(plan, index)
         return share / max(len(self.plans), 1)
+
+    def _spoken(self, plan: LevelPlan, index: int) -> np.ndarray:
+        """For which examples a plan lets a teacher speak: 1 alone, a part as one of its level, 0 not at all."""
+        hierarchy = self.pool.hierarchy
+        level = hierarchy.teachers[index].level
+        together = plan.assigned_teacher == len(hierarchy.names) + level
+        answered = self._votes[hierarchy.names[index]] >= 0
+        return (plan.assigned_teacher == index) + (together & answered) / len(hierarchy.levels[level])
+
+    def _kept(self, counted: Sequence[np.ndarray]) -> float | None:
+        """Of examples that are counted in each plan, maybe in part, the share that the plans keep."""
+        kept = sum(float(own[plan.keep_mask].sum()) for plan, own in zip(self.plans.values(), counted))
+        total = sum(float(own.sum()) for own in counted)
+        return kept / total if total else None
 
     def _agreement(self, labels: np.ndarray) -> float | None:
         return _agreement(labels, self.labels)
@@ -124,7 +159,7 @@ class Overview:
 
     def disagreement(self) -> np.ndarray:
         """Score each example, 0 to 3, by how far others contradict the student and how unsure it is; -1 if unread."""
-        contradicted = self._contradicted(self._votes.values()) + self._contradicted(self.members.values())
+        contradicted = self._contradicted(self._opinions.values()) + self._contradicted(self.members.values())
         # What it cannot read comes last, for there is nothing to look at.
         return np.where(self.labels >= 0, contradicted + 1 - self.probs, -1.0)
 
@@ -150,7 +185,12 @@ class Overview:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def save_labels(self, path: Path) -> None:
-        """Write `id`, `label`, `probability`, `trusted_teacher` and `kept` of every example as Parquet."""
+        """Write `id`, `label`, `probability`, `trusted_teacher` and `kept` as Parquet, in the order of the data.
+
+        A row has one cell for its teacher: of several members, it names whom most of them trusted (of equally many,
+        the first one's choice), and keeps what half of them kept. The shares of [`report`] are means over members, so
+        that counts of this file come close to them and need not be equal.
+        """
         with whole_file(path) as temporary:
             Dataset.from_dict(self._columns(np.arange(len(self.pool)))).to_parquet(str(temporary))
 
@@ -172,11 +212,18 @@ class Overview:
             writer.writerow(map(_as_text, row))
         write_text(path, text.getvalue())
 
+    @cached_property
+    def _consensus(self) -> tuple[np.ndarray, np.ndarray]:
+        """Whom most plans let speak for each example, else the first of equals, and whether half of them keep it."""
+        if not self.plans:
+            return np.full(len(self.pool), -1), np.zeros(len(self.pool), dtype=bool)
+        chosen = np.stack([plan.assigned_teacher for plan in self.plans.values()])
+        backed = np.stack([(chosen == own).sum(axis=0) for own in chosen])
+        kept = np.mean([plan.keep_mask for plan in self.plans.values()], axis=0)
+        return chosen[backed.argmax(axis=0), np.arange(len(self.pool))], kept >= 0.5
+
     def _columns(self, rows: np.ndarray) -> dict[str, Any]:
-        # One of a committee stands for all: a row has one cell for its teacher.
-        lead = next(iter(self.plans.values()), None)
-        speakers = np.full(len(self.pool), -1) if lead is None else lead.assigned_teacher
-        kept = np.zeros(len(self.pool)) if lead is None else lead.keep_mask
+        speakers, kept = self._consensus
         names = [*self.pool.source_names, None]
         return {
             "id": [self.pool.ids[row] for row in rows.tolist()],
@@ -229,6 +276,7 @@ def format_overview(report: Mapping[str, Any]) -> str:
     lines.append("")
     kept = ", ".join(f"{name} {_percent(share)}" for name, share in report["kept"].items())
     lines.append(f"pseudolabels kept at the last level: {kept}")
+    lines += _most_rejected(report)
     if report["members"]:
         agreement = ", ".join(
             f"{name} {_percent(member['agrees_with_student'])}" for name, member in report["members"].items()
@@ -240,6 +288,17 @@ def format_overview(report: Mapping[str, Any]) -> str:
     lines.append(f"labels of the student: {own}")
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _most_rejected(report: Mapping[str, Any]) -> list[str]:
+    """Say of which teacher and of which label least was kept, in one line or in none."""
+    found = []
+    for what, key in (("teacher", "kept_by_teacher"), ("label", "kept_by_label")):
+        known = {name: share for name, share in report.get(key, {}).items() if share is not None}
+        if known:
+            name = min(known, key=known.__getitem__)
+            found.append(f"of {what} '{name}' {_percent(1 - known[name])}")
+    return [f"rejected most: {', '.join(found)}"] if found else []
 
 
 def _percent(share: float | None) -> str:

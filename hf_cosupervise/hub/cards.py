@@ -47,6 +47,7 @@ _METRICS = {
     "worst_class_accuracy": ("accuracy", "Accuracy of the worst class"),
 }
 _MAX_NAMES = 6
+_MAX_TRUSTED = 3
 _quote = partial(quote, errors="replace")  # a path in an address
 _MAX_LABELS = 100
 
@@ -79,9 +80,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "evaluation_table": _evaluation_table(report),
         "gap": _gap(report),
         "overview_table": _overview_table(report.get("overview", {})),
-        "overview_text": _overview_text(report.get("overview", {})),
+        "overview_text": _overview_text(report, is_closed_form=facts.get("is_closed_form", False)),
         "figure": _quote(_in_repo(facts.get("figure", ""))),
         "teachers_table": _teachers_table(facts.get("teachers", [])),
+        "levels_of": _code(facts["levels_of"]) if "levels_of" in facts else None,
         "levels_table": _levels_table(
             _join_levels(facts.get("levels", []), report.get("levels", [])), _metric(report)
         ),
@@ -369,14 +371,23 @@ def _overview_table(overview: Mapping[str, Any]) -> str:
     heads["agrees_with_others"] = "with the other teachers %"
     return _table(
         [
-            {"teacher": _code(name), **{head: _percent(teacher.get(key)) for key, head in heads.items()}}
+            {"teacher": _code(name)}
+            | {head: _percent(teacher.get(key)) for key, head in heads.items()}
+            | {"trusted most on %": _most_trusted(teacher.get("trusted_by_label", {}))}
             for name, teacher in overview.get("teachers", {}).items()
         ]
     )
 
 
-def _overview_text(overview: Mapping[str, Any]) -> str:
-    """What is known of the student, and of the members that it was made of."""
+def _most_trusted(shares: Mapping[str, float | None]) -> str:
+    """The labels of the student on which a teacher spoke most."""
+    known = sorted(((share, name) for name, share in shares.items() if share), key=lambda pair: -pair[0])
+    return ", ".join(f"{_escape(name)} {_percent(share)}" for share, name in known[:_MAX_TRUSTED])
+
+
+def _overview_text(report: Mapping[str, Any], *, is_closed_form: bool) -> str:
+    """What is known of the student, of the members that it was made of, and of students of other seeds."""
+    overview = report.get("overview", {})
     shares = overview.get("student", {}).get("class_shares", {})
     said = []
     if 0 < len(shares) <= _MAX_LABELS:
@@ -387,6 +398,11 @@ def _overview_text(overview: Mapping[str, Any]) -> str:
         # None of a single member, which agrees with itself.
         agreement = _percent(overview.get("member_agreement"))
         said.append(f"It is a committee of {listed}; two members agree on {agreement or 100} % of the examples.")
+    if agreement := _percent(report.get("seed_agreement")):
+        tail = ": all are made in closed form, which a seed does not change" if is_closed_form else ""
+        said.append(
+            f"Students of seeds {_join(report.get('seeds', []))} agree on {agreement} % of the examples{tail}."
+        )
     return " ".join([*said, *map(_escape, overview.get("warnings", []))])
 
 

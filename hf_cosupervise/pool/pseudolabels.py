@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ORACLE_LABEL = "oracle_label"
 ORACLE_DOMAIN = "oracle_domain"
+AGGREGATE = "is_aggregate"  # the fact of a teacher that is made of the others
 _CHUNK = 8192
 _HASHED = 2**16
 _DECODED = 1024  # rows of which all probabilities of all teachers are in memory at a time

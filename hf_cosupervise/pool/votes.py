@@ -24,7 +24,7 @@ from ..method.label_model import LabelModel
 from ..method.label_models import LABEL_MODELS, make_label_model
 from ..method.votes import VoterFacts, check_votes, voter_facts
 from .derived import FEATURE_AGGREGATORS, aggregated_pool, pool_votes, single_teacher_pool
-from .pseudolabels import ORACLE_LABEL, PseudolabelPool
+from .pseudolabels import AGGREGATE, ORACLE_LABEL, PseudolabelPool
 
 _NO_VOTE = -1
 _IGNORED = -100  # by losses of torch, and so in data sets
@@ -297,7 +297,9 @@ def with_aggregate(
     # All levels move, so that a hierarchy that had several keeps their order below the new root.
     specialists = [replace(teacher, level=teacher.level + 1) for teacher in pool.hierarchy.teachers]
     hierarchy = TeacherHierarchy(pool.labels, [*root.hierarchy.teachers, *specialists])
-    teachers, facts = {**root.teachers, **pool.teachers}, {**root.facts, **pool.facts}
+    # Said of it, for in a pool it looks like a column of somebody's own answers.
+    own = {name: {**known, AGGREGATE: True} for name, known in root.facts.items()}
+    teachers, facts = {**root.teachers, **pool.teachers}, {**own, **pool.facts}
     return PseudolabelPool(hierarchy, teachers, pool.inputs, facts, pool.source, input_column=pool.input_column)
 
 

@@ -35,6 +35,7 @@ def student_facts(
     modality: str,
 ) -> dict[str, Any]:
     """Gather what is known of a trained student for its card; folders of this machine are nobody's business."""
+    records = _own_records(args, history)
     return made_of(history.run, pool) | {
         "name": str(hub_model_id or Path(args.output_dir).absolute().name).split("/")[-1],
         "hub_model_id": hub_model_id or args.hub_model_id,
@@ -46,12 +47,21 @@ def student_facts(
         "has_adapter": isinstance(model, PeftModel) and not hasattr(model, "pooling"),
         "student_training": args.student_training,
         "rejects": args.rejection != ["none"],
-        "levels": [_level_facts(args, pool, record, functions) for record in _own_records(args, history)],
+        "is_closed_form": is_closed_form(args),
+        "levels": [_level_facts(args, pool, record, functions) for record in records],
+        "levels_of": records[0].get("member") if records else None,
         "hyperparameters": args.changed_arguments()
         | _found_alphas(args, history)
         | _told_stop(history)
         | dict(functions),
     }
+
+
+def is_closed_form(args: CoSupervisedConfig) -> bool:
+    """Tell whether all heads of a student are found in closed form, so that no seed changes it."""
+    if args.method == "committee":
+        return all(MEMBERS[name].arguments.get("head_solver") == "ridge" for name in args.members)
+    return args.head_solver == "ridge" and "random" not in args.assignment
 
 
 def _own_records(args: CoSupervisedConfig, history: LevelHistory) -> list[dict[str, Any]]:
@@ -63,8 +73,11 @@ def _own_records(args: CoSupervisedConfig, history: LevelHistory) -> list[dict[s
 
 def _found_alphas(args: CoSupervisedConfig, history: LevelHistory) -> dict[str, str]:
     """Tell which penalties were found for the levels, where they had to be."""
-    found = [record[RIDGE_ALPHA] for record in _own_records(args, history) if RIDGE_ALPHA in record]
-    return {"ridge_alpha": f"auto: {', '.join(map(str, found))}"} if found and args.ridge_alpha == "auto" else {}
+    records = [record for record in _own_records(args, history) if RIDGE_ALPHA in record]
+    if not records or args.ridge_alpha != "auto":
+        return {}
+    of_member = f" (of {records[0]['member']})" if "member" in records[0] else ""
+    return {"ridge_alpha": f"auto: {', '.join(str(record[RIDGE_ALPHA]) for record in records)}{of_member}"}
 
 
 def _told_stop(history: LevelHistory) -> dict[str, str]:

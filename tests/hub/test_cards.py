@@ -245,6 +245,26 @@ def test_measured_levels_stand_beside_those_of_the_student():
     ]
 
 
+def test_what_is_known_without_ground_truth_is_told():
+    shares = {"rare": 0.0, "first": 0.5, "second": 0.75, "third": 0.5, "fourth": 0.25}
+    specialist = {"answered": 1.0, "trusted": 0.5, "trusted_by_label": shares}
+    root = {"answered": 1.0, "trusted": None, "trusted_by_label": dict.fromkeys(shares)}
+    report = {"overview": {"teachers": {"root": root, "own": specialist}}, "seeds": [3, 5], "seed_agreement": 0.875}
+    facts = {"report": report, "levels": [{"level": 0, "keep_rate": 1.0}]}
+    card = model_card(facts)
+    assert (
+        "| teacher | answered % | trusted % | trusted most on % |" in card
+        and "committee" not in card.split("Levels")[1]
+    )
+    assert "| `root` | 100.0 | | |" in card
+    assert "| `own` | 100.0 | 50.0 | second 75.0, first 50.0, third 50.0 |" in card
+    assert "Students of seeds 3, 5 agree on 87.5 % of the examples." in card
+    card = model_card(facts | {"is_closed_form": True, "levels_of": "a_member"})
+    assert "87.5 % of the examples: all are made in closed form, which a seed does not change." in card
+    assert "on the rest. These are the levels of `a_member`, one member of the committee." in card
+    assert "agree on" not in model_card({"report": report | {"seed_agreement": None}})  # of one seed
+
+
 def test_the_clients_classes_read_the_cards():
     for card in (model_card(FULL), model_card(TIMM), model_card(NEXT), hierarchy_card(HIERARCHY)):
         data = ModelCard(card).data

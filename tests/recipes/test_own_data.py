@@ -106,7 +106,9 @@ def test_images_and_three_kinds_of_teachers(run, photos, labelled, tiny_vit, tin
     )  # fmt: skip
     report = json.loads(Path("measured/report.json").read_text())
     assert {*report["methods"]} == {"committee", "generalist", "ensemble"} and len(report["weak_accuracy"]) == 2
-    assert "students of 2 seeds agree on" in told and "weak teacher" in told
+    assert "students of 2 seeds agree on" in told and "weak teacher" in told and "closed form" not in told
+    assert "Students of seeds 0, 1 agree on " in (card := Path("measured/README.md").read_text())
+    assert "closed form" not in card and "These are the levels of `csl_ridge`, one member of the committee." in card
 
 
 def test_a_table_of_texts_with_two_columns_and_a_model(run, votes, tiny_bert, tiny_text_dataset):
@@ -160,7 +162,10 @@ def test_who_chooses_a_way_to_train_gets_it(run, votes, tiny_bert):
     assert "by `method` 'csl'" in said
     arguments = json.loads(Path("out/_run/seed-0/student/_run/run.json").read_text())["arguments"]
     assert arguments["loss"] == "reverse_kl" and "method" not in arguments
-    assert "by `method` 'committee'" in run(*call, "--members", "ensemble_ridge", "--output_dir", "mean")
+    said = run(*call, "--members", "ensemble_ridge", "--output_dir", "mean", "--seeds", "0,1")
+    assert "by `method` 'committee'" in said
+    tail = "agree on 100.0{}% of the examples: all are made in closed form, which a seed does not change"
+    assert tail.format("") in said and tail.format(" ") in Path("mean/README.md").read_text()
 
 
 def test_full_training_is_plain_co_supervision(run, votes, tiny_bert):

@@ -215,7 +215,11 @@ def test_it_is_saved_as_an_ordinary_model_with_a_card(train, committee, tmp_path
     with torch.no_grad():
         found = torch.log_softmax(model(**inputs).logits, dim=1)
     assert torch.allclose(found, log_probs[:8], atol=1e-5)
-    assert "committee" in (tmp_path / "committee" / "README.md").read_text()
+    card = (tmp_path / "committee" / "README.md").read_text()
+    lead = [record for record in committee.history.records if record["member"] == "csl_ridge"]
+    assert "These are the levels of `csl_ridge`, one member of the committee." in card
+    found = ", ".join(str(record["head/ridge_alpha"]) for record in lead)
+    assert f"`ridge_alpha` | `auto: {found} (of csl_ridge)` |" in card
 
 
 def test_inputs_that_are_given_beside_the_pool_serve_all_members(tmp_path, tiny_vit, tiny_image_dataset, committee):
