@@ -348,8 +348,8 @@ def train_on_own(run: tuple[Any, ...]) -> None:
         finish(folder, seeds, report, facts, config.changed_arguments())
         say(f"\n{format_overview(report['overview'])}")
         if report["seed_agreement"] is not None:
-            told = f"students of {len(seeds)} seeds agree on {100 * report['seed_agreement']:.1f}% of the examples"
-            say(told + ": all are made in closed form, which a seed does not change" * is_closed_form(config))
+            why = ": all are made in closed form, which a seed does not change" if is_closed_form(config) else ""
+            say(f"students of {len(seeds)} seeds agree on {100 * report['seed_agreement']:.1f}% of the examples{why}")
         if "methods" in report:
             say(f"\n{format_methods(report)}")
         say(f"\nStudent, model card, report.json, labels.parquet and to_label.csv: {folder}")
