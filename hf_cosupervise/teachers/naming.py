@@ -54,8 +54,22 @@ def hierarchy_from_names(
         # Two ids may end alike; whoever names the fields of a teacher names it too.
         is_free = isinstance(name, Mapping) or teacher.name not in {other.name for other in teachers}
         teachers.append(teacher if is_free else replace(teacher, name=f"{teacher.name}-{same + 1}"))
+    _check_once(teachers)
     teachers = _trusting(teachers, trusted_types)
     return TeacherHierarchy(labels or _find_labels(teachers, dataset), teachers)
+
+
+def _check_once(teachers: Iterable[Teacher]) -> None:
+    """Refuse a teacher that is there twice in a level, under whatever names: its say would count twice."""
+    seen: list[Teacher] = []
+    for teacher in teachers:
+        place = str(Path(teacher.model).resolve()) if is_folder(teacher.model) else teacher.model
+        if (same := replace(teacher, name="teacher", model=place)) in seen:
+            raise ValueError(
+                f"Each teacher must be named once in a level, got {teacher.model!r} twice in level {teacher.level}. "
+                "Leave one out."
+            )
+        seen.append(same)
 
 
 def _trusting(teachers: Iterable[Teacher], types: Sequence[str]) -> list[Teacher]:
