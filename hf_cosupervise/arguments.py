@@ -37,6 +37,7 @@ def parse_recipe_args(
     # No abbreviations: one would mean something else as soon as another option begins like it.
     parser = _RecipeParser(dataclass_types, allow_abbrev=False)
     parser.read_dicts_as_json()
+    parser.keep_defaults()
     # A `%` in a help text is a place for argparse to fill.
     text = f"YAML file with one `name: value` per line (default: {default_config})".replace("%", "%%")
     parser.add_argument("--config", default=argparse.SUPPRESS, metavar="FILE", help=text)
@@ -89,6 +90,10 @@ class _RecipeParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"The command line must fit the options, got: {message}. `--help` lists them.")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # A default in words is a value already: of "no" argparse would make False, which nobody gave.
+        return arg_string if arg_string is action.default else super()._get_value(action, arg_string)
+
     def read_dicts_as_json(self) -> None:
         """Let options of dictionaries, which `argparse` would pass to `dict`, read JSON; those of anything do too."""
         for action in self._actions:
@@ -96,6 +101,12 @@ class _RecipeParser(HfArgumentParser):
                 action.type = _read_anything
             if action.type is not None and (get_origin(action.type) or action.type) is dict:
                 action.type = _read_json_dict
+
+    def keep_defaults(self) -> None:
+        """Take the default of a field whose type is a list though its default is none, which the parent forgets."""
+        known = {field.name: field.default for kind in self.dataclass_types for field in dataclasses.fields(kind)}
+        lost = [action.dest for action in self._actions if action.default is None]
+        self.set_defaults(**{name: known[name] for name in lost if isinstance(known.get(name), str)})
 
     def use_defaults(self, values: Mapping[str, Any]) -> None:
         """Take other defaults; a field that has one is not required any more."""

@@ -18,11 +18,15 @@ from task_arguments import RECIPE_TYPES, DataArguments, StudentArguments
 from hf_cosupervise import PseudolabelPool, TeacherHierarchy, build_pool
 from hf_cosupervise.arguments import recipe_arguments_to_dict
 from hf_cosupervise.data.columns import find_input_column, find_label_column, is_text_column, is_vector_column
+from hf_cosupervise.data.keys import cell_digests
 from hf_cosupervise.data.loading import load_folder, load_splits
 from hf_cosupervise.data.local import is_table, load_images, load_table
 from hf_cosupervise.hub.client import is_folder, resolve_commit
 from hf_cosupervise.teachers.rows import undeclared_truth
 from hf_cosupervise.training.config import fields_without
+
+# Where declared labels of one's own are kept: the second if answers of a teacher are called as the first.
+TRUTH = ("label", "oracle_label")
 
 
 @dataclass
@@ -204,15 +208,22 @@ def open_own_data(args: DataArguments, answers: Sequence[str]) -> tuple[Dataset,
             Columns that may hold a teacher's answers.
 
     Returns:
-        `tuple[Dataset, Dataset | None, str | None]`: both, declared labels in a column `label`, and the commit on the
-        Hub of the first.
+        `tuple[Dataset, Dataset | None, str | None]`: both, declared labels where [`find_truth`] finds them, and the
+        commit on the Hub of the first.
     """
     if args.test_split is not None and args.test_dataset is not None:
         raise ValueError("One of `test_split` and `test_dataset` is needed, got both. Leave one out.")
     data, commit = _open_any(args.dataset, args.dataset_revision, args)
     train = _pick_split(data, args.train_split, "train_split", args.dataset)
+    is_tested = args.test_split is not None or args.test_dataset is not None
+    # The test alone may be labelled.
+    if args.label_column not in (None, *train.column_names) and not is_tested:
+        raise ValueError(
+            f"`label_column` must be one of the columns {train.column_names} of '{args.dataset}', or of data to test "
+            f"on, got {args.label_column!r} and no such data. Correct the name, or leave it out."
+        )
     train = keep_labels(train, args.label_column, answers, args.dataset, is_test=False)
-    if args.test_split is None and args.test_dataset is None:
+    if not is_tested:
         return train, None, commit
     if args.test_dataset is not None:
         data, _ = _open_any(args.test_dataset, None, args)
@@ -249,7 +260,9 @@ def is_image_folder(name: str) -> bool:
 
 
 def _pick_split(data: DatasetDict, split: str, field: str, where: str) -> Dataset:
-    if split not in data and not (field == "train_split" and len(data) == 1):
+    # Nobody asked for the only split by another name than the default.
+    is_default = field == "train_split" and split == DataArguments.train_split
+    if split not in data and not (is_default and len(data) == 1):
         raise ValueError(f"`{field}` must be one of {list(data)} of '{where}', got {split!r}. Choose one of them.")
     found = data[split] if split in data else data[next(iter(data))]
     if not len(found):
@@ -258,14 +271,14 @@ def _pick_split(data: DatasetDict, split: str, field: str, where: str) -> Datase
 
 
 def keep_labels(data: Dataset, declared: str | None, answers: Sequence[str], where: str, *, is_test: bool) -> Dataset:
-    """Keep declared labels in a column `label`, and drop with a word what looks like others."""
+    """Keep declared labels where [`find_truth`] finds them, and drop with a word what looks like others."""
     if declared is not None and declared in answers:
         raise ValueError(
             f"Ground truth must reach no teacher, got column '{declared}' both as `label_column` and as a teacher's "
             "answers. Leave one of the two out."
         )
     if declared is not None and declared not in data.column_names and not is_test:
-        declared = None  # the test alone may be labelled
+        declared = None
     undeclared = undeclared_truth(data, {*answers, declared})
     if undeclared and not is_test:
         say(
@@ -280,7 +293,46 @@ def keep_labels(data: Dataset, declared: str | None, answers: Sequence[str], whe
                 "`--label_column`."
             )
         return data
-    return data if declared == "label" else data.rename_column(declared, "label")
+    truth = TRUTH[1] if TRUTH[0] in answers else TRUTH[0]
+    return data if declared == truth else data.rename_column(declared, truth)
+
+
+def find_truth(data: Dataset, hierarchy: TeacherHierarchy) -> str | None:
+    """Name the column of declared labels: what a teacher reads is answers, whatever it is called."""
+    answers = {teacher.model for teacher in hierarchy.teachers if teacher.kind == "column"}
+    return next((name for name in TRUTH if name in data.column_names and name not in answers), None)
+
+
+def to_measure_on(data: Dataset, hierarchy: TeacherHierarchy) -> Dataset:
+    """Give data with their declared labels in `label`, where a student that is measured looks for them."""
+    if (truth := find_truth(data, hierarchy)) in (None, TRUTH[0]):
+        return data
+    return data.remove_columns(TRUTH[0]).rename_column(str(truth), TRUTH[0])
+
+
+def hold_out(data: Dataset, hierarchy: TeacherHierarchy, args: DataArguments) -> tuple[Dataset, Dataset | None]:
+    """Share out the data to be learnt from, and labelled ones for the calibration of teachers where any are wanted."""
+    if not (num := args.num_heldout_examples):
+        return data, None
+    if find_truth(data, hierarchy) is None or not 0 < num < len(data):
+        raise ValueError(
+            f"`num_heldout_examples` must be labelled, and leave some of the {len(data)} examples to be learnt from, "
+            f"got {num} with `label_column` {args.label_column!r}. Use fewer, or name the column in '{args.dataset}'."
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.split_seed_offset)).tolist()
+    return data.select(sorted(order[num:])), data.select(sorted(order[:num]))
+
+
+def num_seen(test: Dataset, train: Dataset, hierarchy: TeacherHierarchy, input_column: str | None) -> int:
+    """Count the rows to test on whose input is among those to be learnt from."""
+    answers = {teacher.model for teacher in hierarchy.teachers if teacher.kind == "column"}
+    names = (input_column or find_input_column(train.remove_columns([*answers & {*train.column_names}]))).split(",")
+    columns = [name.strip() for name in names]
+    if not {*columns} <= {*test.column_names} & {*train.column_names}:
+        return 0  # who reads them says so
+    cells = [list(zip(*(cell_digests(data, column) for column in columns))) for data in (test, train)]
+    seen = {*cells[1]}
+    return sum(cell in seen for cell in cells[0])
 
 
 def label_own(
@@ -299,7 +351,7 @@ def label_own(
         hierarchy,
         output_dir=folder,
         input_column=args.input_column,
-        oracle_column="label" if "label" in dataset.column_names else None,
+        oracle_column=find_truth(dataset, hierarchy),
         on_error=args.on_error,
         disable_tqdm=quiet,
         source=None if commit is None else {"dataset": args.dataset, "commit": commit},

@@ -65,7 +65,10 @@ class DataArguments:
     )
     num_heldout_examples: int = field(
         default=0,
-        metadata={"help": "Labelled examples that neither teachers nor pool see; without `test_split` nor the test."},
+        metadata={
+            "help": "Labelled examples that neither teachers nor pool see; without `test_split` nor the test. In data "
+            "of one's own, with `label_column`: the first of a seeded order, for `calibrate_teachers`."
+        },
     )
     split_seed_offset: int = field(default=0, metadata={"help": "Added to the seed of the permutation."})
     oracle_domain_column: str | None = field(
@@ -193,6 +196,11 @@ class TeacherArguments:
     )
 
 
+# What says nothing of data of one's own with teachers of one's own.
+FOR_EXPERIMENTS = (
+    *("prepare_dataset", "num_pool_examples", "pool_from_end", "oracle_domain_column"),
+    *("prepare_student", "pretrain", "pretrain_kwargs", "control"),
+)
 RECIPE_TYPES = [DataArguments, TeacherArguments, StudentArguments, RecipeArguments, CoSupervisedConfig]
 
 

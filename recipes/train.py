@@ -36,8 +36,25 @@ import numpy as np
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from experiment import open_target, run_experiment
-from task import check_run, is_image_folder, label_own, open_own_data, say
-from task_arguments import DEFAULT_CONFIG, RECIPE_TYPES, DataArguments, TeacherArguments, read_seeds
+from task import (
+    check_run,
+    find_truth,
+    hold_out,
+    is_image_folder,
+    label_own,
+    num_seen,
+    open_own_data,
+    say,
+    to_measure_on,
+)
+from task_arguments import (
+    DEFAULT_CONFIG,
+    FOR_EXPERIMENTS,
+    RECIPE_TYPES,
+    DataArguments,
+    TeacherArguments,
+    read_seeds,
+)
 from transformers.utils import logging as transformers_logging
 
 import hf_cosupervise
@@ -50,10 +67,12 @@ from hf_cosupervise.evaluation.plots import plot_overview
 from hf_cosupervise.evaluation.report import add_pgr, format_methods, merge_reports, save_report, say_metric
 from hf_cosupervise.hub.cards import model_card, write_card
 from hf_cosupervise.models.source import find_model
+from hf_cosupervise.pool.derived import calibrated_pool
 from hf_cosupervise.processes import join_processes
 from hf_cosupervise.students.pooling import default_pooling
 from hf_cosupervise.students.publishing import STORY_FILES, push_student
 from hf_cosupervise.students.vectors import VECTOR_STUDENTS
+from hf_cosupervise.teachers.kinds.base import label_finder
 from hf_cosupervise.teachers.kinds.loading import identify_teacher
 from hf_cosupervise.teachers.naming import hierarchy_from_names
 from hf_cosupervise.teachers.running import BLAMED
@@ -74,6 +93,7 @@ class OwnTask:
     """Data of one's own, who labels them, and what is there to measure on."""
 
     data: Dataset
+    heldout: Dataset | None
     commit: str | None
     hierarchy: TeacherHierarchy
     test: Dataset | None
@@ -81,7 +101,7 @@ class OwnTask:
     @property
     def is_labelled(self) -> bool:
         """`bool`: Whether the data to be learnt from have declared labels, for the ceiling."""
-        return "label" in self.data.column_names
+        return find_truth(self.data, self.hierarchy) is not None
 
 
 def parse() -> tuple[tuple[Any, ...], bool]:
@@ -92,24 +112,47 @@ def parse() -> tuple[tuple[Any, ...], bool]:
     of_experiments = {item.name for item in fields(TeacherArguments)} - {"teachers", "teacher_trusted_types"}
     of_experiments |= {"num_teacher_examples"}
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", nargs="?")
-    if (config := finder.parse_known_args(argv)[0].config) is not None:
-        given |= {*read_recipe_config(config, RECIPE_TYPES)}
+    for name in ("config", "student", "student_training"):
+        finder.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?")
+    found = {name: value for name, value in vars(finder.parse_known_args(argv)[0]).items() if value is not None}
+    if (config := found.get("config")) is not None:
+        found = read_recipe_config(config, RECIPE_TYPES) | found
+        given |= {*found}
         is_own = "teachers" in given and not given & of_experiments
     else:
         is_own = bool(given & {"dataset", "teachers"}) and not given & of_experiments
-    run = parse_recipe_args(RECIPE_TYPES, default_config=None if is_own else DEFAULT_CONFIG)
+    # Said before, so that it is checked with the rest.
+    decided = decide_training(found, given) if is_own else []
+    run = parse_recipe_args(RECIPE_TYPES, [*decided, *argv], default_config=None if is_own else DEFAULT_CONFIG)
     if run[4].eval_strategy != "no":
         raise ValueError(
             f"`eval_strategy` must be 'no', got '{run[4].eval_strategy.value}': levels are not chosen by labels. The "
             "student is measured at the end, by `--test_split` or `--test_dataset`."
         )
-    if is_own and run[2].student == "mlp" and "student_training" not in given:
-        run[4].student_training = "full"  # there is nothing in it yet to be frozen
-    # One student for everybody: several ways to train it, of which none has to be chosen. Whoever chooses one has it.
-    if is_own and run[4].student_training == "probe" and not given & {"method", *DECIDED_BY_MEMBERS}:
-        run[4].method = "committee"
+    if is_own and (ignored := [name for name in FOR_EXPERIMENTS if {name, f"no_{name}"} & given]):
+        raise ValueError(
+            f"`{ignored[0]}` is for experiments, whose weak teachers are trained here (`--num_teacher_examples`), got "
+            "it with data and teachers of one's own. Leave it out."
+        )
+    data_args, calibrates = run[0], run[3].calibrate_teachers
+    if is_own and calibrates != bool(data_args.num_heldout_examples):
+        raise ValueError(
+            "`num_heldout_examples` of one's own are for `calibrate_teachers`, which needs them, got "
+            f"{data_args.num_heldout_examples} and {calibrates}. Give both, or none."
+        )
     return run, is_own
+
+
+def decide_training(found: dict[str, Any], given: set[str]) -> list[str]:
+    """Give the options of how data of one's own are learnt from, where nobody gave them."""
+    decided: list[str] = []
+    if found.get("student") == "mlp" and "student_training" not in given:
+        found = found | {"student_training": "full"}  # there is nothing in it yet to be frozen
+        decided += ["--student_training", "full"]
+    # One student for everybody: several ways to train it, of which none has to be chosen. Whoever chooses one has it.
+    if found.get("student_training", "probe") == "probe" and not given & {"method", *DECIDED_BY_MEMBERS}:
+        decided += ["--method", "committee"]
+    return decided
 
 
 def open_task(data_args: DataArguments, teacher_args: TeacherArguments, methods: Sequence[str] | None) -> OwnTask:
@@ -125,9 +168,11 @@ def open_task(data_args: DataArguments, teacher_args: TeacherArguments, methods:
     data, test, commit = open_own_data(data_args, answers)
     hierarchy = hierarchy_from_names(names, data, data_args.labels, teacher_args.teacher_trusted_types)
     folders = data.features["label"].names if is_image_folder(data_args.dataset) and "label" in data.features else []
-    if folders and not {*folders} & {*hierarchy.labels}:  # images lie in folders for another reason than their labels
+    find = label_finder(hierarchy.labels)
+    # Images may lie in folders for another reason than their labels.
+    if folders and all(find(name) is None for name in folders):
         data = data.remove_columns("label")
-    task = OwnTask(data, commit, hierarchy, test)
+    task = OwnTask(*hold_out(data, hierarchy, data_args), commit, hierarchy, test)
     if methods is not None and "ceiling" in methods and not task.is_labelled:
         raise ValueError(
             "`methods` 'ceiling' is a student of ground truth, got data without. Name its column by `--label_column`, "
@@ -226,11 +271,11 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the student on labelled examples, beside what a user would try instead; nothing is chosen by it."""
     assert task.test is not None
-    own = args.method
+    own, test = args.method, to_measure_on(task.test, task.hierarchy)
     if methods is None:
         methods = ["generalist", "ensemble", *(["ceiling"] if task.is_labelled else [])]
-    found: dict[str, dict[str, Any]] = {own: {**trainer.student.measure(task.test)}}
-    comparison = Comparison(student, task.test)
+    found: dict[str, dict[str, Any]] = {own: {**trainer.student.measure(test)}}
+    comparison = Comparison(student, test)
     for name in methods:
         if name != own:
             args_of_all = method_arguments(args, "csl", pool.hierarchy.num_levels)
@@ -258,14 +303,17 @@ def write_story(trainer: CoSupervisedTrainer, seen: Overview, report: dict[str, 
 
 def label_test(task: OwnTask, folder: Path, data_args: DataArguments, quiet: bool) -> PseudolabelPool | None:
     """Label the test set by the same teachers, where it holds what they read."""
-    lacking = [
-        teacher.model
-        for teacher in task.hierarchy.teachers
-        if teacher.kind == "column" and task.test is not None and teacher.model not in task.test.column_names
-    ]
-    if task.test is None or lacking:
-        if lacking:
-            say(f"The test data lack the columns {lacking} of teachers, which are therefore not measured.")
+    if task.test is None:
+        return None
+    is_new = not folder.exists() and PartialState().is_local_main_process
+    if is_new and (num := num_seen(task.test, task.data, task.hierarchy, data_args.input_column)):
+        say(
+            f"{num} of the {len(task.test)} rows to test on are among those to be learnt from, and tell little of "
+            "others. Test on rows that the student does not see."
+        )
+    columns = [teacher.model for teacher in task.hierarchy.teachers if teacher.kind == "column"]
+    if lacking := [name for name in columns if name not in task.test.column_names]:
+        say(f"The test data lack the columns {lacking} of teachers, which are therefore not measured.")
         return None
     return with_root(label_own(task.test, task.hierarchy, folder, data_args, quiet, None))
 
@@ -336,7 +384,11 @@ def train_on_own(run: tuple[Any, ...]) -> None:
     with PartialState().main_process_first():
         check_run(folder, facts, recipe_args.resume)
     quiet = bool(config.disable_tqdm)
-    pool = with_root(label_own(task.data, task.hierarchy, folder / "_run" / "pool", data_args, quiet, task.commit))
+    pool = label_own(task.data, task.hierarchy, folder / "_run" / "pool", data_args, quiet, task.commit)
+    if task.heldout is not None:
+        place = folder / "_run" / "heldout_pool"
+        pool = calibrated_pool(pool, label_own(task.heldout, task.hierarchy, place, data_args, quiet, task.commit))
+    pool = with_root(pool)
     say(f"{len(pool)} examples labelled by {pool.hierarchy!r}")
     test_pool = label_test(task, folder / "_run" / "test_pool", data_args, quiet)
     reports = [train_seed(seed, task, run, pool, test_pool) for seed in seeds]

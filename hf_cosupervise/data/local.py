@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ from datasets.utils.extract import Extractor
 from PIL import Image as PILImage
 
 from ..files import is_inside
+from ..processes import join_processes
 from .cells import check_cells
 from .columns import is_numeric, shorten
 from .inputs import read_header
+
+logger = logging.getLogger(__name__)
 
 TABLE_KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 # What systems leave in folders by themselves.
@@ -147,11 +151,14 @@ def load_images(folder: str | os.PathLike[str], *, with_labels: bool = False, on
         is_image = path.suffix.lower() in known and path.is_file()
         is_image = is_image and read_header(path)[0] not in ("", "EPS")  # which is a program
         images.append(path) if is_image else others.append(path.relative_to(folder).as_posix())
+    found = f"{len(others)} files in '{folder}' that are none: {shorten(others, 5)}"
     if others and on_error == "raise":
         raise ValueError(
-            f"`dataset` must be a folder of images, got {len(others)} files in '{folder}' that are none: "
-            f"{shorten(others, 5)}. Take them out, or leave them out by `on_error` 'missing'."
+            f"`dataset` must be a folder of images, got {found}. Take them out, or leave them out by "
+            "`on_error` 'missing'."
         )
+    if others and images and join_processes().rank == 0:
+        logger.warning(f"Of a folder of images were left out {found}. Take them out, or correct them.")
     if not images:
         raise ValueError(
             f"`dataset` must be a folder of images or one of `save_to_disk`, got neither in '{folder}'. "

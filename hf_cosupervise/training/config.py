@@ -405,6 +405,11 @@ class CoSupervisedConfig(TrainingArguments):
                 f"{self.head_solver!r} and `warm_start` {self.warm_start}. Leave it out."
             )
         if self.method != "committee":
+            if self.members != list(DEFAULT_MEMBERS):
+                raise ValueError(
+                    f"`members` are what `method` 'committee' is made of, got {self.members} beside {self.method!r}. "
+                    "Use 'committee', or leave them out."
+                )
             return
         if not self.members or len({*self.members}) < len(self.members):
             raise ValueError(f"`members` must name members once each, and at least one, got {self.members}.")

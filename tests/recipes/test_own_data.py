@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,26 @@ def test_who_chooses_a_way_to_train_gets_it(run, votes, tiny_bert):
     assert tail.format("") in said and tail.format(" ") in Path("mean/README.md").read_text()
 
 
+def test_members_are_checked_on_the_command_line(run, votes, tiny_bert):
+    call = ["--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert, "--output_dir", "out"]
+    for words, sentence in (
+        (["--members", "csl", "csl"], "`members` must name members once each"),
+        (["--members", "csl", "--head_solver", "ridge"], "`members` are what `method` 'committee' is made of"),
+        (["--members", "csl", "--method", "csl"], "`members` are what `method` 'committee' is made of"),
+        (["--members", "csl", "--student-training", "lora"], "`members` are what `method` 'committee' is made of"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run(*call, *words)
+
+
+def test_how_a_configuration_trains_is_what_the_command_line_would_say(run, votes, tiny_bert):
+    call = ["--dataset", votes, "--student", tiny_bert, "--config", "own.yaml"]
+    lines = (("", "committee"), ("student_training: full", "csl"), ("loss: product", "csl"))
+    for number, (line, method) in enumerate(lines):
+        Path("own.yaml").write_text(f"teachers: ['rater 1', '1:rater_2']\n{line}\n")
+        assert f"by `method` '{method}'" in run(*call, "--output_dir", f"out-{number}")
+
+
 def test_full_training_is_plain_co_supervision(run, votes, tiny_bert):
     said = run(
         "--dataset", votes, "--teachers", "rater 1", "1:rater_2", "--student", tiny_bert,
@@ -208,9 +229,62 @@ def test_rules_of_one_label_each_need_no_list(run, tiny_bert, tmp_path):
     assert json.loads(Path("out/config.json").read_text())["id2label"] == {"0": "spam", "1": "ham"}
 
 
+def test_a_teacher_whose_column_is_called_as_ground_truth_is(run, votes, tiny_bert):
+    data = Dataset.from_csv(str(votes))
+    data.rename_columns({"label": "gold", "rater_2": "label"}).to_csv("renamed.csv")
+    call = ["--student", tiny_bert, "--method", "csl", "--seeds", "0"]
+    said = run("--dataset", "renamed.csv", "--teachers", "rater 1", "label", *call, "--output_dir", "out")
+    assert "48 examples labelled by" in said and "Dropped the columns ['gold']" in said
+    # With truth declared beside it, all is measured on the truth, as under another name.
+    told = {}
+    for name, rater, truth in (("renamed.csv", "label", "gold"), (votes, "rater_2", "label")):
+        own = ["--teachers", "rater 1", rater, "--label_column", truth, "--test_dataset", name]
+        said = run("--dataset", name, *own, *call, "--output_dir", f"with-{truth}")
+        assert "48 of the 48 rows to test on are among those to be learnt from" in said
+        report = json.loads(Path(f"with-{truth}/report.json").read_text())
+        told[truth] = report["methods"], report["weak_accuracy"], [*report["teachers"].values()]
+    assert told["gold"] == told["label"]
+
+
+def test_teachers_are_calibrated_on_rows_that_are_held_out(run, votes, tiny_bert, monkeypatch):
+    import train
+
+    pools, calibrated_pool = [], train.calibrated_pool
+    monkeypatch.setattr(train, "calibrated_pool", lambda *own: pools.append(calibrated_pool(*own)) or pools[-1])
+    call = ["--dataset", votes, "--teachers", tiny_bert, "--student", tiny_bert, "--method", "csl"]
+    call += ["--label_column", "label", "--num_heldout_examples", "20", "--calibrate_teachers", "True"]
+    assert "28 examples labelled by" in run(*call, "--output_dir", "out")
+    assert "temperature" in pools[0].facts["bert"] and len(pools[0]) == 28
+    assert len(Dataset.from_parquet("out/labels.parquet")) == 28
+    for words, sentence in (
+        (["--num_heldout_examples", "48"], "`num_heldout_examples` must be labelled, and leave some of the 48"),
+        (["--num_heldout_examples", "0"], "are for `calibrate_teachers`, which needs them, got 0 and True"),
+        (["--calibrate_teachers", "False"], "are for `calibrate_teachers`, which needs them, got 20 and False"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            run(*call, *words, "--output_dir", "other")
+
+
+def test_each_option_is_read_or_refused(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import task_arguments as known
+
+    kinds = (known.DataArguments, known.StudentArguments, known.RecipeArguments)
+    read = {"dataset", "dataset_revision", "train_split", "test_split", "test_dataset", "input_column", "label_column"}
+    read |= {"labels", "on_error", "num_heldout_examples", "split_seed_offset", "student"}
+    read |= {"seeds", "methods", "dry_run", "resume", "calibrate_teachers"}
+    of_experiments = {*known.FOR_EXPERIMENTS, "num_teacher_examples"}
+    assert {item.name for kind in kinds for item in fields(kind)} == read | of_experiments
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["--teachers", "rater_2", "--student", "S", "--num_pool_examples", "10"], "`num_pool_examples` is for exp"),
+        (["--teachers", "rater_2", "--student", "S", "--pretrain", "vicreg"], "`pretrain` is for experiments"),
+        (["--teachers", "rater_2", "--student", "S", "--no_control"], "`control` is for experiments"),
+        (["--teachers", "rater_2", "--student", "S", "--train_split", "test"], "`train_split` must be one of"),
+        (["--teachers", "rater_2", "--student", "S", "--label_column", "no"], "`label_column` must be one of the col"),
         (["--student", "S"], "Teachers are needed, got none. Name a hierarchy, or models by their ids"),
         (["--teachers", "rater_2"], "A student is needed, got none. Give a folder or Hub id by `--student`"),
         (["--teachers", "rater_2", "--student", "S", "--methods", "ceiling"], "`methods` 'ceiling' is a student"),
@@ -280,7 +354,7 @@ def test_tables_that_are_none(tmp_path, name, content, sentence):
         load_table(tmp_path / "missing.csv")
 
 
-def test_a_folder_of_images_names_what_is_none(photos, labelled, tmp_path):
+def test_a_folder_of_images_names_what_is_none(photos, labelled, tmp_path, caplog):
     data = load_images(photos)
     assert len(data) == 48 and data.column_names == ["id", "image"] and data["id"][0] == "0/0.png"
     named = load_images(labelled, with_labels=True)
@@ -290,6 +364,7 @@ def test_a_folder_of_images_names_what_is_none(photos, labelled, tmp_path):
     with pytest.raises(ValueError, match=r"got 2 files in .* that are none: \['broken.png', 'notes.txt'\]"):
         load_images(photos)
     assert len(load_images(photos, on_error="missing")) == 48
+    assert "left out 2 files in" in caplog.text and "that are none: ['broken.png', 'notes.txt']" in caplog.text
     outside = tmp_path / "outside.png"
     Image.new("L", (4, 4)).save(outside)
     (photos / "link.png").symlink_to(outside)
@@ -402,6 +477,17 @@ def test_teachers_by_their_ids(hub, tiny_vit, tiny_image_dataset, tiny_labels):
     assert "'rater_9', which is none of the columns ['image', 'label'], needs" in mistyped.value.__notes__[-1]
     one = hierarchy_from_names(["someone/vit"], tiny_image_dataset)
     assert one.labels == tuple(tiny_labels) and one.teachers[0].model == "someone/vit"
+
+
+@pytest.mark.parametrize("twice", [["0:V", "0:V"], ["0:said", "1:V", "1:V/"], ["1:said", "1:said"]])
+def test_the_same_teacher_twice_in_a_level(tiny_vit, tiny_image_dataset, tiny_labels, twice):
+    from hf_cosupervise.teachers.naming import hierarchy_from_names
+
+    said = [tiny_labels[row % len(tiny_labels)] for row in range(len(tiny_image_dataset))]
+    data = tiny_image_dataset.add_column("said", said)
+    with pytest.raises(ValueError, match=r"Each teacher must be named once in a level, got '.*' twice in level .\."):
+        hierarchy_from_names([name.replace("V", tiny_vit) for name in twice], data)
+    assert hierarchy_from_names([f"0:{tiny_vit}", f"1:{tiny_vit}", "1:said"], data).num_levels == 2
 
 
 def test_all_by_ids_and_back_to_the_hub(run, hub, tiny_vit, tiny_timm, tiny_image_dataset):

@@ -191,3 +191,85 @@ def test_what_did_not_match_is_a_table(caplog: pytest.LogCaptureFixture) -> None
         probs = label(values, on_error="missing")
     assert probs.any(axis=1).tolist() == [True] + [False] * 15
     assert "failed on 15 of 16 rows" in caplog.text and table in caplog.text
+
+
+# ── labels that nobody gave ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def named(columns: dict[str, list[Any]], *names: str | dict[str, Any]) -> tuple[tuple[str, ...], dict[str, list[int]]]:
+    """Labels that are found, and what each teacher's answers are read as, -1 for none."""
+    count = len(next(iter(columns.values())))
+    data = Dataset.from_dict({"id": list(range(count)), "text": [str(row) for row in range(count)], **columns})
+    hierarchy = hierarchy_from_names(names or tuple(columns), data)
+    pool = build_pool(data, hierarchy, disable_tqdm=True)
+    return hierarchy.labels, {name: pool.hard_labels(name).tolist() for name in hierarchy.names}
+
+
+@pytest.mark.parametrize(
+    ("columns", "labels", "read"),
+    [
+        ({"a": ["no", "yes"], "b": ["NO!", "Yes"]}, ("no", "yes"), {"a": [0, 1], "b": [0, 1]}),
+        ({"a": ["Yes", "yes", "yes.", "no", "yes"]}, ("no", "yes"), {"a": [1, 1, 1, 0, 1]}),
+        ({"a": ["not spam", "spam"], "b": ["Not-Spam", "SPAM?"]}, ("not spam", "spam"), {"a": [0, 1], "b": [0, 1]}),
+        ({"a": ["yes", "no"], "b": ["NO!", None]}, ("no", "yes"), {"a": [1, 0], "b": [0, -1]}),
+        ({"a": ["+1", "-1"], "b": ["-1", "+1"]}, ("+1", "-1"), {"a": [0, 1], "b": [1, 0]}),
+        ({"a": ["C", "C++"], "b": ["c", "c++"]}, ("C", "C++"), {"a": [0, 1], "b": [0, 1]}),
+        ({"a": [":)", ":("], "b": [":(", ":)"]}, (":(", ":)"), {"a": [1, 0], "b": [0, 1]}),
+    ],
+)
+def test_names_that_are_alike_are_one_label(
+    columns: dict[str, list[Any]], labels: tuple[str, ...], read: dict[str, list[int]]
+) -> None:
+    assert named(columns) == (labels, read)
+
+
+def test_a_name_of_a_model_and_one_of_a_column_are_one_label(tmp_path: Path) -> None:
+    names = {0: "not_spam", 1: "Spam"}
+    config = {"library_name": "sklearn", "feature": {"kind": "text"}, "id2label": names}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = Dataset.from_dict({"text": ["a", "b"], "said": ["NOT-SPAM", "spam"]})
+    for order, labels in (
+        (["said", str(tmp_path)], ("not_spam", "spam")),
+        ([str(tmp_path), "said"], ("not_spam", "Spam")),
+    ):
+        assert hierarchy_from_names(order, data).labels == labels
+    # Of one model two labels stay two, and a column that spells one of them so means that one.
+    names = {0: "C", 1: "C#", 2: "c"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": names}))
+    data = Dataset.from_dict({"text": ["a", "b"], "said": ["C#", "C"]})
+    assert hierarchy_from_names([str(tmp_path), "said"], data).labels == ("C", "C#", "c")
+    assert {*hierarchy_from_names(["said", str(tmp_path)], data).labels} == {"C", "C#", "c"}
+
+
+def test_labels_of_a_mapped_column_are_found() -> None:
+    mapped = {"model": "a", "kind": "column", "label_map": {"not spam": ["ham", "news"], "unsure": None}}
+    labels, read = named({"a": ["Not spam", "spam", "unsure", "ham"]}, mapped)
+    assert labels == ("ham", "news", "spam") and read["a"][1:] == [2, -1, 0]
+
+
+def test_doubtful_labels_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    rows = ["positive", "negative"] * 250
+    named({"a": ["postive", *rows[1:]], "b": [*rows[:-1], "Negative"]})
+    assert caplog.messages == [
+        "Of 1000 answers in columns very few give the labels 'postive' × 1, as if mistyped. If they are, correct the "
+        "cells; if they are labels of the task, give all of these by `labels`."
+    ]
+    caplog.clear()
+    named({"a": ["A", "A-", "A-", "B"]})
+    assert caplog.messages == [
+        "Answers in columns that differ in case and punctuation alone are read as one label: 'A' as 'A-'. If they are "
+        "several, give the task's labels by `labels`."
+    ]
+    caplog.clear()
+    named({"a": [f"label {row % 300}" for row in range(1500)]})  # many labels are rare for another reason
+    named({"a": ["x", *["y"] * 30]})  # one of few answers
+    assert not caplog.messages
+
+
+def test_names_of_models_that_differ_in_punctuation_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder, name in (("a", "not_spam"), ("b", "not spam")):
+        (tmp_path / folder).mkdir()
+        config = {"library_name": "sklearn", "feature": {"kind": "text"}, "id2label": {0: name, 1: "spam"}}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    hierarchy_from_names([str(tmp_path / "a"), str(tmp_path / "b")], Dataset.from_dict({"text": ["a"]}))
+    assert "The labels 'not_spam' and 'not spam' of two teachers are two, and differ in punctuation" in caplog.text

@@ -124,6 +124,25 @@ def test_what_was_chosen_is_told_and_nothing_else(tmp_path):
     }
 
 
+def test_on_the_command_line_nothing_is_chosen_but_what_is_given(tmp_path):
+    (parsed,) = parse_recipe_args([CoSupervisedConfig], ["--output_dir", str(tmp_path)])
+    assert parsed.changed_arguments() == {"output_dir": str(tmp_path)}
+    given = ["--include_num_input_tokens_seen", "True", "--debug", "underflow_overflow"]
+    (parsed,) = parse_recipe_args([CoSupervisedConfig], ["--output_dir", str(tmp_path), *given])
+    changed = {"include_num_input_tokens_seen": "all", "debug": ["underflow_overflow"]}
+    assert parsed.changed_arguments() == {"output_dir": str(tmp_path), **changed}
+
+
+def test_members_are_of_a_committee(tmp_path):
+    for members in ("csl", ["csl"], ["csl", "csl"]):
+        with pytest.raises(
+            ValueError, match="`members` are what `method` 'committee' is made of, got .*Use 'committee'"
+        ):
+            make(tmp_path, members=members)
+    assert make(tmp_path, members=list(DEFAULT_MEMBERS)).method == "csl"
+    assert make(tmp_path, members="csl", method="committee").members == ["csl"]
+
+
 def test_lists_are_not_shared(tmp_path):
     make(tmp_path).assignment.append("agreement")
     assert make(tmp_path).assignment == ["auto"]

@@ -31,7 +31,7 @@ class AnswerReader:
 
     def __init__(self, teacher: Teacher, labels: Sequence[str], what: str) -> None:
         self.teacher, self.labels, self.what = teacher, tuple(labels), what
-        self.find = _answer_finder(teacher, self.labels)
+        self.find = answer_finder(teacher, self.labels)
 
     def read(self, value: Any) -> np.ndarray:
         """Give probabilities float32 `(num_labels,)`, all zeros for no answer."""
@@ -140,18 +140,27 @@ class ColumnTeacher(AnswerReader):
         return f"{table}, and {len(unread) - _NUM_TOLD} others" if len(unread) > _NUM_TOLD else table
 
 
-def _answer_finder(teacher: Teacher, labels: Sequence[str]) -> Callable[[str], tuple[int, ...] | None]:
+def answer_finder(teacher: Teacher, labels: Sequence[str]) -> Callable[[str], tuple[int, ...] | None]:
     """Give a function that finds what an answer in words means: as written, or else but for case and punctuation."""
     names = list(dict.fromkeys([*(teacher.label_map or {}), *labels]))
     exact = {name: found for name, found in zip(names, find_targets(teacher, names, labels)) if found is not None}
     tables = [(fold, _alike(exact, fold)) for fold in (str, str.casefold, _words)]
 
     def find(text: str) -> tuple[int, ...] | None:
-        # A number is no word: its sign and its point are punctuation, and mean something.
-        folds = tables[: 2 if _NUMBER.fullmatch(text.strip()) else 3]
+        folds = tables[: 2 if _is_number(text) else 3]
         return next((found for fold, table in folds if (found := table.get(fold(text))) is not None), None)
 
     return find
+
+
+def fold_name(text: str) -> str:
+    """Give what names have in common that are read as one: all but case and punctuation, where there is more."""
+    return text.casefold() if _is_number(text) or not (words := _words(text)) else words
+
+
+def _is_number(text: str) -> bool:
+    # It is no word: its sign and its point are punctuation, and mean something.
+    return _NUMBER.fullmatch(text.strip()) is not None
 
 
 def _alike(exact: Mapping[str, tuple[int, ...]], fold: Callable[[str], str]) -> dict[str, tuple[int, ...] | None]:
