@@ -17,7 +17,18 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import disable_progress_bars
-from task import check_run, find_student, label_data, load_split, modality_of, say
+from task import (
+    MADE_OF,
+    check_run,
+    find_student,
+    label_data,
+    load_split,
+    make_folder,
+    modality_of,
+    say,
+    tell_data,
+    tell_student,
+)
 from task_arguments import DataArguments, RecipeArguments, StudentArguments, TeacherArguments, read_seeds
 from train_teachers import CONTROL, control_hierarchy, is_on_hub, train_teachers
 from transformers.utils import logging as transformers_logging
@@ -152,6 +163,21 @@ def open_target(config: CoSupervisedConfig) -> str | None:
     )
 
 
+def tell_made_of(
+    data_args: DataArguments, student_args: StudentArguments, config: CoSupervisedConfig
+) -> dict[str, Any]:
+    """Tell data and student from others of the same name, once they are there; teachers are trained in the run."""
+    make_folder("prepare", data_args.prepare_dataset, data_args.dataset)
+    if student_args.student is not None:
+        make_folder("prepare", student_args.prepare_student, student_args.student)
+
+    def tell() -> dict[str, Any]:
+        made_of = {"dataset": tell_data(data_args.dataset, data_args.dataset_revision)}
+        return made_of | tell_student(student_args.student, config.student_revision)
+
+    return join_processes().on_first(tell)
+
+
 def run_experiment(run: tuple[Any, ...]) -> None:
     """Run all seeds, or what is left of them, and put the student of the first one in its place."""
     recipe_args, config = run[3:]
@@ -172,6 +198,7 @@ def run_experiment(run: tuple[Any, ...]) -> None:
         disable_progress_bars()
     facts["hub_model_id"] = open_target(config)
     push = {"revision": config.hub_revision, "token": config.hub_token}
+    facts[MADE_OF] = tell_made_of(run[0], run[2], config)
     with PartialState().main_process_first():
         check_run(folder, facts, recipe_args.resume)
     report = merge_reports([run_seed(seed, *run) for seed in seeds], seeds)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -21,12 +24,24 @@ from hf_cosupervise.data.columns import find_input_column, find_label_column, is
 from hf_cosupervise.data.keys import cell_digests
 from hf_cosupervise.data.loading import load_folder, load_splits
 from hf_cosupervise.data.local import is_table, load_images, load_table
+from hf_cosupervise.data.vectors import name_columns, unreadable_vectors
+from hf_cosupervise.files import make_output_dir
 from hf_cosupervise.hub.client import is_folder, resolve_commit
-from hf_cosupervise.teachers.rows import undeclared_truth
+from hf_cosupervise.models.source import find_model, hash_files
+from hf_cosupervise.pool.files import teacher_dataset
+from hf_cosupervise.students.vectors import VECTOR_STUDENTS
+from hf_cosupervise.teachers.rows import read_rows, undeclared_truth
 from hf_cosupervise.training.config import fields_without
 
 # Where declared labels of one's own are kept: the second if answers of a teacher are called as the first.
 TRUTH = ("label", "oracle_label")
+# What a run's record says it was made of: data, teachers and student as they were when it was begun.
+MADE_OF = "made_of"
+_PATHS = ("dataset", "test_dataset", "student", "teachers", "teachers_dir")
+# Told by the command, or of no weight for what comes out; where the run lies, its folder tells.
+_CHANGE_NOTHING = {"seeds", "resume", "dry_run"} | (
+    (fields_without("publish") | fields_without("resume")) - {"use_cpu", "metric", "student_revision"}
+)
 
 
 @dataclass
@@ -156,33 +171,82 @@ def find_student(args: StudentArguments, split: Split, folder: Path, seed: int) 
 
 def check_run(folder: Path, facts: dict[str, Any], resume: bool = True) -> None:
     """See that a folder holds no other run, and write down which one this is."""
+    if not find_run(folder, facts, resume):
+        begin_run(folder, facts)
+
+
+def find_run(folder: Path, facts: dict[str, Any], resume: bool = True) -> bool:
+    """Tell whether a folder holds this run, and refuse one that holds anything else."""
     path = folder / "_run" / "config.json"
-    if path.is_file() and not resume:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"`output_dir` must be a folder, got the file '{folder}'. Choose another one.")
+    if not path.is_file():
+        if any(found.is_file() for found in folder.rglob("*")):  # folders alone are left by a run that died early
+            raise FileExistsError(
+                f"'{folder}' must be a run's folder or not exist, got other files. Choose another `output_dir`."
+            )
+        return False
+    if not resume:
         raise FileExistsError(
             f"'{folder}' must not hold a run where `resume` is off, got one. Choose another `output_dir`, or go on "
             "with it by `--resume`."
         )
-    if path.is_file():
-        # A field that is new since then had its default.
-        known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
-        facts = {key: facts.get(key, value) for key, value in known.items()} | facts
-        told_elsewhere = {"seeds", "resume"} | fields_without("publish") - {"use_cpu"}
-        different = sorted(key for key in {*known, *facts} - told_elsewhere if known.get(key) != facts.get(key))
-        if different:
-            changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)
-            raise FileExistsError(
-                f"'{folder}' must hold this run or none, got another one ({changes}). Choose another `output_dir`."
-            )
-        return
-    if any(found.is_file() for found in folder.rglob("*")):  # folders alone are left by a run that died early
+    # A field that is new since then had its default.
+    known = recipe_arguments_to_dict([kind() for kind in RECIPE_TYPES]) | json.loads(path.read_text("utf-8"))
+    facts = {key: facts.get(key, value) for key, value in known.items()} | facts
+    before, now = known.pop(MADE_OF, None), facts.pop(MADE_OF, None)
+    # Of what was noted, the commit counts, and not how it is called.
+    pinned = {"dataset_revision", "student_revision"} if before and now else set()
+    keys = sorted({*known, *facts} - _CHANGE_NOTHING - pinned)
+    different = [key for key in keys if _plain(key, known.get(key)) != _plain(key, facts.get(key))]
+    if different:
+        changes = ", ".join(f"{key}: {known.get(key)!r} -> {facts.get(key)!r}" for key in different)
         raise FileExistsError(
-            f"'{folder}' must be a run's folder or not exist, got other files. Choose another `output_dir`."
+            f"'{folder}' must hold this run or none, got another one ({changes}). Choose another `output_dir`."
         )
+    # A run that was begun before this was noted is gone on with.
+    if before and now and (changed := sorted(what for what in {*before, *now} if before.get(what) != now.get(what))):
+        raise FileExistsError(
+            f"'{folder}' must hold a run on the data, teachers and student that are there now, got one that was begun "
+            f"before some changed: {', '.join(changed)}. Choose another `output_dir`, or put back what was there."
+        )
+    return True
+
+
+def begin_run(folder: Path, facts: dict[str, Any]) -> None:
+    """Write down which run a folder holds."""
+    make_output_dir(folder)
+    path = folder / "_run" / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:  # a run that dies now leaves no file in the folder
         whole = Path(place, path.name)
         whole.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         whole.replace(path)
+
+
+def _plain(key: str, value: Any) -> Any:
+    """A path as anybody writes it, without slashes that say nothing."""
+    if isinstance(value, list):
+        return [_plain(key, item) for item in value]
+    return re.sub("/+", "/", value).rstrip("/") or "/" if key in _PATHS and isinstance(value, str) else value
+
+
+def tell_data(name: str, revision: str | None, images: Dataset | None = None) -> str:
+    """Tell data from others of the same name: by the commit, the content, or names and sizes of images."""
+    if not is_table(name) and not is_folder(name):
+        return str(resolve_commit(name, revision, what="`dataset`", repo_type="dataset"))
+    if images is not None and is_image_folder(name):
+        sizes = [(row, Path(name, row).stat().st_size) for row in images["id"]]
+        return hashlib.blake2b(json.dumps(sizes).encode(), digest_size=8).hexdigest()
+    found = [Path(name)] if is_table(name) else Path(name).rglob("*.arrow")
+    return hash_files(sorted(path for path in found if not path.name.startswith("cache-")))  # as `map` leaves there
+
+
+def tell_student(name: str | None, revision: str | None) -> dict[str, Any]:
+    """Tell a student's weights from others of the same name, where it has any."""
+    if name is None or name in VECTOR_STUDENTS:
+        return {}
+    return {"student": find_model(name, what="The student", revision=revision).identity}
 
 
 def modality_of(pool: PseudolabelPool) -> str | None:
@@ -356,3 +420,18 @@ def label_own(
         disable_tqdm=quiet,
         source=None if commit is None else {"dataset": args.dataset, "commit": commit},
     )
+
+
+def pool_of_nothing(dataset: Dataset, hierarchy: TeacherHierarchy, args: DataArguments) -> PseudolabelPool:
+    """Make the pool of these rows and teachers without asking any: what does not fit shows before the work begins."""
+    if "id" not in dataset.column_names:  # which would be made of the content
+        dataset = dataset.add_column("id", range(len(dataset)))
+    truth = find_truth(dataset, hierarchy)
+    named = name_columns(args.input_column)
+    _, columns, ids, inputs = read_rows(dataset, hierarchy, {}, frozenset(), named, truth, None)
+    size = len(ids), 1
+    made_up = teacher_dataset(ids, np.zeros(size, dtype=np.int16), np.ones(size, dtype=np.float16))
+    pool = PseudolabelPool(hierarchy, dict.fromkeys(hierarchy.names, made_up), inputs, input_column=columns.inputs)
+    if args.on_error == "missing" and columns.inputs and is_vector_column(inputs, columns.inputs):
+        return pool.select(np.delete(np.arange(len(ids)), unreadable_vectors(inputs, columns.inputs)))
+    return pool

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import shutil
 import sys
@@ -37,14 +38,19 @@ from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from experiment import open_target, run_experiment
 from task import (
-    check_run,
+    MADE_OF,
+    begin_run,
+    find_run,
     find_truth,
     hold_out,
     is_image_folder,
     label_own,
     num_seen,
     open_own_data,
+    pool_of_nothing,
     say,
+    tell_data,
+    tell_student,
     to_measure_on,
 )
 from task_arguments import (
@@ -60,6 +66,8 @@ from transformers.utils import logging as transformers_logging
 import hf_cosupervise
 from hf_cosupervise import CoSupervisedConfig, CoSupervisedTrainer, PseudolabelPool, TeacherHierarchy
 from hf_cosupervise.arguments import parse_recipe_args, read_recipe_config, recipe_arguments_to_dict
+from hf_cosupervise.data.columns import read_labels
+from hf_cosupervise.data.vectors import with_input
 from hf_cosupervise.evaluation.comparison import Comparison, Contestant
 from hf_cosupervise.evaluation.methods import method_arguments, teacher_accuracies, weak_accuracy
 from hf_cosupervise.evaluation.overview import Overview, format_overview, label_agreement, overview
@@ -76,6 +84,7 @@ from hf_cosupervise.teachers.kinds.base import label_finder
 from hf_cosupervise.teachers.kinds.loading import identify_teacher
 from hf_cosupervise.teachers.naming import hierarchy_from_names
 from hf_cosupervise.teachers.running import BLAMED
+from hf_cosupervise.training.checks import check_modality
 from hf_cosupervise.training.members import DECIDED_BY_MEMBERS
 from hf_cosupervise.training.student_card import is_closed_form
 
@@ -301,6 +310,12 @@ def write_story(trainer: CoSupervisedTrainer, seen: Overview, report: dict[str, 
     save_report(json.loads(trainer.history.to_json()), folder / "history.json")
 
 
+def columns_lacking(task: OwnTask) -> list[str]:
+    """Name the columns of teachers' answers that the test set lacks."""
+    columns = [teacher.model for teacher in task.hierarchy.teachers if teacher.kind == "column"]
+    return [name for name in columns if task.test is not None and name not in task.test.column_names]
+
+
 def label_test(task: OwnTask, folder: Path, data_args: DataArguments, quiet: bool) -> PseudolabelPool | None:
     """Label the test set by the same teachers, where it holds what they read."""
     if task.test is None:
@@ -311,8 +326,7 @@ def label_test(task: OwnTask, folder: Path, data_args: DataArguments, quiet: boo
             f"{num} of the {len(task.test)} rows to test on are among those to be learnt from, and tell little of "
             "others. Test on rows that the student does not see."
         )
-    columns = [teacher.model for teacher in task.hierarchy.teachers if teacher.kind == "column"]
-    if lacking := [name for name in columns if name not in task.test.column_names]:
+    if lacking := columns_lacking(task):
         say(f"The test data lack the columns {lacking} of teachers, which are therefore not measured.")
         return None
     return with_root(label_own(task.test, task.hierarchy, folder, data_args, quiet, None))
@@ -361,6 +375,41 @@ def check_models(task: OwnTask, run: tuple[Any, ...]) -> None:
         find_model(what=what, **place).check_weights()
 
 
+def tell_made_of(task: OwnTask, run: tuple[Any, ...]) -> dict[str, Any]:
+    """Tell by its content or commit what a run is made of: what changed under the same name makes another one."""
+    data_args, _, student_args, _, config = run
+    made_of: dict[str, Any] = {"labels": list(task.hierarchy.labels)}
+    made_of["dataset"] = tell_data(data_args.dataset, task.commit, task.data)
+    if data_args.test_dataset is not None and task.test is not None:
+        made_of["test_dataset"] = tell_data(data_args.test_dataset, None, task.test)
+    for teacher in task.hierarchy.teachers:
+        # Where its files are is said by the arguments; a hierarchy that they name may hold other teachers by now.
+        hidden = {"model"} if teacher.has_files else set()
+        told = {key: value for key, value in teacher.to_dict().items() if key not in hidden}
+        made_of[f"teacher '{teacher.name}'"] = told | identify_teacher(teacher)[0]
+    made_of |= tell_student(student_args.student, config.student_revision)
+    return json.loads(json.dumps(made_of))  # as it is read again, without tuples
+
+
+def try_out(task: OwnTask, run: tuple[Any, ...]) -> None:
+    """Make everything as if the teachers had answered, and let it go: what does not fit is refused for nothing."""
+    data_args, _, student_args, recipe_args, config = run
+    args = copy.copy(config)
+    args.seed = args.data_seed = read_seeds(recipe_args.seeds)[0]
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        args.push_to_hub, args.features_dir = False, None
+        pool = with_root(pool_of_nothing(task.data, task.hierarchy, data_args))
+        trainer = CoSupervisedTrainer(student_args.student, args, pool=pool, input_column=data_args.input_column)
+        if task.test is not None:
+            test = with_input(to_measure_on(task.test, task.hierarchy), trainer.input_column)
+            read_labels(test, "label", pool.labels)
+            check_modality(trainer.processor, test, trainer.input_column, "data to test on hold")
+            if not columns_lacking(task):
+                pool_of_nothing(task.test, task.hierarchy, data_args)
+        del trainer, pool
+    gc.collect()  # a trainer is part of circles, and would hold a second student
+
+
 def train_on_own(run: tuple[Any, ...]) -> None:
     """Do all of it for data of one's own."""
     data_args, teacher_args, student_args, recipe_args, config = run
@@ -375,14 +424,17 @@ def train_on_own(run: tuple[Any, ...]) -> None:
     if any(teacher.model == student_args.student for teacher in task.hierarchy.teachers):
         say(f"The student '{student_args.student}' is one of the teachers: it begins with a fresh head all the same.")
     check_models(task, run)
+    folder, seeds, on_first = Path(config.output_dir), read_seeds(recipe_args.seeds), join_processes().on_first
+    # By one process for all: gigabytes of weights are read to hash them.
+    facts = recipe_arguments_to_dict(run) | {MADE_OF: on_first(lambda: tell_made_of(task, run))}
+    if is_new := not on_first(lambda: find_run(folder, facts, recipe_args.resume)):
+        try_out(task, run)
     if recipe_args.dry_run:
         tell_plan(task, run)
         return
-    folder, seeds = Path(config.output_dir), read_seeds(recipe_args.seeds)
-    facts = recipe_arguments_to_dict(run)
     facts["hub_model_id"] = open_target(config)
-    with PartialState().main_process_first():
-        check_run(folder, facts, recipe_args.resume)
+    if is_new:  # nothing that is wrong with the command is found after this, or the right one would be another run
+        on_first(lambda: begin_run(folder, facts))
     quiet = bool(config.disable_tqdm)
     pool = label_own(task.data, task.hierarchy, folder / "_run" / "pool", data_args, quiet, task.commit)
     if task.heldout is not None:

@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 
 from ..data.columns import check_column_name, shorten
 from ..data.loading import DataChoice, find_data
-from ..data.vectors import join_columns, name_columns, parts_of
+from ..data.vectors import name_columns
 from ..files import check_free, explain_full_disk
 from ..hierarchy import Teacher, TeacherHierarchy
 from ..pool.base import TeacherPool
@@ -33,7 +33,7 @@ from .kinds.base import TeacherModel, check_teacher_model, choose_device
 from .kinds.loading import identify_teacher
 from .naming import check_meant
 from .progress import Progress
-from .rows import check_columns, find_ids, pool_inputs, undeclared_truth
+from .rows import read_rows
 from .running import PRECISIONS, ROWS_AT_ONCE, Job, group_teachers, label_group
 
 logger = logging.getLogger(__name__)
@@ -190,20 +190,8 @@ def ask_teachers(
     choice = DataChoice(split, revision, config_name, streaming)
     dataset, found = find_data(dataset, choice, processes)
     source = dict(source) if source else found
-    # A format such as "torch" would hand out tensors in place of cells.
-    dataset = dataset.with_format(None)
-    if len(dataset) == 0:
-        raise ValueError("`dataset` must hold at least one example, got none. Check its split or its filter.")
-    # Before columns are joined: in one vector nobody would see the ground truth any more.
-    truth = {oracle_column, oracle_domain_column, *undeclared_truth(dataset, ())}
-    if truth := truth.intersection(parts_of(dataset, named)):
-        raise ValueError(
-            f"Ground truth must reach no student, got {sorted(map(str, truth))} in `input_column`. Leave it out there."
-        )
-    dataset, named = join_columns(dataset, named)
-    columns = check_columns(dataset, hierarchy, models, reused, named, oracle_column, oracle_domain_column)
-    ids = find_ids(dataset, columns.inputs)
-    inputs = pool_inputs(dataset, ids, hierarchy, columns, keep_inputs)
+    truth = oracle_column, oracle_domain_column
+    dataset, columns, ids, inputs = read_rows(dataset, hierarchy, models, reused, named, *truth, keep_inputs)
     job = Job(
         dataset=dataset,
         hierarchy=hierarchy,

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Value
 from ..data.columns import as_label_id, find_input_column, shorten
 from ..data.inputs import check_depth
 from ..data.keys import row_keys
+from ..data.vectors import join_columns, parts_of
 from ..hierarchy import TeacherHierarchy, is_writable_text
 from ..pool.pseudolabels import ORACLE_DOMAIN, ORACLE_LABEL
 from ..pool.written import ORACLE_ANSWER, find_prompt_column
@@ -35,6 +36,33 @@ def undeclared_truth(
         for name, feature in dataset.features.items()
         if (name.lower() in _GOLD_NAMES | others or isinstance(feature, ClassLabel)) and name not in allowed
     ]
+
+
+def read_rows(
+    dataset: Dataset,
+    hierarchy: TeacherHierarchy,
+    models: Mapping[str, TeacherModel],
+    reused: frozenset[str],
+    input_column: str | None,
+    oracle_column: str | None,
+    oracle_domain_column: str | None,
+    keep_inputs: bool = True,
+) -> tuple[Dataset, Columns, list[int] | list[str], Dataset | None]:
+    """Give data with the column that models read, which columns are read, the ids, and what the pool keeps."""
+    # A format such as "torch" would hand out tensors in place of cells.
+    dataset = dataset.with_format(None)
+    if len(dataset) == 0:
+        raise ValueError("`dataset` must hold at least one example, got none. Check its split or its filter.")
+    # Before columns are joined: in one vector nobody would see the ground truth any more.
+    truth = {oracle_column, oracle_domain_column, *undeclared_truth(dataset, ())}
+    if truth := truth.intersection(parts_of(dataset, input_column)):
+        raise ValueError(
+            f"Ground truth must reach no student, got {sorted(map(str, truth))} in `input_column`. Leave it out there."
+        )
+    dataset, input_column = join_columns(dataset, input_column)
+    columns = check_columns(dataset, hierarchy, models, reused, input_column, oracle_column, oracle_domain_column)
+    ids = find_ids(dataset, columns.inputs)
+    return dataset, columns, ids, pool_inputs(dataset, ids, hierarchy, columns, keep_inputs)
 
 
 def check_columns(

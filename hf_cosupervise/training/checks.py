@@ -62,18 +62,23 @@ def check_student(
     """Refuse a student that cannot learn from these inputs, and arguments that do not fit it or what is installed."""
     (column,) = inputs.column_names
     check_depth(inputs, column)
-    held, read = _kind_of(inputs, column), f"{processor.modality}s"
-    if held not in (None, read):
-        raise ValueError(
-            f"The student must read what the pool holds, got a student of {read} and {held} in column '{column}'. "
-            "Choose another student, or another `input_column`."
-        )
-    if read == "vectors":
+    check_modality(processor, inputs, column)
+    if processor.modality == "vector":
         check_vectors(inputs, column, processor.num_features)
     if not origin and not args.deepspeed:  # a model object; DeepSpeed may have shared out its weights already
         check_answers(model, processor, model.config.num_labels)
     check_metric(args.metric, model.config.num_labels)
     check_together(args, model, has_own_metrics)
+
+
+def check_modality(processor: InputProcessor, inputs: Dataset, column: str, what: str = "the pool holds") -> None:
+    """Refuse inputs of a kind that a student does not read."""
+    held, read = _kind_of(inputs, column), f"{processor.modality}s"
+    if held not in (None, read):
+        raise ValueError(
+            f"The student must read what {what}, got a student of {read} and {held} in column '{column}'. "
+            "Choose another student, or another `input_column`."
+        )
 
 
 def _kind_of(inputs: Dataset, column: str) -> str | None:

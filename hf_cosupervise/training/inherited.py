@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.training_args import trainer_log_levels
 
 # What a number must be, in words and as a test, and the fields that hold one.
@@ -139,6 +142,14 @@ def check_read(args: TrainingArguments) -> None:
     if unknown := [name for name in args.report_to if name not in INTEGRATION_TO_CALLBACK]:
         known = sorted(INTEGRATION_TO_CALLBACK)
         raise ValueError(f"`report_to` must name trackers, {known}, got {unknown[0]!r}. Correct the name.")
+    for name in {*args.report_to} - {*get_available_reporting_integrations()}:
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:  # names the package
+            raise ValueError(
+                f"`report_to` must name trackers that are installed, got {name!r}: {str(error).rstrip('.')}. Install "
+                "it, or leave it out."
+            ) from error
     if args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         return  # wait for evaluations, which the parent asks for
     # Made once for nothing: what a schedule lacks or does not take shows before any work. Any optimizer will do.

@@ -315,7 +315,7 @@ def test_wrong_calls(run, votes, tiny_bert, tmp_path, words, sentence):
     words = [tiny_bert if word == "S" else word for word in words]
     with pytest.raises(Exception, match=sentence):
         run("--dataset", "votes.csv", *words, "--output_dir", "out")
-    assert not Path("out").exists() or not list(Path("out").glob("*.safetensors"))
+    assert not Path("out").exists()
 
 
 # ── plain files ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -510,3 +510,114 @@ def test_all_by_ids_and_back_to_the_hub(run, hub, tiny_vit, tiny_timm, tiny_imag
     found = pipeline("image-classification", model="someone/student")(tiny_image_dataset[0]["image"])
     labels = Dataset.from_parquet("out/labels.parquet")
     assert found[0]["score"] == pytest.approx(labels["probability"][0], abs=1e-4)
+
+
+# ── a folder of a run ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_changed_under_the_same_name_is_another_run(run, votes, tiny_bert, tmp_path):
+    teacher, student = (Path(shutil.copytree(tiny_bert, tmp_path / name)) for name in ("teacher", "student"))
+    call = ["--dataset", votes, "--teachers", "rater 1", f"1:{teacher}", "--student", student, "--output_dir", "out"]
+    said = run(*call)
+
+    def check(*changed: str) -> None:
+        if not changed:
+            assert run(*call).endswith(said[said.index("\nteacher ") :])
+            return
+        for more in ([], ["--dry_run", "True"]):
+            with pytest.raises(FileExistsError, match=f"begun before some changed: {', '.join(changed)}. Choose an"):
+                run(*call, *more)
+
+    for path in (votes, teacher / "model.safetensors", student / "model.safetensors"):
+        path.write_bytes(path.read_bytes())  # a copy is no change
+    check()
+    before = votes.read_bytes()
+    votes.write_bytes(b"\n".join(before.splitlines()[:-4]))
+    check("dataset")
+    votes.write_bytes(before)
+    for folder, what in ((teacher, "teacher 'teacher'"), (student, "student")):
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+        check(what)
+        (folder / "model.safetensors").write_bytes(weights)
+    check()
+    # a run of a version that did not note it
+    record = Path("out/_run/config.json")
+    record.write_text(
+        json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "made_of"})
+    )
+    votes.write_bytes(b"\n".join(before.splitlines()[:-4]))
+    check()
+
+
+def test_data_are_told_from_others_of_the_same_name(run, photos, votes, tmp_path):
+    from task import tell_data
+
+    told = [tell_data(str(photos), None, load_images(photos))]
+    (photos / ".DS_Store").write_bytes(b"changed by a system")
+    assert tell_data(str(photos), None, load_images(photos)) == told[0]
+    shutil.copyfile(photos / "0" / "0.png", photos / "0" / "more.png")
+    told.append(tell_data(str(photos), None, load_images(photos)))
+    data = Dataset.from_csv(str(votes))
+    for part in (data, data.select(range(9))):
+        shutil.rmtree("saved", ignore_errors=True)
+        part.save_to_disk("saved")
+        told.append(tell_data("saved", None, part))
+        Path("saved/cache-0.arrow").write_bytes(b"of a map")
+        assert tell_data("saved", None, part) == told[-1]
+    assert len({*told}) == 4
+
+
+def test_what_changes_no_result_is_the_same_run(run, votes, tiny_bert):
+    call = ["--teachers", "rater 1", "1:rater_2", "--max_steps", "3", "--student"]
+    said = run("--dataset", votes, *call, tiny_bert, "--output_dir", "out")
+    again = ["--dataset", str(votes).replace("/", "//"), *call, f"{tiny_bert}/", "--output_dir", "./out/"]
+    told = run(*again, "--logging_steps", "10", "--log_level", "error")
+    assert told[told.index("\nteacher ") :].replace("./out", "out") == said[said.index("\nteacher ") :]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--student", "VIT"], "The student must read what the pool holds, got a student of images and texts"),
+        (["--student", "SKOPS"], "The student must be of a type that transformers knows"),
+        (["--student", "BERT", "--fp16", "True"], "needs linear heads on features, but fp16 scales the loss"),
+        (["--student", "BERT", "--test_dataset", "bad.csv"], "must hold labels of the task .*'mixed' in row 0"),
+        (["--student", "BERT", "--test_dataset", "photos"], "`input_column` must be one of .*got 'text'"),
+        (["--student", "BERT", "--test_dataset", "twice.csv"], "Column `id` must be unique, got 0 2 times"),
+        (["--student", "BERT", "--dataset", "bad.csv"], "Column 'label' must hold labels of the task"),
+        (["--student", "BERT", "--dataset", "twice.csv"], "Column `id` must be unique, got 0 2 times"),
+        (["--student", "BERT", "--weight_column", "rater_2"], "The pool's inputs must have a column 'rater_2'"),
+    ],
+)
+def test_a_wrong_call_leaves_its_folder_to_the_right_one(
+    run, votes, labelled, tiny_bert, tiny_vit, tiny_sklearn, words, sentence, monkeypatch
+):
+    import train
+
+    monkeypatch.setattr(train, "label_own", lambda *_: pytest.fail("a teacher was asked"))
+    data = Dataset.from_csv(str(votes))
+    data.add_column("id", [row // 2 for row in range(len(data))]).to_csv("twice.csv")
+    data.remove_columns("label").add_column("label", ["mixed"] * len(data)).to_csv("bad.csv")
+    labelled.rename("photos")
+    places = {"BERT": tiny_bert, "VIT": tiny_vit, "SKOPS": tiny_sklearn}
+    words = [places.get(word, word) for word in words]
+    words = words if "--dataset" in words else ["--dataset", votes, *words]
+    for more in ([], ["--dry_run", "True"]):
+        with pytest.raises(ValueError, match=sentence):
+            run(*words, "--teachers", "rater 1", "rater_2", "--label_column", "label", "--output_dir", "out", *more)
+    assert not Path("out").exists()
+
+
+def test_a_place_that_no_run_can_be_in(run, votes, tiny_bert, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "label_own", lambda *_: pytest.fail("a teacher was asked"))
+    Path("file").write_text("mine")
+    call = ["--dataset", votes, "--teachers", "rater 1", "rater_2", "--student", tiny_bert, "--output_dir"]
+    with pytest.raises(FileExistsError, match="`output_dir` must be a folder, got the file 'file'. Choose another"):
+        run(*call, "file", "--dry_run", "True")
+    for place in ("file/out", "/proc/out"):
+        with pytest.raises(OSError, match=f"`output_dir` must be a folder that can be written, got '{place}'"):
+            run(*call, place)
+    assert Path("file").read_text() == "mine"

@@ -18,6 +18,7 @@ from hf_cosupervise import (
     TeacherHierarchy,
     build_pool,
 )
+from hf_cosupervise.training import inherited
 
 NAN, INF = math.nan, math.inf
 EACH_EPOCH = {"eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -189,6 +190,16 @@ def config(folder, **kwargs) -> CoSupervisedConfig:
     return CoSupervisedConfig(
         str(folder), **{"num_train_epochs": 1, "report_to": "none", "disable_tqdm": True} | kwargs
     )
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    def lacking():
+        raise RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`.")
+
+    monkeypatch.setattr(inherited, "get_available_reporting_integrations", list)
+    monkeypatch.setitem(inherited.INTEGRATION_TO_CALLBACK, "wandb", lacking)
+    with pytest.raises(ValueError, match="`report_to` must name trackers that are installed, got 'wandb': WandbCallb"):
+        config(tmp_path, report_to="wandb")
 
 
 def test_every_field_stands_in_a_table():
