@@ -47,12 +47,12 @@ class Plan:
     """How large the task is: `num_…` are of each language, and a model's size is its width and its layers."""
 
     languages: tuple[str, ...] = ("ru", "tr", "hu", "ga")
-    num_pool: int = 600
+    num_pool: int = 450
     num_test: int = 150
     student: tuple[int, int] = (96, 3)
-    student_steps: int = 2000
-    student_epochs: int = 4
-    root_steps: int = 1000
+    student_steps: int = 1000
+    student_epochs: int = 3
+    root_steps: int = 900
     specialist_steps: int | None = None  # without any, specialists begin as the generalist does
     teacher: tuple[int, int] = (64, 2)
 

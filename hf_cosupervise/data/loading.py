@@ -301,7 +301,11 @@ def _materialise(stream: IterableDataset) -> Dataset:
 
     def fill(writer: ArrowWriter) -> None:
         for batch in stream.with_format(None).iter(batch_size=1000):
-            writer.write_batch(batch)
+            try:
+                writer.write_batch(batch)
+            except UnicodeEncodeError as error:
+                what = "A text must hold no halves of characters"
+                raise ValueError(f"{what}, got {error.object!r}. Correct it.") from error
 
     return _map_written(stream.features, fill)
 

@@ -254,7 +254,8 @@ def pair_consistent(
         if share < (min_share if is_right else max(min_share, min_share_against)):
             continue
         # Samples that say something else than the teacher, or what the teacher should have said.
-        others = list(dict.fromkeys(sample for sample, one in zip(said, keys) if (one == majority) != is_right))
+        words = [(sample, one) for sample, one in zip(said, keys) if one is not None]
+        others = list(dict.fromkeys(sample for sample, one in words if (one == majority) != is_right))
         for place in generator.permutation(len(others))[:max_pairs]:
             pairs.append((row, answer, others[place]) if is_right else (row, others[place], answer))
     return pairs

@@ -30,7 +30,17 @@ from ..method.answers import (
 )
 from .base import TeacherPool, check_kind
 from .ids import check_id_values
-from .written import PROMPT_NAMES, answer_dataset, check_answers, check_prompts, find_prompt_column
+from .written import (
+    PROMPT_NAMES,
+    answer_dataset,
+    check_answers,
+    check_prompt_texts,
+    check_prompts,
+    check_samples,
+    check_texts,
+    find_prompt_column,
+    has_text,
+)
 
 logger = logging.getLogger(__name__)
 METHODS = ("generalist", "majority", "longest_agreement", "random", "same_answer")
@@ -94,7 +104,7 @@ class AnswerPool(TeacherPool):
                 What is known besides, see [`AnswerPool`].
 
         Raises:
-            ValueError: If lengths, ids or answers do not fit.
+            ValueError: If lengths, ids, answers or prompts do not fit.
             TypeError: If an answer is no text.
         """
         if isinstance(answers, Dataset):
@@ -103,20 +113,23 @@ class AnswerPool(TeacherPool):
         check_kind(inputs, Dataset, "inputs", optional=True)
         if hierarchy is None:
             hierarchy = TeacherHierarchy(teachers=[Teacher(name, kind="column") for name in answers])
-        if prompts is not None:
-            given = Dataset.from_dict({"prompt": list(prompts)})  # tells by its type whether they are chats
-            inputs = given if inputs is None else inputs.add_column("prompt", given["prompt"][:])
         has_ids = inputs is not None and "id" in inputs.column_names
         if ids is None:
             ids = inputs["id"][:] if has_ids else range(len(next(iter(answers.values()), ())))  # type: ignore[index]
         ids = list(ids)
         check_id_values(ids)
         lengths = {name: len(some) for name, some in answers.items()}
-        lengths |= {} if inputs is None else {"the prompts": len(inputs)}
+        lengths |= {} if inputs is None else {"the inputs": len(inputs)}
+        prompts = None if prompts is None else list(prompts)
+        lengths |= {} if prompts is None else {"the prompts": len(prompts)}
         if wrong := {name: length for name, length in lengths.items() if length != len(ids)}:
             raise ValueError(
                 f"All must have one entry for each of the {len(ids)} ids, got {wrong}. Give None for none."
             )
+        if prompts is not None:
+            check_prompt_texts(prompts, ids)
+            given = Dataset.from_dict({"prompt": prompts})  # tells by its type whether they are chats
+            inputs = given if inputs is None else inputs.add_column("prompt", given["prompt"][:])
         known: dict[str, Any] = {"log_probs": log_probs, "num_tokens": num_tokens, "samples": samples}
         teachers = {
             name: answer_dataset(ids, some, **{what: (own or {}).get(name) for what, own in known.items()})
@@ -311,7 +324,9 @@ class AnswerPool(TeacherPool):
             `teacher_id`, the teacher's name, and `id`.
 
         Raises:
-            ValueError: If an array is of another shape, or `messages` are wanted of prompts that are texts.
+            ValueError: If an array is of another shape, `messages` are wanted of prompts that are texts, or one of
+                `answers` holds NUL or half a character.
+            TypeError: If one of `answers` is no text.
         """
         if messages and not self.is_chat:
             raise ValueError("`messages` need prompts that are messages, got texts. Export `prompt` and `completion`.")
@@ -320,13 +335,14 @@ class AnswerPool(TeacherPool):
         names = [*self.hierarchy.names, None]  # at -1, nobody
         speakers = None if assigned is None else self._read_assigned(assigned).tolist()
         if answers is not None:
+            check_texts(answers, self.ids.tolist())
             said = list(zip(range(len(self)), speakers or [NOBODY] * len(self), answers))  # row, who says it, what
         else:
             each = [range(len(names) - 1) if speakers is None else {speakers[row]} - {-1} for row in range(len(self))]
             said = [(row, who, texts[who]) for row, texts in enumerate(self.answer_rows()) for who in each[row]]
         scale = self._one_each("weights", weights, "fiub", "numbers from 0")
         # Blank ones are among `answers` of the user's alone: a pool holds none.
-        said = [(row, who, text) for row, who, text in said if text is not None and text.strip()]
+        said = [(row, who, text) for row, who, text in said if has_text(text)]
         rows = [row for row, _, _ in said]
         columns: dict[str, Any] = {"completion": [text for _, _, text in said]}
         columns |= {"weight": [float(scale[row]) for row in rows], "teacher_id": [names[who] for _, who, _ in said]}
@@ -519,7 +535,7 @@ class AnswerPool(TeacherPool):
     def _read_samples(self, student: Samples | None, what: str) -> list[list[str]]:
         """What a student answers to each prompt."""
         if isinstance(student, str):
-            return self.samples(student)
+            return [list(filter(has_text, own)) for own in self.samples(student)]  # an older pool may hold blank ones
         # Of a dictionary the keys would be taken for answers.
         is_list = isinstance(student, Sized) and not isinstance(student, Mapping)
         found = "none" if student is None else len(student) if is_list else type(student).__name__
@@ -536,4 +552,5 @@ class AnswerPool(TeacherPool):
                 f"`student` must hold a text, a list of texts or None for each prompt, got {wrong[0]!r} ({len(wrong)} "
                 "such). Write answers as texts."
             )
-        return [list(own) for own in rows]
+        check_samples(rows, self.ids.tolist())
+        return [list(filter(has_text, own)) for own in rows]

@@ -461,4 +461,5 @@ class TeacherPool:
 def check_kind(value: Any, kind: type, name: str, *, optional: bool = False) -> None:
     """Refuse an argument of another kind."""
     if not (isinstance(value, kind) or optional and value is None):
-        raise TypeError(f"`{name}` must be a `{kind.__name__}`, got {type(value).__name__}. Make one first.")
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"`{name}` must be {article} `{kind.__name__}`, got {type(value).__name__}. Make one first.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,43 @@ def check_prompts(column: str, kind: Any) -> None:
         )
 
 
+def check_texts(texts: Sequence[Any], ids: Sequence[Any], what: str = "An answer") -> None:
+    """See that what is given is text that a file can hold, or None."""
+    noun = what.split()[-1]
+    if wrong := [place for place, text in enumerate(texts) if not isinstance(text, str | None)]:
+        raise TypeError(
+            f"{what} must be text or None, got {texts[wrong[0]]!r} of id {ids[wrong[0]]!r} ({len(wrong)} such "
+            f"{noun}s). Write it as text, and None for no {noun}."
+        )
+    if wrong := [place for place, text in enumerate(texts) if text is not None and not is_writable_text(text)]:
+        raise ValueError(
+            f"{what} must be text without NUL and without halves of characters, got {texts[wrong[0]]!r} of id "
+            f"{ids[wrong[0]]!r} ({len(wrong)} such {noun}s). Correct it, or give None for no {noun}."
+        )
+
+
+def check_samples(samples: Sequence[Sequence[Any]], ids: Sequence[Any]) -> None:
+    """Do as [`check_texts`], of all answers to each prompt."""
+    check_texts([text for some in samples for text in some], [own for own, some in zip(ids, samples) for _ in some])
+
+
+def check_prompt_texts(prompts: Sequence[Any], ids: Sequence[Any]) -> None:
+    """Do as [`check_texts`], of prompts and of the messages of chats; what is neither is told by its type."""
+    check_texts([_unwritable_part(prompt) for prompt in prompts], ids, "A prompt")
+
+
+def _unwritable_part(prompt: Any) -> str | None:
+    """A text of a prompt that no file can hold."""
+    messages = [message for message in prompt if isinstance(message, Mapping)] if isinstance(prompt, list) else []
+    texts = [prompt, *(text for message in messages for text in message.values())]
+    return next((text for text in texts if isinstance(text, str) and not is_writable_text(text)), None)
+
+
+def has_text(answer: str | None) -> bool:
+    """Whether an answer says anything: what is only blanks is none."""
+    return answer is not None and bool(answer.strip())
+
+
 def answer_dataset(
     ids: Sequence[Any] | np.ndarray,
     answers: Sequence[str | None],
@@ -48,17 +85,8 @@ def answer_dataset(
 ) -> Dataset:
     """Wrap one teacher's answers as a dataset; what is only blanks is no answer."""
     ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    if wrong := [place for place, answer in enumerate(answers) if not isinstance(answer, str | None)]:
-        raise TypeError(
-            f"An answer must be text or None, got {answers[wrong[0]]!r} of id {ids[wrong[0]]!r} ({len(wrong)} such "
-            "answers). Write it as text, and None for no answer."
-        )
-    texts = [None if answer is None or not answer.strip() else answer for answer in answers]
-    if wrong := [place for place, text in enumerate(texts) if text is not None and not is_writable_text(text)]:
-        raise ValueError(
-            f"An answer must be text without NUL and without halves of characters, got {texts[wrong[0]]!r} of id "
-            f"{ids[wrong[0]]!r} ({len(wrong)} such answers). Correct it, or give None for no answer."
-        )
+    check_texts(answers, ids)
+    texts = [answer if has_text(answer) else None for answer in answers]
     reasons = ["given"] * len(ids) if reasons is None else reasons
     # A reason that was given for it, such as a length, is kept.
     reasons = ["missing" if text is None and why == "given" else why for text, why in zip(texts, reasons)]
@@ -73,7 +101,8 @@ def answer_dataset(
         "finish_reason": (reasons, Value("string")),
     }
     if samples is not None:
-        columns["samples"] = [list(some) for some in samples], List(Value("string"))
+        check_samples(samples, ids)
+        columns["samples"] = [list(filter(has_text, some)) for some in samples], List(Value("string"))
     features = Features({name: kind for name, (_, kind) in columns.items()})
     return Dataset.from_dict({name: values for name, (values, _) in columns.items()}, features=features)
 

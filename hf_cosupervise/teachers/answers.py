@@ -75,8 +75,8 @@ def build_answers(
         models (`Mapping[str, TeacherModel]`, *optional*):
             As in [`build_pool`]; what they are called for is an array of objects `Written`.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            For empty prompts, prompts longer than the model reads, and answers that hold NUL: `"raise"`, or leave
-            them `"missing"`, counted as `num_failed` in the teacher's facts.
+            For empty prompts, prompts longer than the model reads, and prompts and answers that hold NUL: `"raise"`,
+            or leave them `"missing"`, counted as `num_failed` in the teacher's facts.
         reuse (`AnswerPool`, *optional*):
             Answers of the same teachers with the same options, precision aside, which are not asked again.
 

@@ -76,9 +76,10 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
     if num_failed == len(job.ids):
         # Or the same call with a corrected teacher would find all of its rows done.
         progress.drop(name)
+        what_is_done = "label" if job.hierarchy.labels else "answer"
         raise ValueError(
-            f"Teacher '{name}' must be able to label at least one row, got {num_failed} of {len(job.ids)} rows that "
-            f"it failed on, id {ids[0]!r} first: {reason}. Correct the teacher, or the column that it reads."
+            f"Teacher '{name}' must be able to {what_is_done} at least one row, got {num_failed} of {len(job.ids)} "
+            f"rows that it failed on, id {ids[0]!r} first: {reason}. Correct the teacher, or the column that it reads."
             f"{tell_unmatched(job, name)}"
         )
     if not num_failed and not any(segment.num_answered for segment in segments):
@@ -89,8 +90,8 @@ def _check_segments(job: Job, progress: Progress, name: str, segments: Sequence[
     if num_failed:
         first = f"{ids[:5]}{' and others' if num_failed > 5 else ''}"
         logger.warning(
-            f"Teacher '{name}' failed on {num_failed} of {len(job.ids)} rows, which are missing in its pseudolabels: "
-            f"ids {first}. Of id {ids[0]!r}: {reason}.{tell_unmatched(job, name)}"
+            f"Teacher '{name}' failed on {num_failed} of {len(job.ids)} rows, which are missing in its "
+            f"{job.form.pool.answers.lower()}: ids {first}. Of id {ids[0]!r}: {reason}.{tell_unmatched(job, name)}"
         )
     return num_failed
 

@@ -22,7 +22,7 @@ from ..data.loading import DataChoice, find_data
 from ..data.vectors import name_columns
 from ..files import check_free, explain_full_disk
 from ..hierarchy import Teacher, TeacherHierarchy
-from ..pool.base import TeacherPool
+from ..pool.base import TeacherPool, check_kind
 from ..pool.ids import match_ids
 from ..pool.pseudolabels import PseudolabelPool
 from ..pool.top_k import default_pool_k
@@ -145,6 +145,7 @@ def build_pool(
     settings = {name: value for name, value in locals().items() if name != "pool_k"}  # all others, by their names
     check_arguments(dataset, hierarchy, batch_size, output_dir)
     hierarchy.check_labels("`build_pool`", wanted=True)
+    check_kind(reuse, PseudolabelPool, "reuse", optional=True)
     if pool_k is not None and not 1 <= pool_k <= hierarchy.num_labels:
         raise ValueError(f"`pool_k` must lie in 1..{hierarchy.num_labels} (the number of labels), got {pool_k}.")
     k = default_pool_k(hierarchy.num_labels) if pool_k is None else pool_k

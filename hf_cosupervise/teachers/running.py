@@ -429,9 +429,11 @@ def _append(job: Job, name: str, part: Part, batch: _Batch, answers: np.ndarray,
         # The first row of the batch, whatever order they failed in: the sentence is the same in every run.
         what, error = reasons[min(reasons)]
         what_is_lost = "labels" if job.hierarchy.labels else "answers"
+        others = len(failed_rows) - 1
+        more = f" (and {others} more of the {len(answers)} rows read with it)" if others else ""
         raise ValueError(
-            f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'. Fix or drop that "
-            f'row, or leave such rows without {what_is_lost} by `on_error="missing"`.{tell_unmatched(job, name)}'
+            f"{what} in row {failed_rows[0]} (id {job.ids[failed_rows[0]]!r}) for teacher '{name}'{more}. Fix or drop "
+            f'that row, or leave such rows without {what_is_lost} by `on_error="missing"`.{tell_unmatched(job, name)}'
         ) from error
     reason = reasons[min(reasons)][0] if reasons else ""
     job.form.append(part, batch.start, answers, failed_rows, reason)

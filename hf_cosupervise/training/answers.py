@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -18,9 +19,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
+from ..hierarchy import Teacher
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
 from ..method.answers import Normalizer, find_normalizer
@@ -205,11 +207,25 @@ def co_supervise_answers(
     options = {"rule": rule, "rejection": rejection, "normalize": normalize, "window": window, "too_long": too_long}
     options |= {"max_new_tokens": max_new_tokens, "student_training": student_training}
     _check_options(options)
-    if own := [teacher.name for teacher in pool.hierarchy.teachers if str(student) == teacher.model]:
+    place = _place(student)
+    if own := [one.name for one in pool.hierarchy.teachers if one.has_files and _place_of(one) == place]:
         logger.warning(f"The student is the teacher {own[0]!r} too, whose answers it will find likely.")
     writer = Writer(student, tokenizer, revision=student_revision)
     writer.prepare(student_training, peft_config, args.seed)
     return _Levels(writer, pool, args, options, make_trainer).go(resume_from_checkpoint)
+
+
+def _place(model: Any) -> str:
+    """Where a model is or was loaded from, spelt in one way."""
+    if not isinstance(model, str | os.PathLike):
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = getattr(getattr(plain, "config", None), "_name_or_path", "")
+    return os.path.realpath(model) if os.path.isdir(model) else str(model)
+
+
+def _place_of(teacher: Teacher) -> str:
+    """Do as [`_place`], of a teacher's model."""
+    return _place(os.path.join(str(teacher.model), teacher.subfolder or "").rstrip("/"))
 
 
 class _Levels:

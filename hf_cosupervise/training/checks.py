@@ -35,6 +35,11 @@ def check_first(
             "`pool` must be a `PseudolabelPool`, got AnswerPool, whose teachers write. Use `co_supervise_answers`, or "
             "label the data by `build_pool`."
         )
+    if not isinstance(pool, PseudolabelPool):
+        raise TypeError(
+            f"`pool` must be a `PseudolabelPool`, got {type(pool).__name__}. Load one by `PseudolabelPool.load`, or "
+            "make one by `build_pool`."
+        )
     args = CoSupervisedConfig() if args is None else args
     if not isinstance(args, CoSupervisedConfig):
         raise TypeError(f"`args` must be a `CoSupervisedConfig`, got `{type(args).__name__}`.")

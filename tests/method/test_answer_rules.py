@@ -157,10 +157,14 @@ def test_pairs_of_consistent_samples():
     ten = ["4"] * 6 + ["5", "6", "no", "7"]
     assert pair_consistent(["4"], [ten], "number", max_pairs=9, seed=1) != []
     pairs = pair_consistent(["= 4"], [ten], "number", max_pairs=9)
-    assert {(better, worse) for _, better, worse in pairs} == {("= 4", other) for other in ("5", "6", "no", "7")}
+    assert {(better, worse) for _, better, worse in pairs} == {
+        ("= 4", other) for other in ("5", "6", "7")
+    }  # "no" is none
     assert len(pair_consistent(["= 4"], [ten], "number")) == 1
     # below 0.6 nothing is sure; another answer needs 0.8
     assert pair_consistent(["4"], [ten[1:] + ["8"]], "number") == []
     assert pair_consistent(["9"], [ten], "number") == []
     assert pair_consistent(["9", None, "x", "4"], [["4"] * 8 + ["5"] * 2, ten, ten, []], "number") == [(0, "4", "9")]
+    assert pair_consistent(["4"], [["4"] * 9 + ["I do not know"]], "number") == []
+    assert pair_consistent(["4"], [["4"] * 9 + [" "]]) == []
     assert pair_consistent(["4"], [["4"] * 10], "number") == []  # no sample says anything else

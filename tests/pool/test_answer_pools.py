@@ -144,6 +144,14 @@ def test_sft() -> None:
     assert pool.to_sft()["teacher_id"][:] == ["all", "sums", "odd"] * 2 + ["sums", "odd"]
     kept = np.array([False, True, True, True])
     assert pool.to_sft("majority", kept)["id"][:] == [8, 9]
+    # Answers that a student gave again take the place of the assigned teachers', and only the kept ones are left.
+    again = pool.to_sft(np.array([1, 0, 2, -1]), kept, answers=["four", "six", "seven", "two"])
+    assert again.to_list() == [
+        {"weight": 1.0, "id": 8, "teacher_id": "all", "prompt": "3+3", "completion": "six"},
+        {"weight": 1.0, "id": 9, "teacher_id": "odd", "prompt": "3+4", "completion": "seven"},
+        {"weight": 1.0, "id": 10, "teacher_id": None, "prompt": "1+1", "completion": "two"},
+    ]
+    assert pool.to_sft(kept=kept, answers=["a", None, " ", "b"])["completion"][:] == ["b"]
     own = pool.to_sft(answers=["a", None, " ", "b"])
     assert own["completion"][:] == ["a", "b"] and own["teacher_id"][:] == [None, None]
     nothing = AnswerPool.from_answers({"a": ["1", "2", "3"], "b": ["4", "5", "6"]}, ["q", None, " "])
@@ -200,6 +208,47 @@ def test_preferences(caplog: pytest.LogCaptureFixture) -> None:
     assert pairs("self_consistency", student=own, min_share=0.9) == []
     assert pairs("rank", kept=np.zeros(4, dtype=bool)) == []
     assert "No prompt gives pairs of answers by `rank`: the dataset is empty." in caplog.text
+
+
+def test_samples_that_say_nothing_are_in_no_pair() -> None:
+    pool = AnswerPool.from_answers({"a": ["4"]}, ["2+2"], samples={"a": [["4", " ", "5"]]})
+    assert pool.samples("a") == [["4", "5"]]
+    for given in (["4", "4", "4", " "], ["4", "4", "4", "I do not know"]):
+        assert len(pool.to_preferences("self_consistency", student=[given], normalize="number")) == 0
+    blank = AnswerPool.from_answers({"a": ["x"]}, ["good"])
+    # Nor does a function of one's own see a blank one.
+    for normalize in ("exact", str.lower):
+        assert len(blank.to_preferences("self_consistency", student=[["x", "x", "x", " "]], normalize=normalize)) == 0
+    pair = blank.to_preferences("self_consistency", student=[["x", "x", "x", " ", "y"]])[0]
+    assert (pair["chosen"], pair["rejected"]) == ("x", "y")
+
+
+@pytest.mark.parametrize("text", ["x\0", "x\ud800"])
+def test_texts_that_no_file_holds_are_told_wherever_they_are_given(text: str) -> None:
+    pool, chat = make_pool(), [{"role": "user", "content": text}]
+
+    def one(prompts: Any = ("p",), **given: Any) -> AnswerPool:
+        return AnswerPool.from_answers({"a": ["x"]}, list(prompts), [7], **given)
+
+    rule = r" must be text without NUL and without halves of characters, got 'x\\\w+' of id 7 \(1 such {}s\)\. Correct"
+    for call in (
+        lambda: one(samples={"a": [["x", text]]}),
+        lambda: pool.to_sft(answers=[text, "4", None, None]),
+        lambda: pool.to_preferences("self_consistency", student=[["4", text], [], [], []]),
+        lambda: pool.assign("same_answer", student=[text, None, None, None]),
+    ):
+        with pytest.raises(ValueError, match="^An answer" + rule.format("answer")):
+            call()
+    for prompt in (text, chat, [{"role": text, "content": "x"}]):
+        with pytest.raises(ValueError, match="^A prompt" + rule.format("prompt")):
+            one([prompt])
+
+
+def test_answers_of_the_user_must_be_texts() -> None:
+    with pytest.raises(TypeError, match=r"^An answer must be text or None, got 3 of id 8 \(1 such answers\)"):
+        make_pool().to_sft(answers=["a", 3, None, None])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"^An answer must be text or None, got 3 of id 0 \(1 such answers\)"):
+        AnswerPool.from_answers({"a": ["x"]}, samples={"a": [["x", 3]]})  # type: ignore[list-item]
 
 
 def test_scores_and_samples_in_the_pool() -> None:
@@ -308,6 +357,14 @@ def test_the_trainer_of_classifiers_refuses_words(tmp_path: Path) -> None:
     args = CoSupervisedConfig(output_dir=str(tmp_path))
     with pytest.raises(TypeError, match="must be a `PseudolabelPool`, got AnswerPool, whose teachers write"):
         CoSupervisedTrainer("student", args, pool=make_pool())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pool", ["folder", ["folder"], None])
+def test_the_trainer_wants_a_pool_that_is_loaded(pool: Any, tmp_path: Path) -> None:
+    args = CoSupervisedConfig(output_dir=str(tmp_path))
+    found = type(pool).__name__
+    with pytest.raises(TypeError, match=rf"^`pool` must be a `PseudolabelPool`, got {found}\. Load one by `Pseudola"):
+        CoSupervisedTrainer("student", args, pool=pool)
 
 
 # ── TRL ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -579,9 +579,11 @@ def test_a_row_that_cannot_be_read_is_named(
     with pytest.raises(ValueError) as error:
         quiet_pool(broken, two, models=make_models(), keep_inputs=False)
     assert str(error.value).startswith(message)
+    others = sum(other > row for other in (3, 5, 8, 11))
+    more = f" (and {others} more of the {12 - row} rows read with it)" if others else ""
     assert str(error.value).endswith(
-        f" in row 0 (id 'row-{row}') for teacher 'a'. Fix or drop that row, or leave such rows without labels by "
-        '`on_error="missing"`.'
+        f" in row 0 (id 'row-{row}') for teacher 'a'{more}. Fix or drop that row, or leave such rows without labels "
+        'by `on_error="missing"`.'
     )
 
 

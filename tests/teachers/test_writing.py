@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from hub_server import HubServer
 from test_prompted import open_plain, save_language_model
 
@@ -294,7 +294,17 @@ def test_two_processes_give_the_pool_of_one(folder_of: Callable[[str], str], tmp
             r"A prompt must say something, got '  ' in row 1 \(id .*\) for teacher 'w'.* such rows without answers by",
         ),
         (["a", None], {}, r"Column 'prompt' must hold an input in every row, got None in row 1"),
-        (["a", "b " * 80], {}, r"A prompt must have at most 59 tokens, or .*too_long.*, got 81 in row 1"),
+        (
+            ["a", "b " * 80, "c", "b " * 90],
+            {},
+            r"A prompt must have at most 59 tokens, or .*too_long.*, got 81 in row 1 \(id .*\) for teacher 'w' "
+            r"\(and 1 more of the 4 rows read with it\)\. Fix",
+        ),
+        (
+            ["a", "b\0"],
+            {},
+            r"A prompt must be text without NUL and without halves of characters, got 'b\\x00' in row 1",
+        ),
         (
             [[{"role": "user", "content": "a"}]],
             {},
@@ -326,10 +336,12 @@ def test_bad_prompts_and_options(
         [{"role": "user", "content": " "}],
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
         [{"role": "user", "content": None}],
+        [{"role": "user", "content": "a\0"}],
     ],
 )
 def test_bad_messages(folder_of: Callable[[str], str], messages: list[Any]) -> None:
-    with pytest.raises(ValueError, match=r"(Messages must end with one that asks|messages with the texts).* in row 1"):
+    rule = "Messages must end with one that asks|messages with the texts|A prompt must be text without NUL"
+    with pytest.raises(ValueError, match=rf"({rule}).* in row 1"):
         build(writer(folder_of("llama-chat")), [MESSAGES[0], messages])
     with pytest.raises(ValueError, match="`template` and `chat` of teacher 'w' are for prompts that are texts"):
         build(writer(folder_of("llama-chat"), chat=True), MESSAGES)
@@ -359,9 +371,14 @@ def test_a_broken_chat_template_is_no_fault_of_a_row(
     assert any("no row is blamed" in note for note in caught.value.__notes__)
 
 
-def test_rows_without_answer_are_counted_or_cut(folder_of: Callable[[str], str]) -> None:
+def test_rows_without_answer_are_counted_or_cut(
+    folder_of: Callable[[str], str], caplog: pytest.LogCaptureFixture
+) -> None:
     prompts = ["good", "", "b " * 80]
     pool = build(writer(folder_of("llama")), prompts, on_error="missing")
+    assert "failed on 2 of 3 rows, which are missing in its answers: ids" in caplog.text
+    with pytest.raises(ValueError, match="Teacher 'w' must be able to answer at least one row, got 1 of 1 rows that"):
+        build(writer(folder_of("llama")), ["b " * 80], on_error="missing")
     assert pool.facts["w"]["num_failed"] == 2 and pool.finish_reasons("w")[1:] == ["missing"] * 2
     assert pool.texts("w") == [*build(writer(folder_of("llama")), ["good"]).texts("w"), None, None]
     cut = build(writer(folder_of("llama"), too_long="cut"), ["b " * 80])
@@ -374,6 +391,9 @@ def test_answers_that_no_file_holds() -> None:
         model.answer = text
         with pytest.raises(ValueError, match="must hold no NUL and no halves of characters, got .* in row 0"):
             build(writers(Teacher("a")), ["x"], models={"a": model})
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "\ud800", "said": "x"}]))
+    with pytest.raises(ValueError, match=r"^A text must hold no halves of characters, got '\\ud800'\. Correct it\.$"):
+        build_answers(stream, writers(Teacher("said", kind="column")))
     data = Dataset.from_dict({"prompt": ["a"], "said": ["x\0"]})
     with pytest.raises(ValueError, match="Answers in column 'said' must be texts.* without NUL .* in row 0"):
         build(writers(Teacher("said", kind="column")), data)
@@ -412,13 +432,15 @@ def test_labels_and_words_are_kept_apart(folder_of: Callable[[str], str], tmp_pa
         build_answers(data, writers(Teacher("a/b", kind="timm")))
     answers = build_answers(data, writers(teacher), disable_tqdm=True)
     labels = build_pool(data, TeacherHierarchy(["x", "y"], [teacher]), disable_tqdm=True)
+    with pytest.raises(TypeError, match=r"^`reuse` must be a `PseudolabelPool`, got AnswerPool\. Make one first\.$"):
+        build_pool(data, TeacherHierarchy(["x", "y"], [teacher]), reuse=answers)  # type: ignore[arg-type]
     answers.save(tmp_path / "answers")
     labels.save(tmp_path / "labels")
     with pytest.raises(ValueError, match="^`PseudolabelPool.load` of .* needs a hierarchy with `labels`"):
         PseudolabelPool.load(tmp_path / "answers")
     with pytest.raises(ValueError, match="^`AnswerPool.load` of .* needs teachers that write"):
         AnswerPool.load(tmp_path / "labels")
-    with pytest.raises(TypeError, match="`reuse` must be a `AnswerPool`, got PseudolabelPool"):
+    with pytest.raises(TypeError, match="`reuse` must be an `AnswerPool`, got PseudolabelPool"):
         build_answers(data, writers(teacher), reuse=labels)  # type: ignore[arg-type]
     for size in (0, "8"):
         with pytest.raises(ValueError, match=f"`batch_size` must be a whole number of at least 1, got {size!r}"):

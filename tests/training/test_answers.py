@@ -591,4 +591,15 @@ def test_a_student_from_a_folder_that_is_a_teacher_too(tmp_path: Path, caplog: p
     result = co_supervise_answers(str(folder), pool, make_args(tmp_path / "out"))
 
     assert same_weights(result, run(tmp_path / "other", pool=pool))
-    assert "The student is the teacher 't0' too, whose answers it will find likely." in caplog.messages
+    told = "The student is the teacher 't0' too, whose answers it will find likely."
+    assert told in caplog.messages
+    # Spelt otherwise, or loaded from there.
+    (tmp_path / "link").symlink_to(folder)
+    for number, same in enumerate([f"{folder}/", tmp_path / "link", LlamaForCausalLM.from_pretrained(folder)]):
+        caplog.clear()
+        args = make_args(tmp_path / f"again-{number}", max_steps=1)
+        co_supervise_answers(same, pool, args, tokenizer=make_tokenizer())
+        assert told in caplog.messages
+    caplog.clear()
+    run(tmp_path / "another", pool=pool)
+    assert told not in caplog.messages

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ...data.inputs import RowError, check_text
+from ...data.inputs import RowError
 from ...hierarchy import Teacher, is_writable_text
 from ...models.chat import BrokenChatTemplateError, apply_chat_template
 from ...models.language import end_tokens, generate, tokenize
@@ -228,6 +228,8 @@ class WrittenPrompter(Prompter):
         # A column is of one type: what the first one is, all are, or are refused.
         if cells and not isinstance(cells[0], str):
             return self._encode_chats(cells)
+        for cell in cells:
+            _check_writable(cell)
         if blank := [cell for cell in cells if isinstance(cell, str) and not cell.strip()]:
             raise RowError(f"A prompt must say something, got {blank[0]!r}")
         rows = [tokens for tokens, _ in self.fit(cells)]
@@ -272,7 +274,14 @@ def _check_messages(cell: Any) -> None:
     if not cell or cell[-1]["role"] == "assistant" or not cell[-1]["content"].strip():
         raise RowError(f"Messages must end with one that asks for an answer, got {cell[-1:]!r}")
     for message in cell:
-        check_text(message["content"])
+        _check_writable(message["role"])
+        _check_writable(message["content"])
+
+
+def _check_writable(text: Any) -> None:
+    # What is no text at all has a sentence of its own.
+    if isinstance(text, str) and not is_writable_text(text):
+        raise RowError(f"A prompt must be text without NUL and without halves of characters, got {text!r}")
 
 
 # ── what is asked for ───────────────────────────────────────────────────────────────────────────────────────────────
