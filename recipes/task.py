@@ -24,7 +24,7 @@ from hf_cosupervise.data.columns import find_input_column, find_label_column, is
 from hf_cosupervise.data.keys import cell_digests
 from hf_cosupervise.data.loading import load_folder, load_splits
 from hf_cosupervise.data.local import is_table, load_images, load_table
-from hf_cosupervise.data.vectors import name_columns, unreadable_vectors
+from hf_cosupervise.data.vectors import name_columns, parts_of, unreadable_vectors
 from hf_cosupervise.files import make_output_dir
 from hf_cosupervise.hub.client import is_folder, resolve_commit
 from hf_cosupervise.models.source import find_model, hash_files
@@ -361,9 +361,14 @@ def keep_labels(data: Dataset, declared: str | None, answers: Sequence[str], whe
     return data if declared == truth else data.rename_column(declared, truth)
 
 
+def answer_columns(hierarchy: TeacherHierarchy) -> list[str]:
+    """Name the columns of teachers' answers."""
+    return [teacher.model for teacher in hierarchy.teachers if teacher.kind == "column"]
+
+
 def find_truth(data: Dataset, hierarchy: TeacherHierarchy) -> str | None:
     """Name the column of declared labels: what a teacher reads is answers, whatever it is called."""
-    answers = {teacher.model for teacher in hierarchy.teachers if teacher.kind == "column"}
+    answers = answer_columns(hierarchy)
     return next((name for name in TRUTH if name in data.column_names and name not in answers), None)
 
 
@@ -389,9 +394,9 @@ def hold_out(data: Dataset, hierarchy: TeacherHierarchy, args: DataArguments) ->
 
 def num_seen(test: Dataset, train: Dataset, hierarchy: TeacherHierarchy, input_column: str | None) -> int:
     """Count the rows to test on whose input is among those to be learnt from."""
-    answers = {teacher.model for teacher in hierarchy.teachers if teacher.kind == "column"}
-    names = (input_column or find_input_column(train.remove_columns([*answers & {*train.column_names}]))).split(",")
-    columns = [name.strip() for name in names]
+    inputs = train.remove_columns([*{*answer_columns(hierarchy)} & {*train.column_names}])
+    column = input_column or find_input_column(inputs)
+    columns = parts_of(train, column) or [column]
     if not {*columns} <= {*test.column_names} & {*train.column_names}:
         return 0  # who reads them says so
     cells = [list(zip(*(cell_digests(data, column) for column in columns))) for data in (test, train)]

@@ -39,6 +39,7 @@ from datasets import Dataset, disable_progress_bars
 from experiment import open_target, run_experiment
 from task import (
     MADE_OF,
+    answer_columns,
     begin_run,
     find_run,
     find_truth,
@@ -312,8 +313,9 @@ def write_story(trainer: CoSupervisedTrainer, seen: Overview, report: dict[str, 
 
 def columns_lacking(task: OwnTask) -> list[str]:
     """Name the columns of teachers' answers that the test set lacks."""
-    columns = [teacher.model for teacher in task.hierarchy.teachers if teacher.kind == "column"]
-    return [name for name in columns if task.test is not None and name not in task.test.column_names]
+    return [
+        name for name in answer_columns(task.hierarchy) if task.test is not None and name not in task.test.column_names
+    ]
 
 
 def label_test(task: OwnTask, folder: Path, data_args: DataArguments, quiet: bool) -> PseudolabelPool | None:
