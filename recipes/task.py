@@ -39,7 +39,7 @@ TRUTH = ("label", "oracle_label")
 MADE_OF = "made_of"
 _PATHS = ("dataset", "test_dataset", "student", "teachers", "teachers_dir")
 # Told by the command, or of no weight for what comes out; where the run lies, its folder tells.
-_CHANGE_NOTHING = {"seeds", "resume", "dry_run"} | (
+_CHANGE_NOTHING = {"seeds", "resume", "dry_run", "teacher_trusted_types"} | (
     (fields_without("publish") | fields_without("resume")) - {"use_cpu", "metric", "student_revision"}
 )
 

@@ -386,7 +386,8 @@ def tell_made_of(task: OwnTask, run: tuple[Any, ...]) -> dict[str, Any]:
         made_of["test_dataset"] = tell_data(data_args.test_dataset, None, task.test)
     for teacher in task.hierarchy.teachers:
         # Where its files are is said by the arguments; a hierarchy that they name may hold other teachers by now.
-        hidden = {"model"} if teacher.has_files else set()
+        # Trust is often given only when it is asked for, and changes no answer.
+        hidden = {"trusted_types", "model"} if teacher.has_files else {"trusted_types"}
         told = {key: value for key, value in teacher.to_dict().items() if key not in hidden}
         made_of[f"teacher '{teacher.name}'"] = told | identify_teacher(teacher)[0]
     made_of |= tell_student(student_args.student, config.student_revision)

@@ -435,6 +435,11 @@ def test_types_that_a_person_trusts_are_named_on_the_command_line(run, photos, t
     with pytest.raises(ValueError, match=r"got \['sklearn.tree._tree.Tree'\]. .* `--teacher_trusted_types`"):
         run(*call)
     assert "1-1 teachers" in run(*call, "--teacher_trusted_types", "sklearn.tree._tree.Tree")
+    # What the sentence advises goes on with the run that it ended, and both are one run.
+    with pytest.raises(ValueError, match="`--teacher_trusted_types`"):
+        run(*call[:-2])
+    run(*call[:-2], "--teacher_trusted_types", "sklearn.tree._tree.Tree")
+    assert "1-1 teachers" in run(*call[:-2], "--teacher_trusted_types", "sklearn.tree._tree.Tree")
 
 
 def test_only_errors_on_purpose_are_a_sentence(run):
