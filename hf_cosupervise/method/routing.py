@@ -6,7 +6,9 @@ its parameters name, and gives scores of the same shape of which the lowest wins
 - `student`: mean log-probability of the answer's tokens to the student, which has read the prompt;
 - `local`: the same where the student reads but a window before each few tokens;
 - `teacher`: mean log-probability of the tokens to the teacher that wrote them, NaN where nobody knows it;
-- `same`: booleans, whether the student's own answer is the same.
+- `same`: booleans, whether the student's own answer is the same;
+- `groups`: integers, which teachers say the same, see [`group_answers`];
+- `prompts`: what the student makes of each prompt before any answer, `(num_examples, feature_size)`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 from .assignment import choose_lowest
+from .linear_head import cross_products, gram_matrix
 from .rejection import select_by_loss_rank
+from .ridge import left_out_predictions
+
+_LEAST = 0.1  # of an even chance: no router is surer than that that a teacher is the wrong one
 
 
 def log_likelihood(student: torch.Tensor) -> torch.Tensor:
@@ -35,8 +41,69 @@ def log_likelihood_and_confidence(student: torch.Tensor, teacher: torch.Tensor) 
 
     Where it is not known of one of those that answered, it counts for none of them: any would be more than none.
     """
+    return -student - _known(student, teacher)
+
+
+def router(student: torch.Tensor, teacher: torch.Tensor, groups: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """Score by the student, by all who say the same, and by a router that learns from prompts who is chosen.
+
+    An answer has the student's log-probability per token, and the logarithm of the sum, over all who say it, of their
+    own probability per token (1 where it is not known of all). Whom that chooses, a router learns to tell from the
+    prompts, see [`route`]; each teacher's probability is multiplied by what the router finds, and the choice is made
+    again. Of those who say what wins, the likeliest speaks.
+
+    Source: Ours; a step of EM for a mixture of experts whose gate is a ridge regression.
+    """
+    own = _known(student, teacher)
+    chosen = choose_lowest(_say(student, own, groups), ~student.isnan())
+    return _say(student, own + route(prompts, chosen, student.shape[1]), groups)
+
+
+def _known(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Log-probability per token to each teacher, 0 to all where it is not known of one of those that answered."""
     is_known = ~(teacher.isnan() & ~student.isnan()).any(dim=1, keepdim=True)
-    return -torch.where(is_known, student + teacher, student)
+    return torch.where(is_known, teacher, 0)
+
+
+def _say(student: torch.Tensor, own: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Scores by the student and by each teacher's `own`, of those alone who say what wins by all of them together."""
+    answered = ~student.isnan()
+    same = (groups[:, :, None] == groups[:, None, :]) & (groups >= 0)[:, :, None] & answered[:, None, :]
+    same |= torch.eye(student.shape[1], dtype=torch.bool)  # whom nothing can be compared with speaks for itself
+    together = own[:, None, :].masked_fill(~same, -torch.inf).logsumexp(dim=2)
+    best = choose_lowest(-student - together, answered).clamp(min=0)
+    wins = same[torch.arange(len(same)), best]
+    return torch.where(wins, -student - own, torch.inf)
+
+
+@torch.no_grad()
+def route(prompts: torch.Tensor, chosen: torch.Tensor, num_teachers: int) -> torch.Tensor:
+    """Tell how much likelier each teacher is chosen for a prompt than for any other one, as a logarithm.
+
+    Each prompt is predicted by the ridge regression of all others, with the penalty that predicts choices best. Of
+    `prompts` `(num_examples, feature_size)` and `chosen` `(num_examples,)`, -1 for none, which counts for nothing;
+    returns float32 `(num_examples, num_teachers)`, 0 where prompts tell nothing.
+
+    Examples:
+        >>> prompts = torch.tensor([[1.0], [1.1], [0.9], [-1.0], [-1.1], [-0.9]])
+        >>> route(prompts, torch.tensor([0, 0, 0, 1, 1, 1]), 2).argmax(dim=1).tolist()
+        [0, 0, 0, 1, 1, 1]
+    """
+    found = torch.zeros(len(prompts), num_teachers)
+    rows = (chosen >= 0).nonzero().squeeze(1)
+    if len(rows) < 3:  # of two, each is predicted by the other alone
+        return found
+    features, targets = prompts[rows].float(), torch.nn.functional.one_hot(chosen[rows], num_teachers).float()
+    features = (features - features.mean(dim=0)) / features.std(dim=0).clamp(min=1e-6)
+    places, origin = torch.arange(len(rows)), torch.zeros(features.shape[1])
+    cross = cross_products(features, places, targets.__getitem__, num_teachers, origin)
+    predictions = left_out_predictions(features, targets, gram_matrix(features, places, origin), cross)
+    errors = (predictions - targets).square().sum(dim=(1, 2))
+    shares = predictions[errors.nan_to_num(nan=torch.inf).argmin()]
+    usual = (targets.sum(dim=0) - targets) / (len(rows) - 1)  # of all others, as the shares are
+    least = _LEAST / num_teachers
+    found[rows] = shares.clamp(min=least).log() - usual.clamp(min=least).log()
+    return found
 
 
 def local_log_likelihood(local: torch.Tensor) -> torch.Tensor:
@@ -52,6 +119,7 @@ RULES: dict[str, Callable[..., torch.Tensor]] = {
     "log_likelihood+confidence": log_likelihood_and_confidence,
     "same_answer": same_answer,
     "local": local_log_likelihood,
+    "router": router,
 }
 REJECTIONS = ("none", "loss_rank", "same_answer")
 

@@ -221,6 +221,12 @@ class AnswerReader:
             )
         return found
 
+    def represent(self) -> np.ndarray:
+        """What the student makes of each prompt, see [`Writer.represent`]."""
+        parts = [self.writer.encode(self.pool.prompts(part)) for part in row_chunks(len(self.pool))]
+        prompts = [ids if len(ids) <= self.writer.max_length else [] for part in parts for ids in part]
+        return self.writer.represent(prompts, self.batch_size, self.processes)
+
     def examples(self, assigned: np.ndarray, kept: np.ndarray) -> Dataset:
         """The tokens that the student learns from: of what it reads, only those of the answer count."""
         names, parts = self.pool.hierarchy.names, []

@@ -35,6 +35,7 @@ from .head import hash_weights, on_cpu
 Prompt = str | list[dict[str, str]]
 Tokens = Sequence[int]
 Scored = tuple[Tokens, Sequence[Tokens]]  # the tokens of a prompt, and those of what may follow it
+MAX_FEATURES = 2048  # of a prompt: what a router learns from them takes the cube of it
 
 
 class Writer:
@@ -153,6 +154,33 @@ class Writer:
         inputs = {"input_ids": input_ids, "attention_mask": mask, "tokens": tokens, "tokens_mask": tokens_mask}
         inputs["owners"] = torch.tensor([owner for owner, _ in places])
         return {name: value.to(self.model.device) for name, value in inputs.items()}, places
+
+    @torch.inference_mode()
+    def represent(self, prompts: Sequence[Tokens], batch_size: int, processes: Processes) -> np.ndarray:
+        """Hidden states of each prompt, their means over its tokens, float32 `(num_prompts, feature_size)`.
+
+        Layers stand side by side, evenly spaced where all are too many; nothing but zeros of a prompt without tokens.
+        """
+        plain, pad = self.plain.eval(), self.tokenizer.pad_token_id
+        model = plain.get_encoder() if self.is_seq2seq else plain.base_model  # without the head
+
+        def means(rows: Sequence[Tokens]) -> np.ndarray:
+            input_ids, mask = (value.to(self.model.device) for value in pad_tokens(rows, pad, left=False))
+            layers = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            step = min(-(-len(layers) * layers[0].shape[-1] // MAX_FEATURES), len(layers))
+            weights = mask.unsqueeze(2) / mask.sum(dim=1)[:, None, None]
+            return (
+                torch.cat([(own.float() * weights).sum(dim=1) for own in layers[step // 2 :: step]], dim=1)
+                .cpu()
+                .numpy()
+            )
+
+        order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]
+        size = means([prompts[order[0]]]).shape[1] if order else 0  # also for a process whose share is nothing
+        found = np.zeros((len(prompts), size), dtype=np.float32)
+        for batch in processes.share([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
+            found[batch] = means([prompts[place] for place in batch])
+        return processes.sum_array(found)
 
     @torch.inference_mode()
     def write(

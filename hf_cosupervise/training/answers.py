@@ -25,7 +25,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 from ..hierarchy import Teacher
 from ..hub.cards import model_card, write_card
 from ..hub.client import open_repo
-from ..method.answers import Normalizer, find_normalizer
+from ..method.answers import Normalizer, find_normalizer, group_answers
 from ..method.assignment import NOBODY, fall_back
 from ..method.routing import REJECTIONS, RULES, choose_teacher, rule_reads, select_answers
 from ..pool.answers import AnswerPool
@@ -139,7 +139,7 @@ def co_supervise_answers(
     args: TrainingArguments,
     *,
     tokenizer: Any = None,
-    rule: str = "log_likelihood+confidence",
+    rule: str = "router",
     rejection: str = "none",
     normalize: str | Normalizer = "exact",
     window: int = 32,
@@ -163,7 +163,7 @@ def co_supervise_answers(
         args (`TrainingArguments`):
             Of each level. `num_train_epochs` is divided by a level's keep rate, so that the number of steps stays
             about the same. Finished levels are kept below `output_dir`, and the checkpoints of one that is not.
-        rule (`str`, *optional*, defaults to `"log_likelihood+confidence"`):
+        rule (`str`, *optional*, defaults to `"router"`):
             One of `hf_cosupervise.method.routing.RULES`.
         rejection (`str`, *optional*, defaults to `"none"`):
             Below the root, `"loss_rank"` or `"same_answer"`, see [`select_answers`].
@@ -347,11 +347,16 @@ class _Levels:
         known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
         if same is not None:
             known["same"] = same[:, places]
+        if "groups" in reads:
+            said = [[row[place] for place in places] for row in self.pool.answer_rows()]
+            known["groups"] = torch.from_numpy(group_answers(said, self.options["normalize"]))
+        if "prompts" in reads:
+            known["prompts"] = torch.from_numpy(self.reader.represent())
         unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum())
         if unknown and "teacher" in reads:
             logger.warning(
                 f"{unknown} of {len(self.pool)} prompts have an answer of which it is not known how likely its "
-                "teacher finds it: they are routed by the student's log-likelihood alone."
+                "teacher finds it: that counts for no answer to these prompts."
             )
         return choose_teacher(rule, known, answered)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from hf_cosupervise.method import routing
-from hf_cosupervise.method.routing import RULES, choose_teacher, rule_reads, select_answers
+from hf_cosupervise.method.ridge import RIDGE_ALPHAS
+from hf_cosupervise.method.routing import RULES, choose_teacher, route, rule_reads, select_answers
 
 NAN = float("nan")
 # Rows: all three answered, the second is silent, nobody answered.
@@ -15,6 +19,9 @@ KNOWN = {
     "local": torch.tensor([[-3.0, -2.0, -1.0], [-1.0, NAN, -1.5], [NAN, NAN, NAN]]),
     "teacher": torch.tensor([[-4.0, -0.5, -9.0], [-0.5, NAN, -2.0], [NAN, NAN, NAN]]),
     "same": torch.tensor([[False, True, True], [False, False, False], [False, False, False]]),
+    # The first and the last say the same in row 0; of two prompts alone nothing is learnt.
+    "groups": torch.tensor([[0, 1, 0], [0, -1, 1], [-1, -1, -1]]),
+    "prompts": torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]),
 }
 ANSWERED = torch.tensor([[True, True, True], [True, False, True], [False, False, False]])
 
@@ -26,6 +33,7 @@ ANSWERED = torch.tensor([[True, True, True], [True, False, True], [False, False,
         ("log_likelihood+confidence", [1, 0, -1]),  # -5, -2.5, -12 and -2.5, -3.5
         ("same_answer", [1, 2, -1]),  # the likelier of two that agree; of none that does, the likeliest
         ("local", [2, 0, -1]),
+        ("router", [1, 0, -1]),
     ],
 )
 def test_each_rule(rule: str, expected: list[int]) -> None:
@@ -34,6 +42,7 @@ def test_each_rule(rule: str, expected: list[int]) -> None:
 
 def test_ties_go_to_the_first() -> None:
     known = {name: torch.zeros(1, 3) for name in ("student", "teacher", "local")} | {"same": torch.ones(1, 3) > 0}
+    known |= {"groups": torch.zeros(1, 3).long(), "prompts": torch.ones(1, 2)}
     assert all(choose_teacher(rule, known, torch.ones(1, 3) > 0).tolist() == [0] for rule in RULES)
 
 
@@ -41,6 +50,74 @@ def test_what_one_teacher_does_not_tell_counts_for_none() -> None:
     known = KNOWN | {"teacher": torch.tensor([[-4.0, NAN, -0.1], [-0.1, NAN, -2.0], [NAN, NAN, NAN]])}
     # Row 0 by the student alone, though -3.1 would win; row 1 by both, for who is silent hides nothing.
     assert choose_teacher("log_likelihood+confidence", known, ANSWERED).tolist() == [0, 0, -1]
+
+
+def test_those_who_say_the_same_count_together() -> None:
+    """By hand: -1 + log(2 exp(-1)) = -1.31 of two together, -1.6 + 0 of the third; of the two, the surer speaks."""
+    student, teacher = torch.tensor([[-1.0, -1.0, -1.6]]), torch.tensor([[-1.1, -0.9, 0.0]])
+    known = {"student": student, "teacher": teacher, "prompts": torch.ones(1, 2)}
+    answered = torch.ones(1, 3) > 0
+    for groups, expected in (([0, 0, 1], 1), ([0, 1, 2], 2), ([-1, -1, 0], 2), ([-1, -1, -1], 2)):
+        assert choose_teacher("router", known | {"groups": torch.tensor([groups])}, answered).tolist() == [expected]
+    # Where one is not known to itself, two votes stand against one: -1 + log 2 and -1.6.
+    unknown = known | {"groups": torch.tensor([[0, 0, 1]]), "teacher": torch.tensor([[-1.1, NAN, 9.0]])}
+    assert choose_teacher("router", unknown, answered).tolist() == [0]
+
+
+def test_a_router_tells_parts_from_prompts_and_slips_from_both() -> None:
+    """Two parts, one teacher of each; what is chosen wrongly in a few prompts the others' choices put right."""
+    generator = torch.Generator().manual_seed(0)
+    part = torch.arange(200) % 2
+    prompts = torch.randn(200, 5, generator=generator) + 6 * part[:, None] * torch.tensor([1.0, 0, 0, 0, 0])
+    student = torch.where(part[:, None] == torch.arange(2), -1.0, -2.0)
+    slips = torch.rand(200, generator=generator) < 0.2
+    student[slips] = student[slips].flip(1) * 0.3  # less clearly than the others
+    known = {"student": student, "teacher": torch.zeros(200, 2), "prompts": prompts}
+    known["groups"] = torch.arange(2).expand(200, 2)
+    answered = torch.ones(200, 2) > 0
+    routed, plain = (choose_teacher(rule, known, answered) for rule in ("router", "log_likelihood"))
+    assert (plain == part).double().mean() < 0.8 and (routed == part).double().mean() > 0.95
+    # Prompts that tell nothing change next to nothing, however often one of the two is chosen.
+    known["prompts"], known["student"] = torch.randn(200, 5, generator=generator), student.clone()
+    known["student"][:60] = torch.tensor([-1.0, -2.0])
+    same = choose_teacher("router", known, answered) == choose_teacher("log_likelihood", known, answered)
+    assert same.double().mean() > 0.95
+
+
+def slow_route(prompts: np.ndarray, chosen: np.ndarray, num_teachers: int) -> np.ndarray:
+    """What `route` says, by a regression for each prompt that leaves it out."""
+    found, rows = np.zeros((len(prompts), num_teachers)), [row for row, who in enumerate(chosen) if who >= 0]
+    own = prompts[rows]
+    own = (own - own.mean(axis=0)) / own.std(axis=0, ddof=1)
+    inputs, targets = np.hstack([own, np.ones((len(rows), 1))]), np.eye(num_teachers)[chosen[rows]]
+    fits = []
+    for alpha in RIDGE_ALPHAS:
+        penalty = np.diag([alpha * (own**2).sum(axis=0).mean()] * own.shape[1] + [0.0])
+        said = []
+        for row in range(len(rows)):
+            x, y = np.delete(inputs, row, axis=0), np.delete(targets, row, axis=0)
+            said.append(inputs[row] @ np.linalg.solve(x.T @ x + penalty, x.T @ y))
+        fits.append((((np.array(said) - targets) ** 2).sum(), np.array(said)))
+    shares, least = min(fits, key=lambda fit: fit[0])[1], 0.1 / num_teachers
+    for place, row in enumerate(rows):
+        for who in range(num_teachers):
+            usual = np.delete(targets[:, who], place).mean()
+            found[row, who] = math.log(max(shares[place, who], least)) - math.log(max(usual, least))
+    return found
+
+
+@pytest.mark.parametrize(("num_prompts", "size"), [(40, 6), (12, 20)])
+def test_a_router_against_regressions_that_leave_each_prompt_out(num_prompts: int, size: int) -> None:
+    generator = np.random.default_rng(0)
+    prompts = generator.normal(size=(num_prompts, size)) * np.linspace(1, 30, size) + 100
+    chosen = np.where(prompts[:, 0] > 100, 0, generator.integers(1, 3, num_prompts))
+    chosen[[1, 5]] = -1
+    found = route(torch.from_numpy(prompts), torch.from_numpy(chosen), 4)  # the last one is never chosen
+    np.testing.assert_allclose(found, slow_route(prompts, chosen, 4), atol=2e-3)
+    assert not found[[1, 5]].any()
+    # Two prompts tell nothing, and neither do prompts that are all alike.
+    assert not route(torch.ones(2, 3), torch.tensor([0, 1]), 2).any()
+    assert route(torch.ones(5, 3), torch.tensor([0, 1, 1, 2, -1]), 3).abs().max() < 1e-5
 
 
 def test_a_new_rule_is_a_function(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,11 @@ from transformers import (
 )
 
 from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, co_supervise_answers, score_answers
+from hf_cosupervise.method.answers import group_answers
+from hf_cosupervise.method.routing import choose_teacher
 from hf_cosupervise.pool.answers import AnswerPool
+from hf_cosupervise.processes import Processes
+from hf_cosupervise.students import writing
 from hf_cosupervise.training import answers as module
 
 CHARS = "abcdefgh "
@@ -130,6 +134,17 @@ def slow_score(model: Any, tokenizer: Any, prompt: Any, answer: str) -> tuple[fl
     return float(log_probs[range(len(target)), target].sum()), len(target)
 
 
+def slow_represent(model: Any, prompts: Any) -> np.ndarray:
+    """Means over its tokens of all hidden states of each prompt, read alone."""
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([make_tokenizer()(prompt)["input_ids"]])
+        asked = model.encoder if model.config.is_encoder_decoder else model
+        with torch.no_grad():
+            rows.append(torch.cat([own[0].mean(dim=0) for own in asked(ids, output_hidden_states=True).hidden_states]))
+    return torch.stack(rows).numpy()
+
+
 # ── scores ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -149,6 +164,26 @@ def test_scores_are_those_of_each_answer_alone(kind: str) -> None:
                 expected, count = slow_score(model, tokenizer, prompt, text)
                 assert found[1] == count and found[0] == pytest.approx(expected, rel=1e-5, abs=1e-5)
     np.testing.assert_allclose(scores.per_token, scores.log_probs / np.maximum(scores.num_tokens, 1))
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_prompts_are_represented_by_all_that_their_tokens_become(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = make_model(kind), [*make_pool().prompts(), " "]
+    writer = module.Writer(model, make_tokenizer())
+    encoded = writer.encode(prompts)
+
+    found = writer.represent(encoded, 5, Processes(0, 1))
+
+    expected = slow_represent(model, prompts[:-1])
+    np.testing.assert_allclose(found[:-1], expected, rtol=1e-5, atol=1e-5)
+    assert not found[-1].any()  # nothing is asked there
+    # Where all layers are too many, those in the middle of equal parts; of a wide model, the one in its middle.
+    layers = np.split(expected, len(expected[0]) // 16, axis=1)
+    for most, used in ((len(expected[0]) - 1, layers[1::2]), (5, [layers[len(layers) // 2]])):
+        monkeypatch.setattr(writing, "MAX_FEATURES", most)
+        few = writer.represent(encoded, 100, Processes(0, 1))
+        np.testing.assert_allclose(few[:-1], np.hstack(used), rtol=1e-5, atol=1e-5)
+    assert writer.represent([[], []], 5, Processes(0, 1)).shape == (2, 0)
 
 
 def test_neither_order_nor_batches_change_a_score() -> None:
@@ -267,16 +302,23 @@ def test_each_level_learns_what_the_student_before_chose(tmp_path: Path) -> None
     assert all(torch.equal(a, b) for model, _ in seen for a, b in zip(model.parameters(), make_model().parameters()))
     assert result.assigned[0].tolist() == [0] * 24
     assert set(result.assigned[1].tolist()) == {1, 2} and all(kept.all() for kept in result.kept)
-    # Level 1 was chosen by the student of level 0, by the sum of what it and the teachers think.
+    # Level 1 was chosen by the student of level 0, by the sum of what it and the teachers think, and by prompts.
     first = run(tmp_path / "first", pool=root_of(pool))
     scores = score_answers(first.model, pool, tokenizer=make_tokenizer())
     own = np.stack([pool.log_probs(name) / np.maximum(pool.num_tokens(name), 1) for name in ("t1", "t2")], axis=1)
     total = np.where(np.isnan(scores.log_probs[:, 1:]), -np.inf, scores.per_token[:, 1:] + own)
-    assert result.assigned[1].tolist() == (1 + total.argmax(axis=1)).tolist()
+    summed = run(tmp_path / "summed", pool=pool, rule="log_likelihood+confidence")
+    assert summed.assigned[1].tolist() == (1 + total.argmax(axis=1)).tolist()
+    said = zip(pool.texts("t1"), pool.texts("t2"), strict=True)
+    known = {"student": scores.per_token[:, 1:], "teacher": own, "groups": group_answers([list(row) for row in said])}
+    known["prompts"] = slow_represent(first.model, pool.prompts())
+    tensors = {name: torch.from_numpy(values) for name, values in known.items()}
+    routed = choose_teacher("router", tensors, ~tensors["student"].isnan())
+    assert result.assigned[1].tolist() == (1 + routed).tolist() != summed.assigned[1].tolist()
     texts = [pool.texts(pool.hierarchy.names[at])[row] for row, at in enumerate(result.assigned[1])]
     assert seen[1][1]["completion"] == texts
     record = result.history.records[1]
-    assert record["rule"] == "log_likelihood+confidence" and record["consistency/keep_rate"] == 1.0
+    assert record["rule"] == "router" and record["consistency/keep_rate"] == 1.0
     assert record["assignment/t1"] == pytest.approx(np.mean(result.assigned[1] == 1))
 
 
@@ -292,7 +334,7 @@ def test_an_ordinary_model_is_left(tmp_path: Path, training: str) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "A language model, trained by" in card and "pipeline_tag: text-generation" in card
     assert "and trains the student on their answers." in card and "rejects" not in card
-    assert "log_likelihood+confidence" in card and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
+    assert "router" in card.split("## Levels")[1] and (training == "lora") == (tmp_path / "out" / "adapter").is_dir()
     assert str(tmp_path) not in card and "| `learning_rate` | `0.01` |" in card
     table = card.split("## Training arguments")[1].split("\n## ")[0]
     rows = {line.split("`")[1] for line in table.splitlines() if line.startswith("| `")}
@@ -558,7 +600,8 @@ def test_empty_prompts_are_left_out_and_padding_is_set(tmp_path: Path, caplog: p
 def test_what_a_teacher_thinks_of_itself_may_be_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pool = changed(make_pool(), unknown=["t1"])
 
-    routed, plain = run(tmp_path / "both", pool=pool), run(tmp_path / "plain", pool=make_pool(), rule="log_likelihood")
+    routed = run(tmp_path / "both", pool=pool, rule="log_likelihood+confidence")
+    plain = run(tmp_path / "plain", pool=make_pool(), rule="log_likelihood")
 
     answered = [text is not None for text in pool.texts("t1")]
     assert routed.assigned[1][answered].tolist() == plain.assigned[1][answered].tolist()
@@ -572,7 +615,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     run(tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"`output_dir` must not hold another run, got one in .*`resume_from_"):
         run(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"got other settings \(rule: 'log_likelihood\+confidence' -> 'local'\)"):
+    with pytest.raises(ValueError, match=r"got other settings \(rule: 'router' -> 'local'\)"):
         run(tmp_path / "out", rule="local", resume_from_checkpoint=True)
     with pytest.raises(ValueError, match=r"got other settings \(pool: "):
         run(tmp_path / "out", pool=make_pool(seed=1), resume_from_checkpoint=True)
