@@ -35,6 +35,7 @@ from transformers.utils import logging
 from hf_cosupervise import Teacher, TeacherHierarchy, build_answers, co_supervise_answers, performance_gap_recovered
 from hf_cosupervise.evaluation.plots import plot_pgr
 from hf_cosupervise.evaluation.report import format_methods, merge_reports, save_report
+from hf_cosupervise.method.routing import RULES
 from hf_cosupervise.pool.answers import AnswerPool
 from hf_cosupervise.training.answers import CoSupervisedWriter
 
@@ -222,15 +223,17 @@ def right(answers: Sequence[str | None], truth: Sequence[str]) -> float:
     return sum(a == b for a, b in zip(answers, truth, strict=True)) / len(truth)
 
 
-def open_student(student: Path, pool: AnswerPool, folder: Path, seed: int, num_epochs: int) -> CoSupervisedWriter:
+def open_student(
+    student: Path, pool: AnswerPool, rule: str, folder: Path, seed: int, num_epochs: int
+) -> CoSupervisedWriter:
     """Train a student, or read one back that is trained."""
     args = student_arguments(folder, seed, num_epochs)
-    return co_supervise_answers(str(student), pool, args, resume_from_checkpoint=True)
+    return co_supervise_answers(str(student), pool, args, rule=rule, resume_from_checkpoint=True)
 
 
-def train_student(student: Path, pool: AnswerPool, folder: Path, seed: int, num_epochs: int) -> np.ndarray:
+def train_student(student: Path, pool: AnswerPool, rule: str, folder: Path, seed: int, num_epochs: int) -> np.ndarray:
     """Leave a student in a folder; gives whose answers it has learnt."""
-    trained = open_student(student, pool, folder, seed, num_epochs)
+    trained = open_student(student, pool, rule, folder, seed, num_epochs)
     trained.save_model()
     return trained.assigned[-1]
 
@@ -242,7 +245,7 @@ def ask(model: str, questions: Dataset) -> list[str | None]:
 
 
 def run_seed(
-    data: Any, folder: Path, seed: int, plan: Plan, workers: Executor
+    data: Any, folder: Path, seed: int, plan: Plan, rule: str, workers: Executor
 ) -> tuple[dict[str, Any], Callable[[], CoSupervisedWriter]]:
     """One seed: teachers, their answers, students of all methods, measured on the test once; and what opens ours."""
     letters = sorted({letter for word in words_of(data, *data) for letter in word})
@@ -264,7 +267,7 @@ def run_seed(
     }
     pools = {name: AnswerPool.from_answers({name: some}, pool.prompts()) for name, some in answers.items()}
     students = {
-        name: (base, used, folder / f"seed-{seed}" / name, seed, plan.student_epochs)
+        name: (base, used, rule, folder / f"seed-{seed}" / name, seed, plan.student_epochs)
         for name, used in {**pools, "csl": pool}.items()
     }
     pretrained.result()
@@ -276,7 +279,7 @@ def run_seed(
     said = {name: workers.submit(ask, model, questions) for name, model in asked.items()}
     chosen = {name: job.result() for name, job in jobs.items()}["csl"]
     answers["csl"] = [row[at] for row, at in zip(by_row, chosen)]
-    said |= {name: workers.submit(ask, str(student[2]), questions) for name, student in students.items()}
+    said |= {name: workers.submit(ask, str(student[3]), questions) for name, student in students.items()}
     accuracy = {name: right(job.result(), test["lemma"][:]) for name, job in said.items()}
     weak, ceiling = accuracy.pop("weak"), accuracy["ceiling"]
     methods = {
@@ -321,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/lemmas"))
     parser.add_argument("--data", type=Path, default=Path("data/lemmas"), help="made there by `prepare.py lemmas`")
     parser.add_argument("--full", action="store_true", help="the larger task")
+    parser.add_argument("--rule", choices=list(RULES), default="router", help="by which a student chooses")
     options = parser.parse_args(arguments)
     plan = FULL if options.full else Plan()
     begin_process()
@@ -329,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = {part: rows.select(np.flatnonzero(wanted[part])) for part, rows in data.items()}
     # What needs nothing of each other is done side by side; each piece has seeds of its own.
     with ProcessPoolExecutor(NUM_PROCESSES, get_context("spawn"), begin_process) as workers:
-        found = [run_seed(data, options.output_dir, seed, plan, workers) for seed in options.seeds]
+        found = [run_seed(data, options.output_dir, seed, plan, options.rule, workers) for seed in options.seeds]
     report = merge_reports([numbers for numbers, _ in found], options.seeds)
     print(format_methods(report))
     for name, own in report["methods"].items():

@@ -35,7 +35,7 @@ def test_every_method_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     # Nothing learns in so few steps, and a gap of zero has no share.
     monkeypatch.setattr(lemmas, "performance_gap_recovered", lambda weak, own, ceiling: own - weak)
     with ThreadPoolExecutor(1) as worker:
-        numbers, open_ours = lemmas.run_seed(make_words(), tmp_path, 3, PLAN, worker)
+        numbers, open_ours = lemmas.run_seed(make_words(), tmp_path, 3, PLAN, "router", worker)
     names = {"all_labels", "generalist", "majority_vote", "random_specialist", "oracle_specialist", "ceiling", "csl"}
     assert set(numbers["methods"]) == names and numbers["methods"]["ceiling"]["labels_right"] == 1.0
     chosen = open_ours().assigned[-1]  # read back, not trained again
