@@ -503,7 +503,7 @@ MESSAGE_OF_PARTS = [{"role": "user", "content": [{"type": "text", "text": "x"}]}
         ("samples", pa.array([[1], [2]]), "`samples` of 'a' must be lists of texts, got list<item: int64>"),
         ("samples", pa.array(["a", "b"]), "`samples` of 'a' must be lists of texts, got string"),
         ("num_tokens", pa.array([-5, 1], pa.int32()), "`num_tokens` of 'a' must be at least 0, got -5"),
-        ("log_prob", pa.array([float("inf"), -1], pa.float32()), "`log_prob` of 'a' must be a logarithm of a probab"),
+        ("log_prob", pa.array([float("inf"), -1], pa.float32()), "`log_prob` of 'a' must be the logarithm of a prob"),
         ("num_tokens", pa.array([2**40, 1]), "not in range"),
     ],
 )

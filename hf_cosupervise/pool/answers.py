@@ -36,10 +36,10 @@ from .written import (
     check_answers,
     check_prompt_texts,
     check_prompts,
-    check_samples,
     check_texts,
     find_prompt_column,
     has_text,
+    read_samples,
 )
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,14 @@ class AnswerPool(TeacherPool):
         lengths |= {} if inputs is None else {"the inputs": len(inputs)}
         prompts = None if prompts is None else list(prompts)
         lengths |= {} if prompts is None else {"the prompts": len(prompts)}
+        known: dict[str, Any] = {"log_probs": log_probs, "num_tokens": num_tokens, "samples": samples}
+        for what, own in known.items():
+            check_kind(own, Mapping, what, optional=True)
+            if foreign := set(own or {}) - set(answers):
+                raise ValueError(
+                    f"`{what}` must be by names of `answers`, {list(answers)}, got {sorted(foreign)}. Correct them."
+                )
+            lengths |= {f"`{what}` of '{name}'": len(some) for name, some in (own or {}).items() if some is not None}
         if wrong := {name: length for name, length in lengths.items() if length != len(ids)}:
             raise ValueError(
                 f"All must have one entry for each of the {len(ids)} ids, got {wrong}. Give None for none."
@@ -130,7 +138,6 @@ class AnswerPool(TeacherPool):
             check_prompt_texts(prompts, ids)
             given = Dataset.from_dict({"prompt": prompts})  # tells by its type whether they are chats
             inputs = given if inputs is None else inputs.add_column("prompt", given["prompt"][:])
-        known: dict[str, Any] = {"log_probs": log_probs, "num_tokens": num_tokens, "samples": samples}
         teachers = {
             name: answer_dataset(ids, some, **{what: (own or {}).get(name) for what, own in known.items()})
             for name, some in answers.items()
@@ -544,13 +551,4 @@ class AnswerPool(TeacherPool):
                 f"{what} needs as `student` its own answers: a text, a list of texts or None for each of {len(self)} "
                 f"prompts, or the name of a teacher of the pool, got {found}. Give one of them."
             )
-        rows = [[] if own is None else [own] if isinstance(own, str) else own for own in student]
-        if wrong := [
-            own for own in rows if not isinstance(own, list | tuple) or not all(isinstance(text, str) for text in own)
-        ]:
-            raise TypeError(
-                f"`student` must hold a text, a list of texts or None for each prompt, got {wrong[0]!r} ({len(wrong)} "
-                "such). Write answers as texts."
-            )
-        check_samples(rows, self.ids.tolist())
-        return [list(filter(has_text, own)) for own in rows]
+        return read_samples(student, self.ids.tolist(), "student")

@@ -53,9 +53,18 @@ def check_texts(texts: Sequence[Any], ids: Sequence[Any], what: str = "An answer
         )
 
 
-def check_samples(samples: Sequence[Sequence[Any]], ids: Sequence[Any]) -> None:
-    """Do as [`check_texts`], of all answers to each prompt."""
-    check_texts([text for some in samples for text in some], [own for own, some in zip(ids, samples) for _ in some])
+def read_samples(samples: Sequence[Any], ids: Sequence[Any], what: str) -> list[list[str]]:
+    """All answers to each prompt, given as a text, a list of texts or None; what is only blanks is none."""
+    rows = [[] if own is None else [own] if isinstance(own, str) else own for own in samples]
+    if wrong := [
+        own for own in rows if not isinstance(own, list | tuple) or not all(isinstance(text, str) for text in own)
+    ]:
+        raise TypeError(
+            f"`{what}` must hold a text, a list of texts or None for each prompt, got {wrong[0]!r} ({len(wrong)} "
+            "such). Write answers as texts."
+        )
+    check_texts([text for some in rows for text in some], [own for own, some in zip(ids, rows) for _ in some])
+    return [list(filter(has_text, own)) for own in rows]
 
 
 def check_prompt_texts(prompts: Sequence[Any], ids: Sequence[Any]) -> None:
@@ -81,7 +90,7 @@ def answer_dataset(
     log_probs: Sequence[float] | np.ndarray | None = None,
     num_tokens: Sequence[int] | np.ndarray | None = None,
     reasons: Sequence[str] | None = None,
-    samples: Sequence[Sequence[str]] | None = None,
+    samples: Sequence[Any] | None = None,
 ) -> Dataset:
     """Wrap one teacher's answers as a dataset; what is only blanks is no answer."""
     ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
@@ -101,8 +110,7 @@ def answer_dataset(
         "finish_reason": (reasons, Value("string")),
     }
     if samples is not None:
-        check_samples(samples, ids)
-        columns["samples"] = [list(filter(has_text, some)) for some in samples], List(Value("string"))
+        columns["samples"] = read_samples(samples, ids, "samples"), List(Value("string"))
     features = Features({name: kind for name, (_, kind) in columns.items()})
     return Dataset.from_dict({name: values for name, (values, _) in columns.items()}, features=features)
 
@@ -127,5 +135,9 @@ def check_answers(name: str, table: pa.Table) -> None:
         raise ValueError(f"Answers of '{name}' must hold no NUL, got one. Leave it out, or make it None.")
     if (least := pc.min(table.column("num_tokens")).as_py() or 0) < 0:
         raise ValueError(f"`num_tokens` of '{name}' must be at least 0, got {least}. Make the pool again.")
-    if pc.any(pc.equal(table.column("log_prob").cast(pa.float32()), np.inf)).as_py():
-        raise ValueError(f"`log_prob` of '{name}' must be a logarithm of a probability, got inf. Make the pool again.")
+    most = pc.max(table.column("log_prob").cast(pa.float32())).as_py()
+    if most is not None and most > 1e-3:  # which no rounding makes of 0
+        raise ValueError(
+            f"`log_prob` of '{name}' must be the logarithm of a probability, at most 0, got {most:g}. Give sums of "
+            "log-probabilities."
+        )

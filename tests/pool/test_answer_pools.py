@@ -247,8 +247,32 @@ def test_texts_that_no_file_holds_are_told_wherever_they_are_given(text: str) ->
 def test_answers_of_the_user_must_be_texts() -> None:
     with pytest.raises(TypeError, match=r"^An answer must be text or None, got 3 of id 8 \(1 such answers\)"):
         make_pool().to_sft(answers=["a", 3, None, None])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match=r"^An answer must be text or None, got 3 of id 0 \(1 such answers\)"):
+    with pytest.raises(TypeError, match=r"^`samples` must hold a text, a list of .*, got \['x', 3\] \(1 such\)"):
         AnswerPool.from_answers({"a": ["x"]}, samples={"a": [["x", 3]]})  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("known", "error", "message"),
+    [
+        (
+            {"log_probs": {"b": [-1.0, -2.0]}},
+            ValueError,
+            r"`log_probs` must be by names of `answers`, \['a'\], got \['b'\]",
+        ),
+        ({"log_probs": [-1.0, -2.0]}, TypeError, "`log_probs` must be a `Mapping`, got list"),
+        ({"log_probs": {"a": [0.9, 0.8]}}, ValueError, "`log_prob` of 'a' must be the logarithm of a .*, got 0.9"),
+        ({"num_tokens": {"a": [1]}}, ValueError, "one entry for each of the 2 ids, got .*`num_tokens` of 'a'.: 1"),
+        ({"samples": {"a": [["x"], 3]}}, TypeError, "`samples` must hold a text, a list of texts or None .*, got 3"),
+    ],
+)
+def test_what_is_known_besides_must_fit(known: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AnswerPool.from_answers({"a": ["x", "y"]}, ["p", "q"], **known)
+
+
+def test_samples_may_be_a_text_or_none() -> None:
+    pool = AnswerPool.from_answers({"a": ["x", "y"], "b": ["x", "y"]}, samples={"a": ["x", None], "b": None})  # type: ignore[dict-item]
+    assert pool.samples("a") == [["x"], []] and pool.samples("b") == [["x"], ["y"]]
 
 
 def test_scores_and_samples_in_the_pool() -> None:
