@@ -53,7 +53,7 @@ class Plan:
     student: tuple[int, int] = (96, 3)
     student_steps: int = 1000
     student_epochs: int = 3
-    root_steps: int = 900
+    root_steps: int = 1250
     specialist_steps: int | None = None  # without any, specialists begin as the generalist does
     teacher: tuple[int, int] = (64, 2)
 
