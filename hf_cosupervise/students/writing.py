@@ -169,11 +169,8 @@ class Writer:
             layers = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
             step = min(-(-len(layers) * layers[0].shape[-1] // MAX_FEATURES), len(layers))
             weights = mask.unsqueeze(2) / mask.sum(dim=1)[:, None, None]
-            return (
-                torch.cat([(own.float() * weights).sum(dim=1) for own in layers[step // 2 :: step]], dim=1)
-                .cpu()
-                .numpy()
-            )
+            used = [(layer.float() * weights).sum(dim=1) for layer in layers[step // 2 :: step]]
+            return torch.cat(used, dim=1).cpu().numpy()
 
         order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]
         size = means([prompts[order[0]]]).shape[1] if order else 0  # also for a process whose share is nothing
