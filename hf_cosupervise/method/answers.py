@@ -79,6 +79,8 @@ def group_answers(answers: Sequence[Sequence[str | None]], normalize: str | Norm
     for said in answers:
         known: dict[str, int] = {}
         keys = [None if answer is None else function(answer) for answer in said]
+        if wrong := [key for key in keys if not isinstance(key, str | None)]:
+            raise TypeError(f"`normalize` must make a text or None of an answer, got {wrong[0]!r}. Let it return one.")
         rows.append([NOBODY if key is None else known.setdefault(key, len(known)) for key in keys])
     if len({len(row) for row in rows}) > 1:
         raise ValueError("Every prompt must have one answer or `None` of each teacher, got rows of several lengths.")

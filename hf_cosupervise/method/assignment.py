@@ -209,9 +209,10 @@ def _first(candidates: torch.Tensor) -> torch.Tensor:
 def choose_lowest(scores: torch.Tensor, answered: torch.Tensor) -> torch.Tensor:
     """Choose the teacher of the lowest score `(num_examples, num_teachers)` among those that answered, or -1."""
     check_answered(answered, tuple(scores.shape))
-    # Who is silent may have any score, NaN too; infinity is chosen only where all are silent, and that is undone.
+    # Who is silent may have any score, NaN too; nobody who answered has a worse one, but perhaps as bad a one.
     scores = scores.masked_fill(~answered, torch.inf)
-    return torch.where(answered.any(dim=1), first_argmax(-scores), NOBODY)
+    lowest = scores.gather(1, first_argmax(-scores)[:, None])
+    return torch.where(answered.any(dim=1), first_argmax(((scores == lowest) & answered).int()), NOBODY)
 
 
 def first_argmax(values: torch.Tensor) -> torch.Tensor:

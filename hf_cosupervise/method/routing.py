@@ -1,7 +1,7 @@
 """The E-step of answers in words: whose answer to take, and which to leave out.
 
-What is known of each answer stands in float tensors `(num_examples, num_teachers)`. A rule is a function of those that
-its parameters name, and gives scores of the same shape of which the lowest wins. They can be
+What is known of each answer stands in tensors `(num_examples, num_teachers)`. A rule is a function of those that its
+parameters name, and gives scores of the same shape of which the lowest wins. They can be
 
 - `student`: mean log-probability of the answer's tokens to the student, which has read the prompt;
 - `local`: the same where the student reads but a window before each few tokens;
@@ -80,9 +80,10 @@ def _say(student: torch.Tensor, own: torch.Tensor, groups: torch.Tensor) -> torc
 def route(prompts: torch.Tensor, chosen: torch.Tensor, num_teachers: int) -> torch.Tensor:
     """Tell how much likelier each teacher is chosen for a prompt than for any other one, as a logarithm.
 
-    Each prompt is predicted by the ridge regression of all others, with the penalty that predicts choices best. Of
-    `prompts` `(num_examples, feature_size)` and `chosen` `(num_examples,)`, -1 for none, which counts for nothing;
-    returns float32 `(num_examples, num_teachers)`, 0 where prompts tell nothing.
+    Each prompt is predicted by the ridge regression of all others on standardised features, with the penalty that
+    predicts choices best; where it does so no better than the shares of the teachers, by more than a standard error,
+    prompts tell nothing, and all is 0. Of `prompts` `(num_examples, feature_size)` and `chosen` `(num_examples,)`, -1
+    for none, which counts for nothing; returns float32 `(num_examples, num_teachers)`.
 
     Examples:
         >>> prompts = torch.tensor([[1.0], [1.1], [0.9], [-1.0], [-1.1], [-0.9]])
@@ -94,15 +95,21 @@ def route(prompts: torch.Tensor, chosen: torch.Tensor, num_teachers: int) -> tor
     if len(rows) < 3:  # of two, each is predicted by the other alone
         return found
     features, targets = prompts[rows].float(), torch.nn.functional.one_hot(chosen[rows], num_teachers).float()
-    features = (features - features.mean(dim=0)) / features.std(dim=0).clamp(min=1e-6)
+    means = features.mean(dim=0, dtype=torch.float64).float()
+    spreads = (features := features - means).std(dim=0)
+    # What varies by no more than rounding does is as good as constant.
+    features = features / spreads.where(spreads > 1e-5 * means.abs() + 1e-30, torch.inf)
     places, origin = torch.arange(len(rows)), torch.zeros(features.shape[1])
     cross = cross_products(features, places, targets.__getitem__, num_teachers, origin)
     predictions = left_out_predictions(features, targets, gram_matrix(features, places, origin), cross)
-    errors = (predictions - targets).square().sum(dim=(1, 2))
-    shares = predictions[errors.nan_to_num(nan=torch.inf).argmin()]
-    usual = (targets.sum(dim=0) - targets) / (len(rows) - 1)  # of all others, as the shares are
+    usual = (targets.sum(dim=0) - targets) / (len(rows) - 1)  # of all others, as the predictions are
+    errors = (predictions - targets).square().sum(dim=2)
+    best = errors.sum(dim=1).nan_to_num(nan=torch.inf).argmin()
+    gains = (usual - targets).square().sum(dim=1) - errors[best]
+    if not gains.mean() > gains.std() / len(rows) ** 0.5:
+        return found
     least = _LEAST / num_teachers
-    found[rows] = shares.clamp(min=least).log() - usual.clamp(min=least).log()
+    found[rows] = predictions[best].clamp(min=least).log() - usual.clamp(min=least).log()
     return found
 
 
@@ -126,7 +133,7 @@ REJECTIONS = ("none", "loss_rank", "same_answer")
 
 def rule_reads(rule: str) -> tuple[str, ...]:
     """Name what a rule wants to know of answers; a `ValueError` where there is no such rule."""
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"`rule` must be one of {list(RULES)}, got {rule!r}. Choose one of them.")
     return tuple(inspect.signature(RULES[rule]).parameters)
 
@@ -134,8 +141,8 @@ def rule_reads(rule: str) -> tuple[str, ...]:
 def choose_teacher(rule: str, known: Mapping[str, torch.Tensor], answered: torch.Tensor) -> torch.Tensor:
     """Choose whose answer to take by a rule: positions `(num_examples,)`, ties to the first, -1 if nobody `answered`.
 
-    `known` holds by name at least what the rule reads; it and `answered` are `(num_examples, num_teachers)`. A
-    `ValueError` where there is no such rule, or an answer has no score.
+    `known` holds by name at least what the rule reads; `answered` is `(num_examples, num_teachers)`. A `ValueError`
+    where there is no such rule, or an answer has no score.
 
     Examples:
         >>> student = torch.tensor([[-1.0, -2.0], [-3.0, -2.0]])

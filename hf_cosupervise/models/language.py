@@ -48,7 +48,18 @@ def load_language_model(model_source: ModelSource) -> tuple[Any, Any]:
             "one, or another `kind`."
         )
     auto_model = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
-    return load_whole(model_source, auto_model, config), load_processor(model_source, folder, is_text=True)
+    model = load_whole(model_source, auto_model, config)
+    check_places(model, model_source.what)
+    return model, load_processor(model_source, folder, is_text=True)
+
+
+def check_places(model: Any, what: str) -> None:
+    """Refuse a decoder that was cut from a whole: it counts the padding before a prompt as words."""
+    if not model.config.is_encoder_decoder and type(model.config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{what} must be a whole model, got {type(model).__name__}, the decoder of one from sequence to sequence. "
+            "Load it by `AutoModelForSeq2SeqLM`, or use a causal model."
+        )
 
 
 def make_greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> None:

@@ -37,6 +37,7 @@ from .written import (
     check_prompt_texts,
     check_prompts,
     check_texts,
+    count_entries,
     find_prompt_column,
     has_text,
     read_samples,
@@ -118,7 +119,7 @@ class AnswerPool(TeacherPool):
             ids = inputs["id"][:] if has_ids else range(len(next(iter(answers.values()), ())))  # type: ignore[index]
         ids = list(ids)
         check_id_values(ids)
-        lengths = {name: len(some) for name, some in answers.items()}
+        lengths: dict[str, int | str] = {name: count_entries(some) for name, some in answers.items()}
         lengths |= {} if inputs is None else {"the inputs": len(inputs)}
         prompts = None if prompts is None else list(prompts)
         lengths |= {} if prompts is None else {"the prompts": len(prompts)}
@@ -129,7 +130,10 @@ class AnswerPool(TeacherPool):
                 raise ValueError(
                     f"`{what}` must be by names of `answers`, {list(answers)}, got {sorted(foreign)}. Correct them."
                 )
-            lengths |= {f"`{what}` of '{name}'": len(some) for name, some in (own or {}).items() if some is not None}
+            given = {name: some for name, some in (own or {}).items() if some is not None}
+            lengths |= {f"`{what}` of '{name}'": count_entries(some) for name, some in given.items()}
+        if lonely := sorted(set(log_probs or ()) - set(num_tokens or ())):
+            raise ValueError(f"`log_probs` are sums over `num_tokens`, got none of these for {lonely}. Give both.")
         if wrong := {name: length for name, length in lengths.items() if length != len(ids)}:
             raise ValueError(
                 f"All must have one entry for each of the {len(ids)} ids, got {wrong}. Give None for none."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,23 @@ def has_text(answer: str | None) -> bool:
     return answer is not None and bool(answer.strip())
 
 
+def count_entries(values: Any) -> int | str:
+    """How many entries a list of any kind has; of what is none, its type."""
+    return len(values) if isinstance(values, Sized) and not isinstance(values, str) else type(values).__name__
+
+
+def _read_numbers(name: str, values: Any, kinds: str, what: str) -> np.ndarray:
+    """A number for each prompt; None is NaN."""
+    try:
+        found = np.asarray(values)
+        found = found.astype(np.float64) if found.dtype == object else found
+    except (TypeError, ValueError):
+        found = np.array("")  # which is no number either
+    if found.ndim != 1 or found.size and found.dtype.kind not in kinds:
+        raise ValueError(f"`{name}` must hold {what} for each prompt, got {values!r:.80}. Correct it.")
+    return found
+
+
 def answer_dataset(
     ids: Sequence[Any] | np.ndarray,
     answers: Sequence[str | None],
@@ -99,14 +116,18 @@ def answer_dataset(
     reasons = ["given"] * len(ids) if reasons is None else reasons
     # A reason that was given for it, such as a length, is kept.
     reasons = ["missing" if text is None and why == "given" else why for text, why in zip(texts, reasons)]
-    known = np.asarray([np.nan] * len(ids) if log_probs is None else log_probs, dtype=np.float32)
+    sums = _read_numbers("log_probs", [np.nan] * len(ids) if log_probs is None else log_probs, "fiu", "a number")
+    counts = _read_numbers("num_tokens", [0] * len(ids) if num_tokens is None else num_tokens, "iu", "an integer")
     columns: dict[str, tuple[Any, Any]] = {
         # Said, or a pool of no rows would have ids of no type.
         "id": (ids, Value("string" if ids and isinstance(ids[0], str) else "int64")),
         "answer": (texts, Value("string")),
-        # NaN would be a number to whoever reads the column, and spoil every mean.
-        "log_prob": ([None if np.isnan(value) else float(value) for value in known], Value("float32")),
-        "num_tokens": ([0] * len(ids) if num_tokens is None else list(num_tokens), Value("int32")),
+        # NaN would be a number to whoever reads the column, and spoil every mean; so would what is no probability.
+        "log_prob": (
+            [None if np.isnan(value) or value == -np.inf else float(value) for value in sums],
+            Value("float32"),
+        ),
+        "num_tokens": (counts.tolist(), Value("int32")),
         "finish_reason": (reasons, Value("string")),
     }
     if samples is not None:
@@ -135,9 +156,10 @@ def check_answers(name: str, table: pa.Table) -> None:
         raise ValueError(f"Answers of '{name}' must hold no NUL, got one. Leave it out, or make it None.")
     if (least := pc.min(table.column("num_tokens")).as_py() or 0) < 0:
         raise ValueError(f"`num_tokens` of '{name}' must be at least 0, got {least}. Make the pool again.")
-    most = pc.max(table.column("log_prob").cast(pa.float32())).as_py()
-    if most is not None and most > 1e-3:  # which no rounding makes of 0
-        raise ValueError(
-            f"`log_prob` of '{name}' must be the logarithm of a probability, at most 0, got {most:g}. Give sums of "
-            "log-probabilities."
-        )
+    ends = pc.min_max(table.column("log_prob").cast(pa.float32())).as_py()
+    for value in filter(None, ends.values()):
+        if value > 1e-3 or value == -np.inf:  # more than rounding makes of 0
+            raise ValueError(
+                f"`log_prob` of '{name}' must be the logarithm of a probability, finite and at most 0, got {value:g}. "
+                "Give sums of log-probabilities, and None where nobody knows."
+            )

@@ -223,9 +223,13 @@ class AnswerReader:
 
     def represent(self) -> np.ndarray:
         """What the student makes of each prompt, see [`Writer.represent`]."""
-        parts = [self.writer.encode(self.pool.prompts(part)) for part in row_chunks(len(self.pool))]
-        prompts = [ids if len(ids) <= self.writer.max_length else [] for part in parts for ids in part]
-        return self.writer.represent(prompts, self.batch_size, self.processes)
+        parts = []
+        for part in row_chunks(len(self.pool)):
+            encoded = self.writer.encode(self.pool.prompts(part))
+            prompts = [ids if len(ids) <= self.writer.max_length else [] for ids in encoded]
+            parts.append(self.writer.represent(prompts, self.batch_size, self.processes))
+        size = max(own.shape[1] for own in parts)  # 0 of a part that has nothing to read
+        return np.concatenate([own if own.size else np.zeros((len(own), size), np.float32) for own in parts])
 
     def examples(self, assigned: np.ndarray, kept: np.ndarray) -> Dataset:
         """The tokens that the student learns from: of what it reads, only those of the answer count."""

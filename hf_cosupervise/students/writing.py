@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.inputs import InputProcessor
 from ..models.chat import ChatTemplateError, apply_chat_template
 from ..models.language import (
+    check_places,
     end_tokens,
     generate,
     leading_tokens,
@@ -35,7 +36,7 @@ from .head import hash_weights, on_cpu
 Prompt = str | list[dict[str, str]]
 Tokens = Sequence[int]
 Scored = tuple[Tokens, Sequence[Tokens]]  # the tokens of a prompt, and those of what may follow it
-MAX_FEATURES = 2048  # of a prompt: what a router learns from them takes the cube of it
+MAX_FEATURES = 2048  # of a prompt, unless one layer has more: what a router learns takes the cube of it
 
 
 class Writer:
@@ -56,6 +57,7 @@ class Writer:
                 "`student` must be a language model, its Hub id or its folder, got "
                 f"{type(model).__name__}. Load one by `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`."
             )
+        check_places(plain, "The student")
         if tokenizer is None:
             raise ValueError("`tokenizer` is needed beside a model object. Load it by `AutoTokenizer`.")
         check_kind(tokenizer, PreTrainedTokenizerBase, "tokenizer")
@@ -166,7 +168,10 @@ class Writer:
 
         def means(rows: Sequence[Tokens]) -> np.ndarray:
             input_ids, mask = (value.to(self.model.device) for value in pad_tokens(rows, pad, left=False))
-            layers = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+            found = model(input_ids=input_ids, attention_mask=mask, output_hidden_states=True)
+            layers = found.hidden_states
+            if layers is None or layers[0].shape[:2] != input_ids.shape:  # some keep several states of each token
+                layers = (found.last_hidden_state,)
             step = min(-(-len(layers) * layers[0].shape[-1] // MAX_FEATURES), len(layers))
             weights = mask.unsqueeze(2) / mask.sum(dim=1)[:, None, None]
             used = [(layer.float() * weights).sum(dim=1) for layer in layers[step // 2 :: step]]

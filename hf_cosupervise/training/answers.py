@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
 from ..hierarchy import Teacher
@@ -29,6 +29,7 @@ from ..method.answers import Normalizer, find_normalizer, group_answers
 from ..method.assignment import NOBODY, fall_back
 from ..method.routing import REJECTIONS, RULES, choose_teacher, rule_reads, select_answers
 from ..pool.answers import AnswerPool
+from ..pool.base import check_kind
 from ..processes import Processes, row_chunks
 from ..students.answers import TOO_LONG, AnswerReader, check_answer_pool
 from ..students.writing import WRITER_TRAININGS, Writer
@@ -207,10 +208,16 @@ def co_supervise_answers(
     options = {"rule": rule, "rejection": rejection, "normalize": normalize, "window": window, "too_long": too_long}
     options |= {"max_new_tokens": max_new_tokens, "student_training": student_training}
     _check_options(options)
+    check_kind(peft_config, PeftConfig, "peft_config", optional=True)
     place = _place(student)
     if own := [one.name for one in pool.hierarchy.teachers if one.has_files and _place_of(one) == place]:
         logger.warning(f"The student is the teacher {own[0]!r} too, whose answers it will find likely.")
     writer = Writer(student, tokenizer, revision=student_revision)
+    if writer.is_seq2seq and "local" in rule_reads(rule):
+        raise ValueError(
+            f"`rule` {rule!r} needs a causal student, which reads an answer behind any words, got "
+            f"{type(writer.plain).__name__}. Choose another rule."
+        )
     writer.prepare(student_training, peft_config, args.seed)
     return _Levels(writer, pool, args, options, make_trainer).go(resume_from_checkpoint)
 
@@ -256,8 +263,11 @@ class _Levels:
             # The last student that is finished chooses for the level that is next.
             self.writer.put_back(None if last is None else last.student)
             self.processes.on_first(self._forget_checkpoints)  # a kill may have come between a level and this
-            if self.options["too_long"] == "raise":  # now, and not when levels above have been trained
+            # Now, and not when levels above have been trained.
+            if self.options["too_long"] == "raise":
                 self.reader.answered(self.pool.hierarchy.names)
+            if {"groups", "same"} & {*rule_reads(self.options["rule"])} or self.options["rejection"] != "none":
+                group_answers(self.pool.answer_rows(), self.options["normalize"])
             for level, _ in self.run.unfinished():
                 plan = self.plan(level)
                 self.train(plan)
@@ -341,9 +351,11 @@ class _Levels:
         if rule not in RULES:
             return torch.from_numpy(self.reader.answered(names)[:, 0].astype(np.int64) - 1)
         reads = rule_reads(rule)
-        scores = self.reader.score(names, self.options["window"] if reads == ("local",) else None)
-        per_token, answered = torch.from_numpy(scores.per_token), torch.from_numpy(~np.isnan(scores.log_probs))
-        known = {"student": per_token, "local": per_token}  # which of them was asked for, the window says
+        windows = {"student": None, "local": self.options["window"]}
+        asked = {name: self.reader.score(names, window) for name, window in windows.items() if name in reads}
+        known = {name: torch.from_numpy(scores.per_token) for name, scores in asked.items()}
+        some = next(iter(asked.values()), None)
+        answered = torch.from_numpy(self.reader.answered(names) if some is None else ~np.isnan(some.log_probs))
         known["teacher"] = torch.from_numpy(self.pool.confidences[:, places])
         if same is not None:
             known["same"] = same[:, places]

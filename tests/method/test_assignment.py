@@ -422,3 +422,10 @@ def test_chance_is_even_among_those_who_answered_and_repeats_itself():
     assert (first[::10] == -1).all() and (first[::2] != 1).all()
     shares = torch.bincount(first[1::2], minlength=3) / 3000
     assert torch.allclose(shares, torch.full((3,), 1 / 3), atol=0.04)
+
+
+def test_nobody_silent_is_chosen_however_bad_the_others_are() -> None:
+    answered = torch.tensor([[False, True, True], [False, False, True], [False, False, False]])
+    for worst in (torch.inf, 1e38):
+        scores = torch.tensor([[torch.nan, worst, worst], [0.0, 1.0, worst], [1.0, 2.0, 3.0]])
+        assert choose_lowest(scores, answered).tolist() == [1, 2, -1]

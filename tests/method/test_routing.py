@@ -98,12 +98,73 @@ def slow_route(prompts: np.ndarray, chosen: np.ndarray, num_teachers: int) -> np
             x, y = np.delete(inputs, row, axis=0), np.delete(targets, row, axis=0)
             said.append(inputs[row] @ np.linalg.solve(x.T @ x + penalty, x.T @ y))
         fits.append((((np.array(said) - targets) ** 2).sum(), np.array(said)))
-    shares, least = min(fits, key=lambda fit: fit[0])[1], 0.1 / num_teachers
+    usual = (targets.sum(axis=0) - targets) / (len(rows) - 1)
+    best = min(fits, key=lambda fit: fit[0])[1]
+    gains = ((usual - targets) ** 2 - (best - targets) ** 2).sum(axis=1)
+    if np.mean(gains) <= np.std(gains, ddof=1) / math.sqrt(len(rows)):
+        return found
+    least = 0.1 / num_teachers
     for place, row in enumerate(rows):
         for who in range(num_teachers):
-            usual = np.delete(targets[:, who], place).mean()
-            found[row, who] = math.log(max(shares[place, who], least)) - math.log(max(usual, least))
+            found[row, who] = math.log(max(best[place, who], least)) - math.log(max(usual[place, who], least))
     return found
+
+
+def slow_router(student: np.ndarray, teacher: np.ndarray, groups: np.ndarray, prompts: np.ndarray) -> list[int]:
+    """What the rule's docstring says, one prompt after another."""
+    num_teachers = student.shape[1]
+    there = [[who for who in range(num_teachers) if not np.isnan(row[who])] for row in student]
+
+    def choose(own: np.ndarray) -> np.ndarray:
+        chosen = []
+        for row, speakers in enumerate(there):
+            best, highest = -1, -math.inf
+            for who in speakers:
+                friends = [other for other in speakers if other == who or 0 <= groups[row, who] == groups[row, other]]
+                together = student[row, who] + math.log(sum(math.exp(own[row, other]) for other in friends))
+                if together > highest:
+                    surest = sorted((-student[row, other] - own[row, other], other) for other in friends)
+                    best, highest = surest[0][1], together
+            chosen.append(best)
+        return np.array(chosen)
+
+    own = teacher.copy()
+    for row, speakers in enumerate(there):
+        if any(np.isnan(teacher[row, who]) for who in speakers):
+            own[row] = 0
+    return choose(own + slow_route(prompts, choose(own), num_teachers)).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_router_against_a_slow_one(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    num, num_teachers = 60, 4
+    prompts, part = generator.normal(size=(num, 5)), generator.integers(0, num_teachers, num)
+    prompts[:, 0] += 3 * part
+    student = generator.normal(-2, 0.5, (num, num_teachers)) + 0.4 * (part[:, None] == np.arange(num_teachers))
+    teacher = generator.normal(-1, 0.5, (num, num_teachers))
+    groups = generator.integers(-1, 3, (num, num_teachers))
+    student[generator.random((num, num_teachers)) < 0.1] = np.nan  # silent, or nothing that the student can read
+    teacher[generator.random((num, num_teachers)) < 0.05] = np.nan
+    student[7] = np.nan
+    known = {"student": student, "teacher": teacher, "groups": groups, "prompts": prompts}
+    found = choose_teacher(
+        "router", {name: torch.from_numpy(own) for name, own in known.items()}, ~torch.from_numpy(student).isnan()
+    )
+    assert found.tolist() == slow_router(student, teacher, groups, prompts)
+
+
+def test_features_that_tell_nothing_leave_the_others_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randn(300, 4, generator=generator)
+    chosen = (prompts[:, 0] > 0).long()
+    alone = route(prompts, chosen, 2)
+    for value in (0.0, 12345.678, 1e6, -3e8):
+        both = route(torch.cat([prompts, torch.full((300, 1), value)], dim=1), chosen, 2)
+        assert (both - alone).abs().max() < 0.2 and both.abs().mean() > 0.5
+    # Of few prompts and many features, mostly nothing is learnt where there is nothing.
+    draws = [route(torch.randn(30, 96, generator=generator), torch.arange(30) % 3, 3) for _ in range(20)]
+    assert sum(not own.any() for own in draws) >= 15
 
 
 @pytest.mark.parametrize(("num_prompts", "size"), [(40, 6), (12, 20)])

@@ -314,7 +314,7 @@ def test_each_level_learns_what_the_student_before_chose(tmp_path: Path) -> None
     known["prompts"] = slow_represent(first.model, pool.prompts())
     tensors = {name: torch.from_numpy(values) for name, values in known.items()}
     routed = choose_teacher("router", tensors, ~tensors["student"].isnan())
-    assert result.assigned[1].tolist() == (1 + routed).tolist() != summed.assigned[1].tolist()
+    assert result.assigned[1].tolist() == (1 + routed).tolist()
     texts = [pool.texts(pool.hierarchy.names[at])[row] for row, at in enumerate(result.assigned[1])]
     assert seen[1][1]["completion"] == texts
     record = result.history.records[1]
@@ -505,7 +505,42 @@ def test_a_student_on_the_hub(tmp_path: Path, hub: Any) -> None:
     assert "someone/lemmas" in card
 
 
+def test_normalizers_windows_and_the_students_own_answers_reach_their_teachers(tmp_path: Path) -> None:
+    pool, tokenizer, names = make_pool(40, levels=(0, 1, 1)), make_tokenizer(), ["t1", "t2"]
+    first = run(tmp_path / "first", pool=root_of(pool)).model
+    answered = torch.from_numpy(np.stack([pool.answered(name) for name in names], axis=1))
+    whole = score_answers(first, pool, tokenizer=tokenizer, teachers=names).per_token
+    windowed = score_answers(first, pool, tokenizer=tokenizer, teachers=names, window=2).per_token
+    said = [list(row) for row in zip(*(pool.texts(name) for name in names), strict=True)]
+    own = module.AnswerReader(module.Writer(first, tokenizer), pool, "raise", 4, Processes(0, 1), True).own_answers(3)
+    known = {
+        "student": whole,
+        "local": windowed,
+        "teacher": pool.confidences[:, 1:],
+        "groups": group_answers(said, lambda text: text[:1]),
+        "prompts": slow_represent(first, pool.prompts()),
+        "same": np.array(
+            [[text is not None and text[:1] == mine[:1] for text in row] for row, mine in zip(said, own)]
+        ),
+    }
+    tensors = {name: torch.from_numpy(values) for name, values in known.items()}
+    for rule in ("local", "router", "same_answer"):
+        options = {"rule": rule, "window": 2, "max_new_tokens": 3, "normalize": lambda text: text[:1]}
+        found = run(tmp_path / rule, pool=pool, **options).assigned[1]
+        expected = choose_teacher(rule, tensors, answered).numpy()
+        assert found[expected >= 0].tolist() == (1 + expected[expected >= 0]).tolist()
+    assert len({tuple(choose_teacher(rule, tensors, answered).tolist()) for rule in ("local", "log_likelihood")}) == 2
+
+
+def test_prompts_that_are_too_long_are_not_represented() -> None:
+    pool = AnswerPool.from_answers({"a": ["a", "b", "c"]}, ["ab", "a" * 80, "b"])
+    reader = module.AnswerReader(module.Writer(make_model(), make_tokenizer()), pool, "skip", 4, Processes(0, 1), True)
+    assert reader.represent().any(axis=1).tolist() == [True, False, True]
+
+
 def _in_two(folder: str) -> None:
+    routed = run(Path(f"{folder}/routed"))
+    np.save(f"{folder}/routed-{routed._processes.rank}.npy", np.stack(routed.assigned))
     result = run(Path(folder), args={"per_device_train_batch_size": 2}, rule="same_answer")
     result.save_model(f"{folder}/model")
     np.save(f"{folder}/assigned-{result._processes.rank}.npy", np.stack(result.assigned))
@@ -515,6 +550,9 @@ def _in_two(folder: str) -> None:
 def test_two_processes_choose_the_same(tmp_path: Path) -> None:
     alone = run(tmp_path / "alone", rule="same_answer")
     debug_launcher(_in_two, (str(tmp_path / "two"),), num_processes=2)
+    # The root's student is trained on other batches there; what it chooses is the same in both.
+    routed = [np.load(tmp_path / "two" / f"routed-{rank}.npy") for rank in (0, 1)]
+    assert np.array_equal(*routed)
     for rank in (0, 1):
         assert np.array_equal(np.load(tmp_path / "two" / f"assigned-{rank}.npy"), np.stack(alone.assigned))
 
@@ -531,6 +569,7 @@ def test_two_processes_choose_the_same(tmp_path: Path) -> None:
         ({"student_training": "probe"}, r"`student_training` must be one of .*, got 'probe'\."),
         ({"max_new_tokens": 0}, r"`max_new_tokens` must be an integer of at least 1, got 0\."),
         ({"window": True}, r"`window` must be an integer of at least 1, got True\."),
+        ({"rule": ["router"]}, r"`rule` must be one of .*, got \['router'\]\."),
         ({"normalize": "upper"}, r"`normalize` must be one of .*, got 'upper'\."),
         ({"peft_config": LoraConfig()}, r"`peft_config` is for `student_training='lora'`, got 'full'\. Give both"),
         ({"args": {"eval_strategy": "epoch"}}, r"`eval_strategy` must be 'no', got 'epoch': there are no data"),
