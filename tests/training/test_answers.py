@@ -17,6 +17,8 @@ from accelerate import debug_launcher
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -29,7 +31,7 @@ from transformers import (
 
 from hf_cosupervise import CoSupervisedConfig, Teacher, TeacherHierarchy, co_supervise_answers, score_answers
 from hf_cosupervise.method.answers import group_answers
-from hf_cosupervise.method.routing import choose_teacher
+from hf_cosupervise.method.routing import RULES, choose_teacher
 from hf_cosupervise.pool.answers import AnswerPool
 from hf_cosupervise.processes import Processes
 from hf_cosupervise.students import writing
@@ -184,6 +186,18 @@ def test_prompts_are_represented_by_all_that_their_tokens_become(kind: str, monk
         few = writer.represent(encoded, 100, Processes(0, 1))
         np.testing.assert_allclose(few[:-1], np.hstack(used), rtol=1e-5, atol=1e-5)
     assert writer.represent([[], []], 5, Processes(0, 1)).shape == (2, 0)
+    # Some keep several states of each token; what they come to is the last.
+    asked = model.encoder if kind == "t5" else model.model
+    read = asked.forward
+
+    def read_twice(**inputs: Any) -> Any:
+        found = read(**inputs)
+        found.hidden_states = tuple(torch.stack([own, own]) for own in found.hidden_states)
+        return found
+
+    monkeypatch.setattr(asked, "forward", read_twice)
+    last = writer.represent(encoded, 5, Processes(0, 1))[:-1]
+    np.testing.assert_allclose(last, expected[:, -16:], rtol=1e-5, atol=1e-5)
 
 
 def test_neither_order_nor_batches_change_a_score() -> None:
@@ -599,6 +613,34 @@ def test_a_student_that_cannot_read_or_write(tmp_path: Path) -> None:
     for window, model in ((0, make_model()), (2, make_model("t5"))):
         with pytest.raises(ValueError, match=r"`window` must be a number of tokens of at least 1, for a causal"):
             score_answers(model, pool, tokenizer=make_tokenizer(), window=window)
+
+
+def test_rules_that_cannot_work_are_told_before_any_level_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`rule` 'local' needs a causal student, .*, got T5ForConditionalGeneration"):
+        run(tmp_path / "t5", model=make_model("t5"), rule="local")
+    for normalize, message in (
+        (lambda text: [text], r"must make a text or None of an answer, got \['"),
+        (len, r"got \d"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            run(tmp_path / "out", normalize=normalize, resume_from_checkpoint=True)
+        assert not list((tmp_path / "out").rglob("level-*"))
+    with pytest.raises(TypeError, match="`peft_config` must be a `PeftConfig`, got dict"):
+        run(tmp_path / "lora", student_training="lora", peft_config={"r": 4})
+    with pytest.raises(ValueError, match="The student must be a whole model, got BartForCausalLM, the decoder of one"):
+        sizes = {"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+        run(tmp_path / "bart", model=BartForCausalLM(BartConfig(vocab_size=21, max_position_embeddings=64, **sizes)))
+
+
+def test_a_rule_of_ones_own_reads_windows_beside_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool()
+    monkeypatch.setitem(RULES, "both", lambda local, student, teacher: -local)
+    monkeypatch.setitem(RULES, "alone", lambda teacher: -teacher)
+    windowed, both = (run(tmp_path / rule, pool=pool, rule=rule, window=2) for rule in ("local", "both"))
+    assert windowed.assigned[1].tolist() == both.assigned[1].tolist()
+    alone = run(tmp_path / "alone", pool=pool, rule="alone").assigned[1]
+    surest = np.where(np.isnan(pool.confidences), -np.inf, pool.confidences)[:, 1:].argmax(axis=1) + 1
+    assert alone.tolist() == surest.tolist()
 
 
 def test_what_a_level_cannot_read_is_said_before_any_is_trained(tmp_path: Path) -> None:
