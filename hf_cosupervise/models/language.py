@@ -55,7 +55,11 @@ def load_language_model(model_source: ModelSource) -> tuple[Any, Any]:
 
 def check_places(model: Any, what: str) -> None:
     """Refuse a decoder that was cut from a whole: it counts the padding before a prompt as words."""
-    if not model.config.is_encoder_decoder and type(model.config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+    is_both = all(
+        type(model.config) in mapping
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+    )
+    if is_both and not model.config.is_encoder_decoder:
         raise ValueError(
             f"{what} must be a whole model, got {type(model).__name__}, the decoder of one from sequence to sequence. "
             "Load it by `AutoModelForSeq2SeqLM`, or use a causal model."
