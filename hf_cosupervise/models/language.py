@@ -143,7 +143,7 @@ def score_continuations(
     read = model(**inputs, use_cache=True, **few)
     # transformers renames it, and drops its old name in 5.40.
     name = "cache" if "cache" in accepted else "past_key_values"
-    cache = getattr(read, name)
+    cache = getattr(read, name, None)  # some have none, or another thing in its place
     scores = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
     # The prompts themselves tell of the first token, so that words of one token need no second forward.
     scores[:, 0] = torch.log_softmax(read.logits[:, -1].float(), dim=-1)[owners, tokens[:, 0]]

@@ -141,7 +141,12 @@ class Writer:
             where = [starts[batch[owner]] + number for owner, number in places]
             # In float64: what tells two long answers apart may be little beside their sums.
             sums[where] = found.double().sum(dim=1).float().cpu().numpy()
-        return processes.sum_array(sums)
+        sums = processes.sum_array(sums)
+        if np.isnan(sums).any():  # which would count as answers that cannot be read
+            raise FloatingPointError(
+                "How likely the student finds an answer must be a number, got NaN. Check its weights, or load it anew."
+            )
+        return sums
 
     def make_batch(
         self, items: Sequence[Scored], batch: Sequence[int]

@@ -26,6 +26,8 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
+    XLNetConfig,
+    XLNetLMHeadModel,
     pipeline,
 )
 
@@ -649,6 +651,17 @@ def test_what_a_level_cannot_read_is_said_before_any_is_trained(tmp_path: Path) 
     with pytest.raises(ValueError, match=r"got \d+ of 't2' for id 0 \(1 such among 24 answers\)"):
         run(tmp_path, pool=pool)
     assert not list(tmp_path.rglob("level-*"))
+
+
+def test_a_student_that_cannot_score_is_told_so() -> None:
+    model = make_model()
+    model.lm_head.weight.data[3] = np.nan
+    with pytest.raises(FloatingPointError, match="How likely the student finds an answer must be a number, got NaN"):
+        score_answers(model, make_pool(), tokenizer=make_tokenizer())
+    sizes = {"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 21}
+    recurrent = XLNetLMHeadModel(XLNetConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    with pytest.raises(ValueError, match="must keep keys and values that .*, got XLNetLMHeadModel with NoneType"):
+        score_answers(recurrent, make_pool(), tokenizer=make_tokenizer())
 
 
 def test_a_student_of_nan_is_no_finished_level(tmp_path: Path) -> None:
