@@ -76,7 +76,6 @@ def _say(student: torch.Tensor, own: torch.Tensor, groups: torch.Tensor) -> torc
     return torch.where(wins, -student - own, torch.inf)
 
 
-@torch.no_grad()
 def route(prompts: torch.Tensor, chosen: torch.Tensor, num_teachers: int) -> torch.Tensor:
     """Tell how much likelier each teacher is chosen for a prompt than for any other one, as a logarithm.
 

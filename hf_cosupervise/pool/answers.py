@@ -123,16 +123,16 @@ class AnswerPool(TeacherPool):
         lengths |= {} if inputs is None else {"the inputs": len(inputs)}
         prompts = None if prompts is None else list(prompts)
         lengths |= {} if prompts is None else {"the prompts": len(prompts)}
-        known: dict[str, Any] = {"log_probs": log_probs, "num_tokens": num_tokens, "samples": samples}
-        for what, own in known.items():
+        known = dict[str, dict[str, Any]]()
+        for what, own in {"log_probs": log_probs, "num_tokens": num_tokens, "samples": samples}.items():
             check_kind(own, Mapping, what, optional=True)
             if foreign := set(own or {}) - set(answers):
                 raise ValueError(
                     f"`{what}` must be by names of `answers`, {list(answers)}, got {sorted(foreign)}. Correct them."
                 )
-            given = {name: some for name, some in (own or {}).items() if some is not None}
-            lengths |= {f"`{what}` of '{name}'": count_entries(some) for name, some in given.items()}
-        if lonely := sorted(set(log_probs or ()) - set(num_tokens or ())):
+            known[what] = {name: some for name, some in (own or {}).items() if some is not None}
+            lengths |= {f"`{what}` of '{name}'": count_entries(some) for name, some in known[what].items()}
+        if lonely := sorted(known["log_probs"].keys() - known["num_tokens"].keys()):
             raise ValueError(f"`log_probs` are sums over `num_tokens`, got none of these for {lonely}. Give both.")
         if wrong := {name: length for name, length in lengths.items() if length != len(ids)}:
             raise ValueError(
@@ -143,7 +143,7 @@ class AnswerPool(TeacherPool):
             given = Dataset.from_dict({"prompt": prompts})  # tells by its type whether they are chats
             inputs = given if inputs is None else inputs.add_column("prompt", given["prompt"][:])
         teachers = {
-            name: answer_dataset(ids, some, **{what: (own or {}).get(name) for what, own in known.items()})
+            name: answer_dataset(ids, some, **{what: own.get(name) for what, own in known.items()})
             for name, some in answers.items()
         }
         if inputs is not None and not has_ids:

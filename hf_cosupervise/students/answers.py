@@ -85,6 +85,7 @@ def score_answers(
     Raises:
         TypeError: If `pool` is no [`AnswerPool`], or the student no language model.
         ValueError: If an answer is too long, messages find no chat template, or the tokenizer has no end.
+        FloatingPointError: If the student finds an answer likely by NaN.
     """
     check_answer_pool(pool, "score_answers")
     writer = student if isinstance(student, Writer) else Writer(student, tokenizer)

@@ -182,10 +182,11 @@ class Writer:
             used = [(layer.float() * weights).sum(dim=1) for layer in layers[step // 2 :: step]]
             return torch.cat(used, dim=1).cpu().numpy()
 
-        order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]
-        size = means([prompts[order[0]]]).shape[1] if order else 0  # also for a process whose share is nothing
+        batches = _readable_batches(prompts, batch_size)
+        # Also for a process whose share is nothing.
+        size = means([prompts[batches[0][0]]]).shape[1] if batches else 0
         found = np.zeros((len(prompts), size), dtype=np.float32)
-        for batch in processes.share([order[at : at + batch_size] for at in range(0, len(order), batch_size)]):
+        for batch in processes.share(batches):
             found[batch] = means([prompts[place] for place in batch])
         return processes.sum_array(found)
 
@@ -197,11 +198,9 @@ class Writer:
         # Put back below: the model may be the user's.
         model, saved, pad = self.plain.eval(), self.plain.generation_config, self.tokenizer.pad_token_id
         found = np.zeros((len(prompts), max_new_tokens), dtype=np.int64)
-        order = [place for place in sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if prompts[place]]
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         make_greedy(model, self.tokenizer, max_new_tokens)
         try:
-            for batch in processes.share(batches):
+            for batch in processes.share(_readable_batches(prompts, batch_size)):
                 rows = [prompts[place] for place in batch]
                 # Some models have no positions beyond those that they know.
                 room = max_new_tokens if self.is_seq2seq else self.max_length - max(map(len, rows))
@@ -211,7 +210,7 @@ class Writer:
         finally:
             model.generation_config = saved
         found = processes.sum_array(found)  # each has filled in its share
-        found[sorted(set(range(len(prompts))) - {*order})] = pad
+        found[[place for place, ids in enumerate(prompts) if not ids]] = pad
         ends = [pad, self.tokenizer.eos_token_id, *end_tokens(model)]  # what is not written is padding
         is_whole = np.asarray(np.isin(found, ends).any(axis=1))
         return list(self.tokenizer.batch_decode(found, skip_special_tokens=True)), is_whole
@@ -259,6 +258,12 @@ def batches_of(items: Sequence[Scored], batch_size: int) -> list[list[int]]:
     """Positions of prompts that are read together, which are about as long, and so is what follows them."""
     order = [place for place, (_, following) in enumerate(items) if following]
     order.sort(key=lambda place: (len(items[place][0]), max(map(len, items[place][1]))))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _readable_batches(prompts: Sequence[Tokens], batch_size: int) -> list[list[int]]:
+    """Positions of prompts with tokens that are read together, short before long."""
+    order = [place for place in sorted(range(len(prompts)), key=lambda place: len(prompts[place])) if prompts[place]]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,7 @@ class _Levels:
             if self.options["too_long"] == "raise":
                 self.reader.answered(self.pool.hierarchy.names)
             if {"groups", "same"} & {*rule_reads(self.options["rule"])} or self.options["rejection"] != "none":
-                group_answers(self.pool.answer_rows(), self.options["normalize"])
+                _ = self._groups  # refuses what `normalize` gives
             for level, _ in self.run.unfinished():
                 plan = self.plan(level)
                 self.train(plan)
@@ -360,8 +360,7 @@ class _Levels:
         if same is not None:
             known["same"] = same[:, places]
         if "groups" in reads:
-            said = [[row[place] for place in places] for row in self.pool.answer_rows()]
-            known["groups"] = torch.from_numpy(group_answers(said, self.options["normalize"]))
+            known["groups"] = self._groups[:, places]
         if "prompts" in reads:
             known["prompts"] = torch.from_numpy(self.reader.represent())
         unknown = int((known["teacher"].isnan() & answered).any(dim=1).sum())
@@ -371,6 +370,11 @@ class _Levels:
                 "teacher finds it: that counts for no answer to these prompts."
             )
         return choose_teacher(rule, known, answered)
+
+    @cached_property
+    def _groups(self) -> torch.Tensor:
+        """Which teachers say the same, of all levels."""
+        return torch.from_numpy(group_answers(self.pool.answer_rows(), self.options["normalize"]))
 
     def _same(self) -> torch.Tensor:
         """Which teachers say what the student says itself, bool `(num_examples, num_teachers)`."""

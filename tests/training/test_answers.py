@@ -556,7 +556,11 @@ def test_prompts_that_are_too_long_are_not_represented() -> None:
 
 def _in_two(folder: str) -> None:
     routed = run(Path(f"{folder}/routed"))
-    np.save(f"{folder}/routed-{routed._processes.rank}.npy", np.stack(routed.assigned))
+    rank = routed._processes.rank
+    np.save(f"{folder}/routed-{rank}.npy", np.stack(routed.assigned))
+    writer = module.Writer(make_model(), make_tokenizer())
+    reader = module.AnswerReader(writer, make_pool(), "raise", 4, routed._processes, True)
+    np.save(f"{folder}/read-{rank}.npy", reader.represent())
     result = run(Path(folder), args={"per_device_train_batch_size": 2}, rule="same_answer")
     result.save_model(f"{folder}/model")
     np.save(f"{folder}/assigned-{result._processes.rank}.npy", np.stack(result.assigned))
@@ -569,6 +573,9 @@ def test_two_processes_choose_the_same(tmp_path: Path) -> None:
     # The root's student is trained on other batches there; what it chooses is the same in both.
     routed = [np.load(tmp_path / "two" / f"routed-{rank}.npy") for rank in (0, 1)]
     assert np.array_equal(*routed)
+    for rank in (0, 1):  # each has read its share, and knows all
+        read = np.load(tmp_path / "two" / f"read-{rank}.npy")
+        np.testing.assert_allclose(read, slow_represent(make_model(), make_pool().prompts()), rtol=1e-5, atol=1e-5)
     for rank in (0, 1):
         assert np.array_equal(np.load(tmp_path / "two" / f"assigned-{rank}.npy"), np.stack(alone.assigned))
 
